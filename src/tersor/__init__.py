@@ -1,0 +1,37 @@
+"""Tersor makes matrices terse: stored and computed with in the fewest bytes for the least error."""
+
+from tersor.api import compress, load, save
+from tersor.codec import Codec, Encoded
+from tersor.errors import (
+    BudgetError,
+    CodecConfigError,
+    CorruptStoreError,
+    ModelError,
+    NonFiniteError,
+    TersorError,
+    UnknownCodecError,
+    VerificationError,
+)
+from tersor.families import families
+from tersor.registry import from_config, parse
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BudgetError",
+    "Codec",
+    "CodecConfigError",
+    "CorruptStoreError",
+    "Encoded",
+    "ModelError",
+    "NonFiniteError",
+    "TersorError",
+    "UnknownCodecError",
+    "VerificationError",
+    "compress",
+    "families",
+    "from_config",
+    "load",
+    "parse",
+    "save",
+]

@@ -1,0 +1,142 @@
+"""The matrix API: `compress`, `save`, `load`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tersor import store
+from tersor.codec import Codec, Encoded, check_matrix
+from tersor.errors import BudgetError, CodecConfigError, UnknownCodecError
+from tersor.families import candidates, families
+from tersor.quality import measure
+from tersor.registry import parse
+
+DEFAULT_RATE = 3.0
+_BARE = "matrix"
+
+
+def as_matrix(matrix: Tensor | np.ndarray) -> Tensor:
+    """Return a checked 2-D float tensor; NumPy arrays are wrapped, half and double precision kept.
+
+    Raises
+    ------
+    CodecConfigError, NonFiniteError
+        If it is no finite, non-empty float matrix.
+    """
+    if isinstance(matrix, np.ndarray):
+        if matrix.dtype.kind != "f" or matrix.dtype.itemsize > 8:
+            raise CodecConfigError(f"matrix: expected a float16, float32 or float64 array, found {matrix.dtype}")
+        native = matrix if matrix.dtype.isnative and matrix.flags.writeable else np.array(matrix, matrix.dtype.newbyteorder("="))
+        matrix = torch.from_numpy(np.ascontiguousarray(native))
+    check_matrix(matrix)
+    return matrix
+
+
+def compress(matrix: Tensor | np.ndarray, rate: float | None = None, codec: str | Codec = "auto", seed: int = 0, *,
+             hessian: Tensor | None = None, **encoder: Any) -> Encoded:
+    """Compress a matrix to at most `rate` bits per element, every stored byte counted.
+
+    Parameters
+    ----------
+    matrix : Tensor or ndarray
+        (out, in), any float dtype.
+    rate : float or None
+        Ceiling in bits per element. None means 3.0 for a family, and whatever it takes for a concrete codec.
+    codec : str or Codec
+        A family (`tersor.families()`; `"auto"` takes the least distortion on this matrix), a factory string such as
+        `"rot,lm3"`, or a codec.
+    seed : int
+        Steers the encoder's search.
+    hessian : Tensor or None
+        `E[x xᵀ]` of the inputs, (in, in): errors are then weighed by it.
+    **encoder
+        Encoder options of the codec (`codec.option_names()`), for example `clip="mse"` or `feedback=True`.
+
+    Returns
+    -------
+    Encoded
+
+    Raises
+    ------
+    BudgetError
+        If the rate is below the least rung, which the message names.
+    NonFiniteError, CodecConfigError, UnknownCodecError
+        If the matrix, the options or the codec are unsound.
+
+    Examples
+    --------
+    >>> import torch, tersor
+    >>> encoded = tersor.compress(torch.randn(64, 256, generator=torch.Generator().manual_seed(0)), rate=3)
+    >>> encoded.rate <= 3
+    True
+    """
+    matrix = as_matrix(matrix)
+    shape = (matrix.shape[0], matrix.shape[1])
+    if rate is not None and not (isinstance(rate, (int, float)) and math.isfinite(rate) and rate > 0):
+        raise BudgetError(f"rate must be a positive number of bits per element, found {rate!r}", 0.0)
+    if isinstance(codec, str) and codec in families():
+        budget = math.floor((DEFAULT_RATE if rate is None else rate) * math.prod(shape) / 8)
+        choices = candidates(codec, shape, budget)
+    else:
+        concrete = parse(codec) if isinstance(codec, str) else codec
+        if rate is not None and concrete.rate(shape) > rate:
+            raise BudgetError(f"codec '{concrete}' needs {concrete.rate(shape):.4g} bits per element on shape {shape}, "
+                              f"above the rate {rate:g}; raise the rate or name a family", concrete.rate(shape))
+        choices = [concrete]
+    unread = set(encoder).difference(*(choice.option_names() for choice in choices))
+    if unread:
+        known = sorted(frozenset().union(*(choice.option_names() for choice in choices)))
+        raise CodecConfigError(f"no codec of '{codec}' reads the option {sorted(unread)}; known: {known}")
+    return _best(matrix, choices, seed, hessian, encoder)
+
+
+def _best(matrix: Tensor, choices: Any, seed: int, hessian: Tensor | None, encoder: Mapping[str, Any]) -> Encoded:
+    best: tuple[float, Encoded] | None = None
+    for choice in choices:
+        options = {key: value for key, value in encoder.items() if key in choice.option_names()}
+        tables = choice.train([matrix], seed=seed)
+        encoded = choice.encode(matrix, hessian=hessian, seed=seed, options=options, tables=tables)
+        if len(choices) == 1:
+            return encoded
+        distortion = measure(matrix, encoded, hessian).distortion
+        if best is None or distortion < best[0]:
+            best = distortion, encoded
+    assert best is not None
+    return best[1]
+
+
+def save(path: str | Path, encoded: Encoded | Mapping[str, Encoded]) -> None:
+    """Write one encoded matrix, or several by name, to a new directory; atomic.
+
+    Raises
+    ------
+    FileExistsError
+        If `path` exists.
+    """
+    matrices = {_BARE: encoded} if isinstance(encoded, Encoded) else encoded
+    entries = [store.Entry(name, e.shape, "float32", e.codec) for name, e in matrices.items()]
+    kind = "matrix" if isinstance(encoded, Encoded) else "matrices"
+    store.write(Path(path), entries, lambda entry: matrices[entry.name].tensors, kind=kind)
+
+
+def load(path: str | Path) -> Encoded | dict[str, Encoded]:
+    """Read what `save` wrote, or the matrices of a compressed model; every tensor is verified.
+
+    Raises
+    ------
+    CorruptStoreError, UnknownCodecError
+        If anything differs from what was written, or was written by a newer version.
+    """
+    opened = store.read(Path(path))
+    matrices = {name: opened.matrix(name) for name in opened.matrix_names()}
+    return matrices[_BARE] if opened.kind == "matrix" else matrices
+
+
+__all__ = ["UnknownCodecError", "as_matrix", "compress", "load", "save"]

@@ -1,0 +1,96 @@
+"""Sums of codecs: each stage encodes what the earlier ones left over (residual quantization)."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from tersor.bits import Layout
+from tersor.codec import Codec, Encoded, Rows, Search, Shape, Tables, nest, nest_tensors
+from tersor.errors import CodecConfigError
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Sum(Codec):
+    """`W = stage_0 + stage_1 + …`; stage i encodes the residual of the stages before it.
+
+    Parameters
+    ----------
+    stages : tuple of Codec
+        Two or more.
+    """
+
+    stages: tuple[Codec, ...]
+
+    id: ClassVar[str] = "sum"
+    grammar: ClassVar[str] = r"sum\("
+
+    def __post_init__(self) -> None:
+        if len(self.stages) < 2:
+            raise CodecConfigError(f"sum: needs at least two stages, found {len(self.stages)}")
+
+    def children(self) -> Mapping[str, Codec]:
+        """Return the stages, named by their position."""
+        return {str(i): stage for i, stage in enumerate(self.stages)}
+
+    def layout(self, shape: Shape) -> Layout:
+        """Return every stage's layout under `0/`, `1/`, …"""
+        layout = {}
+        for name, stage in self.children().items():
+            layout.update(nest(name, stage.layout(shape)))
+        return layout
+
+    def train(self, samples: Iterable[Tensor], *, seed: int = 0) -> Tables:
+        """Train each stage on the residuals of the stages before it."""
+        tables: dict[str, Tensor] = {}
+        residuals = [sample.to(torch.float32) for sample in samples]
+        for name, stage in self.children().items():
+            own = stage.train(residuals, seed=seed)
+            tables.update(nest_tensors(name, own))
+            if int(name) + 1 < len(self.stages):
+                residuals = [r - stage.encode(r, seed=seed, tables=own).decode() for r in residuals]
+        return tables
+
+    def search(self, matrix: Tensor, how: Search) -> Encoded:
+        """Encode stage by stage, each on the residual."""
+        tensors: dict[str, Tensor] = {}
+        residual = matrix.to(torch.float32, copy=True)
+        for name, stage in self.children().items():
+            encoded = stage.search(residual, how.inner(name))
+            tensors.update(nest_tensors(name, encoded.tensors))
+            residual -= encoded.decode()
+        return Encoded(self, tuple(matrix.shape), tensors)
+
+    def decode_rows(self, encoded: Encoded, rows: Rows) -> Tensor:
+        """Return the sum of the stages' rows."""
+        return _total([stage.decode_rows(encoded.child(name, stage, encoded.shape), rows)
+                       for name, stage in self.children().items()])
+
+    def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
+        """Return the sum of the stages' products."""
+        wide = x.to(torch.float32)
+        return _total([stage.matmul(encoded.child(name, stage, encoded.shape), wide)
+                       for name, stage in self.children().items()]).to(x.dtype)
+
+    def spec(self) -> str:
+        """Return for example `sum(rot,lm2;rtn2g64)`."""
+        return f"sum({';'.join(stage.spec() for stage in self.stages)})"
+
+    @classmethod
+    def from_spec(cls, match: re.Match[str], parts: Sequence[Codec]) -> Codec:
+        """Parse `sum(a;b)`."""
+        del match
+        return cls(tuple(parts))
+
+
+def _total(terms: list[Tensor]) -> Tensor:
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total

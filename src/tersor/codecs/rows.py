@@ -1,0 +1,121 @@
+"""Two rungs over the rows of one matrix, by which a family meets any rate from below."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from tersor import bits
+from tersor.bits import Layout, TensorSpec
+from tersor.codec import Codec, Encoded, Rows, Search, Shape, Tables, nest, nest_tensors, row_blocks
+from tersor.errors import CodecConfigError
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class MixedRows(Codec):
+    """`first` for the `count` rows of largest energy, `second` for the others; one mask bit a row says which.
+
+    Parameters
+    ----------
+    first, second : Codec
+        Usually two neighbouring rungs of a family, the finer first.
+    count : int
+        Rows that `first` encodes; at least one row must be left for `second`.
+    """
+
+    first: Codec
+    second: Codec
+    count: int
+
+    id: ClassVar[str] = "rows"
+    grammar: ClassVar[str] = r"rows(?P<count>\d+)\("
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.count, int) or self.count < 1:
+            raise CodecConfigError(f"rows: count must be a positive integer, found {self.count!r}")
+
+    def children(self) -> Mapping[str, Codec]:
+        """Return both codecs."""
+        return {"first": self.first, "second": self.second}
+
+    def layout(self, shape: Shape) -> Layout:
+        """Return the packed mask and both layouts."""
+        shapes = self._shapes(shape)
+        return {"mask": TensorSpec((shape[0],), levels=2), **nest("first", self.first.layout(shapes[0])),
+                **nest("second", self.second.layout(shapes[1]))}
+
+    def train(self, samples: Iterable[Tensor], *, seed: int = 0) -> Tables:
+        """Train both codecs on whole samples."""
+        kept = list(samples)
+        return {**nest_tensors("first", self.first.train(kept, seed=seed)),
+                **nest_tensors("second", self.second.train(kept, seed=seed))}
+
+    def search(self, matrix: Tensor, how: Search) -> Encoded:
+        """Give the rows of largest energy to `first` and the others to `second`."""
+        shape: Shape = (matrix.shape[0], matrix.shape[1])
+        self._shapes(shape)
+        mask = torch.zeros(shape[0], dtype=torch.uint8, device=matrix.device)
+        mask[torch.argsort(_energy(matrix), descending=True, stable=True)[: self.count]] = 1
+        tensors = {"mask": bits.pack(mask, 2)}
+        for name, codec, chosen in (("first", self.first, mask == 1), ("second", self.second, mask == 0)):
+            encoded = codec.search(matrix[chosen], how.inner(name))
+            tensors.update(nest_tensors(name, encoded.tensors))
+        return Encoded(self, shape, tensors)
+
+    def decode_rows(self, encoded: Encoded, rows: Rows) -> Tensor:
+        """Decode the rows that each codec holds and put them in place."""
+        in_first, rank = self._places(encoded)
+        chosen, place = in_first[rows], rank[rows]
+        out = torch.empty(chosen.shape[0], encoded.shape[1], device=chosen.device)
+        for child, taken in zip(self._parts(encoded), (chosen, ~chosen), strict=True):
+            places = place[taken]
+            if places.numel():
+                wanted = (slice(int(places[0]), int(places[-1]) + 1) if isinstance(rows, slice) else places)
+                out[taken] = child.codec.decode_rows(child, wanted)
+        return out
+
+    def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
+        """Multiply by each part and scatter the outputs."""
+        in_first, _ = self._places(encoded)
+        out = torch.empty(*x.shape[:-1], encoded.shape[0], dtype=x.dtype, device=x.device)
+        for child, taken in zip(self._parts(encoded), (in_first, ~in_first), strict=True):
+            out[..., taken] = child.codec.matmul(child, x)
+        return out
+
+    def spec(self) -> str:
+        """Return for example `rows128(lm3;lm2)`."""
+        return f"rows{self.count}({self.first.spec()};{self.second.spec()})"
+
+    @classmethod
+    def from_spec(cls, match: re.Match[str], parts: Sequence[Codec]) -> Codec:
+        """Parse `rowsN(a;b)`."""
+        if len(parts) != 2:
+            raise CodecConfigError(f"rows: needs exactly two codecs, found {len(parts)}")
+        return cls(parts[0], parts[1], int(match["count"]))
+
+    def _shapes(self, shape: Shape) -> tuple[Shape, Shape]:
+        if self.count >= shape[0]:
+            raise CodecConfigError(f"rows: count {self.count} leaves no row of {shape[0]} for '{self.second}'")
+        return (self.count, shape[1]), (shape[0] - self.count, shape[1])
+
+    def _parts(self, encoded: Encoded) -> tuple[Encoded, Encoded]:
+        shapes = self._shapes(encoded.shape)
+        return encoded.child("first", self.first, shapes[0]), encoded.child("second", self.second, shapes[1])
+
+    def _places(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
+        """Return which rows `first` holds, bool (out,), and each row's place in its part, int64 (out,)."""
+        in_first = bits.unpack(encoded.tensors["mask"], 2, 0, encoded.shape[0]) == 1
+        before = in_first.cumsum(0)
+        return in_first, torch.where(in_first, before - 1, torch.arange(len(in_first), device=before.device) - before)
+
+
+def _energy(matrix: Tensor) -> Tensor:
+    peak = max(float(matrix.abs().max()), torch.finfo(torch.float32).tiny)
+    parts = [(matrix[block].to(torch.float64) / peak).square().sum(-1) for block in row_blocks(tuple(matrix.shape))]
+    return torch.cat(parts)

@@ -1,0 +1,64 @@
+"""Errors that a caller may want to catch. Every message says what was expected, what was found and what to do."""
+
+from __future__ import annotations
+
+
+class TersorError(Exception):
+    """Base of every error that Tersor raises on purpose."""
+
+    exit_code = 2
+
+
+class UnknownCodecError(TersorError, LookupError):
+    """A codec id, string or version that this installation does not know.
+
+    Attributes
+    ----------
+    name : str
+        What was asked for.
+    known : tuple of str
+        What could have been asked for.
+    """
+
+    def __init__(self, name: str, known: tuple[str, ...], what: str = "codec") -> None:
+        self.name = name
+        self.known = known
+        super().__init__(f"unknown {what} '{name}'; known: {', '.join(known)}")
+
+
+class CodecConfigError(TersorError, ValueError):
+    """Codec fields, options or inputs that do not go together."""
+
+
+class CorruptStoreError(TersorError, ValueError):
+    """Stored bytes that are not what the manifest or the codec's layout promises."""
+
+    exit_code = 3
+
+
+class BudgetError(TersorError, ValueError):
+    """A budget that cannot be met.
+
+    Attributes
+    ----------
+    least : float
+        The least reachable budget, in the unit asked for (bits per element, or bytes).
+    """
+
+    def __init__(self, message: str, least: float) -> None:
+        self.least = least
+        super().__init__(message)
+
+
+class NonFiniteError(TersorError, ValueError):
+    """NaN or infinity where finite numbers are needed; the message names the tensor."""
+
+
+class VerificationError(TersorError):
+    """A finished output that does not pass its own verification."""
+
+    exit_code = 3
+
+
+class ModelError(TersorError, ValueError):
+    """A source that is no usable model: missing, empty, or of a kind Tersor cannot read."""

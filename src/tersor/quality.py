@@ -1,0 +1,76 @@
+"""How far an encoded matrix is from the original: squared error, SQNR, distortion under a Hessian, distance to Shannon."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from tersor.codec import Encoded, row_blocks
+
+DB_PER_BIT = 20.0 * math.log10(2.0)  # 6.02 dB: what one bit is worth on Gaussian noise, D(R) = 4**-R
+
+
+@dataclasses.dataclass(frozen=True)
+class Quality:
+    """Errors of one encoded matrix.
+
+    Attributes
+    ----------
+    relative_error : float
+        `‖W - Ŵ‖² / ‖W‖²`; 0 for an exact copy of a zero matrix.
+    distortion : float
+        `tr((W - Ŵ) H (W - Ŵ)ᵀ) / tr(W H Wᵀ)`; equal to `relative_error` without a Hessian.
+    rate : float
+        Bits per element, everything stored counted.
+    """
+
+    relative_error: float
+    distortion: float
+    rate: float
+
+    @property
+    def sqnr(self) -> float:
+        """Signal to quantization noise, dB."""
+        return -10.0 * math.log10(self.relative_error) if self.relative_error > 0 else math.inf
+
+    @property
+    def shannon_gap(self) -> float:
+        """dB lost to the Gaussian rate-distortion function `4**-rate`; negative for matrices that are not white."""
+        return DB_PER_BIT * self.rate - self.sqnr
+
+
+def measure(matrix: Tensor, encoded: Encoded, hessian: Tensor | None = None) -> Quality:
+    """Compare `encoded` with `matrix` (out, in), optionally under a Hessian (in, in); by blocks of rows.
+
+    Codecs that cannot decode rows alone are decoded whole, once.
+    """
+    decoded = encoded.decode()
+    noise = signal = weighted_noise = weighted_signal = 0.0
+    scale = _power_of_two(matrix)
+    metric = None if hessian is None else hessian.to(torch.float32)
+    for block in row_blocks(encoded.shape):
+        rows = matrix[block].to(torch.float32) * scale
+        error = rows - decoded[block] * scale
+        noise += float(error.to(torch.float64).square().sum())
+        signal += float(rows.to(torch.float64).square().sum())
+        if metric is not None:
+            weighted_noise += float(((error @ metric) * error).sum(dtype=torch.float64))
+            weighted_signal += float(((rows @ metric) * rows).sum(dtype=torch.float64))
+    plain = _ratio(noise, signal)
+    weighted = plain if metric is None else _ratio(max(weighted_noise, 0.0), weighted_signal)
+    return Quality(plain, weighted, encoded.rate)
+
+
+def _power_of_two(matrix: Tensor) -> float:
+    """Return a power of two that brings the largest magnitude near 1, so that squares stay in range."""
+    peak = max(float(matrix.max()), -float(matrix.min()))
+    return 2.0 ** min(126, -math.frexp(peak)[1]) if peak > 0 else 1.0
+
+
+def _ratio(noise: float, signal: float) -> float:
+    if signal > 0:
+        return noise / signal
+    return 0.0 if noise == 0 else math.inf

@@ -1,0 +1,439 @@
+"""The file format: a directory of safetensors shards and one manifest, `tersor.json`. See docs/format.md.
+
+Written beside its place and renamed; every tensor is checked against its codec's layout and its digest before use.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tersor.bits import Layout, TensorSpec
+from tersor.codec import Codec, Encoded, check_tensor
+from tersor.errors import CorruptStoreError, TersorError, UnknownCodecError
+from tersor.registry import from_config
+
+FORMAT_VERSION = 1
+MANIFEST = "tersor.json"
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 64 * 10**6
+DTYPES = {str(d).removeprefix("torch."): d for d in (
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int16, torch.int32,
+    torch.int64, torch.bool)}
+_STORED_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+                 torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
+                 torch.bool: "BOOL"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One stored thing: an encoded matrix, or a plain tensor when `codec` is None.
+
+    Parameters
+    ----------
+    name : str
+        A matrix is stored under the keys `name/tensor`, a plain tensor under `name`.
+    shape : tuple of int
+    dtype : str
+        The original dtype, for example `"bfloat16"`.
+    codec : Codec or None
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    codec: Codec | None = None
+
+    def layout(self) -> Layout:
+        """Return the stored tensors by key inside the entry (`""` for a plain tensor)."""
+        if self.codec is None:
+            return {"": TensorSpec(self.shape, DTYPES[self.dtype])}
+        return self.codec.layout((self.shape[0], self.shape[1]))
+
+    def key(self, tensor: str) -> str:
+        """Return the key of a tensor in the shards."""
+        return f"{self.name}/{tensor}" if self.codec is not None else self.name
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that belong to this entry alone."""
+        return sum(spec.nbytes for spec in self.layout().values() if not spec.shared)
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return the hex SHA-256 of named tensors: names, dtypes, shapes and bytes, in the order of names."""
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        sha.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        if tensor.numel():
+            sha.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return sha.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Return the hex SHA-256 of a file."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _shards(entries: Sequence[Entry]) -> list[list[Entry]]:
+    shards: list[list[Entry]] = [[]]
+    filled = 0
+    for entry in entries:
+        if shards[-1] and filled + entry.nbytes > SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append(entry)
+        filled += entry.nbytes
+    return shards
+
+
+def _shard_names(count: int) -> list[str]:
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+def _manifest(entries: Sequence[Entry], kind: str, provenance: Mapping[str, Any], digests: Mapping[str, str],
+              shared: Mapping[str, Mapping[str, str]], files: Mapping[str, str]) -> dict[str, Any]:
+    codecs = list(dict.fromkeys(e.codec for e in entries if e.codec is not None))
+    position = {codec: i for i, codec in enumerate(codecs)}
+    names = _shard_names(len(_shards(entries)))
+    matrices, plain = {}, {}
+    for shard, group in enumerate(_shards(entries)):
+        for entry in group:
+            record: dict[str, Any] = {"shape": list(entry.shape), "dtype": entry.dtype, "sha256": digests[entry.name]}
+            if len(names) > 1:
+                record["shard"] = shard
+            if entry.codec is None:
+                plain[entry.name] = record
+                continue
+            record["codec"] = position[entry.codec]
+            if entry.name in shared:
+                record["shared"] = dict(shared[entry.name])
+            matrices[entry.name] = record
+    body = {"format": "tersor", "format_version": FORMAT_VERSION, "kind": kind,
+            "codecs": [codec.to_config() for codec in codecs], "matrices": matrices, "plain": plain, "shards": names,
+            "files": dict(files), "provenance": dict(provenance)}
+    return {**body, "sha256": _body_digest(body)}
+
+
+def _body_digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _dump(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def predict_nbytes(entries: Sequence[Entry], kind: str, provenance: Mapping[str, Any], files: Iterable[str]) -> int:
+    """Return an upper bound, tight to about ten bytes a tensor, on shards + manifest + index; shared tables included."""
+    blank = "0" * 64
+    shared_specs: dict[str, int] = {}
+    links: dict[str, dict[str, str]] = {}
+    for entry in entries:
+        for tensor, spec in entry.layout().items():
+            if spec.shared:
+                key = f"shared/{blank[:16]}/{tensor}"
+                links.setdefault(entry.name, {})[tensor] = key
+                shared_specs[f"{entry.codec}|{key}"] = spec.nbytes + 200
+    manifest = _manifest(entries, kind, provenance, {e.name: blank for e in entries}, links, dict.fromkeys(files, blank))
+    total = len(_dump(manifest)) + sum(shared_specs.values())
+    shards = _shards(entries)
+    for group in shards:
+        nbytes = sum(entry.nbytes for entry in group)
+        header = {e.key(t): {"dtype": "BF16", "shape": list(s.stored_shape), "data_offsets": [nbytes, nbytes]}
+                  for e in group for t, s in e.layout().items() if not s.shared}
+        total += nbytes + len(_dump(header)) + 48
+    if len(shards) > 1:
+        total += len(_dump(_index(shards, 0))) + 24
+    return total
+
+
+def _index(shards: Sequence[Sequence[Entry]], total: int) -> dict[str, Any]:
+    names = _shard_names(len(shards))
+    weight_map = {e.key(t): name for name, group in zip(names, shards, strict=True) for e in group
+                  for t, s in e.layout().items() if not s.shared}
+    return {"metadata": {"total_size": total}, "weight_map": weight_map}
+
+
+def write(path: Path, entries: Sequence[Entry], payload: Callable[[Entry], Mapping[str, Tensor]], *, kind: str,
+          provenance: Mapping[str, Any] | None = None, files: Mapping[str, bytes | Path] | None = None) -> None:
+    """Write a store to the new directory `path`; it appears whole or not at all.
+
+    Parameters
+    ----------
+    entries : sequence of Entry
+        In storage order.
+    payload : callable
+        Entry to its tensors (key `""` for a plain tensor), called once an entry, in order; one shard is in memory at a
+        time.
+    kind : str
+        `"matrix"`, `"matrices"` or `"model"`.
+    provenance : mapping or None
+        Recorded as is; JSON-able and free of clocks, so that the same inputs give the same bytes.
+    files : mapping or None
+        Further files by name: their bytes, or a path to copy. Their digests are kept.
+
+    Raises
+    ------
+    FileExistsError
+        If `path` exists.
+    CorruptStoreError
+        If a payload is not what its layout declares.
+    OSError
+        If the disk is full or read-only; nothing is left behind.
+    """
+    if path.exists():
+        raise FileExistsError(f"{path} exists; remove it or name another output")
+    names = [e.key(t) for e in entries for t in e.layout()]
+    if len(set(names)) != len(names) or not entries:
+        raise TersorError(f"a store needs at least one entry and distinct names, found {len(entries)} entries")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        _write_into(partial, entries, payload, kind, provenance or {}, files or {})
+        for child in (*partial.iterdir(), partial):
+            _sync(child)
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _write_into(folder: Path, entries: Sequence[Entry], payload: Callable[[Entry], Mapping[str, Tensor]], kind: str,
+                provenance: Mapping[str, Any], files: Mapping[str, bytes | Path]) -> None:
+    digests: dict[str, str] = {}
+    shared: dict[str, dict[str, str]] = {}
+    tables: dict[str, Tensor] = {}
+    shards = _shards(entries)
+    weight_map, total = {}, 0
+    for number, (name, group) in enumerate(zip(_shard_names(len(shards)), shards, strict=True)):
+        tensors: dict[str, Tensor] = {}
+        for entry in group:
+            held = payload(entry)
+            digests[entry.name] = digest(held)
+            for tensor, spec in entry.layout().items():
+                if tensor not in held:
+                    raise CorruptStoreError(f"{entry.name}: the payload lacks '{tensor}'")
+                check_tensor(entry.key(tensor), held[tensor], spec)
+                if spec.shared:
+                    key = f"shared/{digest({'': held[tensor]})[:16]}/{tensor}"
+                    shared.setdefault(entry.name, {})[tensor] = key
+                    tables[key] = held[tensor].contiguous()
+                else:
+                    tensors[entry.key(tensor)] = held[tensor].contiguous()
+        if number == len(shards) - 1:
+            tensors.update(tables)
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, name))
+        total += sum(t.numel() * t.element_size() for t in tensors.values())
+    if len(shards) > 1:
+        (folder / INDEX).write_bytes(_dump({"metadata": {"total_size": total}, "weight_map": weight_map}))
+    file_digests = {}
+    for name, content in files.items():
+        target = folder / name
+        if isinstance(content, Path):
+            shutil.copyfile(content, target)
+        else:
+            target.write_bytes(content)
+        file_digests[name] = file_digest(target)
+    manifest = _manifest(entries, kind, provenance, digests, shared, file_digests)
+    (folder / MANIFEST).write_bytes(_dump(manifest))
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def stored_nbytes(path: Path) -> int:
+    """Return the bytes on disk that count: shards, their index if any, and the manifest."""
+    counted = [*path.glob("*.safetensors"), path / INDEX, path / MANIFEST]
+    return sum(file.stat().st_size for file in counted if file.exists())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Store:
+    """An opened store; tensors are read, and verified, when asked for.
+
+    Attributes
+    ----------
+    path : Path
+    kind : str
+    entries : mapping of str to Entry
+    manifest : mapping
+        The parsed `tersor.json`.
+    """
+
+    path: Path
+    kind: str
+    entries: Mapping[str, Entry]
+    manifest: Mapping[str, Any]
+
+    def matrix_names(self) -> list[str]:
+        """Return the names of the encoded matrices, in storage order."""
+        return [name for name, entry in self.entries.items() if entry.codec is not None]
+
+    def matrix(self, name: str) -> Encoded:
+        """Return an encoded matrix, verified."""
+        entry = self.entries[name]
+        assert entry.codec is not None
+        return Encoded(entry.codec, (entry.shape[0], entry.shape[1]), self._tensors(entry)).check(name)
+
+    def plain(self, name: str) -> Tensor:
+        """Return a plain tensor, verified."""
+        return self._tensors(self.entries[name])[""]
+
+    def shared_links(self, name: str) -> Mapping[str, str]:
+        """Return which of a matrix's tensors are shared tables: tensor to shard key."""
+        return self._record(self.entries[name]).get("shared", {})
+
+    def verify(self) -> None:
+        """Read and verify every tensor and file.
+
+        Raises
+        ------
+        CorruptStoreError
+            At the first that differs; names it.
+        """
+        for name, expected in self.manifest["files"].items():
+            file = self.path / name
+            if not file.is_file() or file_digest(file) != expected:
+                raise CorruptStoreError(f"{file}: missing or changed since it was written; restore it")
+        for name, entry in self.entries.items():
+            if entry.codec is None:
+                self.plain(name)
+            else:
+                self.matrix(name)
+
+    def _record(self, entry: Entry) -> Mapping[str, Any]:
+        return self.manifest["plain" if entry.codec is None else "matrices"][entry.name]
+
+    def _tensors(self, entry: Entry) -> dict[str, Tensor]:
+        record = self._record(entry)
+        shard = self.path / self.manifest["shards"][record.get("shard", 0)]
+        last = self.path / self.manifest["shards"][-1]
+        links = record.get("shared", {})
+        tensors = {}
+        for tensor, spec in entry.layout().items():
+            file, key = (last, links[tensor]) if spec.shared else (shard, entry.key(tensor))
+            tensors[tensor] = _load(file, key, spec)
+        if digest(tensors) != record["sha256"]:
+            raise CorruptStoreError(f"{shard}: '{entry.name}' differs from what was written (SHA-256); the file is "
+                                    "damaged, fetch or write it again")
+        return tensors
+
+
+def _load(file: Path, key: str, spec: TensorSpec) -> Tensor:
+    try:
+        with safe_open(file, framework="pt") as handle:
+            tensor = handle.get_tensor(key)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CorruptStoreError(f"{file}: cannot read '{key}': {error}") from error
+    check_tensor(key, tensor, spec)
+    return tensor
+
+
+def read(path: Path) -> Store:
+    """Open a store: check the manifest, every shard's tensors against the layouts, and file sizes.
+
+    Raises
+    ------
+    CorruptStoreError
+        If the manifest or a shard is missing, damaged or does not belong.
+    UnknownCodecError
+        If the format version, or a codec or its version, is newer than this installation.
+    """
+    file = path / MANIFEST
+    if not file.is_file():
+        raise CorruptStoreError(f"{path}: no {MANIFEST}; expected a directory written by tersor")
+    try:
+        manifest = json.loads(file.read_bytes())
+        if not isinstance(manifest, dict) or manifest.get("format") != "tersor":
+            raise CorruptStoreError(f"{file}: not a tersor manifest")
+        version = manifest["format_version"]
+        if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+            raise UnknownCodecError(str(version), tuple(str(v) for v in range(1, FORMAT_VERSION + 1)), "format_version")
+        body = {key: value for key, value in manifest.items() if key != "sha256"}
+        if manifest["sha256"] != _body_digest(body):
+            raise CorruptStoreError(f"{file}: the manifest differs from what was written (SHA-256)")
+        entries = _entries(manifest)
+        store = Store(path, manifest["kind"], entries, manifest)
+        _check_shards(store)
+    except (KeyError, TypeError, IndexError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CorruptStoreError(f"{file}: damaged manifest: {type(error).__name__}: {error}") from error
+    return store
+
+
+def _entries(manifest: Mapping[str, Any]) -> dict[str, Entry]:
+    codecs = [from_config(config) for config in manifest["codecs"]]
+    entries = {}
+    for name, record in manifest["matrices"].items():
+        entries[name] = Entry(name, tuple(record["shape"]), record["dtype"], codecs[record["codec"]])
+    for name, record in manifest["plain"].items():
+        entries[name] = Entry(name, tuple(record["shape"]), record["dtype"])
+    return entries
+
+
+def _check_shards(store: Store) -> None:
+    expected: dict[str, dict[str, TensorSpec]] = {name: {} for name in store.manifest["shards"]}
+    names = store.manifest["shards"]
+    for entry in store.entries.values():
+        record = store._record(entry)
+        for tensor, spec in entry.layout().items():
+            shared = spec.shared
+            shard = names[-1] if shared else names[record.get("shard", 0)]
+            expected[shard][record["shared"][tensor] if shared else entry.key(tensor)] = spec
+    extra = {f.name for f in store.path.glob("*.safetensors")} - set(names)
+    if extra:
+        raise CorruptStoreError(f"{store.path}: files that the manifest does not name: {sorted(extra)}")
+    for name, specs in expected.items():
+        _check_shard(store.path / Path(name).name, specs)
+
+
+def _check_shard(file: Path, specs: Mapping[str, TensorSpec]) -> None:
+    if not file.is_file():
+        raise CorruptStoreError(f"{file}: missing")
+    try:
+        with safe_open(file, framework="pt") as handle:
+            found = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 - not a dict
+            if set(found) != set(specs):
+                odd = sorted(set(found) ^ set(specs))[:4]
+                raise CorruptStoreError(f"{file}: tensors missing or not in the manifest: {odd}")
+            for key, spec in specs.items():
+                shape, dtype = tuple(found[key].get_shape()), found[key].get_dtype()
+                if shape != spec.stored_shape or dtype != _STORED_NAMES[spec.dtype]:
+                    raise CorruptStoreError(f"{file}: '{key}' should be {_STORED_NAMES[spec.dtype]} "
+                                            f"{spec.stored_shape}, found {dtype} {shape}")
+    except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, CorruptStoreError):
+            raise
+        raise CorruptStoreError(f"{file}: not a sound safetensors file: {error}") from error
+    payload = sum(spec.nbytes for spec in specs.values())
+    header = 8 + int.from_bytes(file.open("rb").read(8), "little")
+    if file.stat().st_size != header + payload:
+        raise CorruptStoreError(f"{file}: expected {header + payload} bytes, found {file.stat().st_size}")
+
+
+def params(store: Store) -> int:
+    """Return the number of parameters the store stands for."""
+    return sum(math.prod(entry.shape) for entry in store.entries.values())
