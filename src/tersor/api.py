@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tersor import store
 from tersor.codec import Codec, Encoded, check_matrix
-from tersor.errors import BudgetError, CodecConfigError, UnknownCodecError
+from tersor.errors import BudgetError, CodecConfigError, CorruptStoreError, UnknownCodecError
 from tersor.families import candidates, families
 from tersor.quality import measure
 from tersor.registry import parse
@@ -35,8 +35,8 @@ def as_matrix(matrix: Tensor | np.ndarray) -> Tensor:
             raise CodecConfigError(f"matrix: expected a float16, float32 or float64 array, found {matrix.dtype}")
         native = matrix if matrix.dtype.isnative and matrix.flags.writeable else np.array(matrix, matrix.dtype.newbyteorder("="))
         matrix = torch.from_numpy(np.ascontiguousarray(native))
-    check_matrix(matrix)
-    return matrix
+    check_matrix(matrix.detach())
+    return matrix.detach()
 
 
 def compress(matrix: Tensor | np.ndarray, rate: float | None = None, codec: str | Codec = "auto", seed: int = 0, *,
@@ -82,8 +82,7 @@ def compress(matrix: Tensor | np.ndarray, rate: float | None = None, codec: str 
     if rate is not None and not (isinstance(rate, (int, float)) and math.isfinite(rate) and rate > 0):
         raise BudgetError(f"rate must be a positive number of bits per element, found {rate!r}", 0.0)
     if isinstance(codec, str) and codec in families():
-        budget = math.floor((DEFAULT_RATE if rate is None else rate) * math.prod(shape) / 8)
-        choices = candidates(codec, shape, budget)
+        choices = candidates(codec, shape, _budget(DEFAULT_RATE if rate is None else rate, shape))
     else:
         concrete = parse(codec) if isinstance(codec, str) else codec
         if rate is not None and concrete.rate(shape) > rate:
@@ -95,6 +94,12 @@ def compress(matrix: Tensor | np.ndarray, rate: float | None = None, codec: str 
         known = sorted(frozenset().union(*(choice.option_names() for choice in choices)))
         raise CodecConfigError(f"no codec of '{codec}' reads the option {sorted(unread)}; known: {known}")
     return _best(matrix, choices, seed, hessian, encoder)
+
+
+def _budget(rate: float, shape: tuple[int, int]) -> int:
+    """Return the most bytes whose rate, as `Codec.rate` computes it, is at most `rate`."""
+    nbytes = math.floor(rate * math.prod(shape) / 8)
+    return nbytes + 1 if 8.0 * (nbytes + 1) / math.prod(shape) <= rate else nbytes
 
 
 def _best(matrix: Tensor, choices: Any, seed: int, hessian: Tensor | None, encoder: Mapping[str, Any]) -> Encoded:
@@ -136,6 +141,8 @@ def load(path: str | Path) -> Encoded | dict[str, Encoded]:
     """
     opened = store.read(Path(path))
     matrices = {name: opened.matrix(name) for name in opened.matrix_names()}
+    if opened.kind == "matrix" and set(matrices) != {_BARE}:
+        raise CorruptStoreError(f"{path}: a store of one bare matrix must hold '{_BARE}', found {sorted(matrices)}")
     return matrices[_BARE] if opened.kind == "matrix" else matrices
 
 

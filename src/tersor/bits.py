@@ -181,7 +181,7 @@ def _unpack_groups(part: Tensor, levels: int, per: int, nbytes: int) -> Tensor:
         part = torch.nn.functional.pad(part, (0, nbytes - part.numel() % nbytes))
     kind = torch.uint8 if levels <= 256 else torch.int32
     if nbytes == 1 and per == 1:
-        return part.to(kind)
+        return part if levels & (levels - 1) == 0 else part % levels  # damaged bytes too give codes in range
     if nbytes == 1:
         return _byte_digits(levels, per).to(part.device)[part.to(torch.int32)].reshape(-1)
     columns = part.reshape(-1, nbytes)

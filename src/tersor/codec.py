@@ -25,6 +25,7 @@ Rows: TypeAlias = slice | Tensor
 Tables: TypeAlias = Mapping[str, Tensor]
 
 BLOCK_ELEMENTS = 1 << 20  # elements of a row block: bounds every dense temporary of decode and matmul
+HUGE = 2.0**100  # beyond this magnitude float32 arithmetic may overflow, so an encoder's result is checked
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -147,7 +148,7 @@ class Codec(abc.ABC):
         Raises
         ------
         NonFiniteError
-            If the matrix holds NaN or infinity.
+            If the matrix or the Hessian holds NaN or infinity, or numbers so large that the codec overflows float32.
         CodecConfigError
             If shape, dtype, Hessian or options do not fit.
         """
@@ -155,12 +156,18 @@ class Codec(abc.ABC):
         if hessian is not None and tuple(hessian.shape) != (matrix.shape[1], matrix.shape[1]):
             raise CodecConfigError(f"the Hessian must be (in, in) = {(matrix.shape[1],) * 2}, "
                                    f"found {tuple(hessian.shape)}")
+        if hessian is not None and not bool(torch.isfinite(hessian).all()):
+            raise NonFiniteError("the Hessian holds NaN or infinity; calibrate again")
         unknown = set(options or {}) - self.option_names()
         if unknown:
             known = ", ".join(sorted(self.option_names())) or "none"
             raise CodecConfigError(f"codec '{self.spec()}' has no encoder option {sorted(unknown)}; known: {known}")
         with single_thread(), torch.no_grad():
-            return self.search(matrix, Search(hessian, seed, dict(options or {}), dict(tables or {})))
+            encoded = self.search(matrix, Search(hessian, seed, dict(options or {}), dict(tables or {})))
+            if max(float(matrix.max()), -float(matrix.min())) > HUGE and not bool(torch.isfinite(encoded.decode()).all()):
+                raise NonFiniteError(f"the matrix holds magnitudes up to {float(matrix.abs().max()):.3g}, with which codec "
+                                     f"'{self.spec()}' overflows float32; scale the matrix down before encoding")
+            return encoded
 
     def option_names(self) -> frozenset[str]:
         """Return the encoder options that this codec and its children read."""
@@ -218,11 +225,17 @@ class Encoded:
 
     def decode_rows(self, start: int, stop: int) -> Tensor:
         """Return rows `start` to `stop`, float32 (stop - start, in)."""
+        if not 0 <= start <= stop <= self.shape[0]:
+            raise CodecConfigError(f"rows {start} to {stop} do not lie within the {self.shape[0]} rows of the matrix")
         return self.codec.decode_rows(self, slice(start, stop))
 
     def gather(self, index: Tensor) -> Tensor:
         """Return the rows named by the int64 tensor `index` (any shape): float32 (*index.shape, in)."""
-        return self.codec.decode_rows(self, index.reshape(-1)).reshape(*index.shape, self.shape[1])
+        flat = index.reshape(-1).to(torch.int64)
+        if not index.is_cuda and flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < self.shape[0]:
+            raise CodecConfigError(f"rows {int(flat.min())}..{int(flat.max())} do not lie within the {self.shape[0]} rows "
+                                   "of the matrix")
+        return self.codec.decode_rows(self, flat).reshape(*index.shape, self.shape[1])
 
     def matmul(self, x: Tensor) -> Tensor:
         """Return `x @ decode().T`: (*batch, in) to (*batch, out), in the dtype of `x`."""
@@ -281,6 +294,11 @@ def check_matrix(matrix: Tensor, name: str = "matrix") -> None:
     for block in row_blocks(tuple(matrix.shape)):
         if not bool(torch.isfinite(matrix[block].to(torch.float32)).all()):
             raise NonFiniteError(f"{name}: holds NaN, infinity or numbers beyond float32; repair it before encoding")
+
+
+def shape_of(matrix: Tensor) -> Shape:
+    """Return (out, in) of a 2-D tensor."""
+    return matrix.shape[0], matrix.shape[1]
 
 
 def row_blocks(shape: tuple[int, ...], multiple: int = 1) -> Iterable[slice]:

@@ -47,7 +47,7 @@ class Ladder:
         lower = affordable[-1]
         dearer = rungs[len(affordable) :]
         if not dearer or shape[0] < 2:
-            return self._wrap(lower)
+            return self.at(lower)
         low, high = 0, shape[0] - 1  # rows on the dearer rung: the most that fit
         while low < high:
             middle = (low + high + 1) // 2
@@ -56,10 +56,11 @@ class Ladder:
             else:
                 high = middle - 1
         if low == 0:
-            return self._wrap(lower)
+            return self.at(lower)
         return self.wrap(MixedRows(dearer[0], lower, low))
 
-    def _wrap(self, rung: Codec) -> Codec:
+    def at(self, rung: Codec) -> Codec:
+        """Return a rung as it is used: wrapped, unless it is dense."""
         return rung if isinstance(rung, Dense) else self.wrap(rung)
 
 

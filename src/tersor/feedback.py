@@ -34,7 +34,7 @@ def encode_with_feedback(encoder: ColumnEncoder, matrix: Tensor, hessian: Tensor
     stride = -(-LAZY_BLOCK // encoder.width) * encoder.width
     for first in range(0, width, stride):
         last = min(first + stride, width)
-        errors = torch.empty(work.shape[0], last - first)
+        errors = torch.empty(work.shape[0], last - first, dtype=torch.float32, device=work.device)
         for start in range(first, last, encoder.width):
             stop = min(start + encoder.width, last)
             columns = work[:, start:stop]

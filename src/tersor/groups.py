@@ -85,7 +85,7 @@ def levels_token(levels: int) -> str:
 
 def parse_levels(token: str) -> int:
     """Inverse of `levels_token`."""
-    return int(token[1:]) if token.startswith("L") else 2 ** int(token)
+    return int(token[1:]) if token.startswith("L") else 2 ** min(int(token), 99)  # 99: refused later, cheaply
 
 
 def group_token(group_size: int | None, axis: str) -> str:

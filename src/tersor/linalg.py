@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tersor import rng
+from tersor.errors import CodecConfigError
 
 
 @contextlib.contextmanager
@@ -179,5 +180,6 @@ def inverse_cholesky(hessian: Tensor, damping: float = 0.01) -> Tensor:
             upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not int(failed):
                 return upper.to(torch.float32)
-        damping *= 10.0
-    raise FloatingPointError("the Hessian could not be factorized even with damping 1000 times its mean diagonal")
+        damping = 10.0 * damping or 0.001
+    raise CodecConfigError("the Hessian could not be factorized even with damping 1000 times its mean diagonal; it must "
+                           "be symmetric positive semidefinite, such as a mean of x xᵀ")

@@ -1,4 +1,4 @@
-"""How far an encoded matrix is from the original: squared error, SQNR, distortion under a Hessian, distance to Shannon."""
+"""How far an encoded matrix is from the original: SQNR, distortion under a Hessian, distance to Shannon."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Quality:
 
     @property
     def shannon_gap(self) -> float:
-        """dB lost to the Gaussian rate-distortion function `4**-rate`; negative for matrices that are not white."""
+        """Decibels lost to the Gaussian rate-distortion function `4**-rate`; negative for matrices that are not white."""
         return DB_PER_BIT * self.rate - self.sqnr
 
 

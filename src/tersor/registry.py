@@ -49,8 +49,10 @@ def from_config(config: Mapping[str, Any]) -> Codec:
         If fields are missing, unknown or unsound.
     """
     classes = codec_classes()
+    if not isinstance(config, Mapping):
+        raise CodecConfigError(f"a codec configuration is an object with an id, found {config!r}")
     name = config.get("id")
-    if name not in classes:
+    if not isinstance(name, str) or name not in classes:
         raise UnknownCodecError(str(name), tuple(sorted(classes)))
     cls = classes[name]
     version = config.get("version", cls.version)
@@ -81,7 +83,10 @@ def parse(text: str) -> Codec:
     CodecConfigError
         If the string is malformed or its fields are unsound.
     """
-    codec, rest = _parse(text.strip())
+    try:
+        codec, rest = _parse(text.strip())
+    except RecursionError:
+        raise CodecConfigError(f"codec string '{text[:40]}…' is nested too deeply") from None
     if rest:
         raise CodecConfigError(f"codec string '{text}': '{rest}' is left over after '{codec.spec()}'")
     return codec

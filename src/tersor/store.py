@@ -29,6 +29,7 @@ FORMAT_VERSION = 1
 MANIFEST = "tersor.json"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 64 * 10**6
+KINDS = ("matrix", "matrices", "model")
 DTYPES = {str(d).removeprefix("torch."): d for d in (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int16, torch.int32,
     torch.int64, torch.bool)}
@@ -228,9 +229,9 @@ def _write_into(folder: Path, entries: Sequence[Entry], payload: Callable[[Entry
         for entry in group:
             held = payload(entry)
             digests[entry.name] = digest(held)
+            if set(held) != set(entry.layout()):
+                raise CorruptStoreError(f"{entry.name}: expected tensors {sorted(entry.layout())}, found {sorted(held)}")
             for tensor, spec in entry.layout().items():
-                if tensor not in held:
-                    raise CorruptStoreError(f"{entry.name}: the payload lacks '{tensor}'")
                 check_tensor(entry.key(tensor), held[tensor], spec)
                 if spec.shared:
                     key = f"shared/{digest({'': held[tensor]})[:16]}/{tensor}"
@@ -240,7 +241,7 @@ def _write_into(folder: Path, entries: Sequence[Entry], payload: Callable[[Entry
                     tensors[entry.key(tensor)] = held[tensor].contiguous()
         if number == len(shards) - 1:
             tensors.update(tables)
-        save_file(tensors, folder / name, metadata={"format": "pt"})
+        save_file(_apart(tensors), folder / name, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, name))
         total += sum(t.numel() * t.element_size() for t in tensors.values())
     if len(shards) > 1:
@@ -255,6 +256,17 @@ def _write_into(folder: Path, entries: Sequence[Entry], payload: Callable[[Entry
         file_digests[name] = file_digest(target)
     manifest = _manifest(entries, kind, provenance, digests, shared, file_digests)
     (folder / MANIFEST).write_bytes(_dump(manifest))
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Clone tensors that share memory with an earlier one, which safetensors refuses to write."""
+    seen: set[int] = set()
+    result = {}
+    for key, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        result[key] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return result
 
 
 def _sync(path: Path) -> None:
@@ -371,17 +383,41 @@ def read(path: Path) -> Store:
         if not isinstance(manifest, dict) or manifest.get("format") != "tersor":
             raise CorruptStoreError(f"{file}: not a tersor manifest")
         version = manifest["format_version"]
-        if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
             raise UnknownCodecError(str(version), tuple(str(v) for v in range(1, FORMAT_VERSION + 1)), "format_version")
         body = {key: value for key, value in manifest.items() if key != "sha256"}
         if manifest["sha256"] != _body_digest(body):
             raise CorruptStoreError(f"{file}: the manifest differs from what was written (SHA-256)")
+        _check_manifest(manifest)
         entries = _entries(manifest)
         store = Store(path, manifest["kind"], entries, manifest)
         _check_shards(store)
-    except (KeyError, TypeError, IndexError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except TersorError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
         raise CorruptStoreError(f"{file}: damaged manifest: {type(error).__name__}: {error}") from error
     return store
+
+
+def _check_manifest(manifest: Mapping[str, Any]) -> None:
+    """Raise `CorruptStoreError` unless kind, file names, shapes, dtypes and shard numbers are of the right form."""
+    if manifest["kind"] not in KINDS:
+        raise CorruptStoreError(f"{MANIFEST}: kind must be one of {KINDS}, found {manifest['kind']!r}")
+    for name in (*manifest["shards"], *manifest["files"]):
+        if not isinstance(name, str) or Path(name).name != name or name in ("", "..") or "\0" in name:
+            raise CorruptStoreError(f"{MANIFEST}: '{name}' is not the name of a file inside the store")
+    for group, ndim, least in ((manifest["matrices"], 2, 1), (manifest["plain"], None, 0)):
+        for name, record in group.items():
+            shape, shard = record["shape"], record.get("shard", 0)
+            sound = (isinstance(shape, list) and all(type(n) is int and n >= least for n in shape)
+                     and ndim in (None, len(shape)) and record["dtype"] in DTYPES)
+            if not sound:
+                raise CorruptStoreError(f"{MANIFEST}: '{name}' has shape {shape} and dtype {record['dtype']}")
+            codec = record["codec"] if ndim else 0
+            if type(codec) is not int or not 0 <= codec < max(1, len(manifest["codecs"])):
+                raise CorruptStoreError(f"{MANIFEST}: '{name}' has codec {codec} of {len(manifest['codecs'])}")
+            if type(shard) is not int or not 0 <= shard < len(manifest["shards"]):
+                raise CorruptStoreError(f"{MANIFEST}: '{name}' lies in shard {shard} of {len(manifest['shards'])}")
 
 
 def _entries(manifest: Mapping[str, Any]) -> dict[str, Entry]:
@@ -429,7 +465,8 @@ def _check_shard(file: Path, specs: Mapping[str, TensorSpec]) -> None:
             raise
         raise CorruptStoreError(f"{file}: not a sound safetensors file: {error}") from error
     payload = sum(spec.nbytes for spec in specs.values())
-    header = 8 + int.from_bytes(file.open("rb").read(8), "little")
+    with file.open("rb") as handle:
+        header = 8 + int.from_bytes(handle.read(8), "little")
     if file.stat().st_size != header + payload:
         raise CorruptStoreError(f"{file}: expected {header + payload} bytes, found {file.stat().st_size}")
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from tersor.bits import Layout
-from tersor.codec import Codec, Encoded, Rows, Search, Shape, Tables, nest, nest_tensors
+from tersor.codec import Codec, Encoded, Rows, Search, Shape, Tables, nest, nest_tensors, shape_of
 from tersor.errors import CodecConfigError
+from tersor.linalg import single_thread
 
 
 @final
@@ -32,6 +33,8 @@ class Sum(Codec):
     grammar: ClassVar[str] = r"sum\("
 
     def __post_init__(self) -> None:
+        if not isinstance(self.stages, tuple) or not all(isinstance(stage, Codec) for stage in self.stages):
+            raise CodecConfigError(f"sum: stages must be a tuple of codecs, found {self.stages!r}")
         if len(self.stages) < 2:
             raise CodecConfigError(f"sum: needs at least two stages, found {len(self.stages)}")
 
@@ -49,12 +52,13 @@ class Sum(Codec):
     def train(self, samples: Iterable[Tensor], *, seed: int = 0) -> Tables:
         """Train each stage on the residuals of the stages before it."""
         tables: dict[str, Tensor] = {}
-        residuals = [sample.to(torch.float32) for sample in samples]
-        for name, stage in self.children().items():
-            own = stage.train(residuals, seed=seed)
-            tables.update(nest_tensors(name, own))
-            if int(name) + 1 < len(self.stages):
-                residuals = [r - stage.encode(r, seed=seed, tables=own).decode() for r in residuals]
+        with single_thread(), torch.no_grad():
+            residuals = [sample.to(torch.float32) for sample in samples]
+            for name, stage in self.children().items():
+                own = stage.train(residuals, seed=seed)
+                tables.update(nest_tensors(name, own))
+                if int(name) + 1 < len(self.stages):
+                    residuals = [r - stage.encode(r, seed=seed, tables=own).decode() for r in residuals]
         return tables
 
     def search(self, matrix: Tensor, how: Search) -> Encoded:
@@ -65,7 +69,7 @@ class Sum(Codec):
             encoded = stage.search(residual, how.inner(name))
             tensors.update(nest_tensors(name, encoded.tensors))
             residual -= encoded.decode()
-        return Encoded(self, tuple(matrix.shape), tensors)
+        return Encoded(self, shape_of(matrix), tensors)
 
     def decode_rows(self, encoded: Encoded, rows: Rows) -> Tensor:
         """Return the sum of the stages' rows."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tersor.bits import Layout, TensorSpec
-from tersor.codec import Codec, Encoded, Rows, Search, Shape, matmul_by_blocks
+from tersor.codec import Codec, Encoded, Rows, Search, Shape, matmul_by_blocks, shape_of
 from tersor.errors import CodecConfigError, NonFiniteError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -47,7 +47,7 @@ class Dense(Codec):
         values = matrix.to(DTYPES[self.dtype], copy=True)
         if not bool(torch.isfinite(values).all()):
             raise NonFiniteError(f"dense: values up to {float(matrix.abs().max()):.3g} overflow {self.dtype}; use bf16")
-        return Encoded(self, tuple(matrix.shape), {"values": values.contiguous()})
+        return Encoded(self, shape_of(matrix), {"values": values.contiguous()})
 
     def decode_rows(self, encoded: Encoded, rows: Rows) -> Tensor:
         """Return rows as float32."""

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from tersor.bits import Layout
-from tersor.codec import Codec, Encoded, Rows, Search, Shape, Tables, nest, nest_tensors, row_blocks
+from tersor.codec import Codec, Encoded, Rows, Search, Shape, Tables, nest, nest_tensors, row_blocks, shape_of
 from tersor.errors import CodecConfigError
+from tersor.linalg import single_thread
 from tersor.rotation import Rotation
 
 SIDES = {"in": "rot", "out": "rotout", "both": "rotboth"}
@@ -45,6 +46,8 @@ class Rotated(Codec):
     grammar: ClassVar[str] = r"rot(?P<side>out|both)?(?:@(?P<seed>\d+))?,"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.inner, Codec):
+            raise CodecConfigError(f"rotated: inner must be a codec, found {self.inner!r}")
         if self.side not in SIDES:
             raise CodecConfigError(f"rotated: side must be one of {sorted(SIDES)}, found {self.side!r}")
         if not isinstance(self.seed, int) or self.seed < 0:
@@ -60,7 +63,8 @@ class Rotated(Codec):
 
     def train(self, samples: Iterable[Tensor], *, seed: int = 0) -> Tables:
         """Train the inner codec on rotated samples."""
-        return nest_tensors("inner", self.inner.train((self._rotate(s) for s in samples), seed=seed))
+        with single_thread(), torch.no_grad():
+            return nest_tensors("inner", self.inner.train((self._rotate(s) for s in samples), seed=seed))
 
     def search(self, matrix: Tensor, how: Search) -> Encoded:
         """Rotate matrix and Hessian, then encode with the inner codec."""
@@ -70,7 +74,7 @@ class Rotated(Codec):
         inner = how.inner("inner")
         inner = dataclasses.replace(inner, hessian=hessian)
         encoded = self.inner.search(self._rotate(matrix), inner)
-        return Encoded(self, tuple(matrix.shape), nest_tensors("inner", encoded.tensors))
+        return Encoded(self, shape_of(matrix), nest_tensors("inner", encoded.tensors))
 
     def decode(self, encoded: Encoded) -> Tensor:
         """Decode the inner matrix and rotate it back, by blocks."""
@@ -120,7 +124,7 @@ class Rotated(Codec):
         return encoded.child("inner", self.inner, encoded.shape)
 
     def _rotate(self, matrix: Tensor) -> Tensor:
-        shape = tuple(matrix.shape)
+        shape = shape_of(matrix)
         out = torch.empty(shape, dtype=torch.float32, device=matrix.device)
         for block in row_blocks(shape):
             part = matrix[block].to(torch.float32)

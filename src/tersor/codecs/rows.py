@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tersor import bits
 from tersor.bits import Layout, TensorSpec
-from tersor.codec import Codec, Encoded, Rows, Search, Shape, Tables, nest, nest_tensors, row_blocks
+from tersor.codec import Codec, Encoded, Rows, Search, Shape, Tables, nest, nest_tensors, row_blocks, shape_of
 from tersor.errors import CodecConfigError
 
 
@@ -37,6 +37,8 @@ class MixedRows(Codec):
     grammar: ClassVar[str] = r"rows(?P<count>\d+)\("
 
     def __post_init__(self) -> None:
+        if not (isinstance(self.first, Codec) and isinstance(self.second, Codec)):
+            raise CodecConfigError(f"rows: first and second must be codecs, found {self.first!r} and {self.second!r}")
         if not isinstance(self.count, int) or self.count < 1:
             raise CodecConfigError(f"rows: count must be a positive integer, found {self.count!r}")
 
@@ -58,7 +60,7 @@ class MixedRows(Codec):
 
     def search(self, matrix: Tensor, how: Search) -> Encoded:
         """Give the rows of largest energy to `first` and the others to `second`."""
-        shape: Shape = (matrix.shape[0], matrix.shape[1])
+        shape = shape_of(matrix)
         self._shapes(shape)
         mask = torch.zeros(shape[0], dtype=torch.uint8, device=matrix.device)
         mask[torch.argsort(_energy(matrix), descending=True, stable=True)[: self.count]] = 1
@@ -72,7 +74,7 @@ class MixedRows(Codec):
         """Decode the rows that each codec holds and put them in place."""
         in_first, rank = self._places(encoded)
         chosen, place = in_first[rows], rank[rows]
-        out = torch.empty(chosen.shape[0], encoded.shape[1], device=chosen.device)
+        out = torch.empty(chosen.shape[0], encoded.shape[1], dtype=torch.float32, device=chosen.device)
         for child, taken in zip(self._parts(encoded), (chosen, ~chosen), strict=True):
             places = place[taken]
             if places.numel():

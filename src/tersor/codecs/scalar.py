@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tersor import codes
 from tersor.bits import Layout, TensorSpec
-from tersor.codec import Codec, ColumnEncoder, Encoded, Rows, Search, Shape, Tables, matmul_by_blocks
+from tersor.codec import Codec, ColumnEncoder, Encoded, Rows, Search, Shape, Tables, matmul_by_blocks, shape_of
 from tersor.errors import CodecConfigError
 from tersor.feedback import encode_with_feedback
 from tersor.groups import Grid, check_fields, group_token, levels_token, parse_levels
@@ -86,7 +86,7 @@ class Scalar(Codec):
         del seed
         if self.codebook != "shared":
             return {}
-        with single_thread():
+        with single_thread(), torch.no_grad():
             normalized = [self._normalized(sample) for sample in samples]
             if not normalized:
                 raise CodecConfigError("scalar: training a shared table needs at least one sample matrix, found none")
@@ -160,13 +160,13 @@ class Scalar(Codec):
         refits = how.options.get("refits", REFITS)
         if not isinstance(refits, int) or refits < 0:
             raise CodecConfigError(f"scalar: option refits must be an integer >= 0, found {refits!r}")
-        grid = Grid(tuple(matrix.shape), self.group_size, self.axis)
+        grid = Grid(shape_of(matrix), self.group_size, self.axis)
         (scales,) = grid.fit(matrix, lambda groups: (fit_scales(groups, table, refits),))
         return grid, table, scales
 
     def _normalized(self, matrix: Tensor) -> Tensor:
         """Return a strided sample of the elements, each divided by its group's root mean square."""
-        grid = Grid(tuple(matrix.shape), self.group_size, self.axis)
+        grid = Grid(shape_of(matrix), self.group_size, self.axis)
         (rms,) = grid.fit(matrix, lambda groups: (_rms(groups),))
         inverse, parts = _reciprocal(rms), []
         stride = max(1, matrix.numel() // SAMPLE)
@@ -208,7 +208,7 @@ def midpoints(table: Tensor) -> Tensor:
 def nearest(values: Tensor, edges: Tensor) -> Tensor:
     """Return the index of the nearest entry, uint8 of the shape of `values`."""
     if edges.numel() > 15:
-        return torch.bucketize(values, edges, out_int32=True).to(torch.uint8)
+        return torch.bucketize(values.contiguous(), edges, out_int32=True).to(torch.uint8)
     chosen = torch.zeros(values.shape, dtype=torch.uint8, device=values.device)
     for edge in edges.tolist():  # for few levels, comparisons beat a search
         chosen += values > edge

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tersor import codes
 from tersor.bits import Layout, TensorSpec, pack, unpack
-from tersor.codec import Codec, ColumnEncoder, Encoded, Rows, Search, Shape, matmul_by_blocks
+from tersor.codec import Codec, ColumnEncoder, Encoded, Rows, Search, Shape, matmul_by_blocks, shape_of
 from tersor.errors import CodecConfigError
 from tersor.feedback import encode_with_feedback
 from tersor.groups import Grid, check_fields, group_token, levels_token, parse_levels
@@ -57,6 +57,8 @@ class Uniform(Codec):
 
     def __post_init__(self) -> None:
         check_fields(self.levels, self.group_size, self.axis, "uniform", 256)
+        if not isinstance(self.symmetric, bool):
+            raise CodecConfigError(f"uniform: symmetric must be true or false, found {self.symmetric!r}")
 
     def layout(self, shape: Shape) -> Layout:
         """Return `codes`, `scales` and, when asymmetric, `zeros`."""
@@ -73,7 +75,7 @@ class Uniform(Codec):
 
         def assign(rows: slice) -> Tensor:
             scaled = matrix[rows].to(torch.float32) * grid.expand(inverse, rows)
-            return self._round(scaled, self._zero(grid, zeros, rows))
+            return self._round(scaled, self._zero(grid, zeros, rows, matrix.device))
 
         packed = codes.write(grid.shape, self.levels, matrix.device, assign)
         return self._close(grid.shape, packed, scales, zeros)
@@ -84,7 +86,7 @@ class Uniform(Codec):
         every = slice(0, grid.shape[0])
         scale = grid.expand(scales.to(torch.float32), every).expand(grid.shape)
         inverse = grid.expand(_reciprocal(scales), every).expand(grid.shape)
-        zero = self._zero(grid, zeros, every).expand(grid.shape)
+        zero = self._zero(grid, zeros, every, matrix.device).expand(grid.shape)
 
         def assign(columns: Tensor, start: int) -> Tensor:
             stop = start + columns.shape[1]
@@ -105,7 +107,7 @@ class Uniform(Codec):
             count = grid.param_shape[0] * grid.param_shape[1]
             zeros = unpack(encoded.tensors["zeros"], self.levels, 0, count).reshape(grid.param_shape)
         chosen = codes.read(encoded.tensors["codes"], encoded.shape, self.levels, rows).to(torch.float32)
-        chosen -= self._zero(grid, zeros, rows)
+        chosen -= self._zero(grid, zeros, rows, chosen.device)
         return chosen.mul_(grid.expand(encoded.tensors["scales"].to(torch.float32), rows))
 
     def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
@@ -129,7 +131,7 @@ class Uniform(Codec):
         if clip not in ("absmax", "mse"):
             raise CodecConfigError(f"uniform: option clip must be 'absmax' or 'mse', found {clip!r}")
         factors = CLIP_FACTORS if clip == "mse" else (1.0,)
-        grid = Grid(tuple(matrix.shape), self.group_size, self.axis)
+        grid = Grid(shape_of(matrix), self.group_size, self.axis)
         fitted = grid.fit(matrix, lambda groups: self._fit_groups(groups, factors))
         return grid, fitted[0], None if self.symmetric else fitted[1]
 
@@ -160,9 +162,9 @@ class Uniform(Codec):
         assert best is not None
         return best[1], best[2].to(torch.uint8)
 
-    def _zero(self, grid: Grid, zeros: Tensor | None, rows: Rows) -> Tensor:
+    def _zero(self, grid: Grid, zeros: Tensor | None, rows: Rows, device: torch.device) -> Tensor:
         if zeros is None:
-            return torch.full((1, 1), (self.levels - 1) / 2)
+            return torch.full((1, 1), (self.levels - 1) / 2, dtype=torch.float32, device=device)
         return grid.expand(zeros.to(torch.float32), rows)
 
     def _round(self, scaled: Tensor, zero: Tensor) -> Tensor:

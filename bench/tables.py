@@ -1,0 +1,226 @@
+"""Markdown tables from bench/results/*.jsonl, spliced between `<!-- bench:NAME -->` and `<!-- /bench -->`.
+
+`tables.py` prints them all, `--write` updates README.md and docs/, `--check` fails if any is stale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import cases
+import common
+
+Line = Mapping[str, Any]
+MARKER = re.compile(r"(<!-- bench:(?P<name>[\w.-]+) -->\n).*?(?=<!-- /bench -->)", re.DOTALL)
+PEER_NAMES = {"nf4": "bitsandbytes NF4, block", "hqq": "HQQ", "quanto": "quanto", "torchao": "torchao", "gguf": "GGUF",
+              "faiss": "FAISS"}
+
+
+def label(method: str) -> str:
+    """Return how a table names a method."""
+    head, _, rest = method.partition(":")
+    if method == "original":
+        return "original, bf16"
+    if method == "pipeline":
+        return "**Tersor**, calibrated and planned"
+    if head == "tersor":
+        return f"**Tersor** `{rest.split('@')[0]}`, plain"
+    if rest:
+        words = re.sub(r"^(\d+)g(\d+)(\w*)$", r"\1-bit, group \2 \3", rest).strip()
+        words = re.sub(r"^eden(\d)$", r"EDEN \1-bit", words).replace(" hqq", ", HQQ optimizer")
+        return f"{PEER_NAMES[head]} {words.upper() if words == 'sq4' else words}"
+    if method.startswith("rtn"):
+        bits, group = method.removeprefix("rtn").split("g")
+        return f"round to nearest {bits}-bit, group {group}"
+    return f"**Tersor** `{method}`" if method.startswith("rot,") else f"Tersor `{method}`"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table; every column but the first is right-aligned."""
+    lines = [f"| {' | '.join(header)} |", f"| --- |{' ---: |' * (len(header) - 1)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def provenance(lines: Iterable[Line]) -> str:
+    """Return one line that says where and when figures were measured."""
+    held = list(lines)
+    last = max(held, key=lambda line: line["date"])
+    machine = last["machine"]
+    commits = sorted({line["commit"] for line in held})
+    days = sorted({line["date"][:10] for line in held})
+    when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+    return (f"Measured {when} at commit {', '.join(f'`{c}`' for c in commits)} on {machine['cpu']}, {threads}, "
+            f"torch {last['versions']['torch']}; seed {last['seed']}.")
+
+
+def gaussian_table(found: Mapping[str, Line]) -> str:
+    """Relative MSE of every method on three kinds of matrix."""
+    rows = []
+    kinds = tuple(cases.DATA_TOLERANCE)
+    for bits, methods in cases.MATRIX_METHODS.items():
+        block = []
+        for method in methods:
+            lines = [found.get(cases.MatrixCase(kind, method, bits).key) for kind in kinds]
+            if lines[0] is None:
+                continue
+            first = lines[0]["numbers"]
+            cells = [f"{line['numbers']['relative_mse']:.4f}" if line else "" for line in lines]
+            block.append((first["rate"], [label(method), f"{first['rate']:.3f}", *cells,
+                                          f"{first['shannon_gap_db']:.2f}"]))
+        rows += [row for _, row in sorted(block, key=lambda pair: pair[0])]
+    return table(["method", "bits per element", "Gaussian", "Student t, 3 d.o.f.", "outlier columns",
+                  "dB to Shannon (Gaussian)"], rows)
+
+
+def targets_table(found: Mapping[str, Line]) -> str:
+    """Rotation + Lloyd-Max against its targets."""
+    rows = []
+    for case in cases.MATRIX_CASES:
+        line = found.get(case.key)
+        if case.target is None or line is None:
+            continue
+        numbers = line["numbers"]
+        off = 100 * (numbers["relative_mse"] / case.target - 1)
+        rows.append([f"`{case.method}`, {case.data}", f"{numbers['rate']:.4f}", f"{numbers['relative_mse']:.5f}",
+                     f"{case.target}", f"{off:+.2f} %", f"{100 * case.tolerance:.0f} %",
+                     "pass" if numbers["passed"] else "**fail**"])
+    return table(["case", "bits per element", "relative MSE", "target", "above", "allowed", ""], rows)
+
+
+def models_table(model: str) -> Callable[[Mapping[str, Line]], str]:
+    """Return the table of one model: peers use as many bytes as Tersor's rows above them, or more."""
+    def build(found: Mapping[str, Line]) -> str:
+        lines = [line for line in found.values() if line["case"]["model"] == model]
+        lines.sort(key=lambda line: (line["case"]["method"] != "original", line["case"]["rate"], line["bytes"],
+                                     line["key"]))
+        ours: dict[int, int] = {}  # the most bytes of a Tersor row, by block
+        for line in lines:
+            if label(line["case"]["method"]).startswith("**Tersor**"):
+                ours[line["case"]["rate"]] = max(line["bytes"], ours.get(line["case"]["rate"], 0))
+        rows = []
+        for line in lines:
+            numbers = line["numbers"]
+            name = label(line["case"]["method"])
+            fewer = " (fewer bytes)" if "**" not in name and line["bytes"] < ours.get(line["case"]["rate"], 0) else ""
+            perplexities = [f"{numbers[domain]['perplexity']:.2f}" for domain in common.DOMAINS]
+            rows.append([name + fewer, f"{line['bytes']:,}", f"{numbers['rate']:.3f}", *perplexities,
+                         f"{numbers['all']['kl']:.4f}", f"{100 * numbers['all']['top1']:.1f} %"])
+        return table(["method", "bytes", "bits per parameter", *(f"perplexity, {d}" for d in common.DOMAINS),
+                      "KL, nats", "same top token"], rows)
+    return build
+
+
+def speed_table(found: Mapping[str, Line]) -> str:
+    """Encode and decode as multiples of a copy of the matrix."""
+    rows = []
+    for case in cases.SPEED_CASES:
+        line = found.get(case.key)
+        if line is None or case.most is None:
+            continue
+        rows.append([f"{case.operation} `{case.method}`", f"{line['numbers']['ratio']:.1f}", f"{case.most:g}",
+                     "pass" if line["numbers"]["passed"] else "**fail**"])
+    return table([f"operation, {cases.SPEED_CASES[0].size} x {cases.SPEED_CASES[0].size} float32", "x copy", "at most",
+                  ""], rows)
+
+
+def packing_table(found: Mapping[str, Line]) -> str:
+    """Packing and unpacking by number of levels, as multiples of a copy of the float32 matrix."""
+    ratios: dict[str, dict[str, str]] = {}
+    for case in cases.SPEED_CASES:
+        line = found.get(case.key)
+        if line is not None and case.operation in ("pack", "unpack"):
+            ratios.setdefault(case.method, {})[case.operation] = f"{line['numbers']['ratio']:.2f}"
+    return table(["levels", "pack, x copy", "unpack, x copy"],
+                 [[levels, of.get("pack", ""), of.get("unpack", "")] for levels, of in ratios.items()])
+
+
+def memory_table(found: Mapping[str, Line]) -> str:
+    """Peak memory of encoding, above importing torch."""
+    rows = []
+    for case in cases.MEMORY_CASES:
+        line = found.get(case.key)
+        if line is None:
+            continue
+        numbers = line["numbers"]
+        rows.append([f"`{case.method}`, {case.rows} x {case.columns}", f"{numbers['dense_bytes'] / 1e6:.0f}",
+                     f"{numbers['peak_bytes'] / 1e6:.0f}", f"{numbers['limit_bytes'] / 1e6:.0f}",
+                     "pass" if numbers["passed"] else "**fail**"])
+    return table(["encoding", "matrix, MB", "peak, MB", "at most, MB", ""], rows)
+
+
+TABLES: Mapping[str, tuple[str, Callable[[Mapping[str, Line]], str]]] = {
+    "gaussian": ("gaussian", gaussian_table),
+    "gaussian-targets": ("gaussian", targets_table),
+    **{f"models-{name}": ("models", models_table(name)) for name in (*cases.MODELS, "smollm2-135m")},
+    "speed": ("speed", speed_table),
+    "packing": ("speed", packing_table),
+    "memory": ("speed", memory_table),
+}
+
+
+def render(name: str) -> str:
+    """Return a table and its provenance.
+
+    Raises
+    ------
+    LookupError
+        If no table is called so, or nothing was measured for it.
+    """
+    if name not in TABLES:
+        raise LookupError(f"no table 'bench:{name}'; known: {', '.join(TABLES)}")
+    suite, build = TABLES[name]
+    found = common.newest(suite)
+    if suite == "models":
+        found = {key: line for key, line in found.items() if f"models-{line['case']['model']}" == name}
+    elif suite == "speed":
+        kind = {"speed": ("encode|", "decode|"), "packing": ("pack|", "unpack|"), "memory": ("memory|",)}[name]
+        found = {key: line for key, line in found.items() if key.startswith(kind)}
+    if not found:
+        raise LookupError(f"no results for 'bench:{name}'; run the suite '{suite}' first")
+    return f"{build(found)}\n\n{provenance(found.values())}\n"
+
+
+def documents() -> list[Path]:
+    """Return the files that may hold tables."""
+    return [common.ROOT / "README.md", *sorted((common.ROOT / "docs").rglob("*.md"))]
+
+
+def splice(text: str) -> str:
+    """Return `text` with every marked table rendered anew."""
+    return MARKER.sub(lambda match: match[1] + render(match["name"]), text)
+
+
+def main() -> int:
+    """Print, write or check the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--write", action="store_true", help="update README.md and docs/**/*.md")
+    group.add_argument("--check", action="store_true", help="exit with status 1 if a table is stale")
+    arguments = parser.parse_args()
+    if not (arguments.write or arguments.check):
+        for name, (suite, _) in TABLES.items():
+            if common.newest(suite):
+                try:
+                    print(f"## {name}\n\n{render(name)}")
+                except LookupError as error:
+                    print(f"## {name}\n\n{error}\n")
+        return 0
+    stale = []
+    for file in documents():
+        if file.is_file() and (fresh := splice(before := file.read_text())) != before:
+            stale.append(file.relative_to(common.ROOT))
+            if arguments.write:
+                file.write_text(fresh)
+    for file in stale:
+        print(f"{'updated' if arguments.write else 'stale'}: {file}")
+    return 1 if stale and arguments.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

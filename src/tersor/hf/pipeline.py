@@ -1,0 +1,389 @@
+"""The five stages from a model directory to a verified, compressed one. Each reads files and writes files.
+
+calibrate → survey → plan → encode → evaluate; `compress_model` runs them in order in a work folder beside the output.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from tersor import plan as planning
+from tersor import store
+from tersor.calibration import Calibration
+from tersor.codec import Codec, Encoded, check_matrix
+from tersor.errors import BudgetError, CodecConfigError, CorruptStoreError
+from tersor.families import AUTO, FAMILIES, Ladder, families
+from tersor.hf import calibrate as calibrating
+from tersor.hf import sensitivity
+from tersor.hf.sensitivity import fisher_traces
+from tersor.hf.source import Source
+from tersor.hf.text import read_text, read_tokenizer, text_source, token_ids, windows
+from tersor.hf.walk import Matrix, quiet
+from tersor.plan import Choice
+from tersor.quality import measure
+from tersor.registry import parse
+
+REPORT = "tersor-report.json"
+CONTEXT = 512
+CALIBRATION_TOKENS = 65536
+FISHER_TOKENS = 4096
+SURVEY_SPAN = (0.4, 2.6)  # rungs surveyed, as multiples of the rate asked for
+_SLACK = 64  # bytes kept back for the last digits of offsets
+
+Progress = Callable[[str, int, int], None]
+
+
+def no_progress(stage: str, done: int, total: int) -> None:
+    """Ignore progress."""
+    del stage, done, total
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What the user asks of a model.
+
+    Attributes
+    ----------
+    budget : int
+        Bytes: shards, index and manifest.
+    method : str
+        A family, or a concrete codec string for every matrix.
+    seed : int
+    options : mapping
+        Encoder options; those that a codec does not read are not passed to it.
+    sensitivities : mapping of str to float
+        Weight of each matrix's relative distortion; 1 where none is given.
+    """
+
+    budget: int
+    method: str = "rotated_scalar"
+    seed: int = 0
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    sensitivities: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+def load_dense(source: Source, device: str = "cpu") -> PreTrainedModel:
+    """Load the dense model of a source in its own dtype; float32 on a CPU for half precision, which CPUs are slow at."""
+    dtype = torch.float32 if device == "cpu" else "auto"
+    with quiet():
+        model: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, local_files_only=True)
+    return model.to(device).eval()
+
+
+def calibrate(source: Source, text: Path, output: Path, *, tokens: int = CALIBRATION_TOKENS,
+              fisher_tokens: int = FISHER_TOKENS, context: int = CONTEXT, seed: int = 0, device: str = "cpu",
+              progress: Progress = no_progress) -> Calibration:
+    """Run calibration text through the dense model; write moments and Fisher traces to `output`.
+
+    Runs on one thread's order of sums, so that the same text gives the same file on any thread count.
+    """
+    ids = token_ids(read_tokenizer(source.folder), read_text(text), context, tokens, str(text))
+    sequences = windows(ids, context)
+    stride = max(1, sequences.numel() // fisher_tokens) if fisher_tokens else sequences.shape[0] + 1
+    chosen = sequences[::stride] if fisher_tokens else sequences[:0]
+    total = sequences.numel() + 3 * len(chosen) * context
+    done = 0
+
+    def step(count: int) -> None:
+        nonlocal done
+        done += count
+        progress("calibrate", done, total)
+
+    step(0)
+    model = load_dense(source, device)
+    parts = ((batch, None) for batch in sequences.split(calibrating.BATCH))
+    result = calibrating.collect(model, parts, text_source(text), step)
+    if len(chosen):
+        traces = fisher_traces(model, chosen, seed, lambda count: step(3 * count))
+        result = dataclasses.replace(result, fisher=traces)
+    result.save(output)
+    return result
+
+
+def ladders(method: str) -> Sequence[Ladder]:
+    """Return the ladders that a method names: a family's, or one rung for a concrete codec string."""
+    if method in families():
+        return [ladder for name, group in FAMILIES.items() if method in (AUTO, name) for ladder in group]
+    return [Ladder((parse(method),))]
+
+
+def fixed_options(codec: Codec, options: Mapping[str, Any], *, calibrated: bool) -> dict[str, Any]:
+    """Return the options that `codec` reads; error feedback is on by default where there is a Hessian."""
+    known = codec.option_names()
+    wanted = {"feedback": calibrated, **options}
+    return {key: value for key, value in sorted(wanted.items()) if key in known}
+
+
+def survey(source: Source, calibration: Calibration | None, request: Request, output: Path, *, device: str = "cpu",
+           progress: Progress = no_progress) -> dict[str, list[Choice]]:
+    """Encode every matrix with every rung near the budget; one JSON line a trial in `output`, resumed if there.
+
+    The cost of a choice is its relative distortion times the matrix's weight: what the request says, else the Fisher
+    estimate of the KL, else the matrix's share of the elements. Surveys run without error feedback: it lowers all rungs
+    of a matrix by about the same factor.
+    """
+    done = _read_survey(output)
+    rate = 8 * request.budget / source.elements
+    matrices = source.layout.matrices
+    choices: dict[str, list[Choice]] = {name: [] for name in matrices}
+    given = planning.check_weights(list(matrices), request.sensitivities)
+    with output.open("a") as handle:
+        for number, (name, matrix) in enumerate(matrices.items()):
+            progress("survey", number, len(matrices))
+            tried = rungs(request.method, matrix.shape, rate)
+            missing = [codec for codec in tried if (name, codec.spec()) not in done]
+            dense = read_matrix(source, matrix, device) if missing else None
+            for codec in missing:
+                assert dense is not None
+                record = trial(source, matrix, dense, codec, calibration, request)
+                done[name, codec.spec()] = record
+                handle.write(json.dumps(record) + "\n")
+                handle.flush()
+            for codec in tried:
+                record = done[name, codec.spec()]
+                cost = record["distortion"] * given.get(name, record["weight"])
+                choices[name].append(Choice(codec, record["nbytes"], cost))
+    progress("survey", len(matrices), len(matrices))
+    return choices
+
+
+def _read_survey(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    done: dict[tuple[str, str], dict[str, Any]] = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line)
+            done[record["matrix"], record["codec"]] = record
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue  # the last line of a killed run may be cut short; that trial is run again
+    return done
+
+
+def trial(source: Source, matrix: Matrix, dense: Tensor, codec: Codec, calibration: Calibration | None,
+          request: Request) -> dict[str, Any]:
+    """Encode one matrix with one codec, without feedback; return the survey's line."""
+    options = fixed_options(codec, {**request.options, "feedback": False}, calibrated=False)
+    tables = codec.train([dense], seed=request.seed)
+    hessian = _hessian(calibration, matrix, str(dense.device))
+    quality = measure(dense, codec.encode(dense, seed=request.seed, options=options, tables=tables), hessian)
+    trace = None if calibration is None else calibration.fisher.get(matrix.name)
+    weight = (dense.numel() / source.elements if trace is None else sensitivity.weight(trace, dense, hessian))
+    return {"matrix": matrix.name, "codec": codec.spec(), "nbytes": codec.nbytes(matrix.shape),
+            "distortion": quality.distortion, "relative_error": quality.relative_error, "weight": weight}
+
+
+def rungs(method: str, shape: tuple[int, int], rate: float) -> list[Codec]:
+    """Return the rungs worth trying on a matrix when the whole model has `rate` bits per element; always the least."""
+    listed = [ladder.at(rung) for ladder in ladders(method) for rung in ladder.rungs]
+    listed = sorted(dict.fromkeys(listed), key=lambda codec: codec.nbytes(shape))
+    low, high = SURVEY_SPAN
+    near = [rung for rung in listed if low * rate <= rung.rate(shape) <= high * rate]
+    return near if near and near[0] == listed[0] else [listed[0], *near]
+
+
+def read_matrix(source: Source, matrix: Matrix, device: str) -> Tensor:
+    """Read one matrix of a source to `device`, checked for NaN and infinity by name."""
+    tensor = source.matrix(matrix).to(device)
+    check_matrix(tensor, matrix.name)
+    return tensor
+
+
+def _hessian(calibration: Calibration | None, matrix: Matrix, device: str) -> Tensor | None:
+    hessian = None if calibration is None else calibration.hessians.get(matrix.name)
+    return None if hessian is None else hessian.to(device)
+
+
+def make_plan(source: Source, choices: Mapping[str, Sequence[Choice]], request: Request,
+              provenance: Mapping[str, Any]) -> dict[str, Codec]:
+    """Spend the budget: allocate rungs, then raise one matrix between two rungs with what is left over.
+
+    Raises
+    ------
+    BudgetError
+        If the least rungs exceed the budget; names the least reachable size and rate.
+    """
+    spare, picks = request.budget, {name: options[0].codec for name, options in choices.items()}
+    payload = 0
+    for _ in range(4):  # the overhead depends, by a few bytes, on the codecs chosen
+        overhead = predict(source, picks, provenance) - sum(c.nbytes(source.layout.matrices[n].shape)
+                                                            for n, c in picks.items())
+        spare = request.budget - overhead - _SLACK
+        try:
+            chosen = planning.allocate(choices, spare)
+        except BudgetError as error:
+            raise least_error(source, request, math.ceil(error.least) + overhead + _SLACK) from error
+        picks = {name: choice.codec for name, choice in chosen.items()}
+        payload = sum(choice.nbytes for choice in chosen.values())
+        if predict(source, picks, provenance) <= request.budget:
+            break
+    return _top_up(source, picks, spare - payload, request, provenance)
+
+
+def least_error(source: Source, request: Request, least: int) -> BudgetError:
+    """Return the error for a budget below the least reachable bytes, which it names."""
+    rate = 8 * least / source.elements
+    return BudgetError(f"{request.budget} bytes ({8 * request.budget / source.elements:.4g} bits per parameter) are too "
+                       f"few: '{request.method}' needs at least {least} bytes ({rate:.4g} bits per parameter) for this "
+                       "model", rate)
+
+
+def _top_up(source: Source, picks: dict[str, Codec], rest: int, request: Request,
+            provenance: Mapping[str, Any]) -> dict[str, Codec]:
+    """Give what is left over to one matrix, the largest that can take it, by mixing two rungs over its rows."""
+    matrices = source.layout.matrices
+    for name in sorted(picks, key=lambda n: matrices[n].shape[0] * matrices[n].shape[1], reverse=True):
+        now = picks[name].nbytes(matrices[name].shape)
+        for ladder in ladders(request.method):
+            if picks[name] not in [ladder.at(rung) for rung in ladder.rungs]:
+                continue
+            raised = {**picks, name: ladder.fit(matrices[name].shape, now + rest)}
+            gained = raised[name].nbytes(matrices[name].shape) - now
+            if gained > 0.5 * rest and predict(source, raised, provenance) <= request.budget:
+                return raised
+    return picks
+
+
+def entries(source: Source, picks: Mapping[str, Codec]) -> list[store.Entry]:
+    """Return the store's entries for a plan: matrices first, then plain tensors."""
+    matrices = source.layout.matrices
+    listed = [store.Entry(n, matrices[n].shape, _dtype(source, matrices[n].parameter), c) for n, c in picks.items()]
+    return listed + [store.Entry(name, tuple(size), _dtype(source, name))
+                     for name, size in source.layout.plain.items()]
+
+
+def _dtype(source: Source, name: str) -> str:
+    return str(source.dtype(name)).removeprefix("torch.")
+
+
+def predict(source: Source, picks: Mapping[str, Codec], provenance: Mapping[str, Any]) -> int:
+    """Return an upper bound on the bytes on disk, tight to some bytes a tensor."""
+    return store.predict_nbytes(entries(source, picks), "model", provenance, ["config.json", *source.companions()])
+
+
+def check_plan(source: Source, picks: Mapping[str, Codec]) -> None:
+    """Raise `CodecConfigError` unless a plan names exactly the model's matrices and fits their shapes."""
+    odd = set(picks) ^ set(source.layout.matrices)
+    if odd:
+        raise CodecConfigError(f"the plan and the model differ in {len(odd)} matrices, such as {sorted(odd)[:3]}; "
+                               "make the plan from this model's survey")
+    for name, codec in picks.items():
+        codec.layout(source.layout.matrices[name].shape)
+
+
+def provenance(source: Source, calibration: Calibration | None, request: Request, version: str) -> dict[str, Any]:
+    """Return what the manifest says of how the model was made; no clocks, no paths."""
+    seen = None if calibration is None else {"tokens": calibration.tokens, "source": calibration.source}
+    return {"tersor": version, "source_sha256": source.fingerprint(), "budget_bytes": request.budget,
+            "method": request.method, "seed": request.seed, "options": dict(request.options), "calibration": seen}
+
+
+def encode(source: Source, picks: Mapping[str, Codec], calibration: Calibration | None, request: Request, work: Path,
+           output: Path, record: Mapping[str, Any], *, device: str = "cpu",
+           progress: Progress = no_progress) -> dict[str, Any]:
+    """Encode one matrix at a time into `work`, then assemble the store at `output`; return the per-matrix report.
+
+    A killed run continues from the last finished matrix, and gives the same bytes as an unbroken one.
+    """
+    check_plan(source, picks)
+    folder = work / "matrices"
+    folder.mkdir(parents=True, exist_ok=True)
+    report: dict[str, Any] = {}
+    files: dict[str, Path] = {}
+    for number, (name, codec) in enumerate(picks.items()):
+        progress("encode", number, len(picks))
+        files[name] = folder / f"{number:06d}.safetensors"
+        matrix = source.layout.matrices[name]
+        known = calibration is not None and name in calibration.hessians
+        options = fixed_options(codec, request.options, calibrated=known)
+        job = _job(record, name, codec, options)
+        found = _finished(files[name], job)
+        if found is None:
+            dense, hessian = read_matrix(source, matrix, device), _hessian(calibration, matrix, device)
+            encoded, found = encode_matrix(dense, codec, hessian, request.seed, options, name)
+            del dense
+            _keep(files[name], encoded, job, found)
+        report[name] = found
+    progress("encode", len(picks), len(picks))
+    config = source.config_json()
+    config["quantization_config"] = {"quant_method": "tersor", "format_version": store.FORMAT_VERSION}
+    companions: dict[str, bytes | Path] = {"config.json": json.dumps(config, indent=1).encode(), **source.companions()}
+
+    def payload(entry: store.Entry) -> Mapping[str, Tensor]:
+        return {"": source.tensor(entry.name)} if entry.codec is None else read_payload(files[entry.name])
+
+    store.write(output, entries(source, picks), payload, kind="model", provenance=record, files=companions)
+    return report
+
+
+def _job(record: Mapping[str, Any], name: str, codec: Codec, options: Mapping[str, Any]) -> str:
+    text = json.dumps([dict(record), name, codec.spec(), codec.version, dict(options)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def encode_matrix(dense: Tensor, codec: Codec, hessian: Tensor | None, seed: int, options: Mapping[str, Any],
+                  name: str) -> tuple[Encoded, dict[str, Any]]:
+    """Encode one matrix, check the payload and measure it; return it with its line of the report."""
+    tables = codec.train([dense], seed=seed)
+    encoded = codec.encode(dense, hessian=hessian, seed=seed, options=options, tables=tables).check(name)
+    quality = measure(dense, encoded, hessian)
+    return encoded, {
+        "codec": codec.spec(), "shape": list(encoded.shape), "nbytes": encoded.nbytes, "rate": encoded.rate,
+        "relative_error": quality.relative_error, "distortion": quality.distortion, "sqnr_db": quality.sqnr,
+        "shannon_gap_db": quality.shannon_gap, "options": dict(options)}
+
+
+def _keep(file: Path, encoded: Encoded, job: str, result: Mapping[str, Any]) -> None:
+    """Write a finished matrix to the work folder, whole or not at all."""
+    partial = file.with_suffix(f".partial-{os.getpid()}")
+    save_file({key: t.cpu().contiguous() for key, t in encoded.tensors.items()}, partial,
+              metadata={"job": job, "report": json.dumps(result)})
+    partial.replace(file)
+
+
+def _finished(file: Path, job: str) -> dict[str, Any] | None:
+    if not file.exists():
+        return None
+    try:
+        with safe_open(file, framework="pt") as handle:
+            meta = handle.metadata() or {}
+        return json.loads(meta["report"]) if meta.get("job") == job else None
+    except (SafetensorError, OSError, KeyError, json.JSONDecodeError):
+        return None  # damaged by a crash of the machine: encode it again
+
+
+def read_payload(file: Path) -> dict[str, Tensor]:
+    """Read one finished matrix's payload from the work folder."""
+    try:
+        with safe_open(file, framework="pt") as handle:
+            return {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
+        raise CorruptStoreError(f"{file}: damaged work file; delete it and run again: {error}") from error
+
+
+def copy_dense(source: Source, output: Path) -> None:
+    """Copy the dense model as it is, for budgets that it already meets; atomic."""
+    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        shutil.copytree(source.folder, partial)
+        partial.rename(output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+__all__ = ["CALIBRATION_TOKENS", "CONTEXT", "REPORT", "Encoded", "Progress", "Request", "calibrate", "check_plan",
+           "copy_dense", "encode", "ladders", "load_dense", "make_plan", "provenance", "survey"]

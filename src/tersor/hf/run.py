@@ -1,0 +1,205 @@
+"""`compress_model`: the whole way from a model directory to a verified, evaluated, compressed one."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import resource
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tersor
+from tersor import plan as planning
+from tersor import store
+from tersor.calibration import Calibration
+from tersor.errors import BudgetError, TersorError
+from tersor.hf import pipeline
+from tersor.hf.evaluate import evaluate
+from tersor.hf.pipeline import CALIBRATION_TOKENS, CONTEXT, REPORT, Progress, Request, no_progress
+from tersor.hf.source import Source, open_source
+from tersor.hf.text import default_calibration, default_heldout, text_source
+from tersor.hf.verify import verify_in_fresh_process
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything `compress_model` may be told besides source, output and budget.
+
+    Attributes
+    ----------
+    method : str
+        A family, or one codec string for every matrix.
+    calibration : Path or None
+        Text; None uses the packaged one.
+    calibrated : bool
+        False: no calibration at all; plain errors, no error feedback.
+    text : Path or None
+        Held-out text to evaluate on; None uses the packaged one.
+    tokens, evaluation_tokens : int
+        Tokens to calibrate and to evaluate on; 0 evaluation tokens skips the evaluation.
+    """
+
+    method: str = "rotated_scalar"
+    calibration: Path | None = None
+    calibrated: bool = True
+    text: Path | None = None
+    tokens: int = CALIBRATION_TOKENS
+    evaluation_tokens: int = 8192
+    context: int = CONTEXT
+    seed: int = 0
+    device: str = "cpu"
+    resume: bool = True
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    sensitivities: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+def budget_bytes(source: Source, rate: float | None, size: int | None) -> int:
+    """Return the budget in bytes of a rate (bits per parameter) or a size.
+
+    Raises
+    ------
+    BudgetError
+        Unless exactly one is given, and positive.
+    """
+    if (rate is None) == (size is None):
+        raise BudgetError("give either a rate or a size", 0.0)
+    budget = size if size is not None else int((rate or 0.0) * source.elements / 8)
+    if budget <= 0:
+        raise BudgetError(f"the budget must be positive, found {rate if size is None else size}", 0.0)
+    return budget
+
+
+def work_folder(output: Path) -> Path:
+    """Return where a run keeps its stages' files: `OUT.work`, beside the output."""
+    return output.with_name(f"{output.name}.work")
+
+
+def compress_model(source: str | Path, output: str | Path, rate: float | None = None, *, size: int | None = None,
+                   settings: Settings | None = None, progress: Progress = no_progress, **changes: Any) -> dict[str, Any]:
+    """Compress a transformers causal language model to a byte budget, verify it, and evaluate it.
+
+    Parameters
+    ----------
+    source : path
+        A transformers directory, or a .gguf file.
+    output : path
+        New directory; appears only when verified. `OUT.work` beside it keeps calibration, survey and plan.
+    rate : float or None
+        Bits per parameter over **all** parameters, shards and manifest counted.
+    size : int or None
+        Bytes of the same files, instead of a rate.
+    settings : Settings or None
+        Everything else; `**changes` replace its fields (`method="uniform"`, `seed=1`, …).
+
+    Returns
+    -------
+    dict
+        The report: `matrices` by name, `summary`, `evaluation`, `plan`.
+
+    Raises
+    ------
+    TersorError
+        Its subclasses; FileExistsError if the output exists.
+    """
+    chosen = dataclasses.replace(settings or Settings(), **changes)
+    target, work = Path(output), work_folder(Path(output))
+    if target.exists():
+        raise FileExistsError(f"{target} exists; remove it or name another output")
+    began = time.perf_counter()
+    opened = open_source(Path(source), work / "staged")
+    request = Request(budget_bytes(opened, rate, size), chosen.method, chosen.seed, chosen.options,
+                      chosen.sensitivities)
+    if request.budget >= opened.nbytes:
+        pipeline.copy_dense(opened, target)
+        return {"copied": True, "summary": {"bytes": opened.nbytes, "budget": request.budget}}
+    pipeline.ladders(request.method)
+    _prepare(work, opened, request, chosen)
+    report = _stages(opened, request, chosen, work, progress)
+    finished = work / "output"
+    _write_report(finished, report)
+    verify_in_fresh_process(finished, opened.folder)
+    if chosen.evaluation_tokens:
+        report["evaluation"] = evaluate(finished, opened, chosen.text or default_heldout(), context=chosen.context,
+                                        tokens=chosen.evaluation_tokens, device=chosen.device, progress=progress)
+    report["summary"]["seconds"] = time.perf_counter() - began
+    report["summary"]["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    _write_report(finished, report)
+    finished.rename(target)
+    shutil.rmtree(work / "matrices", ignore_errors=True)
+    shutil.rmtree(work / "staged", ignore_errors=True)
+    return report
+
+
+def _prepare(work: Path, source: Source, request: Request, settings: Settings) -> None:
+    """Make the work folder; empty it unless it was left by a run with the same fingerprint."""
+    mark = work / "fingerprint"
+    text = settings.calibration or default_calibration()
+    seen = text_source(text) if settings.calibrated else None
+    facts = [tersor.__version__, source.fingerprint(), dataclasses.asdict(request), seen, settings.tokens,
+             settings.context]
+    fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+    same = settings.resume and mark.is_file() and mark.read_text() == fingerprint
+    if not same and work.exists():
+        for child in work.iterdir():
+            if child.name == "staged":
+                continue
+            shutil.rmtree(child) if child.is_dir() else child.unlink()
+    work.mkdir(parents=True, exist_ok=True)
+    mark.write_text(fingerprint)
+    shutil.rmtree(work / "output", ignore_errors=True)
+
+
+def _stages(source: Source, request: Request, settings: Settings, work: Path, progress: Progress) -> dict[str, Any]:
+    calibration = None
+    if settings.calibrated:
+        file = work / "calibration.safetensors"
+        if not file.exists():
+            pipeline.calibrate(source, settings.calibration or default_calibration(), file, tokens=settings.tokens,
+                               context=settings.context, seed=settings.seed, device=settings.device,
+                               progress=progress)
+        calibration = Calibration.load(file)
+    choices = pipeline.survey(source, calibration, request, work / "survey.jsonl", device=settings.device,
+                              progress=progress)
+    record = pipeline.provenance(source, calibration, request, tersor.__version__)
+    picks = pipeline.make_plan(source, choices, request, record)
+    write_json(work / "plan.json", planning.to_json(picks))
+    matrices = pipeline.encode(source, picks, calibration, request, work, work / "output", record,
+                               device=settings.device, progress=progress)
+    nbytes = store.stored_nbytes(work / "output")
+    if nbytes > request.budget:
+        raise TersorError(f"internal: wrote {nbytes} bytes for a budget of {request.budget}")
+    summary = {"bytes": nbytes, "budget": request.budget, "rate": 8 * nbytes / source.elements,
+               "parameters": source.elements, "bytes_original": source.nbytes, "method": request.method}
+    return {"summary": summary, "matrices": matrices, "provenance": record}
+
+
+def finish(source: Source, matrices: Mapping[str, Any], record: Mapping[str, Any], work: Path,
+           target: Path) -> dict[str, Any]:
+    """Verify what `pipeline.encode` left in the work folder and put it in place; return a flat summary."""
+    nbytes = store.stored_nbytes(work / "output")
+    summary = {"bytes": nbytes, "rate": 8 * nbytes / source.elements, "parameters": source.elements,
+               "bytes_original": source.nbytes}
+    _write_report(work / "output", {"summary": summary, "matrices": matrices, "provenance": record})
+    verify_in_fresh_process(work / "output", source.folder)
+    (work / "output").rename(target)
+    shutil.rmtree(work / "matrices", ignore_errors=True)
+    return summary
+
+
+def _write_report(folder: Path, report: Mapping[str, Any]) -> None:
+    write_json(folder / REPORT, report)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON to a file, atomically."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        partial.write_text(json.dumps(value, indent=1))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,78 @@
+"""Text to token windows."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from tersor.errors import ModelError
+
+
+def default_calibration() -> Path:
+    """Return the packaged calibration text: public-domain fiction, speeches and documentation, 530 kB."""
+    return Path(str(importlib.resources.files("tersor").joinpath("data/calibration.txt")))
+
+
+def default_heldout() -> Path:
+    """Return the packaged held-out text: fiction, speech and documentation that no packaged model was trained on."""
+    return Path(str(importlib.resources.files("tersor").joinpath("data/heldout.txt")))
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load a model directory's tokenizer.
+
+    Raises
+    ------
+    ModelError
+        If there is none that transformers can read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        raise ModelError(f"{folder}: no tokenizer that transformers can read: {str(error).strip()[:200]}") from error
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 text file.
+
+    Raises
+    ------
+    ModelError
+        If it is missing or not text.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: expected a UTF-8 text file: {error}") from error
+
+
+def text_source(path: Path) -> str:
+    """Return a file's name and the first 16 hex digits of its SHA-256, for provenance."""
+    return f"{path.name} sha256:{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, context: int, limit: int | None, name: str) -> Tensor:
+    """Return the token ids of `text`, int64 (tokens,), at most `limit`.
+
+    Raises
+    ------
+    ModelError
+        If the text is shorter than one context.
+    """
+    keep = None if limit is None else limit * 12 + 1000  # characters that surely hold `limit` tokens
+    ids = tokenizer(text[:keep], add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    ids = torch.tensor(ids[:limit], dtype=torch.int64)
+    if ids.numel() < context:
+        raise ModelError(f"{name}: {ids.numel()} tokens are fewer than one context of {context}; give a longer text or "
+                         "a shorter --context")
+    return ids
+
+
+def windows(ids: Tensor, context: int) -> Tensor:
+    """Return non-overlapping windows (count, context); the tail that fills none is left out."""
+    return ids[: ids.numel() // context * context].reshape(-1, context)

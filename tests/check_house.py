@@ -1,0 +1,50 @@
+"""The house's ceilings, checked on src: files of 400 lines, functions of 60, 8 parameters, no hasattr, no broad except.
+
+Run by `make check`; exits 1 and lists what is over.
+"""
+
+import ast
+import sys
+from pathlib import Path
+
+FILE_LINES, FUNCTION_LINES, PARAMETERS = 400, 60, 8
+BROAD = {"Exception", "BaseException"}
+
+
+def problems(path: Path) -> list[str]:
+    text = path.read_text()
+    found = []
+    if len(text.splitlines()) > FILE_LINES:
+        found.append(f"{path}: {len(text.splitlines())} lines")
+    for node in ast.walk(ast.parse(text)):
+        where = f"{path}:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.FunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            if length > FUNCTION_LINES:
+                found.append(f"{where}: {node.name} has {length} lines")
+            verb = any(isinstance(d, ast.Call) and ast.unparse(d.func) == "app.command" for d in node.decorator_list)
+            arguments = [a for a in (*node.args.posonlyargs, *node.args.args) if a.arg not in ("self", "cls")]
+            if len(arguments) > PARAMETERS and not verb:  # a command's parameters are its options
+                found.append(f"{where}: {node.name} has {len(arguments)} positional parameters")
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "hasattr":
+            found.append(f"{where}: hasattr")
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == "os.environ":
+            found.append(f"{where}: os.environ")
+        if isinstance(node, ast.ExceptHandler):
+            names = {ast.unparse(n) for n in ast.walk(node.type)} if node.type else BROAD
+            reraises = any(isinstance(n, ast.Raise) and n.exc is None for n in ast.walk(node))
+            if names & BROAD and not reraises:
+                found.append(f"{where}: broad except")
+    return found
+
+
+def main() -> int:
+    root = Path(__file__).parent.parent / "src"
+    found = [problem for path in sorted(root.rglob("*.py")) for problem in problems(path)]
+    for problem in found:
+        print(problem)
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""What all tests share: a seeded generator, and poison in memory that Tersor allocates without filling."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # many small operations on a shared machine; what depends on threads sets its own number
+JUNK = {torch.bool: True, torch.uint8: 0xA5}
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """A generator of this test's own; the global one stays untouched."""
+    return torch.Generator().manual_seed(20240229)
+
+
+def fill(tensor: torch.Tensor) -> torch.Tensor:
+    """Fill a tensor with NaN, or with a junk value where NaN does not exist."""
+    junk = float("nan") if tensor.is_floating_point() else JUNK.get(tensor.dtype, 0x5A)
+    return tensor.fill_(junk) if tensor.device.type != "meta" else tensor
+
+
+def _poisoned(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def allocate(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = original(*args, **kwargs)
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        return fill(tensor) if caller.partition(".")[0] == "tersor" else tensor
+
+    return allocate
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make `torch.empty` and its kin return NaN and junk when Tersor calls them."""
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
+    for name in ("new_empty",):
+        monkeypatch.setattr(torch.Tensor, name, _poisoned(getattr(torch.Tensor, name)))

@@ -1,0 +1,35 @@
+"""Tiny random models of several architectures; the seed is fixed and torch's global generator is put back."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+BASE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 128, "max_position_embeddings": 128, "head_dim": 16}
+MOE = {**BASE, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+ARCHITECTURES = {
+    "llama": {**BASE, "tie_word_embeddings": False},
+    "llama_tied": {**BASE, "model_type": "llama", "tie_word_embeddings": True},
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 128, "n_positions": 128},
+    "qwen2": {**BASE, "tie_word_embeddings": True},
+    "gemma": {**BASE, "tie_word_embeddings": True},
+    "gemma3_text": {**BASE, "tie_word_embeddings": True, "sliding_window": 64},
+    "qwen3_moe": {**MOE, "decoder_sparse_step": 1, "tie_word_embeddings": False},
+    "mixtral": {**BASE, "num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False},
+}
+
+
+def save_tiny(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Write a tiny random model and return its folder."""
+    fields = dict(ARCHITECTURES[name])
+    config = AutoConfig.for_model(fields.pop("model_type", name), **fields)
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = None
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).to(dtype)
+        for parameter in model.parameters():  # norms and biases that are not all ones or zeros
+            if parameter.ndim == 1:
+                parameter.data.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder

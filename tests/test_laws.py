@@ -1,0 +1,170 @@
+"""Every codec and nest keeps every law, on every kind of matrix. A new codec adds one row to CODECS."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from tersor.codec import Codec, Encoded
+from tersor.codecs import BUILT_IN
+from tersor.errors import CodecConfigError, NonFiniteError
+from tersor.quality import DB_PER_BIT, measure
+from tersor.registry import parse
+from tersor.testing import LAWS, check_fresh_process, encode, gaussian, outliers, student_t3, with_spectrum
+
+CODECS = [
+    "bf16", "fp32",
+    "rtn4g64", "rtn3s", "rtn1g32", "rtnL5g32o", "rtn8",
+    "lm3", "lm1", "lmL6o", "lm4g16", "lmL181", "fit4g128", "fitL3", "tab3", "tab2g32o",
+    "rot,lm3", "rotout,lm2", "rotboth@7,lm2", "rot,rtn2g64", "rotboth,rotout@3,lm2",
+    "sum(rot,lm2;rtn2g64)", "sum(rtn2s;fit2;bf16)", "sum(rot,lm2;tab2)",
+    "rows2(lm3;lm2)", "rows1(tab3;rtn2)", "rot,rows3(lm3;lm2)", "rows2(rows1(bf16;lm4);lm2)",
+]
+ELEMENTWISE = [text for text in CODECS if "rot" not in text]
+
+MATRICES: dict[str, Tensor] = {
+    "1x1": gaussian((1, 1)),
+    "1xn": gaussian((1, 67)),
+    "nx1": gaussian((67, 1)),
+    "ragged": student_t3((33, 70)),
+    "prime": outliers((13, 97)),
+    "low rank": with_spectrum((20, 48), [4.0, 2.0, 1.0]),
+    "constant": torch.full((16, 64), 3.25),
+    "zero": torch.zeros(16, 64),
+    "bf16": gaussian((17, 96)).to(torch.bfloat16),
+    "fp16": gaussian((5, 40)).to(torch.float16),
+    "fp64": gaussian((9, 40)).to(torch.float64),
+    "strided": gaussian((48, 30)).T[::2],
+    "huge": gaussian((16, 64)) * 1e30,
+    "denormal": gaussian((16, 64)) * 1e-40,
+}
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+
+def rows_needed(codec: Codec) -> int:
+    """Return the least number of rows that a codec with row mixes can encode."""
+    inner = codec.children()
+    if codec.id == "rows":
+        count = codec.to_config()["count"]
+        if count < rows_needed(inner["first"]):
+            return 2**31
+        return count + rows_needed(inner["second"])
+    return max((rows_needed(child) for child in inner.values()), default=1)
+
+
+CASES = [(text, name) for text in CODECS for name in MATRICES]
+
+
+@pytest.mark.parametrize(("text", "name"), CASES)
+def test_laws(text: str, name: str) -> None:
+    codec, matrix = parse(text), MATRICES[name]
+    if matrix.shape[0] < rows_needed(codec):
+        with pytest.raises(CodecConfigError, match="rows"):
+            codec.encode(matrix)
+        return
+    for law, check in LAWS.items():
+        if law != "store":  # all stores together below, one process for all
+            check(codec, matrix)
+
+
+@pytest.fixture(scope="module")
+def encoded() -> dict[str, Encoded]:
+    made = {}
+    for text, name in CASES:
+        codec = parse(text)
+        if MATRICES[name].shape[0] >= rows_needed(codec):
+            made[f"{text}.{name}"] = encode(codec, MATRICES[name])
+    return made
+
+
+def test_all_decode_in_a_fresh_process(encoded: dict[str, Encoded]) -> None:
+    assert len(encoded) > 0.8 * len(CODECS) * len(MATRICES)
+    check_fresh_process(encoded)
+
+
+@pytest.mark.parametrize("text", CODECS)
+def test_store_round_trip(text: str) -> None:
+    LAWS["store"](parse(text), MATRICES["ragged"])
+
+
+@pytest.mark.parametrize("text", CODECS)
+def test_shannon_guard(text: str) -> None:
+    """On white Gaussian noise no honest codec beats D(R) = 4^-R: more is a lie about bytes."""
+    codec = parse(text)
+    found = [measure(matrix, encode(codec, matrix)) for matrix in (gaussian((96, 192), seed) for seed in range(3))]
+    mean = sum(quality.sqnr for quality in found) / len(found)
+    if math.isfinite(mean):
+        assert mean <= DB_PER_BIT * codec.rate((96, 192))
+    else:  # an exact copy of 24-bit significands
+        assert codec.rate((96, 192)) >= 32
+
+
+def test_every_class_is_covered() -> None:
+    def classes(codec: Codec) -> set[type[Codec]]:
+        return {type(codec)}.union(*(classes(child) for child in codec.children().values()))
+
+    covered = set().union(*(classes(parse(text)) for text in CODECS))
+    assert set(BUILT_IN) <= covered
+    assert {cls.id for cls in BUILT_IN} <= {parse(text).id for text in CODECS}, "each class also outermost"
+
+
+@pytest.mark.parametrize("text", CODECS)
+def test_the_end_of_float32(text: str) -> None:
+    """Near the largest float32, a codec decodes to finite numbers or refuses by name; never to infinity."""
+    for matrix in (gaussian((8, 64)).clamp(-3, 3) * 1.1e38, torch.full((8, 64), 3.4e38)):
+        decoded = None
+        with contextlib.suppress(NonFiniteError):
+            decoded = encode(parse(text), matrix).decode()
+        if decoded is not None:
+            assert bool(torch.isfinite(decoded).all())
+            assert float((decoded.double() - matrix.double()).norm() / matrix.double().norm()) < 1
+
+
+@pytest.mark.parametrize("text", ELEMENTWISE)
+def test_elementwise_rows_are_bit_exact(text: str) -> None:
+    matrix = MATRICES["ragged"]
+    encoded = encode(parse(text), matrix)
+    whole = encoded.decode()
+    assert torch.equal(encoded.decode_rows(5, 21), whole[5:21])
+    index = torch.tensor([[32, 0], [7, 7]])
+    assert torch.equal(encoded.gather(index), whole[index])
+
+
+@pytest.mark.parametrize("text", CODECS)
+def test_blocks_do_not_show(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The size of the row blocks bounds memory and changes neither bytes nor, where elementwise, bits."""
+    matrix = MATRICES["ragged"]
+    whole = encode(parse(text), matrix)
+    monkeypatch.setattr("tersor.codec.BLOCK_ELEMENTS", 600)
+    blocks = encode(parse(text), matrix)
+    if text in ELEMENTWISE:
+        assert all(torch.equal(tensor, blocks.tensors[name]) for name, tensor in whole.tensors.items())
+        assert torch.equal(whole.decode(), blocks.decode())
+    for name in ("payload", "rows", "matmul"):
+        LAWS[name](parse(text), matrix)
+
+
+@pytest.mark.parametrize("text", CODECS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_default_dtype_does_not_show(text: str, dtype: torch.dtype) -> None:
+    """Transformers changes torch's default dtype while it loads a model."""
+    matrix = MATRICES["prime"]
+    expected = encode(parse(text), matrix)
+    x = gaussian((2, matrix.shape[1]), 1)
+    rows, product = expected.decode(), expected.matmul(x)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        found = encode(parse(text), matrix)
+        assert all(torch.equal(tensor, found.tensors[name]) for name, tensor in expected.tensors.items())
+        assert found.decode().dtype == torch.float32
+        assert torch.equal(found.decode(), rows)
+        assert torch.equal(found.matmul(x), product)
+        assert torch.equal(found.gather(torch.tensor([3, 1])), expected.gather(torch.tensor([3, 1])))
+    finally:
+        torch.set_default_dtype(before)
