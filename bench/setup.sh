@@ -4,7 +4,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3.11}
-venv=.venv-bench
+venv=${VENV:-.venv-bench}
 
 constraints=()
 [ -f constraints.txt ] && constraints=(-c constraints.txt)

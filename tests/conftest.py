@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
+settings.register_profile("tersor", derandomize=True, deadline=None)  # the same examples every time, on any machine
+settings.load_profile("tersor")
 torch.set_num_threads(1)  # many small operations on a shared machine; what depends on threads sets its own number
 JUNK = {torch.bool: True, torch.uint8: 0xA5}
 

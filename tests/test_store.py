@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import tersor
+from tersor import manifest as manifests
 from tersor import store
 from tersor.codec import Encoded
 from tersor.errors import CorruptStoreError, TersorError
@@ -74,7 +75,7 @@ PLAIN = {"norm.weight": torch.linspace(0, 1, 7).to(torch.bfloat16), "scalar": to
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 3000, 1])
 def test_round_trip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_bytes: int) -> None:
-    monkeypatch.setattr(store, "SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr(manifests, "SHARD_BYTES", shard_bytes)
     matrices = {**make(), **shared()}
     write(tmp_path / "s", matrices, PLAIN)
     assert_same(tmp_path / "s", matrices, PLAIN)
@@ -97,7 +98,7 @@ def test_round_trip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_bytes
 @pytest.mark.parametrize("which", ["make", "shared"])
 def test_predicted_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_bytes: int, which: str) -> None:
     """The prediction is an upper bound, and tight."""
-    monkeypatch.setattr(store, "SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr(manifests, "SHARD_BYTES", shard_bytes)
     matrices = make() if which == "make" else shared()
     provenance, files = {"tokens": 100, "source": "näıve"}, {"config.json": b"{}", "notes.txt": b"x" * 100}
     entries = write(tmp_path / "s", matrices, PLAIN, provenance=provenance, files=files)
@@ -110,7 +111,7 @@ def test_predicted_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_
 
 
 def test_shared_tables_are_stored_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "SHARD_BYTES", 400)
+    monkeypatch.setattr(manifests, "SHARD_BYTES", 400)
     matrices = shared()
     write(tmp_path / "s", matrices)
     opened = store.read(tmp_path / "s")
@@ -154,7 +155,7 @@ def leftovers(folder: Path) -> list[str]:
 @pytest.mark.parametrize("after", [0, 1, 3])
 def test_a_payload_that_raises_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException,
                                               after: int) -> None:
-    monkeypatch.setattr(store, "SHARD_BYTES", 1)
+    monkeypatch.setattr(manifests, "SHARD_BYTES", 1)
     matrices = make(["lm2"] * 4)
     calls: Iterator[int] = iter(range(99))
 
@@ -169,7 +170,7 @@ def test_a_payload_that_raises_leaves_nothing(tmp_path: Path, monkeypatch: pytes
     assert leftovers(tmp_path) == []
 
 
-@pytest.mark.parametrize("where", ["save_file", "_manifest", "_sync"])
+@pytest.mark.parametrize("where", ["save_file", "build", "_sync"])
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -33,7 +33,8 @@ def as_matrix(matrix: Tensor | np.ndarray) -> Tensor:
     if isinstance(matrix, np.ndarray):
         if matrix.dtype.kind != "f" or matrix.dtype.itemsize > 8:
             raise CodecConfigError(f"matrix: expected a float16, float32 or float64 array, found {matrix.dtype}")
-        native = matrix if matrix.dtype.isnative and matrix.flags.writeable else np.array(matrix, matrix.dtype.newbyteorder("="))
+        usable = matrix.dtype.isnative and matrix.flags.writeable
+        native = matrix if usable else np.array(matrix, matrix.dtype.newbyteorder("="))
         matrix = torch.from_numpy(np.ascontiguousarray(native))
     check_matrix(matrix.detach())
     return matrix.detach()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache
 from typing import TypeAlias
 
 import numpy as np
@@ -66,7 +66,7 @@ class TensorSpec:
 Layout: TypeAlias = Mapping[str, TensorSpec]
 
 
-@lru_cache(maxsize=None)
+@cache
 def radix_word(levels: int) -> tuple[int, int]:
     """Return (bytes a word, digits a word) of the densest word of at most 7 bytes; the shortest such word."""
     best = (1, 0)
@@ -91,7 +91,7 @@ def packed_nbytes(count: int, levels: int) -> int:
     return -(-count // digits) * nbytes
 
 
-@lru_cache(maxsize=None)
+@cache
 def _group(levels: int) -> tuple[int, int]:
     """Return (codes, bytes) of the smallest group of whole bytes."""
     width = _width(levels)
@@ -203,7 +203,7 @@ def _unpack_groups(part: Tensor, levels: int, per: int, nbytes: int) -> Tensor:
     return out.reshape(-1)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _byte_digits(levels: int, per: int) -> Tensor:
     """Table (256, per): the codes that each byte holds."""
     value = np.arange(256)[:, None]

@@ -141,10 +141,12 @@ def compress(src: Src, output: Annotated[Path, typer.Argument(metavar="OUT", hel
              as_json: AsJson = False) -> None:
     """Compress a model to a budget: calibrate, survey, plan, encode, verify, evaluate."""
     from tersor.hf import dryrun, run
+    from tersor.hf.pipeline import Sampling
     from tersor.report import write_html
 
-    settings = run.Settings(codec or method, calibration, calibrated, text, tokens, evaluation_tokens, context, seed,
-                            device, resume, parse_options(option), read_weights(sensitivities))
+    settings = run.Settings(codec or method, calibration, calibrated, text, Sampling(tokens, context=context, seed=seed),
+                            evaluation_tokens, context, seed, device, resume, parse_options(option),
+                            read_weights(sensitivities))
     nbytes = None if size is None else parse_size(size)
     rate = 3.0 if rate is None and nbytes is None else rate
     if dry_run:
@@ -173,8 +175,8 @@ def calibrate(src: Src, output: Annotated[Path, typer.Argument(metavar="CALIB", 
     from tersor.hf.text import default_calibration
 
     with Bars() as progress:
-        found = pipeline.calibrate(_open(src, output), text or default_calibration(), output, tokens=tokens,
-                                   fisher_tokens=fisher_tokens, context=context, seed=seed, device=device,
+        found = pipeline.calibrate(_open(src, output), text or default_calibration(), output,
+                                   pipeline.Sampling(tokens, fisher_tokens, context, seed), device=device,
                                    progress=progress)
     emit({"tokens": found.tokens, "matrices": len(found.hessians), "source": found.source, "file": str(output)},
          as_json, "calibration")
@@ -240,8 +242,8 @@ def encode(src: Annotated[Path, typer.Argument(help="a model directory or .gguf 
     record = pipeline.provenance(source, calibration, request, tersor.__version__)
     work = run.work_folder(target)
     with Bars() as progress:
-        report = pipeline.encode(source, picks, calibration, request, work, work / "output", record, device=device,
-                                 progress=progress)
+        report = pipeline.encode(pipeline.Job(source, picks, calibration, request, record), work, work / "output",
+                                 device=device, progress=progress)
     emit(run.finish(source, report, record, work, target), as_json, str(target))
 
 

@@ -1,7 +1,7 @@
 """The contract: what a codec is, what an encoded matrix is, and how codecs nest.
 
-A codec is a frozen dataclass whose fields are all that decoding needs. An encoded matrix is a linear operator: `decode()`
-rebuilds the matrix, `matmul(x)` applies it. Payload tensors are declared once, by `Codec.layout`.
+A codec is a frozen dataclass whose fields are all that decoding needs. An encoded matrix is a linear operator:
+`decode()` rebuilds the matrix, `matmul(x)` applies it. Payload tensors are declared once, by `Codec.layout`.
 """
 
 from __future__ import annotations
@@ -164,9 +164,10 @@ class Codec(abc.ABC):
             raise CodecConfigError(f"codec '{self.spec()}' has no encoder option {sorted(unknown)}; known: {known}")
         with single_thread(), torch.no_grad():
             encoded = self.search(matrix, Search(hessian, seed, dict(options or {}), dict(tables or {})))
-            if max(float(matrix.max()), -float(matrix.min())) > HUGE and not bool(torch.isfinite(encoded.decode()).all()):
-                raise NonFiniteError(f"the matrix holds magnitudes up to {float(matrix.abs().max()):.3g}, with which codec "
-                                     f"'{self.spec()}' overflows float32; scale the matrix down before encoding")
+            peak = max(float(matrix.max()), -float(matrix.min()))
+            if peak > HUGE and not bool(torch.isfinite(encoded.decode()).all()):
+                raise NonFiniteError(f"the matrix holds magnitudes up to {peak:.3g}, with which codec '{self.spec()}' "
+                                     "overflows float32; scale the matrix down before encoding")
             return encoded
 
     def option_names(self) -> frozenset[str]:
@@ -233,8 +234,8 @@ class Encoded:
         """Return the rows named by the int64 tensor `index` (any shape): float32 (*index.shape, in)."""
         flat = index.reshape(-1).to(torch.int64)
         if not index.is_cuda and flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < self.shape[0]:
-            raise CodecConfigError(f"rows {int(flat.min())}..{int(flat.max())} do not lie within the {self.shape[0]} rows "
-                                   "of the matrix")
+            raise CodecConfigError(f"rows {int(flat.min())}..{int(flat.max())} do not lie within the {self.shape[0]} "
+                                   "rows of the matrix")
         return self.codec.decode_rows(self, flat).reshape(*index.shape, self.shape[1])
 
     def matmul(self, x: Tensor) -> Tensor:

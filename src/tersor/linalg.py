@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
@@ -97,7 +97,7 @@ def _jacobsthal(q: int) -> np.ndarray:
     return chi[difference]
 
 
-@lru_cache(maxsize=None)
+@cache
 def paley(order: int) -> np.ndarray | None:
     """Return a Hadamard matrix of `order` by Paley's constructions I or II, or None where neither applies.
 
@@ -181,5 +181,5 @@ def inverse_cholesky(hessian: Tensor, damping: float = 0.01) -> Tensor:
             if not int(failed):
                 return upper.to(torch.float32)
         damping = 10.0 * damping or 0.001
-    raise CodecConfigError("the Hessian could not be factorized even with damping 1000 times its mean diagonal; it must "
-                           "be symmetric positive semidefinite, such as a mean of x xᵀ")
+    raise CodecConfigError("the Hessian could not be factorized even with damping 1000 times its mean diagonal; it "
+                           "must be symmetric positive semidefinite, such as a mean of x xᵀ")

@@ -38,7 +38,7 @@ class Quality:
 
     @property
     def shannon_gap(self) -> float:
-        """Decibels lost to the Gaussian rate-distortion function `4**-rate`; negative for matrices that are not white."""
+        """Decibels lost to the Gaussian bound `4**-rate`; below zero only where a matrix is not white."""
         return DB_PER_BIT * self.rate - self.sqnr
 
 

@@ -6,169 +6,39 @@ Written beside its place and renamed; every tensor is checked against its codec'
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tersor.bits import Layout, TensorSpec
-from tersor.codec import Codec, Encoded, check_tensor
+from tersor.bits import TensorSpec
+from tersor.codec import Encoded, check_tensor
 from tersor.errors import CorruptStoreError, TersorError, UnknownCodecError
+from tersor.manifest import (
+    DTYPES,
+    FORMAT_VERSION,
+    INDEX,
+    KINDS,
+    MANIFEST,
+    STORED_NAMES,
+    Entry,
+    body_digest,
+    build,
+    digest,
+    dump,
+    file_digest,
+    predict_nbytes,
+    shard_names,
+    split,
+)
 from tersor.registry import from_config
-
-FORMAT_VERSION = 1
-MANIFEST = "tersor.json"
-INDEX = "model.safetensors.index.json"
-SHARD_BYTES = 64 * 10**6
-KINDS = ("matrix", "matrices", "model")
-DTYPES = {str(d).removeprefix("torch."): d for d in (
-    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int16, torch.int32,
-    torch.int64, torch.bool)}
-_STORED_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-                 torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
-                 torch.bool: "BOOL"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """One stored thing: an encoded matrix, or a plain tensor when `codec` is None.
-
-    Parameters
-    ----------
-    name : str
-        A matrix is stored under the keys `name/tensor`, a plain tensor under `name`.
-    shape : tuple of int
-    dtype : str
-        The original dtype, for example `"bfloat16"`.
-    codec : Codec or None
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    codec: Codec | None = None
-
-    def layout(self) -> Layout:
-        """Return the stored tensors by key inside the entry (`""` for a plain tensor)."""
-        if self.codec is None:
-            return {"": TensorSpec(self.shape, DTYPES[self.dtype])}
-        return self.codec.layout((self.shape[0], self.shape[1]))
-
-    def key(self, tensor: str) -> str:
-        """Return the key of a tensor in the shards."""
-        return f"{self.name}/{tensor}" if self.codec is not None else self.name
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensors that belong to this entry alone."""
-        return sum(spec.nbytes for spec in self.layout().values() if not spec.shared)
-
-
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return the hex SHA-256 of named tensors: names, dtypes, shapes and bytes, in the order of names."""
-    sha = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        sha.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        if tensor.numel():
-            sha.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
-    return sha.hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """Return the hex SHA-256 of a file."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _shards(entries: Sequence[Entry]) -> list[list[Entry]]:
-    shards: list[list[Entry]] = [[]]
-    filled = 0
-    for entry in entries:
-        if shards[-1] and filled + entry.nbytes > SHARD_BYTES:
-            shards.append([])
-            filled = 0
-        shards[-1].append(entry)
-        filled += entry.nbytes
-    return shards
-
-
-def _shard_names(count: int) -> list[str]:
-    if count == 1:
-        return ["model.safetensors"]
-    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-
-
-def _manifest(entries: Sequence[Entry], kind: str, provenance: Mapping[str, Any], digests: Mapping[str, str],
-              shared: Mapping[str, Mapping[str, str]], files: Mapping[str, str]) -> dict[str, Any]:
-    codecs = list(dict.fromkeys(e.codec for e in entries if e.codec is not None))
-    position = {codec: i for i, codec in enumerate(codecs)}
-    names = _shard_names(len(_shards(entries)))
-    matrices, plain = {}, {}
-    for shard, group in enumerate(_shards(entries)):
-        for entry in group:
-            record: dict[str, Any] = {"shape": list(entry.shape), "dtype": entry.dtype, "sha256": digests[entry.name]}
-            if len(names) > 1:
-                record["shard"] = shard
-            if entry.codec is None:
-                plain[entry.name] = record
-                continue
-            record["codec"] = position[entry.codec]
-            if entry.name in shared:
-                record["shared"] = dict(shared[entry.name])
-            matrices[entry.name] = record
-    body = {"format": "tersor", "format_version": FORMAT_VERSION, "kind": kind,
-            "codecs": [codec.to_config() for codec in codecs], "matrices": matrices, "plain": plain, "shards": names,
-            "files": dict(files), "provenance": dict(provenance)}
-    return {**body, "sha256": _body_digest(body)}
-
-
-def _body_digest(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _dump(value: Any) -> bytes:
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
-
-
-def predict_nbytes(entries: Sequence[Entry], kind: str, provenance: Mapping[str, Any], files: Iterable[str]) -> int:
-    """Return an upper bound, tight to about ten bytes a tensor, on shards + manifest + index; shared tables included."""
-    blank = "0" * 64
-    shared_specs: dict[str, int] = {}
-    links: dict[str, dict[str, str]] = {}
-    for entry in entries:
-        for tensor, spec in entry.layout().items():
-            if spec.shared:
-                key = f"shared/{blank[:16]}/{tensor}"
-                links.setdefault(entry.name, {})[tensor] = key
-                shared_specs[f"{entry.codec}|{key}"] = spec.nbytes + 200
-    manifest = _manifest(entries, kind, provenance, {e.name: blank for e in entries}, links, dict.fromkeys(files, blank))
-    total = len(_dump(manifest)) + sum(shared_specs.values())
-    shards = _shards(entries)
-    for group in shards:
-        nbytes = sum(entry.nbytes for entry in group)
-        header = {e.key(t): {"dtype": "BF16", "shape": list(s.stored_shape), "data_offsets": [nbytes, nbytes]}
-                  for e in group for t, s in e.layout().items() if not s.shared}
-        total += nbytes + len(_dump(header)) + 48
-    if len(shards) > 1:
-        total += len(_dump(_index(shards, 0))) + 24
-    return total
-
-
-def _index(shards: Sequence[Sequence[Entry]], total: int) -> dict[str, Any]:
-    names = _shard_names(len(shards))
-    weight_map = {e.key(t): name for name, group in zip(names, shards, strict=True) for e in group
-                  for t, s in e.layout().items() if not s.shared}
-    return {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 
 def write(path: Path, entries: Sequence[Entry], payload: Callable[[Entry], Mapping[str, Tensor]], *, kind: str,
@@ -222,15 +92,15 @@ def _write_into(folder: Path, entries: Sequence[Entry], payload: Callable[[Entry
     digests: dict[str, str] = {}
     shared: dict[str, dict[str, str]] = {}
     tables: dict[str, Tensor] = {}
-    shards = _shards(entries)
+    shards = split(entries)
     weight_map, total = {}, 0
-    for number, (name, group) in enumerate(zip(_shard_names(len(shards)), shards, strict=True)):
+    for number, (name, group) in enumerate(zip(shard_names(len(shards)), shards, strict=True)):
         tensors: dict[str, Tensor] = {}
         for entry in group:
             held = payload(entry)
             digests[entry.name] = digest(held)
             if set(held) != set(entry.layout()):
-                raise CorruptStoreError(f"{entry.name}: expected tensors {sorted(entry.layout())}, found {sorted(held)}")
+                raise CorruptStoreError(f"{entry.name}: expected tensors {sorted(entry.layout())}, not {sorted(held)}")
             for tensor, spec in entry.layout().items():
                 check_tensor(entry.key(tensor), held[tensor], spec)
                 if spec.shared:
@@ -245,7 +115,7 @@ def _write_into(folder: Path, entries: Sequence[Entry], payload: Callable[[Entry
         weight_map.update(dict.fromkeys(tensors, name))
         total += sum(t.numel() * t.element_size() for t in tensors.values())
     if len(shards) > 1:
-        (folder / INDEX).write_bytes(_dump({"metadata": {"total_size": total}, "weight_map": weight_map}))
+        (folder / INDEX).write_bytes(dump({"metadata": {"total_size": total}, "weight_map": weight_map}))
     file_digests = {}
     for name, content in files.items():
         target = folder / name
@@ -254,8 +124,8 @@ def _write_into(folder: Path, entries: Sequence[Entry], payload: Callable[[Entry
         else:
             target.write_bytes(content)
         file_digests[name] = file_digest(target)
-    manifest = _manifest(entries, kind, provenance, digests, shared, file_digests)
-    (folder / MANIFEST).write_bytes(_dump(manifest))
+    manifest = build(entries, kind, provenance, digests, shared, file_digests)
+    (folder / MANIFEST).write_bytes(dump(manifest))
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -317,7 +187,7 @@ class Store:
 
     def shared_links(self, name: str) -> Mapping[str, str]:
         """Return which of a matrix's tensors are shared tables: tensor to shard key."""
-        return self._record(self.entries[name]).get("shared", {})
+        return self.record(self.entries[name]).get("shared", {})
 
     def verify(self) -> None:
         """Read and verify every tensor and file.
@@ -337,11 +207,12 @@ class Store:
             else:
                 self.matrix(name)
 
-    def _record(self, entry: Entry) -> Mapping[str, Any]:
+    def record(self, entry: Entry) -> Mapping[str, Any]:
+        """Return the manifest's record of an entry."""
         return self.manifest["plain" if entry.codec is None else "matrices"][entry.name]
 
     def _tensors(self, entry: Entry) -> dict[str, Tensor]:
-        record = self._record(entry)
+        record = self.record(entry)
         shard = self.path / self.manifest["shards"][record.get("shard", 0)]
         last = self.path / self.manifest["shards"][-1]
         links = record.get("shared", {})
@@ -386,9 +257,9 @@ def read(path: Path) -> Store:
         if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
             raise UnknownCodecError(str(version), tuple(str(v) for v in range(1, FORMAT_VERSION + 1)), "format_version")
         body = {key: value for key, value in manifest.items() if key != "sha256"}
-        if manifest["sha256"] != _body_digest(body):
+        if manifest["sha256"] != body_digest(body):
             raise CorruptStoreError(f"{file}: the manifest differs from what was written (SHA-256)")
-        _check_manifest(manifest)
+        _checkmanifest(manifest)
         entries = _entries(manifest)
         store = Store(path, manifest["kind"], entries, manifest)
         _check_shards(store)
@@ -399,7 +270,7 @@ def read(path: Path) -> Store:
     return store
 
 
-def _check_manifest(manifest: Mapping[str, Any]) -> None:
+def _checkmanifest(manifest: Mapping[str, Any]) -> None:
     """Raise `CorruptStoreError` unless kind, file names, shapes, dtypes and shard numbers are of the right form."""
     if manifest["kind"] not in KINDS:
         raise CorruptStoreError(f"{MANIFEST}: kind must be one of {KINDS}, found {manifest['kind']!r}")
@@ -434,7 +305,7 @@ def _check_shards(store: Store) -> None:
     expected: dict[str, dict[str, TensorSpec]] = {name: {} for name in store.manifest["shards"]}
     names = store.manifest["shards"]
     for entry in store.entries.values():
-        record = store._record(entry)
+        record = store.record(entry)
         for tensor, spec in entry.layout().items():
             shared = spec.shared
             shard = names[-1] if shared else names[record.get("shard", 0)]
@@ -457,8 +328,8 @@ def _check_shard(file: Path, specs: Mapping[str, TensorSpec]) -> None:
                 raise CorruptStoreError(f"{file}: tensors missing or not in the manifest: {odd}")
             for key, spec in specs.items():
                 shape, dtype = tuple(found[key].get_shape()), found[key].get_dtype()
-                if shape != spec.stored_shape or dtype != _STORED_NAMES[spec.dtype]:
-                    raise CorruptStoreError(f"{file}: '{key}' should be {_STORED_NAMES[spec.dtype]} "
+                if shape != spec.stored_shape or dtype != STORED_NAMES[spec.dtype]:
+                    raise CorruptStoreError(f"{file}: '{key}' should be {STORED_NAMES[spec.dtype]} "
                                             f"{spec.stored_shape}, found {dtype} {shape}")
     except (SafetensorError, OSError, ValueError) as error:
         if isinstance(error, CorruptStoreError):
@@ -474,3 +345,7 @@ def _check_shard(file: Path, specs: Mapping[str, TensorSpec]) -> None:
 def params(store: Store) -> int:
     """Return the number of parameters the store stands for."""
     return sum(math.prod(entry.shape) for entry in store.entries.values())
+
+
+__all__ = ["DTYPES", "FORMAT_VERSION", "INDEX", "MANIFEST", "Entry", "Store", "params", "predict_nbytes", "read",
+           "stored_nbytes", "write"]

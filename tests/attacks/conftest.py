@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import tersor
+from tersor import manifest as manifests
 from tersor import store
 from tersor.codec import Encoded
 from tersor.registry import parse
@@ -43,12 +44,12 @@ def edit(path: Path, change: Callable[[dict[str, Any]], Any], *, sign: bool = Tr
     changed = change(manifest)
     manifest = manifest if changed is None else changed
     if sign and isinstance(manifest, dict):
-        manifest["sha256"] = store._body_digest({k: v for k, v in manifest.items() if k != "sha256"})
+        manifest["sha256"] = manifests.body_digest({k: v for k, v in manifest.items() if k != "sha256"})
     (path / store.MANIFEST).write_text(json.dumps(manifest))
 
 
 def sign_tensors(path: Path, name: str, tensors: dict[str, torch.Tensor]) -> None:
-    edit(path, lambda manifest: manifest["matrices"][name].update(sha256=store.digest(tensors)))
+    edit(path, lambda manifest: manifest["matrices"][name].update(sha256=manifests.digest(tensors)))
 
 
 def read_shard(file: Path) -> tuple[dict[str, Any], bytes]:
@@ -72,7 +73,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     tersor.save(folder / "other", matrices(100))
     tersor.save(folder / "bare", matrices()["m5"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "SHARD_BYTES", 900)
+        patch.setattr(manifests, "SHARD_BYTES", 900)
         tersor.save(folder / "sharded", matrices())
     assert len(list(folder.glob("sharded/*.safetensors"))) > 2
     return {path.name: path for path in folder.iterdir()}

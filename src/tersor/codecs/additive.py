@@ -43,7 +43,7 @@ class Sum(Codec):
         return {str(i): stage for i, stage in enumerate(self.stages)}
 
     def layout(self, shape: Shape) -> Layout:
-        """Return every stage's layout under `0/`, `1/`, …"""
+        """Return every stage's layout under `0/`, `1/` and so on."""
         layout = {}
         for name, stage in self.children().items():
             layout.update(nest(name, stage.layout(shape)))

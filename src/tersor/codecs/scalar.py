@@ -11,7 +11,7 @@ import importlib.resources
 import json
 import re
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import ClassVar, final
 
 import torch
@@ -151,7 +151,7 @@ class Scalar(Codec):
     def _fit(self, matrix: Tensor, how: Search) -> tuple[Grid, Tensor, Tensor]:
         if self.codebook == "shared":
             if "table" not in how.tables:
-                raise CodecConfigError(f"codec '{self.spec()}' needs its shared table; pass tables=codec.train(samples)")
+                raise CodecConfigError(f"codec '{self.spec()}' needs its shared table: tables=codec.train(samples)")
             table = how.tables["table"].to(torch.float32)
         elif self.codebook == "fitted":
             table = lloyd(self._normalized(matrix), self.levels).to(torch.float32)
@@ -193,7 +193,7 @@ def gaussian_levels() -> frozenset[int]:
     return frozenset(_tables())
 
 
-@lru_cache(maxsize=None)
+@cache
 def gaussian_table(levels: int) -> Tensor:
     """Return the Lloyd-Max codebook of the unit normal, float32 (levels,), ascending."""
     half = list(_tables()[levels])

@@ -43,14 +43,14 @@ def estimate(src: Path, output: Path, rate: float | None, size: int | None, sett
     if least_bytes > request.budget:
         raise pipeline.least_error(source, request, least_bytes)
     sample = matrices[len(matrices) // 2]
-    dense = pipeline.read_matrix(source, sample, settings.device)
-    trials = pipeline.rungs(request.method, sample.shape, model_rate)
+    tried = pipeline.rungs(request.method, sample.shape, model_rate)
     began = time.perf_counter()
-    for codec in trials[:2]:
-        pipeline.trial(source, sample, dense, codec, None, request)
-    each = (time.perf_counter() - began) / min(2, len(trials)) / dense.numel()
+    count = len(list(pipeline.trials(source, sample, tried[:2], None, request, settings.device)))
+    size_tried = min(sample.shape[0] * sample.shape[1], 2 * pipeline.SURVEY_ELEMENTS)
+    each = (time.perf_counter() - began) / count / size_tried
     elements = sum(m.shape[0] * m.shape[1] for m in matrices)
-    survey, encode = each * elements * len(trials), each * elements * _PASSES[settings.calibrated]
+    surveyed = sum(min(m.shape[0] * m.shape[1], 2 * pipeline.SURVEY_ELEMENTS) for m in matrices)
+    survey, encode = each * surveyed * len(tried), each * elements * _PASSES[settings.calibrated]
     forward = _forward_seconds(source.elements, settings)
     largest = 4 * matrices[-1].shape[0] * matrices[-1].shape[1]
     resident = 4 * source.elements if settings.calibrated or settings.evaluation_tokens else 0
@@ -68,5 +68,6 @@ def _forward_seconds(elements: int, settings: Settings) -> float:
     for _ in range(4):
         torch.mm(side, side)
     flop_seconds = (time.perf_counter() - began) / (4 * 2 * 1024**3)
-    tokens = (settings.tokens + 3 * pipeline.FISHER_TOKENS) if settings.calibrated else 0
+    sampling = settings.sampling
+    tokens = (sampling.tokens + 3 * sampling.fisher_tokens) if settings.calibrated else 0
     return 2 * elements * (tokens + 2 * settings.evaluation_tokens) * flop_seconds * 2

@@ -1,9 +1,9 @@
 """Perplexity, KL divergence and top-1 agreement of a compressed model, beside its original.
 
-Definitions. Text is cut into windows of `context` tokens whose starts lie `stride` apart; a window scores the tokens that
-no earlier window scored, and its first token never. Perplexity is `exp` of the mean negative log-likelihood in nats over
-scored tokens; KL is the mean over the same positions of `KL(original ‖ compressed)` of the next-token distributions, in
-nats; top-1 is the share of positions where both models' most likely tokens agree.
+Definitions. Text is cut into windows of `context` tokens whose starts lie `stride` apart; a window scores the tokens
+that no earlier window scored, and its first token never. Perplexity is `exp` of the mean negative log-likelihood in nats
+over scored tokens; KL is the mean over the same positions of `KL(original ‖ compressed)` of the next-token
+distributions, in nats; top-1 is the share of positions where both models' most likely tokens agree.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def resident_bytes(model: torch.nn.Module) -> int:
 
 def load_compressed(path: Path, device: str = "cpu") -> PreTrainedModel:
     """Load a compressed model through `from_pretrained`; float32 activations on a CPU."""
-    from tersor.hf import quantizer  # noqa: F401, PLC0415 - registers the quantizer
+    from tersor.hf import quantizer  # noqa: F401 - registers the quantizer
 
     dtype = torch.float32 if device == "cpu" else "auto"
     with quiet():

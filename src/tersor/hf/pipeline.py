@@ -11,7 +11,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,8 @@ from tersor.quality import measure
 from tersor.registry import parse
 
 REPORT = "tersor-report.json"
-CONTEXT = 512
-CALIBRATION_TOKENS = 65536
-FISHER_TOKENS = 4096
-SURVEY_SPAN = (0.4, 2.6)  # rungs surveyed, as multiples of the rate asked for
+SURVEY_SPAN = (0.45, 2.2)  # rungs surveyed, as multiples of the rate asked for
+SURVEY_ELEMENTS = 1 << 18  # elements of a matrix that a trial encodes
 _SLACK = 64  # bytes kept back for the last digits of offsets
 
 Progress = Callable[[str, int, int], None]
@@ -77,25 +75,43 @@ class Request:
 
 
 def load_dense(source: Source, device: str = "cpu") -> PreTrainedModel:
-    """Load the dense model of a source in its own dtype; float32 on a CPU for half precision, which CPUs are slow at."""
+    """Load the dense model of a source: in its own dtype on a GPU, in float32 on a CPU."""
     dtype = torch.float32 if device == "cpu" else "auto"
     with quiet():
         model: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, local_files_only=True)
     return model.to(device).eval()
 
 
-def calibrate(source: Source, text: Path, output: Path, *, tokens: int = CALIBRATION_TOKENS,
-              fisher_tokens: int = FISHER_TOKENS, context: int = CONTEXT, seed: int = 0, device: str = "cpu",
-              progress: Progress = no_progress) -> Calibration:
-    """Run calibration text through the dense model; write moments and Fisher traces to `output`.
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How much text calibration reads.
 
-    Runs on one thread's order of sums, so that the same text gives the same file on any thread count.
+    Attributes
+    ----------
+    tokens : int
+        For the second moments.
+    fisher_tokens : int
+        Of those, for the sensitivities; 0: none are measured.
+    context : int
+        Window length in tokens.
+    seed : int
+        Of the tokens that the sensitivities draw from the model.
     """
-    ids = token_ids(read_tokenizer(source.folder), read_text(text), context, tokens, str(text))
-    sequences = windows(ids, context)
-    stride = max(1, sequences.numel() // fisher_tokens) if fisher_tokens else sequences.shape[0] + 1
-    chosen = sequences[::stride] if fisher_tokens else sequences[:0]
-    total = sequences.numel() + 3 * len(chosen) * context
+
+    tokens: int = 65536
+    fisher_tokens: int = 4096
+    context: int = 512
+    seed: int = 0
+
+
+def calibrate(source: Source, text: Path, output: Path, sampling: Sampling | None = None, *, device: str = "cpu",
+              progress: Progress = no_progress) -> Calibration:
+    """Run calibration text through the dense model; write moments and Fisher traces to `output`."""
+    how = sampling or Sampling()
+    ids = token_ids(read_tokenizer(source.folder), read_text(text), how.context, how.tokens, str(text))
+    sequences = windows(ids, how.context)
+    chosen = sequences[:: max(1, sequences.numel() // how.fisher_tokens)] if how.fisher_tokens else sequences[:0]
+    total = sequences.numel() + 3 * chosen.numel()
     done = 0
 
     def step(count: int) -> None:
@@ -108,7 +124,7 @@ def calibrate(source: Source, text: Path, output: Path, *, tokens: int = CALIBRA
     parts = ((batch, None) for batch in sequences.split(calibrating.BATCH))
     result = calibrating.collect(model, parts, text_source(text), step)
     if len(chosen):
-        traces = fisher_traces(model, chosen, seed, lambda count: step(3 * count))
+        traces = fisher_traces(model, chosen, how.seed, lambda count: step(3 * count))
         result = dataclasses.replace(result, fisher=traces)
     result.save(output)
     return result
@@ -133,8 +149,8 @@ def survey(source: Source, calibration: Calibration | None, request: Request, ou
     """Encode every matrix with every rung near the budget; one JSON line a trial in `output`, resumed if there.
 
     The cost of a choice is its relative distortion times the matrix's weight: what the request says, else the Fisher
-    estimate of the KL, else the matrix's share of the elements. Surveys run without error feedback: it lowers all rungs
-    of a matrix by about the same factor.
+    estimate of the KL, else the matrix's share of the elements. Surveys run without error feedback, which lowers all
+    rungs of a matrix by about the same factor, and large matrices are tried on evenly spaced rows only.
     """
     done = _read_survey(output)
     rate = 8 * request.budget / source.elements
@@ -146,11 +162,8 @@ def survey(source: Source, calibration: Calibration | None, request: Request, ou
             progress("survey", number, len(matrices))
             tried = rungs(request.method, matrix.shape, rate)
             missing = [codec for codec in tried if (name, codec.spec()) not in done]
-            dense = read_matrix(source, matrix, device) if missing else None
-            for codec in missing:
-                assert dense is not None
-                record = trial(source, matrix, dense, codec, calibration, request)
-                done[name, codec.spec()] = record
+            for record in trials(source, matrix, missing, calibration, request, device) if missing else ():
+                done[name, record["codec"]] = record
                 handle.write(json.dumps(record) + "\n")
                 handle.flush()
             for codec in tried:
@@ -172,17 +185,21 @@ def _read_survey(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
     return done
 
 
-def trial(source: Source, matrix: Matrix, dense: Tensor, codec: Codec, calibration: Calibration | None,
-          request: Request) -> dict[str, Any]:
-    """Encode one matrix with one codec, without feedback; return the survey's line."""
-    options = fixed_options(codec, {**request.options, "feedback": False}, calibrated=False)
-    tables = codec.train([dense], seed=request.seed)
-    hessian = _hessian(calibration, matrix, str(dense.device))
-    quality = measure(dense, codec.encode(dense, seed=request.seed, options=options, tables=tables), hessian)
+def trials(source: Source, matrix: Matrix, codecs: Sequence[Codec], calibration: Calibration | None, request: Request,
+           device: str) -> Iterator[dict[str, Any]]:
+    """Encode a sample of one matrix's rows with each codec, without feedback; yield the survey's lines."""
+    dense = read_matrix(source, matrix, device)
+    dense = dense[:: max(1, dense.numel() // SURVEY_ELEMENTS)].to(torch.float32)
+    hessian = _hessian(calibration, matrix, device)
     trace = None if calibration is None else calibration.fisher.get(matrix.name)
-    weight = (dense.numel() / source.elements if trace is None else sensitivity.weight(trace, dense, hessian))
-    return {"matrix": matrix.name, "codec": codec.spec(), "nbytes": codec.nbytes(matrix.shape),
-            "distortion": quality.distortion, "relative_error": quality.relative_error, "weight": weight}
+    elements = matrix.shape[0] * matrix.shape[1]
+    weight = elements / source.elements if trace is None else sensitivity.weight(trace, dense, hessian)
+    for codec in codecs:
+        options = fixed_options(codec, {**request.options, "feedback": False}, calibrated=False)
+        tables = codec.train([dense], seed=request.seed)
+        quality = measure(dense, codec.encode(dense, seed=request.seed, options=options, tables=tables), hessian)
+        yield {"matrix": matrix.name, "codec": codec.spec(), "nbytes": codec.nbytes(matrix.shape),
+               "distortion": quality.distortion, "relative_error": quality.relative_error, "weight": weight}
 
 
 def rungs(method: str, shape: tuple[int, int], rate: float) -> list[Codec]:
@@ -235,8 +252,9 @@ def make_plan(source: Source, choices: Mapping[str, Sequence[Choice]], request: 
 def least_error(source: Source, request: Request, least: int) -> BudgetError:
     """Return the error for a budget below the least reachable bytes, which it names."""
     rate = 8 * least / source.elements
-    return BudgetError(f"{request.budget} bytes ({8 * request.budget / source.elements:.4g} bits per parameter) are too "
-                       f"few: '{request.method}' needs at least {least} bytes ({rate:.4g} bits per parameter) for this "
+    asked = 8 * request.budget / source.elements
+    return BudgetError(f"{request.budget} bytes ({asked:.4g} bits per parameter) are too few: "
+                       f"'{request.method}' needs at least {least} bytes ({rate:.4g} bits per parameter) for this "
                        "model", rate)
 
 
@@ -290,13 +308,35 @@ def provenance(source: Source, calibration: Calibration | None, request: Request
             "method": request.method, "seed": request.seed, "options": dict(request.options), "calibration": seen}
 
 
-def encode(source: Source, picks: Mapping[str, Codec], calibration: Calibration | None, request: Request, work: Path,
-           output: Path, record: Mapping[str, Any], *, device: str = "cpu",
+@dataclasses.dataclass(frozen=True, eq=False)
+class Job:
+    """A plan and what it is carried out with.
+
+    Attributes
+    ----------
+    source : Source
+    picks : mapping of str to Codec
+        The plan.
+    calibration : Calibration or None
+    request : Request
+    provenance : mapping
+        For the manifest.
+    """
+
+    source: Source
+    picks: Mapping[str, Codec]
+    calibration: Calibration | None
+    request: Request
+    provenance: Mapping[str, Any]
+
+
+def encode(job: Job, work: Path, output: Path, *, device: str = "cpu",
            progress: Progress = no_progress) -> dict[str, Any]:
     """Encode one matrix at a time into `work`, then assemble the store at `output`; return the per-matrix report.
 
     A killed run continues from the last finished matrix, and gives the same bytes as an unbroken one.
     """
+    source, picks, calibration, request = job.source, job.picks, job.calibration, job.request
     check_plan(source, picks)
     folder = work / "matrices"
     folder.mkdir(parents=True, exist_ok=True)
@@ -308,13 +348,13 @@ def encode(source: Source, picks: Mapping[str, Codec], calibration: Calibration 
         matrix = source.layout.matrices[name]
         known = calibration is not None and name in calibration.hessians
         options = fixed_options(codec, request.options, calibrated=known)
-        job = _job(record, name, codec, options)
-        found = _finished(files[name], job)
+        stamp = _stamp(job.provenance, name, codec, options)
+        found = _finished(files[name], stamp)
         if found is None:
             dense, hessian = read_matrix(source, matrix, device), _hessian(calibration, matrix, device)
             encoded, found = encode_matrix(dense, codec, hessian, request.seed, options, name)
             del dense
-            _keep(files[name], encoded, job, found)
+            _keep(files[name], encoded, stamp, found)
         report[name] = found
     progress("encode", len(picks), len(picks))
     config = source.config_json()
@@ -324,11 +364,12 @@ def encode(source: Source, picks: Mapping[str, Codec], calibration: Calibration 
     def payload(entry: store.Entry) -> Mapping[str, Tensor]:
         return {"": source.tensor(entry.name)} if entry.codec is None else read_payload(files[entry.name])
 
-    store.write(output, entries(source, picks), payload, kind="model", provenance=record, files=companions)
+    store.write(output, entries(source, picks), payload, kind="model", provenance=job.provenance,
+                files=companions)
     return report
 
 
-def _job(record: Mapping[str, Any], name: str, codec: Codec, options: Mapping[str, Any]) -> str:
+def _stamp(record: Mapping[str, Any], name: str, codec: Codec, options: Mapping[str, Any]) -> str:
     text = json.dumps([dict(record), name, codec.spec(), codec.version, dict(options)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -345,21 +386,21 @@ def encode_matrix(dense: Tensor, codec: Codec, hessian: Tensor | None, seed: int
         "shannon_gap_db": quality.shannon_gap, "options": dict(options)}
 
 
-def _keep(file: Path, encoded: Encoded, job: str, result: Mapping[str, Any]) -> None:
+def _keep(file: Path, encoded: Encoded, stamp: str, result: Mapping[str, Any]) -> None:
     """Write a finished matrix to the work folder, whole or not at all."""
     partial = file.with_suffix(f".partial-{os.getpid()}")
     save_file({key: t.cpu().contiguous() for key, t in encoded.tensors.items()}, partial,
-              metadata={"job": job, "report": json.dumps(result)})
+              metadata={"job": stamp, "report": json.dumps(result)})
     partial.replace(file)
 
 
-def _finished(file: Path, job: str) -> dict[str, Any] | None:
+def _finished(file: Path, stamp: str) -> dict[str, Any] | None:
     if not file.exists():
         return None
     try:
         with safe_open(file, framework="pt") as handle:
             meta = handle.metadata() or {}
-        return json.loads(meta["report"]) if meta.get("job") == job else None
+        return json.loads(meta["report"]) if meta.get("job") == stamp else None
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError):
         return None  # damaged by a crash of the machine: encode it again
 
@@ -383,7 +424,3 @@ def copy_dense(source: Source, output: Path) -> None:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-
-
-__all__ = ["CALIBRATION_TOKENS", "CONTEXT", "REPORT", "Encoded", "Progress", "Request", "calibrate", "check_plan",
-           "copy_dense", "encode", "ladders", "load_dense", "make_plan", "provenance", "survey"]

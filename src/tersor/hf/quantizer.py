@@ -1,4 +1,4 @@
-"""Loading through `from_pretrained`: transformers' own quantizer registration, buffers built on meta from the layout."""
+"""Loading through `from_pretrained`: transformers' own quantizer registration, buffers built on meta."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from tersor.calibration import Calibration
 from tersor.errors import BudgetError, TersorError
 from tersor.hf import pipeline
 from tersor.hf.evaluate import evaluate
-from tersor.hf.pipeline import CALIBRATION_TOKENS, CONTEXT, REPORT, Progress, Request, no_progress
+from tersor.hf.pipeline import REPORT, Job, Progress, Request, Sampling, no_progress
 from tersor.hf.source import Source, open_source
 from tersor.hf.text import default_calibration, default_heldout, text_source
 from tersor.hf.verify import verify_in_fresh_process
@@ -40,17 +40,21 @@ class Settings:
         False: no calibration at all; plain errors, no error feedback.
     text : Path or None
         Held-out text to evaluate on; None uses the packaged one.
-    tokens, evaluation_tokens : int
-        Tokens to calibrate and to evaluate on; 0 evaluation tokens skips the evaluation.
+    sampling : Sampling
+        How much text to calibrate on.
+    evaluation_tokens : int
+        Tokens to evaluate on; 0 skips the evaluation.
+    context : int
+        Window length of the evaluation, in tokens.
     """
 
     method: str = "rotated_scalar"
     calibration: Path | None = None
     calibrated: bool = True
     text: Path | None = None
-    tokens: int = CALIBRATION_TOKENS
+    sampling: Sampling = Sampling()
     evaluation_tokens: int = 8192
-    context: int = CONTEXT
+    context: int = 512
     seed: int = 0
     device: str = "cpu"
     resume: bool = True
@@ -80,7 +84,8 @@ def work_folder(output: Path) -> Path:
 
 
 def compress_model(source: str | Path, output: str | Path, rate: float | None = None, *, size: int | None = None,
-                   settings: Settings | None = None, progress: Progress = no_progress, **changes: Any) -> dict[str, Any]:
+                   settings: Settings | None = None, progress: Progress = no_progress,
+                   **changes: Any) -> dict[str, Any]:
     """Compress a transformers causal language model to a byte budget, verify it, and evaluate it.
 
     Parameters
@@ -140,8 +145,8 @@ def _prepare(work: Path, source: Source, request: Request, settings: Settings) -
     mark = work / "fingerprint"
     text = settings.calibration or default_calibration()
     seen = text_source(text) if settings.calibrated else None
-    facts = [tersor.__version__, source.fingerprint(), dataclasses.asdict(request), seen, settings.tokens,
-             settings.context]
+    facts = [tersor.__version__, source.fingerprint(), dataclasses.asdict(request), seen,
+             dataclasses.asdict(settings.sampling)]
     fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
     same = settings.resume and mark.is_file() and mark.read_text() == fingerprint
     if not same and work.exists():
@@ -159,16 +164,15 @@ def _stages(source: Source, request: Request, settings: Settings, work: Path, pr
     if settings.calibrated:
         file = work / "calibration.safetensors"
         if not file.exists():
-            pipeline.calibrate(source, settings.calibration or default_calibration(), file, tokens=settings.tokens,
-                               context=settings.context, seed=settings.seed, device=settings.device,
-                               progress=progress)
+            pipeline.calibrate(source, settings.calibration or default_calibration(), file, settings.sampling,
+                               device=settings.device, progress=progress)
         calibration = Calibration.load(file)
     choices = pipeline.survey(source, calibration, request, work / "survey.jsonl", device=settings.device,
                               progress=progress)
     record = pipeline.provenance(source, calibration, request, tersor.__version__)
     picks = pipeline.make_plan(source, choices, request, record)
     write_json(work / "plan.json", planning.to_json(picks))
-    matrices = pipeline.encode(source, picks, calibration, request, work, work / "output", record,
+    matrices = pipeline.encode(Job(source, picks, calibration, request, record), work, work / "output",
                                device=settings.device, progress=progress)
     nbytes = store.stored_nbytes(work / "output")
     if nbytes > request.budget:

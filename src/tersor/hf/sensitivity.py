@@ -3,9 +3,8 @@
 For small independent errors, KL(original ‖ compressed) is half the Fisher quadratic form. With errors of variance s² an
 element that a rotation has made isotropic, a matrix costs `s² tr(F) / 2`, where `tr(F)` is the expected squared norm of
 the gradient of the log-likelihood of tokens *sampled from the model* (summing over a sequence leaves the expectation of
-the squared norm additive over tokens, because scores have mean zero). Divided by the distortion that such errors have, it
-is the weight of that matrix's relative distortion in the planner's sum, so that this sum estimates the KL in nats a
-token.
+the squared norm additive over tokens, because scores have mean zero). Divided by the distortion that such errors have,
+it is the weight of that matrix's relative distortion in the planner's sum, which so estimates the KL in nats a token.
 """
 
 from __future__ import annotations
