@@ -141,12 +141,12 @@ def compress(src: Src, output: Annotated[Path, typer.Argument(metavar="OUT", hel
              as_json: AsJson = False) -> None:
     """Compress a model to a budget: calibrate, survey, plan, encode, verify, evaluate."""
     from tersor.hf import dryrun, run
-    from tersor.hf.pipeline import Sampling
+    from tersor.hf.request import Sampling
     from tersor.report import write_html
 
-    settings = run.Settings(codec or method, calibration, calibrated, text, Sampling(tokens, context=context, seed=seed),
-                            evaluation_tokens, context, seed, device, resume, parse_options(option),
-                            read_weights(sensitivities))
+    sampling = Sampling(tokens, context=context, seed=seed)
+    settings = run.Settings(codec or method, calibration, calibrated, text, sampling, evaluation_tokens, context, seed,
+                            device, resume, parse_options(option), read_weights(sensitivities))
     nbytes = None if size is None else parse_size(size)
     rate = 3.0 if rate is None and nbytes is None else rate
     if dry_run:
@@ -172,11 +172,12 @@ def calibrate(src: Src, output: Annotated[Path, typer.Argument(metavar="CALIB", 
               context: Context = 512, seed: Seed = 0, device: Device = "cpu", as_json: AsJson = False) -> None:
     """Collect the second moments of every matrix's inputs, and its sensitivity."""
     from tersor.hf import pipeline
+    from tersor.hf.request import Sampling
     from tersor.hf.text import default_calibration
 
     with Bars() as progress:
         found = pipeline.calibrate(_open(src, output), text or default_calibration(), output,
-                                   pipeline.Sampling(tokens, fisher_tokens, context, seed), device=device,
+                                   Sampling(tokens, fisher_tokens, context, seed), device=device,
                                    progress=progress)
     emit({"tokens": found.tokens, "matrices": len(found.hessians), "source": found.source, "file": str(output)},
          as_json, "calibration")
@@ -187,12 +188,14 @@ def survey(src: Src, output: Annotated[Path, typer.Argument(metavar="SURVEY", he
            rate: Rate = 3.0, calib: Calib = None, method: Method = "rotated_scalar", seed: Seed = 0,
            device: Device = "cpu", option: OptionTexts = None, as_json: AsJson = False) -> None:
     """Try every rung near a rate on every matrix: one JSON line a trial."""
-    from tersor.hf import pipeline, run
+    from tersor.hf import run
+    from tersor.hf import survey as surveying
+    from tersor.hf.request import Request
 
     source = _open(src, output)
-    request = pipeline.Request(run.budget_bytes(source, rate, None), method, seed, parse_options(option))
+    request = Request(run.budget_bytes(source, rate, None), method, seed, parse_options(option))
     with Bars() as progress:
-        choices = pipeline.survey(source, _calibration(calib), request, output, device=device, progress=progress)
+        choices = surveying.survey(source, _calibration(calib), request, output, device=device, progress=progress)
     emit({"matrices": len(choices), "trials": sum(map(len, choices.values())), "file": str(output)}, as_json, "survey")
 
 
@@ -204,16 +207,18 @@ def plan(src: Src, survey_file: Annotated[Path, typer.Argument(metavar="SURVEY")
          as_json: AsJson = False) -> None:
     """Spend one budget over all matrices: a codec for each, as JSON."""
     from tersor.hf import pipeline, run
+    from tersor.hf import survey as surveying
+    from tersor.hf.request import Request
 
     source = _open(src, output)
     nbytes = None if size is None else parse_size(size)
     budget = run.budget_bytes(source, 3.0 if rate is None and nbytes is None else rate, nbytes)
-    request = pipeline.Request(budget, method, seed, parse_options(option), read_weights(sensitivities))
+    request = Request(budget, method, seed, parse_options(option), read_weights(sensitivities))
     calibration = _calibration(calib)
     record = pipeline.provenance(source, calibration, request, tersor.__version__)
     if not survey_file.is_file():
         raise ModelError(f"{survey_file}: no such file; make it with 'tersor survey'")
-    choices = pipeline.survey(source, calibration, request, survey_file)
+    choices = surveying.survey(source, calibration, request, survey_file)
     picks = pipeline.make_plan(source, choices, request, record)
     run.write_json(output, planning.to_json(picks))
     emit({"budget": budget, "bytes": pipeline.predict(source, picks, record), "file": str(output)}, as_json, "plan")
@@ -233,12 +238,13 @@ def encode(src: Annotated[Path, typer.Argument(help="a model directory or .gguf 
         emit(_encode_matrix(src, target, rate, codec or "auto", seed, parse_options(option)), as_json, str(target))
         return
     from tersor.hf import pipeline, run
+    from tersor.hf.request import Request
 
     if plan_file is None:
         raise ModelError("encoding a model needs --plan; make one with 'tersor plan', or use 'tersor compress'")
     picks = planning.from_json(_read_json(plan_file))
     source, calibration = _open(src, target), _calibration(calib)
-    request = pipeline.Request(source.nbytes, "plan", seed, parse_options(option))
+    request = Request(source.nbytes, "plan", seed, parse_options(option))
     record = pipeline.provenance(source, calibration, request, tersor.__version__)
     work = run.work_folder(target)
     with Bars() as progress:

@@ -45,13 +45,15 @@ class ScalarColumns(ColumnEncoder):
         (codes (out, k), first column) to decoded columns (out, k).
     close : callable
         Packed codes to the `Encoded` result.
+    device : torch.device
     """
 
     width = 1
 
     def __init__(self, shape: Shape, levels: int, assign: Callable[[Tensor, int], Tensor],
-                 value: Callable[[Tensor, int], Tensor], close: Callable[[Tensor], Encoded]) -> None:
-        self._codes = torch.zeros(shape, dtype=torch.uint8 if levels <= 256 else torch.int32)
+                 value: Callable[[Tensor, int], Tensor], close: Callable[[Tensor], Encoded],
+                 device: torch.device) -> None:
+        self._codes = torch.zeros(shape, dtype=torch.uint8 if levels <= 256 else torch.int32, device=device)
         self._levels = levels
         self._assign, self._value, self._close = assign, value, close
 

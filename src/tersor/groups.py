@@ -91,3 +91,9 @@ def parse_levels(token: str) -> int:
 def group_token(group_size: int | None, axis: str) -> str:
     """Return how a factory string writes group size and axis."""
     return (f"g{group_size}" if group_size else "") + ("o" if axis == "out" else "")
+
+
+def reciprocal(scales: Tensor) -> Tensor:
+    """Return 1 / scale in float32, 0 where the scale is 0."""
+    wide = scales.to(torch.float32)
+    return torch.where(wide > 0, 1.0 / wide, torch.zeros_like(wide)).clamp_max(torch.finfo(torch.float32).max)

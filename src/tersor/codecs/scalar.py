@@ -22,7 +22,7 @@ from tersor.bits import Layout, TensorSpec
 from tersor.codec import Codec, ColumnEncoder, Encoded, Rows, Search, Shape, Tables, matmul_by_blocks, shape_of
 from tersor.errors import CodecConfigError
 from tersor.feedback import encode_with_feedback
-from tersor.groups import Grid, check_fields, group_token, levels_token, parse_levels
+from tersor.groups import Grid, check_fields, group_token, levels_token, parse_levels, reciprocal
 from tersor.linalg import single_thread
 
 CODEBOOKS = {"gaussian": "lm", "fitted": "fit", "shared": "tab"}
@@ -97,7 +97,7 @@ class Scalar(Codec):
         if how.hessian is not None and how.options.get("feedback", False):
             return encode_with_feedback(self.columns(matrix, how), matrix, how.hessian)
         grid, table, scales = self._fit(matrix, how)
-        edges, inverse = midpoints(table), _reciprocal(scales)
+        edges, inverse = midpoints(table), reciprocal(scales)
 
         def assign(rows: slice) -> Tensor:
             return nearest(matrix[rows].to(torch.float32) * grid.expand(inverse, rows), edges)
@@ -109,7 +109,7 @@ class Scalar(Codec):
         grid, table, scales = self._fit(matrix, how)
         every, edges = slice(0, grid.shape[0]), midpoints(table)
         scale = grid.expand(scales.to(torch.float32), every).expand(grid.shape)
-        inverse = grid.expand(_reciprocal(scales), every).expand(grid.shape)
+        inverse = grid.expand(reciprocal(scales), every).expand(grid.shape)
 
         def assign(columns: Tensor, start: int) -> Tensor:
             return nearest(columns * inverse[:, start : start + columns.shape[1]], edges)
@@ -118,7 +118,7 @@ class Scalar(Codec):
             return table[chosen.to(torch.int32)] * scale[:, start : start + chosen.shape[1]]
 
         return codes.ScalarColumns(grid.shape, self.levels, assign, value,
-                                   lambda packed: self._close(grid.shape, packed, scales, table))
+                                   lambda packed: self._close(grid.shape, packed, scales, table), matrix.device)
 
     def decode_rows(self, encoded: Encoded, rows: Rows) -> Tensor:
         """Return `scale table[code]`."""
@@ -157,6 +157,7 @@ class Scalar(Codec):
             table = lloyd(self._normalized(matrix), self.levels).to(torch.float32)
         else:
             table = gaussian_table(self.levels)
+        table = table.to(matrix.device)
         refits = how.options.get("refits", REFITS)
         if not isinstance(refits, int) or refits < 0:
             raise CodecConfigError(f"scalar: option refits must be an integer >= 0, found {refits!r}")
@@ -168,7 +169,7 @@ class Scalar(Codec):
         """Return a strided sample of the elements, each divided by its group's root mean square."""
         grid = Grid(shape_of(matrix), self.group_size, self.axis)
         (rms,) = grid.fit(matrix, lambda groups: (_rms(groups),))
-        inverse, parts = _reciprocal(rms), []
+        inverse, parts = reciprocal(rms), []
         stride = max(1, matrix.numel() // SAMPLE)
         for start in range(0, matrix.shape[0], 256):
             rows = slice(start, min(start + 256, matrix.shape[0]))
@@ -221,18 +222,13 @@ def _rms(groups: Tensor) -> Tensor:
     return (groups / safe).square_().mean(-1).sqrt_() * safe.squeeze(-1)
 
 
-def _reciprocal(scales: Tensor) -> Tensor:
-    wide = scales.to(torch.float32)
-    return torch.where(wide > 0, 1.0 / wide, torch.zeros_like(wide)).clamp_max(torch.finfo(torch.float32).max)
-
-
 def fit_scales(groups: Tensor, table: Tensor, refits: int) -> Tensor:
     """Return least-squares scales, bf16 (lines, groups), for groups (lines, groups, width)."""
     scales, edges = _rms(groups), midpoints(table)
-    normal = groups * _reciprocal(scales).unsqueeze(-1)
+    normal = groups * reciprocal(scales).unsqueeze(-1)
     factor = torch.ones_like(scales)
     for _ in range(refits):
-        entries = table[nearest(normal * _reciprocal(factor).unsqueeze(-1), edges).to(torch.int32)]
+        entries = table[nearest(normal * reciprocal(factor).unsqueeze(-1), edges).to(torch.int32)]
         power = entries.square().sum(-1)
         refit = (entries * normal).sum(-1) / torch.where(power > 0, power, torch.ones_like(power))
         factor = torch.where((power > 0) & (refit > 0), refit, factor)
@@ -241,7 +237,7 @@ def fit_scales(groups: Tensor, table: Tensor, refits: int) -> Tensor:
 
 def lloyd(values: Tensor, levels: int) -> Tensor:
     """Return a 1-D codebook fitted by Lloyd's algorithm, fp16 (levels,), ascending; values are 1-D float32."""
-    ordered = values.sort().values
+    ordered = values.cpu().sort().values
     total = torch.cat([torch.zeros(1, dtype=torch.float64), ordered.to(torch.float64).cumsum(0)])
     spread = (torch.arange(levels, dtype=torch.float64) + 0.5) / levels * (ordered.numel() - 1)
     table = ordered[spread.to(torch.int64)].to(torch.float64)

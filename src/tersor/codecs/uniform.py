@@ -15,7 +15,7 @@ from tersor.bits import Layout, TensorSpec, pack, unpack
 from tersor.codec import Codec, ColumnEncoder, Encoded, Rows, Search, Shape, matmul_by_blocks, shape_of
 from tersor.errors import CodecConfigError
 from tersor.feedback import encode_with_feedback
-from tersor.groups import Grid, check_fields, group_token, levels_token, parse_levels
+from tersor.groups import Grid, check_fields, group_token, levels_token, parse_levels, reciprocal
 
 CLIP_FACTORS = tuple(1.0 - 0.04 * i for i in range(16))
 
@@ -71,7 +71,7 @@ class Uniform(Codec):
         if how.hessian is not None and how.options.get("feedback", False):
             return encode_with_feedback(self.columns(matrix, how), matrix, how.hessian)
         grid, scales, zeros = self._fit(matrix, how)
-        inverse = _reciprocal(scales)
+        inverse = reciprocal(scales)
 
         def assign(rows: slice) -> Tensor:
             scaled = matrix[rows].to(torch.float32) * grid.expand(inverse, rows)
@@ -85,7 +85,7 @@ class Uniform(Codec):
         grid, scales, zeros = self._fit(matrix, how)
         every = slice(0, grid.shape[0])
         scale = grid.expand(scales.to(torch.float32), every).expand(grid.shape)
-        inverse = grid.expand(_reciprocal(scales), every).expand(grid.shape)
+        inverse = grid.expand(reciprocal(scales), every).expand(grid.shape)
         zero = self._zero(grid, zeros, every, matrix.device).expand(grid.shape)
 
         def assign(columns: Tensor, start: int) -> Tensor:
@@ -97,7 +97,7 @@ class Uniform(Codec):
             return (chosen.to(torch.float32) - zero[:, start:stop]) * scale[:, start:stop]
 
         return codes.ScalarColumns(grid.shape, self.levels, assign, value,
-                                   lambda packed: self._close(grid.shape, packed, scales, zeros))
+                                   lambda packed: self._close(grid.shape, packed, scales, zeros), matrix.device)
 
     def decode_rows(self, encoded: Encoded, rows: Rows) -> Tensor:
         """Return `scale (code - zero)`."""
@@ -145,7 +145,7 @@ class Uniform(Codec):
         for factor in factors:
             # divide before subtracting: high - low may exceed float32
             scales = _round_up(high * (factor / (self.levels - 1)) - low * (factor / (self.levels - 1)))
-            inverse = _reciprocal(scales)
+            inverse = reciprocal(scales)
             zeros = (-low * factor * inverse).round_().clamp_(0, self.levels - 1)
             if len(factors) == 1:
                 return scales, zeros.to(torch.uint8)
@@ -183,9 +183,3 @@ def _round_up(values: Tensor) -> Tensor:
     step = torch.nextafter(rounded, torch.full_like(rounded, torch.inf))
     result = torch.where(rounded.to(torch.float32) < values, step, rounded)
     return result.clamp_max(torch.finfo(torch.bfloat16).max)
-
-
-def _reciprocal(scales: Tensor) -> Tensor:
-    """Return 1 / scale in float32, 0 where the scale is 0."""
-    wide = scales.to(torch.float32)
-    return torch.where(wide > 0, 1.0 / wide, torch.zeros_like(wide)).clamp_max(torch.finfo(torch.float32).max)

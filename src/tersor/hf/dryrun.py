@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from tersor import plan as planning
-from tersor.hf import pipeline
+from tersor.hf import pipeline, survey
+from tersor.hf.request import Request
 from tersor.hf.run import Settings, budget_bytes, work_folder
 from tersor.hf.source import open_source
 
@@ -32,33 +33,33 @@ def estimate(src: Path, output: Path, rate: float | None, size: int | None, sett
         If the budget cannot be met.
     """
     source = open_source(src, work_folder(output) / "staged")
-    request = pipeline.Request(budget_bytes(source, rate, size), settings.method, settings.seed, settings.options,
+    request = Request(budget_bytes(source, rate, size), settings.method, settings.seed, settings.options,
                                settings.sensitivities)
     planning.check_weights(list(source.layout.matrices), request.sensitivities)
     matrices = sorted(source.layout.matrices.values(), key=lambda m: m.shape[0] * m.shape[1])
     model_rate = 8 * request.budget / source.elements
-    least = {m.name: pipeline.rungs(request.method, m.shape, model_rate)[0] for m in matrices}
+    least = {m.name: survey.rungs(request.method, m.shape, model_rate)[0] for m in matrices}
     record = pipeline.provenance(source, None, request, "0")
     least_bytes = pipeline.predict(source, least, record)
     if least_bytes > request.budget:
         raise pipeline.least_error(source, request, least_bytes)
     sample = matrices[len(matrices) // 2]
-    tried = pipeline.rungs(request.method, sample.shape, model_rate)
+    tried = survey.rungs(request.method, sample.shape, model_rate)
     began = time.perf_counter()
-    count = len(list(pipeline.trials(source, sample, tried[:2], None, request, settings.device)))
-    size_tried = min(sample.shape[0] * sample.shape[1], 2 * pipeline.SURVEY_ELEMENTS)
+    count = len(list(survey.trials(source, sample, tried[:2], None, request, settings.device)))
+    size_tried = min(sample.shape[0] * sample.shape[1], 2 * survey.SURVEY_ELEMENTS)
     each = (time.perf_counter() - began) / count / size_tried
     elements = sum(m.shape[0] * m.shape[1] for m in matrices)
-    surveyed = sum(min(m.shape[0] * m.shape[1], 2 * pipeline.SURVEY_ELEMENTS) for m in matrices)
-    survey, encode = each * surveyed * len(tried), each * elements * _PASSES[settings.calibrated]
+    surveyed = sum(min(m.shape[0] * m.shape[1], 2 * survey.SURVEY_ELEMENTS) for m in matrices)
+    surveying, encoding = each * surveyed * len(tried), each * elements * _PASSES[settings.calibrated]
     forward = _forward_seconds(source.elements, settings)
     largest = 4 * matrices[-1].shape[0] * matrices[-1].shape[1]
     resident = 4 * source.elements if settings.calibrated or settings.evaluation_tokens else 0
     moments = 4 * sum({m.shape[1] ** 2 for m in matrices}) if settings.calibrated else 0
     return {"bytes": request.budget, "bytes_original": source.nbytes, "least_bytes": least_bytes,
             "matrices": len(matrices), "peak_memory_bytes": _INTERPRETER + max(resident + moments, 3 * largest),
-            "seconds_survey": survey, "seconds_encode": encode, "seconds_calibrate_and_evaluate": forward,
-            "seconds": survey + encode + forward}
+            "seconds_survey": surveying, "seconds_encode": encoding, "seconds_calibrate_and_evaluate": forward,
+            "seconds": surveying + encoding + forward}
 
 
 def _forward_seconds(elements: int, settings: Settings) -> float:

@@ -1,7 +1,7 @@
 """Perplexity, KL divergence and top-1 agreement of a compressed model, beside its original.
 
 Definitions. Text is cut into windows of `context` tokens whose starts lie `stride` apart; a window scores the tokens
-that no earlier window scored, and its first token never. Perplexity is `exp` of the mean negative log-likelihood in nats
+that no earlier window scored, and its first token never. Perplexity is `exp` of the mean negative log-likelihood
 over scored tokens; KL is the mean over the same positions of `KL(original ‖ compressed)` of the next-token
 distributions, in nats; top-1 is the share of positions where both models' most likely tokens agree.
 """
@@ -21,8 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tersor import store
 from tersor.errors import ModelError, NonFiniteError
-from tersor.hf.pipeline import load_dense
-from tersor.hf.source import Source
+from tersor.hf.source import Source, load_dense
 from tersor.hf.text import read_text, read_tokenizer, text_source, token_ids
 from tersor.hf.walk import quiet
 

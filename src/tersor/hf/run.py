@@ -19,8 +19,10 @@ from tersor import store
 from tersor.calibration import Calibration
 from tersor.errors import BudgetError, TersorError
 from tersor.hf import pipeline
+from tersor.hf import survey as surveying
 from tersor.hf.evaluate import evaluate
-from tersor.hf.pipeline import REPORT, Job, Progress, Request, Sampling, no_progress
+from tersor.hf.pipeline import REPORT, Job
+from tersor.hf.request import Progress, Request, Sampling, no_progress
 from tersor.hf.source import Source, open_source
 from tersor.hf.text import default_calibration, default_heldout, text_source
 from tersor.hf.verify import verify_in_fresh_process
@@ -52,7 +54,7 @@ class Settings:
     calibration: Path | None = None
     calibrated: bool = True
     text: Path | None = None
-    sampling: Sampling = Sampling()
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
     evaluation_tokens: int = 8192
     context: int = 512
     seed: int = 0
@@ -122,7 +124,7 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
     if request.budget >= opened.nbytes:
         pipeline.copy_dense(opened, target)
         return {"copied": True, "summary": {"bytes": opened.nbytes, "budget": request.budget}}
-    pipeline.ladders(request.method)
+    surveying.ladders(request.method)
     _prepare(work, opened, request, chosen)
     report = _stages(opened, request, chosen, work, progress)
     finished = work / "output"
@@ -167,7 +169,7 @@ def _stages(source: Source, request: Request, settings: Settings, work: Path, pr
             pipeline.calibrate(source, settings.calibration or default_calibration(), file, settings.sampling,
                                device=settings.device, progress=progress)
         calibration = Calibration.load(file)
-    choices = pipeline.survey(source, calibration, request, work / "survey.jsonl", device=settings.device,
+    choices = surveying.survey(source, calibration, request, work / "survey.jsonl", device=settings.device,
                               progress=progress)
     record = pipeline.provenance(source, calibration, request, tersor.__version__)
     picks = pipeline.make_plan(source, choices, request, record)

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from tersor.errors import ModelError
 from tersor.hf.walk import Layout, Matrix, empty_model, quiet, read_config, walk
@@ -216,3 +216,11 @@ def _stage(path: Path, staging: Path) -> Path:
                     not file.name.endswith(".index.json")):
                 shutil.copyfile(file, staging / file.name)
     return staging
+
+
+def load_dense(source: Source, device: str = "cpu") -> PreTrainedModel:
+    """Load the dense model of a source: in its own dtype on a GPU, in float32 on a CPU."""
+    dtype = torch.float32 if device == "cpu" else "auto"
+    with quiet():
+        model: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, local_files_only=True)
+    return model.to(device).eval()

@@ -12,7 +12,8 @@ import torch
 
 from tersor import store
 from tersor.errors import CorruptStoreError, VerificationError
-from tersor.hf.pipeline import REPORT, Progress, no_progress
+from tersor.hf.pipeline import REPORT
+from tersor.hf.request import Progress, no_progress
 from tersor.hf.source import Source
 from tersor.hf.walk import empty_model, read_config, walk
 from tersor.quality import measure

@@ -1,0 +1,60 @@
+"""What the user asks for: a budget and a method, and how much text to read; and how progress is told."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Progress = Callable[[str, int, int], None]
+
+
+def no_progress(stage: str, done: int, total: int) -> None:
+    """Ignore progress."""
+    del stage, done, total
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What the user asks of a model.
+
+    Attributes
+    ----------
+    budget : int
+        Bytes: shards, index and manifest.
+    method : str
+        A family, or a concrete codec string for every matrix.
+    seed : int
+    options : mapping
+        Encoder options; those that a codec does not read are not passed to it.
+    sensitivities : mapping of str to float
+        Weight of each matrix's relative distortion; 1 where none is given.
+    """
+
+    budget: int
+    method: str = "rotated_scalar"
+    seed: int = 0
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    sensitivities: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How much text calibration reads.
+
+    Attributes
+    ----------
+    tokens : int
+        For the second moments.
+    fisher_tokens : int
+        Of those, for the sensitivities; 0: none are measured.
+    context : int
+        Window length in tokens.
+    seed : int
+        Of the tokens that the sensitivities draw from the model.
+    """
+
+    tokens: int = 65536
+    fisher_tokens: int = 4096
+    context: int = 512
+    seed: int = 0
