@@ -104,6 +104,13 @@ MATRIX_METHODS = {
     4: ("rot,lm4", "lm4", "fit4", "rtn4g64", "rtn4g128", "nf4:64", "hqq:4g64", "quanto:4g128", "quanto:4g64hqq",
         "torchao:4g64", "gguf:IQ4_XS", "gguf:Q4_K", "faiss:eden4", "faiss:sq4"),
 }
+# the short table: ours, and what is deployed at these rates
+SHORT_METHODS = {
+    1: ("rot,lm1",),
+    2: ("rot,lm2", "rtn2g64", "hqq:2g64", "gguf:IQ2_XXS"),
+    3: ("rot,lm3", "rtn3g64", "hqq:3g64", "gguf:IQ3_XXS"),
+    4: ("rot,lm4", "rtn4g64", "hqq:4g64", "gguf:IQ4_XS", "nf4:64"),
+}
 MATRIX_CASES = tuple(
     MatrixCase(data, method, bits, target=LLOYD_MAX[bits] if method.startswith("rot,") else None,
                tolerance=tolerance if method.startswith("rot,") else 0.0)

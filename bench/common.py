@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -26,8 +27,12 @@ PACKAGES = ("torch", "numpy", "transformers", "bitsandbytes", "hqq", "optimum-qu
             "faiss-cpu")
 
 
+@functools.cache
 def commit() -> str:
-    """Return the short commit, with `+dirty` when src/ or bench/ code differs from it."""
+    """Return the short commit, with `+dirty` when src/ or bench/ code differs from it; asked once, at import.
+
+    A long run keeps the code that it loaded, whatever is committed while it goes on.
+    """
     changed = _git("status", "--porcelain", "--", "src", "bench/*.py")
     return _git("rev-parse", "--short=10", "HEAD") + ("+dirty" if changed else "")
 
@@ -112,3 +117,6 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+commit()

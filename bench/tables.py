@@ -16,6 +16,7 @@ import cases
 import common
 
 Line = Mapping[str, Any]
+Builder = Callable[[Mapping[str, Line]], str]
 MARKER = re.compile(r"(<!-- bench:(?P<name>[\w.-]+) -->\n).*?(?=<!-- /bench -->)", re.DOTALL)
 PEER_NAMES = {"nf4": "bitsandbytes NF4, block", "hqq": "HQQ", "quanto": "quanto", "torchao": "torchao", "gguf": "GGUF",
               "faiss": "FAISS"}
@@ -59,23 +60,24 @@ def provenance(lines: Iterable[Line]) -> str:
             f"torch {last['versions']['torch']}; seed {last['seed']}.")
 
 
-def gaussian_table(found: Mapping[str, Line]) -> str:
-    """Relative MSE of every method on three kinds of matrix."""
-    rows = []
-    kinds = tuple(cases.DATA_TOLERANCE)
-    for bits, methods in cases.MATRIX_METHODS.items():
-        block = []
-        for method in methods:
-            lines = [found.get(cases.MatrixCase(kind, method, bits).key) for kind in kinds]
-            if lines[0] is None:
-                continue
-            first = lines[0]["numbers"]
-            cells = [f"{line['numbers']['relative_mse']:.4f}" if line else "" for line in lines]
-            block.append((first["rate"], [label(method), f"{first['rate']:.3f}", *cells,
-                                          f"{first['shannon_gap_db']:.2f}"]))
-        rows += [row for _, row in sorted(block, key=lambda pair: pair[0])]
-    return table(["method", "bits per element", "Gaussian", "Student t, 3 d.o.f.", "outlier columns",
-                  "dB to Shannon (Gaussian)"], rows)
+def gaussian_table(methods: Mapping[int, Sequence[str]]) -> Builder:
+    """Return the table of some methods' relative squared error on three kinds of matrix."""
+    def build(found: Mapping[str, Line]) -> str:
+        rows = []
+        for bits, chosen in methods.items():
+            block = []
+            for method in chosen:
+                lines = [found.get(cases.MatrixCase(kind, method, bits).key) for kind in cases.DATA_TOLERANCE]
+                if any(line is None for line in lines):
+                    continue
+                numbers = [line["numbers"] for line in lines if line is not None]
+                block.append((numbers[0]["rate"], [
+                    label(method), f"{numbers[0]['rate']:.3f}", *(f"{n['relative_mse']:.4f}" for n in numbers),
+                    f"{numbers[0]['shannon_gap_db']:.2f}"]))
+            rows += [row for _, row in sorted(block, key=lambda pair: pair[0])]
+        return table(["method", "bits per element", "Gaussian", "Student t, 3 d.o.f.", "outlier columns",
+                      "dB to Shannon (Gaussian)"], rows)
+    return build
 
 
 def targets_table(found: Mapping[str, Line]) -> str:
@@ -93,12 +95,16 @@ def targets_table(found: Mapping[str, Line]) -> str:
     return table(["case", "bits per element", "relative MSE", "target", "above", "allowed", ""], rows)
 
 
-def models_table(model: str) -> Callable[[Mapping[str, Line]], str]:
-    """Return the table of one model: peers use as many bytes as Tersor's rows above them, or more."""
+def models_table(model: str, *, short: bool = False) -> Builder:
+    """Return the table of one model: peers use as many bytes as Tersor's rows above them, or more.
+
+    The short one has one perplexity, over all texts together.
+    """
     def build(found: Mapping[str, Line]) -> str:
         lines = [line for line in found.values() if line["case"]["model"] == model]
         lines.sort(key=lambda line: (line["case"]["method"] != "original", line["case"]["rate"], line["bytes"],
                                      line["key"]))
+        texts = ("all",) if short else common.DOMAINS
         ours: dict[int, int] = {}  # the most bytes of a Tersor row, by block
         for line in lines:
             if label(line["case"]["method"]).startswith("**Tersor**"):
@@ -108,11 +114,11 @@ def models_table(model: str) -> Callable[[Mapping[str, Line]], str]:
             numbers = line["numbers"]
             name = label(line["case"]["method"])
             fewer = " (fewer bytes)" if "**" not in name and line["bytes"] < ours.get(line["case"]["rate"], 0) else ""
-            perplexities = [f"{numbers[domain]['perplexity']:.2f}" for domain in common.DOMAINS]
+            perplexities = [f"{numbers[text]['perplexity']:.2f}" for text in texts]
             rows.append([name + fewer, f"{line['bytes']:,}", f"{numbers['rate']:.3f}", *perplexities,
                          f"{numbers['all']['kl']:.4f}", f"{100 * numbers['all']['top1']:.1f} %"])
-        return table(["method", "bytes", "bits per parameter", *(f"perplexity, {d}" for d in common.DOMAINS),
-                      "KL, nats", "same top token"], rows)
+        heads = ["perplexity"] if short else [f"perplexity, {text}" for text in texts]
+        return table(["method", "bytes", "bits per parameter", *heads, "KL, nats", "same top token"], rows)
     return build
 
 
@@ -154,14 +160,17 @@ def memory_table(found: Mapping[str, Line]) -> str:
     return table(["encoding", "matrix, MB", "peak, MB", "at most, MB", ""], rows)
 
 
-TABLES: Mapping[str, tuple[str, Callable[[Mapping[str, Line]], str]]] = {
-    "gaussian": ("gaussian", gaussian_table),
-    "gaussian-targets": ("gaussian", targets_table),
-    **{f"models-{name}": ("models", models_table(name)) for name in (*cases.MODELS, "smollm2-135m")},
-    "speed": ("speed", speed_table),
-    "packing": ("speed", packing_table),
-    "memory": ("speed", memory_table),
+TABLES: Mapping[str, tuple[str, str, Builder]] = {
+    "gaussian": ("gaussian", "", gaussian_table(cases.SHORT_METHODS)),
+    "gaussian-all": ("gaussian", "", gaussian_table(cases.MATRIX_METHODS)),
+    "gaussian-targets": ("gaussian", "", targets_table),
+    "models": ("models", "fable-22m|", models_table("fable-22m", short=True)),
+    **{f"models-{name}": ("models", f"{name}|", models_table(name)) for name in (*cases.MODELS, "smollm2-135m")},
+    "speed": ("speed", "encode|decode|", speed_table),
+    "packing": ("speed", "pack|unpack|", packing_table),
+    "memory": ("speed", "memory|", memory_table),
 }
+"""Name to the suite, the prefixes of the keys it shows (each ends in a bar; none: all), and what builds it."""
 
 
 def render(name: str) -> str:
@@ -174,13 +183,9 @@ def render(name: str) -> str:
     """
     if name not in TABLES:
         raise LookupError(f"no table 'bench:{name}'; known: {', '.join(TABLES)}")
-    suite, build = TABLES[name]
-    found = common.newest(suite)
-    if suite == "models":
-        found = {key: line for key, line in found.items() if f"models-{line['case']['model']}" == name}
-    elif suite == "speed":
-        kind = {"speed": ("encode|", "decode|"), "packing": ("pack|", "unpack|"), "memory": ("memory|",)}[name]
-        found = {key: line for key, line in found.items() if key.startswith(kind)}
+    suite, prefixes, build = TABLES[name]
+    starts = tuple(f"{prefix}|" for prefix in prefixes.split("|") if prefix) or ("",)
+    found = {key: line for key, line in common.newest(suite).items() if key.startswith(starts)}
     if not found:
         raise LookupError(f"no results for 'bench:{name}'; run the suite '{suite}' first")
     return f"{build(found)}\n\n{provenance(found.values())}\n"
@@ -196,6 +201,30 @@ def splice(text: str) -> str:
     return MARKER.sub(lambda match: match[1] + render(match["name"]), text)
 
 
+def update(*, write: bool) -> list[Path]:
+    """Return the documents with stale tables, relative to the root; rewrite them if asked to.
+
+    Raises
+    ------
+    LookupError
+        If a document asks for a table that cannot be rendered; names the document.
+    """
+    stale = []
+    for file in documents():
+        if not file.is_file():
+            continue
+        text = file.read_text()
+        try:
+            fresh = splice(text)
+        except LookupError as error:
+            raise LookupError(f"{file.relative_to(common.ROOT)}: {error.args[0]}") from error
+        if fresh != text:
+            stale.append(file.relative_to(common.ROOT))
+            if write:
+                file.write_text(fresh)
+    return stale
+
+
 def main() -> int:
     """Print, write or check the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -204,19 +233,17 @@ def main() -> int:
     group.add_argument("--check", action="store_true", help="exit with status 1 if a table is stale")
     arguments = parser.parse_args()
     if not (arguments.write or arguments.check):
-        for name, (suite, _) in TABLES.items():
-            if common.newest(suite):
-                try:
-                    print(f"## {name}\n\n{render(name)}")
-                except LookupError as error:
-                    print(f"## {name}\n\n{error}\n")
+        for name in TABLES:
+            try:
+                print(f"## {name}\n\n{render(name)}")
+            except LookupError as error:
+                print(f"## {name}\n\n{error}\n")
         return 0
-    stale = []
-    for file in documents():
-        if file.is_file() and (fresh := splice(before := file.read_text())) != before:
-            stale.append(file.relative_to(common.ROOT))
-            if arguments.write:
-                file.write_text(fresh)
+    try:
+        stale = update(write=arguments.write)
+    except LookupError as error:
+        print(error.args[0], file=sys.stderr)
+        return 1
     for file in stale:
         print(f"{'updated' if arguments.write else 'stale'}: {file}")
     return 1 if stale and arguments.check else 0

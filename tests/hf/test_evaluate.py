@@ -136,3 +136,17 @@ def test_source_reads_slices_and_transposes(tiny: Callable[[str], Path], tmp_pat
     expert = moe.layout.matrices["model.layers.0.mlp.experts.down_proj/2"]
     stack = load_original(tiny("qwen3_moe")).model.layers[0].mlp.experts.down_proj
     assert torch.equal(moe.matrix(expert), stack[2])
+
+
+def test_calibration_does_not_depend_on_threads(tiny: Callable[[str], Path]) -> None:
+    threads, found = torch.get_num_threads(), []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        model = load_original(tiny("llama"))
+        moments = collect(model, iter([(IDS[:64].reshape(4, 16), None)]), "test")
+        found.append((moments, sensitivity.fisher_traces(model, IDS[:64].reshape(4, 16), 0)))
+        assert torch.get_num_threads() == count
+    torch.set_num_threads(threads)
+    assert found[0][1] == found[1][1]
+    for name, hessian in found[0][0].hessians.items():
+        assert torch.equal(hessian, found[1][0].hessians[name])

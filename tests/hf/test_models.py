@@ -1,4 +1,4 @@
-"""End to end on tiny random models: compress, load through from_pretrained, same logits as decoded weights, generate."""
+"""End to end on tiny random models: compress, load with from_pretrained, same logits as decoded weights, generate."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +32,8 @@ def test_round_trip(name: str, tiny: Callable[[str], Path], tmp_path: Path) -> N
     with torch.no_grad():
         ours, theirs = model(input_ids=IDS).logits, dense(input_ids=IDS).logits
     # float32 products in another order: a few hundred roundings of logits of order one
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=300 * torch.finfo(torch.float32).eps * float(theirs.abs().max()))
+    atol = 300 * torch.finfo(torch.float32).eps * float(theirs.abs().max())
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
     generated = model.generate(IDS[:1], max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert torch.equal(generated, dense.generate(IDS[:1], max_new_tokens=4, do_sample=False, pad_token_id=0))
 

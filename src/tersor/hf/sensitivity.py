@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tersor.hf.walk import Matrix, walk
+from tersor.linalg import single_thread
 
 
 def sampled_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -47,12 +48,13 @@ def fisher_traces(model: PreTrainedModel, sequences: Tensor, seed: int,
     generator = torch.Generator().manual_seed(seed)
     totals = dict.fromkeys(matrices, 0.0)
     for ids in sequences:
-        model.zero_grad(set_to_none=True)
-        sampled_loss(model(input_ids=ids[None].to(model.device), use_cache=False).logits, generator).backward()
-        for name, matrix in matrices.items():
-            gradient = model.get_parameter(matrix.parameter).grad
-            if gradient is not None:
-                totals[name] += float(matrix.take(gradient).square().sum(dtype=torch.float64))
+        with single_thread():  # the plan follows from these sums, so their order must not depend on the threads
+            model.zero_grad(set_to_none=True)
+            sampled_loss(model(input_ids=ids[None].to(model.device), use_cache=False).logits, generator).backward()
+            for name, matrix in matrices.items():
+                gradient = model.get_parameter(matrix.parameter).grad
+                if gradient is not None:
+                    totals[name] += float(matrix.take(gradient).square().sum(dtype=torch.float64))
         if step is not None:
             step(ids.numel())
     model.zero_grad(set_to_none=True)

@@ -18,6 +18,7 @@ from tersor.hf import sensitivity
 from tersor.hf.request import Progress, Request, no_progress
 from tersor.hf.source import Source
 from tersor.hf.walk import Matrix
+from tersor.linalg import single_thread
 from tersor.plan import Choice
 from tersor.quality import measure
 from tersor.registry import parse
@@ -89,11 +90,14 @@ def trials(source: Source, matrix: Matrix, codecs: Sequence[Codec], calibration:
     hessian = hessian_of(calibration, matrix, device)
     trace = None if calibration is None else calibration.fisher.get(matrix.name)
     elements = matrix.shape[0] * matrix.shape[1]
-    weight = elements / source.elements if trace is None else sensitivity.weight(trace, dense, hessian)
+    with single_thread():  # the plan follows from these figures, so they must not depend on the threads
+        weight = elements / source.elements if trace is None else sensitivity.weight(trace, dense, hessian)
     for codec in codecs:
         options = fixed_options(codec, {**request.options, "feedback": False}, calibrated=False)
         tables = codec.train([dense], seed=request.seed)
-        quality = measure(dense, codec.encode(dense, seed=request.seed, options=options, tables=tables), hessian)
+        with single_thread():
+            encoded = codec.encode(dense, seed=request.seed, options=options, tables=tables)
+            quality = measure(dense, encoded, hessian)
         yield {"matrix": matrix.name, "codec": codec.spec(), "nbytes": codec.nbytes(matrix.shape),
                "distortion": quality.distortion, "relative_error": quality.relative_error, "weight": weight}
 
