@@ -1,4 +1,4 @@
-"""Compressed modules: meta buffers from the layout, assigned state dicts, products equal to those of decoded weights."""
+"""Compressed modules: meta buffers, assigned state dicts, products equal to those of decoded weights."""
 
 import copy
 

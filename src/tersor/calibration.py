@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from tersor import tensorfile
 from tersor.errors import CorruptStoreError, NonFiniteError
 
 _CHECK = 1e-3  # largest relative gap tolerated between the float32 trace and a float64 sum of squares
@@ -79,13 +78,8 @@ class Calibration:
             names[name] = key
             tensors[key] = hessian.contiguous()
         record = {"names": names, "tokens": self.tokens, "source": self.source, "fisher": dict(self.fisher)}
-        meta = {"format": "pt", "tersor": json.dumps(record)}
-        partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-        try:
-            save_file(tensors, partial, metadata=meta)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        meta = {"tersor": json.dumps(record)}
+        tensorfile.save(tensors, path, meta)
 
     @classmethod
     def load(cls, path: Path) -> Calibration:

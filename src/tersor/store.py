@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from tersor import tensorfile
 from tersor.bits import TensorSpec
 from tersor.codec import Encoded, check_tensor
 from tersor.errors import CorruptStoreError, TersorError, UnknownCodecError
@@ -111,7 +111,7 @@ def _write_into(folder: Path, entries: Sequence[Entry], payload: Callable[[Entry
                     tensors[entry.key(tensor)] = held[tensor].contiguous()
         if number == len(shards) - 1:
             tensors.update(tables)
-        save_file(_apart(tensors), folder / name, metadata={"format": "pt"})
+        tensorfile.save(_apart(tensors), folder / name)
         weight_map.update(dict.fromkeys(tensors, name))
         total += sum(t.numel() * t.element_size() for t in tensors.values())
     if len(shards) > 1:

@@ -9,10 +9,9 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from tersor import store
+from tersor import store, tensorfile
 from tersor.hf.walk import Matrix, empty_model, read_config, walk
 
 SHARD_BYTES = 4 * 10**9
@@ -44,7 +43,7 @@ def _write_shards(opened: store.Store, names: list[str], by_parameter: dict[str,
 
     def flush() -> None:
         name = f"model-{len(shards):05d}.safetensors"
-        save_file(held, folder / name, metadata={"format": "pt"})
+        tensorfile.save(held, folder / name)
         weight_map.update(dict.fromkeys(held, name))
         shards.append(name)
         held.clear()

@@ -56,7 +56,7 @@ def estimate(src: Path, output: Path, rate: float | None, size: int | None, sett
     largest = 4 * matrices[-1].shape[0] * matrices[-1].shape[1]
     resident = 4 * source.elements if settings.calibrated or settings.evaluation_tokens else 0
     moments = 4 * sum({m.shape[1] ** 2 for m in matrices}) if settings.calibrated else 0
-    return {"bytes": request.budget, "bytes_original": source.nbytes, "least_bytes": least_bytes,
+    return {"bytes": request.budget, "bytes_original": source.original_nbytes, "least_bytes": least_bytes,
             "matrices": len(matrices), "peak_memory_bytes": _INTERPRETER + max(resident + moments, 3 * largest),
             "seconds_survey": surveying, "seconds_encode": encoding, "seconds_calibrate_and_evaluate": forward,
             "seconds": surveying + encoding + forward}

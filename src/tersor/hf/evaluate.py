@@ -145,7 +145,7 @@ def evaluate(path: Path, source: Source, text: Path, *, context: int = 512, stri
         "perplexity": math.exp(score.nll / score.positions),
         "perplexity_original": math.exp(score.nll_original / score.positions),
         "kl": score.kl / score.positions, "top1": score.agreed / score.positions,
-        "bytes": nbytes, "bytes_original": source.nbytes, "rate": 8 * nbytes / store.params(opened),
+        "bytes": nbytes, "bytes_original": source.original_nbytes, "rate": 8 * nbytes / store.params(opened),
         "resident_bytes": resident_bytes(model), "resident_bytes_original": resident_bytes(original),
         "tokens_per_second": score.tokens / score.seconds,
         "tokens_per_second_original": score.tokens / score.seconds_original,

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tersor import plan as planning
-from tersor import store
+from tersor import store, tensorfile
 from tersor.calibration import Calibration
 from tersor.codec import Codec, Encoded
 from tersor.errors import BudgetError, CodecConfigError, CorruptStoreError
@@ -100,9 +99,16 @@ def least_error(source: Source, request: Request, least: int) -> BudgetError:
 
 def _top_up(source: Source, picks: dict[str, Codec], rest: int, request: Request,
             provenance: Mapping[str, Any]) -> dict[str, Codec]:
-    """Give what is left over to one matrix, the largest that can take it, by mixing two rungs over its rows."""
+    """Give what is left over to one matrix, the largest that can take it, by mixing two rungs over its rows.
+
+    Embeddings come last: mixing favours rows of large norm, which in an embedding are not those that matter.
+    """
     matrices = source.layout.matrices
-    for name in sorted(picks, key=lambda n: matrices[n].shape[0] * matrices[n].shape[1], reverse=True):
+
+    def order(name: str) -> tuple[bool, int]:
+        return matrices[name].kind != "embedding", matrices[name].shape[0] * matrices[name].shape[1]
+
+    for name in sorted(picks, key=order, reverse=True):
         now = picks[name].nbytes(matrices[name].shape)
         for ladder in ladders(request.method):
             if picks[name] not in [ladder.at(rung) for rung in ladder.rungs]:
@@ -228,10 +234,8 @@ def encode_matrix(dense: Tensor, codec: Codec, hessian: Tensor | None, seed: int
 
 def _keep(file: Path, encoded: Encoded, stamp: str, result: Mapping[str, Any]) -> None:
     """Write a finished matrix to the work folder, whole or not at all."""
-    partial = file.with_suffix(f".partial-{os.getpid()}")
-    save_file({key: t.cpu().contiguous() for key, t in encoded.tensors.items()}, partial,
-              metadata={"job": stamp, "report": json.dumps(result)})
-    partial.replace(file)
+    tensors = {key: t.cpu().contiguous() for key, t in encoded.tensors.items()}
+    tensorfile.save(tensors, file, {"job": stamp, "report": json.dumps(result)})
 
 
 def _finished(file: Path, stamp: str) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ import json
 import os
 import resource
 import shutil
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -134,12 +135,22 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
         report["evaluation"] = evaluate(finished, opened, chosen.text or default_heldout(), context=chosen.context,
                                         tokens=chosen.evaluation_tokens, device=chosen.device, progress=progress)
     report["summary"]["seconds"] = time.perf_counter() - began
-    report["summary"]["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    report["summary"]["peak_memory_bytes"] = peak_memory()
     _write_report(finished, report)
     finished.rename(target)
     shutil.rmtree(work / "matrices", ignore_errors=True)
     shutil.rmtree(work / "staged", ignore_errors=True)
     return report
+
+
+def peak_memory() -> int:
+    """Return this process's largest resident size so far, in bytes."""
+    status = Path("/proc/self/status")  # VmHWM starts anew with the program; ru_maxrss remembers the parent's
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _prepare(work: Path, source: Source, request: Request, settings: Settings) -> None:
@@ -180,7 +191,7 @@ def _stages(source: Source, request: Request, settings: Settings, work: Path, pr
     if nbytes > request.budget:
         raise TersorError(f"internal: wrote {nbytes} bytes for a budget of {request.budget}")
     summary = {"bytes": nbytes, "budget": request.budget, "rate": 8 * nbytes / source.elements,
-               "parameters": source.elements, "bytes_original": source.nbytes, "method": request.method}
+               "parameters": source.elements, "bytes_original": source.original_nbytes, "method": request.method}
     return {"summary": summary, "matrices": matrices, "provenance": record}
 
 
@@ -189,7 +200,7 @@ def finish(source: Source, matrices: Mapping[str, Any], record: Mapping[str, Any
     """Verify what `pipeline.encode` left in the work folder and put it in place; return a flat summary."""
     nbytes = store.stored_nbytes(work / "output")
     summary = {"bytes": nbytes, "rate": 8 * nbytes / source.elements, "parameters": source.elements,
-               "bytes_original": source.nbytes}
+               "bytes_original": source.original_nbytes}
     _write_report(work / "output", {"summary": summary, "matrices": matrices, "provenance": record})
     verify_in_fresh_process(work / "output", source.folder)
     (work / "output").rename(target)

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
+from tersor import tensorfile
 from tersor.errors import ModelError
 from tersor.hf.walk import Layout, Matrix, empty_model, quiet, read_config, walk
 from tersor.store import INDEX, MANIFEST
@@ -73,8 +73,13 @@ class Source:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the dense safetensors files."""
+        """Bytes of the dense safetensors files, staged ones included."""
         return sum(file.stat().st_size for file in {file for file, _ in self.locations.values()})
+
+    @property
+    def original_nbytes(self) -> int:
+        """Bytes of what the user gave: the .gguf file, or the dense safetensors files."""
+        return self.path.stat().st_size if self.path.is_file() else self.nbytes
 
     @property
     def elements(self) -> int:
@@ -203,7 +208,7 @@ def _stage(path: Path, staging: Path) -> Path:
     staging.mkdir(parents=True)
     tied = set(model.all_tied_weights_keys)
     tensors = {k: t.contiguous() for k, t in model.state_dict().items() if k not in tied}
-    save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
+    tensorfile.save(tensors, staging / "model.safetensors")
     config = model.config.to_dict()
     config.pop("quantization_config", None)
     (staging / "config.json").write_text(json.dumps(config, indent=1, default=str))
