@@ -10,7 +10,7 @@ from tersor.testing import gaussian, student_t3
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 CODECS = ["bf16", "rtn4g64", "rtn3s", "rtnL5g32o", "lm3", "fit4g128", "lmL6o", "rot,lm3", "rotboth@7,lm2",
-          "sum(rot,lm2;rtn2g64)", "rot,rows20(lm3;lm2)"]
+          "sum(rot,lm2;rtn2g64)", "rot,rows20(lm3;lm2)", "head20(lm3;lm2)"]
 SHAPE = (96, 384)
 
 

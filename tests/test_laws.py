@@ -22,7 +22,7 @@ CODECS = [
     "lm3", "lm1", "lmL6o", "lm4g16", "lmL181", "fit4g128", "fitL3", "tab3", "tab2g32o",
     "rot,lm3", "rotout,lm2", "rotboth@7,lm2", "rot,rtn2g64", "rotboth,rotout@3,lm2",
     "sum(rot,lm2;rtn2g64)", "sum(rtn2s;fit2;bf16)", "sum(rot,lm2;tab2)",
-    "rows2(lm3;lm2)", "rows1(tab3;rtn2)", "rot,rows3(lm3;lm2)", "rows2(rows1(bf16;lm4);lm2)",
+    "rows2(lm3;lm2)", "head2(lm3;lm2)", "rows1(tab3;rtn2)", "rot,rows3(lm3;lm2)", "rows2(rows1(bf16;lm4);lm2)",
 ]
 ELEMENTWISE = [text for text in CODECS if "rot" not in text]
 

@@ -17,6 +17,7 @@ from tersor.errors import BudgetError, UnknownCodecError
 
 # levels between whole bits pay: 3 levels at 1.6 bits beat any mix of 2 and 4. Chosen for dense packing.
 SCALAR_LEVELS = (2, 3, 4, 5, 6, 8, 11, 16, 22, 32, 45, 64, 90, 128, 181, 256)
+SLACK = 0.005  # share of a budget that a family may leave unused
 UNIFORM_LEVELS = (2, 3, 4, 5, 6, 8, 11, 16, 22, 32, 64, 128, 256)
 
 
@@ -48,20 +49,31 @@ class Ladder:
         dearer = rungs[len(affordable) :]
         if not dearer or shape[0] < 2:
             return self.at(lower)
-        low, high = 0, shape[0] - 1  # rows on the dearer rung: the most that fit
-        while low < high:
-            middle = (low + high + 1) // 2
-            if MixedRows(dearer[0], lower, middle).nbytes(shape) <= nbytes:
-                low = middle
-            else:
-                high = middle - 1
-        if low == 0:
-            return self.at(lower)
-        return self.wrap(MixedRows(dearer[0], lower, low))
+        best = lower
+        for order in ("energy", "head"):  # without the mask only where it leaves too much of the budget unused
+            count = _most_rows(dearer[0], lower, order, shape, nbytes)
+            mixed = MixedRows(dearer[0], lower, count, order) if count else lower
+            if mixed.nbytes(shape) > best.nbytes(shape):
+                best = mixed
+            if best.nbytes(shape) >= (1 - SLACK) * nbytes:
+                break
+        return self.at(best) if best is lower else self.wrap(best)
 
     def at(self, rung: Codec) -> Codec:
         """Return a rung as it is used: wrapped, unless it is dense."""
         return rung if isinstance(rung, Dense) else self.wrap(rung)
+
+
+def _most_rows(dearer: Codec, lower: Codec, order: str, shape: Shape, nbytes: int) -> int:
+    """Return how many rows fit on the dearer rung, 0 where the mix costs more than `nbytes`."""
+    low, high = 0, shape[0] - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if MixedRows(dearer, lower, middle, order).nbytes(shape) <= nbytes:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def _least_message(codec: Codec, shape: Shape, least: int, nbytes: int) -> str:

@@ -15,11 +15,13 @@ from tersor.bits import Layout, TensorSpec
 from tersor.codec import Codec, Encoded, Rows, Search, Shape, Tables, nest, nest_tensors, row_blocks, shape_of
 from tersor.errors import CodecConfigError
 
+ORDERS = {"energy": "rows", "head": "head"}
+
 
 @final
 @dataclasses.dataclass(frozen=True)
 class MixedRows(Codec):
-    """`first` for the `count` rows of largest energy, `second` for the others; one mask bit a row says which.
+    """`first` for `count` rows, `second` for the others.
 
     Parameters
     ----------
@@ -27,30 +29,36 @@ class MixedRows(Codec):
         Usually two neighbouring rungs of a family, the finer first.
     count : int
         Rows that `first` encodes; at least one row must be left for `second`.
+    order : str
+        `"energy"`: `first` gets the rows of largest energy, and one mask bit a row says which; `"head"`: it gets the
+        first rows and there is no mask, for matrices so narrow that the mask would count.
     """
 
     first: Codec
     second: Codec
     count: int
+    order: str = "energy"
 
     id: ClassVar[str] = "rows"
-    grammar: ClassVar[str] = r"rows(?P<count>\d+)\("
+    grammar: ClassVar[str] = r"(?P<order>rows|head)(?P<count>\d+)\("
 
     def __post_init__(self) -> None:
         if not (isinstance(self.first, Codec) and isinstance(self.second, Codec)):
             raise CodecConfigError(f"rows: first and second must be codecs, found {self.first!r} and {self.second!r}")
         if not isinstance(self.count, int) or self.count < 1:
             raise CodecConfigError(f"rows: count must be a positive integer, found {self.count!r}")
+        if self.order not in ORDERS:
+            raise CodecConfigError(f"rows: order must be one of {sorted(ORDERS)}, found {self.order!r}")
 
     def children(self) -> Mapping[str, Codec]:
         """Return both codecs."""
         return {"first": self.first, "second": self.second}
 
     def layout(self, shape: Shape) -> Layout:
-        """Return the packed mask and both layouts."""
+        """Return the packed mask, if there is one, and both layouts."""
         shapes = self._shapes(shape)
-        return {"mask": TensorSpec((shape[0],), levels=2), **nest("first", self.first.layout(shapes[0])),
-                **nest("second", self.second.layout(shapes[1]))}
+        mask = {"mask": TensorSpec((shape[0],), levels=2)} if self.order == "energy" else {}
+        return {**mask, **nest("first", self.first.layout(shapes[0])), **nest("second", self.second.layout(shapes[1]))}
 
     def train(self, samples: Iterable[Tensor], *, seed: int = 0) -> Tables:
         """Train both codecs on whole samples."""
@@ -59,12 +67,16 @@ class MixedRows(Codec):
                 **nest_tensors("second", self.second.train(kept, seed=seed))}
 
     def search(self, matrix: Tensor, how: Search) -> Encoded:
-        """Give the rows of largest energy to `first` and the others to `second`."""
+        """Give the rows of largest energy, or the first ones, to `first` and the others to `second`."""
         shape = shape_of(matrix)
         self._shapes(shape)
         mask = torch.zeros(shape[0], dtype=torch.uint8, device=matrix.device)
-        mask[torch.argsort(_energy(matrix), descending=True, stable=True)[: self.count]] = 1
-        tensors = {"mask": bits.pack(mask, 2)}
+        tensors: dict[str, Tensor] = {}
+        if self.order == "energy":
+            mask[torch.argsort(_energy(matrix), descending=True, stable=True)[: self.count]] = 1
+            tensors["mask"] = bits.pack(mask, 2)
+        else:
+            mask[: self.count] = 1
         for name, codec, chosen in (("first", self.first, mask == 1), ("second", self.second, mask == 0)):
             encoded = codec.search(matrix[chosen], how.inner(name))
             tensors.update(nest_tensors(name, encoded.tensors))
@@ -91,15 +103,16 @@ class MixedRows(Codec):
         return out
 
     def spec(self) -> str:
-        """Return for example `rows128(lm3;lm2)`."""
-        return f"rows{self.count}({self.first.spec()};{self.second.spec()})"
+        """Return for example `rows128(lm3;lm2)`, or `head128(lm3;lm2)` without a mask."""
+        return f"{ORDERS[self.order]}{self.count}({self.first.spec()};{self.second.spec()})"
 
     @classmethod
     def from_spec(cls, match: re.Match[str], parts: Sequence[Codec]) -> Codec:
-        """Parse `rowsN(a;b)`."""
+        """Parse `rowsN(a;b)` and `headN(a;b)`."""
         if len(parts) != 2:
             raise CodecConfigError(f"rows: needs exactly two codecs, found {len(parts)}")
-        return cls(parts[0], parts[1], int(match["count"]))
+        order = next(order for order, token in ORDERS.items() if token == match["order"])
+        return cls(parts[0], parts[1], int(match["count"]), order)
 
     def _shapes(self, shape: Shape) -> tuple[Shape, Shape]:
         if self.count >= shape[0]:
@@ -112,7 +125,11 @@ class MixedRows(Codec):
 
     def _places(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
         """Return which rows `first` holds, bool (out,), and each row's place in its part, int64 (out,)."""
-        in_first = bits.unpack(encoded.tensors["mask"], 2, 0, encoded.shape[0]) == 1
+        if self.order == "energy":
+            in_first = bits.unpack(encoded.tensors["mask"], 2, 0, encoded.shape[0]) == 1
+        else:
+            device = next(iter(encoded.tensors.values())).device
+            in_first = torch.arange(encoded.shape[0], device=device) < self.count
         before = in_first.cumsum(0)
         return in_first, torch.where(in_first, before - 1, torch.arange(len(in_first), device=before.device) - before)
 
