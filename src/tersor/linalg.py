@@ -168,18 +168,19 @@ def idct(y: Tensor) -> Tensor:
 def inverse_cholesky(hessian: Tensor, damping: float = 0.01) -> Tensor:
     """Return U, upper triangular float32 (n, n), with `Uᵀ U = (H + damping mean(diag H) I)⁻¹`.
 
-    Computed in float64; damping is raised tenfold while the factorization fails (GPTQ, Frantar et al. 2023, eq. 3).
+    Computed in float64, two such matrices in memory at a time; damping is raised tenfold while the factorization fails
+    (GPTQ, Frantar et al. 2023, eq. 3).
     """
-    wide = hessian.to(torch.float64)
-    mean = float(wide.diagonal().mean()) or 1.0
-    eye = torch.eye(wide.shape[0], dtype=torch.float64, device=wide.device)
+    mean = float(hessian.diagonal().mean(dtype=torch.float64)) or 1.0
     for _ in range(6):
-        lower, failed = torch.linalg.cholesky_ex(wide + damping * mean * eye)
+        work = hessian.to(torch.float64, copy=True)
+        work.diagonal().add_(damping * mean)
+        work, failed = torch.linalg.cholesky_ex(work)
         if not int(failed):
-            inverse = torch.cholesky_inverse(lower)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            work = torch.cholesky_inverse(work)
+            work, failed = torch.linalg.cholesky_ex(work, upper=True)
             if not int(failed):
-                return upper.to(torch.float32)
+                return work.to(torch.float32)
         damping = 10.0 * damping or 0.001
     raise CodecConfigError("the Hessian could not be factorized even with damping 1000 times its mean diagonal; it "
                            "must be symmetric positive semidefinite, such as a mean of x xᵀ")

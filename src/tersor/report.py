@@ -48,7 +48,7 @@ def _plots(matrices: Mapping[str, Mapping[str, Any]]) -> str:
     names = list(matrices)
     rates = go.Figure(go.Bar(x=names, y=[matrices[n]["rate"] for n in names],
                              text=[matrices[n]["codec"] for n in names]))
-    rates.update_layout(title="bits per element", height=380, xaxis_showticklabels=len(names) <= 60, margin={"b": 140})
+    rates.update_layout(title="bits per element", height=520, xaxis_showticklabels=len(names) <= 60, margin={"b": 140})
     points = go.Scatter(x=[matrices[n]["rate"] for n in names], y=[matrices[n]["sqnr_db"] for n in names], text=names,
                         mode="markers", name="matrices")
     top = max((matrices[n]["rate"] for n in names), default=1.0)
