@@ -60,6 +60,7 @@ def test_compress_meets_the_budget_and_reports(compressed: tuple[Path, dict[str,
     assert "model.layers.0.mlp.up_proj.weight" in page
     assert "Plotly.newPlot" in page
     assert "src=\"http" not in page  # one self-contained file
+    assert not list(out.glob("*.html"))  # beside the model, not in it
 
 
 def test_inspect_verify_evaluate_decode(compressed: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
@@ -114,10 +115,23 @@ def test_bad_input_is_one_line(matrix: Path, tmp_path: Path) -> None:
     fails("compress", FABLE, tmp_path / "o", "--rate", 0.3, "--uncalibrated", says="needs at least")
     fails("compress", FABLE, tmp_path / "o", "--size", "many", says="expected a number and a unit")
     fails("compress", FABLE, FABLE, says="exists")
+    fails("compress", FABLE, tmp_path / "o", "--rate", "nan", says="between 0 and 64")
+    fails("compress", FABLE, tmp_path / "o", "--device", "cuda", says="cannot be used here")
+    fails("compress", FABLE, tmp_path / "o", "--option", "foo=1", says="reads the option")
+    (tmp_path / "o.work").mkdir()
+    (tmp_path / "o.work" / "thesis.txt").write_text("mine")
+    fails("compress", FABLE, tmp_path / "o", says="holds others")
+    assert (tmp_path / "o.work" / "thesis.txt").read_text() == "mine"
+    (tmp_path / "o.work" / "thesis.txt").unlink()
+    precious = tmp_path / "precious.txt"
+    precious.write_text("mine\nmine\n")
+    fails("survey", FABLE, precious, says="not a survey")
+    assert precious.read_text() == "mine\nmine\n"
     fails("encode", matrix, tmp_path / "o", "--codec", "nonsense", says="nonsense")
     fails("encode", matrix, tmp_path / "o", "--codec", "lm3", "--option", "clip=1", says="option")
     short = tmp_path / "short.txt"
     short.write_text("Too short.")
     fails("compress", FABLE, tmp_path / "o", "--calibration", short, says="fewer than one context")
+    assert not list((tmp_path / "o.work").iterdir())
     tersor("compress", "--no-such-option", code=2)
     assert not (tmp_path / "o").exists()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -97,13 +99,18 @@ class Bars:
 def emit(record: dict[str, Any], as_json: bool, title: str) -> None:
     """Print a flat record as JSON or as a two-column table."""
     if as_json:
-        typer.echo(json.dumps(record))
+        typer.echo(json.dumps({key: _finite(value) for key, value in record.items()}, allow_nan=False))
         return
     table = Table(title=title, show_header=False)
     for key, value in record.items():
         if not isinstance(value, (dict, list)):
             table.add_row(key, f"{value:.6g}" if isinstance(value, float) else str(value))
     out.print(table)
+
+
+def _finite(value: Any) -> Any:
+    """Return None for infinities and NaN, which JSON does not have."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_weights(path: Path | None) -> dict[str, float]:
@@ -159,7 +166,7 @@ def compress(src: Src, output: Annotated[Path, typer.Argument(metavar="OUT", hel
                   f"({report['summary']['bytes']} bytes): copied it as it is")
         emit(report["summary"], as_json, str(output))
         return
-    page = write_html(report, output / "tersor-report.html")
+    page = write_html(report, output.with_name(f"{output.name}.report.html"))
     record = {**report["summary"], **report.get("evaluation", {}), "report": str(page)}
     emit(record, as_json, f"{src} → {output}")
 
@@ -235,18 +242,24 @@ def encode(src: Annotated[Path, typer.Argument(help="a model directory or .gguf 
     if target.exists():
         raise FileExistsError(f"{target} exists; remove it or name another output")
     if src.suffix == ".npy":
-        emit(_encode_matrix(src, target, rate, codec or "auto", seed, parse_options(option)), as_json, str(target))
+        if plan_file is not None or calib is not None or device != "cpu":
+            raise CodecConfigError("--plan, --calib and --device are for models; a matrix takes --codec, --rate and "
+                                   "--option")
+        record = _encode_matrix(src, target, rate, "auto" if codec is None else codec, seed, parse_options(option))
+        emit(record, as_json, str(target))
         return
     from tersor.hf import pipeline, run
-    from tersor.hf.request import Request
+    from tersor.hf.request import Request, check_device
 
-    if plan_file is None:
-        raise ModelError("encoding a model needs --plan; make one with 'tersor plan', or use 'tersor compress'")
+    if plan_file is None or rate is not None or codec is not None:
+        raise ModelError("encoding a model takes --plan, and no --rate or --codec; make a plan with 'tersor plan', or "
+                         "use 'tersor compress'")
+    check_device(device)
     picks = planning.from_json(_read_json(plan_file))
     source, calibration = _open(src, target), _calibration(calib)
     request = Request(source.nbytes, "plan", seed, parse_options(option))
     record = pipeline.provenance(source, calibration, request, tersor.__version__)
-    work = run.work_folder(target)
+    work = run.claim(run.work_folder(target.resolve()))
     with Bars() as progress:
         report = pipeline.encode(pipeline.Job(source, picks, calibration, request, record), work, work / "output",
                                  device=device, progress=progress)
@@ -326,8 +339,7 @@ def decode(path: Annotated[Path, typer.Argument(metavar="OUT")],
         raise FileExistsError(f"{to} exists; remove it or name another output")
     opened = store.read(path)
     if opened.kind == "matrix":
-        with to.open("xb") as handle:
-            np.save(handle, opened.matrix(opened.matrix_names()[0]).decode().numpy())
+        _write_npy(to, opened.matrix(opened.matrix_names()[0]).decode().numpy())
     elif opened.kind == "model":
         from tersor.hf.dense import write_dense
 
@@ -335,6 +347,18 @@ def decode(path: Annotated[Path, typer.Argument(metavar="OUT")],
     else:
         raise CodecConfigError(f"{path}: holds several matrices; load them with tersor.load")
     emit({"decoded": str(to), "matrices": len(opened.matrix_names())}, as_json, "decode")
+
+
+def _write_npy(to: Path, array: np.ndarray) -> None:
+    partial = to.with_name(f".{to.name}.partial-{os.getpid()}")
+    try:
+        with partial.open("xb") as handle:
+            np.save(handle, array)
+        partial.replace(to)
+    except OSError as error:
+        raise OSError(f"cannot write {to}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _open(src: Path, output: Path) -> Any:

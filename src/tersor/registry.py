@@ -18,6 +18,8 @@ from tersor.codecs import BUILT_IN
 from tersor.errors import CodecConfigError, UnknownCodecError
 
 ENTRY_POINTS = "tersor.codecs"
+EXAMPLES = ("lm3", "fit4g128", "tab2", "rtn4g64", "rtn3s", "rot,lm3", "rotboth@7,lm2", "sum(rot,lm2;rtn2g64)",
+            "rows9(lm3;lm2)", "bf16", "and the like (README, docs/codecs)")
 
 
 @lru_cache(maxsize=1)
@@ -99,8 +101,7 @@ def _parse(text: str) -> tuple[Codec, str]:
         if match and (best is None or match.end() > best[0]):
             best = match.end(), cls, match
     if best is None:
-        heads = tuple(sorted(cls.grammar for cls in codec_classes().values()))
-        raise UnknownCodecError(text, heads, "codec string")
+        raise UnknownCodecError(text, EXAMPLES, "codec string")
     end, cls, match = best
     head, rest = text[:end], text[end:]
     if head.endswith(","):

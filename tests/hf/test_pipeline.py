@@ -96,7 +96,7 @@ def test_other_request_does_not_resume(tiny: Callable[[str], Path], tmp_path: Pa
     shutil.rmtree(tmp_path / "out")
     compress_model(tiny("llama"), tmp_path / "out", 3.5, method="uniform", **FAST)
     surveyed = [json.loads(line)["codec"] for line in
-                (run.work_folder(tmp_path / "out") / "survey.jsonl").read_text().splitlines()]
+                (run.work_folder(tmp_path / "out") / "survey.jsonl").read_text().splitlines()[1:]]
     assert all(codec.startswith(("rtn", "bf16", "fp32")) for codec in surveyed)
 
 
@@ -188,6 +188,19 @@ def test_verify_measures_against_the_source(tiny: Callable[[str], Path], tmp_pat
     edit_weights(other, lambda t: t["model.layers.0.self_attn.q_proj.weight"].mul_(1.1))
     with pytest.raises(VerificationError, match="q_proj"):
         verify(tmp_path / "out", open_source(other, tmp_path / "s"))
+
+
+def test_surveys_are_never_mixed_up(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    source, file = open_source(tiny("llama"), tmp_path / "s"), tmp_path / "survey.jsonl"
+    survey(source, None, Request(60_000), file)
+    with pytest.raises(CodecConfigError, match="not a survey of this model"):
+        survey(source, None, Request(60_000, seed=7), file)
+    text = file.read_text()
+    file.write_text(text[: len(text) - 40])  # a killed run's last line is run again
+    assert survey(source, None, Request(60_000), file).keys() == source.layout.matrices.keys()
+    file.write_text(text.replace('"nbytes": ', '"nbytes": "x", "was": ', 1))
+    with pytest.raises(CodecConfigError, match="lacks a number"):
+        survey(source, None, Request(60_000), file)
 
 
 def test_dry_run_writes_nothing(tiny: Callable[[str], Path], tmp_path: Path) -> None:

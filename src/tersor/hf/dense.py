@@ -19,6 +19,7 @@ SHARD_BYTES = 4 * 10**9
 
 def write_dense(opened: store.Store, to: Path) -> None:
     """Write a dense transformers directory; tensors are decoded one at a time, a shard is in memory at once; atomic."""
+    opened.verify()
     layout = walk(empty_model(read_config(opened.path)))
     by_parameter: dict[str, list[Matrix]] = defaultdict(list)
     for matrix in layout.matrices.values():

@@ -10,7 +10,7 @@ import torch
 
 from tersor import plan as planning
 from tersor.hf import pipeline, survey
-from tersor.hf.request import Request
+from tersor.hf.request import Request, check_device
 from tersor.hf.run import Settings, budget_bytes, work_folder
 from tersor.hf.source import open_source
 
@@ -35,14 +35,18 @@ def estimate(src: Path, output: Path, rate: float | None, size: int | None, sett
     source = open_source(src, work_folder(output) / "staged")
     request = Request(budget_bytes(source, rate, size), settings.method, settings.seed, settings.options,
                                settings.sensitivities)
+    check_device(settings.device)
+    survey.check_options(request)
     planning.check_weights(list(source.layout.matrices), request.sensitivities)
+    if request.budget >= source.nbytes:
+        return {"bytes": source.nbytes, "bytes_original": source.original_nbytes, "copied": True, "seconds": 0.0}
     matrices = sorted(source.layout.matrices.values(), key=lambda m: m.shape[0] * m.shape[1])
     model_rate = 8 * request.budget / source.elements
     least = {m.name: survey.rungs(request.method, m.shape, model_rate)[0] for m in matrices}
     record = pipeline.provenance(source, None, request, "0")
     least_bytes = pipeline.predict(source, least, record)
     if least_bytes > request.budget:
-        raise pipeline.least_error(source, request, least_bytes)
+        raise survey.least_error(source, request, least_bytes)
     sample = matrices[len(matrices) // 2]
     tried = survey.rungs(request.method, sample.shape, model_rate)
     began = time.perf_counter()

@@ -133,13 +133,15 @@ def evaluate(path: Path, source: Source, text: Path, *, context: int = 512, stri
     stride = context if stride is None else stride
     if not 0 < stride <= context:
         raise ModelError(f"stride must lie between 1 and the context of {context}, found {stride}")
+    opened = store.read(path)
+    if opened.kind != "model":
+        raise ModelError(f"{path}: holds a {opened.kind}, no model; evaluation needs a compressed model")
     ids = token_ids(read_tokenizer(source.folder), read_text(text), context, tokens, str(text))
     model, original = load_compressed(path, device), load_dense(source, device)
     score = compare(model, original, ids, context, stride,
                     None if progress is None else lambda done, total: progress("evaluate", done, total))
     if not math.isfinite(score.nll + score.kl):
         raise NonFiniteError(f"{path}: the compressed model's logits hold NaN or infinity on {text}")
-    opened = store.read(path)
     nbytes = store.stored_nbytes(path)
     return {
         "perplexity": math.exp(score.nll / score.positions),

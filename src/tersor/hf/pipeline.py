@@ -27,7 +27,7 @@ from tersor.hf import calibrate as calibrating
 from tersor.hf.request import Progress, Request, Sampling, no_progress
 from tersor.hf.sensitivity import fisher_traces
 from tersor.hf.source import Source, load_dense
-from tersor.hf.survey import fixed_options, hessian_of, ladders, read_matrix
+from tersor.hf.survey import fixed_options, hessian_of, ladders, least_error, read_matrix, rungs
 from tersor.hf.text import read_text, read_tokenizer, text_source, token_ids, windows
 from tersor.plan import Choice
 from tersor.quality import measure
@@ -88,13 +88,13 @@ def make_plan(source: Source, choices: Mapping[str, Sequence[Choice]], request: 
     return _top_up(source, picks, spare - payload, request, provenance)
 
 
-def least_error(source: Source, request: Request, least: int) -> BudgetError:
-    """Return the error for a budget below the least reachable bytes, which it names."""
-    rate = 8 * least / source.elements
-    asked = 8 * request.budget / source.elements
-    return BudgetError(f"{request.budget} bytes ({asked:.4g} bits per parameter) are too few: "
-                       f"'{request.method}' needs at least {least} bytes ({rate:.4g} bits per parameter) for this "
-                       "model", rate)
+def check_reachable(source: Source, calibration: Calibration | None, request: Request, version: str) -> None:
+    """Raise `BudgetError` if the least rungs, with all overhead, exceed the budget."""
+    rate = 8 * request.budget / source.elements
+    least = {name: rungs(request.method, m.shape, rate)[0] for name, m in source.layout.matrices.items()}
+    needed = predict(source, least, provenance(source, calibration, request, version)) + _SLACK
+    if needed > request.budget:
+        raise least_error(source, request, needed)
 
 
 def _top_up(source: Source, picks: dict[str, Codec], rest: int, request: Request,

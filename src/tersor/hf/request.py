@@ -6,6 +6,10 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
+from tersor.errors import ModelError
+
 Progress = Callable[[str, int, int], None]
 
 
@@ -58,3 +62,11 @@ class Sampling:
     fisher_tokens: int = 4096
     context: int = 512
     seed: int = 0
+
+
+def check_device(device: str) -> None:
+    """Raise `ModelError` unless torch can use `device` here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without CUDA
+        raise ModelError(f"device '{device}' cannot be used here: {str(error).splitlines()[0]}; use cpu") from error

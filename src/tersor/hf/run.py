@@ -23,10 +23,12 @@ from tersor.hf import pipeline
 from tersor.hf import survey as surveying
 from tersor.hf.evaluate import evaluate
 from tersor.hf.pipeline import REPORT, Job
-from tersor.hf.request import Progress, Request, Sampling, no_progress
+from tersor.hf.request import Progress, Request, Sampling, check_device, no_progress
 from tersor.hf.source import Source, open_source
-from tersor.hf.text import default_calibration, default_heldout, text_source
+from tersor.hf.text import default_calibration, default_heldout, read_text, read_tokenizer, text_source, token_ids
 from tersor.hf.verify import verify_in_fresh_process
+
+WORK_NAMES = ("staged", "fingerprint", "calibration.safetensors", "survey.jsonl", "plan.json", "matrices", "output")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +77,8 @@ def budget_bytes(source: Source, rate: float | None, size: int | None) -> int:
     """
     if (rate is None) == (size is None):
         raise BudgetError("give either a rate or a size", 0.0)
+    if rate is not None and not 0 < rate <= 64:
+        raise BudgetError(f"the rate must lie between 0 and 64 bits per parameter, found {rate}", 0.0)
     budget = size if size is not None else int((rate or 0.0) * source.elements / 8)
     if budget <= 0:
         raise BudgetError(f"the budget must be positive, found {rate if size is None else size}", 0.0)
@@ -115,9 +119,10 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
         Its subclasses; FileExistsError if the output exists.
     """
     chosen = dataclasses.replace(settings or Settings(), **changes)
-    target, work = Path(output), work_folder(Path(output))
+    target = Path(output).resolve()
     if target.exists():
         raise FileExistsError(f"{target} exists; remove it or name another output")
+    work = claim(work_folder(target))
     began = time.perf_counter()
     opened = open_source(Path(source), work / "staged")
     request = Request(budget_bytes(opened, rate, size), chosen.method, chosen.seed, chosen.options,
@@ -125,7 +130,7 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
     if request.budget >= opened.nbytes:
         pipeline.copy_dense(opened, target)
         return {"copied": True, "summary": {"bytes": opened.nbytes, "budget": request.budget}}
-    surveying.ladders(request.method)
+    _check(opened, request, chosen)
     _prepare(work, opened, request, chosen)
     report = _stages(opened, request, chosen, work, progress)
     finished = work / "output"
@@ -141,6 +146,39 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
     shutil.rmtree(work / "matrices", ignore_errors=True)
     shutil.rmtree(work / "staged", ignore_errors=True)
     return report
+
+
+def claim(work: Path) -> Path:
+    """Return the work folder if it is free to use: absent, empty, or made by an earlier run.
+
+    Raises
+    ------
+    FileExistsError
+        If it holds somebody else's files.
+    """
+    strange = sorted(child.name for child in work.iterdir() if child.name not in WORK_NAMES) if work.is_dir() else []
+    if strange or (work.exists() and not work.is_dir()):
+        raise FileExistsError(f"{work} is where this run would keep its files, but holds others "
+                              f"({', '.join(strange[:3])}); move them, or name another output")
+    return work
+
+
+def _check(source: Source, request: Request, settings: Settings) -> None:
+    """Refuse before any work what would fail after it."""
+    check_device(settings.device)
+    surveying.check_options(request)
+    planning.check_weights(list(source.layout.matrices), request.sensitivities)
+    pipeline.check_reachable(source, None, request, tersor.__version__)
+    tokenizer = read_tokenizer(source.folder) if settings.calibrated or settings.evaluation_tokens else None
+    wanted = [(settings.calibration or default_calibration(), settings.sampling.context, settings.sampling.tokens)]
+    wanted = wanted if settings.calibrated else []
+    if settings.evaluation_tokens:
+        wanted.append((settings.text or default_heldout(), settings.context, settings.evaluation_tokens))
+    for path, context, tokens in wanted:
+        assert tokenizer is not None
+        token_ids(tokenizer, read_text(path), context, tokens, str(path))
+    for matrix in source.layout.matrices.values():
+        surveying.read_matrix(source, matrix, "cpu")  # NaN and infinity are found, and named, before anything runs
 
 
 def peak_memory() -> int:
@@ -163,10 +201,9 @@ def _prepare(work: Path, source: Source, request: Request, settings: Settings) -
     fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
     same = settings.resume and mark.is_file() and mark.read_text() == fingerprint
     if not same and work.exists():
-        for child in work.iterdir():
-            if child.name == "staged":
-                continue
-            shutil.rmtree(child) if child.is_dir() else child.unlink()
+        for child in work.iterdir():  # `claim` has made sure that these are ours
+            if child.name != "staged":
+                shutil.rmtree(child) if child.is_dir() else child.unlink()
     work.mkdir(parents=True, exist_ok=True)
     mark.write_text(fingerprint)
     shutil.rmtree(work / "output", ignore_errors=True)

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -202,7 +203,7 @@ def _stage(path: Path, staging: Path) -> Path:
     try:
         with quiet():
             model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **extra)
-    except (ValueError, OSError, KeyError, RuntimeError, ImportError, TypeError) as error:
+    except (ValueError, OSError, KeyError, RuntimeError, ImportError, TypeError, struct.error) as error:
         raise ModelError(f"{path}: transformers cannot load this checkpoint: {str(error).strip()[:300]}") from error
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)

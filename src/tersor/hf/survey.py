@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from torch import Tensor
 from tersor import plan as planning
 from tersor.calibration import Calibration
 from tersor.codec import Codec, check_matrix
+from tersor.errors import BudgetError, CodecConfigError
 from tersor.families import AUTO, FAMILIES, Ladder, families
 from tersor.hf import sensitivity
 from tersor.hf.request import Progress, Request, no_progress
@@ -49,12 +53,16 @@ def survey(source: Source, calibration: Calibration | None, request: Request, ou
     estimate of the KL, else the matrix's share of the elements. Surveys run without error feedback, which lowers all
     rungs of a matrix by about the same factor, and large matrices are tried on evenly spaced rows only.
     """
-    done = _read_survey(output)
+    given = planning.check_weights(list(source.layout.matrices), request.sensitivities)
+    check_options(request)
+    mark = survey_mark(source, calibration, request)
+    done = _read_survey(output, mark)
     rate = 8 * request.budget / source.elements
     matrices = source.layout.matrices
     choices: dict[str, list[Choice]] = {name: [] for name in matrices}
-    given = planning.check_weights(list(matrices), request.sensitivities)
     with output.open("a") as handle:
+        if not output.stat().st_size:
+            handle.write(json.dumps({"survey": mark}) + "\n")
         for number, (name, matrix) in enumerate(matrices.items()):
             progress("survey", number, len(matrices))
             tried = rungs(request.method, matrix.shape, rate)
@@ -71,15 +79,60 @@ def survey(source: Source, calibration: Calibration | None, request: Request, ou
     return choices
 
 
-def _read_survey(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
+def survey_mark(source: Source, calibration: Calibration | None, request: Request) -> str:
+    """Return what a survey's figures depend on, as a digest: its first line, so that files are never mixed up."""
+    seen = None if calibration is None else [calibration.source, calibration.tokens, sorted(calibration.fisher.items())]
+    facts = [source.fingerprint(), seen, request.seed, sorted(request.options.items())]
+    return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
+
+
+def _read_survey(path: Path, mark: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """Read a survey's lines; a last line that a killed run cut short is dropped, and its trial is run again."""
+    if not path.exists() or not path.stat().st_size:
+        return {}
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    records = [_line(path, line) for line in whole.decode("utf-8", "replace").splitlines()]
+    if not records or records[0] != {"survey": mark}:
+        raise CodecConfigError(f"{path}: not a survey of this model with this calibration, seed and options; name "
+                               "another file, or give the --calib, --seed and --option that 'tersor survey' was given")
+    if len(whole) < len(data):
+        os.truncate(path, len(whole))
     done: dict[tuple[str, str], dict[str, Any]] = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            record = json.loads(line)
-            done[record["matrix"], record["codec"]] = record
-        except (json.JSONDecodeError, KeyError, TypeError):
-            continue  # the last line of a killed run may be cut short; that trial is run again
+    for record in records[1:]:
+        numbers = [record.get(key) for key in ("nbytes", "distortion", "weight")]
+        if not all(isinstance(n, (int, float)) and math.isfinite(n) and n >= 0 for n in numbers):
+            raise CodecConfigError(f"{path}: a line lacks a number: {str(record)[:100]}; run the survey again")
+        done[str(record.get("matrix")), str(record.get("codec"))] = record
     return done
+
+
+def _line(path: Path, line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise CodecConfigError(f"{path}: not a survey: '{line[:60]}' is no JSON") from error
+    if not isinstance(record, dict):
+        raise CodecConfigError(f"{path}: not a survey: '{line[:60]}' is no JSON object")
+    return record
+
+
+def check_options(request: Request) -> None:
+    """Raise `CodecConfigError` if an encoder option is read by no codec of the method."""
+    listed = [ladder.at(rung) for ladder in ladders(request.method) for rung in ladder.rungs]
+    known = frozenset[str]().union(*(codec.option_names() for codec in listed))
+    unknown = sorted(set(request.options) - known)
+    if unknown:
+        raise CodecConfigError(f"no codec of '{request.method}' reads the option {unknown}; known: {sorted(known)}")
+
+
+def least_error(source: Source, request: Request, least: int) -> BudgetError:
+    """Return the error for a budget below the least reachable bytes, which it names."""
+    rate = 8 * least / source.elements
+    asked = 8 * request.budget / source.elements
+    return BudgetError(f"{request.budget} bytes ({asked:.4g} bits per parameter) are too few: "
+                       f"'{request.method}' needs at least {least} bytes ({rate:.4g} bits per parameter) for this "
+                       "model", rate)
 
 
 def trials(source: Source, matrix: Matrix, codecs: Sequence[Codec], calibration: Calibration | None, request: Request,

@@ -64,6 +64,8 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, context: int, limit
     ModelError
         If the text is shorter than one context.
     """
+    if context < 2:
+        raise ModelError(f"the context must be at least 2 tokens, found {context}")
     keep = None if limit is None else limit * 12 + 1000  # characters that surely hold `limit` tokens
     ids = tokenizer(text[:keep], add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     ids = torch.tensor(ids[:limit], dtype=torch.int64)
