@@ -183,3 +183,9 @@ def test_public_names() -> None:
     assert all(issubclass(error, TersorError) for error in errors)
     assert tersor.CorruptStoreError.exit_code == 3
     assert tersor.BudgetError.exit_code == 2
+
+
+@pytest.mark.parametrize(("matrix", "codec"), [([[1.0, 2.0]], "auto"), (None, "auto"), (torch.ones(2, 8), 5)])
+def test_other_types_are_refused(matrix: object, codec: object) -> None:
+    with pytest.raises(CodecConfigError, match="expected"):
+        tersor.compress(matrix, codec=codec)  # type: ignore[arg-type]

@@ -36,6 +36,8 @@ def as_matrix(matrix: Tensor | np.ndarray) -> Tensor:
         usable = matrix.dtype.isnative and matrix.flags.writeable
         native = matrix if usable else np.array(matrix, matrix.dtype.newbyteorder("="))
         matrix = torch.from_numpy(np.ascontiguousarray(native))
+    if not isinstance(matrix, Tensor):
+        raise CodecConfigError(f"matrix: expected a torch tensor or a NumPy array, found {type(matrix).__name__}")
     check_matrix(matrix.detach())
     return matrix.detach()
 
@@ -85,6 +87,8 @@ def compress(matrix: Tensor | np.ndarray, rate: float | None = None, codec: str 
     if isinstance(codec, str) and codec in families():
         choices = candidates(codec, shape, _budget(DEFAULT_RATE if rate is None else rate, shape))
     else:
+        if not isinstance(codec, (str, Codec)):
+            raise CodecConfigError(f"codec: expected a family, a codec string or a Codec, found {type(codec).__name__}")
         concrete = parse(codec) if isinstance(codec, str) else codec
         if rate is not None and concrete.rate(shape) > rate:
             raise BudgetError(f"codec '{concrete}' needs {concrete.rate(shape):.4g} bits per element on shape {shape}, "

@@ -27,8 +27,7 @@ from tersor.errors import BudgetError, CodecConfigError, ModelError, TersorError
 from tersor.quality import measure
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
-                  help="Tersor makes matrices terse: models, matrices and vectors in the fewest bytes for the least "
-                       "error.")
+                  help="Tersor makes matrices terse: models and matrices in the fewest bytes for the least error.")
 out, err = Console(), Console(stderr=True)
 
 Src = Annotated[Path, typer.Argument(help="a transformers model directory, or a .gguf file")]
@@ -127,10 +126,9 @@ def read_weights(path: Path | None) -> dict[str, float]:
 
 
 @app.command()
-def families() -> None:
+def families(as_json: AsJson = False) -> None:
     """List the families that --method and --codec accept."""
-    for name in tersor.families():
-        typer.echo(name)
+    typer.echo(json.dumps(tersor.families()) if as_json else "\n".join(tersor.families()))
 
 
 @app.command()

@@ -11,7 +11,8 @@ from tersor.hf import sensitivity
 from tersor.hf.calibrate import collect
 from tersor.hf.evaluate import compare, spans
 from tersor.hf.source import open_source
-from tersor.hf.text import default_calibration, default_heldout, read_text, read_tokenizer, token_ids
+from tersor.hf.text import check_context, default_calibration, default_heldout, read_text, read_tokenizer, token_ids
+from tersor.hf.walk import read_config
 from tests.hf.conftest import FABLE
 from tests.hf.test_models import load_original
 
@@ -60,6 +61,12 @@ def test_short_text_is_refused() -> None:
     tokenizer = read_tokenizer(FABLE)
     with pytest.raises(ModelError, match="fewer than one context"):
         token_ids(tokenizer, "Once upon a time.", 512, None, "text")
+    with pytest.raises(ModelError, match="asked for"):
+        token_ids(tokenizer, "word " * 1000, 512, 100, "text")
+    with pytest.raises(ModelError, match="at least 2"):
+        token_ids(tokenizer, "word " * 1000, 1, None, "text")
+    with pytest.raises(ModelError, match="1024 positions"):
+        check_context(read_config(FABLE), 2048)
 
 
 def test_packaged_texts_have_no_line_in_common() -> None:

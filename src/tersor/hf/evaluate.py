@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from tersor import store
 from tersor.errors import ModelError, NonFiniteError
 from tersor.hf.source import Source, load_dense
-from tersor.hf.text import read_text, read_tokenizer, text_source, token_ids
+from tersor.hf.text import check_context, read_text, read_tokenizer, text_source, token_ids
 from tersor.hf.walk import quiet
 
 BATCH_TOKENS = 4096  # tokens run at a time
@@ -136,6 +136,7 @@ def evaluate(path: Path, source: Source, text: Path, *, context: int = 512, stri
     opened = store.read(path)
     if opened.kind != "model":
         raise ModelError(f"{path}: holds a {opened.kind}, no model; evaluation needs a compressed model")
+    check_context(source.config, context)
     ids = token_ids(read_tokenizer(source.folder), read_text(text), context, tokens, str(text))
     model, original = load_compressed(path, device), load_dense(source, device)
     score = compare(model, original, ids, context, stride,

@@ -28,7 +28,7 @@ from tersor.hf.request import Progress, Request, Sampling, no_progress
 from tersor.hf.sensitivity import fisher_traces
 from tersor.hf.source import Source, load_dense
 from tersor.hf.survey import fixed_options, hessian_of, ladders, least_error, read_matrix, rungs
-from tersor.hf.text import read_text, read_tokenizer, text_source, token_ids, windows
+from tersor.hf.text import check_context, read_text, read_tokenizer, text_source, token_ids, windows
 from tersor.plan import Choice
 from tersor.quality import measure
 
@@ -40,6 +40,7 @@ def calibrate(source: Source, text: Path, output: Path, sampling: Sampling | Non
               progress: Progress = no_progress) -> Calibration:
     """Run calibration text through the dense model; write moments and Fisher traces to `output`."""
     how = sampling or Sampling()
+    check_context(source.config, how.context)
     ids = token_ids(read_tokenizer(source.folder), read_text(text), how.context, how.tokens, str(text))
     sequences = windows(ids, how.context)
     chosen = sequences[:: max(1, sequences.numel() // how.fisher_tokens)] if how.fisher_tokens else sequences[:0]

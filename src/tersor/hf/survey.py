@@ -16,7 +16,7 @@ from torch import Tensor
 from tersor import plan as planning
 from tersor.calibration import Calibration
 from tersor.codec import Codec, check_matrix
-from tersor.errors import BudgetError, CodecConfigError
+from tersor.errors import BudgetError, CodecConfigError, UnknownCodecError
 from tersor.families import AUTO, FAMILIES, Ladder, families
 from tersor.hf import sensitivity
 from tersor.hf.request import Progress, Request, no_progress
@@ -35,7 +35,10 @@ def ladders(method: str) -> Sequence[Ladder]:
     """Return the ladders that a method names: a family's, or one rung for a concrete codec string."""
     if method in families():
         return [ladder for name, group in FAMILIES.items() if method in (AUTO, name) for ladder in group]
-    return [Ladder((parse(method),))]
+    try:
+        return [Ladder((parse(method),))]
+    except UnknownCodecError as error:
+        raise UnknownCodecError(method, (*families(), *error.known), "family or codec string") from error
 
 
 def fixed_options(codec: Codec, options: Mapping[str, Any], *, calibrated: bool) -> dict[str, Any]:

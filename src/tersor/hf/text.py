@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from tersor.errors import ModelError
 
@@ -35,6 +35,13 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (ValueError, OSError, KeyError, ImportError) as error:
         raise ModelError(f"{folder}: no tokenizer that transformers can read: {str(error).strip()[:200]}") from error
+
+
+def check_context(config: PretrainedConfig, context: int) -> None:
+    """Raise `ModelError` if windows of `context` tokens are longer than the model's positions."""
+    positions = config.to_dict().get("max_position_embeddings")
+    if isinstance(positions, int) and context > positions:
+        raise ModelError(f"a context of {context} tokens exceeds the model's {positions} positions; give --context")
 
 
 def read_text(path: Path) -> str:
@@ -66,6 +73,9 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, context: int, limit
     """
     if context < 2:
         raise ModelError(f"the context must be at least 2 tokens, found {context}")
+    if limit is not None and limit < context:
+        raise ModelError(f"{limit} tokens asked for are fewer than one context of {context}; ask for more, or give a "
+                         "shorter --context")
     keep = None if limit is None else limit * 12 + 1000  # characters that surely hold `limit` tokens
     ids = tokenizer(text[:keep], add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     ids = torch.tensor(ids[:limit], dtype=torch.int64)
