@@ -116,7 +116,7 @@ def test_bad_input_is_one_line(matrix: Path, tmp_path: Path) -> None:
     fails("compress", FABLE, tmp_path / "o", "--size", "many", says="expected a number and a unit")
     fails("compress", FABLE, FABLE, says="exists")
     fails("compress", FABLE, tmp_path / "o", "--rate", "nan", says="between 0 and 64")
-    fails("compress", FABLE, tmp_path / "o", "--device", "cuda", says="cannot be used here")
+    fails("compress", FABLE, tmp_path / "o", "--device", "banana", says="cannot be used here")
     fails("compress", FABLE, tmp_path / "o", "--option", "foo=1", says="reads the option")
     fails("compress", FABLE, tmp_path / "o", "--method", "nosuch", says="rotated_scalar")
     (tmp_path / "o.work").mkdir()
