@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tersor import store
 from tersor.codec import Codec, Encoded, check_matrix
-from tersor.errors import BudgetError, CodecConfigError, CorruptStoreError, UnknownCodecError
+from tersor.errors import BudgetError, CodecConfigError, CorruptStoreError
 from tersor.families import candidates, families
 from tersor.quality import measure
 from tersor.registry import parse
@@ -151,4 +151,4 @@ def load(path: str | Path) -> Encoded | dict[str, Encoded]:
     return matrices[_BARE] if opened.kind == "matrix" else matrices
 
 
-__all__ = ["UnknownCodecError", "as_matrix", "compress", "load", "save"]
+__all__ = ["as_matrix", "compress", "load", "save"]

@@ -91,6 +91,19 @@ def test_interrupted_run_resumes_to_the_same_bytes(stage: str, tiny: Callable[[s
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
+def test_leftovers_of_a_killed_run_do_not_stop_the_next(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    work = run.work_folder(tmp_path / "out")
+    (work / ".output.partial-7").mkdir(parents=True)
+    (work / ".output.partial-7" / "model.safetensors").write_bytes(b"half")
+    (work / ".calibration.safetensors.partial-7").write_bytes(b"half")
+    compress_model(tiny("llama"), tmp_path / "out", 3.5, **FAST)
+    assert not [f.name for f in work.iterdir() if "partial" in f.name]
+    shutil.rmtree(tmp_path / "out")
+    (work / ".thesis.partial-7").write_text("mine")
+    with pytest.raises(FileExistsError, match="holds others"):
+        compress_model(tiny("llama"), tmp_path / "out", 3.5, **FAST)
+
+
 def test_other_request_does_not_resume(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     compress_model(tiny("llama"), tmp_path / "out", 3.5, **FAST)
     shutil.rmtree(tmp_path / "out")

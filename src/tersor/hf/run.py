@@ -25,7 +25,15 @@ from tersor.hf.evaluate import evaluate
 from tersor.hf.pipeline import REPORT, Job
 from tersor.hf.request import Progress, Request, Sampling, check_device, no_progress
 from tersor.hf.source import Source, open_source
-from tersor.hf.text import default_calibration, default_heldout, read_text, read_tokenizer, text_source, token_ids
+from tersor.hf.text import (
+    check_context,
+    default_calibration,
+    default_heldout,
+    read_text,
+    read_tokenizer,
+    text_source,
+    token_ids,
+)
 from tersor.hf.verify import verify_in_fresh_process
 
 WORK_NAMES = ("staged", "fingerprint", "calibration.safetensors", "survey.jsonl", "plan.json", "matrices", "output")
@@ -111,7 +119,8 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
     Returns
     -------
     dict
-        The report: `matrices` by name, `summary`, `evaluation`, `plan`.
+        The report: `summary`, `matrices` by name, `evaluation`, `provenance`; or `copied` and `summary` where the
+        budget admits the original.
 
     Raises
     ------
@@ -156,11 +165,18 @@ def claim(work: Path) -> Path:
     FileExistsError
         If it holds somebody else's files.
     """
-    strange = sorted(child.name for child in work.iterdir() if child.name not in WORK_NAMES) if work.is_dir() else []
+    found = [child.name for child in work.iterdir()] if work.is_dir() else []
+    strange = sorted(name for name in found if _finished_name(name) not in WORK_NAMES)
     if strange or (work.exists() and not work.is_dir()):
         raise FileExistsError(f"{work} is where this run would keep its files, but holds others "
                               f"({', '.join(strange[:3])}); move them, or name another output")
     return work
+
+
+def _finished_name(name: str) -> str:
+    """Return what a file of the work folder is, or would have become: a killed run leaves `.NAME.partial-PID`."""
+    stem, partial, _ = name.rpartition(".partial-")
+    return stem.removeprefix(".") if partial else name
 
 
 def _check(source: Source, request: Request, settings: Settings) -> None:
@@ -176,6 +192,7 @@ def _check(source: Source, request: Request, settings: Settings) -> None:
         wanted.append((settings.text or default_heldout(), settings.context, settings.evaluation_tokens))
     for path, context, tokens in wanted:
         assert tokenizer is not None
+        check_context(source.config, context)
         token_ids(tokenizer, read_text(path), context, tokens, str(path))
     for matrix in source.layout.matrices.values():
         surveying.read_matrix(source, matrix, "cpu")  # NaN and infinity are found, and named, before anything runs
@@ -200,11 +217,10 @@ def _prepare(work: Path, source: Source, request: Request, settings: Settings) -
              dataclasses.asdict(settings.sampling)]
     fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
     same = settings.resume and mark.is_file() and mark.read_text() == fingerprint
-    if not same and work.exists():
-        for child in work.iterdir():  # `claim` has made sure that these are ours
-            if child.name != "staged":
-                shutil.rmtree(child) if child.is_dir() else child.unlink()
     work.mkdir(parents=True, exist_ok=True)
+    for child in list(work.iterdir()):  # `claim` has made sure that these are ours
+        if child.name != "staged" and not (same and child.name in WORK_NAMES):
+            shutil.rmtree(child) if child.is_dir() else child.unlink()
     mark.write_text(fingerprint)
     shutil.rmtree(work / "output", ignore_errors=True)
 

@@ -22,7 +22,7 @@ from tersor.hf.walk import Layout, Matrix, empty_model, quiet, read_config, walk
 from tersor.store import INDEX, MANIFEST
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-_OWN_FILES = ("config.json", MANIFEST, "tersor-report.json", "tersor-report.html")
+_OWN_FILES = ("config.json", MANIFEST, "tersor-report.json")
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
