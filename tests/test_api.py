@@ -92,7 +92,8 @@ def test_options() -> None:
     plain = tersor.compress(MATRIX, codec="rtn3g64")
     clipped = tersor.compress(MATRIX, codec="rtn3g64", clip="mse")
     assert measure(MATRIX, clipped).relative_error < measure(MATRIX, plain).relative_error
-    assert same(tersor.compress(MATRIX, 3.0, refits=3), tersor.compress(MATRIX, 3.0)), "the default, spelled out"
+    spelled = tersor.compress(MATRIX, 3.0, "rotated_scalar", refits=3)
+    assert same(spelled, tersor.compress(MATRIX, 3.0, "rotated_scalar")), "the default, spelled out"
     with pytest.raises(CodecConfigError, match="clip"):
         tersor.compress(MATRIX, codec="lm3", clip="mse")
     with pytest.raises(CodecConfigError, match="no_such"):

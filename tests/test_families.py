@@ -11,14 +11,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tersor
+from tersor.codec import Codec
 from tersor.codecs import MixedRows, Scalar, Uniform
 from tersor.errors import BudgetError, UnknownCodecError
-from tersor.families import AUTO, FAMILIES, Ladder, candidates, families
+from tersor.families import AUTO, AUTO_FAMILIES, FAMILIES, Ladder, budgeted, candidates, families
+from tersor.presets import PRESETS
 from tersor.quality import measure
 from tersor.testing import gaussian, outliers, student_t3
 
-NAMES = [name for name in families() if name != AUTO]
+NAMES = list(AUTO_FAMILIES)
 LADDERS = [(name, i) for name in NAMES for i in range(len(FAMILIES[name]))]
+
+
+def ladder_of(name: str, index: int) -> Ladder:
+    found = FAMILIES[name][index]
+    assert isinstance(found, Ladder)
+    return found
 
 heights = st.integers(200, 3000)
 rates = st.floats(0.15, 4.95).map(lambda power: 2.0**power)  # 1.11 to 31 bits
@@ -29,8 +37,8 @@ rates = st.floats(0.15, 4.95).map(lambda power: 2.0**power)  # 1.11 to 31 bits
 @given(height=heights, width=st.integers(384, 9000), rate=rates)
 def test_stored_bytes_lie_just_below_the_ceiling(name: str, index: int, height: int, width: int, rate: float) -> None:
     """At most the ceiling, and within .5 %: a row is at most 1/200 of the matrix, and the mask one bit a row."""
-    ladder, ceiling = FAMILIES[name][index], math.floor(rate * height * width / 8)
-    least = min(rung.nbytes((height, width)) for rung in ladder.rungs)
+    ladder, ceiling = ladder_of(name, index), math.floor(rate * height * width / 8)
+    least = min(rung.nbytes((height, width)) for rung in ladder.rungs((height, width)))
     if ceiling < least:
         with pytest.raises(BudgetError):
             ladder.fit((height, width), ceiling)
@@ -57,14 +65,19 @@ def test_a_family_is_within_half_a_percent_at_any_width(name: str, height: int, 
 def test_narrow_matrices_lose_a_row_and_the_mask(name: str, height: int, width: int, rate: float) -> None:
     """The slack of a narrow matrix: the mask, one row on the dearer rung, and what a second table and padding cost."""
     shape, ceiling = (height, width), math.floor(rate * height * width / 8)
-    for ladder in FAMILIES[name]:
-        rungs = sorted(ladder.rungs, key=lambda rung: rung.nbytes(shape))
-        if not rungs[0].nbytes(shape) <= ceiling < rungs[-1].nbytes(shape):
+    for index in range(len(FAMILIES[name])):
+        ladder = ladder_of(name, index)
+
+        def cost(step: Codec, ladder: Ladder = ladder) -> int:
+            return ladder.at(step).nbytes(shape)
+
+        steps = sorted(ladder.steps, key=cost)
+        if not cost(steps[0]) <= ceiling < cost(steps[-1]):
             continue
         stored = ladder.fit(shape, ceiling).nbytes(shape)
-        below = [rung for rung in rungs if rung.nbytes(shape) <= ceiling][-1]
-        above = rungs[rungs.index(below) + 1]
-        slack = MixedRows(above, below, 2).nbytes(shape) - below.nbytes(shape) + 4 * 7  # a part wastes up to a word
+        below = [step for step in steps if cost(step) <= ceiling][-1]
+        above = steps[steps.index(below) + 1]
+        slack = cost(MixedRows(above, below, 2)) - cost(below) + 4 * 7  # a part wastes up to a word
         assert stored <= ceiling <= stored + slack
 
 
@@ -72,7 +85,7 @@ def test_narrow_matrices_lose_a_row_and_the_mask(name: str, height: int, width: 
 @given(height=st.integers(1, 199), width=st.integers(1, 3000), rate=st.floats(0.01, 40))
 def test_small_matrices_never_exceed_the_ceiling(height: int, width: int, rate: float) -> None:
     ceiling = math.floor(rate * height * width / 8)
-    rungs = [rung for group in FAMILIES.values() for ladder in group for rung in ladder.rungs]
+    rungs = [rung for ladder in budgeted(AUTO) for rung in ladder.rungs((height, width))]
     least = min(rung.nbytes((height, width)) for rung in rungs)
     if ceiling < least:
         with pytest.raises(BudgetError) as caught:
@@ -90,8 +103,7 @@ def test_below_the_least_rung(name: str, shape: tuple[int, int]) -> None:
     with pytest.raises(BudgetError) as caught:
         candidates(name, shape, 0)
     least = caught.value.least
-    rungs = [rung for family in FAMILIES if name in (AUTO, family) for ladder in FAMILIES[family]
-             for rung in ladder.rungs]
+    rungs = [rung for ladder in budgeted(name) for rung in ladder.rungs(shape)]
     smallest = min(rungs, key=lambda rung: rung.nbytes(shape))
     assert least == smallest.rate(shape)
     assert f"the least rung '{smallest}'" in str(caught.value) or f",{smallest}'" in str(caught.value)
@@ -159,3 +171,27 @@ def test_unknown_families() -> None:
         candidates("nope", (4, 4), 100)
     assert caught.value.known == families()
     assert families()[0] == AUTO
+
+
+def test_published_presets_are_families_that_auto_leaves_out() -> None:
+    shape = (512, 128)
+    for name in PRESETS:
+        assert name in families()
+        assert name not in AUTO_FAMILIES
+    matrix = gaussian(shape)
+    for name in ("pq", "hera", "qet_vanilla", "qet"):
+        encoded = tersor.compress(matrix, rate=4, codec=name)
+        assert encoded.rate <= 4
+        assert encoded.codec in [*candidates(name, shape, 512 * 128 // 2)]
+    with pytest.raises(BudgetError) as caught:  # a dense fp32 rotation alone is 8 bits an element here
+        tersor.compress(matrix, rate=4, codec="opq")
+    assert caught.value.least > 8
+
+
+def test_qet_plus_beats_every_published_preset() -> None:
+    matrix = gaussian((1024, 128), 4)
+    for rate in (2.5, 4.0, 6.0):
+        ours = measure(matrix, tersor.compress(matrix, rate=rate, codec="qet_plus"))
+        for name in ("pq", "qet_vanilla", "qet"):
+            theirs = measure(matrix, tersor.compress(matrix, rate=rate, codec=name))
+            assert ours.relative_error <= 0.75 * theirs.relative_error

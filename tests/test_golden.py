@@ -33,7 +33,8 @@ def writer() -> ModuleType:
 
 
 def rotates(codec: Codec) -> bool:
-    return codec.id == "rotated" or any(rotates(child) for child in codec.children().values())
+    own = codec.id in ("rotated", "learned_rotation", "kashin", "two_basis")
+    return own or any(rotates(child) for child in codec.children().values())
 
 
 def held(folder: Path) -> tuple[Encoded, torch.Tensor, torch.Tensor]:

@@ -24,6 +24,7 @@ from tersor import store
 from tersor.api import as_matrix
 from tersor.calibration import Calibration
 from tersor.errors import BudgetError, CodecConfigError, ModelError, TersorError
+from tersor.families import DEFAULT
 from tersor.quality import measure
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -133,7 +134,7 @@ def families(as_json: AsJson = False) -> None:
 
 @app.command()
 def compress(src: Src, output: Annotated[Path, typer.Argument(metavar="OUT", help="output directory; must not exist")],
-             rate: Rate = None, size: Size = None, method: Method = "rotated_scalar", codec: CodecText = None,
+             rate: Rate = None, size: Size = None, method: Method = DEFAULT, codec: CodecText = None,
              calibration: Annotated[Path | None, typer.Option(help="calibration text; default: packaged")] = None,
              calibrated: Annotated[bool, typer.Option("--calibrated/--uncalibrated")] = True,
              text: Annotated[Path | None, typer.Option(help="held-out text; default: packaged")] = None,
@@ -190,7 +191,7 @@ def calibrate(src: Src, output: Annotated[Path, typer.Argument(metavar="CALIB", 
 
 @app.command()
 def survey(src: Src, output: Annotated[Path, typer.Argument(metavar="SURVEY", help="survey.jsonl to write or resume")],
-           rate: Rate = 3.0, calib: Calib = None, method: Method = "rotated_scalar", seed: Seed = 0,
+           rate: Rate = 3.0, calib: Calib = None, method: Method = DEFAULT, seed: Seed = 0,
            device: Device = "cpu", option: OptionTexts = None, as_json: AsJson = False) -> None:
     """Try every rung near a rate on every matrix: one JSON line a trial."""
     from tersor.hf import run
@@ -207,7 +208,7 @@ def survey(src: Src, output: Annotated[Path, typer.Argument(metavar="SURVEY", he
 @app.command()
 def plan(src: Src, survey_file: Annotated[Path, typer.Argument(metavar="SURVEY")],
          output: Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json to write; edit it if you like")],
-         rate: Rate = None, size: Size = None, calib: Calib = None, method: Method = "rotated_scalar",
+         rate: Rate = None, size: Size = None, calib: Calib = None, method: Method = DEFAULT,
          seed: Seed = 0, option: OptionTexts = None, sensitivities: Sensitivities = None,
          as_json: AsJson = False) -> None:
     """Spend one budget over all matrices: a codec for each, as JSON."""

@@ -48,8 +48,8 @@ class Search:
 class ColumnEncoder(abc.ABC):
     """Encoder state over blocks of columns; what error feedback drives.
 
-    The driver hands over blocks of `width` columns from left to right, already corrected for earlier errors, and uses
-    the decoded block that comes back to correct what follows.
+    The driver hands over blocks of a multiple of `width` columns (the last may be narrower) from left to right, already
+    corrected for earlier errors, and uses the decoded block that comes back to correct what follows.
     """
 
     width: int
@@ -112,6 +112,11 @@ class Codec(abc.ABC):
         """Return nested codecs by name, in order."""
         return MappingProxyType({})
 
+    @property
+    def column_wise(self) -> bool:
+        """Whether `columns` is there, which error feedback needs."""
+        return False
+
     def columns(self, matrix: Tensor, how: Search) -> ColumnEncoder:
         """Return an encoder over column blocks of `matrix` (out, in).
 
@@ -121,7 +126,7 @@ class Codec(abc.ABC):
             If the codec cannot encode a matrix column block by column block.
         """
         raise CodecConfigError(f"codec '{self.spec()}' cannot encode column blocks, which error feedback needs; "
-                               "use rtn or lm, plain or rotated on the input side")
+                               "use rtn, lm, sym or pq, plain, summed, or rotated on the input side")
 
     def train(self, samples: Iterable[Tensor], *, seed: int = 0) -> Tables:
         """Train the tables of `layout` that are marked shared, from sample matrices; empty where there are none."""

@@ -10,14 +10,18 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
+from typing import Protocol
 
 from tersor.codec import Codec, Shape
-from tersor.codecs import Dense, MixedRows, Rotated, Scalar, Uniform
+from tersor.codecs import Dense, MixedRows, Rotated, Scalar, Standardized, Sum, Symmetric, Uniform
 from tersor.errors import BudgetError, UnknownCodecError
+from tersor.presets import PRESETS
 
 # levels between whole bits pay: 3 levels at 1.6 bits beat any mix of 2 and 4. Chosen for dense packing.
 SCALAR_LEVELS = (2, 3, 4, 5, 6, 8, 11, 16, 22, 32, 45, 64, 90, 128, 181, 256)
 SLACK = 0.005  # share of a budget that a family may leave unused
+SYMMETRIC_BITS = (4, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30, 32)
+SYMMETRIC_SECOND = (8, 16, 24, 32)
 UNIFORM_LEVELS = (2, 3, 4, 5, 6, 8, 11, 16, 22, 32, 64, 128, 256)
 
 
@@ -25,12 +29,29 @@ def _as_is(codec: Codec) -> Codec:
     return codec
 
 
+class Budgeted(Protocol):
+    """What turns budgets into codecs: a `Ladder`, or a published preset."""
+
+    def fit(self, shape: Shape, nbytes: int) -> Codec:
+        """Return the costliest codec that stores a matrix of `shape` in at most `nbytes`, or raise `BudgetError`."""
+        ...
+
+    def rungs(self, shape: Shape) -> Sequence[Codec]:
+        """Return the codecs that a survey may try on a matrix of `shape`."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Ladder:
-    """Rungs in order of cost, and how a rung or a mix of two is wrapped (a rotation goes around the mix)."""
+    """Steps in order of cost, and how a step or a mix of two is wrapped (a rotation goes around the mix)."""
 
-    rungs: tuple[Codec, ...]
+    steps: tuple[Codec, ...]
     wrap: Callable[[Codec], Codec] = _as_is
+
+    def rungs(self, shape: Shape) -> Sequence[Codec]:
+        """Return every step as it is used."""
+        del shape
+        return [self.at(step) for step in self.steps]
 
     def fit(self, shape: Shape, nbytes: int) -> Codec:
         """Return the costliest codec of this ladder that stores a matrix of `shape` in at most `nbytes`.
@@ -40,40 +61,38 @@ class Ladder:
         BudgetError
             If even the least rung needs more.
         """
-        rungs = sorted(self.rungs, key=lambda codec: codec.nbytes(shape))
-        affordable = [codec for codec in rungs if codec.nbytes(shape) <= nbytes]
+        steps = sorted(self.steps, key=lambda step: self.at(step).nbytes(shape))
+        affordable = [step for step in steps if self.at(step).nbytes(shape) <= nbytes]
         if not affordable:
-            least = rungs[0].nbytes(shape)
-            raise BudgetError(_least_message(self.wrap(rungs[0]), shape, least, nbytes), least * 8 / math.prod(shape))
-        lower = affordable[-1]
-        dearer = rungs[len(affordable) :]
+            codec = self.at(steps[0])
+            least = codec.nbytes(shape)
+            raise BudgetError(_least_message(codec, shape, least, nbytes), least * 8 / math.prod(shape))
+        lower, dearer = affordable[-1], steps[len(affordable) :]
+        best = self.at(lower)
         if not dearer or shape[0] < 2:
-            return self.at(lower)
-        best = lower
+            return best
         for order in ("energy", "head"):  # without the mask only where it leaves too much of the budget unused
-            count = _most_rows(dearer[0], lower, order, shape, nbytes)
-            mixed = MixedRows(dearer[0], lower, count, order) if count else lower
-            if mixed.nbytes(shape) > best.nbytes(shape):
+            mixed = self._mixed(dearer[0], lower, order, shape, nbytes)
+            if mixed is not None and mixed.nbytes(shape) > best.nbytes(shape):
                 best = mixed
             if best.nbytes(shape) >= (1 - SLACK) * nbytes:
                 break
-        return self.at(best) if best is lower else self.wrap(best)
+        return best
+
+    def _mixed(self, dearer: Codec, lower: Codec, order: str, shape: Shape, nbytes: int) -> Codec | None:
+        """Return the mix with most rows on the dearer step, or None where every mix costs more than `nbytes`."""
+        low, high = 0, shape[0] - 1
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.wrap(MixedRows(dearer, lower, middle, order)).nbytes(shape) <= nbytes:
+                low = middle
+            else:
+                high = middle - 1
+        return self.wrap(MixedRows(dearer, lower, low, order)) if low else None
 
     def at(self, rung: Codec) -> Codec:
         """Return a rung as it is used: wrapped, unless it is dense."""
         return rung if isinstance(rung, Dense) else self.wrap(rung)
-
-
-def _most_rows(dearer: Codec, lower: Codec, order: str, shape: Shape, nbytes: int) -> int:
-    """Return how many rows fit on the dearer rung, 0 where the mix costs more than `nbytes`."""
-    low, high = 0, shape[0] - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        if MixedRows(dearer, lower, middle, order).nbytes(shape) <= nbytes:
-            low = middle
-        else:
-            high = middle - 1
-    return low
 
 
 def _least_message(codec: Codec, shape: Shape, least: int, nbytes: int) -> str:
@@ -81,7 +100,7 @@ def _least_message(codec: Codec, shape: Shape, least: int, nbytes: int) -> str:
             f"{shape}: the least rung '{codec}' needs {least} bytes ({8 * least / math.prod(shape):.4g})")
 
 
-def _ladders() -> dict[str, tuple[Ladder, ...]]:
+def _ladders() -> dict[str, tuple[Budgeted, ...]]:
     tops = (Dense("bf16"), Dense("fp32"))
     gaussian = tuple(Scalar(levels) for levels in SCALAR_LEVELS)
     fitted = tuple(Scalar(levels, "fitted") for levels in SCALAR_LEVELS)
@@ -91,11 +110,35 @@ def _ladders() -> dict[str, tuple[Ladder, ...]]:
                          for size, symmetric in ((64, False), (128, False), (None, True))),
         "scalar": (Ladder((*fitted, *tops)), Ladder((*grouped, *tops)), Ladder((*gaussian, *tops))),
         "rotated_scalar": (Ladder((*gaussian, *tops), Rotated),),
+        "qet_plus": (Ladder((*_symmetric("row"), *tops), Rotated), Ladder((*_symmetric("matrix"), *tops), Rotated),
+                     Ladder((*_symmetric("matrix"), *tops), Standardized)),
+        **{name: (preset,) for name, preset in PRESETS.items()},
     }
 
 
-FAMILIES: Mapping[str, tuple[Ladder, ...]] = MappingProxyType(_ladders())
+def _symmetric(scale: str) -> tuple[Codec, ...]:
+    """Return symmetric codebooks of rising size; beyond the largest, sums with a second one."""
+    single = tuple(Symmetric(bits, scale=scale) for bits in SYMMETRIC_BITS)
+    return (*single, *(Sum((single[-1], Symmetric(bits, scale=scale))) for bits in SYMMETRIC_SECOND))
+
+
+FAMILIES: Mapping[str, tuple[Budgeted, ...]] = MappingProxyType(_ladders())
 AUTO = "auto"
+DEFAULT = "qet_plus"  # what models are compressed with unless told otherwise
+AUTO_FAMILIES = ("uniform", "scalar", "rotated_scalar", "qet_plus")  # the published presets are slower and never best
+
+
+def budgeted(family: str) -> Sequence[Budgeted]:
+    """Return what a family holds; `auto` holds `AUTO_FAMILIES`.
+
+    Raises
+    ------
+    UnknownCodecError
+        If there is no such family.
+    """
+    if family != AUTO and family not in FAMILIES:
+        raise UnknownCodecError(family, families(), "family")
+    return [one for name in (AUTO_FAMILIES if family == AUTO else (family,)) for one in FAMILIES[name]]
 
 
 def families() -> tuple[str, ...]:
@@ -113,12 +156,9 @@ def candidates(family: str, shape: Shape, nbytes: int) -> Sequence[Codec]:
     UnknownCodecError
         If there is no such family.
     """
-    if family != AUTO and family not in FAMILIES:
-        raise UnknownCodecError(family, families(), "family")
-    ladders = [ladder for name, group in FAMILIES.items() if family in (AUTO, name) for ladder in group]
     found: list[Codec] = []
     failures: list[BudgetError] = []
-    for ladder in ladders:
+    for ladder in budgeted(family):
         try:
             found.append(ladder.fit(shape, nbytes))
         except BudgetError as error:

@@ -2,11 +2,20 @@
 
 from tersor.codecs.additive import Sum
 from tersor.codecs.dense import Dense
+from tersor.codecs.kashin import Kashin
+from tersor.codecs.learned_rotation import LearnedRotation
+from tersor.codecs.product import Product
 from tersor.codecs.rotated import Rotated
 from tersor.codecs.rows import MixedRows
 from tersor.codecs.scalar import Scalar
+from tersor.codecs.standardized import Standardized
+from tersor.codecs.swap import Swap
+from tersor.codecs.symmetric import Symmetric
+from tersor.codecs.two_basis import TwoBasis
 from tersor.codecs.uniform import Uniform
 
-BUILT_IN = (Dense, Uniform, Scalar, Rotated, Sum, MixedRows)
+BUILT_IN = (Dense, Uniform, Scalar, Rotated, Sum, MixedRows, Product, Swap, LearnedRotation, Standardized, Symmetric,
+            Kashin, TwoBasis)
 
-__all__ = ["BUILT_IN", "Dense", "MixedRows", "Rotated", "Scalar", "Sum", "Uniform"]
+__all__ = ["BUILT_IN", "Dense", "Kashin", "LearnedRotation", "MixedRows", "Product", "Rotated", "Scalar",
+           "Standardized", "Sum", "Swap", "Symmetric", "TwoBasis", "Uniform"]

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from tersor.bits import Layout
-from tersor.codec import Codec, Encoded, Rows, Search, Shape, Tables, nest, nest_tensors, shape_of
+from tersor.codec import Codec, ColumnEncoder, Encoded, Rows, Search, Shape, Tables, nest, nest_tensors, shape_of
 from tersor.errors import CodecConfigError
+from tersor.feedback import encode_with_feedback
 from tersor.linalg import single_thread
 
 
@@ -31,6 +32,7 @@ class Sum(Codec):
 
     id: ClassVar[str] = "sum"
     grammar: ClassVar[str] = r"sum\("
+    own_options: ClassVar[frozenset[str]] = frozenset({"feedback"})
 
     def __post_init__(self) -> None:
         if not isinstance(self.stages, tuple) or not all(isinstance(stage, Codec) for stage in self.stages):
@@ -61,8 +63,27 @@ class Sum(Codec):
                     residuals = [r - stage.encode(r, seed=seed, tables=own).decode() for r in residuals]
         return tables
 
+    @property
+    def column_wise(self) -> bool:
+        """Whether every stage is."""
+        return all(stage.column_wise for stage in self.stages)
+
+    def columns(self, matrix: Tensor, how: Search) -> ColumnEncoder:
+        """Return a column encoder: each block through all stages, whose parameters fit plain residuals."""
+        if not self.column_wise:
+            return super().columns(matrix, how)
+        plain = dataclasses.replace(how, hessian=None)
+        encoders: list[ColumnEncoder] = []
+        residual = matrix.to(torch.float32, copy=True)
+        for name, stage in self.children().items():
+            encoders.append(stage.columns(residual.clone(), how.inner(name)))
+            residual -= stage.search(residual, plain.inner(name)).decode()
+        return _Columns(self, shape_of(matrix), encoders)
+
     def search(self, matrix: Tensor, how: Search) -> Encoded:
-        """Encode stage by stage, each on the residual."""
+        """Encode stage by stage, each on the residual; with error feedback, column by column through all stages."""
+        if how.hessian is not None and how.options.get("feedback", False) and self.column_wise:
+            return encode_with_feedback(self.columns(matrix, how), matrix, how.hessian)
         tensors: dict[str, Tensor] = {}
         residual = matrix.to(torch.float32, copy=True)
         for name, stage in self.children().items():
@@ -91,6 +112,31 @@ class Sum(Codec):
         """Parse `sum(a;b)`."""
         del match
         return cls(tuple(parts))
+
+
+class _Columns(ColumnEncoder):
+    """Column encoder of a sum: what one stage leaves of a block goes to the next."""
+
+    def __init__(self, codec: Sum, shape: Shape, encoders: Sequence[ColumnEncoder]) -> None:
+        self.width = max(encoder.width for encoder in encoders)
+        if any(self.width % encoder.width for encoder in encoders):
+            raise CodecConfigError(f"codec '{codec.spec()}': error feedback needs stages whose block widths divide "
+                                   f"{self.width}, found {[encoder.width for encoder in encoders]}")
+        self._codec, self._shape, self._encoders = codec, shape, encoders
+
+    def block(self, start: int, columns: Tensor) -> Tensor:
+        """Encode columns; see `ColumnEncoder`."""
+        total = torch.zeros_like(columns)
+        for encoder in self._encoders:
+            total += encoder.block(start, columns - total)
+        return total
+
+    def finish(self) -> Encoded:
+        """Gather the stages' payloads; see `ColumnEncoder`."""
+        tensors: dict[str, Tensor] = {}
+        for number, encoder in enumerate(self._encoders):
+            tensors.update(nest_tensors(str(number), encoder.finish().tensors))
+        return Encoded(self._codec, self._shape, tensors)
 
 
 def _total(terms: list[Tensor]) -> Tensor:

@@ -22,7 +22,7 @@ from tersor.bits import Layout, TensorSpec
 from tersor.codec import Codec, ColumnEncoder, Encoded, Rows, Search, Shape, Tables, matmul_by_blocks, shape_of
 from tersor.errors import CodecConfigError
 from tersor.feedback import encode_with_feedback
-from tersor.groups import Grid, check_fields, group_token, levels_token, parse_levels, reciprocal
+from tersor.groups import Grid, check_fields, group_token, levels_token, parse_levels, reciprocal, rms
 from tersor.linalg import single_thread
 
 CODEBOOKS = {"gaussian": "lm", "fitted": "fit", "shared": "tab"}
@@ -104,6 +104,11 @@ class Scalar(Codec):
 
         return self._close(grid.shape, codes.write(grid.shape, self.levels, matrix.device, assign), scales, table)
 
+    @property
+    def column_wise(self) -> bool:
+        """True."""
+        return True
+
     def columns(self, matrix: Tensor, how: Search) -> ColumnEncoder:
         """Return a column encoder with table and scales fitted on `matrix`."""
         grid, table, scales = self._fit(matrix, how)
@@ -168,8 +173,8 @@ class Scalar(Codec):
     def _normalized(self, matrix: Tensor) -> Tensor:
         """Return a strided sample of the elements, each divided by its group's root mean square."""
         grid = Grid(shape_of(matrix), self.group_size, self.axis)
-        (rms,) = grid.fit(matrix, lambda groups: (_rms(groups),))
-        inverse, parts = reciprocal(rms), []
+        (scales,) = grid.fit(matrix, lambda groups: (rms(groups),))
+        inverse, parts = reciprocal(scales), []
         stride = max(1, matrix.numel() // SAMPLE)
         for start in range(0, matrix.shape[0], 256):
             rows = slice(start, min(start + 256, matrix.shape[0]))
@@ -216,15 +221,9 @@ def nearest(values: Tensor, edges: Tensor) -> Tensor:
     return chosen
 
 
-def _rms(groups: Tensor) -> Tensor:
-    peak = groups.abs().amax(-1, keepdim=True)
-    safe = torch.where(peak > 0, peak, torch.ones_like(peak))  # squares of huge and tiny values stay in range
-    return (groups / safe).square_().mean(-1).sqrt_() * safe.squeeze(-1)
-
-
 def fit_scales(groups: Tensor, table: Tensor, refits: int) -> Tensor:
     """Return least-squares scales, bf16 (lines, groups), for groups (lines, groups, width)."""
-    scales, edges = _rms(groups), midpoints(table)
+    scales, edges = rms(groups), midpoints(table)
     normal = groups * reciprocal(scales).unsqueeze(-1)
     factor = torch.ones_like(scales)
     for _ in range(refits):

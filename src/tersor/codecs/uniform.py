@@ -80,6 +80,11 @@ class Uniform(Codec):
         packed = codes.write(grid.shape, self.levels, matrix.device, assign)
         return self._close(grid.shape, packed, scales, zeros)
 
+    @property
+    def column_wise(self) -> bool:
+        """True."""
+        return True
+
     def columns(self, matrix: Tensor, how: Search) -> ColumnEncoder:
         """Return a column encoder with scales and zeros fitted on `matrix`."""
         grid, scales, zeros = self._fit(matrix, how)

@@ -112,7 +112,7 @@ def _top_up(source: Source, picks: dict[str, Codec], rest: int, request: Request
     for name in sorted(picks, key=order, reverse=True):
         now = picks[name].nbytes(matrices[name].shape)
         for ladder in ladders(request.method):
-            if picks[name] not in [ladder.at(rung) for rung in ladder.rungs]:
+            if picks[name] not in ladder.rungs(matrices[name].shape):
                 continue
             raised = {**picks, name: ladder.fit(matrices[name].shape, now + rest)}
             gained = raised[name].nbytes(matrices[name].shape) - now

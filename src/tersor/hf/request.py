@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tersor.errors import ModelError
+from tersor.families import DEFAULT
 
 Progress = Callable[[str, int, int], None]
 
@@ -36,7 +37,7 @@ class Request:
     """
 
     budget: int
-    method: str = "rotated_scalar"
+    method: str = DEFAULT
     seed: int = 0
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     sensitivities: Mapping[str, float] = dataclasses.field(default_factory=dict)

@@ -19,6 +19,7 @@ from tersor import plan as planning
 from tersor import store
 from tersor.calibration import Calibration
 from tersor.errors import BudgetError, TersorError
+from tersor.families import DEFAULT
 from tersor.hf import pipeline
 from tersor.hf import survey as surveying
 from tersor.hf.evaluate import evaluate
@@ -61,7 +62,7 @@ class Settings:
         Window length of the evaluation, in tokens.
     """
 
-    method: str = "rotated_scalar"
+    method: str = DEFAULT
     calibration: Path | None = None
     calibrated: bool = True
     text: Path | None = None

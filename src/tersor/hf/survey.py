@@ -17,7 +17,7 @@ from tersor import plan as planning
 from tersor.calibration import Calibration
 from tersor.codec import Codec, check_matrix
 from tersor.errors import BudgetError, CodecConfigError, UnknownCodecError
-from tersor.families import AUTO, FAMILIES, Ladder, families
+from tersor.families import Budgeted, Ladder, budgeted, families
 from tersor.hf import sensitivity
 from tersor.hf.request import Progress, Request, no_progress
 from tersor.hf.source import Source
@@ -27,14 +27,16 @@ from tersor.plan import Choice
 from tersor.quality import measure
 from tersor.registry import parse
 
+REFERENCE_SHAPE = (4096, 4096)  # where only the options of a method matter, not the shape
 SURVEY_SPAN = (0.45, 2.2)  # rungs surveyed, as multiples of the rate asked for
-SURVEY_ELEMENTS = 1 << 18  # elements of a matrix that a trial encodes
+SURVEY_STEP = 0.1  # least relative gap in rate between the rungs of a ladder that are tried
+SURVEY_ELEMENTS = 1 << 16  # elements of a matrix that a trial encodes
 
 
-def ladders(method: str) -> Sequence[Ladder]:
+def ladders(method: str) -> Sequence[Budgeted]:
     """Return the ladders that a method names: a family's, or one rung for a concrete codec string."""
     if method in families():
-        return [ladder for name, group in FAMILIES.items() if method in (AUTO, name) for ladder in group]
+        return budgeted(method)
     try:
         return [Ladder((parse(method),))]
     except UnknownCodecError as error:
@@ -122,7 +124,7 @@ def _line(path: Path, line: str) -> dict[str, Any]:
 
 def check_options(request: Request) -> None:
     """Raise `CodecConfigError` if an encoder option is read by no codec of the method."""
-    listed = [ladder.at(rung) for ladder in ladders(request.method) for rung in ladder.rungs]
+    listed = [rung for ladder in ladders(request.method) for rung in ladder.rungs(REFERENCE_SHAPE)]
     known = frozenset[str]().union(*(codec.option_names() for codec in listed))
     unknown = sorted(set(request.options) - known)
     if unknown:
@@ -160,11 +162,20 @@ def trials(source: Source, matrix: Matrix, codecs: Sequence[Codec], calibration:
 
 def rungs(method: str, shape: tuple[int, int], rate: float) -> list[Codec]:
     """Return the rungs worth trying on a matrix when the whole model has `rate` bits per element; always the least."""
-    listed = [ladder.at(rung) for ladder in ladders(method) for rung in ladder.rungs]
-    listed = sorted(dict.fromkeys(listed), key=lambda codec: codec.nbytes(shape))
     low, high = SURVEY_SPAN
-    near = [rung for rung in listed if low * rate <= rung.rate(shape) <= high * rate]
-    return near if near and near[0] == listed[0] else [listed[0], *near]
+    listed = {rung: None for ladder in ladders(method) for rung in _spaced(ladder.rungs(shape), shape)}
+    ordered = sorted(listed, key=lambda codec: codec.nbytes(shape))
+    near = [rung for rung in ordered if low * rate <= rung.rate(shape) <= high * rate]
+    return near if near and near[0] == ordered[0] else [ordered[0], *near]
+
+
+def _spaced(rungs: Sequence[Codec], shape: tuple[int, int]) -> list[Codec]:
+    """Return the rungs of one ladder that lie at least a `SURVEY_STEP` of their rate apart, from the least up."""
+    kept: list[Codec] = []
+    for rung in sorted(rungs, key=lambda codec: codec.nbytes(shape)):
+        if not kept or rung.rate(shape) >= kept[-1].rate(shape) * (1 + SURVEY_STEP):
+            kept.append(rung)
+    return kept
 
 
 def read_matrix(source: Source, matrix: Matrix, device: str) -> Tensor:
