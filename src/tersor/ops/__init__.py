@@ -1,0 +1,1 @@
+"""Operations with a kernel for CUDA: each folder holds the meaning in plain torch and the Triton kernel."""
