@@ -15,6 +15,10 @@ Methods are strings:
 * `gguf:TYPE`: llama.cpp's quantizer, uniform importance; its own fallback where 256 does not divide the width. Counted:
   its blocks, as they lie in a file.
 * `faiss:sq4`, `faiss:edenBITS`: FAISS scalar quantizers. Counted: codes, trained ranges; for EDEN an fp32 RMS a row.
+* `faiss:pq@RATE`, `faiss:opq@RATE`, `faiss:rq@RATE`, `faiss:lsq@RATE`: FAISS product quantization, the same after its
+  learned rotation, and its product residual and local-search quantizers, at settings that fit RATE bits an element; the
+  best of those tried (see `_faiss_settings`). Counted: codes; codebooks and rotation as if in fp16, half of what FAISS
+  writes.
 
 Constant tables (NF4's 16 levels, the grids of IQ types, Lloyd-Max tables) belong to the decoder and are not counted.
 """
@@ -23,9 +27,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,14 +44,22 @@ _MODULES = {"nf4": "bitsandbytes", "hqq": "hqq", "quanto": "optimum.quanto", "to
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Decoded:
-    """A matrix after a round trip: float32 (out, in), and the bytes it took, everything stored counted."""
+    """A matrix after a round trip: float32 (out, in), and the bytes it took, everything stored counted.
+
+    `detail` names the setting, where a method chose one.
+    """
 
     matrix: Tensor
     nbytes: int
+    detail: str = ""
 
 
 class PeerMissingError(RuntimeError):
     """The package of a peer is not installed."""
+
+
+class CannotRunError(RuntimeError):
+    """A peer has no setting that fits the budget."""
 
 
 def quantize(method: str, matrix: Tensor, seed: int = 0) -> Decoded:
@@ -55,15 +69,17 @@ def quantize(method: str, matrix: Tensor, seed: int = 0) -> Decoded:
     ------
     PeerMissingError
         If the peer's package is not installed here.
+    CannotRunError
+        If a peer has no setting that fits the rate.
     """
     head, _, rest = method.partition(":")
     if not rest:
         encoded = tersor.compress(matrix, codec=method, seed=seed)
-        return Decoded(encoded.decode(), encoded.nbytes)
+        return Decoded(encoded.decode(), encoded.nbytes, encoded.codec.spec())
     if head == "tersor":
         family, rate = rest.split("@")
         encoded = tersor.compress(matrix, rate=float(rate), codec=family, seed=seed)
-        return Decoded(encoded.decode(), encoded.nbytes)
+        return Decoded(encoded.decode(), encoded.nbytes, encoded.codec.spec())
     if not available(method):
         raise PeerMissingError(f"{method}: package {_MODULES[head]} is not installed; run bench/setup.sh")
     with torch.no_grad():
@@ -154,6 +170,9 @@ def _gguf(matrix: Tensor, rest: str) -> Decoded:
 def _faiss(matrix: Tensor, rest: str) -> Decoded:
     import faiss
 
+    if "@" in rest:
+        kind, rate = rest.split("@")
+        return _faiss_vectors(matrix, kind, int(float(rate) * matrix.numel() / 8))
     if rest == "sq4":
         kind, rows, extra = faiss.ScalarQuantizer.QT_4bit, matrix, 0
     else:
@@ -167,6 +186,81 @@ def _faiss(matrix: Tensor, rest: str) -> Decoded:
     codes = index.sa_encode(rows.numpy())
     decoded = torch.from_numpy(index.sa_decode(codes))
     return Decoded(decoded if rest == "sq4" else decoded * rms, codes.nbytes + extra)
+
+
+@dataclasses.dataclass(frozen=True)
+class VectorSetting:
+    """Sub-vectors of `dim` columns, `stages` codes of `bits` for each; codebooks and rotation count as fp16."""
+
+    kind: str
+    dim: int
+    stages: int
+    bits: int
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        """Return everything stored."""
+        codes = rows * -(-columns // self.dim * self.stages * self.bits // 8)
+        return codes + 2 * (self.stages << self.bits) * columns + (2 * columns**2 if self.kind == "opq" else 0)
+
+
+SETTINGS_TRIED = {"pq": 3, "opq": 1, "rq": 2, "lsq": 2}
+LARGE = 400_000  # elements, above which only the first setting of the slow kinds is tried
+OPQ_ROUNDS, LSQ_ROUNDS = 20, 10  # of training, for time; FAISS's own numbers are 50 and 25
+
+
+def _faiss_settings(kind: str, rows: int, columns: int, nbytes: int) -> list[VectorSetting]:
+    """Return settings within `nbytes`, those with the most code bits an element first, then the longest sub-vectors."""
+    plain = kind in ("pq", "opq")
+    found = []
+    for dim, stages in itertools.product((1, 2, 4, 8, 16) if plain else (4, 8, 16), (1,) if plain else (2, 3, 4)):
+        fits = [setting for bits in range(1, 13) if 1 << bits <= rows and columns % dim == 0
+                and (setting := VectorSetting(kind, dim, stages, bits)).nbytes(rows, columns) <= nbytes]
+        found += fits[-1:]
+    found.sort(key=lambda setting: (-setting.stages * setting.bits / setting.dim, -setting.dim, setting.stages))
+    return found[: 1 if not plain and rows * columns > LARGE else SETTINGS_TRIED[kind]]
+
+
+def _faiss_vectors(matrix: Tensor, kind: str, nbytes: int) -> Decoded:
+    import faiss
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    rows, columns = matrix.shape
+    best: tuple[float, Decoded] | None = None
+    for setting in _faiss_settings(kind, rows, columns, nbytes):
+        decoded = torch.from_numpy(_faiss_decoded(matrix.numpy(), setting))
+        error = relative_error(matrix, decoded)
+        if best is None or error < best[0]:
+            detail = f"dim {setting.dim}, {setting.stages} x {setting.bits} bit"
+            best = error, Decoded(decoded, setting.nbytes(rows, columns), detail)
+    if best is None:
+        raise CannotRunError(f"faiss {kind}: no setting stores shape {tuple(matrix.shape)} in {nbytes} bytes")
+    return best[1]
+
+
+def _faiss_decoded(x: Any, setting: VectorSetting) -> Any:
+    import faiss
+    import numpy as np
+
+    columns, parts = x.shape[1], x.shape[1] // setting.dim
+    if setting.kind == "opq":
+        plain = faiss.ProductQuantizer(columns, parts, setting.bits)
+        plain.cp.min_points_per_centroid = 1
+        rotation = faiss.OPQMatrix(columns, parts)
+        rotation.pq, rotation.niter = plain, OPQ_ROUNDS
+        rotation.train(x)
+        turn = faiss.vector_to_array(rotation.A).reshape(columns, columns).astype(np.float16).astype(np.float32)
+        turned = _faiss_decoded(np.ascontiguousarray(x @ turn.T), dataclasses.replace(setting, kind="pq"))
+        return np.ascontiguousarray(turned @ turn)
+    if setting.kind == "pq":
+        quantizer = faiss.ProductQuantizer(columns, parts, setting.bits)
+        quantizer.cp.min_points_per_centroid = 1
+    else:
+        make = {"rq": faiss.ProductResidualQuantizer, "lsq": faiss.ProductLocalSearchQuantizer}[setting.kind]
+        quantizer = make(columns, parts, setting.stages, setting.bits)
+        for part in range(parts if setting.kind == "lsq" else 0):
+            faiss.downcast_AdditiveQuantizer(quantizer.subquantizer(part)).train_iters = LSQ_ROUNDS
+    quantizer.train(x)
+    return quantizer.decode(quantizer.compute_codes(x))
 
 
 _PEERS: Mapping[str, Callable[[Tensor, str], Decoded]] = {

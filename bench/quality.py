@@ -74,17 +74,19 @@ def _pipeline_ready() -> bool:
 
 
 def _supported(case: cases.ModelCase) -> bool:
-    return _pipeline_ready() if case.method == "pipeline" else baselines.available(case.method)
+    return _pipeline_ready() if case.method.startswith("pipeline") else baselines.available(case.method)
 
 
 def candidate(case: cases.ModelCase, source: Path, folder: Path) -> tuple[nn.Module, int, float]:
     """Return the compressed model of a case, its bytes, and the seconds that compressing took."""
     start = time.perf_counter()
-    if case.method == "pipeline":  # its own evaluation is left out: `compare` evaluates on the same tokens as the peers
+    if case.method.startswith("pipeline"):  # without its own evaluation: `compare` takes the same tokens as for peers
         import tersor.hf
 
-        output = folder / f"rate{case.rate}"
-        tersor.hf.compress_model(source, output, rate=case.rate, seed=SEED, evaluation_tokens=0)
+        _, _, method = case.method.partition(":")
+        output = folder / f"{method or 'default'}-{case.rate}"
+        settings = {"method": method} if method else {}
+        tersor.hf.compress_model(source, output, rate=case.rate, seed=SEED, evaluation_tokens=0, **settings)
         seconds = time.perf_counter() - start
         return evaluate_dense.load_model(output), store.stored_nbytes(output), seconds
     model = evaluate_dense.load_model(source)

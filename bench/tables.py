@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,6 +16,9 @@ from typing import Any
 
 import cases
 import common
+import kashin_tables
+import two_basis_tables
+from vector_tables import vectors_table
 
 Line = Mapping[str, Any]
 Builder = Callable[[Mapping[str, Line]], str]
@@ -27,8 +32,8 @@ def label(method: str) -> str:
     head, _, rest = method.partition(":")
     if method == "original":
         return "original, bf16"
-    if method == "pipeline":
-        return "**Tersor**, calibrated and planned"
+    if head == "pipeline":
+        return f"**Tersor**, calibrated and planned{f', `{rest}`' if rest else ''}"
     if head == "tersor":
         return f"**Tersor** `{rest.split('@')[0]}`, plain"
     if rest:
@@ -160,6 +165,100 @@ def memory_table(found: Mapping[str, Line]) -> str:
     return table(["encoding", "matrix, MB", "peak, MB", "at most, MB", ""], rows)
 
 
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A matrix at a rate: normalized MSE by method, NaN where a method was not measured or cannot run."""
+
+    data: str
+    bits: int
+    errors: Mapping[str, float]
+
+    def best(self, methods: Iterable[str]) -> float:
+        """Return the least error of some methods."""
+        known = [self.errors[method] for method in methods if not math.isnan(self.errors[method])]
+        return min(known, default=math.nan)
+
+    @property
+    def ours(self) -> float:
+        """The error of `qet_plus`."""
+        return self.errors["tersor:qet_plus"]
+
+    @property
+    def qet(self) -> float:
+        """The least error of a published form, its swaps included."""
+        return self.best(cases.GRID_QET)
+
+    @property
+    def house(self) -> float:
+        """The least error of the codecs that the house had."""
+        return self.best(cases.GRID_HOUSE)
+
+
+def grid_cells(found: Mapping[str, Line]) -> list[Cell]:
+    """Return the cells of the QET grid of which anything was measured."""
+    cells = []
+    for data in cases.GRID_DATA:
+        for bits in cases.GRID_BITS:
+            lines = {method: found.get(cases.GridCase(data, bits, method).key) for method in cases.GRID_METHODS}
+            held = {method: line["numbers"]["nmse"] if line else None for method, line in lines.items()}
+            if any(lines.values()):
+                cells.append(Cell(data, bits, {method: math.nan if error is None else error
+                                               for method, error in held.items()}))
+    return cells
+
+
+GRID_COLUMNS = {"Lloyd-Max, std": ("standardized_lm",), "rot, Lloyd-Max": ("tersor:rotated_scalar",),
+                "house, other": ("tersor:scalar", "tersor:uniform"), "PQ": ("pq",), "PQ + residual": ("pq_residual",),
+                "FAISS PQ": ("faiss:pq",), "OPQ": ("faiss:opq",), "RQ": ("faiss:rq",), "LSQ": ("faiss:lsq",),
+                "best QET": cases.GRID_QET, "**`qet_plus`**": ("tersor:qet_plus",)}
+
+
+def _number(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.4f}" if value >= 0.01 else f"{value:.5f}"
+
+
+def grid_table(found: Mapping[str, Line]) -> str:
+    """The QET grid: normalized MSE at equal total bytes, and `qet_plus` as a fraction of what it must beat."""
+    rows = []
+    for cell in grid_cells(found):
+        against = (cell.ours / cell.qet, cell.ours / cell.house)
+        rows.append([f"{cell.data}, {cell.bits} bits", *(_number(cell.best(names)) for names in GRID_COLUMNS.values()),
+                     *("" if math.isnan(ratio) else f"{ratio:.2f}" for ratio in against)])
+    return table(["nMSE", *GRID_COLUMNS, "/ best QET", "/ best of the house"], rows)
+
+
+def reproduction_table(found: Mapping[str, Line]) -> str:
+    """The figures of QET's released code and of its theory, beside the transcription's and Tersor's."""
+    rows: dict[str, dict[str, Line]] = {}
+    for line in found.values():
+        case = line["case"]
+        estimate = f" ({case['implementation']})" if case["check"] == "penalty" else ""
+        name = f"{case['check'].replace('_', ' ')}{estimate}, {case['data']}, {case['method']}"
+        rows.setdefault(name, {})["tersor" if case["implementation"] == "tersor" else "transcription"] = line
+    body = []
+    for name, lines in rows.items():
+        one = next(iter(lines.values()))
+        shown = [lines[column]["numbers"].get("shown") or f"{lines[column]['numbers']['value']:.4g}"
+                 if column in lines else "" for column in ("transcription", "tersor")]
+        target, judged = one["case"]["target"], [line["numbers"]["passed"] for line in lines.values()]
+        body.append([name, "" if target is None or one["case"]["check"] == "order" else f"{target:g}", *shown,
+                     f"{100 * one['case']['tolerance']:g} %" if one["case"]["tolerance"] else "",
+                     "" if target is None else "pass" if all(judged) else "**fail**"])
+    return table(["check", "published", "transcription", "Tersor", "allowed", ""], body)
+
+
+def candidates_table(found: Mapping[str, Line]) -> str:
+    """The candidates for a better QET: error relative to the variance, and bits an element, by matrix."""
+    chosen = [line for line in found.values() if "nmse" in line["numbers"]]
+    data = list(dict.fromkeys(line["case"]["data"] for line in chosen))
+    rows: dict[str, dict[str, Line]] = {}
+    for line in chosen:
+        rows.setdefault(line["case"]["candidate"], {})[line["case"]["data"]] = line
+    body = [[name, *(f"{of[d]['numbers']['nmse']:.4f} ({of[d]['numbers']['rate']:.2f})" if d in of else ""
+                     for d in data)] for name, of in rows.items()]
+    return table(["error (bits an element)", *data], body)
+
+
 TABLES: Mapping[str, tuple[str, str, Builder]] = {
     "gaussian": ("gaussian", "", gaussian_table(cases.SHORT_METHODS)),
     "gaussian-all": ("gaussian", "", gaussian_table(cases.MATRIX_METHODS)),
@@ -169,6 +268,14 @@ TABLES: Mapping[str, tuple[str, str, Builder]] = {
     "speed": ("speed", "encode|decode|", speed_table),
     "packing": ("speed", "pack|unpack|", packing_table),
     "memory": ("speed", "memory|", memory_table),
+    "vectors-glove-2": ("vectors", "glove|", vectors_table("glove", 2)),
+    "vectors-glove-4": ("vectors", "glove|", vectors_table("glove", 4)),
+    "vectors-banking77": ("vectors", "banking77|", vectors_table("banking77", 2)),
+    "qet-candidates": ("qet_candidates", "candidate|", candidates_table),
+    "qet-grid": ("qet", "grid|", grid_table),
+    "qet-reproduction": ("qet", "reproduction|", reproduction_table),
+    "kashin-reproduction": ("kashin", "reproduction|", kashin_tables.reproduction_table),
+    "two-basis": ("two_basis", "", two_basis_tables.table),
 }
 """Name to the suite, the prefixes of the keys it shows (each ends in a bar; none: all), and what builds it."""
 
