@@ -1,6 +1,6 @@
 """Two-basis codes: error by bits, data and sweeps, against issue 4's targets; and what a sweep costs.
 
-    two_basis.py --device cpu                                   # 2 minutes; writes to bench/results
+    two_basis.py --device cpu                                   # half a minute; writes to bench/results
     two_basis.py --device cuda --out FOLDER                     # on a machine with a GPU: FOLDER/two_basis.jsonl
     two_basis.py --merge FOLDER/two_basis.jsonl                 # back here, at the commit that was measured
 
@@ -35,7 +35,8 @@ from tersor.registry import parse
 SEED = 0
 RATE_TOLERANCE = 0.01
 NOMINAL = {"two2x2h": 1.5, "two2x2": 2.0, "two3x2": 2.6, "two4x2": 3.0, "two8x2": 4.0}
-CONTROLS = {1: "rot,lm1", 2: "rot,lm2", 3: "rot,lm3", 4: "rot,lm4"}, {2: "rot,sym16", 3: "rot,sym24", 4: "rot,sym32"}
+CONTROLS = ({2: "rot,lm2", 3: "rot,lm3", 4: "rot,lm4", 1.585: "rot,lmL3", 2.585: "rot,lmL6"},
+            {1.5: "rot,sym12", 2: "rot,sym16", 2.5: "rot,sym20", 2.75: "rot,sym22", 3: "rot,sym24", 4: "rot,sym32"})
 DATA = ("gaussian", "student_t3", "outliers")
 # Issue 4: relative error at most, by codec and sweeps
 TARGETS: Mapping[tuple[str, int], float] = {
