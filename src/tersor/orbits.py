@@ -114,7 +114,7 @@ class Orbits:
         if self.count <= 1 << 16:
             return torch.nn.functional.embedding(codes.to(torch.int32).clamp_max(self.count - 1), self.words)
         flat = codes.reshape(-1)
-        out = torch.empty(len(flat), DIM, device=self.values.device)
+        out = torch.empty(len(flat), DIM, dtype=torch.float32, device=self.values.device)
         for start in range(0, len(flat), CHUNK_POINTS):
             out[start : start + CHUNK_POINTS] = self._decode(flat[start : start + CHUNK_POINTS].to(torch.int64))
         return out.reshape(*codes.shape, DIM)
@@ -153,7 +153,7 @@ class Orbits:
     def refine(self, points: Tensor, rounds: int) -> Orbits:
         """Return the codebook after `rounds` of Lloyd's algorithm on points (n, 8): ties, zeros and signs kept."""
         book = self
-        sign = torch.where(self.values < 0, -1.0, 1.0)
+        sign = 1.0 - 2.0 * (self.values < 0).to(torch.float32)
         members = torch.zeros_like(self.values).scatter_add_(1, self.groups, torch.ones_like(self.values))
         for _ in range(rounds):
             leader, _, _ = book.nearest(points)

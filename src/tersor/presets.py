@@ -59,6 +59,11 @@ class Preset:
         if not isinstance(self.dim, int) or self.dim < 1:
             raise CodecConfigError(f"preset '{self.name}': dim must be a positive integer, found {self.dim!r}")
 
+    @property
+    def planned(self) -> bool:
+        """True: a whole model's plan may use it."""
+        return True
+
     def with_dim(self, dim: int) -> Preset:
         """Return the same structure with another number of columns a code."""
         return dataclasses.replace(self, dim=dim)

@@ -179,7 +179,7 @@ def test_failed_verification_leaves_no_output(damage: str, tiny: Callable[[str],
     def spoiled(file: Path) -> dict[str, torch.Tensor]:
         tensors = original(file)
         if file.name == "000003.safetensors":
-            key = next(k for k in tensors if k.endswith("scales" if damage != "missing tensor" else "codes"))
+            key = next(k for k in tensors if k.endswith("scales") is (damage != "missing tensor"))
             if damage == "missing tensor":
                 del tensors[key]
             else:

@@ -143,7 +143,7 @@ class Symmetric(Codec):
         (out, width), device = encoded.shape, encoded.tensors["scales"].device
         index = torch.arange(rows.start, rows.stop, device=device) if isinstance(rows, slice) else rows
         whole = out // DIM * DIM
-        result = torch.empty(len(index), width, device=device)
+        result = torch.empty(len(index), width, dtype=torch.float32, device=device)
         inside = index < whole
         if body is not None:
             if isinstance(rows, slice):

@@ -36,7 +36,7 @@ SURVEY_ELEMENTS = 1 << 16  # elements of a matrix that a trial encodes
 def ladders(method: str) -> Sequence[Budgeted]:
     """Return the ladders that a method names: a family's, or one rung for a concrete codec string."""
     if method in families():
-        return budgeted(method)
+        return [ladder for ladder in budgeted(method) if ladder.planned]
     try:
         return [Ladder((parse(method),))]
     except UnknownCodecError as error:
