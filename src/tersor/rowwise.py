@@ -12,7 +12,7 @@ from torch import Tensor
 from tersor import bits
 from tersor.bits import TensorSpec
 from tersor.codec import Codec, Encoded, Tables
-from tersor.codecs import LearnedRotation, Product, Rotated, Sum
+from tersor.codecs import Dense, LearnedRotation, Product, Rotated, Sum
 from tersor.errors import BudgetError, CodecConfigError, UnknownCodecError
 from tersor.families import AUTO, FAMILIES, Ladder
 from tersor.registry import parse
@@ -28,9 +28,19 @@ WIDE_GAIN = 0.1  # bits an element that a doubled sub-vector is worth when a rat
 
 
 def index_families() -> tuple[str, ...]:
-    """Return the families that hold row-wise codecs."""
-    ladders = [name for name, group in FAMILIES.items() if any(isinstance(one, Ladder) for one in group)]
+    """Return the families that hold row-wise codecs besides dense ones."""
+    ladders = [name for name, group in FAMILIES.items()
+               if any(_is_rowwise(one.at(step)) for one in group if isinstance(one, Ladder)
+                      for step in one.steps if not isinstance(step, Dense))]
     return (*ladders, *TRAINED)
+
+
+def _is_rowwise(codec: Codec) -> bool:
+    try:
+        check_rowwise(codec, 64)
+    except CodecConfigError:
+        return False
+    return True
 
 
 def choose(dim: int, codec: str | Codec, rate: float | None) -> Codec:

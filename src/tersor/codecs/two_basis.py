@@ -26,7 +26,7 @@ from tersor.ops.annealing.problem import Bases, Schedule
 from tersor.rotation import Rotation
 
 SWEEPS = 300  # default
-BLOCK = 16  # default columns that error feedback hands over together
+BLOCK = 16  # most columns that error feedback hands over together by default; at most a 32nd of the width
 MOST_LEVELS = 16
 FIT_POINTS = 1 << 22  # elements that levels are fitted on
 PILOT_POINTS = 1 << 13  # elements that levels are fitted on before error feedback
@@ -81,7 +81,7 @@ class TwoBasis(Codec):
     feedback : bool
         With a Hessian, along outputs: encode with error feedback.
     block : int
-        Columns that feedback hands over together (default 16).
+        Columns that feedback hands over together (default 16, at most a 32nd of the width).
     """
 
     first: int = 2
@@ -315,7 +315,7 @@ class _Columns(ColumnEncoder):
     """Column encoder: each column is a vector, a block of them annealed together."""
 
     def __init__(self, codec: TwoBasis, matrix: Tensor, how: Search) -> None:
-        block = how.options.get("block", BLOCK)
+        block = how.options.get("block", max(1, min(BLOCK, matrix.shape[1] // 32)))
         if not isinstance(block, int) or block < 1:
             raise CodecConfigError(f"two_basis: option block must be a positive integer, found {block!r}")
         self.width, self._fit = block, _Fit(codec, matrix, how)
