@@ -34,6 +34,8 @@ def label(method: str) -> str:
         return "original, bf16"
     if head == "pipeline":
         return f"**Tersor**, calibrated and planned{f', `{rest}`' if rest else ''}"
+    if method.startswith("tersor:qet@"):
+        return "QET as published, plain"
     if head == "tersor":
         return f"**Tersor** `{rest.split('@')[0]}`, plain"
     if rest:
