@@ -104,3 +104,8 @@ def rms(groups: Tensor) -> Tensor:
     peak = groups.abs().amax(-1, keepdim=True)
     safe = torch.where(peak > 0, peak, torch.ones_like(peak))  # squares of huge and tiny values stay in range
     return (groups / safe).square_().mean(-1).sqrt_() * safe.squeeze(-1)
+
+
+def bounded(scales: Tensor) -> Tensor:
+    """Return scales as finite bf16."""
+    return scales.to(torch.bfloat16).clamp_max(torch.finfo(torch.bfloat16).max)

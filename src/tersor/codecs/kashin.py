@@ -268,7 +268,7 @@ class _Coder:
     def normal(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Return vectors over their scale, float32 (k, n), and their scales, the root mean squares, bf16 (k,)."""
         wide = vectors.to(torch.float32)
-        scales = rms(wide).to(torch.bfloat16).clamp_max(torch.finfo(torch.bfloat16).max)
+        scales = bounded(rms(wide))
         if not bool(torch.isfinite(scales).all()):
             raise NonFiniteError(f"codec '{self.codec.spec()}' was given numbers beyond float32; scale the matrix down "
                                  "before encoding")

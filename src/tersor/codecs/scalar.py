@@ -22,7 +22,7 @@ from tersor.bits import Layout, TensorSpec
 from tersor.codec import Codec, ColumnEncoder, Encoded, Rows, Search, Shape, Tables, matmul_by_blocks, shape_of
 from tersor.errors import CodecConfigError
 from tersor.feedback import encode_with_feedback
-from tersor.groups import Grid, check_fields, group_token, levels_token, parse_levels, reciprocal, rms
+from tersor.groups import Grid, bounded, check_fields, group_token, levels_token, parse_levels, reciprocal, rms
 from tersor.linalg import single_thread
 
 CODEBOOKS = {"gaussian": "lm", "fitted": "fit", "shared": "tab"}
@@ -231,7 +231,7 @@ def fit_scales(groups: Tensor, table: Tensor, refits: int) -> Tensor:
         power = entries.square().sum(-1)
         refit = (entries * normal).sum(-1) / torch.where(power > 0, power, torch.ones_like(power))
         factor = torch.where((power > 0) & (refit > 0), refit, factor)
-    return (scales * factor).to(torch.bfloat16).clamp_max(torch.finfo(torch.bfloat16).max)
+    return bounded(scales * factor)
 
 
 def lloyd(values: Tensor, levels: int) -> Tensor:

@@ -22,7 +22,7 @@ from tersor.codec import Codec, ColumnEncoder, Encoded, Rows, Search, Shape, mat
 from tersor.codecs.scalar import gaussian_table, midpoints, nearest
 from tersor.errors import CodecConfigError
 from tersor.feedback import encode_with_feedback
-from tersor.groups import reciprocal, rms
+from tersor.groups import bounded, reciprocal, rms
 from tersor.orbits import DIM, Orbits
 
 WORD = 1 << 16  # levels of the low part of an index
@@ -307,11 +307,6 @@ def join(body: Tensor, tail: Tensor, axis: str) -> Tensor:
     if axis == "in":
         return torch.cat([body.flatten(1), tail], 1)
     return torch.cat([body.transpose(1, 2).reshape(-1, tail.shape[1]), tail])
-
-
-def bounded(scales: Tensor) -> Tensor:
-    """Return scales as finite bf16."""
-    return scales.to(torch.bfloat16).clamp_max(torch.finfo(torch.bfloat16).max)
 
 
 def _scales(matrix: Tensor, scale: str) -> Tensor:

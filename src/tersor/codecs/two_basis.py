@@ -21,7 +21,7 @@ from tersor.bits import Layout, TensorSpec
 from tersor.codec import Codec, ColumnEncoder, Encoded, Rows, Search, Shape, decode_by_blocks, row_blocks, shape_of
 from tersor.errors import CodecConfigError
 from tersor.feedback import encode_with_feedback
-from tersor.groups import reciprocal, rms
+from tersor.groups import bounded, reciprocal, rms
 from tersor.ops.annealing.problem import Bases, Schedule
 from tersor.rotation import Rotation
 
@@ -373,8 +373,3 @@ def start_of(codec: TwoBasis) -> Start:
 def mirrored(half: Tensor, count: int) -> Tensor:
     """Return `count` ascending levels symmetric about 0 from the positive ones."""
     return torch.cat([-half.flip(0), *([half.new_zeros(1)] if count % 2 else []), half])
-
-
-def bounded(scales: Tensor) -> Tensor:
-    """Return scales as finite bf16."""
-    return scales.to(torch.bfloat16).clamp_max(torch.finfo(torch.bfloat16).max)
