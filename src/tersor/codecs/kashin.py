@@ -23,7 +23,7 @@ from tersor.bits import Layout, TensorSpec
 from tersor.codec import Codec, ColumnEncoder, Encoded, Rows, Search, Shape, decode_by_blocks, row_blocks, shape_of
 from tersor.errors import CodecConfigError, NonFiniteError
 from tersor.feedback import encode_with_feedback
-from tersor.groups import levels_token, parse_levels, rms
+from tersor.groups import bounded, levels_token, parse_levels, rms
 from tersor.kmeans import assign, exponent_of, times_power
 from tersor.peaks import SAMPLE, Fit, pairs
 
