@@ -199,3 +199,12 @@ def test_default_dtype_does_not_show(text: str, dtype: torch.dtype) -> None:
         assert torch.equal(found.gather(torch.tensor([3, 1])), expected.gather(torch.tensor([3, 1])))
     finally:
         torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("text", CODECS)
+def test_layouts_on_the_meta_device(text: str) -> None:
+    """Transformers builds a model's buffers from layouts while meta is torch's default device."""
+    codec = parse(text)
+    with torch.device("meta"):
+        found = codec.layout((33, 72))
+    assert found == codec.layout((33, 72))

@@ -113,7 +113,7 @@ class TwoBasis(Codec):
     def layout(self, shape: Shape) -> Layout:
         """Return `first` and `second` codes (vectors, elements), fp16 `levels` (positive halves), bf16 `scales`."""
         vectors, width = self._lines(shape)
-        count = int(self._kept(width).sum())
+        count = width - (width // 2 if self.half else 0)
         return {"first": TensorSpec((vectors, width), levels=self.first),
                 "second": TensorSpec((vectors, count), levels=self.second),
                 "levels": TensorSpec((self.first // 2 + self.second // 2,), torch.float16),
@@ -209,7 +209,7 @@ class TwoBasis(Codec):
 
     def _kept(self, width: int) -> Tensor:
         """Return which coordinates of the second basis carry codes: all, or a seeded half (at least one)."""
-        kept = torch.ones(width, dtype=torch.bool)
+        kept = torch.ones(width, dtype=torch.bool, device="cpu")  # also while a model is built on the meta device
         if self.half and width > 1:
             kept[rng.permutation(self.seed, 11, width)[: width // 2]] = False
         return kept
