@@ -208,3 +208,15 @@ def test_layouts_on_the_meta_device(text: str) -> None:
     with torch.device("meta"):
         found = codec.layout((33, 72))
     assert found == codec.layout((33, 72))
+
+
+@pytest.mark.parametrize("text", [text for text in CODECS if "feedback" in parse(text).option_names()])
+def test_asking_for_feedback_is_never_refused_nor_worse(text: str) -> None:
+    """The pipeline asks every codec that knows the option; one that cannot feed back encodes plainly."""
+    matrix, mixing = MATRICES["even"], gaussian((72, 72), 2) / 72**0.5
+    hessian = mixing @ mixing.T + 0.01 * torch.eye(72)
+    codec = parse(text)
+    tables = codec.train([matrix])
+    plain, fed = (measure(matrix, codec.encode(matrix, hessian=hessian, options={"feedback": asked}, tables=tables),
+                          hessian).distortion for asked in (False, True))
+    assert fed <= 1.02 * plain  # two per cent: chance, where there is little to feed back

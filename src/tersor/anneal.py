@@ -58,7 +58,7 @@ def fit_levels(target: Tensor, bases: Bases, s: Tensor, t: Tensor) -> tuple[Tens
     gram += 1e-9 * max(1.0, float(gram.diagonal().max())) * torch.eye(len(parts), dtype=torch.float64)
     solved = torch.linalg.solve(gram, right).to(torch.float32)
     count = len(columns[0])
-    return _mirror(solved[:count], len(bases.first)), _mirror(solved[count:], len(bases.second))
+    return mirrored(solved[:count], len(bases.first)), mirrored(solved[count:], len(bases.second))
 
 
 def _signed(levels: Tensor, codes: Tensor) -> list[Tensor]:
@@ -69,10 +69,10 @@ def _signed(levels: Tensor, codes: Tensor) -> list[Tensor]:
             for k in range(count // 2 - 1, -1, -1)]
 
 
-def _mirror(half: Tensor, count: int) -> Tensor:
-    """Return symmetric levels in the order of their codes, from the positive ones, innermost first.
+def mirrored(half: Tensor, count: int) -> Tensor:
+    """Return `count` symmetric levels in the order of their codes, from the positive ones, innermost first.
 
-    Not sorted: a pair of levels that no element uses comes out as 0, and codes must keep their meaning.
+    Not sorted: a pair of levels that no element uses is fitted as 0, and codes must keep their meaning.
     """
     return torch.cat([-half.flip(0), *([half.new_zeros(1)] if count % 2 else []), half])
 

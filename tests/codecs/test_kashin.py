@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tersor import bits
 from tersor.bases import Basis, greedy
-from tersor.codec import Encoded
+from tersor.codec import Encoded, Search
 from tersor.codecs import Kashin, Rotated, Scalar
 from tersor.codecs.kashin import ResidualWarning
 from tersor.errors import CodecConfigError, NonFiniteError
@@ -190,7 +190,7 @@ def test_column_encoder_without_corrections_is_the_plain_encoder() -> None:
         assert error == pytest.approx(plain, rel=0.02)  # the rounding of one column at a time may turn a sign
     assert not Kashin().column_wise
     with pytest.raises(CodecConfigError, match="cannot encode column blocks"):
-        Kashin().encode(matrix, hessian=torch.eye(20), options={"feedback": True})
+        Kashin().columns(matrix, Search())
 
 
 @pytest.mark.parametrize("text", ["kashin4", "kashin1", "kashinL9s", "kashin4s", "kashinL5c", "kashin8m", "kashin4u",

@@ -81,9 +81,14 @@ class Sum(Codec):
         return _Columns(self, shape_of(matrix), encoders)
 
     def search(self, matrix: Tensor, how: Search) -> Encoded:
-        """Encode stage by stage, each on the residual; with error feedback, column by column through all stages."""
-        if how.hessian is not None and how.options.get("feedback", False) and self.column_wise:
-            return encode_with_feedback(self.columns(matrix, how), matrix, how.hessian)
+        """Encode stage by stage, each on the residual; with error feedback, column by column through all stages.
+
+        Where a stage is not column-wise there is none: feedback of one stage enlarges what the next has to encode.
+        """
+        if how.hessian is not None and how.options.get("feedback", False):
+            if self.column_wise:
+                return encode_with_feedback(self.columns(matrix, how), matrix, how.hessian)
+            how = dataclasses.replace(how, options={**how.options, "feedback": False})
         tensors: dict[str, Tensor] = {}
         residual = matrix.to(torch.float32, copy=True)
         for name, stage in self.children().items():

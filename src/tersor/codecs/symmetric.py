@@ -2,7 +2,8 @@
 
 QET (arXiv 2407.03637) sorts pairs first and quantizes then, so that min and max are coded apart from each other and
 from their mask: at high rate e/2 times the error a layer. Here order, signs and word are one choice, the nearest image
-of a few leaders (`tersor.orbits`), at one index a sub-vector. Derivation and figures: docs/codecs/qet.md.
+of a few leaders (`tersor.orbits`), at one index a sub-vector. Derivation: docs/codecs/symmetric.md; figures:
+docs/codecs/qet.md.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tersor import bits, codes, rng
-from tersor.anneal import anneal, fit_levels, standard_levels
+from tersor.anneal import anneal, fit_levels, mirrored, standard_levels
 from tersor.bits import Layout, TensorSpec
 from tersor.codec import Codec, ColumnEncoder, Encoded, Rows, Search, Shape, decode_by_blocks, row_blocks, shape_of
 from tersor.errors import CodecConfigError
@@ -368,8 +368,3 @@ def start_of(codec: TwoBasis) -> Start:
     halves = [standard_levels(count, 0.85 * power)[(count + 1) // 2 :].tolist()
               for count, power in ((codec.first, 1 - share), (codec.second, share))]
     return Start(tuple(halves[0]), tuple(halves[1]))
-
-
-def mirrored(half: Tensor, count: int) -> Tensor:
-    """Return `count` ascending levels symmetric about 0 from the positive ones."""
-    return torch.cat([-half.flip(0), *([half.new_zeros(1)] if count % 2 else []), half])
