@@ -117,6 +117,14 @@ class Codec(abc.ABC):
         """Whether `columns` is there, which error feedback needs."""
         return False
 
+    @property
+    def spectral(self) -> bool:
+        """Whether the error follows from the spectrum of the whole matrix, as of a low-rank code.
+
+        Then a sample of rows says little about it, and a sum encodes it anew once the other stages are known.
+        """
+        return any(child.spectral for child in self.children().values())
+
     def columns(self, matrix: Tensor, how: Search) -> ColumnEncoder:
         """Return an encoder over column blocks of `matrix` (out, in).
 

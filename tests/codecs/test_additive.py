@@ -87,3 +87,26 @@ def test_training_does_not_depend_on_threads(text: str) -> None:
 def test_one_stage_is_none() -> None:
     with pytest.raises(CodecConfigError, match="at least two"):
         Sum((parse("lm2"),))
+
+
+@pytest.mark.parametrize("text", ["sum(rot,lm2;rtn2g64)", "sum(lm1;lm1;lm1)"])
+def test_error_never_rises_with_alternations(text: str) -> None:
+    """The best time is kept, and the first times of a longer run are those of a shorter one."""
+    matrix, inputs = student_t3((40, 128), 5), gaussian((200, 128), 6)
+    for metric in (None, inputs.T @ inputs / len(inputs)):
+        errors = [measure(matrix, parse(text).encode(matrix, hessian=metric, options={"alternations": n}), metric)
+                  .distortion for n in (1, 2, 4, 8)]
+        assert all(later <= earlier for earlier, later in itertools.pairwise(errors))
+        assert errors[-1] < errors[0]
+
+
+def test_one_alternation_is_residual_coding() -> None:
+    matrix = gaussian((12, 64))
+    plain, once = (parse("sum(lm2;fit3)").encode(matrix, options=o) for o in ({}, {"alternations": 1}))
+    assert all(torch.equal(plain.tensors[name], once.tensors[name]) for name in plain.tensors)
+
+
+@pytest.mark.parametrize("rounds", [0, -1, 1.5, "6"])
+def test_bad_alternations_are_refused(rounds: object) -> None:
+    with pytest.raises(CodecConfigError, match="alternations must be an integer >= 1"):
+        parse("sum(lm2;fit3)").encode(gaussian((12, 64)), options={"alternations": rounds})

@@ -1,4 +1,8 @@
-"""Sums of codecs: each stage encodes what the earlier ones left over (residual quantization)."""
+"""Sums of codecs: each stage encodes what the earlier ones left over (residual quantization).
+
+A low-rank stage is encoded anew once the others are known, in turn with them: the alternation of CALDERA (Saha,
+Sagan, Srivastava, Goldsmith, Pilanci, arXiv 2405.18886), for any codecs. Mathematics: docs/codecs/low_rank.md.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,9 @@ from tersor.codec import Codec, ColumnEncoder, Encoded, Rows, Search, Shape, Tab
 from tersor.errors import CodecConfigError
 from tersor.feedback import encode_with_feedback
 from tersor.linalg import single_thread
+from tersor.quality import measure
+
+ALTERNATIONS = 6  # default where a stage is spectral
 
 
 @final
@@ -26,13 +33,21 @@ class Sum(Codec):
     ----------
     stages : tuple of Codec
         Two or more.
+
+    Encoder options
+    ---------------
+    feedback : bool
+        With a Hessian: error feedback, where the stages are column-wise.
+    alternations : int
+        Times that every stage is encoded on what all others leave, the best time kept; default 6 with a low-rank
+        stage, else 1.
     """
 
     stages: tuple[Codec, ...]
 
     id: ClassVar[str] = "sum"
     grammar: ClassVar[str] = r"sum\("
-    own_options: ClassVar[frozenset[str]] = frozenset({"feedback"})
+    own_options: ClassVar[frozenset[str]] = frozenset({"feedback", "alternations"})
 
     def __post_init__(self) -> None:
         if not isinstance(self.stages, tuple) or not all(isinstance(stage, Codec) for stage in self.stages):
@@ -83,19 +98,43 @@ class Sum(Codec):
     def search(self, matrix: Tensor, how: Search) -> Encoded:
         """Encode stage by stage, each on the residual; with error feedback, column by column through all stages.
 
-        Where a stage is not column-wise there is none: feedback of one stage enlarges what the next has to encode.
+        Where a stage is not column-wise only a last one has feedback, if any: that of an earlier stage enlarges what
+        the next has to encode.
         """
-        if how.hessian is not None and how.options.get("feedback", False):
-            if self.column_wise:
-                return encode_with_feedback(self.columns(matrix, how), matrix, how.hessian)
-            how = dataclasses.replace(how, options={**how.options, "feedback": False})
-        tensors: dict[str, Tensor] = {}
+        rounds = how.options.get("alternations", ALTERNATIONS if self.spectral else 1)
+        if not isinstance(rounds, int) or rounds < 1:
+            raise CodecConfigError(f"sum: option alternations must be an integer >= 1, found {rounds!r}")
+        if how.hessian is not None and how.options.get("feedback", False) and self.column_wise:
+            return encode_with_feedback(self.columns(matrix, how), matrix, how.hessian)
+        return self._alternate(matrix, how, rounds)
+
+    def _alternate(self, matrix: Tensor, how: Search, rounds: int) -> Encoded:
+        """Encode every stage on what all others leave, `rounds` times over; return the best time's result."""
         residual = matrix.to(torch.float32, copy=True)
-        for name, stage in self.children().items():
-            encoded = stage.search(residual, how.inner(name))
-            tensors.update(nest_tensors(name, encoded.tensors))
-            residual -= encoded.decode()
-        return Encoded(self, shape_of(matrix), tensors)
+        found: dict[str, Encoded] = {}
+        best: tuple[float, Encoded] | None = None
+        for _ in range(rounds):
+            for name, stage in self.children().items():
+                if name in found:
+                    residual += found[name].decode()
+                found[name] = stage.search(residual, self._how(name, how))
+                residual -= found[name].decode()
+            tensors = {key: t for name, one in found.items() for key, t in nest_tensors(name, one.tensors).items()}
+            encoded = Encoded(self, shape_of(matrix), tensors)
+            if rounds == 1:
+                return encoded
+            loss = measure(matrix, encoded, how.hessian).distortion
+            if best is None or loss < best[0]:
+                best = loss, encoded
+        assert best is not None
+        return best[1]
+
+    def _how(self, name: str, how: Search) -> Search:
+        """Return a stage's search; no error feedback but in the last one."""
+        inner = how.inner(name)
+        if int(name) + 1 == len(self.stages) and self.spectral:
+            return inner
+        return dataclasses.replace(inner, options={**how.options, "feedback": False})
 
     def decode_rows(self, encoded: Encoded, rows: Rows) -> Tensor:
         """Return the sum of the stages' rows."""

@@ -50,7 +50,7 @@ def estimate(src: Path, output: Path, rate: float | None, size: int | None, sett
     sample = matrices[len(matrices) // 2]
     tried = survey.rungs(request.method, sample.shape, model_rate)
     began = time.perf_counter()
-    count = len(list(survey.trials(source, sample, tried[:2], None, request, settings.device)))
+    count = len(list(survey.trials(source, sample, tried[:2], None, request, settings.device, whole=False)))
     size_tried = min(sample.shape[0] * sample.shape[1], 2 * survey.SURVEY_ELEMENTS)
     each = (time.perf_counter() - began) / count / size_tried
     elements = sum(m.shape[0] * m.shape[1] for m in matrices)

@@ -56,7 +56,8 @@ def survey(source: Source, calibration: Calibration | None, request: Request, ou
 
     The cost of a choice is its relative distortion times the matrix's weight: what the request says, else the Fisher
     estimate of the KL, else the matrix's share of the elements. Surveys run without error feedback, which lowers all
-    rungs of a matrix by about the same factor, and large matrices are tried on evenly spaced rows only.
+    rungs of a matrix by about the same factor, and large matrices are tried on evenly spaced rows only; but where one
+    of the rungs is spectral (low rank), neither shortcut is fair: all of them take every row, and feedback if wanted.
     """
     given = planning.check_weights(list(source.layout.matrices), request.sensitivities)
     check_options(request)
@@ -72,7 +73,9 @@ def survey(source: Source, calibration: Calibration | None, request: Request, ou
             progress("survey", number, len(matrices))
             tried = rungs(request.method, matrix.shape, rate)
             missing = [codec for codec in tried if (name, codec.spec()) not in done]
-            for record in trials(source, matrix, missing, calibration, request, device) if missing else ():
+            whole = any(codec.spectral for codec in tried)
+            found = trials(source, matrix, missing, calibration, request, device, whole=whole) if missing else ()
+            for record in found:
                 done[name, record["codec"]] = record
                 handle.write(json.dumps(record) + "\n")
                 handle.flush()
@@ -141,20 +144,25 @@ def least_error(source: Source, request: Request, least: int) -> BudgetError:
 
 
 def trials(source: Source, matrix: Matrix, codecs: Sequence[Codec], calibration: Calibration | None, request: Request,
-           device: str) -> Iterator[dict[str, Any]]:
-    """Encode a sample of one matrix's rows with each codec, without feedback; yield the survey's lines."""
+           device: str, *, whole: bool) -> Iterator[dict[str, Any]]:
+    """Encode a matrix with each codec; yield the survey's lines.
+
+    A sample of its rows without error feedback, or the `whole` matrix with it.
+    """
     dense = read_matrix(source, matrix, device)
-    dense = dense[:: max(1, dense.numel() // SURVEY_ELEMENTS)].to(torch.float32)
+    dense = dense[:: 1 if whole else max(1, dense.numel() // SURVEY_ELEMENTS)].to(torch.float32)
     hessian = hessian_of(calibration, matrix, device)
     trace = None if calibration is None else calibration.fisher.get(matrix.name)
     elements = matrix.shape[0] * matrix.shape[1]
     with single_thread():  # the plan follows from these figures, so they must not depend on the threads
         weight = elements / source.elements if trace is None else sensitivity.weight(trace, dense, hessian)
     for codec in codecs:
-        options = fixed_options(codec, {**request.options, "feedback": False}, calibrated=False)
+        options = fixed_options(codec, request.options if whole else {**request.options, "feedback": False},
+                                calibrated=whole and hessian is not None)
         tables = codec.train([dense], seed=request.seed)
         with single_thread():
-            encoded = codec.encode(dense, seed=request.seed, options=options, tables=tables)
+            encoded = codec.encode(dense, hessian=hessian if whole else None, seed=request.seed, options=options,
+                                   tables=tables)
             quality = measure(dense, encoded, hessian)
         yield {"matrix": matrix.name, "codec": codec.spec(), "nbytes": codec.nbytes(matrix.shape),
                "distortion": quality.distortion, "relative_error": quality.relative_error, "weight": weight}
