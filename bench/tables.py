@@ -16,8 +16,12 @@ from typing import Any
 
 import cases
 import common
+import coupled_tables
 import kashin_tables
+import low_rank_tables
+import lplr_tables
 import two_basis_tables
+from embedding_tables import embeddings_table, pictures_table
 from vector_tables import vectors_table
 
 Line = Mapping[str, Any]
@@ -273,9 +277,18 @@ TABLES: Mapping[str, tuple[str, str, Builder]] = {
     "vectors-glove-2": ("vectors", "glove|", vectors_table("glove", 2)),
     "vectors-glove-4": ("vectors", "glove|", vectors_table("glove", 4)),
     "vectors-banking77": ("vectors", "banking77|", vectors_table("banking77", 2)),
+    **{f"embeddings-{bits}": ("embeddings", "banking77|", embeddings_table(bits)) for bits in (1, 2, 4)},
+    **{f"pictures-{rate}": ("pictures", "", pictures_table(rate)) for rate in (1, 2)},
     "qet-candidates": ("qet_candidates", "candidate|", candidates_table),
     "qet-grid": ("qet", "grid|", grid_table),
     "qet-reproduction": ("qet", "reproduction|", reproduction_table),
+    **{f"lplr-plus-{bits}": ("lplr_plus", "error|", low_rank_tables.errors(bits)) for bits in (1, 2)},
+    "lplr-plus-time": ("lplr_plus", "time|", low_rank_tables.times),
+    "lplr-plus-growth": ("lplr_plus", "growth|", low_rank_tables.growth),
+    "low-rank-layers": ("low_rank_layers", "", low_rank_tables.layers),
+    "low-rank-models": ("low_rank_models", "", low_rank_tables.models),
+    "lplr-reproduction": ("lplr", "reproduction|", lplr_tables.reproduction_table),
+    "coupled": ("coupled", "", lambda found: table(coupled_tables.HEADER, coupled_tables.rows(found))),
     "kashin-reproduction": ("kashin", "reproduction|", kashin_tables.reproduction_table),
     "two-basis": ("two_basis", "", two_basis_tables.table),
 }

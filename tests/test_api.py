@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import tersor
+from tersor.api import as_matrix
 from tersor.codec import Encoded
 from tersor.errors import BudgetError, CodecConfigError, NonFiniteError, TersorError, UnknownCodecError
 from tersor.quality import measure
@@ -190,3 +191,11 @@ def test_public_names() -> None:
 def test_other_types_are_refused(matrix: object, codec: object) -> None:
     with pytest.raises(CodecConfigError, match="expected"):
         tersor.compress(matrix, codec=codec)  # type: ignore[arg-type]
+
+
+def test_mapped_files_are_not_copied(tmp_path: Path) -> None:
+    array = gaussian((32, 48)).numpy()
+    np.save(tmp_path / "w.npy", array)
+    mapped = np.load(tmp_path / "w.npy", mmap_mode="r")
+    assert as_matrix(mapped).data_ptr() == mapped.ctypes.data
+    assert same(*(tersor.compress(source, rate=2, codec="rot,lm1") for source in (mapped, array)))

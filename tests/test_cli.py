@@ -1,6 +1,7 @@
 """The installed command: stages on the bundled model, matrices, and one-line errors with the right exit code."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tersor import images
+from tersor.api import as_matrix
+from tersor.cli import stores
 from tersor.testing import gaussian
 
 ROOT = Path(__file__).parent.parent
@@ -136,3 +140,93 @@ def test_bad_input_is_one_line(matrix: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "o.work").iterdir())
     tersor("compress", "--no-such-option", code=2)
     assert not (tmp_path / "o").exists()
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("photo") / "photo.png"
+    y, x = np.mgrid[:96, :128]
+    base = 30000 + 20000 * np.sin(x / 9) * np.cos(y / 13)
+    samples = np.stack([base, 60000 - base, base / 2, 65535 * (x > 3)], 2).astype(np.uint16)
+    path.write_bytes(images.to_png(images.from_array(samples)))
+    return path
+
+
+def test_image_round_trip(photo: Path, tmp_path: Path) -> None:
+    out, back = tmp_path / "o", tmp_path / "back.png"
+    report = as_json("image", photo, out, "--rate", 2)
+    on_disk = sum(f.stat().st_size for f in out.iterdir())
+    assert report["bytes"] == on_disk
+    assert report["rate"] <= 2
+    assert report["rate"] == pytest.approx(8 * on_disk / (96 * 128 * 4))
+    assert report["bits_per_pixel"] == pytest.approx(8 * on_disk / (96 * 128))
+    assert (report["mode"], report["width"], report["height"], report["bits"]) == ("RGBA", 128, 96, 16)
+    as_json("decode", out, "--to", back)
+    original, decoded = images.read(photo), images.read(back)
+    assert (decoded.bits, decoded.samples.shape) == (16, (96, 128, 4))
+    noise = ((original.samples.astype(float) - decoded.samples.astype(float)) ** 2).mean()
+    assert report["psnr_db"] == pytest.approx(10 * math.log10(65535**2 / noise))
+    tersor("decode", out, "--to", tmp_path / "back.npy")
+    assert np.array_equal(np.load(tmp_path / "back.npy"), decoded.samples)
+    page = (tmp_path / "o.report.html").read_text()
+    assert page.count("src='data:image/png;base64,") == 3
+    assert "http" not in page
+    assert as_json("verify", out)["matrices"] == 1
+    sized = as_json("image", photo, tmp_path / "s", "--size", "18kB", "--channels", "separate", "--codec", "uniform")
+    assert 9000 < sized["bytes"] <= 18_000
+
+
+def test_image_bad_input(photo: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(photo.read_bytes()[:-40])
+    fails("image", cut, tmp_path / "o", says="truncated")
+    fails("image", FABLE / "config.json", tmp_path / "o", says="expected a PNG")
+    fails("image", tmp_path / "none.png", tmp_path / "o", says="No such file")
+    fails("image", photo, tmp_path / "o", "--rate", 2, "--size", "9kB", says="not both")
+    fails("image", photo, tmp_path / "o", "--size", "300", says="headers and manifest")
+    fails("image", photo, tmp_path / "o", "--channels", "blue", says="patches")
+    fails("image", photo, tmp_path / "o", "--codec", "nonsense", says="nonsense")
+    assert [f.name for f in tmp_path.iterdir()] == ["cut.png"]
+    fails("image", photo, tmp_path, says="exists")
+    precious = tmp_path / "o.report.html"
+    precious.write_text("mine")
+    fails("image", photo, tmp_path / "o", says="exists")
+    assert precious.read_text() == "mine"
+    precious.unlink()
+    tersor("image", photo, tmp_path / "o", "--codec", "rot,lm4")
+    fails("decode", tmp_path / "o", "--to", cut, says="exists")
+    fails("decode", tmp_path / "o", "--to", tmp_path / "back.jpg", says=".png")
+    data = bytearray((tmp_path / "o" / "model.safetensors").read_bytes())
+    data[-9] ^= 1
+    (tmp_path / "o" / "model.safetensors").write_bytes(data)
+    fails("decode", tmp_path / "o", "--to", tmp_path / "back.png", code=3, says="SHA-256")
+    assert not (tmp_path / "back.png").exists()
+
+
+def test_matrices_are_mapped_not_read(matrix: Path, tmp_path: Path) -> None:
+    array = stores.open_npy(matrix)
+    held = as_matrix(array)
+    assert isinstance(array, np.memmap)
+    assert held.data_ptr() == array.ctypes.data  # no copy
+    before = matrix.read_bytes()
+    held[0, 0] += 1
+    assert matrix.read_bytes() == before
+    for name, content in (("empty.npy", b""), ("cut.npy", before[:2000]), ("text.npy", b"hello")):
+        (tmp_path / name).write_bytes(content)
+        fails("encode", tmp_path / name, tmp_path / "o", "--codec", "rtn4", says="expected a .npy file")
+    for name, array in (("ints.npy", np.arange(6).reshape(2, 3)), ("cube.npy", np.zeros((2, 2, 2))),
+                        ("objects.npy", np.array([{}], object)), ("none.npy", np.zeros((0, 3)))):
+        np.save(tmp_path / name, array)
+        fails("encode", tmp_path / name, tmp_path / "o", "--codec", "rtn4", says="expected a")
+    np.save(tmp_path / "nan.npy", np.full((2, 3), np.nan))
+    fails("encode", tmp_path / "nan.npy", tmp_path / "o", "--codec", "rtn4", says="NaN")
+    assert not (tmp_path / "o").exists()
+
+
+def test_encode_prints_the_frobenius_error_and_takes_options(matrix: Path, tmp_path: Path) -> None:
+    record = as_json("encode", matrix, tmp_path / "o", "--codec", "rtn3g64", "--option", "clip=mse")
+    tersor("decode", tmp_path / "o", "--to", tmp_path / "back.npy")
+    original, decoded = np.load(matrix), np.load(tmp_path / "back.npy")
+    error = np.linalg.norm(original - decoded) / np.linalg.norm(original)
+    assert record["frobenius_error"] == pytest.approx(error, rel=1e-5)
+    assert decoded.shape == original.shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from torch import Tensor
 from tersor import store
 from tersor.codec import Codec, Encoded, check_matrix
 from tersor.errors import BudgetError, CodecConfigError, CorruptStoreError
-from tersor.families import candidates, families
+from tersor.families import candidates, families, options
+from tersor.low_rank_ladder import most_promising
 from tersor.quality import measure
 from tersor.registry import parse
 
@@ -23,7 +25,7 @@ _BARE = "matrix"
 
 
 def as_matrix(matrix: Tensor | np.ndarray) -> Tensor:
-    """Return a checked 2-D float tensor; NumPy arrays are wrapped, half and double precision kept.
+    """Return a checked 2-D float tensor; NumPy arrays are wrapped, mapped files too: precision kept, nothing copied.
 
     Raises
     ------
@@ -33,9 +35,10 @@ def as_matrix(matrix: Tensor | np.ndarray) -> Tensor:
     if isinstance(matrix, np.ndarray):
         if matrix.dtype.kind != "f" or matrix.dtype.itemsize > 8:
             raise CodecConfigError(f"matrix: expected a float16, float32 or float64 array, found {matrix.dtype}")
-        usable = matrix.dtype.isnative and matrix.flags.writeable
-        native = matrix if usable else np.array(matrix, matrix.dtype.newbyteorder("="))
-        matrix = torch.from_numpy(np.ascontiguousarray(native))
+        order = matrix if matrix.dtype.isnative else matrix.astype(matrix.dtype.newbyteorder("="))
+        with warnings.catch_warnings():  # of arrays that cannot be written, such as mapped files: no codec writes to it
+            warnings.simplefilter("ignore", UserWarning)
+            matrix = torch.from_numpy(np.ascontiguousarray(order))
     if not isinstance(matrix, Tensor):
         raise CodecConfigError(f"matrix: expected a torch tensor or a NumPy array, found {type(matrix).__name__}")
     check_matrix(matrix.detach())
@@ -60,7 +63,8 @@ def compress(matrix: Tensor | np.ndarray, rate: float | None = None, codec: str 
     hessian : Tensor or None
         `E[x xᵀ]` of the inputs, (in, in): errors are then weighed by it.
     **encoder
-        Encoder options of the codec (`codec.option_names()`), for example `clip="mse"` or `feedback=True`.
+        Encoder options of the codec (`codec.option_names()`), for example `clip="mse"` or `feedback=True`; they
+        replace those that define a family (`method="lplr"` of the family `lplr`).
 
     Returns
     -------
@@ -84,21 +88,29 @@ def compress(matrix: Tensor | np.ndarray, rate: float | None = None, codec: str 
     shape = (matrix.shape[0], matrix.shape[1])
     if rate is not None and not (isinstance(rate, (int, float)) and math.isfinite(rate) and rate > 0):
         raise BudgetError(f"rate must be a positive number of bits per element, found {rate!r}", 0.0)
+    defaults: Mapping[str, Any] = {}
     if isinstance(codec, str) and codec in families():
-        choices = candidates(codec, shape, _budget(DEFAULT_RATE if rate is None else rate, shape))
+        defaults = options(codec)
+        found = candidates(codec, shape, _budget(DEFAULT_RATE if rate is None else rate, shape))
+        choices = most_promising(matrix, found, hessian, seed)
     else:
-        if not isinstance(codec, (str, Codec)):
-            raise CodecConfigError(f"codec: expected a family, a codec string or a Codec, found {type(codec).__name__}")
-        concrete = parse(codec) if isinstance(codec, str) else codec
-        if rate is not None and concrete.rate(shape) > rate:
-            raise BudgetError(f"codec '{concrete}' needs {concrete.rate(shape):.4g} bits per element on shape {shape}, "
-                              f"above the rate {rate:g}; raise the rate or name a family", concrete.rate(shape))
-        choices = [concrete]
+        choices = [_concrete(codec, shape, rate)]
     unread = set(encoder).difference(*(choice.option_names() for choice in choices))
     if unread:
         known = sorted(frozenset().union(*(choice.option_names() for choice in choices)))
         raise CodecConfigError(f"no codec of '{codec}' reads the option {sorted(unread)}; known: {known}")
-    return _best(matrix, choices, seed, hessian, encoder)
+    return _best(matrix, choices, seed, hessian, {**defaults, **encoder})
+
+
+def _concrete(codec: str | Codec, shape: tuple[int, int], rate: float | None) -> Codec:
+    """Return the codec that is meant, if it stays within the rate."""
+    if not isinstance(codec, (str, Codec)):
+        raise CodecConfigError(f"codec: expected a family, a codec string or a Codec, found {type(codec).__name__}")
+    concrete = parse(codec) if isinstance(codec, str) else codec
+    if rate is not None and concrete.rate(shape) > rate:
+        raise BudgetError(f"codec '{concrete}' needs {concrete.rate(shape):.4g} bits per element on shape {shape}, "
+                          f"above the rate {rate:g}; raise the rate or name a family", concrete.rate(shape))
+    return concrete
 
 
 def _budget(rate: float, shape: tuple[int, int]) -> int:
@@ -110,9 +122,9 @@ def _budget(rate: float, shape: tuple[int, int]) -> int:
 def _best(matrix: Tensor, choices: Any, seed: int, hessian: Tensor | None, encoder: Mapping[str, Any]) -> Encoded:
     best: tuple[float, Encoded] | None = None
     for choice in choices:
-        options = {key: value for key, value in encoder.items() if key in choice.option_names()}
+        read = {key: value for key, value in encoder.items() if key in choice.option_names()}
         tables = choice.train([matrix], seed=seed)
-        encoded = choice.encode(matrix, hessian=hessian, seed=seed, options=options, tables=tables)
+        encoded = choice.encode(matrix, hessian=hessian, seed=seed, options=read, tables=tables)
         if len(choices) == 1:
             return encoded
         distortion = measure(matrix, encoded, hessian).distortion

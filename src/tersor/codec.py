@@ -99,6 +99,31 @@ class Codec(abc.ABC):
     def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
         """Return `x @ decode().T` for `x` of shape (*batch, in) without rebuilding the whole matrix."""
 
+    def coordinates(self, encoded: Encoded, rows: Rows) -> Tensor:
+        """Return float32 (k, n), of which the decoded rows are an affine image; by default the decoded rows.
+
+        Attention meets many rows with few vectors: `into` takes those to coordinates, once, instead of every row back.
+        For `x` of shape (..., heads, q, in), row `r` of a head and `c` its coordinates, `x · r = into(x) · c +
+        x · offset`; and for weights w, `Σ w r = out_of(Σ w c) + (Σ w) offset`. Only maps that depend on the head need
+        that axis; others take any (..., in).
+        """
+        return self.decode_rows(encoded, rows)
+
+    def into(self, encoded: Encoded, x: Tensor) -> Tensor:
+        """Return vectors (..., in) as what products with coordinates need, (..., n); see `coordinates`."""
+        del encoded
+        return x
+
+    def out_of(self, encoded: Encoded, y: Tensor) -> Tensor:
+        """Return sums of coordinates (..., n) as sums of rows less their offsets, (..., in); see `coordinates`."""
+        del encoded
+        return y
+
+    def offset(self, encoded: Encoded) -> Tensor | None:
+        """Return what is added to every row, broadcastable to (..., heads, 1, in), or None; see `coordinates`."""
+        del encoded
+        return None
+
     @abc.abstractmethod
     def spec(self) -> str:
         """Return the factory string; `registry.parse(codec.spec()) == codec`."""
@@ -116,6 +141,11 @@ class Codec(abc.ABC):
     def column_wise(self) -> bool:
         """Whether `columns` is there, which error feedback needs."""
         return False
+
+    @property
+    def runs(self) -> Shape | None:
+        """(heads, rows) where runs of so many rows are coded as of different heads, in turn; None: all rows alike."""
+        return next((child.runs for child in self.children().values() if child.runs), None)
 
     @property
     def spectral(self) -> bool:

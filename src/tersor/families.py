@@ -10,11 +10,14 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Protocol
 
+from tersor.backbone_ladder import BackboneLadder
 from tersor.codec import Codec, Shape
 from tersor.codecs import Dense, MixedRows, Rotated, Scalar, Standardized, Sum, Symmetric, TwoBasis, Uniform
 from tersor.errors import BudgetError, UnknownCodecError
+from tersor.low_rank_ladder import LowRankLadder, ladders
+from tersor.low_rank_presets import LOW_RANK_PRESETS
 from tersor.presets import PRESETS
 
 # levels between whole bits pay: 3 levels at 1.6 bits beat any mix of 2 and 4. Chosen for dense packing.
@@ -22,6 +25,8 @@ SCALAR_LEVELS = (2, 3, 4, 5, 6, 8, 11, 16, 22, 32, 45, 64, 90, 128, 181, 256)
 SLACK = 0.005  # share of a budget that a family may leave unused
 SYMMETRIC_BITS = (4, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30, 32)
 SYMMETRIC_SECOND = (8, 16, 24, 32)
+BACKBONE_BITS = (4, 8, 12, 14, 16, 20, 24)
+LOW_RANK_WIDTHS = (2.5, 6.0)
 UNIFORM_LEVELS = (2, 3, 4, 5, 6, 8, 11, 16, 22, 32, 64, 128, 256)
 
 
@@ -129,7 +134,11 @@ def _ladders() -> dict[str, tuple[Budgeted, ...]]:
                      Ladder((*_symmetric("matrix"), *tops), Rotated, planned=False),
                      Ladder((*_symmetric("matrix"), *tops), Standardized, planned=False)),
         "two_basis": (Ladder((TwoBasis(2, 2, half=True), *(TwoBasis(first) for first in (2, 3, 4, 8)), *tops)),),
-        **{name: (preset,) for name, preset in PRESETS.items()},
+        "lplr_plus": ladders(),
+        "low_rank": (*(BackboneLadder(Rotated(Symmetric(bits))) for bits in BACKBONE_BITS),
+                     *(LowRankLadder(width, planned=True) for width in LOW_RANK_WIDTHS),
+                     Ladder((*_symmetric("row"), *tops), Rotated)),
+        **{name: (preset,) for name, preset in (*PRESETS.items(), *LOW_RANK_PRESETS.items())},
     }
 
 
@@ -140,6 +149,8 @@ def _symmetric(scale: str) -> tuple[Codec, ...]:
 
 
 FAMILIES: Mapping[str, tuple[Budgeted, ...]] = MappingProxyType(_ladders())
+OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {name: preset.options for name, preset in LOW_RANK_PRESETS.items()})
 AUTO = "auto"
 DEFAULT = "qet_plus"  # what models are compressed with unless told otherwise
 AUTO_FAMILIES = ("uniform", "scalar", "rotated_scalar", "qet_plus")  # annealing and the published presets are slower
@@ -161,6 +172,20 @@ def budgeted(family: str) -> Sequence[Budgeted]:
 def families() -> tuple[str, ...]:
     """Return the names of the families, `auto` included."""
     return (AUTO, *FAMILIES)
+
+
+def options(family: str) -> Mapping[str, Any]:
+    """Return the encoder options that a family is defined by, for whoever encodes one of its codecs; mostly none.
+
+    Options that a user gives come first.
+
+    Raises
+    ------
+    UnknownCodecError
+        If there is no such family.
+    """
+    budgeted(family)
+    return OPTIONS.get(family, MappingProxyType({}))
 
 
 def candidates(family: str, shape: Shape, nbytes: int) -> Sequence[Codec]:

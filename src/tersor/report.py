@@ -1,7 +1,8 @@
-"""One self-contained HTML page of a compression: what was stored, how far it is from the original, matrix by matrix."""
+"""One self-contained HTML page of a compression: what was stored, how far it is from the original."""
 
 from __future__ import annotations
 
+import base64
 import html
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0;font-size:13px}td,th{padding:3px 10px;border-bottom:1px solid #ddd;
-text-align:right}td:first-child,th:first-child{text-align:left}h1{font-size:22px}h2{font-size:17px;margin-top:2em}"""
+text-align:right}td:first-child,th:first-child{text-align:left}h1{font-size:22px}h2{font-size:17px;margin-top:2em}
+.pictures{display:flex;gap:8px;width:96vw;margin-left:calc(50% - 48vw)}figure{margin:0;flex:1}img{width:100%}"""
 
 
 def write_html(report: Mapping[str, Any], path: Path) -> Path:
@@ -22,6 +24,15 @@ def write_html(report: Mapping[str, Any], path: Path) -> Path:
              "<h2>Provenance</h2>", _table(report.get("provenance", {}))]
     path.write_text("\n".join(parts), encoding="utf-8")
     return path
+
+
+def image_html(record: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
+    """Return the report of a compressed image as one page: its figures, and PNGs by title, side by side."""
+    figures = "".join(f"<figure><img alt='{html.escape(title)}' src='data:image/png;base64,"
+                      f"{base64.b64encode(png).decode()}'><figcaption>{html.escape(title)}</figcaption></figure>"
+                      for title, png in pictures.items())
+    return (f"<!doctype html><meta charset=utf-8><title>Tersor image report</title><style>{STYLE}</style>"
+            f"<h1>Tersor image report</h1>{_table(record)}<div class=pictures>{figures}</div>\n")
 
 
 def _cell(value: Any) -> str:

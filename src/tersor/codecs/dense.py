@@ -1,4 +1,4 @@
-"""Dense pass-through: bf16, fp16 or fp32 values, for tensors that are not worth compressing."""
+"""Dense pass-through: bf16, fp16 or fp32 values, for tensors that are not worth compressing; fp8 with a scale a row."""
 
 from __future__ import annotations
 
@@ -13,26 +13,34 @@ from torch import Tensor
 from tersor.bits import Layout, TensorSpec
 from tersor.codec import Codec, Encoded, Rows, Search, Shape, matmul_by_blocks, shape_of
 from tersor.errors import CodecConfigError, NonFiniteError
+from tersor.groups import bounded, reciprocal
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FP8_MAX = 448.0
 
 
 @final
 @dataclasses.dataclass(frozen=True)
 class Dense(Codec):
-    """The matrix itself in a float dtype: `"bf16"`, `"fp16"` or `"fp32"`."""
+    """The matrix itself in a float dtype: `"bf16"`, `"fp16"`, `"fp32"`, or `"fp8"`.
+
+    The last is e4m3 (Micikevicius et al. 2022, arXiv 2209.05433; its bytes kept as uint8), the peak of a row at its
+    largest number by a bf16 scale.
+    """
 
     dtype: str = "bf16"
 
     id: ClassVar[str] = "dense"
-    grammar: ClassVar[str] = r"(?P<dtype>bf16|fp16|fp32)"
+    grammar: ClassVar[str] = r"(?P<dtype>bf16|fp16|fp32|fp8)"
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise CodecConfigError(f"dense: dtype must be one of {sorted(DTYPES)}, found {self.dtype!r}")
+        if self.dtype not in (*DTYPES, "fp8"):
+            raise CodecConfigError(f"dense: dtype must be one of {sorted((*DTYPES, 'fp8'))}, found {self.dtype!r}")
 
     def layout(self, shape: Shape) -> Layout:
-        """Return one tensor, `values`."""
+        """Return one tensor, `values`; with fp8 also `scales`."""
+        if self.dtype == "fp8":
+            return {"values": TensorSpec(shape), "scales": TensorSpec((shape[0],), torch.bfloat16)}
         return {"values": TensorSpec(shape, DTYPES[self.dtype])}
 
     def search(self, matrix: Tensor, how: Search) -> Encoded:
@@ -44,6 +52,11 @@ class Dense(Codec):
             If a value overflows the dtype.
         """
         del how
+        if self.dtype == "fp8":
+            scales = bounded(matrix.abs().amax(1).to(torch.float32) / FP8_MAX)
+            scaled = (matrix.to(torch.float32) * reciprocal(scales).unsqueeze(1)).clamp_(-FP8_MAX, FP8_MAX)
+            return Encoded(self, shape_of(matrix), {"values": scaled.to(torch.float8_e4m3fn).view(torch.uint8),
+                                                    "scales": scales})
         values = matrix.to(DTYPES[self.dtype], copy=True)
         if not bool(torch.isfinite(values).all()):
             raise NonFiniteError(f"dense: values up to {float(matrix.abs().max()):.3g} overflow {self.dtype}; use bf16")
@@ -51,6 +64,10 @@ class Dense(Codec):
 
     def decode_rows(self, encoded: Encoded, rows: Rows) -> Tensor:
         """Return rows as float32."""
+        if self.dtype == "fp8":
+            wide = encoded.tensors["values"][rows].view(torch.float8_e4m3fn).to(torch.float32)
+            scales = encoded.tensors["scales"][rows].to(torch.float32).unsqueeze(1)
+            return wide.nan_to_num_(FP8_MAX).mul_(scales)  # damaged bytes too give numbers
         return encoded.tensors["values"][rows].to(torch.float32)
 
     def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
@@ -63,6 +80,6 @@ class Dense(Codec):
 
     @classmethod
     def from_spec(cls, match: re.Match[str], parts: Sequence[Codec]) -> Codec:
-        """Parse `bf16`, `fp16` or `fp32`."""
+        """Parse a dtype's name."""
         del parts
         return cls(match["dtype"])

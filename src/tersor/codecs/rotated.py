@@ -95,6 +95,29 @@ class Rotated(Codec):
             return self.decode(encoded)[rows]
         return self._in(encoded.shape[1]).inverse(self.inner.decode_rows(self._child(encoded), rows))
 
+    def coordinates(self, encoded: Encoded, rows: Rows) -> Tensor:
+        """Return the inner codec's coordinates, never rotated back; decoded rows where outputs are rotated."""
+        if self.side != "in":
+            return self.decode_rows(encoded, rows)
+        return self.inner.coordinates(self._child(encoded), rows)
+
+    def into(self, encoded: Encoded, x: Tensor) -> Tensor:
+        """Rotate."""
+        if self.side != "in":
+            return x
+        return self.inner.into(self._child(encoded), self._in(encoded.shape[1]).forward(x))
+
+    def out_of(self, encoded: Encoded, y: Tensor) -> Tensor:
+        """Rotate back."""
+        if self.side != "in":
+            return y
+        return self._in(encoded.shape[1]).inverse(self.inner.out_of(self._child(encoded), y))
+
+    def offset(self, encoded: Encoded) -> Tensor | None:
+        """Return the inner codec's offset, rotated back."""
+        inner = self.inner.offset(self._child(encoded)) if self.side == "in" else None
+        return None if inner is None else self._in(encoded.shape[1]).inverse(inner)
+
     def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
         """Rotate the activations, multiply by the inner matrix, rotate the outputs back."""
         y = x.to(torch.float32)

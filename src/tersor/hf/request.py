@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from tersor.errors import ModelError
-from tersor.families import DEFAULT
+from tersor.families import DEFAULT, families
+from tersor.families import options as family_options
 
 Progress = Callable[[str, int, int], None]
 
@@ -31,7 +32,8 @@ class Request:
         A family, or a concrete codec string for every matrix.
     seed : int
     options : mapping
-        Encoder options; those that a codec does not read are not passed to it.
+        Encoder options, with those that define the family filled in; those that a codec does not read are not passed
+        to it.
     sensitivities : mapping of str to float
         Weight of each matrix's relative distortion; 1 where none is given.
     """
@@ -41,6 +43,10 @@ class Request:
     seed: int = 0
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     sensitivities: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.method in families():
+            object.__setattr__(self, "options", {**family_options(self.method), **self.options})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,103 @@
+"""Low rank on the layers of language models: the error of every linear layer by the paper's protocol, and by ours.
+
+    low_rank_layers.py [--models FOLDER] [--only fable-22m] [--every 4]
+
+LPLR's table (arXiv 2310.11028) has relative Frobenius errors of LLaMA's layers for B = B' = 8 and for 4 at the size of
+a 4-bit quantizer, beside one min-max quantizer a matrix (NQ). Beside them here, at the same bytes: the improved encoder
+(`lplr_plus`) and quantizers that a user would take. All bytes are counted. Mean, spread and worst over the layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import common
+import evaluate_dense
+import models
+import tersor
+from tersor import low_rank_presets
+from tersor.codec import Codec, Shape
+from tersor.quality import measure
+
+RATE = 4.0
+SEED = 0
+NAMES = ("fable-22m", "smollm2-135m")
+PUBLISHED = {f"{name} {bits}/{bits}": low_rank_presets.LOW_RANK_PRESETS[name].with_bits(bits, bits)
+             for bits in (8, 4) for name in ("lplr", "lsvd")}
+FAMILIES = ("nq", "rotated_scalar", "qet_plus", "lplr_plus")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One method over the layers of a model; `every` n-th layer is measured."""
+
+    model: str
+    method: str
+    every: int
+
+    @property
+    def key(self) -> str:
+        """The case's name in results."""
+        return f"layers|{self.model}|{self.method}"
+
+
+def linears(path: Path, every: int) -> Iterator[Tensor]:
+    """Yield the weights (out, in) of every n-th linear layer, embeddings and head left out."""
+    model = evaluate_dense.load_model(path)
+    inner = [m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "head" not in name]
+    for layer in inner[::every]:
+        yield layer.weight.detach().to(torch.float32)
+
+
+def chosen(method: str, shape: Shape) -> tuple[str | Codec, Mapping[str, Any], float | None]:
+    """Return codec or family, encoder options and rate of a method for a matrix."""
+    if method in PUBLISHED:
+        preset = PUBLISHED[method]
+        return preset.fit(shape, math.floor(RATE * math.prod(shape) / 8)), preset.options, None
+    rate = RATE + 64 / math.prod(shape) if method == "nq" else RATE  # the range of NQ, which the paper leaves out
+    return method, {}, rate
+
+
+def run(case: Case, layers: list[Tensor]) -> tuple[int, dict[str, Any]]:
+    """Return stored bytes, and errors over the layers."""
+    errors, nbytes, elements, began = [], 0, 0, time.perf_counter()
+    for matrix in layers:
+        codec, options, rate = chosen(case.method, (matrix.shape[0], matrix.shape[1]))
+        encoded = tersor.compress(matrix, rate, codec, SEED, **options)
+        errors.append(math.sqrt(measure(matrix, encoded).relative_error))
+        nbytes, elements = nbytes + encoded.nbytes, elements + matrix.numel()
+    return nbytes, {"mean": statistics.mean(errors), "spread": statistics.pstdev(errors), "worst": max(errors),
+                    "layers": len(errors), "rate": 8 * nbytes / elements, "seconds": time.perf_counter() - began}
+
+
+def main() -> None:
+    """Run all cases."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    models.add_models_argument(parser)
+    parser.add_argument("--only", choices=NAMES)
+    parser.add_argument("--every", type=int, default=4)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in NAMES:
+        if arguments.only not in (None, name):
+            continue
+        layers = list(linears(models.locate(name, arguments.models), arguments.every))
+        for method in (*PUBLISHED, *FAMILIES):
+            case = Case(name, method, arguments.every)
+            nbytes, numbers = run(case, layers)
+            common.record("low_rank_layers", case, seed=SEED, nbytes=nbytes, numbers=numbers)
+            print(case.key, common.rounded(numbers), flush=True)
+
+
+if __name__ == "__main__":
+    main()
