@@ -34,7 +34,7 @@ from tersor.registry import parse
 LAYOUTS = ("patches", "stacked", "separate")
 PATCH = 8  # pixels a side
 CHANNELS = (("gray",), ("gray", "alpha"), ("red", "green", "blue"), ("red", "green", "blue", "alpha"))
-DEFAULT = "dsvd"  # on patches; docs/images.md compares the families
+DEFAULT = "lplr_plus"  # on patches; docs/images.md compares the families
 DEFAULT_RATE = 2.0
 SHOWN = 1024  # most pixels a side of a picture in the report
 RECORD = "image"  # key of the header in the manifest's provenance

@@ -19,7 +19,7 @@ FORMAT_VERSION = 1
 MANIFEST = "tersor.json"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 64 * 10**6
-KINDS = ("matrix", "matrices", "model")
+KINDS = ("matrix", "matrices", "model", "cache")
 DTYPES = {str(d).removeprefix("torch."): d for d in (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int16, torch.int32,
     torch.int64, torch.bool)}

@@ -16,17 +16,21 @@ from tersor.kmeans import exponent_of, kmeans, times_power
 
 WORDS = 256
 # components of a byte, and the mean squared error of the best 256 words for as many unit normal numbers, a component
-ERRORS = {1: 0.000043, 2: 0.0095, 3: 0.0455, 4: 0.1016, 6: 0.225, 8: 0.328, 12: 0.483, 16: 0.586}
+ERRORS = {1: 0.000043, 2: 0.0083, 3: 0.0449, 4: 0.1006, 6: 0.224, 8: 0.328, 12: 0.483, 16: 0.586}
 COMPONENTS = tuple(ERRORS)
 SAMPLES = 20000  # vectors that a codebook is fitted on
 ITERATIONS = 15
+OCTAVE, MIDDLE = 8, 128  # of the sizes of rows: steps an octave, and the step of size 1
 METRIC_FLOOR = 1e-4  # of the largest eigenvalue: what no query asked for still counts so much
 
 
 class Components:
-    """Mean, basis and components of the rows of one head; the basis is orthonormal under the metric."""
+    """Mean, basis and components of the rows of one head; the basis is orthonormal under the metric.
 
-    def __init__(self, rows: Tensor, weights: Tensor, metric: Tensor) -> None:
+    Where rows are `sized`, each is divided by its size over the root mean square of all.
+    """
+
+    def __init__(self, rows: Tensor, weights: Tensor, metric: Tensor, *, sized: bool) -> None:
         width = rows.shape[1]
         total = float(weights.sum())
         self.weights = weights * (len(weights) / total) if total > 0 else torch.ones_like(weights)
@@ -36,6 +40,9 @@ class Components:
         root = values.clamp_min(max(METRIC_FLOOR * float(values[-1]), 1e-300)).sqrt()
         exponent = exponent_of(rows) if rows.numel() else 0
         plain = times_power(rows - self.mean, -exponent) @ (vectors * root)
+        if sized:
+            mean = (plain.square().mean(1) * share.flatten()).sum().sqrt()
+            plain = plain / sizes(steps_of(plain, mean)).unsqueeze(1)
         power, turn = torch.linalg.eigh(plain.mT @ (plain * share))
         power, turn = power.flip(0).clamp_min(0.0), turn.flip(1)
         dead = power <= width * torch.finfo(torch.float64).eps * power[0]
@@ -43,6 +50,19 @@ class Components:
         self.power = times_power(power, 2 * exponent)
         self.basis = turn.mT @ (vectors / root).mT
         self.components = plain @ turn * torch.where(dead, 0.0, power.clamp_min(1e-300).rsqrt())
+
+
+def steps_of(rows: Tensor, size: Tensor) -> Tensor:
+    """Return the size of every row (n, width) over `size`, in steps: uint8 (n,)."""
+    tiny = torch.finfo(torch.float64).tiny
+    relative = rows.square().mean(1).sqrt() / size.clamp_min(tiny)
+    return (torch.log2(relative.clamp_min(tiny)) * OCTAVE + MIDDLE).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def sizes(steps: Tensor) -> Tensor:
+    """Return the sizes of `steps_of`, float32 (n,)."""
+    every = torch.exp2((torch.arange(256, dtype=torch.float32, device=steps.device) - MIDDLE) / OCTAVE)
+    return every.index_select(0, steps.to(torch.int32))
 
 
 def water_fill(power: Tensor, row_bytes: int) -> list[int]:
@@ -101,7 +121,7 @@ def words_of(heads: Sequence[Components], parts: Sequence[int], seed: int) -> Te
             out[: len(vectors), first : first + count] = vectors
         else:
             out[:, first : first + count] = kmeans(vectors.unsqueeze(0), WORDS, seed=seed, iterations=ITERATIONS,
-                                                   weights=weights.reshape(1, -1, 1))[0]
+                                                   init="kmeans++", weights=weights.reshape(1, -1, 1))[0]
     limit = torch.finfo(torch.float16).max
     return out.clamp_(-limit, limit)
 

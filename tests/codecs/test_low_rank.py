@@ -279,3 +279,19 @@ def test_a_fitted_bit_beats_min_max_and_a_flat_spectrum_beats_low_rank() -> None
         ("nq", parse("mm1"), {}), ("fitted", parse("lm1o"), {}),
         ("lplr", LOW_RANK_PRESETS["lplr"].fit((200, 150), 200 * 150 // 8), {"method": "lplr"}))}
     assert found["fitted"] < 0.5 * found["lplr"] < 0.1 * found["nq"]
+
+
+def test_a_sum_with_low_rank_alternates_and_ends_with_feedback() -> None:
+    """The low-rank stage is spectral, so that turns and the backbone's feedback are on without being asked for."""
+    matrix, inputs = with_spectrum((96, 64), (1 + torch.arange(64)) ** -0.5), gaussian((300, 64), 3)
+    hessian = inputs.T @ torch.diag(torch.logspace(0, -2, 300)) @ inputs
+    codec = parse("sum(lr6(al36;al36);rot,sym12)")
+    assert codec.spectral
+    assert not parse("sum(lm2;lm2)").spectral
+
+    def error(**options: object) -> float:
+        return measure(matrix, codec.encode(matrix, hessian=hessian, options=options), hessian).distortion
+
+    turns = error()
+    assert turns == error(alternations=4) < error(alternations=1)
+    assert error(feedback=True) < 0.9 * turns

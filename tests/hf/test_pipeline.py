@@ -224,3 +224,30 @@ def test_dry_run_writes_nothing(tiny: Callable[[str], Path], tmp_path: Path) -> 
     assert not list(tmp_path.iterdir())
     with pytest.raises(BudgetError):
         estimate(tiny("llama"), tmp_path / "out", 0.2, None, run.Settings(calibrated=False))
+
+
+def test_published_methods_run_as_published_on_a_model(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    """The option that defines a family reaches the encoder, and the manifest says so."""
+    reports = {name: compress_model(tiny("llama"), tmp_path / name, 8.0, method=name, **FAST)
+               for name in ("lplr", "dsvd")}
+    for name, report in reports.items():
+        chosen = [line["options"] for line in report["matrices"].values() if line["codec"].startswith("lr")]
+        assert {options["method"] for options in chosen} == {name}
+    assert reports["lplr"]["matrices"] != reports["dsvd"]["matrices"]
+
+
+@pytest.mark.slow
+def test_a_plan_chooses_between_backbone_low_rank_and_both(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    """Matrices of steep spectra get low rank, white ones do not; all of it loads."""
+    source = copy_of(tiny("llama"), tmp_path / "source")
+    low = "model.layers.0.mlp.up_proj.weight"
+
+    def steepen(tensors: dict[str, torch.Tensor]) -> None:
+        u, s, v = torch.linalg.svd(tensors[low].float(), full_matrices=False)
+        tensors[low] = ((u * s * 0.5 ** torch.arange(len(s))) @ v).to(tensors[low].dtype).contiguous()
+
+    edit_weights(source, steepen)
+    report = compress_model(source, tmp_path / "out", 4.0, method="low_rank", evaluation_tokens=0, calibrated=False)
+    codecs = {name: line["codec"] for name, line in report["matrices"].items()}
+    assert "lr" in codecs[low]
+    assert any("lr" not in codec for codec in codecs.values())

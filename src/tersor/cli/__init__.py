@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from tersor.cli import image, models, stores
+from tersor.cli import image, kv, models, stores
 from tersor.cli.base import app
 from tersor.errors import TersorError
 
@@ -26,4 +26,4 @@ def _fail(error: BaseException, code: int) -> None:
     sys.exit(code)
 
 
-__all__ = ["app", "image", "main", "models", "stores"]
+__all__ = ["app", "image", "kv", "main", "models", "stores"]

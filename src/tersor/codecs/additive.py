@@ -21,7 +21,7 @@ from tersor.feedback import encode_with_feedback
 from tersor.linalg import single_thread
 from tersor.quality import measure
 
-ALTERNATIONS = 6  # default where a stage is spectral
+ALTERNATIONS = 4  # default where a stage is spectral
 
 
 @final
@@ -39,7 +39,7 @@ class Sum(Codec):
     feedback : bool
         With a Hessian: error feedback, where the stages are column-wise.
     alternations : int
-        Times that every stage is encoded on what all others leave, the best time kept; default 6 with a low-rank
+        Times that every stage is encoded on what all others leave, the best time kept; default 4 with a low-rank
         stage, else 1.
     """
 

@@ -22,7 +22,7 @@ from tersor.codec import Codec, Encoded, Rows, Search, Shape, Tables, matmul_by_
 from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
 from tersor.kmeans import assign
 from tersor.linalg import single_thread
-from tersor.water_filling import COMPONENTS, WORDS, Components, start_of, water_fill, words_of
+from tersor.water_filling import COMPONENTS, WORDS, Components, sizes, start_of, steps_of, water_fill, words_of
 
 QUAD = 4  # numbers that are looked up together: 16 bytes, the widest element that torch moves at once
 
@@ -30,7 +30,7 @@ QUAD = 4  # numbers that are looked up together: 16 bytes, the widest element th
 @final
 @dataclasses.dataclass(frozen=True)
 class Klt(Codec):
-    """`row = mean + Σ scale_i c_i basis_i`, components `c` in runs, each the codeword of one byte.
+    """`row = mean + size Σ scale_i c_i basis_i`, components `c` in runs, each the codeword of one byte.
 
     Mean, basis and scales are those of the row's head: runs of `block` rows belong to heads 0, 1, …, in turn. The
     components beyond the last byte's are dropped.
@@ -38,23 +38,29 @@ class Klt(Codec):
     Parameters
     ----------
     row_bytes : int
-        Bytes a row.
+        Bytes a row, its size's included.
     heads : int
     block : int
         Rows of a run; of no meaning with one head.
+    sized : bool
+        One of the bytes is the row's size, in steps of an eighth of an octave; else the size is 1.
     """
 
     row_bytes: int
     heads: int = 1
     block: int = 1
+    sized: bool = False
 
     id: ClassVar[str] = "klt"
-    grammar: ClassVar[str] = r"klt(?P<bytes>\d{1,6})(?:h(?P<heads>\d{1,6})x(?P<block>\d{1,9}))?"
+    grammar: ClassVar[str] = r"klt(?P<bytes>\d{1,6})(?P<sized>s?)(?:h(?P<heads>\d{1,6})x(?P<block>\d{1,9}))?"
 
     def __post_init__(self) -> None:
         for name in ("row_bytes", "heads", "block"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise CodecConfigError(f"klt: {name} must be a positive integer, found {getattr(self, name)!r}")
+        if not isinstance(self.sized, bool) or self.row_bytes == self.sized:
+            raise CodecConfigError(f"klt: sized must be true or false and leave a byte of {self.row_bytes}, found "
+                                   f"{self.sized!r}")
         if self.heads == 1 and self.block != 1:
             raise CodecConfigError(f"klt: with one head, block must be 1, found {self.block}")
 
@@ -72,14 +78,14 @@ class Klt(Codec):
             If the width is less than the bytes a row.
         """
         rows, width = shape
-        if width < self.row_bytes:
-            raise CodecConfigError(f"codec '{self.spec()}': {self.row_bytes} bytes a row are more than the width "
+        if width < self._words:
+            raise CodecConfigError(f"codec '{self.spec()}': {self._words} words a row are more than the width "
                                    f"{width}; a component takes a byte at most")
         head = (self.heads, width)
         return {"codes": TensorSpec((rows, self.row_bytes)), "mean": TensorSpec(head, torch.float32, shared=True),
                 "basis": TensorSpec((*head, width), torch.float16, shared=True),
                 "scale": TensorSpec(head, torch.float32, shared=True),
-                "parts": TensorSpec((self.row_bytes,), shared=True),
+                "parts": TensorSpec((self._words,), shared=True),
                 "words": TensorSpec((WORDS, sum(COMPONENTS)), torch.float16, shared=True)}
 
     def train(self, samples: Iterable[Tensor], *, seed: int = 0) -> Tables:
@@ -118,10 +124,11 @@ class Klt(Codec):
                                        f"found {tuple(metric.shape)}")
             device = rows[0].device
             eye = torch.eye(width, dtype=torch.float64, device=device)
-            heads = [Components(part, share, eye if metric is None else metric[h].to(device, torch.float64))
+            heads = [Components(part, share, eye if metric is None else metric[h].to(device, torch.float64),
+                                sized=self.sized)
                      for h, (part, share) in enumerate(zip(rows, mass, strict=True))]
             power = torch.stack([head.power for head in heads])
-            parts = water_fill(power.sum(0), self.row_bytes)
+            parts = water_fill(power.sum(0), self._words)
             return {"mean": torch.stack([head.mean for head in heads]).to(torch.float32),
                     "basis": torch.stack([head.basis for head in heads]).to(torch.float16),
                     "scale": power.sqrt().to(torch.float32),
@@ -151,8 +158,12 @@ class Klt(Codec):
             for h in range(self.heads):
                 mine = head == h
                 plain = (matrix[block][mine].to(torch.float64) - tables["mean"][h].to(torch.float64)) @ analysis[h]
-                chosen = book.encode((plain * inverse[h]).to(torch.float32), scale[h])
-                codes[block.start + mine.nonzero().flatten()] = chosen
+                places = block.start + mine.nonzero().flatten()
+                if self.sized:
+                    steps = steps_of(plain, scale[h].to(torch.float64).square().mean().sqrt())
+                    plain = plain / sizes(steps).unsqueeze(1)
+                    codes[places, self._words] = steps
+                codes[places, : self._words] = book.encode((plain * inverse[h]).to(torch.float32), scale[h])
         return Encoded(self, shape, {"codes": codes, **tables})
 
     def decode_rows(self, encoded: Encoded, rows: Rows) -> Tensor:
@@ -178,7 +189,9 @@ class Klt(Codec):
 
     def coordinates(self, encoded: Encoded, rows: Rows) -> Tensor:
         """Return the codewords, padded to quads: (k, n)."""
-        return _Book(encoded.tensors).decode(encoded.tensors["codes"][rows])
+        codes = encoded.tensors["codes"][rows]
+        found = _Book(encoded.tensors).decode(codes[:, : self._words])
+        return found.mul_(sizes(codes[:, self._words]).unsqueeze(1)) if self.sized else found
 
     def into(self, encoded: Encoded, x: Tensor) -> Tensor:
         """Multiply by every head's scaled basis: (..., heads, q, in) to (..., heads, q, n)."""
@@ -193,8 +206,9 @@ class Klt(Codec):
         return encoded.tensors["mean"].unsqueeze(1)
 
     def spec(self) -> str:
-        """Return for example `klt16`, or `klt16h3x128`: 3 heads in runs of 128 rows."""
-        return f"klt{self.row_bytes}{f'h{self.heads}x{self.block}' if self.heads > 1 else ''}"
+        """Return for example `klt16`, `klt16s` (sized), or `klt16h3x128`: 3 heads in runs of 128 rows."""
+        runs = f"h{self.heads}x{self.block}" if self.heads > 1 else ""
+        return f"klt{self.row_bytes}{'s' if self.sized else ''}{runs}"
 
     @classmethod
     def from_spec(cls, match: re.Match[str], parts: Sequence[Codec]) -> Codec:
@@ -203,7 +217,12 @@ class Klt(Codec):
         heads = int(match["heads"] or 1)
         if match["heads"] and heads == 1:
             raise CodecConfigError("klt: one head is written without 'h1x…'")
-        return cls(int(match["bytes"]), heads, int(match["block"] or 1))
+        return cls(int(match["bytes"]), heads, int(match["block"] or 1), bool(match["sized"]))
+
+    @property
+    def _words(self) -> int:
+        """Bytes of a row that are codewords."""
+        return self.row_bytes - self.sized
 
     def _head(self, rows: Rows, device: torch.device) -> Tensor:
         """Return the head of every row."""

@@ -65,6 +65,11 @@ class LowRank(Codec):
         """Return both codecs."""
         return {"left": self.left, "right": self.right}
 
+    @property
+    def spectral(self) -> bool:
+        """True."""
+        return True
+
     def layout(self, shape: Shape) -> Layout:
         """Return the layouts of L under `left/` and of R under `right/`."""
         shapes = self._shapes(shape)
