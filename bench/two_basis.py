@@ -5,8 +5,10 @@
     two_basis.py --merge FOLDER/two_basis.jsonl                 # back here, at the commit that was measured
 
 Exit status 1 if a target is missed. `speed` on cuda: nanoseconds a weight a sweep of the kernel alone (CUDA events,
-warm, median of 5) and of the whole encoder, beside two floors, see `floors`. On cpu: a sweep's time over that of two
-rotations of the same numbers, side by side. Needs torch, numpy and safetensors only.
+warm, median of 5, its last minimizing sweeps included) and of the whole encoder, beside two floors, see `floors`. On
+cpu: a sweep's time over that of two rotations of the same numbers, side by side. `feedback`: the proxy loss over that
+of rotation + Lloyd-Max with the same feedback. Real matrices and models: two_basis_models.py. Needs torch, numpy and
+safetensors only.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from tersor import testing
 from tersor.codecs import TwoBasis
 from tersor.codecs.two_basis import start_of
 from tersor.ops import annealing
-from tersor.ops.annealing.problem import Schedule
+from tersor.ops.annealing.problem import Draws, Schedule
+from tersor.ops.annealing.tiles import tile_of
 from tersor.quality import measure
 from tersor.registry import parse
 
@@ -42,6 +45,8 @@ DATA = ("gaussian", "student_t3", "outliers")
 TARGETS: Mapping[tuple[str, int], float] = {
     ("two2x2h", 1000): 0.172, ("two2x2", 1000): 0.0775, ("two2x2", 3000): 0.0757, ("two2x2", 10000): 0.0747,
     ("two3x2", 1000): 0.0405, ("two4x2", 4000): 0.0245, ("two8x2", 2000): 0.0083}
+FEEDBACK_TARGET = 0.70  # of the loss of a rotated Lloyd-Max code: at least 30 % below it
+FEEDBACK_SEEDS = 3
 SPEED_TARGET, SPEED_MOONSHOT = 0.020, 0.008  # ns a weight a sweep
 CPU_TARGET = 4.0  # a sweep over two rotations
 # NVIDIA H100 SXM: dense fp16 products, and 32-bit integer operations (64 a clock in each of 132 multiprocessors)
@@ -83,6 +88,23 @@ class Speed:
         return f"speed|{self.device}|{self.rows}x{self.width}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Feedback:
+    """Loss at 2 bits with error feedback over 128 inputs, 1,024 outputs, Hessian eigenvalues 1 / k; mean of seeds."""
+
+    device: str
+    sweeps: int
+    block: int
+    rows: int = 1024
+    width: int = 128
+    target: float = FEEDBACK_TARGET
+
+    @property
+    def key(self) -> str:
+        """The case's name in results."""
+        return f"feedback|{self.device}|{self.sweeps}|{self.block}"
+
+
 def cases(device: str) -> list[Case]:
     """Return the cases of a device.
 
@@ -95,12 +117,16 @@ def cases(device: str) -> list[Case]:
                        for bits, method in controls.items() for data in DATA]
     errors = [Case(device, "gaussian", method + one, NOMINAL[method], size, size, sweeps, target)
               for size, one in ((1024, "m"), (4096, "")) for (method, sweeps), target in TARGETS.items()]
+    errors += [Case(device, "gaussian", "two2x2m", 2.0, 1024, width, 1000) for width in (192, 576, 1408, 14336)]
     return errors + [Case(device, data, method, NOMINAL[method], 4096, 4096, 1000, TARGETS[method, 1000])
                      for method in ("two2x2h", "two2x2", "two3x2") for data in DATA[1:]]
 
 
 SPEEDS = {"cpu": (Speed("cpu", 512, 1024, 10, CPU_TARGET),),
-          "cuda": (Speed("cuda", 4096, 4096, 200, SPEED_TARGET), Speed("cuda", 1024, 1024, 200, SPEED_TARGET))}
+          "cuda": tuple(Speed("cuda", rows, width, 1000, SPEED_TARGET) for rows, width in
+                        ((4096, 4096), (1024, 1024), (16384, 576), (16384, 1408), (4096, 8192), (1024, 14336)))}
+FEEDBACKS = {"cpu": (Feedback("cpu", 300, 4),),
+             "cuda": tuple(Feedback("cuda", sweeps, block) for sweeps in (1000, 3000) for block in (1, 4, 16))}
 
 
 def error(case: Case) -> tuple[int, dict[str, Any]]:
@@ -125,7 +151,7 @@ def speed_cuda(case: Speed) -> dict[str, Any]:
     target = testing.gaussian((case.rows, case.width), SEED).cuda()
     bases, start = codec.bases(case.width), start_of(codec)
     plan = Schedule(case.sweeps, start.hot, start.cold)
-    kernel = _median_cuda(lambda: annealing.sample(target, bases, plan, SEED)) / (weights * case.sweeps)
+    kernel = _median_cuda(lambda: annealing.sample(target, bases, plan, Draws(SEED))) / (weights * case.sweeps)
     whole = _median_cuda(lambda: codec.encode(target, options={"sweeps": 1000})) / (weights * 1000)
     tensor, integer = floors(case.width)
     return {"value": kernel, "encode": whole, "floor_products": tensor, "floor_integer": integer,
@@ -136,13 +162,16 @@ def speed_cuda(case: Speed) -> dict[str, Any]:
 def floors(width: int) -> tuple[float, float]:
     """Return the least ns a weight a sweep that an H100 needs for the products, and for the random numbers.
 
-    Products: two transforms a sweep, each H(N1) X H(N2) of a tile of N1 N2 = width numbers, 2 (N1 + N2) operations a
-    number. Random numbers: a Philox call gives four, a sweep takes two; a call is 6 rounds of 4 multiplications (two
-    high halves, two low ones), 4 exclusive ors and 2 additions of keys. Counted from the source, not from machine code.
+    Products: two transforms a sweep, each A X H of a tile of N1 N2 = width numbers, padded to P1 N2, 2 (P1 + N2)
+    operations a padded number. Random numbers: a Philox call gives eight of 16 bits, a sweep takes two; a call is 6
+    rounds of 4 multiplications (two high halves, two low ones), 4 exclusive ors and 2 additions of keys. Counted from
+    the source, not from machine code.
     """
-    short = 1 << (width.bit_length() - 1) // 2
-    products = 2 * 2 * (short + width // short)
-    integers = 6 * (4 + 4 + 2) * 2 / 4
+    tile = tile_of(width)
+    assert tile is not None
+    waste = tile.padded / tile.rows
+    products = 2 * 2 * (tile.padded + tile.columns) * waste
+    integers = 6 * (4 + 4 + 2) * 2 / 8 * waste
     return 1e9 * products / H100_FLOPS, 1e9 * integers / H100_INTEGER
 
 
@@ -158,7 +187,7 @@ def speed_cpu(case: Speed) -> dict[str, Any]:
             bases.gather(bases.spread(target))
 
     def sweeps() -> None:
-        annealing.sample(target, bases, plan, SEED)
+        annealing.sample(target, bases, plan, Draws(SEED))
 
     with common.threads(1):
         times = [(_seconds(sweeps), _seconds(rotations)) for _ in range(6)][1:]
@@ -166,6 +195,24 @@ def speed_cpu(case: Speed) -> dict[str, Any]:
     ns = 1e9 / (case.rows * case.width)
     return {"value": sweep / pair, "sweep_ns": sweep * ns, "rotations_ns": pair * ns,
             "passed": sweep / pair <= case.target, "device": _name("cpu")}
+
+
+def feedback(case: Feedback) -> dict[str, Any]:
+    """Return the mean loss of two bases, of rotation + Lloyd-Max, and the mean of their ratios."""
+    ours, scalar, plain = [], [], []
+    for seed in range(FEEDBACK_SEEDS):
+        basis, _ = torch.linalg.qr(testing.gaussian((case.width, case.width), seed + 7))
+        hessian = basis / torch.arange(1, case.width + 1) @ basis.T
+        hessian = ((hessian + hessian.T) / 2).to(case.device)
+        matrix = testing.gaussian((case.rows, case.width), seed + 8).to(case.device)
+        options = {"sweeps": case.sweeps, "block": case.block}
+        for losses, method, extra in ((ours, "two2x2o", {**options, "feedback": True}), (plain, "two2x2o", options),
+                                      (scalar, "rot,lm2", {"feedback": True})):
+            encoded = parse(method).encode(matrix, hessian=hessian, options=extra)
+            losses.append(measure(matrix, encoded, hessian).distortion)
+    ratio = statistics.fmean(a / b for a, b in zip(ours, scalar, strict=True))
+    return {"distortion": statistics.fmean(ours), "scalar": statistics.fmean(scalar), "plain": statistics.fmean(plain),
+            "ratio": ratio, "passed": ratio <= case.target, "device": _name(case.device)}
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -220,11 +267,14 @@ def main() -> int:
     if arguments.device == "cpu":
         torch.set_num_threads(1)
     missed = 0
-    for case in (*cases(arguments.device), *SPEEDS[arguments.device]):
+    device = arguments.device
+    for case in (*cases(device), *FEEDBACKS[device], *SPEEDS[device]):
         if arguments.only not in case.key:
             continue
         if isinstance(case, Case):
             nbytes, numbers = error(case)
+        elif isinstance(case, Feedback):
+            nbytes, numbers = 0, feedback(case)
         else:
             nbytes, numbers = 0, (speed_cuda if case.device == "cuda" else speed_cpu)(case)
         common.record("two_basis", case, seed=SEED, nbytes=nbytes, numbers=numbers)

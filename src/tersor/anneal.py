@@ -14,34 +14,40 @@ import torch
 from torch import Tensor
 
 from tersor.ops import annealing
-from tersor.ops.annealing.problem import Bases, Schedule
+from tersor.ops.annealing.problem import Bases, Draws, Schedule
 
 MINIMIZE = 30  # rounds of plain minimization after the last sweep
+EXACT = 4  # the same after the kernel, which has minimized in half precision
 BLOCK_FLOATS = 1 << 20  # numbers annealed together on a processor: what its cache holds
+DEVICE_FLOATS = 1 << 22  # on a GPU in plain torch; the kernel takes all that it is given
 
 
-def anneal(target: Tensor, bases: Bases, schedule: Schedule, seed: int) -> tuple[Tensor, Tensor]:
+def anneal(target: Tensor, bases: Bases, schedule: Schedule, seed: int, place: int = 0) -> tuple[Tensor, Tensor]:
     """Return codes uint8 (n, width) of both bases for unit-variance vectors `target`, float32 (n, width).
 
-    Codes of the second basis where `kept` is False are meaningless.
+    Codes of the second basis where `kept` is False are meaningless. `place` is that of the first vector in its matrix:
+    random numbers depend on it.
     """
     first, second = [], []
-    step = len(target) if target.is_cuda else max(1, BLOCK_FLOATS // target.shape[1])
+    fused = annealing.fused(target)
+    floats = target.numel() if fused else DEVICE_FLOATS if target.is_cuda else BLOCK_FLOATS
+    step = max(1, floats // target.shape[1])
     for start in range(0, len(target), step):
-        s, t = annealing.sample(target[start : start + step], bases, schedule, seed + start)
-        s, t = minimize(target[start : start + step], bases, t)
+        block = target[start : start + step]
+        t = annealing.sample(block, bases, schedule, Draws(seed, place, start))
+        s, t = minimize(block, bases, t, EXACT if fused else MINIMIZE)
         first.append(s)
         second.append(t)
     return torch.cat(first), torch.cat(second)
 
 
-def minimize(target: Tensor, bases: Bases, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Return codes after alternating exact minimization, starting from those of the second basis."""
+def minimize(target: Tensor, bases: Bases, t: Tensor, rounds: int = MINIMIZE) -> tuple[Tensor, Tensor]:
+    """Return codes after `rounds` of alternating exact minimization, starting from those of the second basis."""
     first, second = (levels.to(target.device) for levels in (bases.first, bases.second))
     kept = bases.kept.to(target.device)
     edges = (first[1:] + first[:-1]) / 2, (second[1:] + second[:-1]) / 2
     s = t
-    for _ in range(MINIMIZE):
+    for _ in range(rounds):
         s = torch.bucketize(target - bases.spread(second[t.to(torch.int32)] * kept), edges[0], out_int32=True)
         t = torch.bucketize(bases.gather(target - first[s]), edges[1], out_int32=True)
     s = torch.bucketize(target - bases.spread(second[t.to(torch.int32)] * kept), edges[0], out_int32=True)

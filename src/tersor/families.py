@@ -62,11 +62,15 @@ class Ladder:
     planned : bool
         Whether a whole model's plan may use it. One scale a matrix is for a matrix by itself: error feedback drives the
         larger rows beyond what the codebook reaches (KL .065 instead of .044 on fable-22m at 4 bits, docs/log.md).
+    alone : bool
+        Whether a matrix by itself may use it. Annealing takes long, so it is not tried both along inputs and along
+        outputs, which only error feedback gains from.
     """
 
     steps: tuple[Codec, ...]
     wrap: Callable[[Codec], Codec] = _as_is
     planned: bool = True
+    alone: bool = True
 
     def rungs(self, shape: Shape) -> Sequence[Codec]:
         """Return every step as it is used."""
@@ -133,13 +137,18 @@ def _ladders() -> dict[str, tuple[Budgeted, ...]]:
         "qet_plus": (Ladder((*_symmetric("row"), *tops), Rotated),
                      Ladder((*_symmetric("matrix"), *tops), Rotated, planned=False),
                      Ladder((*_symmetric("matrix"), *tops), Standardized, planned=False)),
-        "two_basis": (Ladder((TwoBasis(2, 2, half=True), *(TwoBasis(first) for first in (2, 3, 4, 8)), *tops)),),
+        "two_basis": (Ladder((*_two_basis("in"), *tops), planned=False),
+                      Ladder((*_two_basis("out"), *tops), Rotated, alone=False)),
         "lplr_plus": ladders(),
         "low_rank": (*(BackboneLadder(Rotated(Symmetric(bits))) for bits in BACKBONE_BITS),
                      *(LowRankLadder(width, planned=True) for width in LOW_RANK_WIDTHS),
                      Ladder((*_symmetric("row"), *tops), Rotated)),
         **{name: (preset,) for name, preset in (*PRESETS.items(), *LOW_RANK_PRESETS.items())},
     }
+
+
+def _two_basis(axis: str) -> tuple[Codec, ...]:
+    return (TwoBasis(2, 2, half=True, axis=axis), *(TwoBasis(first, axis=axis) for first in (2, 3, 4, 8)))
 
 
 def _symmetric(scale: str) -> tuple[Codec, ...]:
@@ -201,6 +210,8 @@ def candidates(family: str, shape: Shape, nbytes: int) -> Sequence[Codec]:
     found: list[Codec] = []
     failures: list[BudgetError] = []
     for ladder in budgeted(family):
+        if isinstance(ladder, Ladder) and not ladder.alone:
+            continue
         try:
             found.append(ladder.fit(shape, nbytes))
         except BudgetError as error:

@@ -153,14 +153,24 @@ def test_feedback_lowers_the_proxy(text: str) -> None:
 
 
 def test_feedback_beats_a_rotated_scalar_code_with_feedback() -> None:
-    """By a quarter at 2 bits, 200 sweeps: the gain without feedback carries over whole."""
+    """By 30 % at 2 bits, 128 inputs and 1,024 outputs: the gain without feedback carries over whole."""
     ratios = []
     for seed in range(2):
-        matrix, hessian = problem(256, 64, seed)
-        ours = parse("two2x2o").encode(matrix, hessian=hessian, options={"feedback": True, "sweeps": 200, "block": 2})
+        matrix, hessian = problem(1024, 128, seed)
+        ours = parse("two2x2o").encode(matrix, hessian=hessian, options={"feedback": True, "sweeps": 300, "block": 2})
         scalar = parse("rot,lm2").encode(matrix, hessian=hessian, options={"feedback": True})
         ratios.append(measure(matrix, ours, hessian).distortion / measure(matrix, scalar, hessian).distortion)
-    assert max(ratios) <= 0.75
+    assert sum(ratios) / len(ratios) <= 0.70
+
+
+def test_feedback_scales_columns_as_they_arrive() -> None:
+    """A column of zeros that receives the errors of others is not lost: its scale is of what it has to code."""
+    matrix, hessian = problem(64, 32, 3)
+    matrix[:, 20] = 0.0
+    codec, options = parse("two2x2o"), {"sweeps": 20, "block": 1, "feedback": True}
+    fed = codec.encode(matrix, hessian=hessian, options=options)
+    assert float(fed.tensors["scales"][20]) > 0
+    assert bool(fed.decode()[:, 20].any())
 
 
 def test_feedback_uses_fitted_levels() -> None:

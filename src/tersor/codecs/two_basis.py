@@ -30,6 +30,7 @@ BLOCK = 16  # most columns that error feedback hands over together by default; a
 MOST_LEVELS = 16
 FIT_POINTS = 1 << 22  # elements that levels are fitted on
 PILOT_POINTS = 1 << 13  # elements that levels are fitted on before error feedback
+DEVICE_ELEMENTS = 1 << 25  # annealed together on a GPU: about a gigabyte while minimizing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +126,7 @@ class TwoBasis(Codec):
             return encode_with_feedback(self.columns(matrix, how), matrix, how.hessian)
         fit = _Fit(self, matrix, how)
         vectors = matrix.T if self.axis == "out" else matrix
-        parts = [fit.choose(vectors[block].to(torch.float32), block) for block in fit.blocks()]
+        parts = [fit.choose(vectors[block].to(torch.float32), block) for block in fit.portions()]
         return fit.close(torch.cat([s for s, _ in parts]), torch.cat([t for _, t in parts]))
 
     @property
@@ -256,6 +257,13 @@ class _Fit:
         """Return slices of vectors."""
         return list(row_blocks(shape_of(self.vectors)))
 
+    def portions(self) -> Sequence[slice]:
+        """Return slices of vectors to anneal together: more of them on a GPU, which small ones leave idle."""
+        if not self.vectors.is_cuda:
+            return self.blocks()
+        step = max(1, DEVICE_ELEMENTS // self.vectors.shape[1])
+        return [slice(start, start + step) for start in range(0, len(self.vectors), step)]
+
     def target(self, vectors: Tensor, rows: slice) -> Tensor:
         """Return vectors (k, width) divided by their scales and rotated."""
         inverse = reciprocal(self.scales)
@@ -264,7 +272,7 @@ class _Fit:
 
     def choose(self, vectors: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """Return the codes of vectors."""
-        return anneal(self.target(vectors, rows), self.bases, self.schedule, self.seed + 7919 * rows.start)
+        return anneal(self.target(vectors, rows), self.bases, self.schedule, self.seed, rows.start)
 
     def pilot(self) -> None:
         """Fit the levels to a few vectors, annealed for that alone."""
@@ -326,7 +334,10 @@ class _Columns(ColumnEncoder):
     def block(self, start: int, columns: Tensor) -> Tensor:
         """Encode columns; see `ColumnEncoder`."""
         rows = slice(start, start + columns.shape[1])
-        chosen = self._fit.choose(columns.T.contiguous(), rows)
+        vectors = columns.T.contiguous()
+        if self._fit.codec.scale == "vector":  # of the columns as they arrive, with the errors of earlier ones in them
+            self._fit.scales[rows] = bounded(rms(vectors))
+        chosen = self._fit.choose(vectors, rows)
         for held, fresh in zip(self._codes, chosen, strict=True):
             held[rows] = fresh
         fit, codec = self._fit, self._fit.codec

@@ -9,15 +9,22 @@ from __future__ import annotations
 from torch import Tensor
 
 from tersor.ops.annealing import reference
-from tersor.ops.annealing.problem import Bases, Schedule
+from tersor.ops.annealing.problem import Bases, Draws, Schedule
+from tersor.ops.annealing.tiles import tile_of
 
-KERNEL_WIDTHS = (256, 512, 1024, 2048, 4096, 8192)
+
+def fused(target: Tensor) -> bool:
+    """Tell whether `sample` runs the kernel, which also minimizes at the end, on vectors (n, width)."""
+    return target.is_cuda and tile_of(target.shape[1]) is not None
 
 
-def sample(target: Tensor, bases: Bases, schedule: Schedule, seed: int) -> tuple[Tensor, Tensor]:
-    """Return codes (n, width) of both bases after `schedule`, uint8, for float32 vectors (n, width)."""
-    if target.is_cuda and target.shape[1] in KERNEL_WIDTHS:
+def sample(target: Tensor, bases: Bases, schedule: Schedule, draws: Draws) -> Tensor:
+    """Return codes uint8 (n, width) of the second basis after `schedule`, for float32 vectors (n, width).
+
+    Those of the first follow by minimization, for the best of them given the second are exact.
+    """
+    if fused(target):
         from tersor.ops.annealing import triton
 
-        return triton.sample(target, bases, schedule, seed)
-    return reference.sample(target, bases, schedule, seed)
+        return triton.sample(target, bases, schedule, draws)
+    return reference.sample(target, bases, schedule, draws)

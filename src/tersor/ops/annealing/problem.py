@@ -39,6 +39,34 @@ class Bases:
 
 
 @dataclasses.dataclass(frozen=True)
+class Draws:
+    """Which random numbers: a seed, and where the vectors at hand stand.
+
+    Attributes
+    ----------
+    seed : int
+    first : int
+        Place in the matrix of the first vector of the block that the codec handed over.
+    within : int
+        Place in that block of the first vector at hand.
+    """
+
+    seed: int
+    first: int = 0
+    within: int = 0
+
+    @property
+    def vector(self) -> int:
+        """The first vector's place in the matrix: what the kernel counts by."""
+        return self.first + self.within
+
+    @property
+    def mixed(self) -> int:
+        """One number for a generator that has a seed and nothing else."""
+        return self.seed + 7919 * self.first + self.within
+
+
+@dataclasses.dataclass(frozen=True)
 class Schedule:
     """Sweeps, and the temperature's start and end in units of the square of half the second alphabet's least gap."""
 
