@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tersor.codec import Encoded
-from tersor.codecs import Klt
+from tersor.codecs import Klt, klt
 from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
 from tersor.kmeans import kmeans
 from tersor.quality import DB_PER_BIT, measure
@@ -244,3 +245,18 @@ def test_damaged_parts_are_refused() -> None:
         tensors = {**encoded.tensors, "parts": torch.tensor(parts, dtype=torch.uint8)}
         with pytest.raises(CorruptStoreError, match="components"):
             dataclasses.replace(encoded, tensors=tensors).decode()
+
+
+def test_tables_written_to_are_read_anew() -> None:
+    """What is made of tables once is not kept beyond their life, nor used once they change."""
+    encoded = encode(parse("klt4"), correlated(300))
+    before, count = encoded.decode(), len(klt._BOOKS)
+    encoded.tensors["mean"].add_(1.0)
+    encoded.tensors["words"].mul_(0.0)
+    assert torch.equal(encoded.decode(), encoded.tensors["mean"].expand(300, 24))
+    assert len(klt._BOOKS) == count
+    moved = dataclasses.replace(encoded, tensors={**encoded.tensors, "scale": 0 * encoded.tensors["scale"]})
+    assert not torch.equal(before, moved.decode())
+    del moved, encoded
+    gc.collect()
+    assert len(klt._BOOKS) < count

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
+from functools import cache
 from typing import ClassVar, final
 
 import torch
@@ -65,9 +66,9 @@ class Dense(Codec):
     def decode_rows(self, encoded: Encoded, rows: Rows) -> Tensor:
         """Return rows as float32."""
         if self.dtype == "fp8":
-            wide = encoded.tensors["values"][rows].view(torch.float8_e4m3fn).to(torch.float32)
-            scales = encoded.tensors["scales"][rows].to(torch.float32).unsqueeze(1)
-            return wide.nan_to_num_(FP8_MAX).mul_(scales)  # damaged bytes too give numbers
+            values, scales = encoded.tensors["values"][rows], encoded.tensors["scales"][rows].to(torch.float32)
+            found = _fp8_numbers().to(values.device).index_select(0, values.reshape(-1).to(torch.int32))
+            return found.reshape(values.shape).mul_(scales.unsqueeze(1))
         return encoded.tensors["values"][rows].to(torch.float32)
 
     def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
@@ -83,3 +84,10 @@ class Dense(Codec):
         """Parse a dtype's name."""
         del parts
         return cls(match["dtype"])
+
+
+@cache
+def _fp8_numbers() -> Tensor:
+    """Return what every byte stands for, float32 (256,); the largest where it is no number, as damaged ones may be."""
+    every = torch.arange(256, dtype=torch.uint8, device="cpu")
+    return every.view(torch.float8_e4m3fn).to(torch.float32).nan_to_num(FP8_MAX)

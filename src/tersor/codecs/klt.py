@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import weakref
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -150,7 +151,7 @@ class Klt(Codec):
             if not bool(torch.isfinite(table.to(torch.float32)).all()):
                 raise NonFiniteError(f"codec '{self.spec()}': table '{name}' overflows; scale the matrix down")
         codes = torch.empty(layout["codes"].shape, dtype=torch.uint8, device=matrix.device)
-        book, scale = _Book(tables), tables["scale"]
+        book, scale = _book(tables), tables["scale"]
         analysis = torch.linalg.inv(tables["basis"].to(torch.float64))
         inverse = torch.where(scale > 0, 1.0 / scale.to(torch.float64), 0.0)
         for block in row_blocks(shape):
@@ -190,7 +191,7 @@ class Klt(Codec):
     def coordinates(self, encoded: Encoded, rows: Rows) -> Tensor:
         """Return the codewords, padded to quads: (k, n)."""
         codes = encoded.tensors["codes"][rows]
-        found = _Book(encoded.tensors).decode(codes[:, : self._words])
+        found = _book(encoded.tensors).decode(codes[:, : self._words])
         return found.mul_(sizes(codes[:, self._words]).unsqueeze(1)) if self.sized else found
 
     def into(self, encoded: Encoded, x: Tensor) -> Tensor:
@@ -231,10 +232,7 @@ class Klt(Codec):
 
     def _maps(self, encoded: Encoded) -> Tensor:
         """Return (heads, n, in): what coordinates are multiplied by; rows of zeros for padding."""
-        place = _Book(encoded.tensors).place
-        basis = encoded.tensors["basis"].to(torch.float32) * encoded.tensors["scale"].unsqueeze(-1)
-        padded = torch.nn.functional.pad(basis, (0, 0, 0, 1))
-        return padded.index_select(1, place)
+        return _book(encoded.tensors).maps
 
     def _collect(self, samples: list[Tensor], weights: list[Tensor] | None) -> tuple[list[Tensor], list[Tensor]]:
         """Return all rows of each head, and their weights, float64."""
@@ -262,8 +260,8 @@ class _Book:
     ----------
     parts : tuple of int
         Components of each byte, ascending.
-    place : Tensor
-        int64 (4 lookups,): the component of each number that a row's lookups give, the width for padding.
+    maps : Tensor
+        float32 (heads, 4 lookups, width): the scaled basis vector of each number that a row's lookups give; of padding 0.
     """
 
     def __init__(self, tensors: Tables) -> None:
@@ -271,17 +269,18 @@ class _Book:
         self.parts, width = tuple(tensors["parts"].tolist()), tensors["mean"].shape[1]
         if not set(self.parts) <= set(COMPONENTS) or sum(self.parts) > width or list(self.parts) != sorted(self.parts):
             raise CorruptStoreError(f"klt: bytes of {self.parts} components are not those of rows of {width}")
-        self._quads, self._entries, self.place = (t.to(self.words.device) for t in _lookups(self.parts, width))
+        quads, self._entries, place = (t.to(self.words.device) for t in _lookups(self.parts, width))
+        chosen = torch.nn.functional.pad(self.words, (0, 1)).index_select(1, quads).reshape(WORDS, -1, QUAD)
+        self._table = chosen.transpose(0, 1).contiguous().view(torch.complex128).reshape(-1)
+        self._long = [sum(part <= start for part in self.parts) for start in range(QUAD, self.parts[-1], QUAD)]
+        basis = tensors["basis"].to(torch.float32) * tensors["scale"].unsqueeze(-1)
+        self.maps = torch.nn.functional.pad(basis, (0, 0, 0, 1)).index_select(1, place)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Return the numbers of codes (k, bytes): float32 (k, 4 lookups)."""
-        padded = torch.nn.functional.pad(self.words, (0, 1))
-        quads = padded.index_select(1, self._quads).reshape(WORDS, -1, QUAD)
-        table = quads.transpose(0, 1).contiguous().view(torch.complex128).reshape(-1)
-        long = [sum(part <= start for part in self.parts) for start in range(QUAD, self.parts[-1], QUAD)]
-        chosen = torch.cat([codes, *(codes[:, first:] for first in long)], 1) if long else codes
-        index = chosen + self._entries
-        return table.index_select(0, index.reshape(-1)).view(torch.float32).reshape(len(codes), len(self.place))
+        chosen = torch.cat([codes, *(codes[:, first:] for first in self._long)], 1) if self._long else codes
+        index = (chosen + self._entries).reshape(-1)
+        return self._table.index_select(0, index).view(torch.float32).reshape(len(codes), self.maps.shape[1])
 
     def encode(self, components: Tensor, scale: Tensor) -> Tensor:
         """Return the nearest codewords of components (k, width), errors times `scale` (width,): uint8 (k, bytes)."""
@@ -294,6 +293,28 @@ class _Book:
             out[:, byte] = assign((components[:, here] * weight).unsqueeze(0), (book * weight).unsqueeze(0))[0]
             first += count
         return out
+
+
+_BOOKS: dict[int, tuple[tuple[Any, ...], _Book]] = {}  # by id of the words: marks of the tables, what is made of them
+
+
+def _book(tensors: Tables) -> _Book:
+    """Return the book of these tables; made once while they live and are not written to."""
+    tables = [tensors[name] for name in ("words", "parts", "basis", "scale", "mean")]
+    key = id(tables[0])
+    found = _BOOKS.get(key)
+    if found is not None and all(ref() is table and version == _version(table)
+                                 for (ref, version), table in zip(found[0], tables, strict=True)):
+        return found[1]
+    book = _Book(tensors)
+    marks = tuple((weakref.ref(table), _version(table)) for table in tables)
+    weakref.finalize(tables[0], _BOOKS.pop, key, None)
+    _BOOKS[key] = marks, book
+    return book
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 @lru_cache(maxsize=1024)

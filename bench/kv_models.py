@@ -1,0 +1,156 @@
+"""The models of the KV suite, their prompts, and what is chosen for them on calibration text: `klt` tables and plans.
+
+Plans are made as `tersor kv-plan` makes them, one measurement for all rates; the trials and the chosen tables are kept
+in `out/kv`, which git ignores. SmolLM2's trials score 128 tokens of continuation rather than a quarter of the context.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, DynamicCache
+
+import common
+import evaluate_dense
+import models
+from tersor.codec import Tables
+from tersor.hf.kvplan import Lab, PlanSettings, _measure, _spend
+from tersor.hf.kvstore import SIDES
+from tersor.registry import parse
+
+RESIDUAL, SINK, BLOCK = 128, 4, 64
+CONTINUATION = 256
+CHUNK = 64  # tokens of the continuation a call
+RATES = (1.0, 1.5, 2.0, 3.0, 4.0)
+SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A model and its prompts."""
+
+    name: str
+    prompt: int
+    windows: int  # of each text
+    rungs: tuple[float, ...]
+    scored: int  # tokens of continuation of a trial of the plan
+    count: int  # windows of calibration text that plans are measured on
+    training: int  # further ones, which train tables
+
+    @property
+    def context(self) -> int:
+        """Tokens of a window."""
+        return self.prompt + CONTINUATION
+
+
+SETUPS = {setup.name: setup for setup in (
+    Setup("fable-22m", 768, 3, (0.75, 1, 1.5, 2, 2.5, 3, 4, 5, 6), 256, 2, 8),
+    Setup("smollm2-135m", 1792, 1, (1, 1.5, 2, 3, 4, 5), 128, 1, 5),
+)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(PlanSettings):
+    """A plan's settings with a continuation of its own length."""
+
+    scored: int = 0
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of the prompt."""
+        return self.context - self.scored
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """Codec strings of keys and values, for all layers or by layer, and their tables."""
+
+    keys: Any
+    values: Any
+    tables: Mapping[tuple[int, str], Tables]
+    rate: float
+
+
+@functools.cache
+def load(name: str) -> tuple[Any, Any]:
+    """Return the model, float32, and its tokenizer."""
+    path = models.locate(name, models.DEFAULT_MODELS)
+    options = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
+    tokenizer = AutoTokenizer.from_pretrained(path.parent if options else path, **options)
+    return evaluate_dense.load_model(path), tokenizer
+
+
+def held_out(setup: Setup) -> list[tuple[str, Tensor]]:
+    """Return (text, window of token ids (1, context)), windows that do not overlap."""
+    tokenizer, found = load(setup.name)[1], []
+    for domain in common.DOMAINS:
+        text = (common.TEXTS / f"{domain}.txt").read_text()
+        ids = tokenizer(text[: 8 * setup.windows * setup.context], verbose=False)["input_ids"]
+        found += [(f"{domain}{k}", torch.tensor([ids[k * setup.context : (k + 1) * setup.context]]))
+                  for k in range(setup.windows)]
+    assert all(ids.shape[1] == setup.context for _, ids in found)
+    return found
+
+
+def read(model: Any, ids: Tensor) -> DynamicCache:
+    """Return the dense cache of a prompt, read in one call."""
+    cache = DynamicCache(config=model.config)
+    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache
+
+
+def folder() -> Path:
+    """Return the folder of what is kept between runs."""
+    found = common.ROOT / "out" / "kv"
+    found.mkdir(parents=True, exist_ok=True)
+    return found
+
+
+def runs(model: Any) -> str:
+    """Return what `klt` calls the model's heads."""
+    return f"h{model.config.num_key_value_heads}x{BLOCK}"
+
+
+@functools.cache
+def chosen(name: str) -> Mapping[str, Chosen]:
+    """Return `klt@RATE` and `plan@RATE` by name; made once, then read from `out/kv`."""
+    file = folder() / f"{name}-chosen.pt"
+    if not file.is_file():
+        torch.save(_choose(SETUPS[name]), file)
+    kept = torch.load(file, weights_only=True)
+    return {key: Chosen(*value) for key, value in kept.items()}
+
+
+def _choose(setup: Setup) -> dict[str, tuple[Any, ...]]:
+    model, tokenizer = load(setup.name)
+    width = setup.prompt + setup.scored
+    text = (common.ROOT.parent / "shared" / "data" / "text" / "calibration.txt").read_text()
+    count = setup.count + setup.training
+    pieces = [tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"][:width]
+              for part in (text[k * len(text) // count :][: 8 * width] for k in range(count))]
+    settings = Settings(tuple(f"klt{{bytes:{rate}}}{{runs}}" for rate in setup.rungs), width, setup.count,
+                        setup.training, RESIDUAL, SINK, BLOCK, SEED, setup.scored)
+    lab = Lab(model, torch.tensor(pieces), settings)
+    found: dict[str, tuple[Any, ...]] = {}
+    choices = _measure(lab, folder() / f"{setup.name}.trials.jsonl", repr(settings), _progress)
+    for rate in RATES:
+        picks = _spend(choices, lab.elements, rate)
+        codecs = {place: pick.codec for place, pick in picks.items()}
+        by_layer = [[codecs[n, side].spec() for n in lab.layers] for side in range(2)]
+        held = {(n, SIDES[side]): dict(lab.tables((n, side), codec)) for (n, side), codec in codecs.items()}
+        found[f"plan@{rate:g}"] = (*by_layer, held, 8 * sum(p.nbytes for p in picks.values()) / lab.elements)
+        uniform = f"klt{round(rate * model.config.head_dim / 8)}{runs(model)}"
+        held = {(n, SIDES[side]): dict(lab.tables((n, side), parse(uniform))) for n, side in lab.places()}
+        found[f"klt@{rate:g}"] = (uniform, uniform, held, rate)
+    return found
+
+
+def _progress(what: str, done: int, total: int) -> None:
+    if done % 20 == 0:
+        print(what, done, "of", total, flush=True)
