@@ -1,12 +1,16 @@
-"""KV caches in models: quality after a long prompt, a planted key, decoding speed, QET's claim on keys and values.
+"""KV caches in models: quality after a long prompt, a planted key, decoding speed. Results: results/kv.jsonl.
 
-`python bench/kv.py quality --model fable-22m`, `needle`, `speed`, `verdict`; one thread. Results: results/kv.jsonl.
+`python bench/kv.py choose --model fable-22m` trains tables and makes plans on calibration text, once; then `quality`
+(with `--dear` the methods that encode slowly), `needle` and `speed`; one thread. The prompt is read densely in one call,
+once for all methods; then its keys and values go to each method's cache, as that call would have handed them over. The
+continuation is given 64 tokens a call, so that caches close blocks and quantize anew as they do when decoding.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import sys
 import time
 from typing import Any
@@ -49,7 +53,7 @@ def continue_(model: Any, cache: Cache, ids: Tensor) -> Tensor:
 def run_quality(model_name: str, chosen: str, *, dear: bool, again: bool) -> None:
     setup = kv_models.SETUPS[model_name]
     model, _ = kv_models.load(model_name)
-    methods = [m for m in (kv_methods.dear() if dear else kv_methods.cheap()) if chosen in m.name]
+    methods = [m for m in (kv_methods.dear() if dear else kv_methods.cheap()) if re.search(chosen, m.name)]
     done = common.newest("kv")
     for window, ids in kv_models.held_out(setup):
         prompt, rest = ids[:, : setup.prompt], ids[:, setup.prompt :]
@@ -94,29 +98,25 @@ def _quality(case: Case, method: Method, given: tuple[Any, Any, evaluate_dense.R
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("choose", "quality", "needle", "speed", "claim"))
+    parser.add_argument("what", choices=("choose", "quality", "needle", "speed"))
     parser.add_argument("--model", default="fable-22m", choices=sorted(kv_models.SETUPS))
-    parser.add_argument("--only", default="", help="part of a method's name")
+    parser.add_argument("--only", default="", help="a regular expression found in a method's name")
     parser.add_argument("--dear", action="store_true", help="methods that encode slowly")
     parser.add_argument("--again", action="store_true", help="measure again what there is")
     arguments = parser.parse_args()
     with common.threads(1), torch.no_grad():
         if arguments.what == "choose":
-            kv_models.chosen(arguments.model)
+            kv_models.choose(arguments.model)
         elif arguments.what == "quality":
             run_quality(arguments.model, arguments.only, dear=arguments.dear, again=arguments.again)
         elif arguments.what == "needle":
             import kv_needle
 
             kv_needle.run(arguments.only)
-        elif arguments.what == "speed":
+        else:
             import kv_speed
 
             kv_speed.run(arguments.only)
-        else:
-            import kv_claim
-
-            kv_claim.run()
     return 0
 
 

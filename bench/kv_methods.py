@@ -99,7 +99,7 @@ def empty(method: Method, model: Any, name: str) -> Cache:
                               residual_length=kv_models.RESIDUAL)
     window = {"residual": kv_models.RESIDUAL, "sink": kv_models.SINK, "block": kv_models.BLOCK}
     if method.kind in ("klt", "plan"):
-        chosen = kv_models.chosen(name)[f"{method.kind}@{method.spec}"]
+        chosen = kv_models.chosen(name, method.kind)[method.spec]
         return CompressedCache(config, chosen.keys, chosen.values, tables=chosen.tables, **window)
     spec = method.spec
     if method.kind == "qet":

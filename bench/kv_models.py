@@ -1,7 +1,7 @@
 """The models of the KV suite, their prompts, and what is chosen for them on calibration text: `klt` tables and plans.
 
 Plans are made as `tersor kv-plan` makes them, one measurement for all rates; the trials and the chosen tables are kept
-in `out/kv`, which git ignores. SmolLM2's trials score 128 tokens of continuation rather than a quarter of the context.
+in `out/kv`, which git ignores. SmolLM2's trials score 64 tokens of continuation rather than a quarter of the context.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tersor.registry import parse
 RESIDUAL, SINK, BLOCK = 128, 4, 64
 CONTINUATION = 256
 CHUNK = 64  # tokens of the continuation a call
-RATES = (1.0, 1.5, 2.0, 3.0, 4.0)
+RATES = (1.0, 1.5, 2.0, 2.25, 3.0, 3.25, 4.0, 4.25)
 SEED = 0
 
 
@@ -51,7 +51,7 @@ class Setup:
 
 SETUPS = {setup.name: setup for setup in (
     Setup("fable-22m", 768, 3, (0.75, 1, 1.5, 2, 2.5, 3, 4, 5, 6), 256, 2, 8),
-    Setup("smollm2-135m", 1792, 1, (1, 1.5, 2, 3, 4, 5), 128, 1, 5),
+    Setup("smollm2-135m", 1792, 1, (1, 2, 3, 4, 5), 64, 1, 4),
 )}
 
 
@@ -118,16 +118,15 @@ def runs(model: Any) -> str:
 
 
 @functools.cache
-def chosen(name: str) -> Mapping[str, Chosen]:
-    """Return `klt@RATE` and `plan@RATE` by name; made once, then read from `out/kv`."""
-    file = folder() / f"{name}-chosen.pt"
-    if not file.is_file():
-        torch.save(_choose(SETUPS[name]), file)
-    kept = torch.load(file, weights_only=True)
+def chosen(name: str, kind: str) -> Mapping[str, Chosen]:
+    """Return the `klt` settings or the `plan`s of a model by rate, as text; made by `choose`."""
+    kept = torch.load(folder() / f"{name}-{kind}.pt", weights_only=True)
     return {key: Chosen(*value) for key, value in kept.items()}
 
 
-def _choose(setup: Setup) -> dict[str, tuple[Any, ...]]:
+def choose(name: str) -> None:
+    """Train the tables of uniform settings, and make the plans."""
+    setup = SETUPS[name]
     model, tokenizer = load(setup.name)
     width = setup.prompt + setup.scored
     text = (common.ROOT.parent / "shared" / "data" / "text" / "calibration.txt").read_text()
@@ -138,17 +137,20 @@ def _choose(setup: Setup) -> dict[str, tuple[Any, ...]]:
                         setup.training, RESIDUAL, SINK, BLOCK, SEED, setup.scored)
     lab = Lab(model, torch.tensor(pieces), settings)
     found: dict[str, tuple[Any, ...]] = {}
+    for rate in RATES:
+        codec = parse(f"klt{round(rate * model.config.head_dim / 8)}{runs(model)}")
+        held = {(n, SIDES[side]): dict(lab.tables((n, side), codec)) for n, side in lab.places()}
+        found[f"{rate:g}"] = (codec.spec(), codec.spec(), held, rate)
+    torch.save(found, folder() / f"{name}-klt.pt")
+    print("tables written", flush=True)
     choices = _measure(lab, folder() / f"{setup.name}.trials.jsonl", repr(settings), _progress)
     for rate in RATES:
         picks = _spend(choices, lab.elements, rate)
         codecs = {place: pick.codec for place, pick in picks.items()}
         by_layer = [[codecs[n, side].spec() for n in lab.layers] for side in range(2)]
         held = {(n, SIDES[side]): dict(lab.tables((n, side), codec)) for (n, side), codec in codecs.items()}
-        found[f"plan@{rate:g}"] = (*by_layer, held, 8 * sum(p.nbytes for p in picks.values()) / lab.elements)
-        uniform = f"klt{round(rate * model.config.head_dim / 8)}{runs(model)}"
-        held = {(n, SIDES[side]): dict(lab.tables((n, side), parse(uniform))) for n, side in lab.places()}
-        found[f"klt@{rate:g}"] = (uniform, uniform, held, rate)
-    return found
+        found[f"{rate:g}"] = (*by_layer, held, 8 * sum(p.nbytes for p in picks.values()) / lab.elements)
+    torch.save(found, folder() / f"{name}-plan.pt")
 
 
 def _progress(what: str, done: int, total: int) -> None:

@@ -33,7 +33,7 @@ def writer() -> ModuleType:
 
 
 def rotates(codec: Codec) -> bool:
-    own = codec.id in ("rotated", "learned_rotation", "kashin", "two_basis", "low_rank")
+    own = codec.id in ("rotated", "learned_rotation", "kashin", "two_basis", "low_rank", "klt")
     return own or any(rotates(child) for child in codec.children().values())
 
 

@@ -30,12 +30,13 @@ CODECS = [
     "sym16", "sym12f", "sym24co", "sym20m", "rot,sym16o", "std,sym16m", "sum(sym16;sym8)",
     "kashin4", "kashinL9sudct", "kashin3cbfly", "kashin2mdense", "kashin4co@2", "rot,kashin2lv",
     "al96", "rotboth,lr2(al20;al21)", "lr3(al40;al37)", "sum(lr2(al20;al21);rot,lm1)",
+    "klt3", "klt4h2x5", "klt4sh2x5", "rot,klt3", "fp8",
     "two2x2", "two3x2m", "two4x2@3", "two2x2h", "two2x2o", "std,two2x2m",
     "mm4", "mmL5", "mm9", "ns,mm1", "ns,lm2",
     "lr3(lm4o;lm4o)", "lr8(mm8;mm8)", "lr1(fp32;fp32)", "lr2(rot,lm3;tab3)", "ns,lr2(mm4;mm8)",
     "sum(lr2(lm3o;lm3o);lm2)",
 ]
-ELEMENTWISE = [text for text in CODECS if not any(word in text for word in ("rot", "opq", "kashin", "two", "lr"))]
+ELEMENTWISE = [text for text in CODECS if not any(word in text for word in ("rot", "opq", "kashin", "two", "lr", "klt"))]
 
 MATRICES: dict[str, Tensor] = {
     "1x1": gaussian((1, 1)),

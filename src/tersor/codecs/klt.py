@@ -261,7 +261,7 @@ class _Book:
     parts : tuple of int
         Components of each byte, ascending.
     maps : Tensor
-        float32 (heads, 4 lookups, width): the scaled basis vector of each number that a row's lookups give; of padding 0.
+        float32 (heads, 4 lookups, width): the scaled basis vector of each number that a row's lookups give, or 0.
     """
 
     def __init__(self, tensors: Tables) -> None:
