@@ -23,7 +23,7 @@ from tersor.factors import Side, Weighted, gram_of
 from tersor.sketching import Factored
 
 OPTIONS = frozenset({"rounds", "power_iterations", "oversample", "fast"})
-ROUNDS = 3
+ROUNDS = 2
 POWER_ITERATIONS = 2
 OVERSAMPLE = 10
 BLOCK_ROWS = 1 << 12  # of factors whose products are summed at a time
@@ -37,7 +37,7 @@ class Settings:
     Parameters
     ----------
     rounds : int
-        How often both factors are chosen anew (default 3).
+        How often both factors are chosen anew (default 2).
     power_iterations : int
         Of the range finder (default 2, fast 1).
     oversample : int
