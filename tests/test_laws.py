@@ -36,7 +36,8 @@ CODECS = [
     "lr3(lm4o;lm4o)", "lr8(mm8;mm8)", "lr1(fp32;fp32)", "lr2(rot,lm3;tab3)", "ns,lr2(mm4;mm8)",
     "sum(lr2(lm3o;lm3o);lm2)",
 ]
-ELEMENTWISE = [text for text in CODECS if not any(word in text for word in ("rot", "opq", "kashin", "two", "lr", "klt"))]
+MIXING = ("rot", "opq", "kashin", "two", "lr", "klt")
+ELEMENTWISE = [text for text in CODECS if not any(word in text for word in MIXING)]
 
 MATRICES: dict[str, Tensor] = {
     "1x1": gaussian((1, 1)),
