@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from tersor.allocation import MOST
 from tersor.codec import Codec, Shape
 from tersor.codecs import Allocated, LowRank, Sum
 from tersor.errors import BudgetError
+from tersor.presets import most
 
 SHARES = (1 / 16, 1 / 4)  # of the backbone's bytes that a survey tries to spend on the low-rank part
 
@@ -54,10 +55,8 @@ class BackboneLadder:
             raise BudgetError(f"{nbytes} bytes ({8 * nbytes / math.prod(shape):.4g} bits per element) are too few for "
                               f"a matrix of shape {shape}: '{least}' needs {least.nbytes(shape)} bytes "
                               f"({least.rate(shape):.4g})", least.rate(shape))
-        rank = _most(1, min(shape), lambda rank: self.codec(rank).nbytes(shape) <= nbytes)
-        least_total = round(2 * self.width * rank)
-        total = _most(least_total, MOST * rank, lambda total: self.codec(rank, total).nbytes(shape) <= nbytes)
-        return self.codec(rank, total)
+        rank = most(min(shape), lambda rank: self.codec(rank).nbytes(shape), nbytes)
+        return self.codec(rank, most(MOST * rank, lambda total: self.codec(rank, total).nbytes(shape), nbytes))
 
     def rungs(self, shape: Shape) -> Sequence[Codec]:
         """Return the codecs that spend `SHARES` of the backbone's bytes on the low-rank part, cheapest first."""
@@ -65,11 +64,3 @@ class BackboneLadder:
         budgets = [alone + math.floor(share * alone) for share in SHARES]
         return tuple(dict.fromkeys(self.fit(shape, nbytes) for nbytes in budgets
                                    if self.codec(1).nbytes(shape) <= nbytes))
-
-
-def _most(low: int, high: int, fits: Callable[[int], bool]) -> int:
-    """Return the largest number from `low`, which fits, to `high` that fits, of a cost that rises."""
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low

@@ -18,7 +18,7 @@ from tersor.codecs import Dense, MixedRows, Rotated, Scalar, Standardized, Sum, 
 from tersor.errors import BudgetError, UnknownCodecError
 from tersor.low_rank_ladder import LowRankLadder, ladders
 from tersor.low_rank_presets import LOW_RANK_PRESETS
-from tersor.presets import PRESETS
+from tersor.presets import PRESETS, most
 
 # levels between whole bits pay: 3 levels at 1.6 bits beat any mix of 2 and 4. Chosen for dense packing.
 SCALAR_LEVELS = (2, 3, 4, 5, 6, 8, 11, 16, 22, 32, 45, 64, 90, 128, 181, 256)
@@ -105,14 +105,11 @@ class Ladder:
 
     def _mixed(self, dearer: Codec, lower: Codec, order: str, shape: Shape, nbytes: int) -> Codec | None:
         """Return the mix with most rows on the dearer step, or None where every mix costs more than `nbytes`."""
-        low, high = 0, shape[0] - 1
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self.wrap(MixedRows(dearer, lower, middle, order)).nbytes(shape) <= nbytes:
-                low = middle
-            else:
-                high = middle - 1
-        return self.wrap(MixedRows(dearer, lower, low, order)) if low else None
+        def mixed(count: int) -> Codec:
+            return self.wrap(MixedRows(dearer, lower, count, order))
+
+        count = most(shape[0] - 1, lambda count: mixed(count).nbytes(shape), nbytes)
+        return mixed(count) if count else None
 
     def at(self, rung: Codec) -> Codec:
         """Return a rung as it is used: wrapped, unless it is dense."""

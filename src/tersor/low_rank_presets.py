@@ -17,7 +17,7 @@ from tersor.codec import Codec, Shape
 from tersor.codecs import LowRank, MinMax
 from tersor.codecs.low_rank import rank_for
 from tersor.errors import BudgetError, CodecConfigError
-from tersor.presets import RATES
+from tersor.presets import RATES, most
 
 MOST_BITS = MAX_LEVELS.bit_length() - 1
 NQ_LEVELS = (*range(2, 257), *(2**bits for bits in range(9, MOST_BITS + 1)))
@@ -88,11 +88,7 @@ class LowRankPreset:
         """
         if self.codec(1).nbytes(shape) > nbytes:
             raise _too_few(self.name, self.codec(1), shape, nbytes)
-        low, high = 1, min(shape)
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.codec(middle).nbytes(shape) <= nbytes else (low, middle - 1)
-        return self.codec(low)
+        return self.codec(most(min(shape), lambda rank: self.codec(rank).nbytes(shape), nbytes))
 
     def rungs(self, shape: Shape) -> Sequence[Codec]:
         """Return the distinct codecs that `fit` gives at the reachable ones of `RATES`, cheapest first."""

@@ -97,7 +97,7 @@ class Preset:
         fixed = self._fixed_bits(shape)
         least = math.ceil((fixed + max(self._bits(shape, i, 2) / share for i, share in enumerate(self.split))) / 8)
         left = 8 * nbytes - fixed
-        words = tuple(_most(min(shape[0], MAX_LEVELS), lambda count, i=i: self._bits(shape, i, count), left * share)
+        words = tuple(most(min(shape[0], MAX_LEVELS), lambda count, i=i: self._bits(shape, i, count), left * share)
                       for i, share in enumerate(self.split))
         if min(words) < 2:
             raise BudgetError(f"preset '{self.name}': {nbytes} bytes are too few for a matrix of shape {shape} by the "
@@ -216,7 +216,7 @@ def _whole_bits(words: int) -> int:
     return (words - 1).bit_length()
 
 
-def _most(ceiling: int, cost: Callable[[int], int], budget: float) -> int:
+def most(ceiling: int, cost: Callable[[int], int], budget: float) -> int:
     """Return the largest count up to `ceiling` whose cost, rising with the count, is within the budget; 0 if none."""
     low, high = 0, ceiling
     while low < high:
@@ -226,11 +226,11 @@ def _most(ceiling: int, cost: Callable[[int], int], budget: float) -> int:
 
 
 def _most_stored(ceiling: int, cost: Callable[[int], int], budget: float) -> int:
-    """Return `_most` of stored bytes, at least 2: they rise up to a power of two, where codes pack denser again."""
+    """Return `most` of stored bytes, at least 2: they rise up to a power of two, where codes pack denser again."""
     for power in range(ceiling.bit_length() - 1, 0, -1):
         first, last = 1 << power, min(ceiling, (2 << power) - 1)
         if cost(first) <= budget:
-            return first + _most(last - first, lambda more, first=first: cost(first + more), budget)
+            return first + most(last - first, lambda more, first=first: cost(first + more), budget)
     return 2
 
 
