@@ -1,9 +1,9 @@
 """KV caches in models: quality after a long prompt, a planted key, decoding speed. Results: results/kv.jsonl.
 
 `python bench/kv.py choose --model fable-22m` trains tables and makes plans on calibration text, once; then `quality`
-(with `--dear` the methods that encode slowly), `needle` and `speed`; one thread. The prompt is read densely in one call,
-once for all methods; then its keys and values go to each method's cache, as that call would have handed them over. The
-continuation is given 64 tokens a call, so that caches close blocks and quantize anew as they do when decoding.
+(with `--dear` the methods that encode slowly), `needle` and `speed`; one thread. The prompt is read densely in one
+call, once for all methods; then its keys and values go to each method's cache, as that call would have handed them
+over. The continuation is given 64 tokens a call, so that caches close blocks and quantize anew as when decoding.
 """
 
 from __future__ import annotations

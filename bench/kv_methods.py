@@ -56,7 +56,8 @@ def cheap() -> list[Method]:
     found += [Method("turbo", f"rot,lm{levels};rot,lm{levels}", bits)
               for levels, bits in (("L3", 1.5), ("2", 2), ("3", 3), ("4", 4))]
     found.append(Method("fp8", "fp8;fp8", 8))
-    return found + [Method(kind, f"{rate:g}", rate) for kind in ("klt", "plan") for rate in kv_models.RATES]
+    return found + [Method("klt", f"{rate:g}", rate) for rate in kv_models.UNIFORM] + [
+        Method("plan", f"{rate:g}", rate) for rate in kv_models.RATES]
 
 
 def dear() -> list[Method]:

@@ -27,7 +27,8 @@ from tersor.registry import parse
 RESIDUAL, SINK, BLOCK = 128, 4, 64
 CONTINUATION = 256
 CHUNK = 64  # tokens of the continuation a call
-RATES = (1.0, 1.5, 2.0, 2.25, 3.0, 3.25, 4.0, 4.25)
+RATES = (1.5, 2.0, 2.25, 3.0, 3.25, 4.0, 4.25)  # of plans
+UNIFORM = (1.0, 1.5, 2.0, 3.0, 4.0)
 SEED = 0
 
 
@@ -137,12 +138,13 @@ def choose(name: str) -> None:
                         setup.training, RESIDUAL, SINK, BLOCK, SEED, setup.scored)
     lab = Lab(model, torch.tensor(pieces), settings)
     found: dict[str, tuple[Any, ...]] = {}
-    for rate in RATES:
+    for rate in UNIFORM:
         codec = parse(f"klt{round(rate * model.config.head_dim / 8)}{runs(model)}")
         held = {(n, SIDES[side]): dict(lab.tables((n, side), codec)) for n, side in lab.places()}
         found[f"{rate:g}"] = (codec.spec(), codec.spec(), held, rate)
     torch.save(found, folder() / f"{name}-klt.pt")
     print("tables written", flush=True)
+    found = {}
     choices = _measure(lab, folder() / f"{setup.name}.trials.jsonl", repr(settings), _progress)
     for rate in RATES:
         picks = _spend(choices, lab.elements, rate)

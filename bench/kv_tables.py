@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 Line = Mapping[str, Any]
 BUDGETS = (1.5, 2, 3, 4)
 OURS = ("klt", "plan", "free")
 TEXTS = ("fiction", "speech", "technical")
+ELEMENTS = {"fable-22m": 6 * 2 * 4 * 64, "smollm2-135m": 30 * 2 * 3 * 64}  # numbers a token
 CLAIM = {"keys": 0.1333, "values": 0.1189}
 
 
@@ -77,48 +78,73 @@ def rows(found: Mapping[str, Line]) -> list[Row]:
     return sorted(out, key=lambda row: (row.model, row.bits if row.kind != "none" else 0, row.rate, row.name))
 
 
-def quality(found: Mapping[str, Line]) -> str:
+def quality(model: str) -> Callable[[Mapping[str, Line]], str]:
+    """Return the table of a model."""
+    return lambda found: _quality([row for row in rows(found) if row.model == model])
+
+
+def _quality(chosen: Sequence[Row]) -> str:
     """All methods: bits with and without tables, KL by text, top-1, perplexity, bytes held."""
     body = []
-    for row in rows(found):
+    for row in chosen:
         held = {name: f"{row.held[name] / 1e6:.2f}" for name in ("payload", "tables", "recent", "sinks")}
-        body.append([row.model, row.name, f"{row.rate:.2f}" if row.rate else "32",
+        body.append([row.name, f"{row.rate:.2f}" if row.rate else "32",
                      f"{row.rate_tables:.2f}" if row.rate else "32", f"{row.kl:.4f}",
                      *(f"{row.texts[text]:.4f}" for text in TEXTS), f"{row.top1:.3f}", f"{row.perplexity:.2f}",
                      *held.values()])
-    return _table(["model", "cache", "bits an element", "with tables", "KL", *(f"KL, {text}" for text in TEXTS), "top-1",
-                   "perplexity", "payload, MB", "tables, MB", "recent, MB", "sinks, MB"], body)
+    return _table(["cache", "bits an element", "with tables", "KL", *(f"KL, {text}" for text in TEXTS),
+                   "top-1", "perplexity", "payload, MB", "tables, MB", "recent, MB", "sinks, MB"], body)
 
 
 def verdicts(found: Mapping[str, Line]) -> str:
-    """By model and nominal bits: how many others are beaten at equal or fewer bytes, and the hardest of them."""
+    """By model and nominal bits: how many others are beaten at equal or fewer bytes, and which of them is hardest."""
     body = []
     every = rows(found)
     for model in dict.fromkeys(row.model for row in every):
         mine = [row for row in every if row.model == model and row.kind in OURS]
         for bits in BUDGETS:
-            others = [row for row in every if row.model == model and row.bits == bits and row.kind not in (*OURS, "none")]
-            cells: list[str] = []
-            for tables in (False, True):
-                beaten, hardest = _judge(mine, others, tables=tables)
-                cells += [f"{beaten} of {len(others)}", hardest]
-            body.append([model, f"{bits:g}", *cells])
-    return _table(["model", "bits", "beaten", "the hardest", "beaten, tables counted", "the hardest, tables counted"], body)
+            others = [row for row in every if (row.model, row.bits) == (model, bits) and row.kind not in OURS]
+            duels = sorted((duel(mine, other) for other in others), key=lambda one: -one.ratio)
+            if not duels:
+                continue
+            pays = max(one.pays for one in duels)
+            body.append([model, f"{bits:g}", f"{sum(one.ratio < 1 for one in duels)} of {len(duels)}",
+                         f"{duels[0].other.name} ({duels[0].other.rate:.2f} bits): {duels[0].other.kl:.4f}",
+                         duels[0].best, "never" if pays == float("inf") else f"{pays:,.0f}"])
+    return _table(["model", "bits", "beaten at equal or fewer bytes", "the hardest of them, KL",
+                   "Tersor's best within it", "tables pay from, tokens"], body)
 
 
-def _judge(mine: Sequence[Row], others: Sequence[Row], *, tables: bool) -> tuple[int, str]:
-    beaten, worst, shown = 0, -1.0, ""
-    for other in others:
-        within = [row for row in mine if (row.rate_tables if tables else row.rate) <= other.rate + 1e-9]
-        best = min(within, key=lambda row: row.kl, default=None)
-        ratio = best.kl / other.kl if best is not None else float("inf")
-        beaten += ratio < 1
-        if ratio > worst:
-            worst = ratio
-            mark = "no setting as small" if best is None else (
-                f"{best.name} ({best.rate_tables if tables else best.rate:.2f} bits): {best.kl:.4f}")
-            shown = f"{other.name} ({other.rate:.2f} bits): {other.kl:.4f}; {mark}"
-    return beaten, shown
+@dataclasses.dataclass(frozen=True)
+class Duel:
+    """Another method against Tersor's settings of equal or fewer bytes.
+
+    Attributes
+    ----------
+    ratio : float
+        The least KL of those settings over the other's.
+    pays : float
+        Encoded tokens, of all sequences that share the tables, from which a setting of lower KL is smaller with its
+        tables.
+    """
+
+    other: Row
+    ratio: float
+    best: str
+    pays: float
+
+
+def duel(mine: Sequence[Row], other: Row) -> Duel:
+    """Judge; `mine` are Tersor's settings on the same model."""
+    within = [row for row in mine if row.rate <= other.rate + 1e-9]
+    if not within:
+        return Duel(other, float("inf"), "no setting as small", float("inf"))
+    best = min(within, key=lambda row: row.kl)
+    pays = [0.0 if not row.held["tables"] else
+            8 * row.held["tables"] / ELEMENTS[row.model] / max(1e-9, other.rate - row.rate)
+            for row in within if row.kl < other.kl]
+    return Duel(other, best.kl / other.kl, f"{best.name} ({best.rate:.2f} bits): {best.kl:.4f}",
+                min(pays, default=float("inf")))
 
 
 def needle(found: Mapping[str, Line]) -> str:
@@ -131,7 +157,8 @@ def needle(found: Mapping[str, Line]) -> str:
                      f"{numbers['rate_half']:.2f}" if numbers["rate_half"] else "32",
                      f"{numbers['right']:.0f} of {numbers['trials']}", f"{numbers['digits']:.3f}",
                      f"{numbers['logprob']:.2f}"])
-    return _table(["planted keys", "bits an element", "found", "tokens right", "log-probability of the key, nats"], body)
+    return _table(["planted keys", "bits an element", "found", "tokens right", "log-probability of the key, nats"],
+                  body)
 
 
 def speed(found: Mapping[str, Line]) -> str:

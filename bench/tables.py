@@ -18,6 +18,7 @@ import cases
 import common
 import coupled_tables
 import kashin_tables
+import kv_tables
 import low_rank_tables
 import lplr_tables
 import two_basis_tables
@@ -291,6 +292,9 @@ TABLES: Mapping[str, tuple[str, str, Builder]] = {
     "coupled": ("coupled", "", lambda found: table(coupled_tables.HEADER, coupled_tables.rows(found))),
     "kashin-reproduction": ("kashin", "reproduction|", kashin_tables.reproduction_table),
     "two-basis": ("two_basis", "", two_basis_tables.table),
+    **{f"kv-{name}": ("kv", "quality|", kv_tables.quality(name)) for name in ("fable-22m", "smollm2-135m")},
+    "kv-verdict": ("kv", "quality|", kv_tables.verdicts), "kv-claim": ("qet", "reproduction|grid|", kv_tables.claim),
+    "kv-needle": ("kv", "needle|", kv_tables.needle), "kv-speed": ("kv", "speed|", kv_tables.speed),
 }
 """Name to the suite, the prefixes of the keys it shows (each ends in a bar; none: all), and what builds it."""
 
