@@ -119,7 +119,11 @@ def fill(cache: Cache, dense: DynamicCache) -> Cache:
 
 def twin(cache: Cache) -> Cache:
     """Return an independent cache."""
-    return copy.deepcopy(cache)
+    if not isinstance(cache, QuantizedCache):
+        return copy.deepcopy(cache)
+    other = copy.copy(cache)  # quanto's tensors know no deep copy; its layers replace them, never write into them
+    other.layers = [copy.copy(layer) for layer in cache.layers]
+    return other
 
 
 def held(cache: Cache) -> dict[str, int]:

@@ -28,8 +28,8 @@ from tersor.hf.kvlayer import CompressedCacheLayer
 
 MODEL = "smollm2-135m"
 STEPS = 9
-METHODS = (Method("none", "", 32), Method("quanto", "4,0,0", 4), Method("quanto", "2,0,0", 2), Method("klt", "2", 2),
-           Method("klt", "4", 4), Method("klt", "1.5", 1.5))
+METHODS = (Method("none", "", 32), Method("quanto", "4,0,0", 4), Method("quanto", "2,0,0", 2),
+           Method("quanto", "4,-1,0", 4), Method("klt", "2", 2), Method("klt", "4", 4), Method("klt", "1.5", 1.5))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +110,8 @@ def _record(tokens: int, times: Any, caches: Any) -> None:
                    "steps": STEPS, "rate_half": 8 * held["half"] / max(1, held["elements"])}
         for other, total in whole.items():
             if other[0].kind in ("none", "quanto"):
-                numbers[f"x_{other[0].kind}{other[0].spec.split(',')[0]}"] = total / whole[method, attention]
-                numbers[f"steady_x_{other[0].kind}{other[0].spec.split(',')[0]}"] = steady[other] / seconds
+                numbers[f"x_{other[0].name}"] = total / whole[method, attention]
+                numbers[f"steady_x_{other[0].name}"] = steady[other] / seconds
         case = Case(method.name, method.kind, method.bits, tokens, attention)
         common.record("kv", case, seed=kv_models.SEED, numbers=numbers, nbytes=sum(
             v for k, v in held.items() if k in ("payload", "tables", "recent", "sinks")))
