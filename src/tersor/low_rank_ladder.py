@@ -24,7 +24,6 @@ from tersor.linalg import single_thread
 from tersor.sketching import SKETCH, generator_of
 
 WIDTHS = (1.6, 2.1, 2.8, 3.8, 6.0)  # mean bits of a component's numbers; between them the error hardly changes
-TIE = 1.01  # predictions so close are one: then more components, from which the rounds of the encoder gain more
 RATES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 
 
@@ -116,8 +115,7 @@ def most_promising(matrix: Tensor, choices: Sequence[Codec], hessian: Tensor | N
     kept = {}
     for kind in {type(codec) for codec, _ in found}:
         rivals = [low for codec, low in found if type(codec) is kind]
-        least = min(predicted[low] for low in rivals)
-        kept[kind] = max((low for low in rivals if predicted[low] <= TIE**2 * least), key=lambda low: low.rank)
+        kept[kind] = min(rivals, key=predicted.__getitem__)
     dropped = [codec for codec, low in found if low != kept[type(codec)]]
     return [codec for codec in choices if codec not in dropped]
 
