@@ -262,16 +262,18 @@ def test_a_budget_too_small_is_refused() -> None:
     assert LowRankLadder(WIDTHS[0]).fit((64, 64), least).nbytes((64, 64)) == least
 
 
-@pytest.mark.parametrize(("power", "steep"), [(0.3, False), (2.0, True)])
-def test_the_spectrum_chooses_the_ladder(power: float, steep: bool) -> None:
-    """What stays is about the best, and of rank low where the spectrum is steep."""
-    matrix = decaying((256, 192), power)
-    choices = [ladder.fit((256, 192), 256 * 192 // 8) for ladder in ladders()]
-    kept = most_promising(matrix, [*choices, parse("lm2")])
-    assert len(kept) == 3
-    assert parse("lm2") in kept
-    errors = {codec: measure(matrix, encode(codec, matrix)).relative_error for codec in choices[: len(WIDTHS)]}
-    chosen = next(codec for codec in kept if codec in errors)
-    assert math.sqrt(errors[chosen]) <= 1.04 * math.sqrt(min(errors.values()))
-    assert isinstance(chosen, LowRank)
-    assert (chosen.rank <= 51) == steep
+def test_the_spectrum_chooses_the_ladder() -> None:
+    """What stays is about the best, of more components where the spectrum is flat, and what is not low rank stays."""
+    ranks = {}
+    for power in (0.3, 2.0):
+        matrix = decaying((256, 192), power)
+        choices = [ladder.fit((256, 192), 256 * 192 // 8) for ladder in ladders()]
+        kept = most_promising(matrix, [*choices, parse("lm2")])
+        assert len(kept) == 3
+        assert parse("lm2") in kept
+        errors = {codec: measure(matrix, encode(codec, matrix)).relative_error for codec in choices[: len(WIDTHS)]}
+        chosen = next(codec for codec in kept if codec in errors)
+        assert math.sqrt(errors[chosen]) <= 1.04 * math.sqrt(min(errors.values()))
+        assert isinstance(chosen, LowRank)
+        ranks[power] = chosen.rank
+    assert ranks[2.0] < ranks[0.3]
