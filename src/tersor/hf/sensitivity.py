@@ -9,13 +9,13 @@ it is the weight of that matrix's relative distortion in the planner's sum, whic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tersor.hf.walk import Matrix, walk
+from tersor.hf.walk import walk
 from tersor.linalg import single_thread
 
 
@@ -68,9 +68,3 @@ def weight(trace: float, matrix: Tensor, hessian: Tensor | None) -> float:
         return 0.5 * trace * float(dense.square().mean(dtype=torch.float64))
     signal = float(((dense @ hessian) * dense).sum(dtype=torch.float64))
     return 0.5 * trace * signal / (dense.shape[0] * float(hessian.diagonal().sum(dtype=torch.float64)))
-
-
-def by_size(matrices: Mapping[str, Matrix]) -> dict[str, float]:
-    """Return weights proportional to the number of elements: what is assumed where nothing was measured."""
-    total = sum(m.shape[0] * m.shape[1] for m in matrices.values())
-    return {name: m.shape[0] * m.shape[1] / total for name, m in matrices.items()}

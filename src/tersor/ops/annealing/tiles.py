@@ -14,7 +14,7 @@ from tersor.rotation import Rotation, factor_orders
 
 LEAST = 16  # rows and columns that a product on the tensor cores takes
 MOST_ROWS = 128
-MOST_COLUMNS = 128
+COLUMNS = (16, 32, 64, 128)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ def tile_of(width: int) -> Tile | None:
     if orders is None or width < LEAST * 4:
         return None
     first, rest = orders[0], width // orders[0]
-    found = [Tile(width // columns, columns) for columns in (16, 32, 64, 128)
+    found = [Tile(width // columns, columns) for columns in COLUMNS
              if rest % columns == 0 and first <= width // columns <= MOST_ROWS]
     return min(found, default=None, key=lambda tile: (tile.padded * tile.columns, tile.padded + tile.columns,
                                                       tile.columns))
