@@ -17,10 +17,12 @@ from typing import Any
 import cases
 import common
 import coupled_tables
+import gpu_tables
 import kashin_tables
 import kv_tables
 import low_rank_tables
 import lplr_tables
+import rom_tables
 import two_basis_tables
 from embedding_tables import embeddings_table, pictures_table
 from vector_tables import vectors_table
@@ -295,6 +297,7 @@ TABLES: Mapping[str, tuple[str, str, Builder]] = {
     **{f"kv-{name}": ("kv", "quality|", kv_tables.quality(name)) for name in ("fable-22m", "smollm2-135m")},
     "kv-verdict": ("kv", "quality|", kv_tables.verdicts), "kv-claim": ("qet", "reproduction|grid|", kv_tables.claim),
     "kv-needle": ("kv", "needle|", kv_tables.needle), "kv-speed": ("kv", "speed|", kv_tables.speed),
+    **gpu_tables.TABLES, **rom_tables.TABLES,
 }
 """Name to the suite, the prefixes of the keys it shows (each ends in a bar; none: all), and what builds it."""
 

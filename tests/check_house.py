@@ -24,7 +24,8 @@ def problems(path: Path) -> list[str]:
                 found.append(f"{where}: {node.name} has {length} lines")
             verb = any(isinstance(d, ast.Call) and ast.unparse(d.func) == "app.command" for d in node.decorator_list)
             arguments = [a for a in (*node.args.posonlyargs, *node.args.args) if a.arg not in ("self", "cls")]
-            kernel = any(ast.unparse(d).startswith("triton.jit") for d in node.decorator_list)  # parameters: pointers
+            # parameters of kernels are pointers
+            kernel = any(ast.unparse(d).startswith(("triton.jit", "gluon.jit")) for d in node.decorator_list)
             if len(arguments) > PARAMETERS and not verb and not kernel:  # a command's parameters are its options
                 found.append(f"{where}: {node.name} has {len(arguments)} positional parameters")
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "hasattr":

@@ -33,7 +33,8 @@ def writer() -> ModuleType:
 
 
 def rotates(codec: Codec) -> bool:
-    own = codec.id in ("rotated", "learned_rotation", "kashin", "two_basis", "low_rank", "klt")
+    own = codec.id in ("rotated", "learned_rotation", "kashin", "two_basis", "low_rank", "klt",
+                        "interpolative")
     return own or any(rotates(child) for child in codec.children().values())
 
 

@@ -35,8 +35,9 @@ CODECS = [
     "mm4", "mmL5", "mm9", "ns,mm1", "ns,lm2",
     "lr3(lm4o;lm4o)", "lr8(mm8;mm8)", "lr1(fp32;fp32)", "lr2(rot,lm3;tab3)", "ns,lr2(mm4;mm8)",
     "sum(lr2(lm3o;lm3o);lm2)",
+    "id3(fp32;fp32)", "id8c(bf16;lm4)", "id1(lm3;rot,lm3)", "id2c(tab3;mm8)",
 ]
-MIXING = ("rot", "opq", "kashin", "two", "lr", "klt")
+MIXING = ("rot", "opq", "kashin", "two", "lr", "klt", "id")
 ELEMENTWISE = [text for text in CODECS if not any(word in text for word in MIXING)]
 
 MATRICES: dict[str, Tensor] = {

@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from tersor.codes import mirrored
 from tersor.ops import annealing
 from tersor.ops.annealing.problem import Bases, Draws, Schedule
 
@@ -73,14 +74,6 @@ def _signed(levels: Tensor, codes: Tensor) -> list[Tensor]:
     wide = codes.to(torch.int32)
     return [(wide == count - 1 - k).to(torch.float32) - (wide == k).to(torch.float32)
             for k in range(count // 2 - 1, -1, -1)]
-
-
-def mirrored(half: Tensor, count: int) -> Tensor:
-    """Return `count` symmetric levels in the order of their codes, from the positive ones, innermost first.
-
-    Not sorted: a pair of levels that no element uses is fitted as 0, and codes must keep their meaning.
-    """
-    return torch.cat([-half.flip(0), *([half.new_zeros(1)] if count % 2 else []), half])
 
 
 def standard_levels(count: int, power: float) -> Tensor:

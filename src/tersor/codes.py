@@ -32,6 +32,14 @@ def read(packed: Tensor, shape: Shape, levels: int, rows: Rows) -> Tensor:
     return bits.unpack_at(packed, levels, index)
 
 
+def mirrored(half: Tensor, count: int) -> Tensor:
+    """Return `count` symmetric levels in the order of their codes, from the positive ones, innermost first.
+
+    Not sorted: a pair of levels that no element uses is fitted as 0, and codes must keep their meaning.
+    """
+    return torch.cat([-half.flip(0), *([half.new_zeros(1)] if count % 2 else []), half])
+
+
 class ScalarColumns(ColumnEncoder):
     """Column encoder of a scalar codec whose parameters are fixed beforehand.
 

@@ -12,6 +12,7 @@ from tersor.bits import packed_nbytes, unpack
 from tersor.codec import Encoded
 from tersor.codecs import Product, product
 from tersor.errors import CodecConfigError, NonFiniteError
+from tersor.ops.product_linear import reference
 from tersor.quality import measure
 from tersor.registry import parse
 from tersor.testing import encode, gaussian, outliers, student_t3, tolerance
@@ -253,11 +254,11 @@ def test_matmul_looks_products_up_or_decodes_blocks(text: str, batch: int, monke
     bound = tolerance(torch.float32, 64) * float(x.norm()) * float(matrix.norm())
     assert float((encoded.matmul(x) - expected).norm()) <= bound
     with monkeypatch.context() as patch:
-        patch.setattr(product, "LOOKUP_FLOATS", 0)
+        patch.setattr(reference, "LOOKUP_FLOATS", 0)
         assert float((encoded.matmul(x) - expected).norm()) <= bound
     assert encoded.matmul(x[:0]).shape == (0, 48)
-    if batch <= product.LOOKUP_BATCH:
-        monkeypatch.setattr(Product, "_look_up", None)  # products are looked up, no row is decoded
+    if batch <= reference.LOOKUP_BATCH:
+        monkeypatch.setattr(reference, "decoded", None)  # products are looked up, no row is decoded
         assert float((encoded.matmul(x) - expected).norm()) <= bound
 
 

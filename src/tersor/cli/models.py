@@ -10,6 +10,7 @@ import typer
 
 import tersor
 from tersor import plan as planning
+from tersor.cli import rom
 from tersor.cli.base import (
     AsJson,
     Bars,
@@ -62,17 +63,35 @@ def compress(src: Src, output: Annotated[Path, typer.Argument(metavar="OUT", hel
              calibrated: Annotated[bool, typer.Option("--calibrated/--uncalibrated")] = True,
              text: Annotated[Path | None, typer.Option(help="held-out text; default: packaged")] = None,
              tokens: Annotated[int, typer.Option(help="calibration tokens")] = 65536,
+             keep: Annotated[float | None, typer.Option(help="svd, asvd, rom…: share of linears' parameters")] = None,
+             allocation: Annotated[str | None, typer.Option(help="rom…: uniform, last or water")] = None,
+             storage: Annotated[str | None, typer.Option(help="rom…: pair or gauge")] = None,
+             bias: Annotated[bool | None, typer.Option("--bias/--no-bias", help="rom…: centred, with a bias")] = None,
+             factor_codec: Annotated[str | None, typer.Option(help="rom…: how factors are stored")] = None,
              evaluation_tokens: Annotated[int, typer.Option(help="evaluation tokens; 0: none")] = 8192,
-             context: Context = 512, seed: Seed = 0, device: Device = "cpu", option: OptionTexts = None,
+             context: Annotated[int | None, typer.Option(help="window length in tokens; 512, rom… 128")] = None,
+             seed: Seed = 0, device: Device = "cpu", option: OptionTexts = None,
              sensitivities: Sensitivities = None,
              resume: Annotated[bool, typer.Option("--resume/--no-resume")] = True,
              dry_run: Annotated[bool, typer.Option("--dry-run", help="estimate bytes, memory and time only")] = False,
              as_json: AsJson = False) -> None:
-    """Compress a model to a budget: calibrate, survey, plan, encode, verify, evaluate."""
+    """Compress a model to a budget: calibrate, survey, plan, encode, verify, evaluate.
+
+    Methods svd, asvd, rom_released, rom and rom_plus reduce linears to a share of their parameters instead (--keep).
+    """
     from tersor.hf import dryrun, run
     from tersor.hf.request import Sampling
     from tersor.report import write_html
 
+    given = rom.Given(keep, size, allocation, storage, bias, factor_codec)
+    if codec is None and method in rom.REDUCTIONS:
+        rom.refuse(rate, device, calibrated=calibrated, dry_run=dry_run, others=bool(option or sensitivities))
+        rom.reduce(src, output, method, given, calibration=calibration, text=text, tokens=tokens,
+                   length=context or rom.LENGTH, evaluation_tokens=evaluation_tokens, context=context or 512, seed=seed,
+                   resume=resume, as_json=as_json)
+        return
+    rom.check_unused(codec or method, given)
+    context = 512 if context is None else context
     sampling = Sampling(tokens, context=context, seed=seed)
     settings = run.Settings(codec or method, calibration, calibrated, text, sampling, evaluation_tokens, context, seed,
                             device, resume, parse_options(option), read_weights(sensitivities))

@@ -3,6 +3,7 @@
 from tersor.codecs.additive import Sum
 from tersor.codecs.allocated import Allocated
 from tersor.codecs.dense import Dense
+from tersor.codecs.interpolative import Interpolative
 from tersor.codecs.kashin import Kashin
 from tersor.codecs.klt import Klt
 from tersor.codecs.learned_rotation import LearnedRotation
@@ -20,7 +21,8 @@ from tersor.codecs.two_basis import TwoBasis
 from tersor.codecs.uniform import Uniform
 
 BUILT_IN = (Dense, Uniform, Scalar, Rotated, Sum, MixedRows, Product, Swap, LearnedRotation, Standardized, Symmetric,
-            Kashin, TwoBasis, MinMax, Shifted, LowRank, Allocated, Klt)
+            Kashin, TwoBasis, MinMax, Shifted, LowRank, Allocated, Klt, Interpolative)
 
-__all__ = ["Allocated", "BUILT_IN", "Dense", "Kashin", "Klt", "LearnedRotation", "LowRank", "MinMax", "MixedRows",
-           "Product", "Rotated", "Scalar", "Shifted", "Standardized", "Sum", "Swap", "Symmetric", "TwoBasis", "Uniform"]
+__all__ = ["Allocated", "BUILT_IN", "Dense", "Interpolative", "Kashin", "Klt", "LearnedRotation", "LowRank", "MinMax",
+           "MixedRows", "Product", "Rotated", "Scalar", "Shifted", "Standardized", "Sum", "Swap", "Symmetric",
+           "TwoBasis", "Uniform"]

@@ -18,8 +18,10 @@ from torch import Tensor
 from tersor import alternating, sketching
 from tersor.bits import Layout
 from tersor.codec import Codec, Encoded, Rows, Search, Shape, Tables, nest, nest_tensors, row_blocks, shape_of
+from tersor.codecs.dense import Dense
 from tersor.errors import CodecConfigError
 from tersor.linalg import single_thread
+from tersor.ops.low_rank_linear import low_rank_linear
 from tersor.sketching import Factors
 
 DEFAULT_METHOD = "alternating"
@@ -119,6 +121,9 @@ class LowRank(Codec):
     def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
         """Return `(x R) Lᵀ`: O((out + in) rank) a vector, one block of R or L dense at a time, never the product."""
         left, right = self.factors(encoded)
+        if isinstance(self.left, Dense) and isinstance(self.right, Dense) and "fp8" not in (self.left.dtype,
+                                                                                            self.right.dtype):
+            return low_rank_linear(x, left.tensors["values"], right.tensors["values"])
         wide = x.to(torch.float32)
         inner = torch.zeros(*x.shape[:-1], self.rank, dtype=torch.float32, device=x.device)
         for block in row_blocks(right.shape):

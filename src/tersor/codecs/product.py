@@ -22,12 +22,11 @@ from tersor.errors import CodecConfigError, NonFiniteError
 from tersor.feedback import encode_with_feedback
 from tersor.kmeans import ITERATIONS, assign, exponent_of, kmeans, times_power
 from tersor.linalg import single_thread
+from tersor.ops.product_linear import Payload, product_linear
 
 SCOPES = {"group": "", "matrix": "m"}
 SAMPLES = 1 << 18  # vectors that a codebook is fitted on by default, or 16 a codeword where that is more
 SLAB_FLOATS = 1 << 22  # numbers of the column groups that are encoded together
-LOOKUP_FLOATS = 1 << 22  # entries of the tables of products up to which matmul looks products up
-LOOKUP_BATCH = 8  # vectors up to which it does; beyond, decoding once is cheaper
 
 
 @final
@@ -136,23 +135,14 @@ class Product(Codec):
         return self._entries(encoded.tensors, index, encoded.shape[1]).reshape(-1, encoded.shape[1])
 
     def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
-        """Look products of `x` and codewords up for few `x`; else multiply block by block; float32 inside."""
-        wide = x.to(torch.float32).reshape(-1, encoded.shape[1])
-        groups = encoded.shape[1] // self.dim
-        table = self._table(encoded.tensors, encoded.shape[1])
-        out = torch.empty(wide.shape[0], encoded.shape[0], dtype=torch.float32, device=x.device)
-        few = 0 < wide.shape[0] <= LOOKUP_BATCH and self.words <= encoded.shape[0]
-        if few and wide.shape[0] * groups * self.words <= LOOKUP_FLOATS:
-            parts = wide.reshape(-1, groups, self.dim).permute(1, 2, 0)
-            products = (table.reshape(-1, self.words, self.dim) @ parts).reshape(groups * self.words, -1)
-            first = torch.arange(groups, device=x.device) * self.words
-            for block in row_blocks((encoded.shape[0], groups)):
-                index = self._codes(encoded, block) + first
-                out[:, block] = torch.nn.functional.embedding_bag(index, products, mode="sum").T
-        else:
-            for block in row_blocks(encoded.shape):
-                out[:, block] = wide @ self._look_up(table, encoded, block).T
-        return out.to(x.dtype).reshape(*x.shape[:-1], encoded.shape[0])
+        """Look products of `x` and codewords up for few `x`; else multiply block by block; sums in float32."""
+        return product_linear(x, self.payload(encoded.tensors, encoded.shape))
+
+    def payload(self, tensors: Tables, shape: Shape, mask: Tensor | None = None, layers: int = 0) -> Payload:
+        """Return what `ops.product_linear` multiplies by, perhaps with masks of swaps around it."""
+        books = shape[1] // self.dim if self.scope == "group" else 1
+        return Payload(tensors["codes"], tensors["codebooks"], tensors.get("scale"), tensors.get("offset"), mask,
+                       shape[0], self.words, self.dim, books, self._levels or 0, layers)
 
     def spec(self) -> str:
         """Return for example `pq4x256`, `pq4x300b10mt` (10-bit codebook of the matrix, trained) or `pq2x16f32`."""

@@ -24,6 +24,7 @@ from tersor.errors import CodecConfigError
 from tersor.feedback import encode_with_feedback
 from tersor.groups import Grid, bounded, check_fields, group_token, levels_token, parse_levels, reciprocal, rms
 from tersor.linalg import single_thread
+from tersor.ops.codebook_linear import codebook_linear
 
 CODEBOOKS = {"gaussian": "lm", "fitted": "fit", "shared": "tab"}
 REFITS = 3  # default least-squares refits of the scales
@@ -129,13 +130,19 @@ class Scalar(Codec):
         """Return `scale table[code]`."""
         grid = Grid(encoded.shape, self.group_size, self.axis)
         scales = encoded.tensors["scales"].to(torch.float32)
-        table = self._table(encoded.tensors).to(scales.device)
+        table = self._table(encoded.tensors, scales.device)
         chosen = codes.read(encoded.tensors["codes"], encoded.shape, self.levels, rows)
         return table[chosen.to(torch.int32)].mul_(grid.expand(scales, rows))
 
     def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
-        """Multiply block by block in float32."""
-        return matmul_by_blocks(self, encoded, x)
+        """Multiply by the codes where they are of whole bits; float32 inside, one block of rows dense at a time."""
+        if self.axis == "out" or self.levels & (self.levels - 1):
+            return matmul_by_blocks(self, encoded, x)
+        tensors, grid = encoded.tensors, Grid(encoded.shape, self.group_size, self.axis)
+        table = _table_on(self.levels, x.device) if self.codebook == "gaussian" else tensors["table"]
+        return codebook_linear(x, tensors["codes"], table, tensors["scales"], None,
+                               self.levels.bit_length() - 1, grid.width,
+                               "symmetric" if self.codebook == "gaussian" else "any")
 
     def spec(self) -> str:
         """Return for example `lm3` (Gaussian, 8 levels), `fit4g128`, `tab2` (shared table) or `lmL6o`."""
@@ -150,8 +157,10 @@ class Scalar(Codec):
         group = int(match["group"]) if match["group"] else None
         return cls(parse_levels(match["levels"]), codebook, group, "out" if match["axis"] else "in")
 
-    def _table(self, tensors: Tables) -> Tensor:
-        return gaussian_table(self.levels) if self.codebook == "gaussian" else tensors["table"].to(torch.float32)
+    def _table(self, tensors: Tables, device: torch.device) -> Tensor:
+        if self.codebook == "gaussian":
+            return _table_on(self.levels, device)
+        return tensors["table"].to(device=device, dtype=torch.float32)
 
     def _fit(self, matrix: Tensor, how: Search) -> tuple[Grid, Tensor, Tensor]:
         if self.codebook == "shared":
@@ -204,6 +213,12 @@ def gaussian_table(levels: int) -> Tensor:
     """Return the Lloyd-Max codebook of the unit normal, float32 (levels,), ascending."""
     half = list(_tables()[levels])
     return torch.tensor([-v for v in reversed(half)] + [0.0] * (levels % 2) + half, dtype=torch.float32)
+
+
+@lru_cache(maxsize=32)
+def _table_on(levels: int, device: torch.device) -> Tensor:
+    """Return `gaussian_table` on a device: no copy while a CUDA graph is captured."""
+    return gaussian_table(levels).to(device)
 
 
 def midpoints(table: Tensor) -> Tensor:

@@ -29,8 +29,11 @@ from tersor.codec import (
     row_blocks,
     shape_of,
 )
+from tersor.codecs.product import Product
 from tersor.errors import CodecConfigError
 from tersor.linalg import single_thread
+from tersor.ops.product_linear import product_linear
+from tersor.ops.product_linear.reference import unswap
 
 
 @final
@@ -102,7 +105,13 @@ class Swap(Codec):
         return unswap(self.inner.decode_rows(self._child(encoded), rows), self._mask(encoded, rows))
 
     def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
-        """Multiply block by block in float32: each row has its own order, so products cannot be looked up."""
+        """Multiply block by block in float32: each row has its own order, so products cannot be looked up.
+
+        A product codec's codewords are swapped back as they are found.
+        """
+        if isinstance(self.inner, Product):
+            tensors = self._child(encoded).tensors
+            return product_linear(x, self.inner.payload(tensors, encoded.shape, encoded.tensors["mask"], self.layers))
         return matmul_by_blocks(self, encoded, x)
 
     def spec(self) -> str:
@@ -149,13 +158,3 @@ def swap(rows: Tensor, layers: int) -> tuple[Tensor, Tensor]:
         rows = torch.stack([torch.where(less, even, odd), torch.where(less, odd, even)], 2).reshape(count, width)
     return rows, masks
 
-
-def unswap(rows: Tensor, masks: Tensor) -> Tensor:
-    """Undo `swap`, the last layer first: rows (k, in), masks bool (k, layers, in / 2)."""
-    count, width = rows.shape
-    for layer in range(masks.shape[1] - 1, -1, -1):
-        halves = rows.reshape(count, 1 << layer, 2, width >> layer + 1)
-        less = masks[:, layer].reshape(count, 1 << layer, width >> layer + 1)
-        small, large = halves[:, :, 0], halves[:, :, 1]
-        rows = torch.stack([torch.where(less, small, large), torch.where(less, large, small)], -1).reshape(count, width)
-    return rows

@@ -10,19 +10,22 @@ import dataclasses
 import math
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
 from tersor import bits, codes, rng
-from tersor.anneal import anneal, fit_levels, mirrored, standard_levels
+from tersor.anneal import anneal, fit_levels, standard_levels
 from tersor.bits import Layout, TensorSpec
 from tersor.codec import Codec, ColumnEncoder, Encoded, Rows, Search, Shape, decode_by_blocks, row_blocks, shape_of
 from tersor.errors import CodecConfigError
 from tersor.feedback import encode_with_feedback
 from tersor.groups import bounded, reciprocal, rms
 from tersor.ops.annealing.problem import Bases, Schedule
+from tersor.ops.hadamard import hadamard
+from tersor.ops.sign_linear import sign_linear
 from tersor.rotation import Rotation
 
 SWEEPS = 300  # default
@@ -165,18 +168,19 @@ class TwoBasis(Codec):
 
     def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
         """Transform activations (or outputs) once a basis and multiply by the small-alphabet factors, in blocks."""
-        wide = x.to(torch.float32).reshape(-1, encoded.shape[1])
         outer, inner = self._first_rotation(encoded), self._second_rotation(encoded)
         lines = self._lines(encoded.shape)
         if self.axis == "in":
-            one = outer.forward(wide)
-            two = inner.forward(one)
-            out = torch.empty(len(wide), encoded.shape[0], dtype=torch.float32, device=x.device)
-            for block in row_blocks(lines):
-                first, second = self._factors(encoded, block)
-                scales = self._scales(encoded, block)
-                out[:, block] = one @ (first * scales).T + two @ (second * scales).T
+            flat = x.reshape(-1, encoded.shape[1])
+            one = hadamard(flat, outer, dtype=torch.float32)
+            two = hadamard(one, inner)
+            if self.half:
+                two = two[:, _places(self, lines[1], x.device)]
+            tensors = encoded.tensors
+            out = sign_linear(one, two, tensors["first"], tensors["second"], tensors["levels"],
+                              tensors["scales"].expand(encoded.shape[0]), self.first, self.second)
         else:
+            wide = x.to(torch.float32).reshape(-1, encoded.shape[1])
             one, two = (wide.new_zeros(len(wide), encoded.shape[0]) for _ in range(2))
             for block in row_blocks(lines):
                 first, second = self._factors(encoded, block)
@@ -202,8 +206,8 @@ class TwoBasis(Codec):
         """Return alphabets at their starting levels, and the map between the bases."""
         start = start_of(self)
         first, second = (torch.tensor(half, dtype=torch.float32) for half in (start.first, start.second))
-        return Bases(mirrored(first, self.first), mirrored(second, self.second), Rotation(width, 2 * self.seed + 1),
-                     self._kept(width))
+        return Bases(codes.mirrored(first, self.first), codes.mirrored(second, self.second),
+                     Rotation(width, 2 * self.seed + 1), self._kept(width))
 
     def _lines(self, shape: Shape) -> Shape:
         return shape if self.axis == "in" else (shape[1], shape[0])
@@ -225,8 +229,8 @@ class TwoBasis(Codec):
         """Return `a[S]` and `b[T]` of some vectors, float32 (k, width); the second 0 where it carries no codes."""
         vectors, width = self._lines(encoded.shape)
         levels = encoded.tensors["levels"].to(torch.float32)
-        first = mirrored(levels[: self.first // 2], self.first)
-        second = mirrored(levels[self.first // 2 :], self.second)
+        first = codes.mirrored(levels[: self.first // 2], self.first)
+        second = codes.mirrored(levels[self.first // 2 :], self.second)
         kept = self._kept(width).to(levels.device)
         count = int(kept.sum())
         s = codes.read(encoded.tensors["first"], (vectors, width), self.first, rows)
@@ -350,6 +354,12 @@ class _Columns(ColumnEncoder):
     def finish(self) -> Encoded:
         """Pack all codes; see `ColumnEncoder`."""
         return self._fit.close(*self._codes, refit=False)
+
+
+@lru_cache(maxsize=32)
+def _places(codec: TwoBasis, width: int, device: torch.device) -> Tensor:
+    """Return the indices of the coordinates of the second basis that carry codes."""
+    return codec._kept(width).nonzero().flatten().to(device)
 
 
 def schedule_of(codec: TwoBasis, how: Search) -> Schedule:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import ClassVar, final
 
 import torch
@@ -16,6 +17,7 @@ from tersor.codec import Codec, ColumnEncoder, Encoded, Rows, Search, Shape, mat
 from tersor.errors import CodecConfigError
 from tersor.feedback import encode_with_feedback
 from tersor.groups import Grid, check_fields, group_token, levels_token, parse_levels, reciprocal
+from tersor.ops.codebook_linear import codebook_linear
 
 CLIP_FACTORS = tuple(1.0 - 0.04 * i for i in range(16))
 
@@ -116,8 +118,13 @@ class Uniform(Codec):
         return chosen.mul_(grid.expand(encoded.tensors["scales"].to(torch.float32), rows))
 
     def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
-        """Multiply block by block in float32."""
-        return matmul_by_blocks(self, encoded, x)
+        """Multiply by the codes where they are of whole bits; float32 inside, one block of rows dense at a time."""
+        if self.axis == "out" or self.levels & (self.levels - 1):
+            return matmul_by_blocks(self, encoded, x)
+        tensors, grid = encoded.tensors, Grid(encoded.shape, self.group_size, self.axis)
+        table = _steps(self.levels, (self.levels - 1) / 2 if self.symmetric else 0.0, x.device)
+        return codebook_linear(x, tensors["codes"], table, tensors["scales"], tensors.get("zeros"),
+                               self.levels.bit_length() - 1, grid.width, "affine")
 
     def spec(self) -> str:
         """Return for example `rtn4g64`, `rtn3s` (symmetric, a scale a row) or `rtnL5g32o` (5 levels, along outputs)."""
@@ -180,6 +187,12 @@ class Uniform(Codec):
         if zeros is not None:
             tensors["zeros"] = pack(zeros, self.levels)
         return Encoded(self, shape, tensors)
+
+
+@lru_cache(maxsize=32)
+def _steps(levels: int, zero: float, device: torch.device) -> Tensor:
+    """Return what the codes stand for in units of the scale, float32 (levels,)."""
+    return torch.arange(levels, dtype=torch.float32, device=device) - zero
 
 
 def _round_up(values: Tensor) -> Tensor:

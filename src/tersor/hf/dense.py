@@ -12,15 +12,26 @@ import torch
 from torch import Tensor
 
 from tersor import store, tensorfile
+from tersor.errors import CodecConfigError
 from tersor.hf.walk import Matrix, empty_model, read_config, walk
 
 SHARD_BYTES = 4 * 10**9
 
 
 def write_dense(opened: store.Store, to: Path) -> None:
-    """Write a dense transformers directory; tensors are decoded one at a time, a shard is in memory at once; atomic."""
+    """Write a dense transformers directory; tensors are decoded one at a time, a shard is in memory at once; atomic.
+
+    Raises
+    ------
+    CodecConfigError
+        If the store holds biases that reduction has added and the architecture has no place for.
+    """
     opened.verify()
     layout = walk(empty_model(read_config(opened.path)))
+    odd = sorted(set(opened.entries) - set(layout.matrices) - set(layout.plain))
+    if odd:
+        raise CodecConfigError(f"{opened.path}: holds biases that this architecture has no place for ({odd[0]}, …), so "
+                               "it cannot become a dense model; reduce without --bias")
     by_parameter: dict[str, list[Matrix]] = defaultdict(list)
     for matrix in layout.matrices.values():
         by_parameter[matrix.parameter].append(matrix)

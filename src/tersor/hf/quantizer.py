@@ -88,7 +88,7 @@ def _replace(model: PreTrainedModel, parameter: str, matrices: list[Matrix], ope
     tables = [{tensor: (model, stored) for tensor, stored in opened.shared_links(m.name).items()} for m in matrices]
     kind, shape = matrices[0].kind, matrices[0].shape
     if kind in ("linear", "conv1d"):
-        bias = owner.bias is not None
+        bias = owner.bias is not None or f"{path}.bias" in opened.entries  # reduction may add one
         new = CompressedLinear(codecs[0], shape, bias=bias, dtype=old.dtype, shared=tables[0],
                                transposed=kind == "conv1d")
         model.set_submodule(path, new)

@@ -37,7 +37,8 @@ from tersor.hf.text import (
 )
 from tersor.hf.verify import verify_in_fresh_process
 
-WORK_NAMES = ("staged", "fingerprint", "calibration.safetensors", "survey.jsonl", "plan.json", "matrices", "output")
+WORK_NAMES = ("staged", "fingerprint", "calibration.safetensors", "survey.jsonl", "plan.json", "matrices", "output",
+              "blocks", "ranks.json", "gradients.safetensors")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from tersor.errors import CorruptStoreError, VerificationError
 from tersor.hf.pipeline import REPORT
 from tersor.hf.request import Progress, no_progress
 from tersor.hf.source import Source
-from tersor.hf.walk import empty_model, read_config, walk
+from tersor.hf.walk import Layout, empty_model, read_config, walk
 from tersor.quality import measure
 
 # the encoder and the verifier compute one error from the same numbers; only the order of float32 sums may differ
@@ -70,9 +70,18 @@ def _check_coverage(path: Path, opened: store.Store) -> None:
     layout = walk(empty_model(read_config(path)))
     expected = {**{n: m.shape for n, m in layout.matrices.items()}, **{n: tuple(s) for n, s in layout.plain.items()}}
     found = {name: entry.shape for name, entry in opened.entries.items()}
+    expected.update({name: shape for name, shape in biases_added(layout, opened).items() if name not in expected})
     if expected != found:
         odd = sorted({n for n in set(expected) | set(found) if expected.get(n) != found.get(n)})
         raise VerificationError(f"{path}: {len(odd)} tensors are missing, extra or misshapen, such as {odd[:3]}")
+
+
+def biases_added(layout: Layout, opened: store.Store) -> dict[str, tuple[int, ...]]:
+    """Return the biases of linears that a store says reduction has added or changed, with their shapes."""
+    listed = opened.manifest["provenance"].get("biases", [])
+    shapes = {f"{m.parameter.rpartition('.')[0]}.bias": (m.shape[0],) for m in layout.matrices.values()
+              if m.kind in ("linear", "conv1d")}
+    return {name: shapes[name] for name in listed if name in shapes}
 
 
 def _recorded(path: Path) -> dict[str, Any]:
@@ -86,8 +95,9 @@ def _recorded(path: Path) -> dict[str, Any]:
 
 
 def _check_plain(path: Path, opened: store.Store, source: Source) -> None:
+    changed = biases_added(source.layout, opened)
     for name, entry in opened.entries.items():
-        if entry.codec is None and not torch.equal(opened.plain(name), source.tensor(name)):
+        if entry.codec is None and name not in changed and not torch.equal(opened.plain(name), source.tensor(name)):
             raise VerificationError(f"{path}: '{name}' is stored as it is, but differs from the source")
 
 

@@ -1,0 +1,222 @@
+"""The tables of the GPU suites; `tables.py` splices them into docs/gpu.md and docs/kv.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+Line = Mapping[str, Any]
+LARGE = ("14336x4096", "4096x14336")
+SPEEDUPS = {"two2x2": 2.2, "lm2": 2.5, "lm3": 2.2, "lm4": 2.0}  # x bf16, 4096x4096
+FLOORS = {"two2x2": 0.60, "lm2": 0.65, "lm3": 0.65, "lm4": 0.70}  # share of the byte floor, large matrices
+FLOORS_HUGE = {"two2x2": 0.70, "lm2": 0.75, "lm3": 0.75, "lm4": 0.80}  # 28672x8192
+FOUR_BITS = ("lm4", "rot,lm4", "rtn4g128")
+BATCH_LEAST = {16: 1.0, 64: 1.0, 4096: 0.8}  # x bf16, four bits
+MODEL_LEAST = {4: 2.8, 2: 4.0}  # x bf16, tokens a second, by bits
+HADAMARD_MOST = 1.3  # x a copy, 8192 x 4096
+ENCODE_MOST = 300.0  # seconds
+PEERS = {"bf16": "bf16, cuBLAS", "int4": "int4, torch (tinygemm, group 128)", "nf4": "bitsandbytes NF4, block 64"}
+CACHES = {"none": "dense", "static": "dense, static", "klt": "**Tersor** `klt` at {} bits",
+          "quanto": "`QuantizedCache`, quanto {}-bit, axes 0/0"}
+
+
+def label(codec: str) -> str:
+    """Return how a table names a codec or a peer."""
+    return PEERS.get(codec, f"**Tersor** `{codec}`")
+
+
+def ceilings(found: Mapping[str, Line]) -> str:
+    """What the machine does at most: the denominators."""
+    copy, gemm = (found.get(f"ceiling|{name}") for name in ("copy", "gemm"))
+    body = []
+    if copy:
+        body.append(["copy of 1 GB, bytes read and written", f"{copy['numbers']['tbs']:.2f} TB/s"])
+    if gemm:
+        body.append(["bf16 product, 8192 x 8192 x 8192", f"{gemm['numbers']['tflops']:.0f} TFLOP/s"])
+    return _table(["ceiling", "measured"], body)
+
+
+def target_of(line: Line) -> tuple[str, bool | None]:
+    """Return what a product should reach, and whether it does; nothing where nothing is asked."""
+    case, numbers = line["case"], line["numbers"]
+    shape, codec = f"{case['shape'][0]}x{case['shape'][1]}", case["codec"]
+    red = numbers["red"]
+    if case["batch"] == 1 and shape == "4096x4096" and codec in SPEEDUPS:
+        return f"{SPEEDUPS[codec]:g} x bf16", not red and numbers.get("x_bf16", 0) >= SPEEDUPS[codec]
+    floors = FLOORS if shape in LARGE else FLOORS_HUGE if shape == "28672x8192" else {}
+    if case["batch"] == 1 and codec in floors:
+        return f"{100 * floors[codec]:.0f} % of the floor", not red and numbers["floor"] >= floors[codec]
+    if case["batch"] in BATCH_LEAST and codec in FOUR_BITS:
+        least = BATCH_LEAST[case["batch"]]
+        return f"{least:g} x bf16", not red and numbers.get("x_bf16", 0) >= least
+    return "", None
+
+
+def products(found: Mapping[str, Line]) -> str:
+    """Batch 1: time, bytes, share of the floor, ratio to bf16, error, verdict."""
+    body = []
+    for line in _products(found):
+        case, numbers = line["case"], line["numbers"]
+        if case["batch"] != 1:
+            continue
+        target, passed = target_of(line)
+        timed = ["**wrong**", "", "", ""] if numbers["red"] else [
+            f"{numbers['us']:.1f}{_how(numbers)}", f"{numbers['tbs']:.2f}",
+            f"{100 * numbers['floor']:.0f} %", _ratio(numbers)]
+        body.append([f"{case['shape'][0]} x {case['shape'][1]}", label(case["codec"]), f"{numbers['bits']:.3f}",
+                     f"{numbers['moved'] / 1e6:.2f}", *timed, f"{numbers['error']:.4f}", target, _verdict(passed)])
+    return _table(["out x in, batch 1", "codec", "bits an element", "MB moved", "us", "TB/s", "of the floor", "x bf16",
+                   "relative error", "target", ""], body)
+
+
+def batches(found: Mapping[str, Line]) -> str:
+    """All batches, as ratios to bf16."""
+    every = [line for line in _products(found) if not line["case"]["again"]]
+    sizes = sorted({line["case"]["batch"] for line in every})
+    rows: dict[tuple[str, str], dict[int, Line]] = {}
+    for line in every:
+        case = line["case"]
+        rows.setdefault((f"{case['shape'][0]} x {case['shape'][1]}", case["codec"]), {})[case["batch"]] = line
+    body = []
+    for (shape, codec), of in rows.items():
+        cells, verdicts = [], []
+        for size in sizes:
+            line = of.get(size)
+            if line is None or line["numbers"]["red"]:
+                cells.append("" if line is None else "**wrong**")
+                continue
+            numbers = line["numbers"]
+            cells.append(f"{numbers['us']:.0f} us" if codec == "bf16" else _ratio(numbers))
+            target, passed = target_of(line)
+            if target and size != 1:
+                verdicts.append(passed)
+        body.append([shape, label(codec), *cells, _verdict(all(verdicts)) if verdicts else ""])
+    return _table(["x bf16 (bf16: time)", "codec", *(f"batch {size}" for size in sizes),
+                   "4 bits: 1 at 16 and 64, 0.8 at 4096"], body)
+
+
+def hadamard(found: Mapping[str, Line]) -> str:
+    """The transform against a copy."""
+    body = []
+    for line in found.values():
+        case, numbers = line["case"], line["numbers"]
+        judged = (case["rows"], case["width"], numbers["dtype"]) == (8192, 4096, "bfloat16")
+        timed = ["**wrong**", "", ""] if numbers["red"] else [f"{numbers['us']:.1f}", f"{numbers['copy_us']:.1f}",
+                                                              f"{numbers['x_copy']:.2f}"]
+        passed = not numbers["red"] and numbers["x_copy"] <= HADAMARD_MOST if judged else None
+        body.append([f"{case['rows']} x {case['width']}", numbers["dtype"], *timed, f"{numbers['error']:.2g}",
+                     f"{HADAMARD_MOST:g}" if judged else "", _verdict(passed)])
+    return _table(["activations", "dtype", "us", "copy, us", "x copy", "relative error", "at most", ""], body)
+
+
+def model(found: Mapping[str, Line]) -> str:
+    """Tokens a second, end to end."""
+    body = []
+    ordered = sorted(found.values(), key=lambda line: (line["case"]["codec"] not in PEERS, -line["bytes"]))
+    for line in ordered:
+        case, numbers = line["case"], line["numbers"]
+        bits = round(16 * line["bytes"] / max(1, _dense_bytes(found)))
+        least = MODEL_LEAST.get(bits) if case["codec"] not in PEERS else None
+        ratio = numbers.get("x_bf16", 0.0)
+        timed = ["**wrong**", "", ""] if numbers["red"] else [
+            f"{numbers['tokens_s']:.1f}", f"{numbers['ms_token']:.2f}", f"{ratio:.2f}"]
+        loading = f"{numbers['load_s']:.0f} ({numbers['verify_s']:.0f})" if "load_s" in numbers else ""
+        body.append([label(case["codec"]), f"{line['bytes'] / 1e9:.2f}", f"{numbers['resident'] / 1e9:.2f}", *timed,
+                     numbers["mode"], loading, f"{numbers['logits_error']:.3f}" if numbers["logits_error"] else "",
+                     "" if least is None else f"{least:g} x bf16",
+                     _verdict(None if least is None else not numbers["red"] and ratio >= least)])
+    return _table(["8B-shaped Llama, batch 1", "GB", "resident, GB", "tokens/s", "ms a token", "x bf16", "step",
+                   "loading (verifying), s", "logits, kernels against plain torch", "target", ""], body)
+
+
+def _dense_bytes(found: Mapping[str, Line]) -> int:
+    return max((line["bytes"] for line in found.values() if line["case"]["codec"] == "bf16"), default=16 * 10**9)
+
+
+def encode(found: Mapping[str, Line]) -> str:
+    """Seconds of encoding, by shape and whole."""
+    body = []
+    lines = [line for line in found.values() if not line["key"].startswith("encode|partial")]
+    for line in sorted(lines, key=lambda line: line["case"]["what"] == "encode_model"):
+        case, numbers = line["case"], line["numbers"]
+        whole = case["what"] == "encode_model"
+        name = f"whole model, {numbers['matrices']} matrices" if whole else (
+            f"{case['shape'][0]} x {case['shape'][1]}, {case['count']} of them")
+        seconds = numbers["seconds"] if whole else numbers["of_model_s"]
+        error = numbers["worst"] if whole else numbers["relative_error"]
+        body.append([name, f"`{case['codec']}`, {case['sweeps']} sweeps", f"{seconds:.1f}",
+                     f"{numbers['encode_s']:.1f}" if whole else "", f"{numbers['ns_sweep']:.4f}", f"{error:.4f}",
+                     f"{ENCODE_MOST:g}" if whole else "",
+                     _verdict(not numbers["red"] and seconds <= ENCODE_MOST if whole else None)])
+    return _table(["matrices", "codec", "seconds", "of encoding alone", "ns a weight and sweep", "relative MSE, worst",
+                   "at most, s", ""], body)
+
+
+def kv(found: Mapping[str, Line]) -> str:
+    """Decoding with caches on a GPU."""
+    body = []
+    timed = [line for line in found.values() if not line["case"]["profile"]]
+    ordered = sorted(timed, key=lambda line: line["case"]["tokens"])
+    totals = {(line["case"]["method"], line["case"]["tokens"]): _total(line)
+              for line in reversed(ordered) if not line["numbers"]["red"]}
+    for line in ordered:
+        case, numbers = line["case"], line["numbers"]
+        kind, _, bits = case["method"].partition(":")
+        name = CACHES.get(kind, f"**Tersor** `{case['method']}`").format(bits)
+        rate = f"{numbers['rate']:.2f}" if numbers["rate"] else "16"
+        start = [str(case["tokens"]), name, case["attention"], rate, f"{line['bytes'] / 1e6:.0f}"]
+        if numbers["red"]:
+            body.append([*start, "**wrong**", *[""] * 6])
+            continue
+        total = _total(line)
+        ratios = [f"{totals[other, case['tokens']] / total:.2f}" if (other, case["tokens"]) in totals else ""
+                  for other in ("none", "quanto:4", "quanto:2")]
+        profile = found.get(line["key"].replace("gpu|", "gpuprofile|"))
+        kernels = f"{profile['numbers']['kernels_ms']:.2f}" if profile else ""
+        extra = f"{numbers['extra'] / 1e6:.0f}" if "extra" in numbers else ""
+        body.append([*start, f"{numbers['step_ms']:.2f}", kernels, f"{numbers['encode_ms']:.2f}", *ratios, extra])
+    return _table(["tokens", "cache", "attention", "bits an element", "cache, MB", "ms a step", "of it kernels",
+                   "ms a token for encoding", "tokens/s, x dense", "x quanto 4-bit", "x quanto 2-bit",
+                   "a step's extra memory, MB"], body)
+
+
+def _total(line: Line) -> float:
+    """Return milliseconds a token, encoding included."""
+    return line["numbers"]["step_ms"] + line["numbers"]["encode_ms"]
+
+
+def _products(found: Mapping[str, Line]) -> list[Line]:
+    """Return the lines of products by shape, in the order measured."""
+    order = ("4096x4096", "14336x4096", "4096x14336", "28672x8192")
+    lines = [line for line in found.values() if line["case"]["what"] == "product"]
+    return sorted(lines, key=lambda line: ([*order, ""].index(_shape(line) if _shape(line) in order else ""),
+                                           line["numbers"]["bits"]))
+
+
+def _shape(line: Line) -> str:
+    return f"{line['case']['shape'][0]}x{line['case']['shape'][1]}"
+
+
+def _how(numbers: Mapping[str, Any]) -> str:
+    """Return what sets a time apart: no kernel, or launches one by one."""
+    return " (plain torch)" if "plain" in numbers else "" if numbers["timed"] == "graph" else " (no graph)"
+
+
+def _ratio(numbers: Mapping[str, Any]) -> str:
+    return f"{numbers['x_bf16']:.2f}" if "x_bf16" in numbers else ""
+
+
+def _verdict(passed: bool | None) -> str:
+    return "" if passed is None else "pass" if passed else "**fail**"
+
+
+def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(header)} |", f"| --- |{' ---: |' * (len(header) - 1)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in body)])
+
+
+TABLES: Mapping[str, tuple[str, str, Callable[[Mapping[str, Line]], str]]] = {
+    "gpu-ceilings": ("gpu", "ceiling|", ceilings), "gpu-products": ("gpu", "product|", products),
+    "gpu-batches": ("gpu", "product|", batches), "gpu-hadamard": ("gpu", "hadamard|", hadamard),
+    "gpu-model": ("gpu", "model|", model), "gpu-encode": ("gpu", "encode|", encode),
+    "kv-gpu": ("kv", "gpu|gpuprofile|", kv)}

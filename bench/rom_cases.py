@@ -1,0 +1,102 @@
+"""Records of the ROM suite: the ladder's rungs, and what a child process is told to compress."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+SOURCES = ("fable-22m", "fable-7m", "smollm2-135m")
+KEEPS = (0.9, 0.8, 0.6, 0.5)
+BITS = (2.5, 3.0, 4.0, 8.0)
+SEQUENCES = 128
+"""Calibration sequences of 128 tokens in the ladder and at equal bytes; the default of 512 is a cost case."""
+COST_SEQUENCES = (128, 256, 512)
+SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Rung:
+    """One step of the ladder: a preset, and what is changed in it."""
+
+    label: str
+    preset: str
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+RUNGS = {
+    "svd": Rung("plain SVD", "svd"),
+    "asvd": Rung("scaled inputs (ASVD form)", "asvd"),
+    "rom_released": Rung("`rom_released`", "rom_released"),
+    "rom": Rung("`rom`", "rom"),
+    "rom_uniform": Rung("`rom`, uniform", "rom", {"allocation": "uniform"}),
+    "plus_uniform": Rung("`rom_plus`, uniform pairs", "rom_plus", {"allocation": "uniform", "storage": "pair"}),
+    "plus_allocated": Rung("`rom_plus`, allocated pairs", "rom_plus", {"storage": "pair"}),
+    "plus_gauge": Rung("**`rom_plus`**: + gauge fixing", "rom_plus"),
+}
+EQUAL = {
+    "rom": Rung("`rom_plus` alone, bf16", "rom_plus"),
+    "quantized": Rung("quantization alone", ""),
+    "rom+8": Rung("`rom_plus`, factors of 8 bits", "rom_plus", {"factor_codec": "rot,lm8"}),
+    "rom+6": Rung("`rom_plus`, factors of 6 bits", "rom_plus", {"factor_codec": "rot,lm6"}),
+    "rom+4": Rung("`rom_plus`, factors of 4 bits", "rom_plus", {"factor_codec": "rot,lm4"}),
+    "rom+3": Rung("`rom_plus`, factors of 3 bits", "rom_plus", {"factor_codec": "rot,lm3"}),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One compression of one model.
+
+    Attributes
+    ----------
+    kind : str
+        "dense", "ladder" (`level` is the fraction kept of the linears), "equal" (bits a parameter of the whole model)
+        or "cost" (`level` is the number of calibration sequences).
+    calibration : str
+        "house" or "wikitext".
+    """
+
+    kind: str
+    model: str
+    level: float
+    calibration: str
+    method: str
+
+    @property
+    def key(self) -> str:
+        """The case's name in results."""
+        return f"{self.kind}|{self.model}|{self.level:g}|{self.calibration}|{self.method}"
+
+
+def rung_of(case: Case) -> Rung:
+    """Return what a case runs; the ladder and the methods at equal bytes share names, but not recipes."""
+    return (EQUAL if case.kind == "equal" else RUNGS)[case.method.partition(" ")[0]]
+
+
+def dense(model: str) -> Case:
+    """Return the case of the model as it is."""
+    return Case("dense", model, 1.0, "", "original")
+
+
+def ladder(model: str, keeps: tuple[float, ...], calibrations: tuple[str, ...], rungs: tuple[str, ...]) -> list[Case]:
+    """Return the ladder's cases, and first the dense model."""
+    return [dense(model), *(Case("ladder", model, keep, calibration, rung)
+                            for keep in keeps for calibration in calibrations for rung in rungs)]
+
+
+def equal(model: str, bits: tuple[float, ...], methods: tuple[str, ...]) -> list[Case]:
+    """Return the cases at equal bytes, calibrated on the house's text."""
+    return [dense(model), *(Case("equal", model, rate, "house", method) for rate in bits for method in methods)]
+
+
+def cost(model: str, keep: float, method: str, counts: Sequence[int]) -> list[Case]:
+    """Return the cases of the time over the calibration tokens, of one rung."""
+    return [Case("cost", model, count, "house", f"{method} at {keep:g}") for count in counts]
+
+
+def calibration_of(model: str, side: str) -> str:
+    """Return the text that `in` or `out` (of domain) names for a model."""
+    of_own = "wikitext" if model == "smollm2-135m" else "house"
+    other = "house" if of_own == "wikitext" else "wikitext"
+    return of_own if side == "in" else other

@@ -1,0 +1,53 @@
+"""`x Wᵀ` for packed scalar codes: W[r, k] = scale[r, group] (table[code[r, k]] - zero[r, group])."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tersor.ops.codebook_linear import reference
+from tersor.ops.codebook_linear.shapes import refusal
+from tersor.ops.dispatch import take_reference
+
+
+@torch.library.custom_op("tersor::codebook_linear", mutates_args=())
+def codebook_linear(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, zeros: Tensor | None, bits: int,
+                    group: int, form: str = "any") -> Tensor:
+    """Return (*batch, rows) in the dtype of `x`, for `x` (*batch, width).
+
+    Parameters
+    ----------
+    x : Tensor
+        float32, bfloat16 or float16.
+    codes : Tensor
+        uint8, 1-D: `rows * width` codes of `bits` bits, packed little-endian, row after row.
+    table : Tensor
+        float32 (2**bits,): what a code stands for.
+    scales : Tensor
+        (rows, groups), any float dtype.
+    zeros : Tensor or None
+        uint8, 1-D: `rows * groups` zero points of `bits` bits, packed like codes.
+    group : int
+        Codes of a group; `width` for a scale a row.
+    form : str
+        `"any"`; `"symmetric"`, where codes c and 2**bits - 1 - c stand for opposite numbers; `"affine"`, where codes
+        stand for evenly spaced numbers. Says nothing new, but kernels are faster for what is more special.
+    """
+    return reference.codebook_linear(x, codes, table, scales, zeros, bits, group)
+
+
+@codebook_linear.register_fake
+def _(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int,
+      form: str = "any") -> Tensor:
+    del codes, table, zeros, bits, group, form
+    return x.new_empty(*x.shape[:-1], scales.shape[0])
+
+
+@codebook_linear.register_kernel("cuda")
+def _(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int,
+      form: str = "any") -> Tensor:
+    if take_reference("codebook_linear", refusal(x.dtype, bits, x.shape[-1], group)):
+        return reference.codebook_linear(x, codes, table, scales, zeros, bits, group)
+    from tersor.ops.codebook_linear import triton
+
+    return triton.codebook_linear(x, codes, table, scales, zeros, bits, group, form)

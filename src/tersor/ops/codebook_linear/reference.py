@@ -1,0 +1,35 @@
+"""The meaning of `codebook_linear` in plain torch: one block of rows dense at a time, float32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tersor import bits as packing
+from tersor import codes as reading
+from tersor.codec import row_blocks
+from tersor.groups import Grid
+
+
+def decoded(codes: Tensor, table: Tensor, scales: Tensor, zeros: Tensor | None, shape: tuple[int, int], bits: int,
+            group: int, rows: slice) -> Tensor:
+    """Return the decoded rows, float32 (k, width); see `codebook_linear`."""
+    grid = Grid(shape, group, "in")
+    values = table.to(torch.float32)[reading.read(codes, shape, 2**bits, rows).to(torch.int32)]
+    if zeros is not None:
+        count = shape[0] * grid.param_shape[1]
+        points = packing.unpack(zeros, 2**bits, 0, count).reshape(grid.param_shape).to(torch.float32)
+        values = values - grid.expand(points, rows)
+    return values * grid.expand(scales.to(torch.float32), rows)
+
+
+def codebook_linear(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, zeros: Tensor | None, bits: int,
+                    group: int) -> Tensor:
+    """Return (*batch, rows) in the dtype of `x`; arguments as of the op."""
+    rows = scales.shape[0]
+    shape = rows, x.shape[-1]
+    wide = x.to(torch.float32)
+    out = torch.empty(*x.shape[:-1], rows, dtype=x.dtype, device=x.device)
+    for block in row_blocks(shape):
+        out[..., block] = (wide @ decoded(codes, table, scales, zeros, shape, bits, group, block).T).to(x.dtype)
+    return out

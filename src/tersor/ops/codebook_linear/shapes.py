@@ -1,0 +1,155 @@
+"""Which shapes the kernels take, how they lay codes out on the chip, and configurations as data."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BITS = (1, 2, 3, 4, 8)
+COLUMNS = 16  # vectors that one pass over the codes serves
+MOST_COLUMNS = 64  # vectors beyond which the matrix is decoded first
+CODES = {1: 32, 2: 16, 3: 32, 4: 8, 8: 4}  # codes of an element: 32 bits of the stream, 96 of 3-bit codes
+PARTS = CODES  # fragments that an element gives
+RUNS = {1: (4, 2), 2: (4, 2), 3: (2,), 4: (4, 2), 8: (4, 2)}  # neighbouring elements that a lane loads at once
+WIDEST = 1 << 16  # codes of a row: a program reads a whole vector at once
+NEAR_BYTES = 120_000  # of shared memory for the vectors
+SHARED_BYTES = 220_000  # of shared memory for a program
+TILE = 16  # elements that a product on the tensor cores takes
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """How the kernel walks over the codes of a row.
+
+    Attributes
+    ----------
+    bits : int
+    width : int
+        Codes of a row.
+    run : int
+        Neighbouring elements that a lane loads at once.
+    warps : int
+        Warps that share a row.
+    """
+
+    bits: int
+    width: int
+    run: int
+    warps: int
+
+    @property
+    def elements(self) -> int:
+        """Elements of a row."""
+        return self.width // CODES[self.bits]
+
+    @property
+    def step(self) -> int:
+        """Elements that all warps take at a time, a tile each."""
+        return TILE * self.warps
+
+    @property
+    def padded(self) -> int:
+        """Elements of a row with the zeros that fill the last step."""
+        return -(-self.elements // self.step) * self.step
+
+    @property
+    def unit(self) -> int:
+        """Codes of a tile."""
+        return TILE * CODES[self.bits]
+
+
+def stream_of(bits: int, width: int, warps: int, group: int | None = None) -> Stream | None:
+    """Return how to walk over rows of `width` codes in groups of `group`, or None where the kernel does not take them.
+
+    The condition: 1, 2, 3, 4 or 8 bits; rows of at most 65,536 codes, of whole pairs of elements (64 bits; 192 of 3-bit
+    codes); and groups, where a row has several, of whole tiles: multiples of 128 codes at 4 bits, 256 at 2 bits, 64 at
+    8 bits, 512 at 1 and 3.
+    """
+    if bits not in BITS or width % CODES[bits] or width > WIDEST:
+        return None
+    elements = width // CODES[bits]
+    run = next((run for run in RUNS[bits] if elements % run == 0), None)
+    if run is None or (group is not None and group % (TILE * CODES[bits])):
+        return None
+    return Stream(bits, width, run, warps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How work is divided: a program's `warps` share each of `16 rows16` rows; `programs` to a multiprocessor.
+
+    Attributes
+    ----------
+    rows16, warps, programs : int
+    stages : int
+        Tiles of a ring in shared memory; all but one are on their way.
+    """
+
+    rows16: int
+    warps: int
+    programs: int = 2
+    stages: int = 4
+
+
+FEW = {  # up to 8 vectors: kind, then rows and width measured, see README.md; 1 and 2 are sums of bits
+    "fields": {(4096, 4096): Tiling(1, 4, 32), (14336, 4096): Tiling(1, 4, 32), (4096, 14336): Tiling(1, 8, 2),
+               (28672, 8192): Tiling(2, 4, 32)},
+    "table": {(4096, 4096): Tiling(1, 4, 4), (14336, 4096): Tiling(1, 4, 32), (4096, 14336): Tiling(1, 16, 2, 3),
+              (28672, 8192): Tiling(2, 4, 32)},
+    "table3": {(4096, 4096): Tiling(2, 4, 3, 6), (14336, 4096): Tiling(1, 4, 4), (4096, 14336): Tiling(1, 4, 4),
+               (28672, 8192): Tiling(1, 4, 4)},
+    "two": {(4096, 4096): Tiling(2, 4, 3, 6), (14336, 4096): Tiling(1, 4, 32), (4096, 14336): Tiling(1, 4, 4),
+            (28672, 8192): Tiling(2, 4, 4, 3)},
+}
+MORE = {"fields": Tiling(1, 4, 4), "table": Tiling(1, 8, 2), "table3": Tiling(2, 4, 2), "two": Tiling(2, 4, 2)}
+
+
+def kind_of(bits: Sequence[int], fields: bool) -> str:
+    """Return which configurations suit streams of codes."""
+    if len(bits) > 1:
+        return "two"
+    return "table3" if bits[0] == 3 else "fields" if fields else "table"
+
+
+def tiling_for(kind: str, rows: int, width: int, batch: int) -> Tiling:
+    """Return the configuration of the measured shape that is nearest in logarithms; fewer warps for narrow rows."""
+    if batch > 8:
+        found = MORE[kind]
+    else:
+        measured = FEW[kind]
+        nearest = min(measured, key=lambda shape: (math.log(shape[0] / rows) ** 2 + math.log(shape[1] / width) ** 2))
+        found = measured[nearest]
+    return dataclasses.replace(found, warps=min(found.warps, 4 if width >= 512 else 2)) if width < 2048 else found
+
+
+def fitted(tiling: Tiling, streams: Sequence[Stream], near: int) -> Tiling:
+    """Return the tiling with as many stages as shared memory holds beside the vectors, at least two."""
+    words = sum(3 if stream.bits == 3 else 1 for stream in streams)
+    stage = words * 4 * TILE * 16 * tiling.rows16 * tiling.warps
+    room = SHARED_BYTES - 2 * near * sum(stream.padded * CODES[stream.bits] for stream in streams)
+    return dataclasses.replace(tiling, stages=max(2, min(tiling.stages, room // stage)))
+
+
+def near_columns(batch: int, streams: Sequence[Stream]) -> int:
+    """Return the vectors whose numbers are kept in shared memory: one, eight, or none where they do not fit."""
+    numbers = sum(stream.padded * CODES[stream.bits] for stream in streams)
+    columns = 1 if batch == 1 else 8
+    return columns if batch <= 8 and 2 * columns * numbers <= NEAR_BYTES else 0
+
+
+def columns_for(batch: int) -> int:
+    """Return the columns of a program: the batch, padded to a power of two of at least 8."""
+    return max(8, 1 << (batch - 1).bit_length())
+
+
+def refusal(dtype: torch.dtype, bits: int, width: int, group: int) -> str | None:
+    """Return why the kernel does not take a shape, or None where it does; see `stream_of`."""
+    if dtype not in DTYPES:
+        return f"vectors of {dtype}"
+    if stream_of(bits, width, 1, None if group >= width else group) is None:
+        return f"{bits}-bit codes, width {width}, groups of {group}"
+    return None

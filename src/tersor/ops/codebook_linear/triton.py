@@ -1,0 +1,170 @@
+"""Products of few vectors with packed codes on CUDA: the host's side of the kernels. See README.md."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tersor.ops.codebook_linear.kernels import decode_rows, multiply_rows, prepare
+from tersor.ops.codebook_linear.shapes import (
+    CODES,
+    COLUMNS,
+    MOST_COLUMNS,
+    PARTS,
+    TILE,
+    Stream,
+    Tiling,
+    columns_for,
+    fitted,
+    kind_of,
+    near_columns,
+    stream_of,
+    tiling_for,
+)
+from tersor.ops.workspace import multiprocessors, workspace
+
+DECODE_BYTES = 1 << 26  # of decoded rows at a time, where vectors are many
+DECODE_BLOCK = 2048  # numbers that a program decodes
+
+
+def known_form(bits: int, form: str) -> str:
+    """Return the form that the kernel makes use of: one bit is always affine, 3-bit codes are always looked up."""
+    return "affine" if bits == 1 else "any" if bits == 3 else form
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Operand:
+    """Vectors and the codes that they meet.
+
+    Attributes
+    ----------
+    x : Tensor
+        (batch, width), rows contiguous.
+    codes : Tensor
+        uint8, packed.
+    table : Tensor
+        (2**bits,); of two operands the upper half of each, whose lower half is its mirror image.
+    bits : int
+    form : str
+        `"any"`; `"symmetric"`, where codes c and 2**bits - 1 - c stand for opposite numbers; `"affine"`, where codes
+        stand for evenly spaced numbers. What is more special is faster.
+    """
+
+    x: Tensor
+    codes: Tensor
+    table: Tensor
+    bits: int
+    form: str = "symmetric"
+
+    @property
+    def fields(self) -> bool:
+        """Whether the kernel multiplies by the bits as they stand, and by levels later."""
+        return self.form == "affine" or (self.form == "symmetric" and self.bits <= 2)
+
+
+def codebook_linear(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, zeros: Tensor | None, bits: int,
+                    group: int, form: str) -> Tensor:
+    """Return (*batch, rows) in the dtype of `x`; arguments as of the op."""
+    width, rows = x.shape[-1], scales.shape[0]
+    flat = x.reshape(-1, width)
+    operand = Operand(flat if flat.stride(-1) == 1 else flat.contiguous(), codes, table, bits, known_form(bits, form))
+    with torch.cuda.device(x.device):
+        if len(flat) > MOST_COLUMNS:
+            out = by_decoding(operand, scales, zeros, group)
+        else:
+            out = torch.empty(len(flat), rows, dtype=x.dtype, device=x.device)
+            multiply_into(out, [operand], scales, zeros, group)
+    return out.reshape(*x.shape[:-1], rows)
+
+
+def multiply_into(out: Tensor, operands: Sequence[Operand], scales: Tensor, zeros: Tensor | None, group: int,
+                  tiling: Tiling | None = None) -> None:
+    """Write into `out` (batch, rows) the sum over one or two operands of x Wᵀ; a scale a row where there are two."""
+    for start in range(0, len(out), COLUMNS):
+        part = slice(start, start + COLUMNS)
+        near = [dataclasses.replace(operand, x=operand.x[part]) for operand in operands]
+        _multiply_few(out[part], near, scales, zeros, group, tiling)
+
+
+def _multiply_few(out: Tensor, operands: Sequence[Operand], scales: Tensor, zeros: Tensor | None, group: int,
+                  tiling: Tiling | None) -> None:
+    batch, rows = out.shape
+    columns, two = columns_for(batch), len(operands) > 1
+    width = max(operand.x.shape[1] for operand in operands)
+    grouped = group < operands[0].x.shape[1] or zeros is not None
+    kind = kind_of([operand.bits for operand in operands], operands[0].fields)
+    tiling = tiling or tiling_for(kind, rows, width, batch)
+    prepared = [_prepared(operand, tiling, group if group < width else None, two) for operand in operands]
+    (first, one), (second, other) = prepared[0], prepared[-1]
+    streams = [stream for stream, _ in prepared]
+    near = near_columns(batch, streams)
+    tiling = fitted(tiling, streams, near)
+    programs = min(-(-rows // (16 * tiling.rows16)), tiling.programs * multiprocessors(out.device))
+    multiply_rows[(programs,)](
+        *one.pointers(), *other.pointers(), scales, scales if zeros is None else zeros, out, rows, batch,
+        scales.shape[-1] if grouped else 1, scales.stride(0), one.xp.stride(1), one.xp.stride(0),
+        other.xp.stride(1), other.xp.stride(0), first.bits, first.elements, first.run, first.padded, operands[0].form,
+        second.bits if two else 0, second.elements, second.run, second.padded, operands[-1].form,
+        group // CODES[first.bits] if grouped else 0, zeros is not None, tiling.warps, 16 * tiling.rows16, columns, two,
+        near, tiling.stages, num_warps=tiling.warps, launch_pdl=True)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Prepared:
+    """What `prepare` wrote, and the codes as the kernel reads them."""
+
+    codes: Tensor
+    xp: Tensor
+    lut: Tensor
+    table: Tensor
+    peaks: Tensor
+    totals: Tensor
+    sums: Tensor
+
+    def pointers(self) -> tuple[Tensor, ...]:
+        return self.codes, self.xp, self.lut, self.table, self.peaks, self.totals, self.sums
+
+
+def _prepared(operand: Operand, tiling: Tiling, group: int | None, mirrored: bool) -> tuple[Stream, _Prepared]:
+    x, bits = operand.x, operand.bits
+    batch, width = x.shape
+    stream = stream_of(bits, width, tiling.warps, group)
+    assert stream is not None
+    units = stream.padded // TILE
+    xp = workspace((PARTS[bits] // 2, batch, 2 * stream.padded), torch.float16, x.device, "scaled vectors")
+    numbers = torch.empty(2 * batch + batch * units, dtype=torch.float32, device=x.device)
+    peaks, totals, sums = numbers[:batch], numbers[batch : 2 * batch], numbers[2 * batch :]
+    lut = torch.empty(8, dtype=torch.int32, device=x.device)
+    prepare[(batch, units)](x, operand.table, xp, lut, peaks, totals, sums, width, x.stride(0), xp.stride(1),
+                            xp.stride(0), stream.padded * CODES[bits], bits, operand.fields, mirrored, stream.run,
+                            stream.unit, 1 << (width - 1).bit_length(), num_warps=8)
+    codes = operand.codes if operand.codes.data_ptr() % 16 == 0 else operand.codes.clone()
+    table = operand.table.to(torch.float16) if bits == 8 else operand.table
+    return stream, _Prepared(codes.view(torch.int32), xp.view(torch.int32), lut, table, peaks, totals, sums)
+
+
+def by_decoding(operand: Operand, scales: Tensor, zeros: Tensor | None, group: int) -> Tensor:
+    """Return x Wᵀ, (batch, rows), by blocks of rows decoded to the dtype of `x`."""
+    x, width, rows = operand.x, operand.x.shape[1], scales.shape[0]
+    out = torch.empty(len(x), rows, dtype=x.dtype, device=x.device)
+    step = max(1, DECODE_BYTES // (width * x.element_size()) // 128 * 128)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        torch.mm(x, decode(operand, scales, zeros, slice(start, stop), group).T, out=out[:, start:stop])
+    return out
+
+
+def decode(operand: Operand, scales: Tensor, zeros: Tensor | None, rows: slice, group: int) -> Tensor:
+    """Return decoded rows in the dtype of `x`, (k, width)."""
+    width = operand.x.shape[1]
+    grouped = group < width or zeros is not None
+    count = (rows.stop - rows.start) * width
+    dense = workspace((rows.stop - rows.start, width), operand.x.dtype, operand.x.device, "decoded rows")
+    decode_rows[(-(-count // DECODE_BLOCK),)](
+        operand.codes, operand.table, scales, scales if zeros is None else zeros, dense, rows.start, width,
+        scales.shape[-1] if grouped else 1, scales.stride(0), count, operand.bits,
+        group if grouped else 0, zeros is not None, DECODE_BLOCK)
+    return dense

@@ -1,0 +1,47 @@
+"""Which implementation an op takes: its kernel, or the plain torch that defines it.
+
+Ops choose inside their CUDA implementations, never in code that `torch.compile` traces, so that the choice is made anew
+at every call: also at those of a graph compiled before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from contextvars import ContextVar
+from functools import cache
+
+_LOG = logging.getLogger("tersor.ops")
+_REFERENCE = ContextVar("tersor_reference_only", default=False)
+
+
+@contextlib.contextmanager
+def reference_only() -> Iterator[None]:
+    """Make every op of this thread (or task) run as plain torch within the block, on any device."""
+    token = _REFERENCE.set(True)
+    try:
+        yield
+    finally:
+        _REFERENCE.reset(token)
+
+
+def kernels_allowed() -> bool:
+    """Tell whether ops may run kernels: not within `reference_only`."""
+    return not _REFERENCE.get()
+
+
+@cache
+def log_once(op: str, reason: str) -> None:
+    """Log at INFO, once for each pair, that `op` runs as plain torch though on CUDA, and why."""
+    _LOG.info("%s runs as plain torch: %s", op, reason)
+
+
+def take_reference(op: str, reason: str | None) -> bool:
+    """Tell whether `op` runs as plain torch: within `reference_only`, or for a `reason`, which is logged once."""
+    if not kernels_allowed():
+        return True
+    if reason is None:
+        return False
+    log_once(op, reason)
+    return True

@@ -1,0 +1,24 @@
+"""The meaning of `sign_linear` in plain torch: one block of rows dense at a time, float32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tersor import codes
+from tersor.codec import row_blocks
+
+
+def sign_linear(first_x: Tensor, second_x: Tensor, first: Tensor, second: Tensor, levels: Tensor, scales: Tensor,
+                first_levels: int, second_levels: int) -> Tensor:
+    """Return (batch, rows), float32; arguments as of the op."""
+    wide, rows = levels.to(torch.float32), scales.shape[0]
+    parts = ((first_x, first, codes.mirrored(wide[: first_levels // 2], first_levels), first_levels),
+             (second_x, second, codes.mirrored(wide[first_levels // 2 :], second_levels), second_levels))
+    out = torch.zeros(first_x.shape[0], rows, dtype=torch.float32, device=first_x.device)
+    scale = scales.to(torch.float32)
+    for x, packed, table, size in parts:
+        for block in row_blocks((rows, x.shape[1])):
+            chosen = codes.read(packed, (rows, x.shape[1]), size, block).to(torch.int32)
+            out[:, block] += x.to(torch.float32) @ (table[chosen] * scale[block].unsqueeze(1)).T
+    return out

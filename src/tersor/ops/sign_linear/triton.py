@@ -1,0 +1,30 @@
+"""Two-basis codes times few vectors on CUDA: the kernel of `codebook_linear` over two streams of codes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tersor.codes import mirrored
+from tersor.ops.codebook_linear.shapes import MOST_COLUMNS
+from tersor.ops.codebook_linear.triton import Operand, by_decoding, multiply_into
+
+
+def sign_linear(first_x: Tensor, second_x: Tensor, first: Tensor, second: Tensor, levels: Tensor, scales: Tensor,
+                first_levels: int, second_levels: int) -> Tensor:
+    """Return (batch, rows), float32; arguments as of the op."""
+    batch, rows = first_x.shape[0], scales.shape[0]
+    near = [x if x.stride(-1) == 1 else x.contiguous() for x in (first_x, second_x)]
+    halves = levels[: first_levels // 2], levels[first_levels // 2 :]
+    sizes = first_levels, second_levels
+    with torch.cuda.device(first_x.device):
+        if batch > MOST_COLUMNS:
+            full = (mirrored(half, size) for half, size in zip(halves, sizes, strict=True))
+            parts = [by_decoding(Operand(x, packed, table, size.bit_length() - 1), scales, None, x.shape[1])
+                     for x, packed, table, size in zip(near, (first, second), full, sizes, strict=True)]
+            return parts[0].to(torch.float32).add_(parts[1])
+        out = torch.empty(batch, rows, dtype=torch.float32, device=first_x.device)
+        operands = [Operand(x, packed, half, size.bit_length() - 1)
+                    for x, packed, half, size in zip(near, (first, second), halves, sizes, strict=True)]
+        multiply_into(out, operands, scales, None, max(x.shape[1] for x in near))
+    return out

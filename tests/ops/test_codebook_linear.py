@@ -1,0 +1,162 @@
+"""Products with packed scalar codes: the op against float64, on the CPU and, marked gpu, by the kernels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tersor import bits as packing
+from tersor.ops import reference_only
+from tersor.ops.codebook_linear import codebook_linear
+from tersor.ops.codebook_linear.shapes import CODES, columns_for, refusal, stream_of
+from tersor.testing import gaussian
+from tests.ops.devices import DEVICES, GPU
+
+HALF = torch.finfo(torch.float16).eps  # a level and a number are each rounded to half of it at most
+CASES = [  # rows, width, bits, group, batch
+    (16, 128, 4, 128, 1), (33, 576, 4, 576, 1), (128, 4096, 4, 4096, 3), (40, 1408, 4, 128, 8), (1, 64, 4, 64, 1),
+    (96, 512, 2, 512, 1), (96, 512, 2, 128, 5), (130, 14336, 2, 14336, 1), (64, 768, 3, 768, 2), (64, 4096, 3, 512, 1),
+    (200, 1024, 1, 1024, 1), (48, 576, 1, 576, 4), (72, 256, 8, 64, 1), (72, 256, 8, 256, 9), (64, 512, 4, 512, 16),
+    (64, 512, 3, 512, 40), (64, 512, 4, 64, 64), (64, 512, 2, 512, 65), (50, 1024, 4, 128, 300), (64, 512, 1, 512, 100),
+    (5, 7, 4, 7, 2), (9, 40, 3, 8, 1), (16, 96, 4, 32, 2), (8, 48, 5, 48, 1),
+]
+
+
+def problem(rows: int, width: int, bits: int, group: int, form: str = "any", seed: int = 0) -> tuple[Tensor, ...]:
+    """Return random codes, a table of a form, scales and zero points."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = -(-width // group)
+    codes = torch.randint(2**bits, (rows, width), generator=generator)
+    table = torch.randn(2**bits, generator=generator).sort().values
+    if form == "symmetric":
+        table = (table - table.flip(0)) / 2
+    if form == "affine":
+        table = torch.arange(2**bits) * 0.375 - 1.0
+    scales = (torch.rand(rows, groups, generator=generator) + 0.5).to(torch.bfloat16)
+    zeros = torch.randint(2**bits, (rows, groups), generator=generator)
+    return codes, table, scales, zeros
+
+
+def exact(codes: Tensor, table: Tensor, scales: Tensor, zeros: Tensor | None, group: int) -> Tensor:
+    """Return the matrix, float64, by the definition."""
+    spread = torch.arange(codes.shape[1]) // group
+    values = table.double()[codes]
+    if zeros is not None:
+        values = values - zeros.double()[:, spread]
+    return values * scales.double()[:, spread]
+
+
+def spread_scales(codes: Tensor, scales: Tensor, group: int) -> Tensor:
+    """Return the scale of each code, float64."""
+    return scales.double()[:, torch.arange(codes.shape[1]) // group]
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("form", "with_zeros"), [("any", False), ("any", True), ("symmetric", False),
+                                                  ("affine", False), ("affine", True)])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_float64(case: tuple[int, ...], form: str, with_zeros: bool, dtype: torch.dtype, device: str) -> None:
+    rows, width, bits, group, batch = case
+    codes, table, scales, zeros = problem(rows, width, bits, group, form)
+    x = gaussian((batch, width), 1).to(dtype)
+    points = zeros if with_zeros else None
+    y = codebook_linear(x.to(device), packing.pack(codes, 2**bits).to(device), table.to(device), scales.to(device),
+                        packing.pack(zeros, 2**bits).to(device) if with_zeros else None, bits, group, form)
+    matrix = exact(codes, table, scales, points, group)
+    want = x.double() @ matrix.T
+    # each term: a level and a number rounded to fp16, or to the dtype of x where it is decoded; sums are float32. Where
+    # codes are taken as they stand, the table's lowest level times the sum of all numbers is apart from the rest
+    step = max(HALF, torch.finfo(dtype).eps)
+    size = x.double().abs() @ exact(codes, table.abs(), scales, -zeros if with_zeros else None, group).T
+    if form != "any":
+        size = size + 2 * float(table.abs().max()) * (x.double().abs() @ spread_scales(codes, scales, group).T)
+    bound = size * (step + width * torch.finfo(torch.float32).eps) + want.abs() * torch.finfo(dtype).eps
+    assert y.dtype == dtype
+    assert y.shape == (batch, rows)
+    assert bool(((y.cpu().double() - want).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_scales_of_any_size_and_numbers_of_any_magnitude(device: str) -> None:
+    codes, table, scales, _ = problem(32, 256, 4, 256)
+    packed = packing.pack(codes, 16).to(device)
+    for exponent in (-60, 0, 60):
+        x = gaussian((2, 256), 1) * 2.0**exponent
+        y = codebook_linear(x.to(device), packed, table.to(device), scales.to(device), None, 4, 256)
+        plain = codebook_linear((x * 2.0**-exponent).to(device), packed, table.to(device), scales.to(device), None, 4,
+                                256)
+        torch.testing.assert_close(y * 2.0**-exponent, plain, rtol=1e-6, atol=0)  # a power of two changes no digit
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_zero_batch_leading_dimensions_and_strides(device: str) -> None:
+    codes, table, scales, _ = problem(32, 256, 4, 256)
+    args = packing.pack(codes, 16).to(device), table.to(device), scales.to(device), None, 4, 256
+    assert codebook_linear(torch.empty(0, 256, device=device), *args).shape == (0, 32)
+    assert codebook_linear(torch.empty(2, 0, 256, device=device), *args).shape == (2, 0, 32)
+    x = gaussian((2, 3, 256), 1).to(device)
+    flat = codebook_linear(x.reshape(6, 256), *args)
+    torch.testing.assert_close(codebook_linear(x, *args).reshape(6, 32), flat, rtol=0, atol=0)
+    turned = gaussian((256, 6), 2).to(device).T
+    torch.testing.assert_close(codebook_linear(turned, *args), codebook_linear(turned.contiguous(), *args), rtol=0,
+                               atol=0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck_and_full_graph(device: str) -> None:
+    codes, table, scales, zeros = problem(32, 256, 4, 128)
+    args = (gaussian((3, 256), 1).to(device), packing.pack(codes, 16).to(device), table.to(device), scales.to(device),
+            packing.pack(zeros, 16).to(device), 4, 128)
+    torch.library.opcheck(codebook_linear, args)
+    compiled = torch.compile(lambda *a: codebook_linear(*a) * 2, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*args), codebook_linear(*args) * 2, rtol=0, atol=0)
+
+
+@GPU
+@pytest.mark.parametrize("batch", [1, 8, 33, 100])
+def test_graph_capture_and_determinism(batch: int) -> None:
+    codes, table, scales, _ = problem(256, 1024, 3, 1024)
+    args = packing.pack(codes, 8).cuda(), table.cuda(), scales.cuda(), None, 3, 1024
+    x = gaussian((batch, 1024), 1).cuda()
+    first = codebook_linear(x, *args)
+    graph = torch.cuda.CUDAGraph()
+    held = x.clone()
+    with torch.cuda.graph(graph):
+        out = codebook_linear(held, *args)
+    held.copy_(x * 2)
+    graph.replay()
+    torch.testing.assert_close(out, first * 2, rtol=0, atol=0)
+    assert torch.equal(codebook_linear(x, *args), first)
+
+
+@GPU
+def test_reference_only_agrees() -> None:
+    codes, table, scales, _ = problem(64, 512, 4, 512)
+    args = packing.pack(codes, 16).cuda(), table.cuda(), scales.cuda(), None, 4, 512
+    x = gaussian((4, 512), 1).cuda()
+    with reference_only():
+        plain = codebook_linear(x, *args)
+    got = codebook_linear(x, *args)
+    assert not torch.equal(got, plain)  # the kernel ran
+    assert float((got - plain).norm() / plain.norm()) < HALF
+
+
+@pytest.mark.parametrize(("bits", "width"), [(b, w) for b in (1, 2, 3, 4, 8) for w in (64, 576, 4096, 14336)])
+def test_streams_cover_rows(bits: int, width: int) -> None:
+    for warps in (1, 4, 8):
+        stream = stream_of(bits, width, warps)
+        assert stream is not None
+        assert stream.elements * CODES[bits] == width
+        assert stream.padded % stream.step == 0
+        assert stream.elements <= stream.padded < stream.elements + stream.step
+
+
+def test_refusals_say_what() -> None:
+    assert refusal(torch.float32, 4, 4096, 4096) is None
+    assert "5-bit" in str(refusal(torch.float32, 5, 4096, 4096))
+    assert "width 7" in str(refusal(torch.bfloat16, 4, 7, 7))
+    assert "float64" in str(refusal(torch.float64, 4, 64, 64))
+    assert [columns_for(n) for n in (1, 8, 9, 16)] == [8, 8, 16, 16]

@@ -1,0 +1,82 @@
+"""Products with two-basis codes: the op against float64, on the CPU and, marked gpu, by the kernel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tersor import bits as packing
+from tersor.codecs import TwoBasis
+from tersor.codes import mirrored
+from tersor.ops.sign_linear import sign_linear
+from tersor.testing import gaussian
+from tests.ops.devices import DEVICES, GPU
+
+HALF = torch.finfo(torch.float16).eps
+CASES = [  # rows, widths, levels of each basis, batch
+    (64, 512, 512, 2, 2, 1), (33, 4096, 4096, 2, 2, 3), (100, 576, 576, 2, 2, 1), (64, 512, 256, 2, 2, 2),
+    (64, 512, 512, 4, 2, 1), (64, 1024, 1024, 8, 2, 8), (48, 512, 512, 4, 4, 20), (64, 512, 512, 2, 2, 64),
+    (64, 512, 512, 2, 2, 130), (64, 512, 512, 3, 2, 2), (40, 1408, 1408, 2, 2, 1), (5, 7, 7, 2, 2, 1),
+]
+
+
+def problem(case: tuple[int, ...], device: str) -> tuple[tuple, Tensor, Tensor]:
+    """Return the op's arguments, the result in float64, and the sums of magnitudes."""
+    rows, width, narrow, first, second, batch = case
+    generator = torch.Generator().manual_seed(3)
+    s = torch.randint(first, (rows, width), generator=generator)
+    t = torch.randint(second, (rows, narrow), generator=generator)
+    levels = torch.rand(first // 2 + second // 2, generator=generator).to(torch.float16)
+    scales = (torch.rand(rows, generator=generator) + 0.5).to(torch.bfloat16)
+    one, two = gaussian((batch, width), 1), gaussian((batch, narrow), 2)
+    a = mirrored(levels[: first // 2].double(), first)[s] * scales.double().unsqueeze(1)
+    b = mirrored(levels[first // 2 :].double(), second)[t] * scales.double().unsqueeze(1)
+    args = (one.to(device), two.to(device), packing.pack(s, first).to(device), packing.pack(t, second).to(device),
+            levels.to(device), scales.to(device), first, second)
+    size = one.double().abs() @ a.abs().T + two.double().abs() @ b.abs().T
+    return args, one.double() @ a.T + two.double() @ b.T, size
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_float64(case: tuple[int, ...], device: str) -> None:
+    args, want, size = problem(case, device)
+    y = sign_linear(*args)
+    assert y.dtype == torch.float32
+    # bits lose nothing but what rounding their numbers to fp16 does; an offset of the sum of numbers doubles the terms
+    bound = 3 * size * (HALF + case[1] * torch.finfo(torch.float32).eps)
+    assert bool(((y.cpu().double() - want).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck(device: str) -> None:
+    args, _, _ = problem(CASES[0], device)
+    torch.library.opcheck(sign_linear, args)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("text", ["two2x2", "two2x2h", "two4x2", "two2x2m"])
+def test_codec_multiplies_as_it_decodes(text: str, device: str) -> None:
+    from tersor.registry import parse
+
+    codec = parse(text)
+    assert isinstance(codec, TwoBasis)
+    encoded = codec.encode(gaussian((48, 576), 0).to(device), options={"sweeps": 10})
+    for batch in (0, 1, 9, 70):
+        x = gaussian((batch, 576), 1).to(device)
+        got, want = encoded.matmul(x).double(), x.double() @ encoded.decode().double().T
+        assert float((got - want).norm()) <= 2 * HALF * float(want.norm()) + 1e-30
+
+
+@GPU
+def test_graph_capture() -> None:
+    args, _, _ = problem(CASES[1], "cuda")
+    first = sign_linear(*args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = sign_linear(*args)
+    out.fill_(torch.nan)
+    graph.replay()
+    assert torch.equal(out, first)
