@@ -78,6 +78,7 @@ def merge_file(file: Path, suite: str) -> None:
     lines = [json.loads(text) for text in file.read_text().splitlines()]
     with (common.RESULTS / f"{suite}.jsonl").open("a") as handle:
         for line in lines:
+            line["suite"] = suite
             line["commit"] = common.commit() if line["commit"] == "unknown" else line["commit"]
             handle.write(json.dumps(line, ensure_ascii=False) + "\n")
     print(f"{len(lines)} lines of {file} appended to bench/results/{suite}.jsonl")

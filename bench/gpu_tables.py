@@ -7,10 +7,13 @@ from typing import Any
 
 Line = Mapping[str, Any]
 LARGE = ("14336x4096", "4096x14336")
-SPEEDUPS = {"two2x2": 2.2, "lm2": 2.5, "lm3": 2.2, "lm4": 2.0}  # x bf16, 4096x4096
-FLOORS = {"two2x2": 0.60, "lm2": 0.65, "lm3": 0.65, "lm4": 0.70}  # share of the byte floor, large matrices
-FLOORS_HUGE = {"two2x2": 0.70, "lm2": 0.75, "lm3": 0.75, "lm4": 0.80}  # 28672x8192
+SHAPES = ("4096x4096", *LARGE, "28672x8192")
+SPEEDUPS = {"two2x2": 2.2, "lm2": 2.5, "lm3": 2.2, "lm4": 2.0, "rtn4g128": 2.0}  # x bf16, 4096x4096
+FLOORS = {"two2x2": 0.60, "lm2": 0.65, "lm3": 0.65, "lm4": 0.70, "rtn4g128": 0.70}  # share of the byte floor, LARGE
+FLOORS_HUGE = {"two2x2": 0.70, "lm2": 0.75, "lm3": 0.75, "lm4": 0.80, "rtn4g128": 0.80}  # 28672x8192
 FOUR_BITS = ("lm4", "rot,lm4", "rtn4g128")
+CODES = {"two2x2": "2 bits, two-basis", "lm2": "2 bits", "lm3": "3 bits", "lm4": "4 bits, symmetric",
+         "rtn4g128": "4 bits, affine, groups of 128"}
 BATCH_LEAST = {16: 1.0, 64: 1.0, 4096: 0.8}  # x bf16, four bits
 MODEL_LEAST = {4: 2.8, 2: 4.0}  # x bf16, tokens a second, by bits
 HADAMARD_MOST = 1.3  # x a copy, 8192 x 4096
@@ -70,7 +73,7 @@ def products(found: Mapping[str, Line]) -> str:
 
 
 def batches(found: Mapping[str, Line]) -> str:
-    """All batches, as ratios to bf16."""
+    """All batches, as ratios to bf16, of what was measured with more than one vector."""
     every = [line for line in _products(found) if not line["case"]["again"]]
     sizes = sorted({line["case"]["batch"] for line in every})
     rows: dict[tuple[str, str], dict[int, Line]] = {}
@@ -79,6 +82,8 @@ def batches(found: Mapping[str, Line]) -> str:
         rows.setdefault((f"{case['shape'][0]} x {case['shape'][1]}", case["codec"]), {})[case["batch"]] = line
     body = []
     for (shape, codec), of in rows.items():
+        if set(of) <= {1}:
+            continue
         cells, verdicts = [], []
         for size in sizes:
             line = of.get(size)
@@ -109,6 +114,51 @@ def hadamard(found: Mapping[str, Line]) -> str:
     return _table(["activations", "dtype", "us", "copy, us", "x copy", "relative error", "at most", ""], body)
 
 
+def targets(found: Mapping[str, Line]) -> str:
+    """Batch 1, as the targets were put: a row a shape, a column a kind of code."""
+    body = []
+    for shape in SHAPES:
+        cells = []
+        for codec in CODES:
+            line = found.get(f"product|{shape}|1|{codec}")
+            if line is None:
+                cells.append("")
+                continue
+            target, passed = target_of(line)
+            numbers, share = line["numbers"], "floor" in target
+            value = f"{100 * numbers['floor']:.0f} %" if share else f"{_ratio(numbers)} x"
+            cells.append("**wrong**" if numbers["red"] else f"{value} of {target.replace(' of the floor', '')} "
+                         f"{_verdict(passed)}".replace(" x bf16", " x"))
+        unit = "speed of bf16" if shape == SHAPES[0] else "of the floor"
+        body.append([f"{shape.replace('x', ' x ')}, {unit}", *cells])
+    return _table(["batch 1: reached of asked", *CODES.values()], body)
+
+
+def others(found: Mapping[str, Line]) -> str:
+    """All other targets; the worst of what was measured."""
+    body = []
+    line = found.get("hadamard|8192x4096|bfloat16")
+    if line:
+        passed = not line["numbers"]["red"] and line["numbers"]["x_copy"] <= HADAMARD_MOST
+        body.append(["Hadamard, 8192 x 4096 bf16, time of a copy", f"at most {HADAMARD_MOST:g} x",
+                     f"{line['numbers']['x_copy']:.2f} x", _verdict(passed)])
+    for batch, least in BATCH_LEAST.items():
+        lines = [line for line in found.values() if line["case"]["what"] == "product"
+                 and line["case"]["batch"] == batch and line["case"]["codec"] in FOUR_BITS]
+        if lines:
+            ratios = [0.0 if line["numbers"]["red"] else line["numbers"]["x_bf16"] for line in lines]
+            shapes = len({_shape(line) for line in lines})
+            body.append([f"4 bits, batch {batch}, speed of bf16, {shapes} shapes", f"at least {least:g} x",
+                         f"{min(ratios):.2f} to {max(ratios):.2f} x", _verdict(min(ratios) >= least)])
+    for bits, least in MODEL_LEAST.items():
+        line = found.get(f"model|rot,lm{bits}|32")
+        if line:
+            ratio = 0.0 if line["numbers"]["red"] else line["numbers"]["x_bf16"]
+            body.append([f"8B-shaped model, {bits} bits, tokens/s of bf16", f"at least {least:g} x", f"{ratio:.2f} x",
+                         _verdict(ratio >= least)])
+    return _table(["", "target", "measured", ""], body)
+
+
 def model(found: Mapping[str, Line]) -> str:
     """Tokens a second, end to end."""
     body = []
@@ -120,13 +170,16 @@ def model(found: Mapping[str, Line]) -> str:
         ratio = numbers.get("x_bf16", 0.0)
         timed = ["**wrong**", "", ""] if numbers["red"] else [
             f"{numbers['tokens_s']:.1f}", f"{numbers['ms_token']:.2f}", f"{ratio:.2f}"]
+        prompt = "" if numbers["red"] else f"{1e-3 * numbers['us_prefill']:.0f}"
+        how = "" if numbers["mode"] == "graph" else f" ({numbers['mode']})"
         loading = f"{numbers['load_s']:.0f} ({numbers['verify_s']:.0f})" if "load_s" in numbers else ""
-        body.append([label(case["codec"]), f"{line['bytes'] / 1e9:.2f}", f"{numbers['resident'] / 1e9:.2f}", *timed,
-                     numbers["mode"], loading, f"{numbers['logits_error']:.3f}" if numbers["logits_error"] else "",
+        body.append([label(case["codec"]) + how, f"{line['bytes'] / 1e9:.2f}", f"{numbers['resident'] / 1e9:.2f}",
+                     *timed, prompt, loading, f"{numbers['logits_error']:.3f}" if numbers["logits_error"] else "",
                      "" if least is None else f"{least:g} x bf16",
                      _verdict(None if least is None else not numbers["red"] and ratio >= least)])
-    return _table(["8B-shaped Llama, batch 1", "GB", "resident, GB", "tokens/s", "ms a token", "x bf16", "step",
-                   "loading (verifying), s", "logits, kernels against plain torch", "target", ""], body)
+    return _table(["8B-shaped Llama, batch 1", "GB", "resident, GB", "tokens/s", "ms a token", "x bf16",
+                   "prompt of 16, ms", "loading (verifying), s", "logits, kernels against plain torch", "target",
+                   ""], body)
 
 
 def _dense_bytes(found: Mapping[str, Line]) -> int:
@@ -153,9 +206,10 @@ def encode(found: Mapping[str, Line]) -> str:
 
 
 def kv(found: Mapping[str, Line]) -> str:
-    """Decoding with caches on a GPU."""
+    """Decoding with caches on a GPU; lines with cuDNN's attention only where there are no others."""
     body = []
     timed = [line for line in found.values() if not line["case"]["profile"]]
+    timed = [line for line in timed if not line["case"]["cudnn"]] or timed
     ordered = sorted(timed, key=lambda line: line["case"]["tokens"])
     totals = {(line["case"]["method"], line["case"]["tokens"]): _total(line)
               for line in reversed(ordered) if not line["numbers"]["red"]}
@@ -187,7 +241,7 @@ def _total(line: Line) -> float:
 
 def _products(found: Mapping[str, Line]) -> list[Line]:
     """Return the lines of products by shape, in the order measured."""
-    order = ("4096x4096", "14336x4096", "4096x14336", "28672x8192")
+    order = SHAPES
     lines = [line for line in found.values() if line["case"]["what"] == "product"]
     return sorted(lines, key=lambda line: ([*order, ""].index(_shape(line) if _shape(line) in order else ""),
                                            line["numbers"]["bits"]))
@@ -218,5 +272,6 @@ def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 TABLES: Mapping[str, tuple[str, str, Callable[[Mapping[str, Line]], str]]] = {
     "gpu-ceilings": ("gpu", "ceiling|", ceilings), "gpu-products": ("gpu", "product|", products),
     "gpu-batches": ("gpu", "product|", batches), "gpu-hadamard": ("gpu", "hadamard|", hadamard),
+    "gpu-targets": ("gpu", "product|", targets), "gpu-targets-other": ("gpu", "product|hadamard|model|", others),
     "gpu-model": ("gpu", "model|", model), "gpu-encode": ("gpu", "encode|", encode),
-    "kv-gpu": ("kv", "gpu|gpuprofile|", kv)}
+    "kv-gpu": ("kv_gpu", "gpu|gpuprofile|", kv)}

@@ -1,13 +1,14 @@
 """KV caches on a GPU after 8k and 32k tokens: decoding speed and memory beside the dense cache and quanto's.
 
-    PYTHONPATH=src:dev/quanto python3 bench/kv_gpu.py OUT
+    PYTHONPATH=src:dev/quanto python3 bench/kv_gpu.py OUT [--profile]
     python bench/kv_gpu.py OUT --merge        (here, after)
 
 The model has an 8B Llama's attention (32 heads, 8 of keys and values, dimension 128), 4 of its 32 layers, a small
 vocabulary, random bf16 weights; caches hold random states, so that no prompt has to be read. Steps are launched one by
 one, as `generate()` does with caches that grow: on a GPU the launches are most of a step. So two times are given, by
 the clock, and that of the kernels alone. Encoding, done once in so many tokens, is timed apart on one layer.
-Lines of results/kv.jsonl have keys `gpu|…`.
+cuDNN's attention is off (`--cudnn` leaves it on): it is planned anew for every length, and a cache grows by each step.
+Lines of results/kv_gpu.jsonl have keys `gpu|…`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,6 +47,7 @@ TOLERANCE = 0.03  # Tersor's attention against stock attention on the same cache
 PROFILED = ("none", "klt:2", "klt:4", "rot,lm4", "quanto:4")
 METHODS = ("none", "static", "klt:2", "klt:4", "rot,lm2", "rot,lm4", "quanto:2", "quanto:4", "none")
 CONTEXTS = (8192, 32768)
+ATTENTIONS = ("tersor", "sdpa")
 
 
 def config() -> LlamaConfig:
@@ -58,8 +60,12 @@ def config() -> LlamaConfig:
                        rope_theta=5e5)
 
 
-def cases(contexts: Iterable[int], methods: Iterable[str]) -> list[Case]:
-    """Return the cases; a method that comes twice is measured twice, which shows the spread."""
+def cases(contexts: Iterable[int], methods: Iterable[str], attentions: Iterable[str] = ATTENTIONS, *,
+          profile: bool = False) -> list[Case]:
+    """Return the cases; a method that comes twice is measured twice, which shows the spread.
+
+    Attentions are those that Tersor's caches are read with; the others' is `sdpa`.
+    """
     found = []
     for tokens in contexts:
         seen: dict[str, int] = {}
@@ -67,10 +73,10 @@ def cases(contexts: Iterable[int], methods: Iterable[str]) -> list[Case]:
             seen[method] = seen.get(method, 0) + 1
             again = "" if seen[method] == 1 else f"#{seen[method]}"
             ours = method not in ("none", "static") and not method.startswith("quanto")
-            for attention in ("tersor", "sdpa") if ours else ("sdpa",):
+            for attention in attentions if ours else ("sdpa",):
                 found.append({"name": f"gpu|{tokens}|{method}{again}|{attention}", "method": method, "tokens": tokens,
                               "attention": attention, "profile": False})
-    if device().type == "cpu":
+    if not profile or device().type == "cpu":
         return found
     # last: once the profiler is there, launches are slower
     again = [{**one, "name": one["name"].replace("gpu|", "gpuprofile|"), "profile": True} for one in found
@@ -101,7 +107,8 @@ STATE: dict[str, Any] = {}
 
 def setup(options: dict[str, Any]) -> None:
     """Make the model."""
-    del options
+    STATE["cudnn"] = bool(options.get("cudnn"))
+    torch.backends.cuda.enable_cudnn_sdp(STATE["cudnn"])
     torch.manual_seed(SEED)
     register_attention()
     with torch.device(device()):
@@ -248,46 +255,54 @@ def _against_processor(layer: Any, keys: Tensor, values: Tensor) -> dict[str, An
 
 
 def _quanto() -> dict[str, Any]:
-    """Let quanto unpack by its own CUDA kernels, compiled here alone; its extension would take minutes to build."""
+    """Let quanto unpack without its CUDA extension, which would take minutes to build; return by what it unpacks.
+
+    That is its own kernels, compiled here alone, where they agree with its plain torch, else the plain torch.
+    """
     try:
         import optimum.quanto
-        from optimum.quanto.library import unpack as plain
         from optimum.quanto.library.extensions.extension import get_extension, is_extension_available
     except ImportError as error:
         raise SkipError(f"quanto cannot be imported: {error}; PYTHONPATH=src:dev/quanto") from error
-    plain = getattr(plain, "unpack", plain)
     if not is_extension_available("quanto_cuda"):
         return {"unpack": "torch"}
     extension = get_extension("quanto_cuda")
     if extension._lib is None:
         folder = Path(optimum.quanto.__file__).parent / "library" / "extensions" / "cuda"
-        extension._lib = SimpleNamespace(unpack=_unpacking((folder / "unpack.cu").read_text(), plain))
-    return {"unpack": "quanto's kernel" if extension._lib.unpack is not plain else "torch"}
+        extension._lib = SimpleNamespace(unpack=_unpacking((folder / "unpack.cu").read_text()))
+    return {"unpack": "torch" if extension._lib.unpack is _plain_unpack else "quanto's kernel"}
 
 
-def _unpacking(source: str, plain: Any) -> Any:
-    """Return a function with quanto's kernels, or quanto's plain one where they do not compile or differ."""
+def _plain_unpack(packed: Tensor, bits: int) -> Tensor:
+    """Unpack as `quanto::unpack` does by default; on a GPU torch's dispatcher takes the missing extension instead."""
+    return torch.cat([(packed & (2 ** (bits * (i + 1)) - 1)) >> bits * i for i in range(8 // bits)])
+
+
+def _unpacking(source: str) -> Callable[[Tensor, int], Tensor]:
+    """Return a function with quanto's kernels, or the plain one where they do not compile or differ."""
     try:
         kernels = {}
         for bits in (2, 4):
             name = f"unpack_{bits}bit_kernel"
             body = re.search(rf"__global__ void {name}.*?\n}}", source, re.DOTALL)
-            assert body is not None
+            if body is None:
+                raise SetupError(f"no {name} in quanto's source")
             kernels[bits] = torch.cuda._compile_kernel(f'extern "C" {body[0]}', name)
 
         def unpack(packed: Tensor, bits: int) -> Tensor:
-            out = torch.empty(packed.shape[0] * (8 // bits), *packed.shape[1:], dtype=torch.uint8, device=packed.device)
+            packed = packed.contiguous()
+            out = packed.new_empty((packed.shape[0] * (8 // bits), *packed.shape[1:]))
             count = packed.numel()
             kernels[bits](grid=(-(-count // 256), 1, 1), block=(256, 1, 1), args=[packed, out, count])
             return out
 
         sample = torch.randint(0, 256, (300, 7), dtype=torch.uint8, device=device())
-        if all(torch.equal(unpack(sample, bits), plain(sample, bits)) for bits in (2, 4)):
+        if all(torch.equal(unpack(sample, bits), _plain_unpack(sample, bits)) for bits in (2, 4)):
             return unpack
-        print("    quanto's kernels, compiled alone, differ; its plain torch is taken", flush=True)
-    except (RuntimeError, AssertionError, AttributeError, TypeError, ValueError, ImportError, OSError) as error:
-        print(f"    quanto's kernels do not compile alone: {str(error)[:300]}; its plain torch is taken", flush=True)
-    return plain
+        print("    quanto's kernels, compiled alone, differ; plain torch is taken", flush=True)
+    except (RuntimeError, AttributeError, TypeError, ValueError, ImportError, OSError, SetupError) as error:
+        print(f"    quanto's kernels do not compile alone: {str(error)[:300]}; plain torch is taken", flush=True)
+    return _plain_unpack
 
 
 def held(cache: Cache) -> dict[str, int]:
@@ -326,7 +341,8 @@ def run(case: Case, emit: Emit) -> None:
         numbers["red"] |= not numbers["attention_error"] <= TOLERANCE
     if not numbers["red"]:
         numbers.update((_profiled if case["profile"] else _decoding)(model, one.cache))
-    emit(case["name"], {**case, "layers": model.config.num_hidden_layers}, bytes_["total"], numbers)
+    emit(case["name"], {**case, "layers": model.config.num_hidden_layers, "cudnn": STATE["cudnn"]}, bytes_["total"],
+         numbers)
 
 
 def _token(model: Any, number: int) -> Tensor:
@@ -383,18 +399,22 @@ def _profiled(model: Any, cache: Cache) -> dict[str, Any]:
 
 
 def merge(out: Path) -> None:
-    """Append the lines of a run elsewhere to results/kv.jsonl."""
+    """Append the lines of a run elsewhere to results/kv_gpu.jsonl."""
     import gpu
 
-    gpu.merge_file(out / "kv_gpu.jsonl", "kv")
+    gpu.merge_file(out / "kv_gpu.jsonl", "kv_gpu")
 
 
 def main() -> int:
     """Parse the command line; exit status 1 if a case failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--contexts", nargs="*", type=int, default=list(CONTEXTS))
+    parser.add_argument("--tokens", nargs="*", type=int, default=list(CONTEXTS))
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
+    parser.add_argument("--attention", nargs="*", default=list(ATTENTIONS), choices=ATTENTIONS,
+                        help="what Tersor's caches are read with")
+    parser.add_argument("--profile", action="store_true", help="also the kernels of a step, after all else")
+    parser.add_argument("--cudnn", action="store_true", help="leave cuDNN's attention on, as torch does")
     parser.add_argument("--limit", type=float, default=540.0, help="seconds after which no case is begun")
     parser.add_argument("--merge", action="store_true")
     arguments = parser.parse_args()
@@ -402,9 +422,10 @@ def main() -> int:
         merge(arguments.out)
         return 0
     ratios = Ratios()
-    options: Mapping[str, Any] = {"lines": "kv"}
+    options: Mapping[str, Any] = {"lines": "kv_gpu", "cudnn": arguments.cudnn}
     run_ = gpu_run.Run("kv_gpu", arguments.out, "kv_gpu", dict(options), limit=arguments.limit, finish=ratios.finish)
-    return 1 if run_.cases(cases(arguments.contexts, arguments.methods)) else 0
+    listed = cases(arguments.tokens, arguments.methods, arguments.attention, profile=arguments.profile)
+    return 1 if run_.cases(listed) else 0
 
 
 if __name__ == "__main__":

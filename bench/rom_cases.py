@@ -24,23 +24,26 @@ class Rung:
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+EARLY = {"centred": True, "bias": True, "ridge": 0.03}
+"""What `rom_plus` was when most lines were measured; it has since become uncentred, without bias, of ridge .3."""
 RUNGS = {
     "svd": Rung("plain SVD", "svd"),
     "asvd": Rung("scaled inputs (ASVD form)", "asvd"),
     "rom_released": Rung("`rom_released`", "rom_released"),
     "rom": Rung("`rom`", "rom"),
     "rom_uniform": Rung("`rom`, uniform", "rom", {"allocation": "uniform"}),
-    "plus_uniform": Rung("`rom_plus`, uniform pairs", "rom_plus", {"allocation": "uniform", "storage": "pair"}),
-    "plus_allocated": Rung("`rom_plus`, allocated pairs", "rom_plus", {"storage": "pair"}),
-    "plus_gauge": Rung("**`rom_plus`**: + gauge fixing", "rom_plus"),
+    "plus_uniform": Rung("anchored + bias, uniform pairs", "rom_plus",
+                         {**EARLY, "allocation": "uniform", "storage": "pair"}),
+    "plus_allocated": Rung("anchored + bias, allocated pairs", "rom_plus", {**EARLY, "storage": "pair"}),
+    "plus_gauge": Rung("anchored + bias, allocated, gauge-fixed", "rom_plus", EARLY),
+    "preset_allocated": Rung("`rom_plus` as it is now, pairs", "rom_plus", {"storage": "pair"}),
+    "preset": Rung("**`rom_plus`** as it is now", "rom_plus"),
 }
 EQUAL = {
-    "rom": Rung("`rom_plus` alone, bf16", "rom_plus"),
+    "rom": Rung("anchored + bias, gauge-fixed, bf16", "rom_plus", EARLY),
     "quantized": Rung("quantization alone", ""),
-    "rom+8": Rung("`rom_plus`, factors of 8 bits", "rom_plus", {"factor_codec": "rot,lm8"}),
-    "rom+6": Rung("`rom_plus`, factors of 6 bits", "rom_plus", {"factor_codec": "rot,lm6"}),
-    "rom+4": Rung("`rom_plus`, factors of 4 bits", "rom_plus", {"factor_codec": "rot,lm4"}),
-    "rom+3": Rung("`rom_plus`, factors of 3 bits", "rom_plus", {"factor_codec": "rot,lm3"}),
+    **{f"rom+{bits}": Rung(f"anchored + bias, factors of {bits} bits", "rom_plus",
+                           {**EARLY, "factor_codec": f"rot,lm{bits}"}) for bits in (8, 6, 4, 3)},
 }
 
 

@@ -93,7 +93,7 @@ CODECS = [Scalar(8), Scalar(3, "gaussian", 10), Scalar(6, axis="out"), Scalar(16
 def test_every_element_takes_the_nearest_entry(codec: Scalar, make: object) -> None:
     matrix = make((12, 33), 5)  # type: ignore[operator]
     encoded = codec.encode(matrix, tables=codec.train([matrix]))
-    table = codec._table(encoded.tensors, torch.device("cpu")).double()
+    table = codec._table(encoded.tensors).double()
     decoded = encoded.decode().double()
     scales, size = encoded.tensors["scales"].double(), codec.group_size or 10**6
     codes = unpack(encoded.tensors["codes"], codec.levels, 0, matrix.numel()).reshape(12, 33)

@@ -130,7 +130,7 @@ class Scalar(Codec):
         """Return `scale table[code]`."""
         grid = Grid(encoded.shape, self.group_size, self.axis)
         scales = encoded.tensors["scales"].to(torch.float32)
-        table = self._table(encoded.tensors, scales.device)
+        table = self._table(encoded.tensors)
         chosen = codes.read(encoded.tensors["codes"], encoded.shape, self.levels, rows)
         return table[chosen.to(torch.int32)].mul_(grid.expand(scales, rows))
 
@@ -157,7 +157,8 @@ class Scalar(Codec):
         group = int(match["group"]) if match["group"] else None
         return cls(parse_levels(match["levels"]), codebook, group, "out" if match["axis"] else "in")
 
-    def _table(self, tensors: Tables, device: torch.device) -> Tensor:
+    def _table(self, tensors: Tables) -> Tensor:
+        device = tensors["scales"].device
         if self.codebook == "gaussian":
             return _table_on(self.levels, device)
         return tensors["table"].to(device=device, dtype=torch.float32)

@@ -10,7 +10,7 @@ import torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BITS = (1, 2, 3, 4, 8)
-COLUMNS = 16  # vectors that one pass over the codes serves
+COLUMNS = {"fields": 64, "table": 64, "table3": 16, "two": 16}  # vectors that one pass over the codes serves
 MOST_COLUMNS = 64  # vectors beyond which the matrix is decoded first
 CODES = {1: 32, 2: 16, 3: 32, 4: 8, 8: 4}  # codes of an element: 32 bits of the stream, 96 of 3-bit codes
 PARTS = CODES  # fragments that an element gives
@@ -87,25 +87,49 @@ class Tiling:
     rows16, warps, programs : int
     stages : int
         Tiles of a ring in shared memory; all but one are on their way.
+    groups : int
+        Groups of so many warps, each with rows of its own: many vectors are read once a program, so it takes more rows.
     """
 
     rows16: int
     warps: int
     programs: int = 2
     stages: int = 4
+    groups: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Rows that a program takes at a time."""
+        return 16 * self.rows16 * self.groups
 
 
-FEW = {  # up to 8 vectors: kind, then rows and width measured, see README.md; 1 and 2 are sums of bits
-    "fields": {(4096, 4096): Tiling(1, 4, 32), (14336, 4096): Tiling(1, 4, 32), (4096, 14336): Tiling(1, 8, 2),
-               (28672, 8192): Tiling(2, 4, 32)},
-    "table": {(4096, 4096): Tiling(1, 4, 4), (14336, 4096): Tiling(1, 4, 32), (4096, 14336): Tiling(1, 16, 2, 3),
-              (28672, 8192): Tiling(2, 4, 32)},
-    "table3": {(4096, 4096): Tiling(2, 4, 3, 6), (14336, 4096): Tiling(1, 4, 4), (4096, 14336): Tiling(1, 4, 4),
-               (28672, 8192): Tiling(1, 4, 4)},
-    "two": {(4096, 4096): Tiling(2, 4, 3, 6), (14336, 4096): Tiling(1, 4, 32), (4096, 14336): Tiling(1, 4, 4),
-            (28672, 8192): Tiling(2, 4, 4, 3)},
+# measured configurations: vectors at most, kind, rows and width; see README.md
+CONFIGURATIONS = {
+    8: {
+        "fields": {(4096, 4096): Tiling(1, 4, 32, 3), (14336, 4096): Tiling(2, 2, 32), (4096, 14336): Tiling(1, 8, 2),
+                   (28672, 8192): Tiling(2, 4, 32, 3)},
+        "table": {(4096, 4096): Tiling(1, 4, 4), (14336, 4096): Tiling(1, 4, 32, 3), (4096, 14336): Tiling(1, 16, 2, 3),
+                  (28672, 8192): Tiling(2, 4, 32, 3)},
+        "table3": {(4096, 4096): Tiling(1, 4, 7, 3), (14336, 4096): Tiling(1, 4, 32, 3),
+                   (4096, 14336): Tiling(1, 4, 2), (28672, 8192): Tiling(1, 4, 7, 3)},
+        "two": {(4096, 4096): Tiling(2, 4, 3, 6), (14336, 4096): Tiling(1, 4, 32), (4096, 14336): Tiling(1, 4, 32, 3),
+                (28672, 8192): Tiling(2, 4, 2)},
+    },
+    16: {
+        "fields": {(4096, 4096): Tiling(1, 4, 2, 4, 2), (14336, 4096): Tiling(1, 2, 1, 4, 8),
+                   (4096, 14336): Tiling(1, 8, 2), (28672, 8192): Tiling(1, 1, 2, 4, 8)},
+        "table": {(4096, 4096): Tiling(1, 8, 2), (14336, 4096): Tiling(1, 2, 2, 4, 4), (4096, 14336): Tiling(1, 8, 2),
+                  (28672, 8192): Tiling(1, 1, 2, 4, 8)},
+        "table3": {(4096, 4096): Tiling(2, 4, 2)},
+        "two": {(4096, 4096): Tiling(2, 4, 2)},
+    },
+    64: {
+        "fields": {(4096, 4096): Tiling(1, 4, 4), (14336, 4096): Tiling(1, 1, 2, 4, 8), (4096, 14336): Tiling(1, 4, 4),
+                   (28672, 8192): Tiling(2, 1, 2, 4, 4)},
+        "table": {(4096, 4096): Tiling(1, 4, 4), (14336, 4096): Tiling(1, 1, 2, 4, 8), (4096, 14336): Tiling(1, 4, 4),
+                  (28672, 8192): Tiling(2, 1, 2, 4, 4)},
+    },
 }
-MORE = {"fields": Tiling(1, 4, 4), "table": Tiling(1, 8, 2), "table3": Tiling(2, 4, 2), "two": Tiling(2, 4, 2)}
 
 
 def kind_of(bits: Sequence[int], fields: bool) -> str:
@@ -117,19 +141,16 @@ def kind_of(bits: Sequence[int], fields: bool) -> str:
 
 def tiling_for(kind: str, rows: int, width: int, batch: int) -> Tiling:
     """Return the configuration of the measured shape that is nearest in logarithms; fewer warps for narrow rows."""
-    if batch > 8:
-        found = MORE[kind]
-    else:
-        measured = FEW[kind]
-        nearest = min(measured, key=lambda shape: (math.log(shape[0] / rows) ** 2 + math.log(shape[1] / width) ** 2))
-        found = measured[nearest]
-    return dataclasses.replace(found, warps=min(found.warps, 4 if width >= 512 else 2)) if width < 2048 else found
+    measured = next(kinds[kind] for most, kinds in CONFIGURATIONS.items() if batch <= most)
+    nearest = min(measured, key=lambda shape: math.log(shape[0] / rows) ** 2 + math.log(shape[1] / width) ** 2)
+    most = 16 if width >= 2048 else 4 if width >= 512 else 2
+    return dataclasses.replace(measured[nearest], warps=min(measured[nearest].warps, most))
 
 
 def fitted(tiling: Tiling, streams: Sequence[Stream], near: int) -> Tiling:
     """Return the tiling with as many stages as shared memory holds beside the vectors, at least two."""
     words = sum(3 if stream.bits == 3 else 1 for stream in streams)
-    stage = words * 4 * TILE * 16 * tiling.rows16 * tiling.warps
+    stage = words * 4 * TILE * tiling.rows * tiling.warps
     room = SHARED_BYTES - 2 * near * sum(stream.padded * CODES[stream.bits] for stream in streams)
     return dataclasses.replace(tiling, stages=max(2, min(tiling.stages, room // stage)))
 

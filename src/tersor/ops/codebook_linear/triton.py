@@ -83,8 +83,9 @@ def codebook_linear(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, zer
 def multiply_into(out: Tensor, operands: Sequence[Operand], scales: Tensor, zeros: Tensor | None, group: int,
                   tiling: Tiling | None = None) -> None:
     """Write into `out` (batch, rows) the sum over one or two operands of x Wᵀ; a scale a row where there are two."""
-    for start in range(0, len(out), COLUMNS):
-        part = slice(start, start + COLUMNS)
+    step = COLUMNS[kind_of([operand.bits for operand in operands], operands[0].fields)]
+    for start in range(0, len(out), step):
+        part = slice(start, start + step)
         near = [dataclasses.replace(operand, x=operand.x[part]) for operand in operands]
         _multiply_few(out[part], near, scales, zeros, group, tiling)
 
@@ -102,14 +103,14 @@ def _multiply_few(out: Tensor, operands: Sequence[Operand], scales: Tensor, zero
     streams = [stream for stream, _ in prepared]
     near = near_columns(batch, streams)
     tiling = fitted(tiling, streams, near)
-    programs = min(-(-rows // (16 * tiling.rows16)), tiling.programs * multiprocessors(out.device))
+    programs = min(-(-rows // tiling.rows), tiling.programs * multiprocessors(out.device))
     multiply_rows[(programs,)](
         *one.pointers(), *other.pointers(), scales, scales if zeros is None else zeros, out, rows, batch,
         scales.shape[-1] if grouped else 1, scales.stride(0), one.xp.stride(1), one.xp.stride(0),
         other.xp.stride(1), other.xp.stride(0), first.bits, first.elements, first.run, first.padded, operands[0].form,
         second.bits if two else 0, second.elements, second.run, second.padded, operands[-1].form,
-        group // CODES[first.bits] if grouped else 0, zeros is not None, tiling.warps, 16 * tiling.rows16, columns, two,
-        near, tiling.stages, num_warps=tiling.warps, launch_pdl=True)
+        group // CODES[first.bits] if grouped else 0, zeros is not None, tiling.warps, tiling.groups, tiling.rows,
+        columns, two, near, tiling.stages, num_warps=tiling.warps * tiling.groups, launch_pdl=True)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
