@@ -137,12 +137,10 @@ def cost(found: Mapping[str, Line]) -> str:
     body = []
     for line in sorted(found.values(), key=lambda line: (line["case"]["model"], line["case"]["level"])):
         numbers = line["numbers"]
-        layers = len(numbers["layer_seconds"]) or 1
-        spent = sum(numbers["layer_seconds"]) or numbers["seconds"]
         body.append([f"{line['case']['model']}, {line['case']['method'].replace('plus_gauge', 'gauge-fixed')}",
-                     f"{line['case']['level'] * 128:,.0f}", f"{numbers['seconds']:.0f}", f"{spent / layers:.3f}",
+                     f"{line['case']['level'] * 128:,.0f}", f"{numbers['seconds']:.0f}",
                      f"{numbers['peak_bytes'] / 1e9:.2f}"])
-    return _table(["model", "calibration tokens", "s in all", "s a layer", "peak, GB"], body)
+    return _table(["model", "calibration tokens", "s in all", "peak, GB"], body)
 
 
 def targets(found: Mapping[str, Line]) -> str:

@@ -66,7 +66,7 @@ def check_unused(method: str, given: Given) -> None:
     named = [f"--{name.replace('_', '-')}" for name, value in dataclasses.asdict(given).items()
              if value is not None and name != "size"]
     if named:
-        raise CodecConfigError(f"{', '.join(named)} belong to the methods {', '.join(REDUCTIONS)}, not to '{method}'")
+        raise CodecConfigError(f"{', '.join(named)}: only with the methods {', '.join(REDUCTIONS)}, not '{method}'")
 
 
 def refuse(rate: float | None, device: str, *, calibrated: bool, dry_run: bool, others: bool) -> None:

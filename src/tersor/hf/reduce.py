@@ -183,6 +183,7 @@ def _reduce(source: Source, recipe: Recipe, ids: Tensor, record: dict[str, Any],
     needed = recipe.target != "weights" or recipe.bias
     entries = enter(model, task.blocks, [(batch, None) for batch in (ids if needed else ids[:1]).split(count)])
     stream, total, finished = Stream.of(entries), sum(len(task.linears(i)) for i in range(len(task.blocks.modules))), 0
+    entries = [dataclasses.replace(entry, hidden=entry.hidden[:0].clone()) for entry in entries]  # the stream has them
 
     def step(number: int) -> None:
         nonlocal finished
