@@ -137,7 +137,8 @@ def cost(found: Mapping[str, Line]) -> str:
     body = []
     for line in sorted(found.values(), key=lambda line: (line["case"]["model"], line["case"]["level"])):
         numbers = line["numbers"]
-        body.append([f"{line['case']['model']}, {line['case']['method'].replace('plus_gauge', 'gauge-fixed')}",
+        label = RUNGS[line["case"]["method"].partition(" ")[0]].label
+        body.append([f"{line['case']['model']}, {label}",
                      f"{line['case']['level'] * 128:,.0f}", f"{numbers['seconds']:.0f}",
                      f"{numbers['peak_bytes'] / 1e9:.2f}"])
     return _table(["model", "calibration tokens", "s in all", "peak, GB"], body)
@@ -163,7 +164,8 @@ def targets(found: Mapping[str, Line]) -> str:
     for line in found.values():
         numbers, case = line["numbers"], line["case"]
         if case["kind"] == "cost" and case["model"] == "smollm2-135m" and case["level"] == DEFAULT_SEQUENCES:
-            name = f"SmolLM2, keep .8, {DEFAULT_SEQUENCES} x 128 tokens"
+            label = RUNGS[case["method"].partition(" ")[0]].label
+            name = f"SmolLM2, keep .8, {DEFAULT_SEQUENCES} x 128 tokens, {label}"
             body.append([f"{name}: seconds", f"< {SECONDS}", f"{numbers['seconds']:.0f}",
                          _mark(numbers["seconds"] < SECONDS)])
             body.append([f"{name}: peak, GB", f"< {PEAK / 1e9:g}", f"{numbers['peak_bytes'] / 1e9:.2f}",
