@@ -1,7 +1,7 @@
 """Packed codes to half-precision fragments of the tensor cores, in registers: what the kernels share.
 
 A fragment register holds two fp16 numbers that meet two neighbouring rows of the other operand. Which two codes share
-one is free, for the other operand is permuted to suit (`_prepare` in triton.py); so codes are never moved, only looked
+one is free, for the other operand is permuted to suit (`prepare` in kernels.py); so codes are never moved, only looked
 up. Blocks take pairs of elements: 2 x 32 bits of a stream, 2 x 96 of 3-bit codes. README.md counts the instructions.
 """
 
