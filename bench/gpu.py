@@ -1,9 +1,10 @@
-"""Tersor on a GPU: products with one matrix, an 8B-shaped model, its encoding. Results: results/gpu.jsonl.
+"""Tersor on a GPU: products with one matrix, an 8B-shaped model, its encoding, logits. Results: results/gpu.jsonl.
 
 On the machine with the GPU, from the repository's root (`dev/bnb` holds bitsandbytes, if it was carried):
 
     PYTHONPATH=src:dev/bnb python3 bench/gpu.py kernels OUT
-    PYTHONPATH=src:dev/bnb python3 bench/gpu.py model OUT
+    PYTHONPATH=src:dev/bnb python3 bench/gpu.py model OUT [--modes compiled graph]
+    PYTHONPATH=src python3 bench/gpu.py logits OUT
     PYTHONPATH=src python3 bench/gpu.py encode OUT [--all]
 
 OUT/gpu.jsonl gets every line as soon as it is measured, OUT/gpu.failed.txt the tracebacks of what failed. Here, after:
@@ -52,7 +53,7 @@ def model(arguments: argparse.Namespace) -> int:
     """Tokens a second of an 8B-shaped model."""
     import gpu_model as suite
 
-    listed = suite.cases([*arguments.codecs, *arguments.peers], arguments.layers)
+    listed = suite.cases([*arguments.codecs, *arguments.peers], arguments.layers, arguments.modes, arguments.span)
     ratios = suite.Ratios()
     return gpu_run.Run("gpu_model", arguments.out, "gpu", limit=arguments.limit, patience=240.0, finish=ratios.finish,
                        retry=suite.retry, options={"store": arguments.store}).cases(listed)
@@ -62,9 +63,19 @@ def encode(arguments: argparse.Namespace) -> int:
     """Seconds of encoding an 8B-shaped model."""
     import gpu_encode as suite
 
-    listed = suite.cases(arguments.codec, arguments.sweeps, whole=arguments.all, layers=arguments.layers)
+    listed = suite.cases(arguments.codec, arguments.sweeps, whole=arguments.all, layers=arguments.layers,
+                         most=arguments.most)
     return gpu_run.Run("gpu_encode", arguments.out, "gpu", limit=arguments.limit, patience=240.0,
                        options={"store": arguments.store}).cases(listed)
+
+
+def logits(arguments: argparse.Namespace) -> int:
+    """Logits of fable-22m against the processor's."""
+    import gpu_logits as suite
+
+    listed = suite.cases(arguments.codecs or suite.CODECS, arguments.dtypes or suite.DTYPES, arguments.tokens)
+    options = {"store": arguments.store, "model": str(arguments.model or suite.FOLDER)}
+    return gpu_run.Run("gpu_logits", arguments.out, "gpu", limit=arguments.limit, options=options).cases(listed)
 
 
 def merge(arguments: argparse.Namespace) -> int:
@@ -105,19 +116,29 @@ def main() -> int:
     two.add_argument("--codecs", nargs="*", default=["rot,lm4", "rot,lm2", "two2x2"])
     two.add_argument("--peers", nargs="*", default=["bf16", "int4", "nf4"])
     two.add_argument("--layers", type=int, default=32)
+    two.add_argument("--modes", nargs="*", default=["compiled", "graph"], choices=("compiled", "graph"),
+                     help="see gpu_decoder (default: compiled graph)")
+    two.add_argument("--span", type=int, default=4, help="layers compiled as one (default: 4)")
     three = verbs.add_parser("encode", help=encode.__doc__)
     three.set_defaults(run=encode)
     three.add_argument("--codec", default="two2x2")
     three.add_argument("--sweeps", type=int, default=1000)
     three.add_argument("--layers", type=int, default=32)
     three.add_argument("--all", action="store_true", help="every matrix of the model, into a store")
-    for verb in (two, three):
+    three.add_argument("--most", type=float, default=150.0, help="seconds for --all; then it stops with what it has")
+    five = verbs.add_parser("logits", help=logits.__doc__)
+    five.set_defaults(run=logits)
+    five.add_argument("--model", type=Path, help="fable-22m, compressed (default: dev/fable-22m)")
+    five.add_argument("--codecs", nargs="*", default=[])
+    five.add_argument("--dtypes", nargs="*", default=[], choices=("float32", "float16", "bfloat16"))
+    five.add_argument("--tokens", type=int, default=256)
+    for verb in (two, three, five):
         verb.add_argument("--store", default="/tmp/tersor-gpu", help="folder for stores (default: /tmp/tersor-gpu)")
     four = verbs.add_parser("merge", help=merge.__doc__)
     four.set_defaults(run=merge)
-    for verb in (one, two, three, four):
+    for verb in (one, two, three, four, five):
         verb.add_argument("out", type=Path)
-    for verb in (one, two, three):
+    for verb in (one, two, three, five):
         verb.add_argument("--limit", type=float, default=540.0, help="seconds after which no case is begun")
     arguments = parser.parse_args()
     return 1 if arguments.run(arguments) else 0

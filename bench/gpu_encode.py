@@ -19,7 +19,7 @@ from torch import Tensor
 
 import gpu_model
 import gpu_payload
-from gpu_run import SEED, Case, Emit, device, settle
+from gpu_run import SEED, Case, Emit, SkipError, device, settle
 from tersor import store
 from tersor.codec import Shape
 from tersor.quality import measure
@@ -27,6 +27,7 @@ from tersor.registry import parse
 
 REPEATS = 3
 TOLD = 16  # matrices between two lines of progress
+MOST = 150.0  # seconds for the whole model: then it gives what it has, and stops
 WORST = {"two2x2": 0.0795}  # relative squared error that Gaussian matrices must not exceed at 1,000 sweeps
 _STORES = Path("/tmp/tersor-gpu")
 
@@ -46,14 +47,14 @@ def shapes(layers: int) -> Counter[Shape]:
     return found
 
 
-def cases(codec: str, sweeps: int, *, whole: bool, layers: int) -> list[Case]:
+def cases(codec: str, sweeps: int, *, whole: bool, layers: int, most: float = MOST) -> list[Case]:
     """Return a case a shape, and the whole model."""
     each = {"codec": codec, "sweeps": sweeps, "layers": layers}
     found = [{"name": f"encode|{shape[0]}x{shape[1]}|{codec}|{sweeps}", "what": "encode", "shape": list(shape),
               "count": count, **each} for shape, count in sorted(shapes(layers).items())]
     if whole:
-        found.append({"name": f"encode|model|{codec}|{sweeps}|{layers}", "what": "encode_model", **each,
-                      "patience": 300.0})
+        found.append({"name": f"encode|model|{codec}|{sweeps}|{layers}", "what": "encode_model", **each, "most": most,
+                      "patience": 120.0})
     return found
 
 
@@ -107,7 +108,8 @@ def _model(case: Case, emit: Emit) -> None:
     began = time.perf_counter()
 
     def numbers() -> dict[str, Any]:
-        return {**state, "seconds": time.perf_counter() - began, "share": state["weights"] / total,
+        seconds, share = time.perf_counter() - began, state["weights"] / total
+        return {**state, "seconds": seconds, "share": share, "whole_s": seconds / share,
                 "ns_sweep": 1e9 * state["encode_s"] / state["weights"] / case["sweeps"]}
 
     def payload(entry: store.Entry) -> Mapping[str, Tensor]:
@@ -122,8 +124,11 @@ def _model(case: Case, emit: Emit) -> None:
         state["worst"] = max(state["worst"], measure(matrix, encoded).relative_error)
         state["weights"] += matrix.numel()
         state["matrices"] += 1
-        if state["matrices"] % TOLD == 0:
+        over = time.perf_counter() - began > case["most"]
+        if over or state["matrices"] % TOLD == 0:
             emit(f"encode|partial|{case['codec']}|{case['sweeps']}", case, 0, {**numbers(), "red": True})
+        if over:
+            raise SkipError(f"{case['most']:.0f} s are over, with {100 * state['weights'] / total:.0f} % encoded")
         return held
 
     store.write(folder, listed, payload, kind="model", files=gpu_model.companions(made))

@@ -1,13 +1,12 @@
 """Tokens a second of an 8B-shaped Llama of random weights, batch 1: Tersor's stores, bf16, int4, NF4.
 
 Every linear, the head included, is compressed; Tersor also compresses the embedding, peers leave it in bf16. Tersor's
-model comes through `from_pretrained` from a store of random payloads. A decoding step is one CUDA graph over a static
-cache: token in, greedy token out.
+model comes through `from_pretrained` from a store of random payloads. A decoding step (`gpu_decoder`) is one CUDA graph
+over a static cache: token in, greedy token out; of transformers' kernels, or of what `torch.compile` makes of them.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import json
 import math
@@ -19,11 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import gpu_payload
+from gpu_decoder import COMPILED, MODES, Decoder
 from gpu_payload import PEERS, Payloads
-from gpu_run import SEED, Case, Emit, PlainTorch, SkipError, capturable, capture, device, relative, settle
+from gpu_run import SEED, Case, Emit, PlainTorch, SkipError, device, relative, settle
 from tersor import store
 from tersor.codec import Codec, Encoded, Shape
 from tersor.hf import quantizer  # noqa: F401 - registers the quantizer
@@ -31,11 +31,10 @@ from tersor.hf.walk import empty_model, quiet, walk
 from tersor.nn import CompressedEmbedding, CompressedLinear
 from tersor.registry import parse
 
-PROMPT, NEW, ROOM = 16, 128, 256  # tokens; room of the static cache
+PROMPT, NEW = 16, 128  # tokens
 ROUNDS = 5  # of NEW tokens, timed; the median counts
 TIMED_SECONDS = 2.0  # a round, at most: fewer tokens where a step is slow
 LOGITS_TOLERANCE = 0.1  # kernels against plain torch, both on bf16 activations, after all layers
-MODES = ("graph", "graph, embedding apart", "eager")
 _STORES = Path("/tmp/tersor-gpu")
 
 
@@ -45,31 +44,37 @@ def setup(options: dict[str, Any]) -> None:
     _STORES = Path(options.get("store", _STORES))
 
 
-def cases(codecs: Sequence[str], layers: int) -> list[Case]:
-    """Return the cases, bf16 first: ratios are to it."""
+def cases(codecs: Sequence[str], layers: int, modes: Sequence[str], span: int) -> list[Case]:
+    """Return the cases, bf16 first: ratios are to it. A case takes its modes one after another, a line each."""
     ordered = sorted(dict.fromkeys(codecs), key=lambda text: text != "bf16")
-    return [{"name": f"model|{text}|{layers}", "codec": text, "layers": layers, "mode": MODES[0]} for text in ordered]
+    return [{"name": f"model|{text}|{layers}", "codec": text, "layers": layers, "span": span,
+             "modes": list(modes) or ["compiled"]} for text in ordered]
 
 
 def retry(case: Case, problem: str) -> Case | None:
-    """Return a failed case in the next mode, where the capture was at fault."""
-    later = MODES[MODES.index(case["mode"]) + 1 :]
-    return {**case, "mode": later[0]} if later and ("capture" in problem or "captur" in problem) else None
+    """Return a failed case without its first mode, or in the next one where the capture was at fault."""
+    if len(case["modes"]) > 1:
+        return {**case, "modes": case["modes"][1:]}
+    later = MODES[MODES.index(case["modes"][0]) + 1 :]
+    return {**case, "modes": [later[0]]} if later and "captur" in problem else None
 
 
 class Ratios:
-    """Adds to every line its ratio to bf16 in the same run."""
+    """Adds to every line its ratio to bf16 in the same run and mode."""
 
     def __init__(self) -> None:
-        self.bf16: dict[int, float] = {}
+        self.bf16: dict[tuple[int, str], float] = {}
 
     def finish(self, line: dict[str, Any]) -> None:
         """Add the ratio."""
         case, numbers = line["case"], line["numbers"]
-        if case["codec"] == "bf16" and "tokens_s" in numbers:
-            self.bf16[case["layers"]] = numbers["tokens_s"]
-        if "tokens_s" in numbers and case["layers"] in self.bf16:
-            numbers["x_bf16"] = float(f"{numbers['tokens_s'] / self.bf16[case['layers']]:.4g}")
+        if "tokens_s" not in numbers:
+            return
+        at = case["layers"], numbers["mode"]
+        if case["codec"] == "bf16":
+            self.bf16[at] = numbers["tokens_s"]
+        if at in self.bf16:
+            numbers["x_bf16"] = float(f"{numbers['tokens_s'] / self.bf16[at]:.4g}")
 
 
 def config(layers: int) -> LlamaConfig:
@@ -184,128 +189,65 @@ def peer(model: nn.Module, kind: str) -> nn.Module:
     return model
 
 
-@dataclasses.dataclass
-class Decoder:
-    """One step: a token in, the next token and its logits out; all state in tensors that stay in place."""
-
-    model: Any
-    mode: str
-
-    def __post_init__(self) -> None:
-        where = device()
-        self.cache = StaticCache(config=self.model.config, max_cache_len=ROOM)
-        self.token = torch.zeros(1, 1, dtype=torch.int64, device=where)
-        self.place = torch.zeros(1, 1, dtype=torch.int64, device=where)
-        self.seen = torch.arange(ROOM, device=where)
-        self.logits = torch.zeros(1, self.model.config.vocab_size, dtype=torch.float32, device=where)
-        self.hidden = torch.zeros(1, 1, self.model.config.hidden_size, dtype=torch.bfloat16, device=where)
-        self.graph: torch.cuda.CUDAGraph | None = None
-
-    def prefill(self, prompt: Tensor) -> None:
-        """Read a prompt, (1, tokens), into the emptied cache."""
-        for layer in self.cache.layers:
-            if layer.is_initialized:
-                layer.keys.zero_()
-                layer.values.zero_()
-                layer.cumulative_length.zero_()
-        tokens = prompt.shape[1]
-        places = torch.arange(tokens, device=prompt.device)
-        mask = (self.seen[None, :] <= places[:, None])[None, None]
-        logits = self.model(input_ids=prompt, position_ids=places[None], attention_mask=mask,
-                            past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
-        self.logits.copy_(logits[:, -1])
-        self.token.copy_(self.logits.argmax(-1, keepdim=True))
-        self.place.fill_(tokens)
-
-    def embed(self) -> None:
-        """Look the token up."""
-        self.hidden.copy_(self.model.get_input_embeddings()(self.token))
-
-    def body(self) -> None:
-        """Do the rest of a step."""
-        mask = (self.seen <= self.place[0])[None, None, None]
-        logits = self.model(inputs_embeds=self.hidden, position_ids=self.place, attention_mask=mask,
-                            past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
-        self.logits.copy_(logits[:, -1])
-        self.token.copy_(self.logits.argmax(-1, keepdim=True))
-        self.place.add_(1)
-
-    def whole(self) -> None:
-        """Do a step."""
-        self.embed()
-        self.body()
-
-    def prepare(self) -> str:
-        """Capture the step as the mode says, if it can be; return the mode that it is run in."""
-        if device().type == "cpu":
-            return "eager"
-        chosen = list(MODES[MODES.index(self.mode) :])
-        while chosen[0] != "eager":
-            work = self.whole if chosen[0] == MODES[0] else self.body
-            work()
-            reason = capturable(work)
-            if not reason:
-                self.graph = capture(work)
-                break
-            print(f"    not as '{chosen[0]}': {reason}", flush=True)
-            del chosen[0]
-        self.mode = chosen[0]
-        return self.mode
-
-    def step(self) -> None:
-        """Do a step in the mode chosen."""
-        if self.graph is None:
-            self.whole()
-            return
-        if self.mode != MODES[0]:
-            self.embed()
-        self.graph.replay()
-
-
 def run(case: Case, emit: Emit) -> None:
-    """Make the model, check it, then time it."""
+    """Make the model, check it, then time it in every mode."""
     text, layers = case["codec"], case["layers"]
-    gc.collect()
-    settle()
-    if device().type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    before = _allocated()
-    numbers: dict[str, Any] = {}
     if text in ("int4", "nf4") and device().type == "cpu":
         raise SkipError(f"{text} runs on a GPU only")
+    _tidy()
+    if device().type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    before = _allocated()
+    common: dict[str, Any] = {}
     if text in PEERS:
         model = dense(layers)
         model = model if text == "bf16" else peer(model, text)
     else:
-        model = loaded(written(text, layers, numbers), numbers)
-    settle()
-    if device().type == "cuda":
-        torch.cuda.empty_cache()
-    numbers["resident"] = _allocated() - before
-    numbers["stored"] = _stored(model)
-    decoder = Decoder(model, case["mode"])
+        model = loaded(written(text, layers, common), common)
+    _tidy()
+    common["resident"], common["stored"] = _allocated() - before, _stored(model)
+    decoder = Decoder(model, case["span"])
     prompt = torch.randint(0, model.config.vocab_size, (1, PROMPT), generator=gpu_payload.generator(),
                            device=device())
-    numbers["logits_error"] = 0.0 if text in PEERS else _against_reference(decoder, prompt)
+    common["logits_error"] = 0.0 if text in PEERS else _against_reference(decoder, prompt)
     decoder.prefill(prompt)
     with PlainTorch() as path:
         eager = _steps(decoder, decoder.whole, 4)
-    numbers.update(path.numbers())
-    numbers["mode"] = decoder.prepare()
+    common.update(path.numbers())
+    done, left = set[str](), list(case["modes"])
+    while left:
+        numbers = {**common, **decoder.prepare(left.pop(0))}
+        if "not_compiled" in numbers:
+            common["not_compiled"] = numbers["not_compiled"]
+        if numbers["mode"] not in done:
+            _measure({**case, "what": "model"}, emit, decoder, prompt, eager, numbers)
+        done.add(numbers["mode"])
+    del decoder, model
+    shutil.rmtree(place(text, layers), ignore_errors=True)  # a machine's disk need not hold them all
+
+
+def _measure(case: Case, emit: Emit, decoder: Decoder, prompt: Tensor, eager: Sequence[Tensor],
+             numbers: dict[str, Any]) -> None:
+    """Check a prepared step against the logits of plain ones, time it, and emit its line."""
     decoder.prefill(prompt)
-    numbers["graph_error"] = max(relative(one, other) for one, other in zip(_steps(decoder, decoder.step, 4), eager,
-                                                                            strict=True))
-    worst = max(numbers["logits_error"], numbers["graph_error"])
-    numbers["red"] = not worst <= LOGITS_TOLERANCE
+    found = _steps(decoder, decoder.step, len(eager))
+    numbers["graph_error"] = max(relative(one, other) for one, other in zip(found, eager, strict=True))
+    numbers["red"] = not max(numbers["logits_error"], numbers["graph_error"]) <= LOGITS_TOLERANCE
     if not numbers["red"]:
         numbers.update(_timed(decoder, prompt))
         numbers["us_prefill"] = _prefill(decoder, prompt)
     numbers["peak"] = torch.cuda.max_memory_allocated() if device().type == "cuda" else 0
-    case = {**case, "mode": numbers["mode"], "what": "model"}
-    emit(case["name"], case, numbers["stored"], numbers)
-    del decoder, model
-    shutil.rmtree(place(text, layers), ignore_errors=True)  # a machine's disk need not hold them all
+    mode = numbers["mode"]
+    emit(f"{case['name']}|{mode}" if mode == COMPILED else case["name"], {**case, "mode": mode}, numbers["stored"],
+         numbers)
+
+
+def _tidy() -> None:
+    """Free what nothing holds."""
+    gc.collect()
+    settle()
+    if device().type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _allocated() -> int:

@@ -150,34 +150,70 @@ def others(found: Mapping[str, Line]) -> str:
             shapes = len({_shape(line) for line in lines})
             body.append([f"4 bits, batch {batch}, speed of bf16, {shapes} shapes", f"at least {least:g} x",
                          f"{min(ratios):.2f} to {max(ratios):.2f} x", _verdict(min(ratios) >= least)])
-    for bits, least in MODEL_LEAST.items():
-        line = found.get(f"model|rot,lm{bits}|32")
-        if line:
-            ratio = 0.0 if line["numbers"]["red"] else line["numbers"]["x_bf16"]
-            body.append([f"8B-shaped model, {bits} bits, tokens/s of bf16", f"at least {least:g} x", f"{ratio:.2f} x",
-                         _verdict(ratio >= least)])
+    body += [*_model_rows(found), *_logits_rows(found), *_encode_rows(found)]
     return _table(["", "target", "measured", ""], body)
 
 
-def model(found: Mapping[str, Line]) -> str:
-    """Tokens a second, end to end."""
+def _model_rows(found: Mapping[str, Line]) -> list[list[str]]:
+    """Tokens a second against the targets: the best ratio to bf16 in the same mode."""
     body = []
-    ordered = sorted(found.values(), key=lambda line: (line["case"]["codec"] not in PEERS, -line["bytes"]))
+    for bits, least in MODEL_LEAST.items():
+        lines = [line for line in found.values() if line["case"]["what"] == "model"
+                 and line["case"]["codec"] == f"rot,lm{bits}" and line["case"]["layers"] == 32]
+        best, mode = max(((0.0 if line["numbers"]["red"] else line["numbers"].get("x_bf16", 0.0),
+                           line["numbers"]["mode"]) for line in lines), default=(0.0, ""))
+        if lines:
+            body.append([f"8B-shaped model, {bits} bits, tokens/s of bf16 in the same mode", f"at least {least:g} x",
+                         f"{best:.2f} x ({mode})", _verdict(best >= least)])
+    return body
+
+
+def _logits_rows(found: Mapping[str, Line]) -> list[list[str]]:
+    """The worst codec of each dtype."""
+    body = []
+    for dtype in ("float32", "float16"):
+        lines = [line for line in found.values() if line["case"]["what"] == "logits" and line["case"]["dtype"] == dtype]
+        if lines:
+            worst = max(lines, key=lambda line: line["numbers"]["error"])
+            numbers = worst["numbers"]
+            body.append([f"fable-22m's logits, activations {dtype}, relative error to the processor's",
+                         f"at most {numbers['bound']:.2g}", f"{numbers['error']:.2g} (`{worst['case']['codec']}`)",
+                         _verdict(not any(line["numbers"]["red"] for line in lines))])
+    return body
+
+
+def _encode_rows(found: Mapping[str, Line]) -> list[list[str]]:
+    """Whole models encoded."""
+    body = []
+    for line in found.values():
+        case, numbers = line["case"], line["numbers"]
+        if case["what"] == "encode_model" and not line["key"].startswith("encode|partial"):
+            body.append([f"encoding the 8B-shaped model, `{case['codec']}`, {case['sweeps']} sweeps",
+                         f"at most {ENCODE_MOST:g} s", f"{numbers['seconds']:.0f} s",
+                         _verdict(not numbers["red"] and numbers["seconds"] <= ENCODE_MOST)])
+    return body
+
+
+def model(found: Mapping[str, Line]) -> str:
+    """Tokens a second, end to end; ratios are to bf16 in the same mode."""
+    body = []
+    ordered = sorted(found.values(), key=lambda line: (line["case"]["codec"] not in PEERS, -line["bytes"],
+                                                       line["case"]["codec"], line["numbers"]["mode"] == "graph"))
     for line in ordered:
         case, numbers = line["case"], line["numbers"]
         bits = round(16 * line["bytes"] / max(1, _dense_bytes(found)))
         least = MODEL_LEAST.get(bits) if case["codec"] not in PEERS else None
         ratio = numbers.get("x_bf16", 0.0)
         timed = ["**wrong**", "", ""] if numbers["red"] else [
-            f"{numbers['tokens_s']:.1f}", f"{numbers['ms_token']:.2f}", f"{ratio:.2f}"]
+            f"{numbers['tokens_s']:.1f}", f"{numbers['ms_token']:.2f}", _ratio(numbers)]
         prompt = "" if numbers["red"] else f"{1e-3 * numbers['us_prefill']:.0f}"
-        how = "" if numbers["mode"] == "graph" else f" ({numbers['mode']})"
+        how = numbers["mode"] + (f", {numbers['breaks']} graph breaks" if numbers.get("breaks") else "")
         loading = f"{numbers['load_s']:.0f} ({numbers['verify_s']:.0f})" if "load_s" in numbers else ""
-        body.append([label(case["codec"]) + how, f"{line['bytes'] / 1e9:.2f}", f"{numbers['resident'] / 1e9:.2f}",
+        body.append([label(case["codec"]), how, f"{line['bytes'] / 1e9:.2f}", f"{numbers['resident'] / 1e9:.2f}",
                      *timed, prompt, loading, f"{numbers['logits_error']:.3f}" if numbers["logits_error"] else "",
                      "" if least is None else f"{least:g} x bf16",
                      _verdict(None if least is None else not numbers["red"] and ratio >= least)])
-    return _table(["8B-shaped Llama, batch 1", "GB", "resident, GB", "tokens/s", "ms a token", "x bf16",
+    return _table(["8B-shaped Llama, batch 1", "mode", "GB", "resident, GB", "tokens/s", "ms a token", "x bf16",
                    "prompt of 16, ms", "loading (verifying), s", "logits, kernels against plain torch", "target",
                    ""], body)
 
@@ -190,19 +226,39 @@ def encode(found: Mapping[str, Line]) -> str:
     """Seconds of encoding, by shape and whole."""
     body = []
     lines = [line for line in found.values() if not line["key"].startswith("encode|partial")]
+    done = {(line["case"]["codec"], line["case"]["sweeps"]) for line in lines if line["case"]["what"] == "encode_model"}
+    lines += [line for line in found.values() if line not in lines and line["numbers"]["share"] < 1
+              and (line["case"]["codec"], line["case"]["sweeps"]) not in done]
     for line in sorted(lines, key=lambda line: line["case"]["what"] == "encode_model"):
         case, numbers = line["case"], line["numbers"]
         whole = case["what"] == "encode_model"
-        name = f"whole model, {numbers['matrices']} matrices" if whole else (
+        part = line["key"].startswith("encode|partial")
+        name = f"{100 * numbers['share']:.0f} % of the model, stopped; all of it at this pace: " \
+               f"{numbers['seconds'] / numbers['share']:.0f} s" if part else (
+            f"whole model, {numbers['matrices']} matrices" if whole else
             f"{case['shape'][0]} x {case['shape'][1]}, {case['count']} of them")
         seconds = numbers["seconds"] if whole else numbers["of_model_s"]
         error = numbers["worst"] if whole else numbers["relative_error"]
         body.append([name, f"`{case['codec']}`, {case['sweeps']} sweeps", f"{seconds:.1f}",
                      f"{numbers['encode_s']:.1f}" if whole else "", f"{numbers['ns_sweep']:.4f}", f"{error:.4f}",
                      f"{ENCODE_MOST:g}" if whole else "",
-                     _verdict(not numbers["red"] and seconds <= ENCODE_MOST if whole else None)])
+                     _verdict(not numbers["red"] and seconds <= ENCODE_MOST if whole and not part else None)])
     return _table(["matrices", "codec", "seconds", "of encoding alone", "ns a weight and sweep", "relative MSE, worst",
                    "at most, s", ""], body)
+
+
+def logits(found: Mapping[str, Line]) -> str:
+    """Logits of a trained model on the GPU against the processor's in float32."""
+    body = []
+    for line in found.values():
+        case, numbers = line["case"], line["numbers"]
+        plain = " (plain torch)" if "plain" in numbers else ""
+        body.append([label(case["codec"]) + plain, case["dtype"], f"{numbers['error']:.2g}", f"{numbers['bound']:.2g}",
+                     _verdict(not numbers["red"]), f"{numbers['error_plain']:.2g}", f"{numbers['error_kernels']:.2g}",
+                     f"{numbers['most']:.2g} of {numbers['largest']:.1f}", f"{100 * numbers['top1']:.1f} %"])
+    return _table(["fable-22m, 256 tokens", "activations on the GPU", "relative error", "at most", "",
+                   "of plain torch on the GPU", "kernels against plain torch", "largest error, of the largest logit",
+                   "same first choice"], body)
 
 
 def kv(found: Mapping[str, Line]) -> str:
@@ -272,6 +328,7 @@ def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 TABLES: Mapping[str, tuple[str, str, Callable[[Mapping[str, Line]], str]]] = {
     "gpu-ceilings": ("gpu", "ceiling|", ceilings), "gpu-products": ("gpu", "product|", products),
     "gpu-batches": ("gpu", "product|", batches), "gpu-hadamard": ("gpu", "hadamard|", hadamard),
-    "gpu-targets": ("gpu", "product|", targets), "gpu-targets-other": ("gpu", "product|hadamard|model|", others),
-    "gpu-model": ("gpu", "model|", model), "gpu-encode": ("gpu", "encode|", encode),
+    "gpu-targets": ("gpu", "product|", targets), "gpu-model": ("gpu", "model|", model),
+    "gpu-targets-other": ("gpu", "product|hadamard|model|logits|encode|", others),
+    "gpu-logits": ("gpu", "logits|", logits), "gpu-encode": ("gpu", "encode|", encode),
     "kv-gpu": ("kv_gpu", "gpu|gpuprofile|", kv)}

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeAlias
 
@@ -98,6 +99,11 @@ class Codec(abc.ABC):
     @abc.abstractmethod
     def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
         """Return `x @ decode().T` for `x` of shape (*batch, in) without rebuilding the whole matrix."""
+
+    def matmul_rotated(self, encoded: Encoded, x: Tensor, seed: int | None) -> Tensor | None:
+        """Return `matmul` of `x` rotated by `Rotation(in, seed)` (None: as it is) where one op does both, else None."""
+        del encoded, x, seed
+        return None
 
     def coordinates(self, encoded: Encoded, rows: Rows) -> Tensor:
         """Return float32 (k, n), of which the decoded rows are an affine image; by default the decoded rows.
@@ -368,6 +374,18 @@ def matmul_by_blocks(codec: Codec, encoded: Encoded, x: Tensor) -> Tensor:
     for block in row_blocks(encoded.shape):
         out[..., block] = (wide @ codec.decode_rows(encoded, block).T).to(x.dtype)
     return out
+
+
+def constant(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Cache a function of plain values: `torch.compile` takes the tensor it returns, and does not trace its making."""
+    cached = functools.lru_cache(maxsize=32)(make)
+
+    @functools.wraps(make)
+    def made(*arguments: Any) -> Tensor:
+        return cached(*arguments)
+
+    vars(made)["_dynamo_marked_constant"] = True  # `torch.compiler.assume_constant_result`, compiler not imported
+    return made
 
 
 def nest(name: str, layout: Layout) -> dict[str, TensorSpec]:

@@ -9,7 +9,17 @@ from torch import Tensor
 from tersor import bits as packing
 from tersor.ops import reference_only
 from tersor.ops.codebook_linear import codebook_linear
-from tersor.ops.codebook_linear.shapes import CODES, columns_for, refusal, stream_of
+from tersor.ops.codebook_linear.shapes import (
+    CODES,
+    REGISTERS,
+    columns_for,
+    refusal,
+    stream_of,
+    vector_fitted,
+    vector_rotates,
+    vector_tiling_for,
+)
+from tersor.rotation import Rotation
 from tersor.testing import gaussian
 from tests.ops.devices import DEVICES, GPU
 
@@ -77,6 +87,44 @@ def test_matches_float64(case: tuple[int, ...], form: str, with_zeros: bool, dty
     assert y.dtype == dtype
     assert y.shape == (batch, rows)
     assert bool(((y.cpu().double() - want).abs() <= bound).all())
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("bits", "form"), [(1, "any"), (2, "symmetric"), (2, "affine"), (3, "any"), (4, "any"),
+                                            (4, "affine"), (8, "affine")])
+@pytest.mark.parametrize(("rows", "width", "batch"), [(33, 512, 1), (64, 1024, 1), (130, 4096, 1), (24, 8192, 1),
+                                                      (16, 576, 1), (16, 1024, 3)])
+def test_rotates_first(rows: int, width: int, batch: int, bits: int, form: str, dtype: torch.dtype,
+                       device: str) -> None:
+    codes, table, scales, _ = problem(rows, width, bits, width, form)
+    x = gaussian((batch, width), 1).to(dtype)
+    packed = packing.pack(codes, 2**bits).to(device)
+    y = codebook_linear(x.to(device), packed, table.to(device), scales.to(device), None, bits, width, form,
+                        rotation=5)
+    turned = Rotation(width, 5).forward(x.to(torch.float32)).double()
+    want = turned @ exact(codes, table, scales, None, width).T
+    # the bound of the test above, where the numbers of a vector are now those of the rotated one, in the dtype of x
+    step = max(HALF, torch.finfo(dtype).eps)
+    most = 2 * float(table.abs().max()) * spread_scales(codes, scales, width)
+    size = (turned.abs() + turned.square().mean(-1, keepdim=True).sqrt()) @ (
+        exact(codes, table.abs(), scales, None, width) + most).T
+    bound = size * (step + width * torch.finfo(torch.float32).eps) + want.abs() * torch.finfo(dtype).eps
+    assert y.dtype == dtype
+    assert bool(((y.cpu().double() - want).abs() <= bound).all())
+
+
+@pytest.mark.parametrize(("bits", "width"), [(b, w) for b in (1, 2, 3, 4, 8) for w in (512, 4096, 8192, 14336, 28672)])
+@pytest.mark.parametrize("rotated", [False, True])
+def test_one_vector_fits_shared_memory(bits: int, width: int, rotated: bool) -> None:
+    streams = [(bits, width)]
+    found = vector_fitted(vector_tiling_for(streams, 4096), streams, rotated=rotated and vector_rotates(width))
+    assert found is not None or bits in (1, 3)  # narrow rows have too few words to rotate by all lanes
+    if found is not None:
+        assert found.stages >= 1
+        assert found.programs >= 1
+        assert 32 * found.warps * found.programs * found.registers <= REGISTERS
 
 
 @pytest.mark.parametrize("device", DEVICES)

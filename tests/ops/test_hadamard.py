@@ -10,8 +10,8 @@ from torch import Tensor
 from tersor import rng
 from tersor.linalg import paley, seeded_orthogonal, sylvester
 from tersor.ops import reference_only
-from tersor.ops.hadamard import _op, hadamard, reference
-from tersor.ops.hadamard.tiles import WIDE_TILE, factors, refusal, split, tile_of
+from tersor.ops.hadamard import _op, _pair_op, hadamard, hadamard_pair, reference
+from tersor.ops.hadamard.tiles import WIDE_TILE, factors, few_tile, pair_warps, refusal, split, tile_of
 from tersor.rotation import Rotation, factor_orders
 from tersor.testing import gaussian, tolerance
 
@@ -66,8 +66,8 @@ def test_it_is_the_rotation(device: str, width: int, dtype: torch.dtype, inverse
 
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("count", [1, 67])
-@pytest.mark.parametrize("width", LONG)
+@pytest.mark.parametrize("count", [1, 3, 40, 67])
+@pytest.mark.parametrize("width", [3072, 5120, *LONG])
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
 def test_long_vectors(device: str, width: int, count: int, dtype: torch.dtype, inverse: bool) -> None:
     rotation = Rotation(width, 1)
@@ -131,14 +131,33 @@ def test_tiles(width: int, tile: tuple[int, int, int], narrow: tuple[int, int, i
     assert tile_of(width, WIDE_TILE) is not None
 
 
+@pytest.mark.parametrize(("width", "tile"), [
+    (64, None), (96, None), (256, (1, 1, 256)), (576, None), (640, (20, 1, 32)), (752, None), (1024, (1, 1, 1024)),
+    (4096, (1, 4, 1024)), (5120, (20, 4, 64)), (8192, (1, 8, 1024)), (14336, (28, 8, 64)), (28672, (28, 16, 64)),
+    (32768, (1, 16, 2048)), (1031, None), (11008, None), (131072, None)])
+def test_tiles_of_few(width: int, tile: tuple[int, int, int] | None) -> None:
+    found = few_tile(width)
+    if found is None:
+        assert tile is None
+    else:
+        assert (found.rows, found.parts, found.columns) == tile
+        assert found.rows * found.parts * found.columns == width
+        assert found.padded * found.columns >= 64 * found.warps  # a thread holds at least two numbers
+    assert pair_warps(width) is None or tile is not None
+
+
 @pytest.mark.parametrize("inverse", [False, True])
-@pytest.mark.parametrize("width", [64, 192, 576, 752, 1408, 8192])
-def test_factors_are_the_rotation(width: int, inverse: bool) -> None:
-    """What the kernel multiplies by, multiplied here: its arithmetic without the chip."""
-    rotation, tile = Rotation(width, 7), tile_of(width, 4096)
-    assert tile is not None
+@pytest.mark.parametrize("few", [False, True])
+@pytest.mark.parametrize("width", [64, 192, 576, 752, 1408, 4096, 5120, 8192])
+def test_factors_are_the_rotation(width: int, few: bool, inverse: bool) -> None:
+    """What the kernels multiply by, multiplied here: their arithmetic without the chip."""
+    rotation, tile = Rotation(width, 7), few_tile(width) if few else tile_of(width, 4096)
+    if tile is None:
+        assert few
+        return
     made = factors(rotation, tile, inverse, torch.float32, torch.device("cpu"))
-    left, right = made.left.double().sum(0)[: tile.rows, : tile.rows], made.right.double()
+    left = made.left.double().sum(0)[: tile.rows, : tile.rows]
+    right = torch.from_numpy(sylvester(tile.columns)).double() if few else made.right.double()
     parts = torch.from_numpy(sylvester(tile.parts))
     x = gaussian((3, width), 1).double()
     cube = (x if inverse else x * made.signs.double()).reshape(3, tile.rows, tile.parts, tile.columns)
@@ -176,6 +195,91 @@ def test_compiled_whole(device: str) -> None:
 def test_huge_seeds() -> None:
     x, rotation = gaussian((2, 64)), Rotation(64, 2**63 + 1)
     assert torch.equal(hadamard(x, rotation), rotation.forward(x))
+    for outer, inner in ((rotation, Rotation(64, 1)), (Rotation(64, 1), rotation)):
+        one, two = hadamard_pair(x, outer, inner)
+        assert torch.equal(one, outer.forward(x))
+        assert torch.equal(two, inner.forward(one))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [1, 3, 64, 70])
+@pytest.mark.parametrize("width", [1, 48, 64, 256, 576, 1024, 2048, 4096, pytest.param(8192, marks=GPU),
+                                   pytest.param(14336, marks=GPU)])
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_pair_is_one_rotation_after_the_other(device: str, width: int, count: int, dtype: torch.dtype) -> None:
+    x, outer, inner = gaussian((count, width), count).to(device, dtype), Rotation(width, 4), Rotation(width, 5)
+    one, two = hadamard_pair(x, outer, inner)
+    assert one.dtype == two.dtype == torch.float32
+    assert one.is_contiguous()
+    assert two.is_contiguous()
+    assert error(one, x, outer, False) <= 1
+    assert error(two, one, inner, False) <= 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_pairs_of_windows_strides_and_nothing(device: str) -> None:
+    x = gaussian((3, 2, 1024), 1).to(device)
+    for outer, inner in ((Rotation(512, 1), Rotation(512, 1)), (Rotation(512, 1), Rotation(1024, 1)),
+                         (Rotation(1024, 1), Rotation(64, 2)), (Rotation(256, 1), Rotation(4, 2))):
+        for given in (x, x[:, 1], x.flip(0), x[..., :512].expand(5, 3, 2, 512).repeat(1, 1, 1, 2)):
+            one, two = hadamard_pair(given, outer, inner)
+            assert one.shape == two.shape == given.shape
+            for found, before, turn in ((one, given, outer), (two, one, inner)):
+                expected = hadamard(before, turn, dtype=torch.float32)
+                assert float((found - expected).norm()) <= tolerance(torch.float32, 256) * float(expected.norm())
+        for empty in (x[:0], x.reshape(6, 1024)[:0].to(torch.bfloat16)):
+            assert [y.shape for y in hadamard_pair(empty, outer, inner)] == [empty.shape] * 2
+            assert {y.dtype for y in hadamard_pair(empty, outer, inner)} == {torch.float32}
+
+
+@pytest.mark.parametrize("width", [64, 512])
+@pytest.mark.parametrize("device", DEVICES)
+def test_pair_op(device: str, width: int) -> None:
+    x, outer, inner = gaussian((3, width), 0).to(device), Rotation(width, 5), Rotation(width, 6)
+    for given in (x, x.to(torch.bfloat16), x.requires_grad_()):
+        torch.library.opcheck(_pair_op, (given, width, 5, width, 6))
+    one, two = hadamard_pair(x, outer, inner)
+    (gradient,) = torch.autograd.grad((one * x.detach() + 2 * two * x.detach()).sum(), x)
+    total = x.detach() + 2 * hadamard(x.detach(), inner, inverse=True)
+    expected = hadamard(total, outer, inverse=True)
+    assert float((gradient - expected).norm()) <= tolerance(torch.float32, width) * float(expected.norm())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_pair_compiled_whole(device: str) -> None:
+    def turn(x: Tensor) -> Tensor:
+        one, two = hadamard_pair(x + 1, Rotation(512, 2), Rotation(512, 3))
+        return one + two
+
+    x = gaussian((4, 512), 1).to(device)
+    assert torch.equal(torch.compile(turn, backend="eager", fullgraph=True)(x), turn(x))
+
+
+@pytest.mark.parametrize("width", [1024, 4096, 14336])
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
+def test_chained_in_a_graph(device: str, width: int) -> None:
+    """Kernels begin before those ahead of them end; each reads what was written, and memory is used again."""
+    rotations = [Rotation(width, seed) for seed in range(3)]
+
+    def turn(x: Tensor) -> Tensor:
+        for _ in range(8):
+            for rotation in rotations:
+                x = hadamard(x, rotation)
+            one, two = hadamard_pair(x, *rotations[:2])
+            x = hadamard(hadamard(two, rotations[1], inverse=True) + one, rotations[0], inverse=True) / 2
+            for rotation in reversed(rotations):
+                x = hadamard(x, rotation, inverse=True)
+        return x
+
+    x = gaussian((1, width), 0).to(device)
+    turn(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = turn(x)
+    for seed in range(5):
+        x.copy_(gaussian((1, width), seed))
+        graph.replay()
+        assert float((y - x).norm()) <= tolerance(torch.float32, 256) * float(x.norm()) * 10
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
@@ -199,3 +303,7 @@ def test_reference_only(device: str) -> None:
     assert torch.equal(plain, reference.rotate(x, rotation, False, torch.float32))
     assert not torch.equal(plain, hadamard(x, rotation))  # else this test has not met the kernel
     assert float((plain - hadamard(x, rotation)).norm()) <= tolerance(torch.float32, 256) * float(plain.norm())
+    with reference_only():
+        pair = hadamard_pair(x, rotation, rotation)
+    assert all(torch.equal(*both) for both in zip(pair, reference.rotate_twice(x, rotation, rotation), strict=True))
+    assert not torch.equal(pair[1], hadamard_pair(x, rotation, rotation)[1])

@@ -9,7 +9,8 @@ from torch import Tensor
 from tersor import bits as packing
 from tersor.codecs import TwoBasis
 from tersor.codes import mirrored
-from tersor.ops.sign_linear import sign_linear
+from tersor.ops.sign_linear import sign_linear, two_basis_linear
+from tersor.rotation import Rotation
 from tersor.testing import gaussian
 from tests.ops.devices import DEVICES, GPU
 
@@ -50,10 +51,33 @@ def test_matches_float64(case: tuple[int, ...], device: str) -> None:
     assert bool(((y.cpu().double() - want).abs() <= bound).all())
 
 
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", [(33, 1024, 1024, 2, 2, 1), (70, 4096, 4096, 2, 2, 1), (40, 2048, 2048, 4, 2, 1),
+                                  (40, 2048, 2048, 8, 4, 1), (24, 8192, 8192, 2, 2, 1), (40, 576, 576, 2, 2, 1),
+                                  (33, 1024, 1024, 2, 2, 3), (16, 1024, 1024, 3, 2, 1)], ids=str)
+def test_rotates_first(case: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+    (x, _, *codes), _, _ = problem(case, device)
+    width = case[1]
+    y = two_basis_linear(x.to(dtype), *codes, outer=4, inner=5)
+    one = Rotation(width, 4).forward(x.cpu().to(dtype).to(torch.float32))
+    two = Rotation(width, 5).forward(one)
+    cpu = [part.cpu() if isinstance(part, Tensor) else part for part in codes]
+    want = sign_linear(one, two, *cpu).double()
+    # every entry is a sum over two rotated vectors of the same norm with entries of at most two levels a number
+    entry = 4 * float(cpu[2].max()) * cpu[3].double() * width**0.5 * one.double().norm(dim=1, keepdim=True)
+    bound = entry * (HALF + width * torch.finfo(torch.float32).eps) + want.abs() * torch.finfo(dtype).eps
+    assert y.dtype == dtype
+    assert bool(((y.cpu().double() - want).abs() <= bound).all())
+    assert float((y.cpu().double() - want).norm()) <= (2 * HALF + torch.finfo(dtype).eps) * float(want.norm())
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_opcheck(device: str) -> None:
     args, _, _ = problem(CASES[0], device)
     torch.library.opcheck(sign_linear, args)
+    torch.library.opcheck(two_basis_linear, (args[0], *args[2:]), {"outer": 0, "inner": 1})
 
 
 @pytest.mark.parametrize("device", DEVICES)

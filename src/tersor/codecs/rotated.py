@@ -18,7 +18,7 @@ from tersor.bits import Layout
 from tersor.codec import Codec, Encoded, Rows, Search, Shape, Tables, nest, nest_tensors, row_blocks, shape_of
 from tersor.errors import CodecConfigError
 from tersor.linalg import single_thread
-from tersor.ops.hadamard import hadamard
+from tersor.ops.hadamard import SEEDS, hadamard
 from tersor.rotation import Rotation
 
 SIDES = {"in": "rot", "out": "rotout", "both": "rotboth"}
@@ -125,8 +125,10 @@ class Rotated(Codec):
         The inner codec sees float32; on CUDA vectors of 16 bits keep theirs, which its kernels multiply faster.
         """
         kind = x.dtype if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) else torch.float32
-        y = x.to(kind) if self.side == "out" else hadamard(x, self._in(encoded.shape[1]), dtype=kind)
-        y = self.inner.matmul(self._child(encoded), y)
+        turn, child = self._in(encoded.shape[1]), self._child(encoded)
+        y = self.inner.matmul_rotated(child, x, turn.seed) if self.side != "out" and turn.seed < SEEDS else None
+        if y is None:
+            y = self.inner.matmul(child, x.to(kind) if self.side == "out" else hadamard(x, turn, dtype=kind))
         if self.side != "in":
             y = hadamard(y, self._out(encoded.shape[0]), inverse=True, dtype=x.dtype)
         return y.to(x.dtype)

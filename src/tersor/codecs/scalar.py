@@ -19,7 +19,18 @@ from torch import Tensor
 
 from tersor import codes
 from tersor.bits import Layout, TensorSpec
-from tersor.codec import Codec, ColumnEncoder, Encoded, Rows, Search, Shape, Tables, matmul_by_blocks, shape_of
+from tersor.codec import (
+    Codec,
+    ColumnEncoder,
+    Encoded,
+    Rows,
+    Search,
+    Shape,
+    Tables,
+    constant,
+    matmul_by_blocks,
+    shape_of,
+)
 from tersor.errors import CodecConfigError
 from tersor.feedback import encode_with_feedback
 from tersor.groups import Grid, bounded, check_fields, group_token, levels_token, parse_levels, reciprocal, rms
@@ -136,13 +147,18 @@ class Scalar(Codec):
 
     def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
         """Multiply by the codes where they are of whole bits; float32 inside, one block of rows dense at a time."""
+        y = self.matmul_rotated(encoded, x, None)
+        return matmul_by_blocks(self, encoded, x) if y is None else y
+
+    def matmul_rotated(self, encoded: Encoded, x: Tensor, seed: int | None) -> Tensor | None:
+        """Multiply by the codes where they are of whole bits."""
         if self.axis == "out" or self.levels & (self.levels - 1):
-            return matmul_by_blocks(self, encoded, x)
+            return None
         tensors, grid = encoded.tensors, Grid(encoded.shape, self.group_size, self.axis)
         table = _table_on(self.levels, x.device) if self.codebook == "gaussian" else tensors["table"]
         return codebook_linear(x, tensors["codes"], table, tensors["scales"], None,
                                self.levels.bit_length() - 1, grid.width,
-                               "symmetric" if self.codebook == "gaussian" else "any")
+                               "symmetric" if self.codebook == "gaussian" else "any", rotation=seed)
 
     def spec(self) -> str:
         """Return for example `lm3` (Gaussian, 8 levels), `fit4g128`, `tab2` (shared table) or `lmL6o`."""
@@ -216,7 +232,7 @@ def gaussian_table(levels: int) -> Tensor:
     return torch.tensor([-v for v in reversed(half)] + [0.0] * (levels % 2) + half, dtype=torch.float32)
 
 
-@lru_cache(maxsize=32)
+@constant
 def _table_on(levels: int, device: torch.device) -> Tensor:
     """Return `gaussian_table` on a device: no copy while a CUDA graph is captured."""
     return gaussian_table(levels).to(device)

@@ -24,8 +24,8 @@ from tersor.errors import CodecConfigError
 from tersor.feedback import encode_with_feedback
 from tersor.groups import bounded, reciprocal, rms
 from tersor.ops.annealing.problem import Bases, Schedule
-from tersor.ops.hadamard import hadamard
-from tersor.ops.sign_linear import sign_linear
+from tersor.ops.hadamard import SEEDS, hadamard_pair
+from tersor.ops.sign_linear import sign_linear, two_basis_linear
 from tersor.rotation import Rotation
 
 SWEEPS = 300  # default
@@ -171,14 +171,7 @@ class TwoBasis(Codec):
         outer, inner = self._first_rotation(encoded), self._second_rotation(encoded)
         lines = self._lines(encoded.shape)
         if self.axis == "in":
-            flat = x.reshape(-1, encoded.shape[1])
-            one = hadamard(flat, outer, dtype=torch.float32)
-            two = hadamard(one, inner)
-            if self.half:
-                two = two[:, _places(self, lines[1], x.device)]
-            tensors = encoded.tensors
-            out = sign_linear(one, two, tensors["first"], tensors["second"], tensors["levels"],
-                              tensors["scales"].expand(encoded.shape[0]), self.first, self.second)
+            out = self._along_inputs(encoded, x.reshape(-1, encoded.shape[1]), outer, inner)
         else:
             wide = x.to(torch.float32).reshape(-1, encoded.shape[1])
             one, two = (wide.new_zeros(len(wide), encoded.shape[0]) for _ in range(2))
@@ -189,6 +182,16 @@ class TwoBasis(Codec):
                 two += part @ second
             out = outer.inverse(one + inner.inverse(two))
         return out.reshape(*x.shape[:-1], encoded.shape[0]).to(x.dtype)
+
+    def _along_inputs(self, encoded: Encoded, x: Tensor, outer: Rotation, inner: Rotation) -> Tensor:
+        held, scales = encoded.tensors, encoded.tensors["scales"].expand(encoded.shape[0])
+        codes = held["first"], held["second"], held["levels"], scales, self.first, self.second
+        if not self.half and max(outer.seed, inner.seed) < SEEDS:
+            return two_basis_linear(x, *codes, outer=outer.seed, inner=inner.seed)
+        one, two = hadamard_pair(x, outer, inner)
+        if self.half:
+            two = two[:, _places(self, self._lines(encoded.shape)[1], x.device)]
+        return sign_linear(one, two, *codes)
 
     def spec(self) -> str:
         """Return for example `two2x2`, `two4x2`, `two2x2h` (half the second basis), `two2x2mo@3`."""

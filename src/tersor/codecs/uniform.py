@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import ClassVar, final
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from tersor import codes
 from tersor.bits import Layout, TensorSpec, pack, unpack
-from tersor.codec import Codec, ColumnEncoder, Encoded, Rows, Search, Shape, matmul_by_blocks, shape_of
+from tersor.codec import Codec, ColumnEncoder, Encoded, Rows, Search, Shape, constant, matmul_by_blocks, shape_of
 from tersor.errors import CodecConfigError
 from tersor.feedback import encode_with_feedback
 from tersor.groups import Grid, check_fields, group_token, levels_token, parse_levels, reciprocal
@@ -119,12 +118,18 @@ class Uniform(Codec):
 
     def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
         """Multiply by the codes where they are of whole bits; float32 inside, one block of rows dense at a time."""
+        y = self.matmul_rotated(encoded, x, None)
+        return matmul_by_blocks(self, encoded, x) if y is None else y
+
+    def matmul_rotated(self, encoded: Encoded, x: Tensor, seed: int | None) -> Tensor | None:
+        """Multiply by the codes where they are of whole bits."""
         if self.axis == "out" or self.levels & (self.levels - 1):
-            return matmul_by_blocks(self, encoded, x)
+            return None
         tensors, grid = encoded.tensors, Grid(encoded.shape, self.group_size, self.axis)
         table = _steps(self.levels, (self.levels - 1) / 2 if self.symmetric else 0.0, x.device)
         return codebook_linear(x, tensors["codes"], table, tensors["scales"], tensors.get("zeros"),
-                               self.levels.bit_length() - 1, grid.width, "affine")
+                               self.levels.bit_length() - 1, grid.width, "affine",
+                               rotation=seed)
 
     def spec(self) -> str:
         """Return for example `rtn4g64`, `rtn3s` (symmetric, a scale a row) or `rtnL5g32o` (5 levels, along outputs)."""
@@ -189,7 +194,7 @@ class Uniform(Codec):
         return Encoded(self, shape, tensors)
 
 
-@lru_cache(maxsize=32)
+@constant
 def _steps(levels: int, zero: float, device: torch.device) -> Tensor:
     """Return what the codes stand for in units of the scale, float32 (levels,)."""
     return torch.arange(levels, dtype=torch.float32, device=device) - zero

@@ -47,6 +47,7 @@ def prepare(x, table, xp, lut, peaks, totals, sums, width, row_step, column_step
     """Vectors as the other operand of `multiply_rows`, with their sums, and the bytes of the table."""
     # one program: UNIT numbers of one vector, scaled by a power of two so that the largest of all lies in [16, 32)
     tl.extra.cuda.gdc_launch_dependents()  # what follows may begin to load its codes
+    tl.extra.cuda.gdc_wait()  # what comes before may still write the vectors
     row = tl.program_id(0)
     unit = tl.program_id(1)
     x += row.to(tl.int64) * row_step
@@ -253,8 +254,9 @@ def multiply_rows(codes0, xp0, lut0, table0, peaks0, totals0, sums0, codes1, xp1
     if BITS1:
         ring1 = _begin(codes1, row, rows, BITS1, ELEMENTS1, RUN1, PADDED1, S, R, M, STAGES)
     # codes are older than the kernel before this one; what that one writes is only read from here on
-    ready = 16 * gl.inline_asm_elementwise("griddepcontrol.wait; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False,
-                                           pack=1)
+    ready = 16 * gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; griddepcontrol.wait; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False,
+        pack=1)
     n = gl.arange(0, N, layout=gl.SliceLayout(0, gl.SliceLayout(0, mma)))[None, :]
     n3 = gl.arange(0, N, layout=gl.SliceLayout(0, gl.SliceLayout(1, mma)))[None, None, :]
     # the sums of the numbers go to one warp's share alone

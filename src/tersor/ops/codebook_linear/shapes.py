@@ -18,6 +18,12 @@ RUNS = {1: (4, 2), 2: (4, 2), 3: (2,), 4: (4, 2), 8: (4, 2)}  # neighbouring ele
 WIDEST = 1 << 16  # codes of a row: a program reads a whole vector at once
 NEAR_BYTES = 120_000  # of shared memory for the vectors
 SHARED_BYTES = 220_000  # of shared memory for a program
+REGISTERS = 65536  # of a multiprocessor
+MULTIPROCESSOR_BYTES = 228 * 1024  # of shared memory, for all programs of a multiprocessor
+PROGRAM_BYTES = 3072  # of shared memory that a program needs besides rings and digits
+DIGIT_BYTES = 4  # of shared memory for a number of one vector
+HELD = 64  # numbers of one vector that a lane keeps in registers
+ACROSS = 32  # words of a row that a warp takes at a time, for one vector
 TILE = 16  # elements that a product on the tensor cores takes
 
 
@@ -103,6 +109,97 @@ class Tiling:
         return 16 * self.rows16 * self.groups
 
 
+@dataclasses.dataclass(frozen=True)
+class VectorTiling:
+    """How a product with one vector is divided: a program's `warps` share each of `rows` rows at a time.
+
+    Attributes
+    ----------
+    warps, rows : int
+    programs : int
+        Of a multiprocessor, resident together.
+    stages : int
+        Steps of a ring in shared memory, all on their way.
+    """
+
+    warps: int = 8
+    rows: int = 16
+    programs: int = 2
+    stages: int = 8
+
+    @property
+    def registers(self) -> int:
+        """Return the most registers a thread that so many programs leave one another, in steps of 8."""
+        return min(255, REGISTERS // (32 * self.warps * self.programs) // 8 * 8)
+
+
+def vector_words(bits: int, width: int) -> int:
+    """Return the places of a row that the kernel for one vector walks over: words, or three together at 3 bits."""
+    return width // CODES[bits]
+
+
+def vector_takes(bits: int, form: str, width: int) -> bool:
+    """Tell whether the kernel for one vector takes a stream: rows of whole 16 bytes (48 at 3 bits), one scale a row.
+
+    2-bit tables must be symmetric or affine, 8-bit tables affine.
+    """
+    if bits not in BITS or width % (4 * CODES[bits]) or width > WIDEST:
+        return False
+    return not (bits == 2 and form == "any") and not (bits == 8 and form != "affine")
+
+
+def vector_rotates(width: int) -> bool:
+    """Tell whether the kernel for one vector rotates it first: powers of two from 512 to 4,096."""
+    return width & (width - 1) == 0 and 512 <= width <= 4096
+
+
+def vector_fitted(tiling: VectorTiling, streams: Sequence[tuple[int, int]], *, rotated: bool) -> VectorTiling | None:
+    """Return the tiling with what shared memory holds beside the digits of streams (bits, width), or None.
+
+    There may be fewer stages, then fewer programs; None where one stage does not fit. Where the vector is rotated
+    first, all lanes hold words of it, and enough of it for the widest factor.
+    """
+    if rotated:
+        most = min(width // (32 * max(CODES[bits], 1 << ((width.bit_length() + 1) // 3))) for bits, width in streams)
+        least = max(width // (32 * HELD) for _, width in streams)
+        if most < max(1, least):
+            return None
+        tiling = dataclasses.replace(tiling, warps=max(least, min(tiling.warps, 1 << (most.bit_length() - 1))))
+    step = ACROSS * tiling.warps
+    near = sum(-(-vector_words(*stream) // step) * step * CODES[stream[0]] * DIGIT_BYTES for stream in streams)
+    near += max(width for _, width in streams) // 2 if rotated else 0  # where rotating needs more than it leaves
+    stage = sum(4 if bits == 3 else 1 for bits, _ in streams) * 4 * step * tiling.rows
+    for programs in range(tiling.programs, 0, -1):
+        stages = min(tiling.stages, (MULTIPROCESSOR_BYTES // programs - PROGRAM_BYTES - near) // stage)
+        if stages >= 1:
+            return dataclasses.replace(tiling, stages=stages, programs=programs)
+    return None
+
+
+# measured configurations for one vector: streams and their bits together, rows and width; see README.md
+VECTOR_CONFIGURATIONS = {
+    (1, 2): {(4096, 4096): VectorTiling(8, 16, 2, 2)},
+    (1, 3): {(4096, 4096): VectorTiling(4, 16, 3, 2), (14336, 4096): VectorTiling(4, 16, 4, 1),
+             (4096, 14336): VectorTiling(4, 16, 2, 1), (28672, 8192): VectorTiling(4, 16, 3, 1)},
+    (1, 4): {(4096, 4096): VectorTiling(8, 16, 2, 1), (14336, 4096): VectorTiling(8, 16, 2, 2),
+             (4096, 14336): VectorTiling(8, 16, 2, 1), (28672, 8192): VectorTiling(4, 32, 2, 4)},
+    (2, 2): {(4096, 4096): VectorTiling(4, 16, 1, 2), (14336, 4096): VectorTiling(4, 16, 1, 2),
+             (4096, 14336): VectorTiling(8, 16, 1, 1), (28672, 8192): VectorTiling(8, 16, 2, 1)},
+}
+
+
+def vector_tiling_for(streams: Sequence[tuple[int, int]], rows: int) -> VectorTiling:
+    """Return the configuration of as many streams (bits, width) that was measured with the nearest bits, then shape."""
+    bits, width = sum(stream[0] for stream in streams), max(stream[1] for stream in streams)
+    alike = [known for known in VECTOR_CONFIGURATIONS if known[0] == len(streams)]
+    measured = VECTOR_CONFIGURATIONS[min(alike, key=lambda known: abs(known[1] - bits))]
+    return measured[min(measured, key=lambda shape: _distance(shape, rows, width))]
+
+
+def _distance(shape: tuple[int, int], rows: int, width: int) -> float:
+    return math.log(shape[0] / rows) ** 2 + math.log(shape[1] / width) ** 2
+
+
 # measured configurations: vectors at most, kind, rows and width; see README.md
 CONFIGURATIONS = {
     8: {
@@ -142,7 +239,7 @@ def kind_of(bits: Sequence[int], fields: bool) -> str:
 def tiling_for(kind: str, rows: int, width: int, batch: int) -> Tiling:
     """Return the configuration of the measured shape that is nearest in logarithms; fewer warps for narrow rows."""
     measured = next(kinds[kind] for most, kinds in CONFIGURATIONS.items() if batch <= most)
-    nearest = min(measured, key=lambda shape: math.log(shape[0] / rows) ** 2 + math.log(shape[1] / width) ** 2)
+    nearest = min(measured, key=lambda shape: _distance(shape, rows, width))
     most = 16 if width >= 2048 else 4 if width >= 512 else 2
     return dataclasses.replace(measured[nearest], warps=min(measured[nearest].warps, most))
 

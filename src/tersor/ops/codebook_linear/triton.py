@@ -17,14 +17,23 @@ from tersor.ops.codebook_linear.shapes import (
     TILE,
     Stream,
     Tiling,
+    VectorTiling,
     columns_for,
     fitted,
     kind_of,
     near_columns,
     stream_of,
     tiling_for,
+    vector_fitted,
+    vector_rotates,
+    vector_takes,
+    vector_tiling_for,
 )
+from tersor.ops.codebook_linear.vector import multiply_vector
+from tersor.ops.codebook_linear.wide import multiply_wide, takes
+from tersor.ops.signs import signs_on
 from tersor.ops.workspace import multiprocessors, workspace
+from tersor.rotation import Rotation
 
 DECODE_BYTES = 1 << 26  # of decoded rows at a time, where vectors are many
 DECODE_BLOCK = 2048  # numbers that a program decodes
@@ -80,9 +89,33 @@ def codebook_linear(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, zer
     return out.reshape(*x.shape[:-1], rows)
 
 
+def rotated_linear(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, form: str,
+                   rotation: Rotation) -> Tensor | None:
+    """Return the product with one vector, rotated first by the same kernel, or None where that does not take it."""
+    rows = scales.shape[0]
+    if x.numel() != x.shape[-1] or zeros is not None or scales.numel() != rows:
+        return None
+    operand = Operand(x.reshape(1, -1).contiguous(), codes, table, bits, known_form(bits, form))
+    tiling = vector_tiling([operand], rows, rotated=True)
+    if tiling is None:
+        return None
+    out = torch.empty(*x.shape[:-1], rows, dtype=x.dtype, device=x.device)
+    with torch.cuda.device(x.device):
+        multiply_one_into(out.view(1, rows), [operand], scales, tiling, [rotation])
+    return out
+
+
 def multiply_into(out: Tensor, operands: Sequence[Operand], scales: Tensor, zeros: Tensor | None, group: int,
                   tiling: Tiling | None = None) -> None:
     """Write into `out` (batch, rows) the sum over one or two operands of x Wᵀ; a scale a row where there are two."""
+    if tiling is None and len(out) == 1 and zeros is None and scales.numel() == out.shape[1]:
+        chosen = vector_tiling(operands, out.shape[1], rotated=False)
+        if chosen is not None:
+            multiply_one_into(out, operands, scales, chosen)
+            return
+    if tiling is None and len(operands) == 1 and takes(len(out), operands[0].bits, operands[0].x.shape[1], group):
+        multiply_wide(out, operands[0], scales, zeros, group)
+        return
     step = COLUMNS[kind_of([operand.bits for operand in operands], operands[0].fields)]
     for start in range(0, len(out), step):
         part = slice(start, start + step)
@@ -110,7 +143,39 @@ def _multiply_few(out: Tensor, operands: Sequence[Operand], scales: Tensor, zero
         other.xp.stride(1), other.xp.stride(0), first.bits, first.elements, first.run, first.padded, operands[0].form,
         second.bits if two else 0, second.elements, second.run, second.padded, operands[-1].form,
         group // CODES[first.bits] if grouped else 0, zeros is not None, tiling.warps, tiling.groups, tiling.rows,
-        columns, two, near, tiling.stages, num_warps=tiling.warps * tiling.groups, launch_pdl=True)
+        columns, two, near, tiling.stages, num_warps=tiling.warps * tiling.groups,
+        launch_pdl=all(operand.codes.data_ptr() % 16 == 0 for operand in operands))  # codes are read before the wait
+
+
+def vector_tiling(operands: Sequence[Operand], rows: int, *, rotated: bool) -> VectorTiling | None:
+    """Return how the kernel for one vector divides a product with a scale a row, or None where it does not take it."""
+    streams = [(operand.bits, operand.x.shape[1]) for operand in operands]
+    if not all(vector_takes(operand.bits, operand.form, operand.x.shape[1]) for operand in operands):
+        return None
+    if rotated and not all(vector_rotates(width) for _, width in streams):
+        return None
+    return vector_fitted(vector_tiling_for(streams, rows), streams, rotated=rotated)
+
+
+def multiply_one_into(out: Tensor, operands: Sequence[Operand], scales: Tensor, tiling: VectorTiling,
+                      rotations: Sequence[Rotation] = ()) -> None:
+    """Write into `out` (1, rows) the sum over one or two operands of x Wᵀ, with a scale a row.
+
+    With `rotations`, one an operand, the first operand's vector is rotated by the first; the second operand's vector is
+    that, rotated by the second.
+    """
+    rows, two = out.shape[1], len(operands) > 1
+    streams, first, last = [], operands[0], operands[-1]
+    aligned = all(operand.codes.data_ptr() % 16 == 0 for operand in operands)
+    for number, operand in enumerate((first, last)):
+        codes = operand.codes if operand.codes.data_ptr() % 16 == 0 else operand.codes.clone()
+        signs = signs_on(rotations[number % len(rotations)], out.device) if rotations else operand.table
+        streams += [operand.x, codes.view(torch.int32), operand.table, signs]
+    programs = min(-(-rows // tiling.rows), tiling.programs * multiprocessors(out.device))
+    multiply_vector[(programs,)](
+        *streams, scales, out, rows, scales.stride(0), first.x.shape[1], first.bits, first.form, last.x.shape[1],
+        last.bits if two else 0, last.form, two, bool(rotations), tiling.warps, tiling.rows, tiling.stages,
+        num_warps=tiling.warps, maxnreg=tiling.registers, launch_pdl=aligned)  # codes are read before the wait
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -141,7 +206,7 @@ def _prepared(operand: Operand, tiling: Tiling, group: int | None, mirrored: boo
     lut = torch.empty(8, dtype=torch.int32, device=x.device)
     prepare[(batch, units)](x, operand.table, xp, lut, peaks, totals, sums, width, x.stride(0), xp.stride(1),
                             xp.stride(0), stream.padded * CODES[bits], bits, operand.fields, mirrored, stream.run,
-                            stream.unit, 1 << (width - 1).bit_length(), num_warps=8)
+                            stream.unit, 1 << (width - 1).bit_length(), num_warps=8, launch_pdl=True)
     codes = operand.codes if operand.codes.data_ptr() % 16 == 0 else operand.codes.clone()
     table = operand.table.to(torch.float16) if bits == 8 else operand.table
     return stream, _Prepared(codes.view(torch.int32), xp.view(torch.int32), lut, table, peaks, totals, sums)

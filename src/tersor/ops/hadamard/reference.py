@@ -1,4 +1,4 @@
-"""The rotation in plain torch: what the kernel means."""
+"""The rotation in plain torch: what the kernels mean."""
 
 from __future__ import annotations
 
@@ -15,3 +15,9 @@ def rotate(x: Tensor, rotation: Rotation, inverse: bool, dtype: torch.dtype) -> 
     windows = x.to(torch.float32).reshape(-1, rotation.width)
     turned = rotation.inverse(windows) if inverse else rotation.forward(windows)
     return turned.reshape(x.shape).to(dtype).contiguous()
+
+
+def rotate_twice(x: Tensor, outer: Rotation, inner: Rotation) -> tuple[Tensor, Tensor]:
+    """Return `x` rotated by `outer`, and that rotated by `inner`, float32."""
+    one = rotate(x, outer, False, torch.float32)
+    return one, rotate(one, inner, False, torch.float32)

@@ -20,7 +20,13 @@ COLUMNS = (16, 32, 64, 128)
 PARTS = (1, 2, 4)
 NARROW_TILE, WIDE_TILE, SMALL_TILE = 16384, 8192, 4096  # most numbers of a tile: of 16 bits, of 32, of few vectors
 REGISTERS = 65536  # of a multiprocessor
+MOST_REGISTERS = 255  # of a thread
 FEW = 64  # vectors up to which more programs a vector pay
+FEW_ROWS = 32  # padded; a thread holds its share of the left factor
+FEW_PARTS = 16
+FEW_PROGRAMS = 512  # above that, reading each vector once a part is the longer way
+FEW_COLUMNS, FEW_COLUMNS_LED = 1024, 64  # of a part, without and with a left factor
+PAIR_WIDTHS = (256, 8192)  # least and most that one program rotates twice
 TOGETHER = 4096  # numbers that a program takes at a time, of several vectors where these are shorter
 
 
@@ -41,7 +47,7 @@ class Tile:
     @property
     def padded(self) -> int:
         """Rows of the kernel's tile: a power of two, at least 16; 1 where there is no left factor."""
-        return 1 if self.rows == 1 else max(LEAST, 1 << (self.rows - 1).bit_length())
+        return _padded(self.rows)
 
     @property
     def vectors(self) -> int:
@@ -61,7 +67,61 @@ class Tile:
 
     def registers(self, narrow: bool) -> int:
         """Return the most registers a thread that so many programs leave one another, in steps of 8."""
-        return min(255, REGISTERS // (32 * self.warps * self.resident(narrow)) // 8 * 8)
+        return registers_of(self.warps * self.resident(narrow))
+
+
+@dataclasses.dataclass(frozen=True)
+class FewTile:
+    """One of few vectors, of `rows * parts * columns` numbers; a program takes one part, by additions.
+
+    Attributes
+    ----------
+    rows, parts, columns : int
+        The rotation is `(A ⊗ H(parts) ⊗ H(columns)) signs`, A of order `rows`: the rotation's first factor alone, ±1.
+    warps : int
+        Of a program.
+    """
+
+    rows: int
+    parts: int
+    columns: int
+    warps: int
+
+    @property
+    def padded(self) -> int:
+        """Rows of the kernel's tile; 1 where there is no left factor."""
+        return _padded(self.rows)
+
+
+def registers_of(warps: int) -> int:
+    """Return the most registers that a thread of so many warps of a multiprocessor has, in steps of 8."""
+    return min(MOST_REGISTERS, REGISTERS // (32 * warps) // 8 * 8)
+
+
+def _padded(rows: int) -> int:
+    return 1 if rows == 1 else max(LEAST, 1 << (rows - 1).bit_length())
+
+
+@cache
+def few_tile(width: int) -> FewTile | None:
+    """Return the tile of few vectors of a width, or None where the kernel for them does not take it."""
+    orders = factor_orders(width)
+    rows = orders[0] if orders else width
+    across, least = width // rows, 32 if rows > 1 else 256
+    if orders is None or (rows % 4 and rows > 1) or _padded(rows) > FEW_ROWS or across < least:
+        return None
+    columns = max(min(across, FEW_COLUMNS if rows == 1 else FEW_COLUMNS_LED), across // FEW_PARTS)
+    if _padded(rows) * columns > SMALL_TILE:
+        return None
+    most = columns // 256 if rows == 1 else _padded(rows) * columns // 128  # a product is of tiles of 16 x 8
+    return FewTile(rows, across // columns, columns, min(8, most))
+
+
+def pair_warps(width: int) -> int | None:
+    """Return the warps of the program that rotates a vector of a width twice, or None where there is no such."""
+    if width & (width - 1) or not PAIR_WIDTHS[0] <= width <= PAIR_WIDTHS[1]:
+        return None
+    return max(1, min(8, width // 512))
 
 
 @cache
@@ -98,14 +158,14 @@ def refusal(width: int, *dtypes: torch.dtype) -> str | None:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Factors:
-    """What the kernel multiplies by, on the device.
+    """What the kernels multiply by, on the device, there before any kernel launched from now on begins.
 
     Attributes
     ----------
     left : Tensor
         A or its transpose, (pieces, padded, padded): their sum, zeros outside, in the dtype of the first product.
     right : Tensor
-        H(columns), entries ±1, bfloat16.
+        H(columns), entries ±1, bfloat16; of few vectors 1.
     signs : Tensor
         bfloat16 (width,).
     scale : float
@@ -119,11 +179,12 @@ class Factors:
 
 
 @lru_cache(maxsize=128)
-def factors(rotation: Rotation, tile: Tile, inverse: bool, dtype: torch.dtype, device: torch.device) -> Factors:
+def factors(rotation: Rotation, tile: Tile | FewTile, inverse: bool, dtype: torch.dtype,
+            device: torch.device) -> Factors:
     """Return the factors for inputs of `dtype`."""
     orders = factor_orders(rotation.width)
     assert orders is not None
-    first = orders[0]
+    first, few = orders[0], isinstance(tile, FewTile)
     hadamard = paley(first) if first % 4 == 0 and first > 2 else np.ones((1, 1)) if first == 1 else None
     lead = seeded_orthogonal(first, rotation.seed).astype(np.float32) if hadamard is None else hadamard
     matrix = torch.from_numpy(np.kron(lead, sylvester(tile.rows // first)).astype(np.float32))
@@ -131,11 +192,16 @@ def factors(rotation: Rotation, tile: Tile, inverse: bool, dtype: torch.dtype, d
     left[: tile.rows, : tile.rows] = matrix.T if inverse else matrix
     exact = hadamard is not None
     pieces = left.unsqueeze(0) if exact else split(left)
-    kind = torch.float16 if exact and dtype == torch.float16 and tile.parts == 1 else torch.bfloat16
-    right = torch.from_numpy(sylvester(tile.columns)).to(device, kind if tile.rows == 1 else torch.bfloat16)
+    kind = torch.float16 if exact and dtype == torch.float16 and tile.parts == 1 and not few else torch.bfloat16
+    right = torch.from_numpy(sylvester(1 if few else tile.columns))
     signs = rng.signs(rotation.seed, 0, rotation.width).to(device, torch.bfloat16)
     scale = (rotation.width / (1 if exact else first)) ** -0.5
-    return Factors(pieces.to(device, kind).contiguous(), right.contiguous(), signs, scale)
+    made = Factors(pieces.to(device, kind).contiguous(),
+                   right.to(device, kind if tile.rows == 1 else torch.bfloat16).contiguous(), signs, scale)
+    if device.type == "cuda":
+        # kernels read these before they wait for those before them: what is here now stays as it is
+        torch.cuda.current_stream(device).synchronize()
+    return made
 
 
 def split(matrix: Tensor, pieces: int = 3) -> Tensor:

@@ -12,7 +12,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tersor.ops.hadamard.tiles import FEW, NARROW_TILE, SMALL_TILE, WIDE_TILE, factors, tile_of
+from tersor.ops.hadamard.kernels import rotate_few, rotate_pair
+from tersor.ops.hadamard.tiles import (
+    FEW,
+    FEW_PROGRAMS,
+    NARROW_TILE,
+    SMALL_TILE,
+    WIDE_TILE,
+    FewTile,
+    factors,
+    few_tile,
+    pair_warps,
+    registers_of,
+    tile_of,
+)
 from tersor.ops.workspace import multiprocessors
 from tersor.rotation import Rotation
 
@@ -83,6 +96,7 @@ def _left(tile, first, left, P1: tl.constexpr, FACTOR: tl.constexpr, TILE: tl.co
 def _rotate(x, out, left, right, signs, count, scale, N1: tl.constexpr, P1: tl.constexpr, G: tl.constexpr,
             N2: tl.constexpr, VECTORS: tl.constexpr, INVERSE: tl.constexpr, FACTOR: tl.constexpr, TILE: tl.constexpr,
             PIECES: tl.constexpr):
+    tl.extra.cuda.gdc_launch_dependents()  # what follows may begin to load what it does not get from here
     part = tl.program_id(0)
     step = tl.program_id(1)
     steps = (count + VECTORS - 1) // VECTORS
@@ -100,6 +114,8 @@ def _rotate(x, out, left, right, signs, count, scale, N1: tl.constexpr, P1: tl.c
         sign = tl.load(signs + place, (i < N1)[:, None], other=0.0)
     elif G == 1:
         sign = tl.load(signs + before, (row % P1 < N1)[:, None], other=0.0)
+    # factors are older than the kernel before this one; x may be its result, and out what it still reads
+    tl.extra.cuda.gdc_wait()
     tile = _fetch(x, signs, step, count, part, N1, P1, G, N2, VECTORS, INVERSE)
     while step < steps:
         following = step + tl.num_programs(1)
@@ -133,18 +149,56 @@ def rotate(x: Tensor, rotation: Rotation, inverse: bool, dtype: torch.dtype) -> 
     count = x.numel() // rotation.width
     if not count:
         return out
-    narrow = max(x.dtype.itemsize, dtype.itemsize) == 2
+    with torch.cuda.device(x.device):
+        few = few_tile(rotation.width)
+        if few is not None and count <= min(FEW, FEW_PROGRAMS // few.parts):
+            _few_into(out, x.contiguous(), rotation, inverse, few)
+        else:
+            _many_into(out, x.contiguous(), rotation, inverse)
+    return out
+
+
+def _few_into(out: Tensor, x: Tensor, rotation: Rotation, inverse: bool, tile: FewTile) -> None:
+    # told that registers abound, the compiler starts all loads before it waits for the first
+    made, most = factors(rotation, tile, inverse, x.dtype, x.device), registers_of(tile.warps)
+    rotate_few[(tile.parts, x.numel() // rotation.width)](
+        x, out, made.left, made.signs, made.scale, tile.rows, tile.padded, tile.parts, tile.columns, tile.warps,
+        inverse, _most(out.dtype), num_warps=tile.warps, maxnreg=most, launch_pdl=True)
+
+
+def _many_into(out: Tensor, x: Tensor, rotation: Rotation, inverse: bool) -> None:
+    count = x.numel() // rotation.width
+    narrow = max(x.dtype.itemsize, out.dtype.itemsize) == 2
     tile = tile_of(rotation.width, SMALL_TILE if count <= FEW else NARROW_TILE if narrow else WIDE_TILE)
     assert tile is not None
+    made = factors(rotation, tile, inverse, x.dtype, x.device)
+    most = max(1, tile.resident(narrow) * multiprocessors(x.device) // tile.parts)
+    programs = min(-(-count // tile.vectors), most)
+    _rotate[(tile.parts, programs)](
+        x, out, made.left, made.right, made.signs, count, made.scale, tile.rows, tile.padded, tile.parts, tile.columns,
+        tile.vectors, inverse, *pieces(x.dtype, out.dtype, made.left, tile.parts), num_warps=tile.warps, num_stages=1,
+        maxnreg=tile.registers(narrow), launch_pdl=True)
+
+
+def rotate_twice(x: Tensor, outer: Rotation, inner: Rotation) -> tuple[Tensor, Tensor]:
+    """Return `x` rotated by `outer`, and that by `inner`, float32, along windows of the last dimension."""
+    count, warps = x.numel() // outer.width, pair_warps(outer.width)
+    if warps is None or inner.width != outer.width or not 0 < count <= FEW:
+        one = rotate(x, outer, False, torch.float32)
+        return one, rotate(one, inner, False, torch.float32)
+    tile = few_tile(outer.width)
+    assert tile is not None
+    one, two = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for _ in range(2))
     with torch.cuda.device(x.device):
-        made = factors(rotation, tile, inverse, x.dtype, x.device)
-        most = max(1, tile.resident(narrow) * multiprocessors(x.device) // tile.parts)
-        programs = min(-(-count // tile.vectors), most)
-        _rotate[(tile.parts, programs)](
-            x.contiguous(), out, made.left, made.right, made.signs, count, made.scale, tile.rows, tile.padded,
-            tile.parts, tile.columns, tile.vectors, inverse, *pieces(x.dtype, dtype, made.left, tile.parts),
-            num_warps=tile.warps, num_stages=1, maxnreg=tile.registers(narrow))
-    return out
+        made, other = (factors(rotation, tile, False, x.dtype, x.device) for rotation in (outer, inner))
+        rotate_pair[(count,)](x.contiguous(), one, two, made.signs, other.signs, made.scale, outer.width, warps,
+                              num_warps=warps, maxnreg=registers_of(warps), launch_pdl=True)
+    return one, two
+
+
+def _most(wanted: torch.dtype) -> int:
+    """Return in how many pieces a number in float32 is multiplied on the way to a result."""
+    return 3 if wanted == torch.float32 else 2
 
 
 def pieces(given: torch.dtype, wanted: torch.dtype, left: Tensor, parts: int) -> tuple[int, int, int]:
@@ -153,7 +207,7 @@ def pieces(given: torch.dtype, wanted: torch.dtype, left: Tensor, parts: int) ->
     Two leave an error of 2^-17 relative, for results of 16 bits; three, of 2^-25, for float32. A bfloat16 is one piece,
     a float16 is one where the factor is exact in float16, else two.
     """
-    most = 3 if wanted == torch.float32 else 2
+    most = _most(wanted)
     if parts > 1 or given == torch.float32:
         tile = most
     else:

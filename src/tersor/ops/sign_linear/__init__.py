@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from tersor.ops.codebook_linear.shapes import refusal
-from tersor.ops.dispatch import take_reference
+from tersor.ops.dispatch import kernels_allowed, take_reference
+from tersor.ops.hadamard import hadamard_pair
 from tersor.ops.sign_linear import reference
+from tersor.rotation import Rotation
 
 
 @torch.library.custom_op("tersor::sign_linear", mutates_args=())
@@ -40,11 +42,51 @@ def _(first_x: Tensor, second_x: Tensor, first: Tensor, second: Tensor, levels: 
 def _(first_x: Tensor, second_x: Tensor, first: Tensor, second: Tensor, levels: Tensor, scales: Tensor,
       first_levels: int, second_levels: int) -> Tensor:
     sizes = first_levels, second_levels
-    reason = next((found for size, x in zip(sizes, (first_x, second_x), strict=True)
-                   if (found := f"{size} levels" if size & (size - 1) else
-                       refusal(x.dtype, size.bit_length() - 1, x.shape[1], x.shape[1]))), None)
-    if take_reference("sign_linear", reason):
+    if take_reference("sign_linear", _refusal(sizes, (first_x, second_x))):
         return reference.sign_linear(first_x, second_x, first, second, levels, scales, *sizes)
     from tersor.ops.sign_linear import triton
 
     return triton.sign_linear(first_x, second_x, first, second, levels, scales, *sizes)
+
+
+def _refusal(sizes: tuple[int, int], vectors: tuple[Tensor, Tensor]) -> str | None:
+    return next((found for size, x in zip(sizes, vectors, strict=True)
+                 if (found := f"{size} levels" if size & (size - 1) else
+                     refusal(x.dtype, size.bit_length() - 1, x.shape[1], x.shape[1]))), None)
+
+
+@torch.library.custom_op("tersor::two_basis_linear", mutates_args=())
+def two_basis_linear(x: Tensor, first: Tensor, second: Tensor, levels: Tensor, scales: Tensor, first_levels: int,
+                     second_levels: int, *, outer: int, inner: int) -> Tensor:
+    """Return (batch, rows) in the dtype of `x` (batch, width): `sign_linear` of it rotated once, and that once more.
+
+    Parameters
+    ----------
+    x, first, second, levels, scales, first_levels, second_levels
+        As of `sign_linear`; both bases have the width of `x`.
+    outer, inner : int
+        Seeds, below `tersor.ops.hadamard.SEEDS`, of rotations of the whole width. The kernel for one vector rotates it
+        on the way.
+    """
+    one, two = hadamard_pair(x, Rotation(x.shape[1], outer), Rotation(x.shape[1], inner))
+    return reference.sign_linear(one, two, first, second, levels, scales, first_levels, second_levels).to(x.dtype)
+
+
+@two_basis_linear.register_fake
+def _(x: Tensor, first: Tensor, second: Tensor, levels: Tensor, scales: Tensor, first_levels: int, second_levels: int,
+      *, outer: int, inner: int) -> Tensor:
+    del first, second, levels, first_levels, second_levels, outer, inner
+    return x.new_empty(x.shape[0], scales.shape[0])
+
+
+@two_basis_linear.register_kernel("cuda")
+def _(x: Tensor, first: Tensor, second: Tensor, levels: Tensor, scales: Tensor, first_levels: int, second_levels: int,
+      *, outer: int, inner: int) -> Tensor:
+    sizes, turns = (first_levels, second_levels), (Rotation(x.shape[1], outer), Rotation(x.shape[1], inner))
+    if kernels_allowed() and _refusal(sizes, (x, x)) is None:
+        from tersor.ops.sign_linear import triton
+
+        if (y := triton.rotated_sign_linear(x, first, second, levels, scales, *sizes, turns)) is not None:
+            return y
+    one, two = hadamard_pair(x, *turns)
+    return sign_linear(one, two, first, second, levels, scales, *sizes).to(x.dtype)

@@ -7,7 +7,15 @@ from torch import Tensor
 
 from tersor.codes import mirrored
 from tersor.ops.codebook_linear.shapes import MOST_COLUMNS
-from tersor.ops.codebook_linear.triton import Operand, by_decoding, multiply_into
+from tersor.ops.codebook_linear.triton import (
+    Operand,
+    by_decoding,
+    known_form,
+    multiply_into,
+    multiply_one_into,
+    vector_tiling,
+)
+from tersor.rotation import Rotation
 
 
 def sign_linear(first_x: Tensor, second_x: Tensor, first: Tensor, second: Tensor, levels: Tensor, scales: Tensor,
@@ -24,7 +32,29 @@ def sign_linear(first_x: Tensor, second_x: Tensor, first: Tensor, second: Tensor
                      for x, packed, table, size in zip(near, (first, second), full, sizes, strict=True)]
             return parts[0].to(torch.float32).add_(parts[1])
         out = torch.empty(batch, rows, dtype=torch.float32, device=first_x.device)
-        operands = [Operand(x, packed, half, size.bit_length() - 1)
+        operands = [_operand(x, packed, half, size)
                     for x, packed, half, size in zip(near, (first, second), halves, sizes, strict=True)]
         multiply_into(out, operands, scales, None, max(x.shape[1] for x in near))
+    return out
+
+
+def _operand(x: Tensor, packed: Tensor, half: Tensor, size: int) -> Operand:
+    bits = size.bit_length() - 1
+    return Operand(x, packed, half, bits, known_form(bits, "symmetric"))
+
+
+def rotated_sign_linear(x: Tensor, first: Tensor, second: Tensor, levels: Tensor, scales: Tensor, first_levels: int,
+                        second_levels: int, rotations: tuple[Rotation, Rotation]) -> Tensor | None:
+    """Return (1, rows) in the dtype of `x`, a vector that the same kernel rotates, or None where it does not."""
+    if len(x) != 1:
+        return None
+    halves = levels[: first_levels // 2], levels[first_levels // 2 :]
+    operands = [_operand(x.contiguous(), packed, half, size) for packed, half, size in
+                zip((first, second), halves, (first_levels, second_levels), strict=True)]
+    tiling = vector_tiling(operands, scales.shape[0], rotated=True)
+    if tiling is None:
+        return None
+    out = torch.empty(1, scales.shape[0], dtype=x.dtype, device=x.device)
+    with torch.cuda.device(x.device):
+        multiply_one_into(out, operands, scales, tiling, rotations)
     return out

@@ -1,0 +1,244 @@
+"""Packed codes to 8-bit fragments of the tensor cores, in registers, for one vector in three 8-bit digits.
+
+A fragment register holds four int8 numbers that meet four neighbouring numbers of the other operand. Which four codes
+share one is free, for the vector's digits are written to suit (`vector.py`); so codes are never moved, only masked or
+looked up. A lane takes four words of a stream at a time, twelve of 3-bit codes. README.md counts the instructions.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+
+@gluon.constexpr_function
+def parts_of(bits: int) -> int:
+    """Return the registers of four codes (of one bit plane) that a word gives; with 3 bits, four words a lane holds."""
+    return {1: 8, 2: 4, 3: 8, 4: 2, 8: 1}[bits]
+
+
+@gluon.constexpr_function
+def sums_of(bits: int, looked_up: bool) -> int:
+    """Return how many sums of products are kept apart: bits in place differ in weight, as do digits of levels."""
+    return 8 if bits <= 2 else 1 if bits == 8 else 2
+
+
+@gluon.constexpr_function
+def _registers(outputs: int, inputs: int) -> str:
+    """Return the constraints of a block with so many 32-bit outputs and inputs; outputs are written before inputs end."""
+    return ",".join(["=&r"] * outputs + ["r"] * inputs)
+
+
+@gluon.constexpr_function
+def _bytes(count: int) -> tuple:
+    """Return the dtypes of a block's outputs."""
+    return (gl.int8,) * count
+
+
+@gluon.constexpr_function
+def _masked(word: int, mask: int) -> str:
+    """Return PTX that keeps the bits `mask` of one of the words $1 … $4."""
+    return f"and.b32 $0, ${1 + word}, {mask};"
+
+
+@gluon.constexpr_function
+def _nibbles(word: int, half: int) -> str:
+    """Return PTX: the low or high nibbles of one of the words $1 … $4."""
+    if half == 0:
+        return f"and.b32 $0, ${1 + word}, 0x0f0f0f0f;"
+    return f"{{ .reg .b32 t; shr.u32 t, ${1 + word}, 4; and.b32 $0, t, 0x0f0f0f0f; }}"
+
+
+@gluon.constexpr_function
+def _signed(word: int) -> str:
+    """Return PTX: the bytes of one of the words $1 … $4, less 128."""
+    return f"xor.b32 $0, ${1 + word}, 0x80808080;"
+
+
+@gluon.constexpr_function
+def _four_bits(word: int) -> str:
+    """Return PTX: 8 codes of one of the words $8 … $11 through the tables $12 $16 … $40, a digit in a register.
+
+    `prmt` gives zero for a nibble with its top bit set, as no table entry has its own: so lookups of the lower half of
+    the codes and of the upper half, each in a table of eight, are summed by the tensor cores instead of being merged.
+    """
+    code = f"${8 + word}"
+    lines = ["{", ".reg .b32 u, s, t;", f"xor.b32 u, {code}, 0x88888888;", f"shr.u32 s, {code}, 16;", "shr.u32 t, u, 16;"]
+    for half in range(2):
+        lower, upper = (code, "u") if half == 0 else ("s", "t")
+        lines += [f"prmt.b32 ${4 * half}, $12, $16, {lower};", f"prmt.b32 ${4 * half + 1}, $20, $24, {upper};",
+                  f"prmt.b32 ${4 * half + 2}, $28, $32, {lower};", f"prmt.b32 ${4 * half + 3}, $36, $40, {upper};"]
+    return "\n".join([*lines, "}"])
+
+
+@gluon.constexpr_function
+def _three_bits(block: int) -> str:
+    """Return PTX: 16 codes, bits 48 `block` and on of the words $8 … $19, through tables $20 $24 (high), $28 $32 (low)."""
+    first = 8 + 48 * block // 32
+    take = ([f"mov.b32 u, ${first};", f"shf.r.wrap.b32 v, ${first}, ${first + 1}, 24;"] if block % 2 == 0 else
+            [f"shf.r.wrap.b32 u, ${first}, ${first + 1}, 16;", f"shr.u32 v, ${first + 1}, 8;"])
+    lines = ["{", ".reg .b32 u, v, t;", *take]
+    for part, source in enumerate(("u", "v")):
+        for shift, mask in ((4, "0x0000ffff"), (2, "0x00ff00ff"), (1, "0x0f0f0f0f")):
+            # codes spread to nibbles: the lower half of every field stays, the upper moves up
+            lines += [f"shl.b32 t, {source}, {shift};", f"lop3.b32 {source}, {source}, t, {mask}, 0xe4;"]
+        lines += [f"and.b32 {source}, {source}, 0x77777777;"]
+        for half in range(2):
+            place = 2 * part + half
+            lines += ([f"shr.u32 {source}, {source}, 16;"] if half else []) + [
+                f"prmt.b32 ${place}, $20, $24, {source};", f"prmt.b32 ${4 + place}, $28, $32, {source};"]
+    return "\n".join([*lines, "}"])
+
+
+@gluon.constexpr_function
+def _weight(bit: int) -> float:
+    """Return what a bit in its place has to be multiplied by, to count as one."""
+    return (-1.0 if bit == 7 else 1.0) / (1 << bit)
+
+
+@gluon.jit
+def level(table, code: gl.constexpr, BITS: gl.constexpr, MIRRORED: gl.constexpr):
+    """Return what a code stands for."""
+    HALF: gl.constexpr = (1 << BITS) // 2
+    if not MIRRORED:
+        return gl.load(table + code).to(gl.float32)
+    elif code >= HALF:  # the table holds the upper half of a symmetric one
+        return gl.load(table + (code - HALF)).to(gl.float32)
+    else:
+        return -gl.load(table + (HALF - 1 - code)).to(gl.float32)
+
+
+@gluon.jit
+def load_levels(table, BITS: gl.constexpr, FORM: gl.constexpr, MIRRORED: gl.constexpr):
+    """Return (lowest, units, words): `level = lowest + Σ units · digit`, and the digits' tables, four bytes a word.
+
+    Levels that are looked up are rounded to 14 bits of the table's range (4-bit codes), 16 bits with a sign (3-bit).
+    """
+    low = level(table, 0, BITS, MIRRORED)
+    if BITS == 4 and FORM != "affine":
+        top = low
+        for code in gl.static_range(1, 16):
+            one = level(table, code, BITS, MIRRORED)
+            low = gl.minimum(low, one)
+            top = gl.maximum(top, one)
+        unit = gl.maximum(top - low, 1e-30) / 16383.0
+        words = ()
+        for word in gl.static_range(4):
+            high = 0
+            less = 0
+            for byte in gl.static_range(4):
+                digits = ((level(table, 4 * word + byte, BITS, MIRRORED) - low) / unit + 0.5).to(gl.int32)
+                high = high | (digits >> 7) << (8 * byte)
+                less = less | (digits & 127) << (8 * byte)
+            words = words + (high, less)
+        return low, (unit * 128.0, unit), words
+    elif BITS == 3:
+        top = 1e-30
+        for code in gl.static_range(8):
+            top = gl.maximum(top, gl.abs(level(table, code, BITS, MIRRORED)))
+        unit = top / 32512.0
+        words = ()
+        for word in gl.static_range(2):
+            high = 0
+            less = 0
+            for byte in gl.static_range(4):
+                shifted = level(table, 4 * word + byte, BITS, MIRRORED) / unit + 32896.5  # 2^15 + 2^7: both digits signed
+                digits = shifted.to(gl.int32)
+                high = high | ((digits >> 8) ^ 128) << (8 * byte)
+                less = less | ((digits & 255) ^ 128) << (8 * byte)
+            words = words + (high, less)
+        return 0.0, (unit * 256.0, unit), words
+    elif BITS == 2:
+        return low, (level(table, 1, BITS, MIRRORED) - low, level(table, 2, BITS, MIRRORED) - low), ()
+    else:
+        step = level(table, 1, BITS, MIRRORED) - low
+        return (low + 128.0 * step if BITS == 8 else low), (step, step), ()
+
+
+@gluon.jit
+def _plane(acc, words, b, source: gl.constexpr):
+    a = gl.inline_asm_elementwise(source, "=r,r,r,r,r", [words], dtype=gl.int8, is_pure=True, pack=4)
+    return mma_v2(a, b, acc)
+
+
+@gluon.jit
+def _operands(digits, part, lb: gl.constexpr, doubled: gl.constexpr):
+    # the vector's digits for the codes of a part, in the order of a lane's words: four columns stand for eight
+    words = digits.index(part).permute((0, 2, 1)).load(gl.SliceLayout(2, doubled))
+    both = words[:, :, None, :] + gl.zeros([words.shape[0], words.shape[1], 2, words.shape[2]], gl.int32, doubled)
+    both = gl.convert_layout(both.reshape([words.shape[0], words.shape[1], 2 * words.shape[2]]), lb, assert_trivial=True)
+    return gl.inline_asm_elementwise("mov.b32 $0, $4; mov.b32 $1, $5; mov.b32 $2, $6; mov.b32 $3, $7;",
+                                     "=r,=r,=r,=r,r,r,r,r", [both], dtype=_bytes(4), is_pure=True, pack=4)
+
+
+@gluon.jit
+def multiply_digits(sums, words, digits, first, tables, lb: gl.constexpr, doubled: gl.constexpr, BITS: gl.constexpr,
+                    FORM: gl.constexpr):
+    """Return `sums` plus products of a lane's `words` with the digits of the parts `first` and on."""
+    if BITS <= 2:
+        done = ()
+        for part in gl.static_range(8 // BITS):
+            b = _operands(digits, first + part, lb, doubled)
+            for plane in gl.static_range(BITS):  # a bit in its place: 2^bit, and -2^7
+                acc = sums[part * BITS + plane]
+                for word in gl.static_range(4):
+                    acc = _plane(acc, words[0], b[word], _masked(word, 0x01010101 << (part * BITS + plane)))
+                done = done + (acc,)
+        return done
+    elif BITS == 8:
+        acc = sums[0]
+        b = _operands(digits, first, lb, doubled)
+        for word in gl.static_range(4):
+            acc = _plane(acc, words[0], b[word], _signed(word))
+        return (acc,)
+    elif FORM == "affine":
+        low = sums[0]
+        high = sums[1]
+        near = _operands(digits, first, lb, doubled)
+        far = _operands(digits, first + 1, lb, doubled)
+        for word in gl.static_range(4):
+            low = _plane(low, words[0], near[word], _nibbles(word, 0))
+            high = _plane(high, words[0], far[word], _nibbles(word, 1))
+        return low, high
+    elif BITS == 4:
+        high = sums[0]
+        less = sums[1]
+        t = tables
+        b = _operands(digits, first, lb, doubled) + _operands(digits, first + 1, lb, doubled)
+        for word in gl.static_range(4):
+            a = gl.inline_asm_elementwise(_four_bits(word), _registers(8, 36),
+                                          [words[0], t[0], t[2], t[4], t[6], t[1], t[3], t[5], t[7]], dtype=_bytes(8),
+                                          is_pure=True, pack=4)
+            for half in gl.static_range(2):
+                high = mma_v2(a[4 * half], b[4 * half + word], high)
+                less = mma_v2(a[4 * half + 2], b[4 * half + word], less)
+                high = mma_v2(a[4 * half + 1], b[4 * half + word], high)
+                less = mma_v2(a[4 * half + 3], b[4 * half + word], less)
+        return high, less
+    else:
+        high = sums[0]
+        less = sums[1]
+        for block in gl.static_range(8):
+            b = _operands(digits, first + block, lb, doubled)
+            a = gl.inline_asm_elementwise(_three_bits(block), _registers(8, 28),
+                                          [words[0], words[1], words[2], tables[0], tables[2], tables[1], tables[3]],
+                                          dtype=_bytes(8), is_pure=True, pack=4)
+            for place in gl.static_range(4):
+                high = mma_v2(a[place], b[place], high)
+                less = mma_v2(a[4 + place], b[place], less)
+        return high, less
+
+
+@gluon.jit
+def weigh(sums, units, BITS: gl.constexpr, FORM: gl.constexpr):
+    """Return the sums of `multiply_digits` weighed and added, float32."""
+    if BITS <= 2:
+        total = sums[0].to(gl.float32) * units[0]
+        for bit in gl.static_range(1, 8):
+            total += sums[bit].to(gl.float32) * (units[bit % BITS] * _weight(bit))
+        return total
+    elif BITS == 8:
+        return sums[0].to(gl.float32) * units[0]
+    else:
+        return sums[0].to(gl.float32) * units[0] + sums[1].to(gl.float32) * units[1]
