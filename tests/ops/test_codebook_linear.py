@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -29,7 +30,9 @@ CASES = [  # rows, width, bits, group, batch
     (96, 512, 2, 512, 1), (96, 512, 2, 128, 5), (130, 14336, 2, 14336, 1), (64, 768, 3, 768, 2), (64, 4096, 3, 512, 1),
     (200, 1024, 1, 1024, 1), (48, 576, 1, 576, 4), (72, 256, 8, 64, 1), (72, 256, 8, 256, 9), (64, 512, 4, 512, 16),
     (64, 512, 3, 512, 40), (64, 512, 4, 64, 64), (64, 512, 2, 512, 65), (50, 1024, 4, 128, 300), (64, 512, 1, 512, 100),
-    (5, 7, 4, 7, 2), (9, 40, 3, 8, 1), (16, 96, 4, 32, 2), (8, 48, 5, 48, 1),
+    (5, 7, 4, 7, 2), (9, 40, 3, 8, 1), (16, 96, 4, 32, 2), (8, 48, 5, 48, 1), (304, 4096, 4, 4096, 64),
+    (33, 1072, 4, 1072, 17), (33, 1408, 4, 128, 33), (40, 768, 3, 768, 33), (40, 288, 2, 288, 9),
+    (64, 4096, 1, 512, 16),
 ]
 
 
@@ -127,6 +130,107 @@ def test_one_vector_fits_shared_memory(bits: int, width: int, rotated: bool) -> 
         assert 32 * found.warps * found.programs * found.registers <= REGISTERS
 
 
+def digits_of(x: np.ndarray) -> tuple[np.ndarray, float]:
+    """Return three signed digits of each float32 number, and what 1 is worth: `_unit` and `_store` of vector.py."""
+    exponent = int(np.abs(x).max().view(np.int32) >> 23) - 127
+    scaled = x * np.float32(2.0 ** (21 - exponent)) + np.float32(12582912.0)
+    biased = scaled.view(np.int32) - (0x4B400000 - 0x808080)
+    return np.stack([(biased >> 8 * place & 255) - 128 for place in range(3)]), 2.0 ** (exponent - 21)
+
+
+def met_numbers(bits: int, looked_up: bool, words: int) -> np.ndarray:
+    """Return which number each byte of each part of a word meets [word, part, byte]: `_numbers` and `_store`."""
+    parts = {1: 8, 2: 4, 3: 8, 4: 2, 8: 1}[bits]
+    word, part, byte = np.ogrid[:words, :parts, :4]
+    if bits == 3:
+        return word // 4 * 128 + part * 16 + word % 4 * 4 + byte
+    return word * 4 * parts + (part * 4 + byte if looked_up else byte * parts + part)
+
+
+def three_bit_codes(words: np.ndarray) -> np.ndarray:
+    """Return codes [row, word, part, byte] as `_three_bits` of digits.py takes them: twelve words hold four places."""
+    lane = words.reshape(len(words), -1, 12).astype(np.uint64)
+    mask = np.uint64(0xFFFFFFFF)
+    codes = np.empty((*lane.shape[:2], 4, 8, 4), dtype=np.int64)  # row, lane, place, block, byte
+    for block in range(8):
+        first = 48 * block // 32
+        both = lane[:, :, first] | lane[:, :, first + 1] << np.uint64(32)
+        for half, shift in enumerate((0, 24) if block % 2 == 0 else (16, 40)):
+            spread = both >> np.uint64(shift) & mask
+            for step, keep in ((4, 0x0000FFFF), (2, 0x00FF00FF), (1, 0x0F0F0F0F)):
+                spread = spread & np.uint64(keep) | spread << np.uint64(step) & mask & ~np.uint64(keep)
+            for nibble in range(8):
+                codes[:, :, 2 * half + nibble // 4, block, nibble % 4] = spread >> np.uint64(4 * nibble) & np.uint64(7)
+    return codes.reshape(len(words), -1, 8, 4)
+
+
+def looked_up_levels(codes: np.ndarray, table: np.ndarray, bits: int) -> tuple[np.ndarray, float, float]:
+    """Return levels less the lowest by their two digits, the lowest, and the unit: `load_levels` of digits.py."""
+    if bits == 3:
+        unit = np.abs(table).max() / 32512.0
+        digits = (table / unit + 32896.5).astype(np.int64)
+        levels = 256 * ((digits >> 8) - 128) + (digits & 255) - 128
+        return levels[codes] * unit, 0.0, unit
+    unit = (table.max() - table.min()) / 16383.0
+    digits = ((table - table.min()) / unit + 0.5).astype(np.int64)
+    # a nibble with its top bit set gives nothing: two lookups of eight are added
+    lower, upper = (np.where(one < 8, part[one & 7], 0) for one, part in ((codes, digits[:8]), (codes ^ 8, digits[8:])))
+    return (lower + upper) * unit, float(table.min()), unit
+
+
+def register_levels(words: np.ndarray, table: np.ndarray, bits: int,
+                    looked_up: bool) -> tuple[np.ndarray, float, float]:
+    """Return levels less an offset [row, word, part, byte] as registers hold them, the offset, and their unit."""
+    if bits == 3:
+        return looked_up_levels(three_bit_codes(words), table, 3)
+    byte = np.arange(4)
+    if looked_up:  # a part is half a word, a nibble selects a byte
+        part = np.arange(2)[:, None]
+        return looked_up_levels(words[:, :, None, None] >> 16 * part + 4 * byte & 15, table, bits)
+    part = np.arange(8 // bits)[:, None]
+    held = words[:, :, None, None] >> 8 * byte & 255
+    if bits == 4:
+        return (held >> 4 * part & 15) * (table[1] - table[0]), float(table[0]), 0.0
+    if bits == 8:
+        return (held ^ 128).astype(np.uint8).view(np.int8) * (table[1] - table[0]), float(table[128]), 0.0
+    levels = np.zeros((*held.shape[:2], 8 // bits, 4))
+    for plane in range(bits):  # a bit in its place, as an int8, and `_weight`
+        bit = part * bits + plane
+        weight = np.where(bit == 7, -1.0, 1.0) / (1 << bit)
+        levels += (held & 1 << bit).astype(np.uint8).view(np.int8) * weight * (table[1 << plane] - table[0])
+    return levels, float(table[0]), 0.0
+
+
+@pytest.mark.parametrize(("bits", "form"), [(1, "any"), (2, "affine"), (2, "symmetric"), (3, "any"), (4, "affine"),
+                                            (4, "any"), (8, "affine")])
+def test_one_vector_kernel_meets_every_code_with_its_number(bits: int, form: str) -> None:
+    rows, width = 5, 768
+    codes, levels, _, _ = problem(rows, width, bits, width, form)
+    x, table = gaussian((width,), 1).numpy(), levels.double().numpy()
+    words = packing.pack(codes, 2**bits).numpy().view("<u4").reshape(rows, -1).astype(np.int64)
+    looked_up = bits == 4 and form == "any"
+    held, low, rounded = register_levels(words, table, bits, looked_up)
+    met = met_numbers(bits, looked_up, held.shape[1])
+    assert np.array_equal(np.sort(met, axis=None), np.arange(width))
+    digits, unit = digits_of(x)
+    sums = [(held * digit[met]).sum((1, 2, 3)) for digit in digits]
+    got = unit * (sums[0] + 256 * sums[1] + 65536 * sums[2]) + low * x.astype(np.float64).sum()
+    want = table[codes.numpy()] @ x.astype(np.float64)
+    # a number is rounded to its unit, a level that is looked up to its own
+    bound = unit / 2 * np.abs(held).sum((1, 2, 3)) + rounded / 2 * np.abs(x).sum() * (1 + 1e-6)
+    assert bool((np.abs(got - want) <= bound + 1e-9).all())
+
+
+def test_three_signed_digits_hold_every_number_below_4194304() -> None:
+    most = 2**22 - 1
+    numbers = np.concatenate([np.arange(-70000, 70000), np.arange(-most, most, 1021), [most]])
+    digits, unit = digits_of(numbers.astype(np.float32))
+    assert unit == 1.0
+    assert digits.min() >= -128
+    assert digits.max() <= 127
+    assert np.array_equal(digits[0] + 256 * digits[1] + 65536 * digits[2], numbers)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_scales_of_any_size_and_numbers_of_any_magnitude(device: str) -> None:
     codes, table, scales, _ = problem(32, 256, 4, 256)
@@ -178,6 +282,20 @@ def test_graph_capture_and_determinism(batch: int) -> None:
     graph.replay()
     torch.testing.assert_close(out, first * 2, rtol=0, atol=0)
     assert torch.equal(codebook_linear(x, *args), first)
+
+
+@GPU
+@pytest.mark.parametrize("batch", [1, 3, 16])
+def test_codes_need_no_alignment(batch: int) -> None:
+    codes, table, scales, _ = problem(64, 1024, 4, 1024)
+    packed = packing.pack(codes, 16)
+    room = torch.full((len(packed) + 16,), 255, dtype=torch.uint8, device="cuda")
+    shifted = room[8 : 8 + len(packed)]
+    shifted.copy_(packed)
+    assert shifted.data_ptr() % 16 == 8
+    x = gaussian((batch, 1024), 1).cuda()
+    got = codebook_linear(x, shifted, table.cuda(), scales.cuda(), None, 4, 1024)
+    assert torch.equal(got, codebook_linear(x, packed.cuda(), table.cuda(), scales.cuda(), None, 4, 1024))
 
 
 @GPU

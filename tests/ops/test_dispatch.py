@@ -4,6 +4,7 @@ import contextvars
 import logging
 
 import pytest
+import torch
 
 from tersor.ops import dispatch, reference_only
 from tersor.ops.dispatch import kernels_allowed, log_once, take_reference
@@ -43,3 +44,15 @@ def test_kernels_run_where_nothing_speaks_against_them(caplog: pytest.LogCapture
         with reference_only():
             assert take_reference("hadamard", None)
     assert not caplog.records
+
+
+def test_old_devices_take_the_reference_and_say_so(monkeypatch: pytest.MonkeyPatch,
+                                                   caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0) if device.index else (8, 6))
+    dispatch.too_old.cache_clear()
+    with caplog.at_level(logging.INFO, logger="tersor.ops"):
+        assert dispatch.take_reference("an op", None, torch.device("cuda", 0))
+        assert not dispatch.take_reference("an op", None, torch.device("cuda", 1))
+        assert not dispatch.take_reference("an op", None)
+    dispatch.too_old.cache_clear()
+    assert "need compute capability 9.0, found 8.6" in caplog.text

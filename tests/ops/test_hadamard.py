@@ -10,8 +10,8 @@ from torch import Tensor
 from tersor import rng
 from tersor.linalg import paley, seeded_orthogonal, sylvester
 from tersor.ops import reference_only
-from tersor.ops.hadamard import _op, _pair_op, hadamard, hadamard_pair, reference
-from tersor.ops.hadamard.tiles import WIDE_TILE, factors, few_tile, pair_warps, refusal, split, tile_of
+from tersor.ops.hadamard import _op, hadamard, reference
+from tersor.ops.hadamard.tiles import WIDE_TILE, factors, few_tile, refusal, split, tile_of
 from tersor.rotation import Rotation, factor_orders
 from tersor.testing import gaussian, tolerance
 
@@ -143,7 +143,6 @@ def test_tiles_of_few(width: int, tile: tuple[int, int, int] | None) -> None:
         assert (found.rows, found.parts, found.columns) == tile
         assert found.rows * found.parts * found.columns == width
         assert found.padded * found.columns >= 64 * found.warps  # a thread holds at least two numbers
-    assert pair_warps(width) is None or tile is not None
 
 
 @pytest.mark.parametrize("inverse", [False, True])
@@ -195,64 +194,6 @@ def test_compiled_whole(device: str) -> None:
 def test_huge_seeds() -> None:
     x, rotation = gaussian((2, 64)), Rotation(64, 2**63 + 1)
     assert torch.equal(hadamard(x, rotation), rotation.forward(x))
-    for outer, inner in ((rotation, Rotation(64, 1)), (Rotation(64, 1), rotation)):
-        one, two = hadamard_pair(x, outer, inner)
-        assert torch.equal(one, outer.forward(x))
-        assert torch.equal(two, inner.forward(one))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("count", [1, 3, 64, 70])
-@pytest.mark.parametrize("width", [1, 48, 64, 256, 576, 1024, 2048, 4096, pytest.param(8192, marks=GPU),
-                                   pytest.param(14336, marks=GPU)])
-@pytest.mark.parametrize("device", DEVICES)
-def test_a_pair_is_one_rotation_after_the_other(device: str, width: int, count: int, dtype: torch.dtype) -> None:
-    x, outer, inner = gaussian((count, width), count).to(device, dtype), Rotation(width, 4), Rotation(width, 5)
-    one, two = hadamard_pair(x, outer, inner)
-    assert one.dtype == two.dtype == torch.float32
-    assert one.is_contiguous()
-    assert two.is_contiguous()
-    assert error(one, x, outer, False) <= 1
-    assert error(two, one, inner, False) <= 1
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_pairs_of_windows_strides_and_nothing(device: str) -> None:
-    x = gaussian((3, 2, 1024), 1).to(device)
-    for outer, inner in ((Rotation(512, 1), Rotation(512, 1)), (Rotation(512, 1), Rotation(1024, 1)),
-                         (Rotation(1024, 1), Rotation(64, 2)), (Rotation(256, 1), Rotation(4, 2))):
-        for given in (x, x[:, 1], x.flip(0), x[..., :512].expand(5, 3, 2, 512).repeat(1, 1, 1, 2)):
-            one, two = hadamard_pair(given, outer, inner)
-            assert one.shape == two.shape == given.shape
-            for found, before, turn in ((one, given, outer), (two, one, inner)):
-                expected = hadamard(before, turn, dtype=torch.float32)
-                assert float((found - expected).norm()) <= tolerance(torch.float32, 256) * float(expected.norm())
-        for empty in (x[:0], x.reshape(6, 1024)[:0].to(torch.bfloat16)):
-            assert [y.shape for y in hadamard_pair(empty, outer, inner)] == [empty.shape] * 2
-            assert {y.dtype for y in hadamard_pair(empty, outer, inner)} == {torch.float32}
-
-
-@pytest.mark.parametrize("width", [64, 512])
-@pytest.mark.parametrize("device", DEVICES)
-def test_pair_op(device: str, width: int) -> None:
-    x, outer, inner = gaussian((3, width), 0).to(device), Rotation(width, 5), Rotation(width, 6)
-    for given in (x, x.to(torch.bfloat16), x.requires_grad_()):
-        torch.library.opcheck(_pair_op, (given, width, 5, width, 6))
-    one, two = hadamard_pair(x, outer, inner)
-    (gradient,) = torch.autograd.grad((one * x.detach() + 2 * two * x.detach()).sum(), x)
-    total = x.detach() + 2 * hadamard(x.detach(), inner, inverse=True)
-    expected = hadamard(total, outer, inverse=True)
-    assert float((gradient - expected).norm()) <= tolerance(torch.float32, width) * float(expected.norm())
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_pair_compiled_whole(device: str) -> None:
-    def turn(x: Tensor) -> Tensor:
-        one, two = hadamard_pair(x + 1, Rotation(512, 2), Rotation(512, 3))
-        return one + two
-
-    x = gaussian((4, 512), 1).to(device)
-    assert torch.equal(torch.compile(turn, backend="eager", fullgraph=True)(x), turn(x))
 
 
 @pytest.mark.parametrize("width", [1024, 4096, 14336])
@@ -265,8 +206,6 @@ def test_chained_in_a_graph(device: str, width: int) -> None:
         for _ in range(8):
             for rotation in rotations:
                 x = hadamard(x, rotation)
-            one, two = hadamard_pair(x, *rotations[:2])
-            x = hadamard(hadamard(two, rotations[1], inverse=True) + one, rotations[0], inverse=True) / 2
             for rotation in reversed(rotations):
                 x = hadamard(x, rotation, inverse=True)
         return x
@@ -303,7 +242,3 @@ def test_reference_only(device: str) -> None:
     assert torch.equal(plain, reference.rotate(x, rotation, False, torch.float32))
     assert not torch.equal(plain, hadamard(x, rotation))  # else this test has not met the kernel
     assert float((plain - hadamard(x, rotation)).norm()) <= tolerance(torch.float32, 256) * float(plain.norm())
-    with reference_only():
-        pair = hadamard_pair(x, rotation, rotation)
-    assert all(torch.equal(*both) for both in zip(pair, reference.rotate_twice(x, rotation, rotation), strict=True))
-    assert not torch.equal(pair[1], hadamard_pair(x, rotation, rotation)[1])

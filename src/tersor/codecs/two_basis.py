@@ -24,7 +24,7 @@ from tersor.errors import CodecConfigError
 from tersor.feedback import encode_with_feedback
 from tersor.groups import bounded, reciprocal, rms
 from tersor.ops.annealing.problem import Bases, Schedule
-from tersor.ops.hadamard import SEEDS, hadamard_pair
+from tersor.ops.hadamard import SEEDS, hadamard
 from tersor.ops.sign_linear import sign_linear, two_basis_linear
 from tersor.rotation import Rotation
 
@@ -188,7 +188,8 @@ class TwoBasis(Codec):
         codes = held["first"], held["second"], held["levels"], scales, self.first, self.second
         if not self.half and max(outer.seed, inner.seed) < SEEDS:
             return two_basis_linear(x, *codes, outer=outer.seed, inner=inner.seed)
-        one, two = hadamard_pair(x, outer, inner)
+        one = hadamard(x, outer, dtype=torch.float32)
+        two = hadamard(one, inner)
         if self.half:
             two = two[:, _places(self, self._lines(encoded.shape)[1], x.device)]
         return sign_linear(one, two, *codes)

@@ -12,6 +12,9 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from functools import cache
 
+import torch
+
+CAPABILITY = (9, 0)  # of kernels that are launched early: `griddepcontrol`
 _LOG = logging.getLogger("tersor.ops")
 _REFERENCE = ContextVar("tersor_reference_only", default=False)
 
@@ -37,10 +40,22 @@ def log_once(op: str, reason: str) -> None:
     _LOG.info("%s runs as plain torch: %s", op, reason)
 
 
-def take_reference(op: str, reason: str | None) -> bool:
-    """Tell whether `op` runs as plain torch: within `reference_only`, or for a `reason`, which is logged once."""
+@cache
+def too_old(device: torch.device) -> str | None:
+    """Return why a CUDA device cannot run kernels that start before those ahead of them end, or None where it can."""
+    found = torch.cuda.get_device_capability(device)
+    return None if found >= CAPABILITY else (f"its kernels need compute capability {CAPABILITY[0]}.{CAPABILITY[1]}, "
+                                             f"found {found[0]}.{found[1]}")
+
+
+def take_reference(op: str, reason: str | None, device: torch.device | None = None) -> bool:
+    """Tell whether `op` runs as plain torch: within `reference_only`, or for a reason, which is logged once.
+
+    The reason is the one given, or that a CUDA `device` is too old; None where that does not matter.
+    """
     if not kernels_allowed():
         return True
+    reason = reason or (None if device is None else too_old(device))
     if reason is None:
         return False
     log_once(op, reason)

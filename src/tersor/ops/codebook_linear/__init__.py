@@ -55,7 +55,7 @@ def _(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, zeros: Tensor | N
 @codebook_linear.register_kernel("cuda")
 def _(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int,
       form: str = "any", *, rotation: int | None = None) -> Tensor:
-    if take_reference("codebook_linear", refusal(x.dtype, bits, x.shape[-1], group)):
+    if take_reference("codebook_linear", refusal(x.dtype, bits, x.shape[-1], group), x.device):
         return reference.codebook_linear(_rotated(x, rotation), codes, table, scales, zeros, bits, group).to(x.dtype)
     from tersor.ops.codebook_linear import triton
 

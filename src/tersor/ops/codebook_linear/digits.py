@@ -19,9 +19,12 @@ def parts_of(bits: int) -> int:
 
 
 @gluon.constexpr_function
-def sums_of(bits: int, looked_up: bool) -> int:
-    """Return how many sums of products are kept apart: bits in place differ in weight, as do digits of levels."""
-    return 8 if bits <= 2 else 1 if bits == 8 else 2
+def sums_of(bits: int) -> int:
+    """Return how many sums of products are kept apart: bits in place differ in weight, as do digits of levels.
+
+    Two of each digit, for a product has to wait for the one before.
+    """
+    return 8 if bits <= 2 else 2 if bits == 8 else 4
 
 
 @gluon.constexpr_function
@@ -187,23 +190,22 @@ def multiply_digits(sums, words, digits, first, tables, lb: gl.constexpr, double
                 done = done + (acc,)
         return done
     elif BITS == 8:
-        acc = sums[0]
         b = _operands(digits, first, lb, doubled)
-        for word in gl.static_range(4):
-            acc = _plane(acc, words[0], b[word], _signed(word))
-        return (acc,)
-    elif FORM == "affine":
-        low = sums[0]
-        high = sums[1]
+        even = _plane(_plane(sums[0], words[0], b[0], _signed(0)), words[0], b[2], _signed(2))
+        odd = _plane(_plane(sums[1], words[0], b[1], _signed(1)), words[0], b[3], _signed(3))
+        return even, odd
+    elif FORM == "affine" and BITS == 4:
+        low, also_low, high, also_high = sums
         near = _operands(digits, first, lb, doubled)
         far = _operands(digits, first + 1, lb, doubled)
-        for word in gl.static_range(4):
+        for word in gl.static_range(0, 4, 2):
             low = _plane(low, words[0], near[word], _nibbles(word, 0))
             high = _plane(high, words[0], far[word], _nibbles(word, 1))
-        return low, high
+            also_low = _plane(also_low, words[0], near[word + 1], _nibbles(word + 1, 0))
+            also_high = _plane(also_high, words[0], far[word + 1], _nibbles(word + 1, 1))
+        return low, also_low, high, also_high
     elif BITS == 4:
-        high = sums[0]
-        less = sums[1]
+        high, also_high, less, also_less = sums
         t = tables
         b = _operands(digits, first, lb, doubled) + _operands(digits, first + 1, lb, doubled)
         for word in gl.static_range(4):
@@ -213,25 +215,26 @@ def multiply_digits(sums, words, digits, first, tables, lb: gl.constexpr, double
             for half in gl.static_range(2):
                 high = mma_v2(a[4 * half], b[4 * half + word], high)
                 less = mma_v2(a[4 * half + 2], b[4 * half + word], less)
-                high = mma_v2(a[4 * half + 1], b[4 * half + word], high)
-                less = mma_v2(a[4 * half + 3], b[4 * half + word], less)
-        return high, less
+                also_high = mma_v2(a[4 * half + 1], b[4 * half + word], also_high)
+                also_less = mma_v2(a[4 * half + 3], b[4 * half + word], also_less)
+        return high, also_high, less, also_less
     else:
-        high = sums[0]
-        less = sums[1]
+        high, also_high, less, also_less = sums
         for block in gl.static_range(8):
             b = _operands(digits, first + block, lb, doubled)
             a = gl.inline_asm_elementwise(_three_bits(block), _registers(8, 28),
                                           [words[0], words[1], words[2], tables[0], tables[2], tables[1], tables[3]],
                                           dtype=_bytes(8), is_pure=True, pack=4)
-            for place in gl.static_range(4):
+            for place in gl.static_range(0, 4, 2):
                 high = mma_v2(a[place], b[place], high)
                 less = mma_v2(a[4 + place], b[place], less)
-        return high, less
+                also_high = mma_v2(a[place + 1], b[place + 1], also_high)
+                also_less = mma_v2(a[5 + place], b[place + 1], also_less)
+        return high, also_high, less, also_less
 
 
 @gluon.jit
-def weigh(sums, units, BITS: gl.constexpr, FORM: gl.constexpr):
+def weigh(sums, units, BITS: gl.constexpr):
     """Return the sums of `multiply_digits` weighed and added, float32."""
     if BITS <= 2:
         total = sums[0].to(gl.float32) * units[0]
@@ -239,6 +242,6 @@ def weigh(sums, units, BITS: gl.constexpr, FORM: gl.constexpr):
             total += sums[bit].to(gl.float32) * (units[bit % BITS] * _weight(bit))
         return total
     elif BITS == 8:
-        return sums[0].to(gl.float32) * units[0]
+        return (sums[0] + sums[1]).to(gl.float32) * units[0]
     else:
-        return sums[0].to(gl.float32) * units[0] + sums[1].to(gl.float32) * units[1]
+        return (sums[0] + sums[1]).to(gl.float32) * units[0] + (sums[2] + sums[3]).to(gl.float32) * units[1]

@@ -106,9 +106,9 @@ def _zeros(zeros, place, BITS: gl.constexpr):
 
 @gluon.jit
 def _fetch(ring, stage, codes, row, rows, step, wanted, BITS: gl.constexpr, ELEMENTS: gl.constexpr, RUN: gl.constexpr,
-           PADDED: gl.constexpr, S: gl.constexpr, R: gl.constexpr, M: gl.constexpr):
+           PADDED: gl.constexpr, S: gl.constexpr, M: gl.constexpr):
     # start to copy the elements of a step of M rows to a stage of the ring: a tile for each warp
-    layout: gl.constexpr = gl.BlockedLayout([1, 1, RUN], [1, 2 * RUN, 16 // RUN], [S, R, 1], [2, 1, 0])
+    layout: gl.constexpr = gl.BlockedLayout([1, 1, RUN], [1, 2 * RUN, 16 // RUN], [S, 1, 1], [2, 1, 0])
     m = gl.minimum(row + gl.arange(0, M, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout))), rows - 1)
     base = codes + m.to(gl.int64)[None, :, None] * (3 * ELEMENTS if BITS == 3 else ELEMENTS)
     warp = gl.arange(0, S, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
@@ -137,7 +137,7 @@ def _take(ring, stage, layout: gl.constexpr, BITS: gl.constexpr):
 @gluon.jit
 def _stream(ring, near, count, codes, xp, lut, table, sums, scales, zeros, row, rows, batch, groups, column_step, part_step,
             mma: gl.constexpr, BITS: gl.constexpr, ELEMENTS: gl.constexpr, RUN: gl.constexpr, PADDED: gl.constexpr,
-            FORM: gl.constexpr, GROUP: gl.constexpr, ZEROS: gl.constexpr, S: gl.constexpr, R: gl.constexpr,
+            FORM: gl.constexpr, GROUP: gl.constexpr, ZEROS: gl.constexpr, S: gl.constexpr,
             M: gl.constexpr, N: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr):
     # sums [S, M, N] over each warp's share of M rows of codes; `count` steps were taken before
     la: gl.constexpr = gl.DotOperandLayout(0, mma, RUN)
@@ -167,7 +167,7 @@ def _stream(ring, near, count, codes, xp, lut, table, sums, scales, zeros, row, 
         words = _take(ring, index % STAGES, la, BITS)
         ahead = index + STAGES - 1
         _fetch(ring, ahead % STAGES, codes, (gl.program_id(0) + ahead // STEPS * gl.num_programs(0)) * M, rows, ahead % STEPS,
-               ahead < total, BITS, ELEMENTS, RUN, PADDED, S, R, M)
+               ahead < total, BITS, ELEMENTS, RUN, PADDED, S, M)
         if GROUP:
             none = gl.zeros([S, M, N], gl.float32, mma)
             part, extra = multiply(none, none, words, others, lut, table, BITS, FORM, lb, COLUMNS)
@@ -207,14 +207,14 @@ def _bring(near, xp, batch, column_step, part_step, PADDED: gl.constexpr, PAIRS:
 
 @gluon.jit
 def _begin(codes, row, rows, BITS: gl.constexpr, ELEMENTS: gl.constexpr, RUN: gl.constexpr, PADDED: gl.constexpr,
-           S: gl.constexpr, R: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr):
+           S: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr):
     # a ring in shared memory, and the first copies to it
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     STEPS: gl.constexpr = PADDED // (S * WIDE)
     ring = gl.allocate_shared_memory(gl.int32, [3 * STAGES if BITS == 3 else STAGES, S, M, WIDE], plain)
     for step in gl.static_range(STAGES - 1):
         at = row + step // STEPS * gl.num_programs(0) * M
-        _fetch(ring, step, codes, at, rows, step % STEPS, at < rows, BITS, ELEMENTS, RUN, PADDED, S, R, M)
+        _fetch(ring, step, codes, at, rows, step % STEPS, at < rows, BITS, ELEMENTS, RUN, PADDED, S, M)
     return ring
 
 
@@ -242,17 +242,17 @@ def multiply_rows(codes0, xp0, lut0, table0, peaks0, totals0, sums0, codes1, xp1
                   BITS0: gl.constexpr, ELEMENTS0: gl.constexpr, RUN0: gl.constexpr, PADDED0: gl.constexpr,
                   FORM0: gl.constexpr, BITS1: gl.constexpr, ELEMENTS1: gl.constexpr, RUN1: gl.constexpr,
                   PADDED1: gl.constexpr, FORM1: gl.constexpr, GROUP: gl.constexpr, ZEROS: gl.constexpr, S: gl.constexpr,
-                  R: gl.constexpr, M: gl.constexpr, N: gl.constexpr, MIRRORED: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr):
-    """Products of M rows after M rows with N vectors; S warps of a program share each row, and R groups of S share the M."""
-    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [S, R, 1], [1, 16, 8])
+                  M: gl.constexpr, N: gl.constexpr, MIRRORED: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr):
+    """Products of M rows after M rows with N vectors; a program's S warps share each row."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [S, 1, 1], [1, 16, 8])
     STEPS0: gl.constexpr = PADDED0 // (S * WIDE)
     STEPS1: gl.constexpr = PADDED1 // (S * WIDE)
     PAIRS0: gl.constexpr = 16 if BITS0 == 3 else 16 // BITS0
     PAIRS1: gl.constexpr = 16 if BITS1 == 3 or BITS1 == 0 else 16 // BITS1
     row = gl.program_id(0) * M
-    ring0 = _begin(codes0, row, rows, BITS0, ELEMENTS0, RUN0, PADDED0, S, R, M, STAGES)
+    ring0 = _begin(codes0, row, rows, BITS0, ELEMENTS0, RUN0, PADDED0, S, M, STAGES)
     if BITS1:
-        ring1 = _begin(codes1, row, rows, BITS1, ELEMENTS1, RUN1, PADDED1, S, R, M, STAGES)
+        ring1 = _begin(codes1, row, rows, BITS1, ELEMENTS1, RUN1, PADDED1, S, M, STAGES)
     # codes are older than the kernel before this one; what that one writes is only read from here on
     ready = 16 * gl.inline_asm_elementwise(
         "griddepcontrol.launch_dependents; griddepcontrol.wait; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False,
@@ -281,14 +281,14 @@ def multiply_rows(codes0, xp0, lut0, table0, peaks0, totals0, sums0, codes1, xp1
             scale = gl.load(scales + place * scale_step, place < rows, other=0.0).to(gl.float32)
         acc, more = _stream(ring0, parts0, count * STEPS0, codes0, xp0 + ready, lut0, table0, sums0 + ready, scales, zeros,
                             start, rows, batch, groups, column_step0, part_step0, mma, BITS0, ELEMENTS0, RUN0, PADDED0,
-                            FORM0, GROUP, ZEROS, S, R, M, N, COLUMNS, STAGES)
+                            FORM0, GROUP, ZEROS, S, M, N, COLUMNS, STAGES)
         if not GROUP:
             acc = total_of(acc, more, lut0, total0, BITS0, FORM0)
         acc *= peak0
         if BITS1:
             own, more = _stream(ring1, parts1, count * STEPS1, codes1, xp1 + ready, lut1, table1, sums1 + ready, scales,
                                 zeros, start, rows, batch, groups, column_step1, part_step1, mma, BITS1, ELEMENTS1, RUN1,
-                                PADDED1, FORM1, 0, False, S, R, M, N, COLUMNS, STAGES)
+                                PADDED1, FORM1, 0, False, S, M, N, COLUMNS, STAGES)
             acc += total_of(own, more, lut1, total1, BITS1, FORM1) * peak1
         y = gl.sum(acc, 0)
         if not GROUP:

@@ -28,9 +28,10 @@ from tersor.ops.codebook_linear.shapes import (
     vector_rotates,
     vector_takes,
     vector_tiling_for,
+    wide_takes,
 )
 from tersor.ops.codebook_linear.vector import multiply_vector
-from tersor.ops.codebook_linear.wide import multiply_wide, takes
+from tersor.ops.codebook_linear.wide import multiply_wide
 from tersor.ops.signs import signs_on
 from tersor.ops.workspace import multiprocessors, workspace
 from tersor.rotation import Rotation
@@ -73,6 +74,15 @@ class Operand:
         """Whether the kernel multiplies by the bits as they stand, and by levels later."""
         return self.form == "affine" or (self.form == "symmetric" and self.bits <= 2)
 
+    @property
+    def aligned(self) -> bool:
+        """Whether kernels read the codes where they are: then a kernel may read them before the one before it ends."""
+        return self.codes.data_ptr() % 16 == 0
+
+    def words(self) -> Tensor:
+        """Return the codes as int32, a copy where they are not aligned to 16 bytes."""
+        return (self.codes if self.aligned else self.codes.clone()).view(torch.int32)
+
 
 def codebook_linear(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, zeros: Tensor | None, bits: int,
                     group: int, form: str) -> Tensor:
@@ -113,10 +123,10 @@ def multiply_into(out: Tensor, operands: Sequence[Operand], scales: Tensor, zero
         if chosen is not None:
             multiply_one_into(out, operands, scales, chosen)
             return
-    if tiling is None and len(operands) == 1 and takes(len(out), operands[0].bits, operands[0].x.shape[1], group):
+    if tiling is None and len(operands) == 1 and wide_takes(len(out), operands[0].bits, operands[0].x.shape[1], group):
         multiply_wide(out, operands[0], scales, zeros, group)
         return
-    step = COLUMNS[kind_of([operand.bits for operand in operands], operands[0].fields)]
+    step = COLUMNS[len(operands)]
     for start in range(0, len(out), step):
         part = slice(start, start + step)
         near = [dataclasses.replace(operand, x=operand.x[part]) for operand in operands]
@@ -142,9 +152,9 @@ def _multiply_few(out: Tensor, operands: Sequence[Operand], scales: Tensor, zero
         scales.shape[-1] if grouped else 1, scales.stride(0), one.xp.stride(1), one.xp.stride(0),
         other.xp.stride(1), other.xp.stride(0), first.bits, first.elements, first.run, first.padded, operands[0].form,
         second.bits if two else 0, second.elements, second.run, second.padded, operands[-1].form,
-        group // CODES[first.bits] if grouped else 0, zeros is not None, tiling.warps, tiling.groups, tiling.rows,
-        columns, two, near, tiling.stages, num_warps=tiling.warps * tiling.groups,
-        launch_pdl=all(operand.codes.data_ptr() % 16 == 0 for operand in operands))  # codes are read before the wait
+        group // CODES[first.bits] if grouped else 0, zeros is not None, tiling.warps, tiling.rows,
+        columns, two, near, tiling.stages, num_warps=tiling.warps,
+        launch_pdl=all(operand.aligned for operand in operands))  # codes are read before the wait
 
 
 def vector_tiling(operands: Sequence[Operand], rows: int, *, rotated: bool) -> VectorTiling | None:
@@ -166,16 +176,15 @@ def multiply_one_into(out: Tensor, operands: Sequence[Operand], scales: Tensor, 
     """
     rows, two = out.shape[1], len(operands) > 1
     streams, first, last = [], operands[0], operands[-1]
-    aligned = all(operand.codes.data_ptr() % 16 == 0 for operand in operands)
     for number, operand in enumerate((first, last)):
-        codes = operand.codes if operand.codes.data_ptr() % 16 == 0 else operand.codes.clone()
         signs = signs_on(rotations[number % len(rotations)], out.device) if rotations else operand.table
-        streams += [operand.x, codes.view(torch.int32), operand.table, signs]
+        streams += [operand.x, operand.words(), operand.table, signs]
     programs = min(-(-rows // tiling.rows), tiling.programs * multiprocessors(out.device))
     multiply_vector[(programs,)](
         *streams, scales, out, rows, scales.stride(0), first.x.shape[1], first.bits, first.form, last.x.shape[1],
-        last.bits if two else 0, last.form, two, bool(rotations), tiling.warps, tiling.rows, tiling.stages,
-        num_warps=tiling.warps, maxnreg=tiling.registers, launch_pdl=aligned)  # codes are read before the wait
+        last.bits if two else 0, last.form, two, bool(rotations), rows % tiling.rows == 0, tiling.warps, tiling.rows,
+        tiling.stages, num_warps=tiling.warps, maxnreg=tiling.registers,
+        launch_pdl=all(operand.aligned for operand in operands))  # codes are read before the wait
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -207,9 +216,8 @@ def _prepared(operand: Operand, tiling: Tiling, group: int | None, mirrored: boo
     prepare[(batch, units)](x, operand.table, xp, lut, peaks, totals, sums, width, x.stride(0), xp.stride(1),
                             xp.stride(0), stream.padded * CODES[bits], bits, operand.fields, mirrored, stream.run,
                             stream.unit, 1 << (width - 1).bit_length(), num_warps=8, launch_pdl=True)
-    codes = operand.codes if operand.codes.data_ptr() % 16 == 0 else operand.codes.clone()
     table = operand.table.to(torch.float16) if bits == 8 else operand.table
-    return stream, _Prepared(codes.view(torch.int32), xp.view(torch.int32), lut, table, peaks, totals, sums)
+    return stream, _Prepared(operand.words(), xp.view(torch.int32), lut, table, peaks, totals, sums)
 
 
 def by_decoding(operand: Operand, scales: Tensor, zeros: Tensor | None, group: int) -> Tensor:

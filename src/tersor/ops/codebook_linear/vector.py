@@ -71,51 +71,46 @@ def _floats(order: int) -> str:
 
 
 @gluon.jit
-def _fetch(ring, stage, codes, row, rows, step, wanted, BITS: gl.constexpr, WORDS: gl.constexpr, S: gl.constexpr,
-           M: gl.constexpr):
-    # start to copy a step of M rows to a stage of the ring; a warp's lanes read what is contiguous
-    if BITS == 3:
-        layout: gl.constexpr = gl.BlockedLayout([1, 1, 1, 4], [4, 1, 1, 8], [1, S, 1, 1], [3, 0, 2, 1])
-        s1: gl.constexpr = gl.SliceLayout(0, layout)
-        part = gl.arange(0, 4, layout=gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, layout))))[:, None, None, None]
+def _fetch(ring, stage, codes, row, rows, step, wanted, BITS: gl.constexpr, WORDS: gl.constexpr, WHOLE: gl.constexpr,
+           S: gl.constexpr, M: gl.constexpr):
+    # start to copy a step of M rows to a stage of the ring
+    layout: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 4, 8], [S, 1, 1], [2, 1, 0])
+    TIMES: gl.constexpr = 3 if BITS == 3 else 1
+    m = gl.arange(0, M, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))
+    if not WHOLE:
+        m = gl.minimum(m, rows - 1 - row)
+    warp = gl.arange(0, S, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
+    place = warp * ACROSS + gl.arange(0, ACROSS, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
+    inside = wanted & (m >= 0)[None, :, None] & (place >= 0)
+    if WORDS % (S * ACROSS) != 0:
+        inside = inside & (place + step * (S * ACROSS) < WORDS)
+    start = codes + row.to(gl.int64) * (TIMES * WORDS) + step * (S * ACROSS * TIMES)
+    if BITS == 3:  # a lane's places are twelve words, its first four, second and third
+        words = start + (m[None, :, None] * (3 * WORDS) + place // 4 * 12 + place % 4)
+        for part in gl.static_range(3):
+            async_copy.async_copy_global_to_shared(ring.index(stage * 3 + part), words + 4 * part, mask=inside)
     else:
-        s1: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 4, 8], [S, 1, 1], [2, 1, 0])
-    m = gl.minimum(row + gl.arange(0, M, layout=gl.SliceLayout(0, gl.SliceLayout(2, s1))), rows - 1)
-    base = codes + m.to(gl.int64)[None, :, None] * (3 * WORDS if BITS == 3 else WORDS)
-    warp = gl.arange(0, S, layout=gl.SliceLayout(1, gl.SliceLayout(2, s1)))[:, None, None]
-    place = (step * S + warp) * ACROSS + gl.arange(0, ACROSS, layout=gl.SliceLayout(0, gl.SliceLayout(1, s1)))[None, None, :]
-    inside = (place < WORDS) & wanted
-    inside = inside & (m[None, :, None] >= 0)
-    if BITS == 3:  # of twelve words each place's lane has three times four; a fourth is not there
-        words = (base + place // 4 * 12 + place % 4)[None, :, :, :] + 4 * part
-        async_copy.async_copy_global_to_shared(ring.index(stage), words, mask=inside[None, :, :, :] & (part < 3))
-    else:
-        async_copy.async_copy_global_to_shared(ring.index(stage), base + place, mask=inside)
+        async_copy.async_copy_global_to_shared(ring.index(stage), start + (m[None, :, None] * WORDS + place), mask=inside)
     async_copy.commit_group()
 
 
 @gluon.jit
-def _begin(codes, row, rows, BITS: gl.constexpr, WORDS: gl.constexpr, STEPS: gl.constexpr, S: gl.constexpr,
-           M: gl.constexpr, STAGES: gl.constexpr):
+def _begin(codes, row, rows, BITS: gl.constexpr, WORDS: gl.constexpr, STEPS: gl.constexpr, WHOLE: gl.constexpr,
+           S: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr):
     # a ring in shared memory, and the first copies to it
-    layout: gl.constexpr = gl.SwizzledSharedLayout(16, 1, 2, [3, 2, 1, 0] if BITS == 3 else [2, 1, 0])
-    if BITS == 3:
-        ring = gl.allocate_shared_memory(gl.int32, [STAGES, 4, S, M, ACROSS], layout)
-    else:
-        ring = gl.allocate_shared_memory(gl.int32, [STAGES, S, M, ACROSS], layout)
+    layout: gl.constexpr = gl.SwizzledSharedLayout(16, 1, 2, [2, 1, 0])
+    ring = gl.allocate_shared_memory(gl.int32, [3 * STAGES if BITS == 3 else STAGES, S, M, ACROSS], layout)
     for step in gl.static_range(STAGES):
         at = row + step // STEPS * gl.num_programs(0) * M
-        _fetch(ring, step, codes, at, rows, step % STEPS, at < rows, BITS, WORDS, S, M)
+        _fetch(ring, step, codes, at, rows, step % STEPS, at < rows, BITS, WORDS, WHOLE, S, M)
     return ring
 
 
 @gluon.jit
-def _take(ring, stage, layout: gl.constexpr, BITS: gl.constexpr, S: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr):
+def _take(ring, stage, layout: gl.constexpr, BITS: gl.constexpr):
     # a stage's words as fragments
     if BITS == 3:
-        plain: gl.constexpr = gl.SwizzledSharedLayout(16, 1, 2, [2, 1, 0])
-        parts = ring._reinterpret(gl.int32, [STAGES * 4, S, M, ACROSS], plain)
-        return parts.index(stage * 4).load(layout), parts.index(stage * 4 + 1).load(layout), parts.index(stage * 4 + 2).load(layout)
+        return ring.index(stage * 3).load(layout), ring.index(stage * 3 + 1).load(layout), ring.index(stage * 3 + 2).load(layout)
     else:
         return (ring.index(stage).load(layout),)
 
@@ -247,44 +242,41 @@ def _bring_rotated(v, WIDTH: gl.constexpr, BITS: gl.constexpr, FORM: gl.constexp
 
 
 @gluon.jit
-def _stream(ring, digits, count, codes, tables, row, rows, BITS: gl.constexpr, FORM: gl.constexpr, WORDS: gl.constexpr,
-            STEPS: gl.constexpr, S: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr):
-    # integer sums [S, M, 8] over each warp's share of M rows; `count` steps were taken before
+def _stream(ring, digits, stage, codes, tables, row, rows, BITS: gl.constexpr, FORM: gl.constexpr,
+            WORDS: gl.constexpr, STEPS: gl.constexpr, WHOLE: gl.constexpr, S: gl.constexpr, M: gl.constexpr,
+            STAGES: gl.constexpr):
+    # integer sums [S, M, 8] over each warp's share of M rows, whose first step is in `stage`; and the stage after them
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [S, 1, 1], [1, 16, 8])
-    la: gl.constexpr = _dot(0, S)
-    total = ((rows - gl.program_id(0) * M + gl.num_programs(0) * M - 1) // (gl.num_programs(0) * M)) * STEPS
     sums = ()
-    for _ in gl.static_range(sums_of(BITS, FORM != "affine")):
+    for _ in gl.static_range(sums_of(BITS)):
         sums = sums + (gl.zeros([S, M, 2 * DIGITS], gl.int32, mma),)
     for step in range(0, STEPS):
-        index = count + step
         async_copy.wait_group(STAGES - 1)
-        stage = index % STAGES
-        words = _take(ring, stage, la, BITS, S, M, STAGES)
-        ahead = index + STAGES
-        _fetch(ring, stage, codes, (gl.program_id(0) + ahead // STEPS * gl.num_programs(0)) * M, rows,
-               ahead % STEPS, ahead < total, BITS, WORDS, S, M)
+        words = _take(ring, stage, _dot(0, S), BITS)
+        later = row + (step + STAGES) // STEPS * gl.num_programs(0) * M
+        _fetch(ring, stage, codes, later, rows, (step + STAGES) % STEPS, later < rows, BITS, WORDS, WHOLE, S, M)
         sums = multiply_digits(sums, words, digits, step * parts_of(BITS), tables, _dot(1, S), _doubled(S), BITS, FORM)
-    return sums
+        stage = gl.where(stage == STAGES - 1, 0, stage + 1)
+    return sums, stage
 
 
 @gluon.jit
 def multiply_vector(x0, codes0, table0, signs0, x1, codes1, table1, signs1, scales, out, rows, scale_step,
                     WIDTH0: gl.constexpr, BITS0: gl.constexpr, FORM0: gl.constexpr, WIDTH1: gl.constexpr,
                     BITS1: gl.constexpr, FORM1: gl.constexpr, MIRRORED: gl.constexpr, ROTATED: gl.constexpr,
-                    S: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr):
+                    WHOLE: gl.constexpr, S: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr):
     """The product of M rows after M rows with a vector, of one stream or the sum of two; S warps share each row."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [S, 1, 1], [1, 16, 8])
     WORDS0: gl.constexpr = WIDTH0 // _codes_of(BITS0)
     STEPS0: gl.constexpr = (WORDS0 + S * ACROSS - 1) // (S * ACROSS)
     row = gl.program_id(0) * M
-    ring0 = _begin(codes0, row, rows, BITS0, WORDS0, STEPS0, S, M, STAGES)
+    ring0 = _begin(codes0, row, rows, BITS0, WORDS0, STEPS0, WHOLE, S, M, STAGES)
     low0, units0, tables0 = load_levels(table0, BITS0, FORM0, MIRRORED)
     if BITS1:
         WORDS1: gl.constexpr = WIDTH1 // _codes_of(BITS1)
         STEPS1: gl.constexpr = (WORDS1 + S * ACROSS - 1) // (S * ACROSS)
         low1, units1, tables1 = load_levels(table1, BITS1, FORM1, MIRRORED)
-        ring1 = _begin(codes1, row, rows, BITS1, WORDS1, STEPS1, S, M, STAGES)
+        ring1 = _begin(codes1, row, rows, BITS1, WORDS1, STEPS1, WHOLE, S, M, STAGES)
     if ROTATED:
         flat: gl.constexpr = gl.BlockedLayout([WIDTH0 // (32 * S)], [32], [S], [0])
         k = gl.arange(0, WIDTH0, layout=flat)
@@ -311,14 +303,16 @@ def multiply_vector(x0, codes0, table0, signs0, x1, codes1, table1, signs1, scal
     column = gl.arange(0, 2 * DIGITS, layout=gl.SliceLayout(0, gl.SliceLayout(1, mma)))[None, None, :]
     digit = gl.where(column == 0, 1.0, gl.where(column == 1, 256.0, gl.where(column == 2, 65536.0, 0.0)))
     m = gl.arange(0, M, layout=gl.SliceLayout(0, gl.SliceLayout(2, mma)))
-    count = 0
+    stage0 = 0
+    stage1 = 0
     for start in range(row, rows, gl.num_programs(0) * M):
         scale = gl.load(scales + (start + m) * scale_step, start + m < rows, other=0.0).to(gl.float32)
-        sums = _stream(ring0, digits0, count * STEPS0, codes0, tables0, start, rows, BITS0, FORM0, WORDS0, STEPS0, S, M, STAGES)
-        total = weigh(sums, units0, BITS0, FORM0) * unit0
+        sums, stage0 = _stream(ring0, digits0, stage0, codes0, tables0, start, rows, BITS0, FORM0, WORDS0, STEPS0, WHOLE,
+                               S, M, STAGES)
+        total = weigh(sums, units0, BITS0) * unit0
         if BITS1:
-            more = _stream(ring1, digits1, count * STEPS1, codes1, tables1, start, rows, BITS1, FORM1, WORDS1, STEPS1, S, M, STAGES)
-            total += weigh(more, units1, BITS1, FORM1) * unit1
-        y = (gl.sum(gl.sum(total * digit, 2), 0) + offset)
-        gl.store(out + start + gl.convert_layout(m, y.type.layout), (y * gl.convert_layout(scale, y.type.layout)).to(out.dtype.element_ty), gl.convert_layout(start + m < rows, y.type.layout))
-        count += 1
+            sums, stage1 = _stream(ring1, digits1, stage1, codes1, tables1, start, rows, BITS1, FORM1, WORDS1, STEPS1,
+                                   WHOLE, S, M, STAGES)
+            total += weigh(sums, units1, BITS1) * unit1
+        y = gl.convert_layout(gl.sum(gl.sum(total * digit, 2), 0) + offset, m.type.layout)
+        gl.store(out + start + m, (y * scale).to(out.dtype.element_ty), start + m < rows)

@@ -32,23 +32,6 @@ def hadamard(x: Tensor, rotation: Rotation, *, inverse: bool = False, dtype: tor
     return _op(x, rotation.width, rotation.seed, inverse, dtype or x.dtype)
 
 
-def hadamard_pair(x: Tensor, outer: Rotation, inner: Rotation) -> tuple[Tensor, Tensor]:
-    """Return `x` rotated by `outer`, and the result rotated by `inner`: float32, contiguous, of the shape of `x`.
-
-    Parameters
-    ----------
-    x : Tensor
-        (..., width), as of `hadamard`.
-    outer, inner : Rotation
-        Their widths divide the last dimension of `x`. One kernel for few vectors, where the widths are the same power
-        of two, small enough (`tiles.pair_warps`); else two.
-    """
-    if max(outer.seed, inner.seed) >= SEEDS:
-        one = hadamard(x, outer, dtype=torch.float32)
-        return one, hadamard(one, inner)
-    return _pair_op(x, outer.width, outer.seed, inner.width, inner.seed)
-
-
 @torch.library.custom_op("tersor::hadamard", mutates_args=())
 def _op(x: Tensor, width: int, seed: int, inverse: bool, dtype: torch.dtype) -> Tensor:
     return reference.rotate(x, Rotation(width, seed), inverse, dtype)
@@ -63,7 +46,7 @@ def _fake(x: Tensor, width: int, seed: int, inverse: bool, dtype: torch.dtype) -
 @_op.register_kernel("cuda")
 def _cuda(x: Tensor, width: int, seed: int, inverse: bool, dtype: torch.dtype) -> Tensor:
     rotation = Rotation(width, seed)
-    if take_reference("hadamard", refusal(width, x.dtype, dtype)):
+    if take_reference("hadamard", refusal(width, x.dtype, dtype), x.device):
         return reference.rotate(x, rotation, inverse, dtype)
     from tersor.ops.hadamard import triton
 
@@ -80,38 +63,3 @@ def _backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:  
 
 
 _op.register_autograd(_backward, setup_context=_keep)
-
-
-@torch.library.custom_op("tersor::hadamard_pair", mutates_args=())
-def _pair_op(x: Tensor, width: int, seed: int, inner_width: int, inner_seed: int) -> tuple[Tensor, Tensor]:
-    return reference.rotate_twice(x, Rotation(width, seed), Rotation(inner_width, inner_seed))
-
-
-@_pair_op.register_fake
-def _pair_fake(x: Tensor, width: int, seed: int, inner_width: int, inner_seed: int) -> tuple[Tensor, Tensor]:
-    del width, seed, inner_width, inner_seed
-    return (torch.empty(x.shape, dtype=torch.float32, device=x.device),
-            torch.empty(x.shape, dtype=torch.float32, device=x.device))
-
-
-@_pair_op.register_kernel("cuda")
-def _pair_cuda(x: Tensor, width: int, seed: int, inner_width: int, inner_seed: int) -> tuple[Tensor, Tensor]:
-    outer, inner = Rotation(width, seed), Rotation(inner_width, inner_seed)
-    if take_reference("hadamard", refusal(width, x.dtype) or refusal(inner_width)):
-        return reference.rotate_twice(x, outer, inner)
-    from tersor.ops.hadamard import triton
-
-    return triton.rotate_twice(x, outer, inner)
-
-
-def _pair_keep(ctx, inputs, output) -> None:  # noqa: ANN001 - as above
-    del output
-    ctx.x_dtype, (_, ctx.width, ctx.seed, ctx.inner_width, ctx.inner_seed) = inputs[0].dtype, inputs
-
-
-def _pair_backward(ctx, one: Tensor, two: Tensor) -> tuple[Tensor, None, None, None, None]:  # noqa: ANN001 - as above
-    total = one + _op(two, ctx.inner_width, ctx.inner_seed, True, torch.float32)
-    return _op(total, ctx.width, ctx.seed, True, ctx.x_dtype), None, None, None, None
-
-
-_pair_op.register_autograd(_pair_backward, setup_context=_pair_keep)

@@ -182,24 +182,3 @@ def rotate_few(x, out, left, signs, scale, N1: gl.constexpr, P1: gl.constexpr, G
     if INVERSE:
         tile = tile * sign.to(gl.float32)
     gl.store(out + vector + to, tile.to(out.dtype.element_ty), written)
-
-
-@gluon.jit
-def rotate_pair(x, one, two, signs0, signs1, scale, M: gl.constexpr, S: gl.constexpr):
-    """A whole vector by one program of S warps, twice: the second time through the stages backwards."""
-    _announce()
-    COUNT: gl.constexpr = _count(1, M, S)
-    i, j = _places(_layout(0, 1, M, S), 1, M)
-    k, c = _places(_layout(COUNT - 1, 1, M, S), 1, M)
-    sign0 = gl.load(signs0 + i + j)
-    sign1 = gl.load(signs1 + k + c)
-    vector = gl.program_id(0) * M
-    tile = _signed(gl.load(x + (vector + i + j + _ready())), sign0)
-    for stage in gl.static_range(COUNT):
-        tile = _stage(tile, stage, 1, M, S)
-    tile = tile * scale
-    gl.store(one + vector + k + c, tile)
-    tile = tile * sign1.to(gl.float32)
-    for stage in gl.static_range(COUNT):
-        tile = _stage(tile, COUNT - 1 - stage, 1, M, S)
-    gl.store(two + vector + i + j, tile * scale)

@@ -15,9 +15,3 @@ def rotate(x: Tensor, rotation: Rotation, inverse: bool, dtype: torch.dtype) -> 
     windows = x.to(torch.float32).reshape(-1, rotation.width)
     turned = rotation.inverse(windows) if inverse else rotation.forward(windows)
     return turned.reshape(x.shape).to(dtype).contiguous()
-
-
-def rotate_twice(x: Tensor, outer: Rotation, inner: Rotation) -> tuple[Tensor, Tensor]:
-    """Return `x` rotated by `outer`, and that rotated by `inner`, float32."""
-    one = rotate(x, outer, False, torch.float32)
-    return one, rotate(one, inner, False, torch.float32)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tersor import rng
 from tersor.linalg import paley, seeded_orthogonal, sylvester
+from tersor.ops.signs import signs_on
 from tersor.rotation import Rotation, factor_orders
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -26,7 +26,6 @@ FEW_ROWS = 32  # padded; a thread holds its share of the left factor
 FEW_PARTS = 16
 FEW_PROGRAMS = 512  # above that, reading each vector once a part is the longer way
 FEW_COLUMNS, FEW_COLUMNS_LED = 1024, 64  # of a part, without and with a left factor
-PAIR_WIDTHS = (256, 8192)  # least and most that one program rotates twice
 TOGETHER = 4096  # numbers that a program takes at a time, of several vectors where these are shorter
 
 
@@ -117,13 +116,6 @@ def few_tile(width: int) -> FewTile | None:
     return FewTile(rows, across // columns, columns, min(8, most))
 
 
-def pair_warps(width: int) -> int | None:
-    """Return the warps of the program that rotates a vector of a width twice, or None where there is no such."""
-    if width & (width - 1) or not PAIR_WIDTHS[0] <= width <= PAIR_WIDTHS[1]:
-        return None
-    return max(1, min(8, width // 512))
-
-
 @cache
 def tile_of(width: int, most: int = NARROW_TILE) -> Tile | None:
     """Return the tile of a width, of about `most` numbers, or None where the kernel does not take it.
@@ -194,10 +186,10 @@ def factors(rotation: Rotation, tile: Tile | FewTile, inverse: bool, dtype: torc
     pieces = left.unsqueeze(0) if exact else split(left)
     kind = torch.float16 if exact and dtype == torch.float16 and tile.parts == 1 and not few else torch.bfloat16
     right = torch.from_numpy(sylvester(1 if few else tile.columns))
-    signs = rng.signs(rotation.seed, 0, rotation.width).to(device, torch.bfloat16)
     scale = (rotation.width / (1 if exact else first)) ** -0.5
     made = Factors(pieces.to(device, kind).contiguous(),
-                   right.to(device, kind if tile.rows == 1 else torch.bfloat16).contiguous(), signs, scale)
+                   right.to(device, kind if tile.rows == 1 else torch.bfloat16).contiguous(),
+                   signs_on(rotation, device), scale)
     if device.type == "cuda":
         # kernels read these before they wait for those before them: what is here now stays as it is
         torch.cuda.current_stream(device).synchronize()

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tersor.ops.hadamard.kernels import rotate_few, rotate_pair
+from tersor.ops.hadamard.kernels import rotate_few
 from tersor.ops.hadamard.tiles import (
     FEW,
     FEW_PROGRAMS,
@@ -22,7 +22,6 @@ from tersor.ops.hadamard.tiles import (
     FewTile,
     factors,
     few_tile,
-    pair_warps,
     registers_of,
     tile_of,
 )
@@ -178,22 +177,6 @@ def _many_into(out: Tensor, x: Tensor, rotation: Rotation, inverse: bool) -> Non
         x, out, made.left, made.right, made.signs, count, made.scale, tile.rows, tile.padded, tile.parts, tile.columns,
         tile.vectors, inverse, *pieces(x.dtype, out.dtype, made.left, tile.parts), num_warps=tile.warps, num_stages=1,
         maxnreg=tile.registers(narrow), launch_pdl=True)
-
-
-def rotate_twice(x: Tensor, outer: Rotation, inner: Rotation) -> tuple[Tensor, Tensor]:
-    """Return `x` rotated by `outer`, and that by `inner`, float32, along windows of the last dimension."""
-    count, warps = x.numel() // outer.width, pair_warps(outer.width)
-    if warps is None or inner.width != outer.width or not 0 < count <= FEW:
-        one = rotate(x, outer, False, torch.float32)
-        return one, rotate(one, inner, False, torch.float32)
-    tile = few_tile(outer.width)
-    assert tile is not None
-    one, two = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for _ in range(2))
-    with torch.cuda.device(x.device):
-        made, other = (factors(rotation, tile, False, x.dtype, x.device) for rotation in (outer, inner))
-        rotate_pair[(count,)](x.contiguous(), one, two, made.signs, other.signs, made.scale, outer.width, warps,
-                              num_warps=warps, maxnreg=registers_of(warps), launch_pdl=True)
-    return one, two
 
 
 def _most(wanted: torch.dtype) -> int:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from tersor.ops.codebook_linear.shapes import refusal
-from tersor.ops.dispatch import kernels_allowed, take_reference
-from tersor.ops.hadamard import hadamard_pair
+from tersor.ops.dispatch import take_reference
+from tersor.ops.hadamard import hadamard
 from tersor.ops.sign_linear import reference
 from tersor.rotation import Rotation
 
@@ -42,7 +42,7 @@ def _(first_x: Tensor, second_x: Tensor, first: Tensor, second: Tensor, levels: 
 def _(first_x: Tensor, second_x: Tensor, first: Tensor, second: Tensor, levels: Tensor, scales: Tensor,
       first_levels: int, second_levels: int) -> Tensor:
     sizes = first_levels, second_levels
-    if take_reference("sign_linear", _refusal(sizes, (first_x, second_x))):
+    if take_reference("sign_linear", _refusal(sizes, (first_x, second_x)), first_x.device):
         return reference.sign_linear(first_x, second_x, first, second, levels, scales, *sizes)
     from tersor.ops.sign_linear import triton
 
@@ -68,7 +68,8 @@ def two_basis_linear(x: Tensor, first: Tensor, second: Tensor, levels: Tensor, s
         Seeds, below `tersor.ops.hadamard.SEEDS`, of rotations of the whole width. The kernel for one vector rotates it
         on the way.
     """
-    one, two = hadamard_pair(x, Rotation(x.shape[1], outer), Rotation(x.shape[1], inner))
+    one = hadamard(x, Rotation(x.shape[1], outer), dtype=torch.float32)
+    two = hadamard(one, Rotation(x.shape[1], inner))
     return reference.sign_linear(one, two, first, second, levels, scales, first_levels, second_levels).to(x.dtype)
 
 
@@ -83,10 +84,11 @@ def _(x: Tensor, first: Tensor, second: Tensor, levels: Tensor, scales: Tensor, 
 def _(x: Tensor, first: Tensor, second: Tensor, levels: Tensor, scales: Tensor, first_levels: int, second_levels: int,
       *, outer: int, inner: int) -> Tensor:
     sizes, turns = (first_levels, second_levels), (Rotation(x.shape[1], outer), Rotation(x.shape[1], inner))
-    if kernels_allowed() and _refusal(sizes, (x, x)) is None:
+    if not take_reference("two_basis_linear", _refusal(sizes, (x, x)), x.device):
         from tersor.ops.sign_linear import triton
 
         if (y := triton.rotated_sign_linear(x, first, second, levels, scales, *sizes, turns)) is not None:
             return y
-    one, two = hadamard_pair(x, *turns)
+    one = hadamard(x, turns[0], dtype=torch.float32)
+    two = hadamard(one, turns[1])
     return sign_linear(one, two, first, second, levels, scales, *sizes).to(x.dtype)
