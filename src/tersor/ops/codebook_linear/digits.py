@@ -170,7 +170,9 @@ def _operands(digits, part, lb: gl.constexpr, doubled: gl.constexpr):
     # the vector's digits for the codes of a part, in the order of a lane's words: four columns stand for eight
     words = digits.index(part).permute((0, 2, 1)).load(gl.SliceLayout(2, doubled))
     both = words[:, :, None, :] + gl.zeros([words.shape[0], words.shape[1], 2, words.shape[2]], gl.int32, doubled)
-    both = gl.convert_layout(both.reshape([words.shape[0], words.shape[1], 2 * words.shape[2]]), lb, assert_trivial=True)
+    # words lie by (lane, word, half of the operand), an operand's rows are by (half, lane, word)
+    rows = both.reshape([words.shape[0], 16, 2, 2 * words.shape[2]]).permute([0, 2, 1, 3])
+    both = gl.convert_layout(rows.reshape([words.shape[0], 32, 2 * words.shape[2]]), lb, assert_trivial=True)
     return gl.inline_asm_elementwise("mov.b32 $0, $4; mov.b32 $1, $5; mov.b32 $2, $6; mov.b32 $3, $7;",
                                      "=r,=r,=r,=r,r,r,r,r", [both], dtype=_bytes(4), is_pure=True, pack=4)
 

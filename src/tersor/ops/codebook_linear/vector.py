@@ -25,11 +25,14 @@ def _dot(index: int, warps: int):
 
 @gluon.constexpr_function
 def _doubled(warps: int):
-    """Return the layout of [warps, 32, 2, 4] words whose last dimensions, taken together, are columns of an operand."""
+    """Return the layout of [warps, 32, 2, 4] words whose last dimensions, taken together, are columns of an operand.
+
+    A lane's eight words lie together: what one product takes of them, its two registers, are neighbours.
+    """
     shares = [[1 << bit, 0, 0, 0] for bit in range(warps.bit_length() - 1)]
     return gl.DistributedLinearLayout(
-        reg_bases=[[0, 1, 0, 0], [0, 2, 0, 0], [0, 16, 0, 0]],
-        lane_bases=[[0, 4, 0, 0], [0, 8, 0, 0], [0, 0, 0, 1], [0, 0, 0, 2], [0, 0, 1, 0]],
+        reg_bases=[[0, 1, 0, 0], [0, 2, 0, 0], [0, 4, 0, 0]],
+        lane_bases=[[0, 8, 0, 0], [0, 16, 0, 0], [0, 0, 0, 1], [0, 0, 0, 2], [0, 0, 1, 0]],
         warp_bases=shares, block_bases=[], shape=[warps, 32, 2, 4])
 
 
@@ -147,10 +150,10 @@ def _store(near, numbers, inverse, BITS: gl.constexpr, FORM: gl.constexpr, S: gl
         is_pure=True, pack=4)
     every = gl.join(gl.join(zero, two), gl.join(one, two))
     if WHOLE:
-        every = every.reshape([WORDS // (S * ACROSS), S, ACROSS, PARTS, 4, DIGITS]).permute([0, 3, 1, 5, 2, 4])
+        every = every.reshape([WORDS // (S * ACROSS), S, 2, ACROSS // 2, PARTS, 4, DIGITS]).permute([0, 4, 1, 6, 3, 2, 5])
         near.store(every.reshape([WORDS // (S * ACROSS), PARTS, S, DIGITS, 4 * ACROSS]))
     else:
-        every = every.reshape([S, ACROSS, PARTS, 4, DIGITS]).permute([2, 0, 4, 1, 3])
+        every = every.reshape([S, 2, ACROSS // 2, PARTS, 4, DIGITS]).permute([3, 0, 5, 2, 1, 4])
         near.store(every.reshape([PARTS, S, DIGITS, 4 * ACROSS]))
 
 
@@ -170,14 +173,14 @@ def _larger_and_sum(most, total, more, extra):
 @gluon.jit
 def _room(BITS: gl.constexpr, STEPS: gl.constexpr, S: gl.constexpr, WHOLE: gl.constexpr):
     # shared memory for the digits, to be written as a whole or step by step
-    layout: gl.constexpr = gl.SwizzledSharedLayout(64, 1, 2, [4, 3, 2, 1, 0] if WHOLE else [3, 2, 1, 0])
+    layout: gl.constexpr = gl.SwizzledSharedLayout(16, 1, 2, [4, 3, 2, 1, 0] if WHOLE else [3, 2, 1, 0])
     return gl.allocate_shared_memory(gl.int8, [STEPS, parts_of(BITS), S, DIGITS, 4 * ACROSS], layout)
 
 
 @gluon.jit
 def _seen(near, BITS: gl.constexpr, STEPS: gl.constexpr, S: gl.constexpr):
     # the digits as they are read: a part of a step after the other
-    layout: gl.constexpr = gl.SwizzledSharedLayout(16, 1, 2, [2, 1, 0])
+    layout: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 2, [2, 1, 0])
     gl.thread_barrier()
     return near._reinterpret(gl.int32, [STEPS * parts_of(BITS), S, DIGITS, ACROSS], layout)
 

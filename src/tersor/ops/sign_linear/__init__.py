@@ -84,11 +84,14 @@ def _(x: Tensor, first: Tensor, second: Tensor, levels: Tensor, scales: Tensor, 
 def _(x: Tensor, first: Tensor, second: Tensor, levels: Tensor, scales: Tensor, first_levels: int, second_levels: int,
       *, outer: int, inner: int) -> Tensor:
     sizes, turns = (first_levels, second_levels), (Rotation(x.shape[1], outer), Rotation(x.shape[1], inner))
-    if not take_reference("two_basis_linear", _refusal(sizes, (x, x)), x.device):
-        from tersor.ops.sign_linear import triton
+    if take_reference("two_basis_linear", _refusal(sizes, (x, x)), x.device):
+        one = hadamard(x, turns[0], dtype=torch.float32)
+        two = hadamard(one, turns[1])
+        return reference.sign_linear(one, two, first, second, levels, scales, *sizes).to(x.dtype)
+    from tersor.ops.sign_linear import triton
 
-        if (y := triton.rotated_sign_linear(x, first, second, levels, scales, *sizes, turns)) is not None:
-            return y
-    one = hadamard(x, turns[0], dtype=torch.float32)
-    two = hadamard(one, turns[1])
-    return sign_linear(one, two, first, second, levels, scales, *sizes).to(x.dtype)
+    y = triton.rotated_sign_linear(x, first, second, levels, scales, *sizes, turns)
+    if y is None:
+        one = hadamard(x, turns[0], dtype=torch.float32)
+        y = triton.sign_linear(one, hadamard(one, turns[1]), first, second, levels, scales, *sizes, x.dtype)
+    return y

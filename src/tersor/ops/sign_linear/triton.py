@@ -19,8 +19,8 @@ from tersor.rotation import Rotation
 
 
 def sign_linear(first_x: Tensor, second_x: Tensor, first: Tensor, second: Tensor, levels: Tensor, scales: Tensor,
-                first_levels: int, second_levels: int) -> Tensor:
-    """Return (batch, rows), float32; arguments as of the op."""
+                first_levels: int, second_levels: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return (batch, rows) in `dtype`; arguments as of the op."""
     batch, rows = first_x.shape[0], scales.shape[0]
     near = [x if x.stride(-1) == 1 else x.contiguous() for x in (first_x, second_x)]
     halves = levels[: first_levels // 2], levels[first_levels // 2 :]
@@ -30,8 +30,8 @@ def sign_linear(first_x: Tensor, second_x: Tensor, first: Tensor, second: Tensor
             full = (mirrored(half, size) for half, size in zip(halves, sizes, strict=True))
             parts = [by_decoding(Operand(x, packed, table, size.bit_length() - 1), scales, None, x.shape[1])
                      for x, packed, table, size in zip(near, (first, second), full, sizes, strict=True)]
-            return parts[0].to(torch.float32).add_(parts[1])
-        out = torch.empty(batch, rows, dtype=torch.float32, device=first_x.device)
+            return parts[0].to(torch.float32).add_(parts[1]).to(dtype)
+        out = torch.empty(batch, rows, dtype=dtype, device=first_x.device)
         operands = [_operand(x, packed, half, size)
                     for x, packed, half, size in zip(near, (first, second), halves, sizes, strict=True)]
         multiply_into(out, operands, scales, None, max(x.shape[1] for x in near))
