@@ -185,7 +185,7 @@ VECTOR_CONFIGURATIONS = {
              (4096, 14336): VectorTiling(4, 16, 2, 1), (28672, 8192): VectorTiling(4, 16, 3, 1)},
     (1, 4): {(4096, 4096): VectorTiling(8, 16, 2, 1), (14336, 4096): VectorTiling(8, 16, 2, 2),
              (4096, 14336): VectorTiling(8, 16, 2, 1), (28672, 8192): VectorTiling(8, 16, 2, 2)},
-    (2, 2): {(4096, 4096): VectorTiling(4, 16, 1, 2), (14336, 4096): VectorTiling(4, 32, 2, 1),
+    (2, 2): {(4096, 4096): VectorTiling(4, 16, 1, 2), (14336, 4096): VectorTiling(4, 32, 2, 2),
              (4096, 14336): VectorTiling(8, 16, 1, 1), (28672, 8192): VectorTiling(4, 16, 2, 2)},
 }
 

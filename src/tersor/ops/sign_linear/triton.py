@@ -19,7 +19,7 @@ from tersor.rotation import Rotation
 
 
 def sign_linear(first_x: Tensor, second_x: Tensor, first: Tensor, second: Tensor, levels: Tensor, scales: Tensor,
-                first_levels: int, second_levels: int, dtype: torch.dtype = torch.float32) -> Tensor:
+                first_levels: int, second_levels: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return (batch, rows) in `dtype`; arguments as of the op."""
     batch, rows = first_x.shape[0], scales.shape[0]
     near = [x if x.stride(-1) == 1 else x.contiguous() for x in (first_x, second_x)]
