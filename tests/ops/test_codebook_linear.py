@@ -232,6 +232,18 @@ def test_three_signed_digits_hold_every_number_below_4194304() -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rotation", [None, 1])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_not_hidden(bad: float, rotation: int | None, device: str) -> None:
+    codes, table, scales, _ = problem(32, 1024, 2, 1024, "symmetric")
+    x = gaussian((1, 1024), 1)
+    x[0, 7] = bad
+    args = packing.pack(codes, 4).to(device), table.to(device), scales.to(device), None, 2, 1024, "symmetric"
+    y = codebook_linear(x.to(device), *args, rotation=rotation)
+    assert not bool(y.isfinite().any())
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_scales_of_any_size_and_numbers_of_any_magnitude(device: str) -> None:
     codes, table, scales, _ = problem(32, 256, 4, 256)
     packed = packing.pack(codes, 16).to(device)

@@ -205,7 +205,7 @@ def _bring(x, WIDTH: gl.constexpr, BITS: gl.constexpr, FORM: gl.constexpr, STEPS
     for step in gl.static_range(STEPS):
         numbers = held[step] if STEPS * EACH <= HELD else _numbers(x, step, WIDTH, BITS, FORM, S)
         _store(near.index(step), numbers, inverse, BITS, FORM, S, False)
-    return _seen(near, BITS, STEPS, S), unit, total
+    return _seen(near, BITS, STEPS, S), unit + (total - total), total  # NaN, where a number is not finite
 
 
 @gluon.jit
@@ -241,7 +241,7 @@ def _bring_rotated(v, WIDTH: gl.constexpr, BITS: gl.constexpr, FORM: gl.constexp
         v = v.reshape([WIDTH // 128, 8, 4, 4]).permute([0, 2, 1, 3])
     numbers = gl.convert_layout(v.reshape([WIDTH // EACH, EACH]), flat)
     _store(near, numbers, inverse, BITS, FORM, S, True)
-    return _seen(near, BITS, STEPS, S), unit * WIDTH**-0.5, total * WIDTH**-0.5
+    return _seen(near, BITS, STEPS, S), unit * WIDTH**-0.5 + (total - total), total * WIDTH**-0.5
 
 
 @gluon.jit
