@@ -11,6 +11,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
+from tersor.ops.codebook_linear.fragments import registers
+
 
 @gluon.constexpr_function
 def parts_of(bits: int) -> int:
@@ -25,12 +27,6 @@ def sums_of(bits: int) -> int:
     Two of each digit, for a product has to wait for the one before.
     """
     return 8 if bits <= 2 else 2 if bits == 8 else 4
-
-
-@gluon.constexpr_function
-def _registers(outputs: int, inputs: int) -> str:
-    """Return the constraints of a block with so many 32-bit outputs and inputs; outputs are written before inputs end."""
-    return ",".join(["=&r"] * outputs + ["r"] * inputs)
 
 
 @gluon.constexpr_function
@@ -211,7 +207,7 @@ def multiply_digits(sums, words, digits, first, tables, lb: gl.constexpr, double
         t = tables
         b = _operands(digits, first, lb, doubled) + _operands(digits, first + 1, lb, doubled)
         for word in gl.static_range(4):
-            a = gl.inline_asm_elementwise(_four_bits(word), _registers(8, 36),
+            a = gl.inline_asm_elementwise(_four_bits(word), registers(8, 36),
                                           [words[0], t[0], t[2], t[4], t[6], t[1], t[3], t[5], t[7]], dtype=_bytes(8),
                                           is_pure=True, pack=4)
             for half in gl.static_range(2):
@@ -224,7 +220,7 @@ def multiply_digits(sums, words, digits, first, tables, lb: gl.constexpr, double
         high, also_high, less, also_less = sums
         for block in gl.static_range(8):
             b = _operands(digits, first + block, lb, doubled)
-            a = gl.inline_asm_elementwise(_three_bits(block), _registers(8, 28),
+            a = gl.inline_asm_elementwise(_three_bits(block), registers(8, 28),
                                           [words[0], words[1], words[2], tables[0], tables[2], tables[1], tables[3]],
                                           dtype=_bytes(8), is_pure=True, pack=4)
             for place in gl.static_range(0, 4, 2):

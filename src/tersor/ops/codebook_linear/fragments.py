@@ -104,7 +104,7 @@ def field_shift(bits: int) -> int:
 
 
 @gluon.constexpr_function
-def _registers(outputs: int, inputs: int) -> str:
+def registers(outputs: int, inputs: int) -> str:
     """Return the constraints of a block with so many 32-bit outputs and inputs; outputs are written before inputs end."""
     return ",".join(["=&r"] * outputs + ["r"] * inputs)
 
@@ -168,25 +168,25 @@ def multiply(acc, more, words, others, lut, table, BITS: gl.constexpr, FORM: gl.
                     more = mma_v2(a, b, more)
     elif BITS == 2:
         for word in gl.static_range(2):
-            parts = gl.inline_asm_elementwise(_two_bits(word), _registers(8, 6), [first, lut[0], lut[4]], dtype=halves(8),
+            parts = gl.inline_asm_elementwise(_two_bits(word), registers(8, 6), [first, lut[0], lut[4]], dtype=halves(8),
                                               is_pure=True, pack=2)
             acc, more = _products(acc, more, parts, others, 4 * word, lb, COLUMNS)
     elif BITS == 3:
         for block in gl.static_range(4):
-            parts = gl.inline_asm_elementwise(_three_bits(block), _registers(8, 14),
+            parts = gl.inline_asm_elementwise(_three_bits(block), registers(8, 14),
                                               [first, second, third, lut[0], lut[1], lut[4], lut[5]], dtype=halves(8),
                                               is_pure=True, pack=2)
             acc, more = _products(acc, more, parts, others, 4 * block, lb, COLUMNS)
     elif BITS == 4 and FORM == "symmetric":
         for word in gl.static_range(2):
-            parts = gl.inline_asm_elementwise(_four_signed_bits(word), _registers(4, 10),
+            parts = gl.inline_asm_elementwise(_four_signed_bits(word), registers(4, 10),
                                               [first, lut[2], lut[3], lut[6], lut[7]], dtype=halves(4), is_pure=True,
                                               pack=2)
             acc, more = _products(acc, more, parts, others, 2 * word, lb, COLUMNS)
     elif BITS == 4:
         for word in gl.static_range(2):
             parts = gl.inline_asm_elementwise(
-                _four_bits(word), _registers(4, 18),
+                _four_bits(word), registers(4, 18),
                 [first, lut[0], lut[1], lut[2], lut[3], lut[4], lut[5], lut[6], lut[7]], dtype=halves(4), is_pure=True,
                 pack=2)
             acc, more = _products(acc, more, parts, others, 2 * word, lb, COLUMNS)

@@ -24,7 +24,7 @@ MULTIPROCESSOR_BYTES = 228 * 1024  # of shared memory, for all programs of a mul
 RESERVED_BYTES = 1024  # of each program's shared memory that is the driver's
 PROGRAM_BYTES = 3072  # of shared memory that a program needs besides rings and digits
 DIGIT_BYTES = 4  # of shared memory for a number of one vector
-HELD = 64  # numbers of one vector that a lane keeps in registers
+HELD = 64  # numbers of one vector that a lane keeps in registers while the largest is found
 ACROSS = 32  # words of a row that a warp takes at a time, for one vector
 TILE = 16  # elements that a product on the tensor cores takes
 
@@ -134,11 +134,6 @@ class VectorTiling:
         return min(255, REGISTERS // (32 * self.warps * self.programs) // 8 * 8)
 
 
-def vector_words(bits: int, width: int) -> int:
-    """Return the places of a row that the kernel for one vector walks over: words, or three together at 3 bits."""
-    return width // CODES[bits]
-
-
 def vector_takes(bits: int, form: str, width: int) -> bool:
     """Tell whether the kernel for one vector takes a stream: rows of whole 16 bytes (48 at 3 bits), one scale a row.
 
@@ -167,7 +162,7 @@ def vector_fitted(tiling: VectorTiling, streams: Sequence[tuple[int, int]], *, r
             return None
         tiling = dataclasses.replace(tiling, warps=max(least, min(tiling.warps, 1 << (most.bit_length() - 1))))
     step = ACROSS * tiling.warps
-    near = sum(-(-vector_words(*stream) // step) * step * CODES[stream[0]] * DIGIT_BYTES for stream in streams)
+    near = sum(-(-width // CODES[bits] // step) * step * CODES[bits] * DIGIT_BYTES for bits, width in streams)
     near += max(width for _, width in streams) // 2 if rotated else 0  # where rotating needs more than it leaves
     stage = sum(3 if bits == 3 else 1 for bits, _ in streams) * 4 * step * tiling.rows
     for programs in range(tiling.programs, 0, -1):

@@ -9,11 +9,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
+from tersor.ops.codebook_linear import shapes
 from tersor.ops.codebook_linear.digits import load_levels, multiply_digits, parts_of, sums_of, weigh
 
-ACROSS = gl.constexpr(32)  # words of a row that a warp takes at a time
+ACROSS = gl.constexpr(shapes.ACROSS)
 DIGITS = gl.constexpr(4)  # columns of digits: three, and one that is not looked at
-HELD = gl.constexpr(64)  # numbers that a lane keeps in registers while the largest is found
+HELD = gl.constexpr(shapes.HELD)
 MAGIC = gl.constexpr(12582912.0)  # 1.5 2^23: added to a number below 2^22, it leaves the nearest integer in the last bits
 
 
@@ -34,12 +35,6 @@ def _doubled(warps: int):
         reg_bases=[[0, 1, 0, 0], [0, 2, 0, 0], [0, 4, 0, 0]],
         lane_bases=[[0, 8, 0, 0], [0, 16, 0, 0], [0, 0, 0, 1], [0, 0, 0, 2], [0, 0, 1, 0]],
         warp_bases=shares, block_bases=[], shape=[warps, 32, 2, 4])
-
-
-@gluon.constexpr_function
-def _codes_of(bits: int) -> int:
-    """Return the codes of a word; of 3-bit codes, of three words."""
-    return 32 if bits == 3 else 32 // bits
 
 
 @gluon.constexpr_function
@@ -270,13 +265,13 @@ def multiply_vector(x0, codes0, table0, signs0, x1, codes1, table1, signs1, scal
                     WHOLE: gl.constexpr, S: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr):
     """The product of M rows after M rows with a vector, of one stream or the sum of two; S warps share each row."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [S, 1, 1], [1, 16, 8])
-    WORDS0: gl.constexpr = WIDTH0 // _codes_of(BITS0)
+    WORDS0: gl.constexpr = WIDTH0 // (4 * parts_of(BITS0))
     STEPS0: gl.constexpr = (WORDS0 + S * ACROSS - 1) // (S * ACROSS)
     row = gl.program_id(0) * M
     ring0 = _begin(codes0, row, rows, BITS0, WORDS0, STEPS0, WHOLE, S, M, STAGES)
     low0, units0, tables0 = load_levels(table0, BITS0, FORM0, MIRRORED)
     if BITS1:
-        WORDS1: gl.constexpr = WIDTH1 // _codes_of(BITS1)
+        WORDS1: gl.constexpr = WIDTH1 // (4 * parts_of(BITS1))
         STEPS1: gl.constexpr = (WORDS1 + S * ACROSS - 1) // (S * ACROSS)
         low1, units1, tables1 = load_levels(table1, BITS1, FORM1, MIRRORED)
         ring1 = _begin(codes1, row, rows, BITS1, WORDS1, STEPS1, WHOLE, S, M, STAGES)

@@ -16,13 +16,13 @@ from tersor.ops.codebook_linear.fragments import (
     _field,
     _four_bits,
     _four_signed_bits,
-    _registers,
     _shift,
     _three_bits,
     _two_bits,
     field_shift,
     halves,
     load_table,
+    registers,
 )
 from tersor.ops.codebook_linear.kernels import _take, _zeros
 from tersor.ops.codebook_linear.shapes import TILE
@@ -134,25 +134,25 @@ def _multiply(acc, words, near, index, lut, table, BITS: gl.constexpr, FORM: gl.
         acc = _field_products(acc, first, near, index, BITS, lb)
     elif BITS == 2:
         for word in gl.static_range(2):
-            parts = gl.inline_asm_elementwise(_two_bits(word), _registers(8, 6), [first, lut[0], lut[4]],
+            parts = gl.inline_asm_elementwise(_two_bits(word), registers(8, 6), [first, lut[0], lut[4]],
                                               dtype=halves(8), is_pure=True, pack=2)
             acc = _products(acc, parts, near, index + 4 * word, lb)
     elif BITS == 3:
         for block in gl.static_range(4):
-            parts = gl.inline_asm_elementwise(_three_bits(block), _registers(8, 14),
+            parts = gl.inline_asm_elementwise(_three_bits(block), registers(8, 14),
                                               [first, second, third, lut[0], lut[1], lut[4], lut[5]], dtype=halves(8),
                                               is_pure=True, pack=2)
             acc = _products(acc, parts, near, index + 4 * block, lb)
     elif BITS == 4 and FORM == "symmetric":
         for word in gl.static_range(2):
-            parts = gl.inline_asm_elementwise(_four_signed_bits(word), _registers(4, 10),
+            parts = gl.inline_asm_elementwise(_four_signed_bits(word), registers(4, 10),
                                               [first, lut[2], lut[3], lut[6], lut[7]], dtype=halves(4), is_pure=True,
                                               pack=2)
             acc = _products(acc, parts, near, index + 2 * word, lb)
     elif BITS == 4:
         for word in gl.static_range(2):
             parts = gl.inline_asm_elementwise(
-                _four_bits(word), _registers(4, 18),
+                _four_bits(word), registers(4, 18),
                 [first, lut[0], lut[1], lut[2], lut[3], lut[4], lut[5], lut[6], lut[7]], dtype=halves(4), is_pure=True,
                 pack=2)
             acc = _products(acc, parts, near, index + 2 * word, lb)
