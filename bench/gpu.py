@@ -3,7 +3,7 @@
 On the machine with the GPU, from the repository's root (`dev/bnb` holds bitsandbytes, if it was carried):
 
     PYTHONPATH=src:dev/bnb python3 bench/gpu.py kernels OUT
-    PYTHONPATH=src:dev/bnb python3 bench/gpu.py model OUT [--modes compiled graph]
+    PYTHONPATH=src:dev/bnb python3 bench/gpu.py model OUT [--modes compiled graph] [--no-tuned]
     PYTHONPATH=src python3 bench/gpu.py logits OUT
     PYTHONPATH=src python3 bench/gpu.py encode OUT [--all]
 
@@ -53,7 +53,8 @@ def model(arguments: argparse.Namespace) -> int:
     """Tokens a second of an 8B-shaped model."""
     import gpu_model as suite
 
-    listed = suite.cases([*arguments.codecs, *arguments.peers], arguments.layers, arguments.modes, arguments.span)
+    listed = suite.cases([*arguments.codecs, *arguments.peers], arguments.layers, arguments.modes, arguments.span,
+                         attention=arguments.attention, tuned=arguments.tuned, pdl=arguments.pdl)
     ratios = suite.Ratios()
     return gpu_run.Run("gpu_model", arguments.out, "gpu", limit=arguments.limit, patience=240.0, finish=ratios.finish,
                        retry=suite.retry, options={"store": arguments.store}).cases(listed)
@@ -119,6 +120,12 @@ def main() -> int:
     two.add_argument("--modes", nargs="*", default=["compiled", "graph"], choices=("compiled", "graph"),
                      help="see gpu_decoder (default: compiled graph)")
     two.add_argument("--span", type=int, default=4, help="layers compiled as one (default: 4)")
+    two.add_argument("--attention", default="kernel", choices=("sdpa", "eager", "grouped", "kernel"),
+                     help="of all models alike; see gpu_decoder (default: kernel)")
+    two.add_argument("--tuned", action=argparse.BooleanOptionalAction, default=True,
+                     help="let Inductor tune its kernels and join them (default: yes)")
+    two.add_argument("--pdl", action=argparse.BooleanOptionalAction, default=True,
+                     help="let Inductor launch its kernels early, triton.enable_pdl (default: yes)")
     three = verbs.add_parser("encode", help=encode.__doc__)
     three.set_defaults(run=encode)
     three.add_argument("--codec", default="two2x2")

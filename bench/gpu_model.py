@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import gpu_payload
-from gpu_decoder import COMPILED, MODES, Decoder
+from gpu_decoder import COMPILED, MODES, Decoder, compiler_options
 from gpu_payload import PEERS, Payloads
 from gpu_run import SEED, Case, Emit, PlainTorch, SkipError, device, relative, settle
 from tersor import store
 from tersor.codec import Codec, Encoded, Shape
+from tersor.compiling import backend
 from tersor.hf import quantizer  # noqa: F401 - registers the quantizer
 from tersor.hf.walk import empty_model, quiet, walk
 from tersor.nn import CompressedEmbedding, CompressedLinear
@@ -44,11 +45,14 @@ def setup(options: dict[str, Any]) -> None:
     _STORES = Path(options.get("store", _STORES))
 
 
-def cases(codecs: Sequence[str], layers: int, modes: Sequence[str], span: int) -> list[Case]:
+def cases(codecs: Sequence[str], layers: int, modes: Sequence[str], span: int, *, attention: str = "kernel",
+          tuned: bool = True, pdl: bool = True) -> list[Case]:
     """Return the cases, bf16 first: ratios are to it. A case takes its modes one after another, a line each."""
     ordered = sorted(dict.fromkeys(codecs), key=lambda text: text != "bf16")
-    return [{"name": f"model|{text}|{layers}", "codec": text, "layers": layers, "span": span,
-             "modes": list(modes) or ["compiled"]} for text in ordered]
+    settings = "" if tuned and pdl else "|tuned" if tuned else "|untuned"
+    return [{"name": f"model|{text}|{layers}{settings}", "codec": text, "layers": layers, "span": span,
+             "modes": list(modes) or ["compiled"], "attention": attention, "tuned": tuned, "pdl": pdl}
+            for text in ordered]
 
 
 def retry(case: Case, problem: str) -> Case | None:
@@ -129,7 +133,7 @@ def written(text: str, layers: int, numbers: dict[str, Any]) -> Path:
     return folder
 
 
-def loaded(folder: Path, numbers: dict[str, Any]) -> nn.Module:
+def loaded(folder: Path, numbers: dict[str, Any], attention: str = "sdpa") -> nn.Module:
     """Return the model of a store, on the device; verification is timed once more, alone."""
     began = time.perf_counter()
     store.read(folder).verify()
@@ -137,7 +141,8 @@ def loaded(folder: Path, numbers: dict[str, Any]) -> nn.Module:
     began = time.perf_counter()
     where: dict[str, Any] = {"": 0 if device().type == "cuda" else "cpu"}
     with quiet():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map=where).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map=where,
+                                                     attn_implementation=attention).eval()
     settle()
     numbers["load_s"] = time.perf_counter() - began
     print(f"    from_pretrained: {numbers['load_s']:.1f} s, of which to verify {numbers['verify_s']:.1f} s", flush=True)
@@ -159,11 +164,12 @@ def _check_loaded(model: nn.Module, folder: Path) -> None:
                 raise RuntimeError(f"{name}/{key}: not what the store holds, or not on the GPU")
 
 
-def dense(layers: int) -> nn.Module:
+def dense(layers: int, attention: str = "sdpa") -> nn.Module:
     """Return the model with random bf16 weights."""
     torch.manual_seed(SEED)
     with torch.device(device()):
-        return AutoModelForCausalLM.from_config(config(layers), dtype=torch.bfloat16).eval()
+        return AutoModelForCausalLM.from_config(config(layers), dtype=torch.bfloat16,
+                                                attn_implementation=attention).eval()
 
 
 class PeerLinear(nn.Module):
@@ -191,7 +197,8 @@ def peer(model: nn.Module, kind: str) -> nn.Module:
 
 def run(case: Case, emit: Emit) -> None:
     """Make the model, check it, then time it in every mode."""
-    text, layers = case["codec"], case["layers"]
+    text, layers, attention = case["codec"], case["layers"], case["attention"]
+    options = compiler_options(tuned=case["tuned"], pdl=case["pdl"])
     if text in ("int4", "nf4") and device().type == "cpu":
         raise SkipError(f"{text} runs on a GPU only")
     _tidy()
@@ -200,13 +207,13 @@ def run(case: Case, emit: Emit) -> None:
     before = _allocated()
     common: dict[str, Any] = {}
     if text in PEERS:
-        model = dense(layers)
+        model = dense(layers, attention)
         model = model if text == "bf16" else peer(model, text)
     else:
-        model = loaded(written(text, layers, common), common)
+        model = loaded(written(text, layers, common), common, attention)
     _tidy()
     common["resident"], common["stored"] = _allocated() - before, _stored(model)
-    decoder = Decoder(model, case["span"])
+    decoder = Decoder(model, case["span"], backend="inductor" if text in PEERS else backend, options=options)
     prompt = torch.randint(0, model.config.vocab_size, (1, PROMPT), generator=gpu_payload.generator(),
                            device=device())
     common["logits_error"] = 0.0 if text in PEERS else _against_reference(decoder, prompt)

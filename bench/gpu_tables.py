@@ -207,7 +207,8 @@ def model(found: Mapping[str, Line]) -> str:
         timed = ["**wrong**", "", ""] if numbers["red"] else [
             f"{numbers['tokens_s']:.1f}", f"{numbers['ms_token']:.2f}", _ratio(numbers)]
         prompt = "" if numbers["red"] else f"{1e-3 * numbers['us_prefill']:.0f}"
-        how = numbers["mode"] + (f", {numbers['breaks']} graph breaks" if numbers.get("breaks") else "")
+        how = numbers["mode"] + _settings(case) + (
+            f", {numbers['breaks']} graph breaks" if numbers.get("breaks") else "")
         loading = f"{numbers['load_s']:.0f} ({numbers['verify_s']:.0f})" if "load_s" in numbers else ""
         body.append([label(case["codec"]), how, f"{line['bytes'] / 1e9:.2f}", f"{numbers['resident'] / 1e9:.2f}",
                      *timed, prompt, loading, f"{numbers['logits_error']:.3f}" if numbers["logits_error"] else "",
@@ -216,6 +217,12 @@ def model(found: Mapping[str, Line]) -> str:
     return _table(["8B-shaped Llama, batch 1", "mode", "GB", "resident, GB", "tokens/s", "ms a token", "x bf16",
                    "prompt of 16, ms", "loading (verifying), s", "logits, kernels against plain torch", "target",
                    ""], body)
+
+
+def _settings(case: Mapping[str, Any]) -> str:
+    if case.get("tuned", True):
+        return "" if case.get("pdl", True) else ", no early launches"
+    return ", Inductor's defaults"
 
 
 def _dense_bytes(found: Mapping[str, Line]) -> int:

@@ -24,7 +24,14 @@ import triton
 
 from tersor.codes import mirrored
 from tersor.ops.codebook_linear import triton as kernels
-from tersor.ops.codebook_linear.shapes import Tiling, VectorTiling, WideTiling, vector_fitted, vector_rotates
+from tersor.ops.codebook_linear.shapes import (
+    Tiling,
+    VectorTiling,
+    WideTiling,
+    known_form,
+    vector_fitted,
+    vector_rotates,
+)
 from tersor.ops.codebook_linear.wide import multiply_wide
 from tersor.rotation import Rotation
 
@@ -121,7 +128,7 @@ def problem(case: Case, seed: int) -> Problem:
         whole = torch.arange(2**bits, device=DEVICE) * 0.25 - 1 if form == "affine" else mirrored(half, 2**bits)
         packed = codes(case.rows * case.width * bits // 8)
         operands.append(kernels.Operand(x, packed, half if len(widths) > 1 else whole, bits,
-                                        kernels.known_form(bits, form)))
+                                        known_form(bits, form)))
     scales = (torch.rand(case.rows, groups, device=DEVICE, generator=generator) + 0.5).to(torch.bfloat16)
     return operands, scales, codes(case.rows * groups * widths[0] // 8) if groups > 1 else None
 
@@ -131,7 +138,7 @@ def product(case: Case, tiling: AnyTiling, given: Problem, out: torch.Tensor) ->
     operands, scales, zeros = given
     if isinstance(tiling, VectorTiling):
         rotations = case.rotations
-        return lambda: kernels.multiply_one_into(out, operands, scales, tiling, rotations)
+        return lambda: kernels.multiply_one_into(out, operands, [scales], tiling, kernels.Around(rotations))
     if isinstance(tiling, WideTiling):
         return lambda: multiply_wide(out, operands[0], scales, zeros, case.group, tiling)
     return lambda: kernels.multiply_into(out, operands, scales, zeros, case.group, tiling)

@@ -66,7 +66,6 @@ class TensorSpec:
 Layout: TypeAlias = Mapping[str, TensorSpec]
 
 
-@cache
 def radix_word(levels: int) -> tuple[int, int]:
     """Return (bytes a word, digits a word) of the densest word of at most 7 bytes; the shortest such word."""
     best = (1, 0)
@@ -91,7 +90,6 @@ def packed_nbytes(count: int, levels: int) -> int:
     return -(-count // digits) * nbytes
 
 
-@cache
 def _group(levels: int) -> tuple[int, int]:
     """Return (codes, bytes) of the smallest group of whole bytes."""
     width = _width(levels)
@@ -182,8 +180,13 @@ def _unpack_groups(part: Tensor, levels: int, per: int, nbytes: int) -> Tensor:
     kind = torch.uint8 if levels <= 256 else torch.int32
     if nbytes == 1 and per == 1:
         return part if levels & (levels - 1) == 0 else part % levels  # damaged bytes too give codes in range
+    if nbytes == 1 and (part.device.type != "cpu" or torch.compiler.is_compiling()):  # no copy to the device
+        place, words = torch.arange(per, dtype=torch.int32, device=part.device), part.to(torch.int32).unsqueeze(-1)
+        width = _width(levels)
+        digits = words // levels**place % levels if width is None else words >> width * place & (levels - 1)
+        return digits.to(kind).reshape(-1)
     if nbytes == 1:
-        return _byte_digits(levels, per).to(part.device)[part.to(torch.int32)].reshape(-1)
+        return _byte_digits(levels, per)[part.to(torch.int32)].reshape(-1)
     columns = part.reshape(-1, nbytes)
     if nbytes > 7:
         return _unpack_planes(columns, levels, per)
@@ -220,16 +223,17 @@ def _unpack_planes(columns: Tensor, levels: int, per: int) -> Tensor:
 
 def unpack_at(words: Tensor, levels: int, index: Tensor) -> Tensor:
     """Unpack the codes at arbitrary positions `index` (int64, any shape); same dtypes as `unpack`."""
-    per, nbytes = _group(levels)
     width = _width(levels)
     if width is None:
+        per, nbytes = _group(levels)
         first, digit = index // per * nbytes, index % per
         word = _bytes_at(words, first, nbytes)
-        powers = torch.tensor([levels**j for j in range(per)], dtype=torch.int64, device=words.device)
+        powers = levels ** torch.arange(per, device=words.device)  # made there: a copy would wait for the device
         codes = word // powers[digit] % levels
     else:
         bit = index * width
-        codes = _bytes_at(words, bit // 8, 3 if width > 8 else 2) >> (bit % 8) & (levels - 1)
+        reach = 1 if 8 % width == 0 else 2 if width <= 8 else 3  # bytes that a code may lie in
+        codes = _bytes_at(words, bit // 8, reach) >> (bit % 8) & (levels - 1)
     return codes.to(torch.uint8 if levels <= 256 else torch.int32)
 
 

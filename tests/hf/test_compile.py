@@ -13,9 +13,11 @@ from tersor.codec import constant
 from tersor.hf.evaluate import load_compressed
 from tersor.hf.source import open_source
 from tersor.registry import parse
+from tersor.testing import gaussian
 
 IDS = torch.randint(0, 128, (2, 9), generator=torch.Generator().manual_seed(1))
 CODECS = ["rot,lm4", "rot,lm2", "rotboth,lm3", "rtn4g16", "two2x2", "pq4x16"]
+TABLES = ["rot,lm4", "rot,lm2", "rtn4g16", "two2x2", "pq4x16"]  # of which a table's rows are looked up in one graph too
 
 
 @pytest.fixture(autouse=True)
@@ -52,8 +54,20 @@ def test_layers_are_one_graph(codec: str, tiny: Callable[[str], Path], tmp_path:
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
 
-def test_all_but_the_embedding_is_one_graph(tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    model = compressed("rot,lm4", tiny("llama"), tmp_path)
+@pytest.mark.parametrize("codec", TABLES)
+def test_a_model_is_one_graph(codec: str, tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    model = compressed(codec, tiny("llama"), tmp_path)
+    with torch.no_grad():
+        wanted = model(input_ids=IDS, use_cache=False).logits
+        whole = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
+        found = whole(input_ids=IDS, use_cache=False).logits
+    assert counters["stats"]["unique_graphs"] == 1
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("codec", sorted(set(CODECS) - set(TABLES)))
+def test_all_but_the_embedding_is_one_graph(codec: str, tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    model = compressed(codec, tiny("llama"), tmp_path)
     with torch.no_grad():
         embedded = model.get_submodule("model.embed_tokens")(IDS)
         wanted = model(inputs_embeds=embedded, use_cache=False).logits
@@ -61,6 +75,17 @@ def test_all_but_the_embedding_is_one_graph(tiny: Callable[[str], Path], tmp_pat
         found = whole(inputs_embeds=embedded, use_cache=False).logits
     assert counters["stats"]["unique_graphs"] == 1
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("codec", [*TABLES, "rot,lm3", "lmL3", "lmL5g16", "lm5", "rtn3s", "rtn4g16o", "rot,fit4g16"])
+def test_rows_are_the_same_in_one_graph(codec: str) -> None:
+    """Bit for bit; codes of whole bits, which may straddle bytes, and digits of mixed-radix words."""
+    encoded = parse(codec).encode(gaussian((128, 64), 3))
+    ids = torch.tensor([[3, 127, 0], [3, 64, 1]], dtype=torch.int32)
+    rows = torch.compile(lambda ids: encoded.gather(ids), backend="aot_eager", fullgraph=True, dynamic=False)(ids)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert torch.equal(rows, encoded.gather(ids))
+    assert torch.equal(rows, encoded.decode()[ids])
 
 
 def test_constants_are_made_once_and_not_traced() -> None:

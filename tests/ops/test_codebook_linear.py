@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tersor import bits as packing
 from tersor.ops import reference_only
-from tersor.ops.codebook_linear import codebook_linear
+from tersor.ops.codebook_linear import codebook_linear, fused_codebook_linear
 from tersor.ops.codebook_linear.shapes import (
     CODES,
     REGISTERS,
@@ -118,11 +118,74 @@ def test_rotates_first(rows: int, width: int, batch: int, bits: int, form: str, 
     assert bool(((y.cpu().double() - want).abs() <= bound).all())
 
 
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rotation", [None, 5])
+@pytest.mark.parametrize("around", [False, True])
+@pytest.mark.parametrize(("bits", "form"), [(2, "symmetric"), (3, "any"), (4, "symmetric"), (8, "affine"), (8, "any")])
+@pytest.mark.parametrize(("rows", "width", "batch"), [((64, 32, 33), 4096, 1), ((4096, 1024, 1024), 512, 1),
+                                                      ((24, 48), 1024, 1), ((96,), 1408, 1), ((48, 32), 576, 1),
+                                                      ((32, 16), 1024, 3)])
+def test_fused_is_its_parts(rows: tuple[int, ...], width: int, batch: int, bits: int, form: str, around: bool,
+                            rotation: int | None, device: str) -> None:
+    problems = [problem(count, width, bits, width, form, seed=number) for number, count in enumerate(rows)]
+    table, eps = problems[0][1], 0.25
+    x, norm, added = gaussian((batch, width), 1), gaussian((1, width), 2)[0], gaussian((batch, sum(rows)), 3)
+    found = fused_codebook_linear(
+        x.to(device), norm.to(device) if around else None,
+        [packing.pack(codes, 2**bits).to(device) for codes, *_ in problems], table.to(device),
+        [scales.to(device) for _, _, scales, _ in problems], added.to(device) if around else None, bits, form,
+        rotation=rotation, eps=eps)
+    if around:
+        x = (x.double() / (x.double().square().mean(-1, keepdim=True) + eps).sqrt() * norm).float()
+    turned = (x if rotation is None else Rotation(width, rotation).forward(x)).double()
+    want = torch.cat([turned @ exact(codes, table, scales, None, width).T for codes, _, scales, _ in problems], 1)
+    want += added if around else 0
+    # the bound of rotated products above; numbers are float32
+    most = 2 * float(table.abs().max())
+    size = torch.cat([(turned.abs() + turned.square().mean(-1, keepdim=True).sqrt()) @ (
+        exact(codes, table.abs(), scales, None, width) + most * spread_scales(codes, scales, width)).T
+        for codes, _, scales, _ in problems], 1)
+    bound = size * (HALF + width * torch.finfo(torch.float32).eps) + want.abs() * torch.finfo(torch.float32).eps
+    assert found.shape == (batch, sum(rows))
+    assert bool(((found.cpu().double() - want).abs() <= bound).all())
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rotation", [None, 5])
+@pytest.mark.parametrize(("bits", "form"), [(2, "symmetric"), (3, "any"), (4, "symmetric"), (8, "affine")])
+@pytest.mark.parametrize(("rows", "width", "batch"), [(64, 4096, 1), (16384, 512, 1), (33, 1024, 1), (32, 1408, 1),
+                                                      (32, 1024, 3)])
+def test_gated(rows: int, width: int, batch: int, bits: int, form: str, rotation: int | None, device: str) -> None:
+    problems = [problem(rows, width, bits, width, form, seed=number) for number in range(2)]
+    table, x, norm = problems[0][1], gaussian((batch, width), 1), gaussian((1, width), 2)[0]
+    found = fused_codebook_linear(
+        x.to(device), norm.to(device), [packing.pack(codes, 2**bits).to(device) for codes, *_ in problems],
+        table.to(device), [scales.to(device) / width for _, _, scales, _ in problems], None, bits, form,
+        rotation=rotation, eps=0.25, gated=True)
+    x = (x.double() / (x.double().square().mean(-1, keepdim=True) + 0.25).sqrt() * norm).float()
+    turned = (x if rotation is None else Rotation(width, rotation).forward(x)).double()
+    matrices = [(codes, scales / width) for codes, _, scales, _ in problems]
+    gate, up = (turned @ exact(codes, table, scales, None, width).T for codes, scales in matrices)
+    # the bound of a product, as above; the slope of silu is at most 1.1, so is what it makes of a bound
+    most = 2 * float(table.abs().max())
+    sizes = [(turned.abs() + turned.square().mean(-1, keepdim=True).sqrt()) @ (
+        exact(codes, table.abs(), scales, None, width) + most * spread_scales(codes, scales, width)).T
+        for codes, scales in matrices]
+    first, second = (size * (HALF + width * torch.finfo(torch.float32).eps) for size in sizes)
+    want = torch.nn.functional.silu(gate) * up
+    bound = 1.1 * first * (up.abs() + second) + gate.abs() * second + want.abs() * 4 * torch.finfo(torch.float32).eps
+    assert found.shape == (batch, rows)
+    assert bool(((found.cpu().double() - want).abs() <= bound).all())
+
+
 @pytest.mark.parametrize(("bits", "width"), [(b, w) for b in (1, 2, 3, 4, 8) for w in (512, 4096, 8192, 14336, 28672)])
 @pytest.mark.parametrize("rotated", [False, True])
 def test_one_vector_fits_shared_memory(bits: int, width: int, rotated: bool) -> None:
     streams = [(bits, width)]
-    found = vector_fitted(vector_tiling_for(streams, 4096), streams, rotated=rotated and vector_rotates(width))
+    rotated = rotated and vector_rotates(width)
+    found = vector_fitted(vector_tiling_for(streams, 4096, rotated=rotated), streams, rotated=rotated)
     assert found is not None or bits in (1, 3)  # narrow rows have too few words to rotate by all lanes
     if found is not None:
         assert found.stages >= 1
@@ -131,7 +194,7 @@ def test_one_vector_fits_shared_memory(bits: int, width: int, rotated: bool) -> 
 
 
 def digits_of(x: np.ndarray) -> tuple[np.ndarray, float]:
-    """Return three signed digits of each float32 number, and what 1 is worth: `_unit` and `_store` of vector.py."""
+    """Return three signed digits of each float32 number, and what 1 is worth: `_unit` and `_store` of arrival.py."""
     exponent = int(np.abs(x).max().view(np.int32) >> 23) - 127
     scaled = x * np.float32(2.0 ** (21 - exponent)) + np.float32(12582912.0)
     biased = scaled.view(np.int32) - (0x4B400000 - 0x808080)
@@ -139,7 +202,7 @@ def digits_of(x: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def met_numbers(bits: int, looked_up: bool, words: int) -> np.ndarray:
-    """Return which number each byte of each part of a word meets [word, part, byte]: `_numbers` and `_store`."""
+    """Return which number each byte of each part of a word meets [word, part, byte]: `_numbers` of arrival.py."""
     parts = {1: 8, 2: 4, 3: 8, 4: 2, 8: 1}[bits]
     word, part, byte = np.ogrid[:words, :parts, :4]
     if bits == 3:
@@ -275,6 +338,7 @@ def test_opcheck_and_full_graph(device: str) -> None:
     args = (gaussian((3, 256), 1).to(device), packing.pack(codes, 16).to(device), table.to(device), scales.to(device),
             packing.pack(zeros, 16).to(device), 4, 128)
     torch.library.opcheck(codebook_linear, args)
+    torch.library.opcheck(fused_codebook_linear, (args[0], None, [args[1]] * 2, args[2], [args[3][:, :1]] * 2, None, 4))
     compiled = torch.compile(lambda *a: codebook_linear(*a) * 2, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(*args), codebook_linear(*args) * 2, rtol=0, atol=0)
 

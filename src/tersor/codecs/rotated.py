@@ -94,7 +94,8 @@ class Rotated(Codec):
         """Decode rows alone when rotated on the input side only; else decode all and choose."""
         if self.side != "in":
             return self.decode(encoded)[rows]
-        return self._in(encoded.shape[1]).inverse(self.inner.decode_rows(self._child(encoded), rows))
+        turned = self.inner.decode_rows(self._child(encoded), rows)
+        return hadamard(turned, self._in(encoded.shape[1]), inverse=True)
 
     def coordinates(self, encoded: Encoded, rows: Rows) -> Tensor:
         """Return the inner codec's coordinates, never rotated back; decoded rows where outputs are rotated."""

@@ -140,10 +140,10 @@ class Scalar(Codec):
     def decode_rows(self, encoded: Encoded, rows: Rows) -> Tensor:
         """Return `scale table[code]`."""
         grid = Grid(encoded.shape, self.group_size, self.axis)
-        scales = encoded.tensors["scales"].to(torch.float32)
+        scales = grid.expand(encoded.tensors["scales"], rows).to(torch.float32)
         table = self._table(encoded.tensors)
         chosen = codes.read(encoded.tensors["codes"], encoded.shape, self.levels, rows)
-        return table[chosen.to(torch.int32)].mul_(grid.expand(scales, rows))
+        return table[chosen.to(torch.int32)].mul_(scales)
 
     def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
         """Multiply by the codes where they are of whole bits; float32 inside, one block of rows dense at a time."""

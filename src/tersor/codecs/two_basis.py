@@ -146,7 +146,8 @@ class TwoBasis(Codec):
         if self.axis == "out":
             return self._across(encoded, rows)
         first, second = self._factors(encoded, rows)
-        mixed = self._first_rotation(encoded).inverse(first + self._second_rotation(encoded).inverse(second))
+        turned = first + hadamard(second, self._second_rotation(encoded), inverse=True)
+        mixed = hadamard(turned, self._first_rotation(encoded), inverse=True)
         return mixed * self._scales(encoded, rows)
 
     def decode(self, encoded: Encoded) -> Tensor:
@@ -235,12 +236,12 @@ class TwoBasis(Codec):
         levels = encoded.tensors["levels"].to(torch.float32)
         first = codes.mirrored(levels[: self.first // 2], self.first)
         second = codes.mirrored(levels[self.first // 2 :], self.second)
-        kept = self._kept(width).to(levels.device)
-        count = int(kept.sum())
+        count = width - (width // 2 if self.half else 0)
         s = codes.read(encoded.tensors["first"], (vectors, width), self.first, rows)
         t = codes.read(encoded.tensors["second"], (vectors, count), self.second, rows)
-        spread = levels.new_zeros(len(t), width)
-        spread[:, kept] = second[t.to(torch.int32)]
+        spread = second[t.to(torch.int32)]
+        if self.half:
+            spread = levels.new_zeros(len(t), width).index_copy_(1, _places(self, width, levels.device), spread)
         return first[s.to(torch.int32)], spread
 
     def _scales(self, encoded: Encoded, rows: Rows) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, final
 
 import torch
@@ -108,13 +108,20 @@ class Uniform(Codec):
     def decode_rows(self, encoded: Encoded, rows: Rows) -> Tensor:
         """Return `scale (code - zero)`."""
         grid = Grid(encoded.shape, self.group_size, self.axis)
-        zeros = None
-        if not self.symmetric:
-            count = grid.param_shape[0] * grid.param_shape[1]
-            zeros = unpack(encoded.tensors["zeros"], self.levels, 0, count).reshape(grid.param_shape)
         chosen = codes.read(encoded.tensors["codes"], encoded.shape, self.levels, rows).to(torch.float32)
-        chosen -= self._zero(grid, zeros, rows, chosen.device)
-        return chosen.mul_(grid.expand(encoded.tensors["scales"].to(torch.float32), rows))
+        chosen -= self._stored_zero(grid, encoded.tensors, rows)
+        return chosen.mul_(grid.expand(encoded.tensors["scales"], rows).to(torch.float32))
+
+    def _stored_zero(self, grid: Grid, tensors: Mapping[str, Tensor], rows: Rows) -> Tensor:
+        """Return what `_zero` does of the stored zeros; of rows along which groups run only theirs are unpacked."""
+        if self.symmetric:
+            return self._zero(grid, None, rows, tensors["scales"].device)
+        if grid.axis == "in":
+            own = codes.read(tensors["zeros"], grid.param_shape, self.levels, rows)
+            return Grid((len(own), grid.shape[1]), grid.size, "in").expand(own, slice(0, len(own))).to(torch.float32)
+        count = grid.param_shape[0] * grid.param_shape[1]
+        zeros = unpack(tensors["zeros"], self.levels, 0, count).reshape(grid.param_shape)
+        return self._zero(grid, zeros, rows, zeros.device)
 
     def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
         """Multiply by the codes where they are of whole bits; float32 inside, one block of rows dense at a time."""

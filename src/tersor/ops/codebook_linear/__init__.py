@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -61,7 +63,87 @@ def _(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, zeros: Tensor | N
 
     if rotation is not None:
         turn = Rotation(x.shape[-1], rotation)
-        if (y := triton.rotated_linear(x, codes, table, scales, zeros, bits, form, turn)) is not None:
+        y = None if zeros is not None else triton.one_vector_linear(x, [codes], table, [scales], bits, form,
+                                                                    triton.Around([turn]))
+        if y is not None:
             return y
         x = hadamard(x, turn)
     return triton.codebook_linear(x, codes, table, scales, zeros, bits, group, form)
+
+
+@torch.library.custom_op("tersor::fused_codebook_linear", mutates_args=())
+def fused_codebook_linear(x: Tensor, norm: Tensor | None, codes: Sequence[Tensor], table: Tensor,
+                          scales: Sequence[Tensor], added: Tensor | None, bits: int, form: str = "any", *,
+                          rotation: int | None = None, eps: float = 0.0, gated: bool = False) -> Tensor:
+    """Return (*batch, all rows): products with several matrices of one codebook, and what stands around them.
+
+    What `tersor.compiling` makes of products that meet the same vectors (queries, keys and values), of a norm before
+    and of a sum after. One vector is served by one kernel.
+
+    Parameters
+    ----------
+    x, table, bits, form, rotation
+        As of `codebook_linear`.
+    norm : Tensor or None
+        (width,): vectors are first divided by their root mean square, then multiplied by this.
+    eps : float
+        Added to the mean square.
+    codes, scales : sequence of Tensor
+        Of each matrix, as of `codebook_linear`; a scale a row.
+    added : Tensor or None
+        Of the shape of what is returned, to which it is added.
+    gated : bool
+        Return (*batch, rows): the product with the second of two matrices of so many rows, times `silu` of the product
+        with the first.
+    """
+    return _around(_one_by_one(_normed(x, norm, eps), codes, table, scales, bits, form, rotation), added, gated)
+
+
+def _normed(x: Tensor, norm: Tensor | None, eps: float) -> Tensor:
+    if norm is None:
+        return x
+    wide = x.to(torch.float32)
+    size = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * size * norm.to(torch.float32)).to(x.dtype)
+
+
+def _one_by_one(x: Tensor, codes: Sequence[Tensor], table: Tensor, scales: Sequence[Tensor], bits: int, form: str,
+                rotation: int | None) -> list[Tensor]:
+    return [codebook_linear(x, one, table, scale, None, bits, x.shape[-1], form, rotation=rotation)
+            for one, scale in zip(codes, scales, strict=True)]
+
+
+def _around(parts: list[Tensor], added: Tensor | None, gated: bool) -> Tensor:
+    y = torch.nn.functional.silu(parts[0]) * parts[1] if gated else torch.cat(parts, -1)
+    return y if added is None else y + added
+
+
+@fused_codebook_linear.register_fake
+def _(x: Tensor, norm: Tensor | None, codes: Sequence[Tensor], table: Tensor, scales: Sequence[Tensor],
+      added: Tensor | None, bits: int, form: str = "any", *, rotation: int | None = None, eps: float = 0.0,
+      gated: bool = False) -> Tensor:
+    del codes, table, bits, form, rotation, norm, eps, added
+    return x.new_empty(*x.shape[:-1], sum(scale.shape[0] for scale in (scales[:1] if gated else scales)))
+
+
+@fused_codebook_linear.register_kernel("cuda")
+def _(x: Tensor, norm: Tensor | None, codes: Sequence[Tensor], table: Tensor, scales: Sequence[Tensor],
+      added: Tensor | None, bits: int, form: str = "any", *, rotation: int | None = None, eps: float = 0.0,
+      gated: bool = False) -> Tensor:
+    width = x.shape[-1]
+    if x.numel() == width and not take_reference("codebook_linear", refusal(x.dtype, bits, width, width), x.device):
+        from tersor.ops.codebook_linear import triton
+
+        after = None if added is None else added.contiguous()
+        if rotation is not None:
+            around = triton.Around([Rotation(width, rotation)], norm, eps, after, gated)
+            y = triton.one_vector_linear(x, codes, table, scales, bits, form, around)
+            if y is not None:
+                return y
+            x, rotation, norm = hadamard(_normed(x, norm, eps), Rotation(width, rotation)), None, None
+        x, norm = _normed(x, norm, eps), None
+        y = triton.one_vector_linear(x, codes, table, scales, bits, form, triton.Around(added=after, gated=gated))
+        if y is not None:
+            return y
+    return _around(_one_by_one(_normed(x, norm, eps), codes, table, scales, bits, form, rotation), added, gated)
+

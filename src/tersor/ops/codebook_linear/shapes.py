@@ -134,6 +134,11 @@ class VectorTiling:
         return min(255, REGISTERS // (32 * self.warps * self.programs) // 8 * 8)
 
 
+def known_form(bits: int, form: str) -> str:
+    """Return the form that kernels make use of: one bit is always affine, 3-bit codes are always looked up."""
+    return "affine" if bits == 1 else "any" if bits == 3 else form
+
+
 def vector_takes(bits: int, form: str, width: int) -> bool:
     """Tell whether the kernel for one vector takes a stream: rows of whole 16 bytes (48 at 3 bits), one scale a row.
 
@@ -174,22 +179,33 @@ def vector_fitted(tiling: VectorTiling, streams: Sequence[tuple[int, int]], *, r
 
 # measured configurations for one vector: streams and their bits together, rows and width; see README.md
 VECTOR_CONFIGURATIONS = {
-    (1, 2): {(4096, 4096): VectorTiling(8, 16, 2, 2), (14336, 4096): VectorTiling(8, 16, 2, 1),
-             (4096, 14336): VectorTiling(8, 16, 2, 1), (28672, 8192): VectorTiling(8, 16, 2, 2)},
-    (1, 3): {(4096, 4096): VectorTiling(4, 16, 1, 2), (14336, 4096): VectorTiling(4, 16, 1, 2),
+    (1, 2): {(4096, 4096): VectorTiling(8, 16, 2, 2), (14336, 4096): VectorTiling(4, 32, 3, 1),
+             (4096, 14336): VectorTiling(8, 16, 2, 2), (28672, 8192): VectorTiling(8, 16, 2, 2)},
+    (1, 3): {(4096, 4096): VectorTiling(4, 16, 1, 3), (14336, 4096): VectorTiling(4, 16, 1, 2),
              (4096, 14336): VectorTiling(4, 16, 2, 1), (28672, 8192): VectorTiling(4, 16, 3, 1)},
     (1, 4): {(4096, 4096): VectorTiling(8, 16, 2, 1), (14336, 4096): VectorTiling(8, 16, 2, 2),
-             (4096, 14336): VectorTiling(8, 16, 2, 1), (28672, 8192): VectorTiling(8, 16, 2, 2)},
-    (2, 2): {(4096, 4096): VectorTiling(4, 16, 1, 2), (14336, 4096): VectorTiling(4, 32, 2, 2),
-             (4096, 14336): VectorTiling(8, 16, 1, 1), (28672, 8192): VectorTiling(4, 16, 2, 2)},
+             (4096, 14336): VectorTiling(8, 16, 1, 3), (28672, 8192): VectorTiling(8, 16, 2, 2)},
+    (2, 2): {(4096, 4096): VectorTiling(4, 16, 1, 2), (14336, 4096): VectorTiling(4, 32, 1, 2),
+             (4096, 14336): VectorTiling(8, 16, 1, 2), (28672, 8192): VectorTiling(4, 16, 2, 2)},
+}
+# the same where the kernel rotates the vector first
+ROTATED_CONFIGURATIONS = {
+    (1, 2): {(4096, 4096): VectorTiling(8, 16, 2, 2), (6144, 4096): VectorTiling(8, 16, 2, 1),
+             (14336, 4096): VectorTiling(8, 16, 2, 1), (28672, 4096): VectorTiling(4, 32, 3, 2)},
+    (1, 3): {(4096, 4096): VectorTiling(4, 32, 1, 2), (6144, 4096): VectorTiling(4, 16, 1, 2),
+             (14336, 4096): VectorTiling(4, 16, 1, 2), (28672, 4096): VectorTiling(4, 16, 2, 1)},
+    (1, 4): {(4096, 4096): VectorTiling(8, 16, 2, 1), (6144, 4096): VectorTiling(8, 16, 1, 2),
+             (14336, 4096): VectorTiling(8, 16, 2, 2), (28672, 4096): VectorTiling(8, 16, 2, 2)},
+    (2, 2): {(4096, 4096): VectorTiling(4, 16, 1, 2), (14336, 4096): VectorTiling(4, 32, 1, 2)},
 }
 
 
-def vector_tiling_for(streams: Sequence[tuple[int, int]], rows: int) -> VectorTiling:
+def vector_tiling_for(streams: Sequence[tuple[int, int]], rows: int, *, rotated: bool) -> VectorTiling:
     """Return the configuration of as many streams (bits, width) that was measured with the nearest bits, then shape."""
     bits, width = sum(stream[0] for stream in streams), max(stream[1] for stream in streams)
-    alike = [known for known in VECTOR_CONFIGURATIONS if known[0] == len(streams)]
-    measured = VECTOR_CONFIGURATIONS[min(alike, key=lambda known: abs(known[1] - bits))]
+    known = ROTATED_CONFIGURATIONS if rotated else VECTOR_CONFIGURATIONS
+    alike = [key for key in known if key[0] == len(streams)]
+    measured = known[min(alike, key=lambda key: abs(key[1] - bits))]
     return measured[nearest(measured, rows, width)]
 
 
@@ -207,6 +223,8 @@ CONFIGURATIONS = {
                   (28672, 8192): Tiling(2, 4, 32, 3)},
         "table3": {(4096, 4096): Tiling(1, 4, 7, 3), (14336, 4096): Tiling(1, 4, 32, 3),
                    (4096, 14336): Tiling(1, 4, 2), (28672, 8192): Tiling(1, 4, 7, 3)},
+        "groups": {(4096, 4096): Tiling(1, 8, 2, 4), (14336, 4096): Tiling(2, 4, 32, 3),
+                   (4096, 14336): Tiling(1, 16, 2, 3), (28672, 8192): Tiling(1, 4, 32, 3)},
         "two": {(4096, 4096): Tiling(2, 4, 3, 6), (14336, 4096): Tiling(1, 4, 32), (4096, 14336): Tiling(1, 4, 32, 3),
                 (28672, 8192): Tiling(2, 4, 2)},
     },
@@ -214,10 +232,12 @@ CONFIGURATIONS = {
 }
 
 
-def kind_of(bits: Sequence[int], fields: bool) -> str:
+def kind_of(bits: Sequence[int], *, fields: bool, grouped: bool) -> str:
     """Return which configurations suit streams of codes."""
     if len(bits) > 1:
         return "two"
+    if grouped:
+        return "groups"
     return "table3" if bits[0] == 3 else "fields" if fields else "table"
 
 

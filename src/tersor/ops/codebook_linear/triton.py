@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -21,6 +22,7 @@ from tersor.ops.codebook_linear.shapes import (
     columns_for,
     fitted,
     kind_of,
+    known_form,
     near_columns,
     stream_of,
     tiling_for,
@@ -40,11 +42,6 @@ DECODE_BYTES = 1 << 26  # of decoded rows at a time, where vectors are many
 DECODE_BLOCK = 2048  # numbers that a program decodes
 
 
-def known_form(bits: int, form: str) -> str:
-    """Return the form that the kernel makes use of: one bit is always affine, 3-bit codes are always looked up."""
-    return "affine" if bits == 1 else "any" if bits == 3 else form
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Operand:
     """Vectors and the codes that they meet.
@@ -61,6 +58,8 @@ class Operand:
     form : str
         `"any"`; `"symmetric"`, where codes c and 2**bits - 1 - c stand for opposite numbers; `"affine"`, where codes
         stand for evenly spaced numbers. What is more special is faster.
+    others : tuple of Tensor
+        Codes of matrices whose rows follow, for `multiply_one_into`.
     """
 
     x: Tensor
@@ -68,6 +67,7 @@ class Operand:
     table: Tensor
     bits: int
     form: str = "symmetric"
+    others: tuple[Tensor, ...] = ()
 
     @property
     def fields(self) -> bool:
@@ -77,11 +77,43 @@ class Operand:
     @property
     def aligned(self) -> bool:
         """Whether kernels read the codes where they are: then a kernel may read them before the one before it ends."""
-        return self.codes.data_ptr() % 16 == 0
+        return all(_aligned(codes) for codes in (self.codes, *self.others))
 
-    def words(self) -> Tensor:
-        """Return the codes as int32, a copy where they are not aligned to 16 bytes."""
-        return (self.codes if self.aligned else self.codes.clone()).view(torch.int32)
+    def words(self) -> tuple[Tensor, ...]:
+        """Return the codes of each matrix as int32, a copy where they are not aligned to 16 bytes."""
+        return tuple((codes if _aligned(codes) else codes.clone()).view(torch.int32)
+                     for codes in (self.codes, *self.others))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Around:
+    """What the kernel for one vector does besides the product.
+
+    Attributes
+    ----------
+    rotations : sequence of Rotation
+        One an operand, or none. The first operand's vector is rotated by the first; the second operand's vector is
+        that, rotated by the second.
+    norm : Tensor or None
+        (width,): the vector is brought to a root mean square of 1 and multiplied by this before it is rotated. With a
+        rotation and one operand only.
+    eps : float
+        Added to the mean square.
+    added : Tensor or None
+        (rows,), contiguous: added to the product.
+    gated : bool
+        Whether the product is the second of two matrices', times the first's through `silu`. With one operand only.
+    """
+
+    rotations: Sequence[Rotation] = ()
+    norm: Tensor | None = None
+    eps: float = 0.0
+    added: Tensor | None = None
+    gated: bool = False
+
+
+def _aligned(codes: Tensor) -> bool:
+    return codes.data_ptr() % 16 == 0
 
 
 def codebook_linear(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, zeros: Tensor | None, bits: int,
@@ -99,19 +131,24 @@ def codebook_linear(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, zer
     return out.reshape(*x.shape[:-1], rows)
 
 
-def rotated_linear(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, form: str,
-                   rotation: Rotation) -> Tensor | None:
-    """Return the product with one vector, rotated first by the same kernel, or None where that does not take it."""
-    rows = scales.shape[0]
-    if x.numel() != x.shape[-1] or zeros is not None or scales.numel() != rows:
+def one_vector_linear(x: Tensor, codes: Sequence[Tensor], table: Tensor, scales: Sequence[Tensor], bits: int,
+                      form: str, around: Around) -> Tensor | None:
+    """Return products of one vector with matrices of one codebook, one after another, by one kernel, or None.
+
+    The conditions: one vector, a scale a row, matrices of whole tiles of rows (all but the last, which has them if it
+    is gated), a width that the kernel rotates if it is to.
+    """
+    counts, first = [one.shape[0] for one in scales], scales[0]
+    if x.numel() != x.shape[-1] or any(one.numel() != one.shape[0] or one.stride(0) != first.stride(0)
+                                       or one.dtype != first.dtype for one in scales):
         return None
-    operand = Operand(x.reshape(1, -1).contiguous(), codes, table, bits, known_form(bits, form))
-    tiling = vector_tiling([operand], rows, rotated=True)
-    if tiling is None:
+    operand = Operand(x.reshape(1, -1).contiguous(), codes[0], table, bits, known_form(bits, form), tuple(codes[1:]))
+    tiling = vector_tiling([operand], sum(counts), rotated=bool(around.rotations))
+    if tiling is None or any(rows % tiling.rows for rows in (counts if around.gated else counts[:-1])):
         return None
-    out = torch.empty(*x.shape[:-1], rows, dtype=x.dtype, device=x.device)
+    out = torch.empty(*x.shape[:-1], counts[0] if around.gated else sum(counts), dtype=x.dtype, device=x.device)
     with torch.cuda.device(x.device):
-        multiply_one_into(out.view(1, rows), [operand], scales, tiling, [rotation])
+        multiply_one_into(out.view(1, -1), [operand], scales, tiling, around)
     return out
 
 
@@ -121,7 +158,7 @@ def multiply_into(out: Tensor, operands: Sequence[Operand], scales: Tensor, zero
     if tiling is None and len(out) == 1 and zeros is None and scales.numel() == out.shape[1]:
         chosen = vector_tiling(operands, out.shape[1], rotated=False)
         if chosen is not None:
-            multiply_one_into(out, operands, scales, chosen)
+            multiply_one_into(out, operands, [scales], chosen, Around())
             return
     if tiling is None and len(operands) == 1 and wide_takes(len(out), operands[0].bits, operands[0].x.shape[1], group):
         multiply_wide(out, operands[0], scales, zeros, group)
@@ -139,7 +176,7 @@ def _multiply_few(out: Tensor, operands: Sequence[Operand], scales: Tensor, zero
     columns, two = columns_for(batch), len(operands) > 1
     width = max(operand.x.shape[1] for operand in operands)
     grouped = group < operands[0].x.shape[1] or zeros is not None
-    kind = kind_of([operand.bits for operand in operands], operands[0].fields)
+    kind = kind_of([operand.bits for operand in operands], fields=operands[0].fields, grouped=grouped)
     tiling = tiling or tiling_for(kind, rows, width, batch)
     prepared = [_prepared(operand, tiling, group if group < width else None, two) for operand in operands]
     (first, one), (second, other) = prepared[0], prepared[-1]
@@ -164,26 +201,28 @@ def vector_tiling(operands: Sequence[Operand], rows: int, *, rotated: bool) -> V
         return None
     if rotated and not all(vector_rotates(width) for _, width in streams):
         return None
-    return vector_fitted(vector_tiling_for(streams, rows), streams, rotated=rotated)
+    return vector_fitted(vector_tiling_for(streams, rows, rotated=rotated), streams, rotated=rotated)
 
 
-def multiply_one_into(out: Tensor, operands: Sequence[Operand], scales: Tensor, tiling: VectorTiling,
-                      rotations: Sequence[Rotation] = ()) -> None:
-    """Write into `out` (1, rows) the sum over one or two operands of x Wᵀ, with a scale a row.
+def multiply_one_into(out: Tensor, operands: Sequence[Operand], scales: Sequence[Tensor], tiling: VectorTiling,
+                      around: Around) -> None:
+    """Write into `out` (1, rows) the sum over one or two operands of x Wᵀ, with a scale a row, and what is around it.
 
-    With `rotations`, one an operand, the first operand's vector is rotated by the first; the second operand's vector is
-    that, rotated by the second.
+    There are as many `scales` as matrices of an operand; all but the last have whole tiles of rows.
     """
     rows, two = out.shape[1], len(operands) > 1
-    streams, first, last = [], operands[0], operands[-1]
+    streams, first, last, turns = [], operands[0], operands[-1], around.rotations
     for number, operand in enumerate((first, last)):
-        signs = signs_on(rotations[number % len(rotations)], out.device) if rotations else operand.table
+        signs = signs_on(turns[number % len(turns)], out.device) if turns else operand.table
         streams += [operand.x, operand.words(), operand.table, signs]
+    starts = tuple(itertools.accumulate(one.shape[0] for one in scales[:-1]))
+    norm, added = (first.table if one is None else one for one in (around.norm, around.added))
     programs = min(-(-rows // tiling.rows), tiling.programs * multiprocessors(out.device))
     multiply_vector[(programs,)](
-        *streams, scales, out, rows, scales.stride(0), first.x.shape[1], first.bits, first.form, last.x.shape[1],
-        last.bits if two else 0, last.form, two, bool(rotations), rows % tiling.rows == 0, tiling.warps, tiling.rows,
-        tiling.stages, num_warps=tiling.warps, maxnreg=tiling.registers,
+        *streams, tuple(scales), starts, norm, around.eps, added, out, rows, scales[0].stride(0), first.x.shape[1],
+        first.bits, first.form, last.x.shape[1], last.bits if two else 0, last.form, two, bool(turns),
+        around.norm is not None, around.added is not None, around.gated, rows % tiling.rows == 0, tiling.warps,
+        tiling.rows, tiling.stages, num_warps=tiling.warps, maxnreg=tiling.registers,
         launch_pdl=all(operand.aligned for operand in operands))  # codes are read before the wait
 
 
@@ -217,7 +256,7 @@ def _prepared(operand: Operand, tiling: Tiling, group: int | None, mirrored: boo
                             xp.stride(0), stream.padded * CODES[bits], bits, operand.fields, mirrored, stream.run,
                             stream.unit, 1 << (width - 1).bit_length(), num_warps=8, launch_pdl=True)
     table = operand.table.to(torch.float16) if bits == 8 else operand.table
-    return stream, _Prepared(operand.words(), xp.view(torch.int32), lut, table, peaks, totals, sums)
+    return stream, _Prepared(operand.words()[0], xp.view(torch.int32), lut, table, peaks, totals, sums)
 
 
 def by_decoding(operand: Operand, scales: Tensor, zeros: Tensor | None, group: int) -> Tensor:

@@ -64,7 +64,7 @@ def multiply_wide(out: Tensor, operand: Operand, scales: Tensor, zeros: Tensor |
     stream = dataclasses.replace(whole, warps=chosen.share)
     form = wide_form(bits, operand.form)
     summed = grouped and (zeros is not None or form == "affine")
-    words = operand.words()
+    words = operand.words()[0]
     table = operand.table.to(torch.float16) if bits == 8 else operand.table
     xp, lut, numbers = _prepared(operand, stream, form, summed)
     peaks, totals, sums = numbers[:batch], numbers[batch : 2 * batch], numbers[2 * batch :]

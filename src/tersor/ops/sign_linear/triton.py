@@ -8,6 +8,7 @@ from torch import Tensor
 from tersor.codes import mirrored
 from tersor.ops.codebook_linear.shapes import MOST_COLUMNS
 from tersor.ops.codebook_linear.triton import (
+    Around,
     Operand,
     by_decoding,
     known_form,
@@ -56,5 +57,5 @@ def rotated_sign_linear(x: Tensor, first: Tensor, second: Tensor, levels: Tensor
         return None
     out = torch.empty(1, scales.shape[0], dtype=x.dtype, device=x.device)
     with torch.cuda.device(x.device):
-        multiply_one_into(out, operands, scales, tiling, rotations)
+        multiply_one_into(out, operands, [scales], tiling, Around(rotations))
     return out

@@ -1,0 +1,40 @@
+"""A backend of `torch.compile`: products with one vector take in what stands around them, then Inductor compiles.
+
+`torch.compile(model, backend="tersor")`, or `backend=tersor.compiling.backend`. A layer of a language model multiplies
+the same vector by several matrices: queries, keys and values; gate and up. Such products are short, and one kernel for
+all of them fills a GPU better than one after another; it also takes the norm before them, and one product the sum
+after it. What belongs together is read off the graph, so no architecture is named here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from tersor.compiling.products import fuse_products
+
+
+def backend(graph: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None = None,
+            options: Mapping[str, Any] | None = None) -> Callable[..., Any]:
+    """Compile a graph with Inductor after `fuse_products`.
+
+    Parameters
+    ----------
+    graph : GraphModule
+        What Dynamo traced; rewritten in place.
+    inputs : sequence
+        Its example inputs.
+    mode : str or None
+        As of `torch.compile`: `"reduce-overhead"`, `"max-autotune"`, …
+    options : mapping or None
+        Inductor's, as of `torch.compile`.
+    """
+    from torch import _inductor as inductor
+
+    fuse_products(graph)
+    settings: dict[str, Any] = dict(inductor.list_mode_options(mode)) if mode else {}
+    settings |= {name.replace("-", "_"): value for name, value in (options or {}).items()}
+    compiled: Any = inductor.compile(graph, list(inputs), options=settings)
+    return compiled

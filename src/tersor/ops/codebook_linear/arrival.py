@@ -1,0 +1,226 @@
+"""How one vector reaches the programs of `multiply_vector`: waited for, normed, rotated, and as digits in shared memory."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from tersor.ops.codebook_linear import shapes
+from tersor.ops.codebook_linear.digits import parts_of
+
+ACROSS = gl.constexpr(shapes.ACROSS)
+DIGITS = gl.constexpr(4)  # columns of digits: three, and one that is not looked at
+HELD = gl.constexpr(shapes.HELD)
+MAGIC = gl.constexpr(12582912.0)  # 1.5 2^23: added to a number below 2^22, it leaves the nearest integer in the last bits
+
+
+@gluon.constexpr_function
+def _order(width: int, factor: int) -> int:
+    """Return the order of one of three Sylvester matrices whose product is of order `width`."""
+    bits = width.bit_length() - 1
+    return 1 << ((bits + factor) // 3)
+
+
+@gluon.constexpr_function
+def _butterflies(order: int) -> str:
+    """Return PTX: the Hadamard transform of $order … to $0 …."""
+    names = [f"${order + place}" for place in range(order)]
+    lines, level, step = [], 0, 1
+    while step < order:
+        last = 2 * step == order
+        fresh = [f"${place}" if last else f"l{level}_{place}" for place in range(order)]
+        if not last:
+            lines.append(f".reg .f32 {', '.join(fresh)};")
+        for place in range(order):
+            if place & step == 0:
+                one, other = names[place], names[place + step]
+                lines += [f"add.f32 {fresh[place]}, {one}, {other};", f"sub.f32 {fresh[place + step]}, {one}, {other};"]
+        names, level, step = fresh, level + 1, 2 * step
+    return "\n".join(["{", *lines, "}"])
+
+
+@gluon.constexpr_function
+def _floats(order: int) -> str:
+    """Return the constraints of `_butterflies`."""
+    return ",".join(["=&f"] * order + ["f"] * order)
+
+
+@gluon.jit
+def _numbers(x, step, WIDTH: gl.constexpr, BITS: gl.constexpr, FORM: gl.constexpr, S: gl.constexpr):
+    # [words of a step, numbers that the codes of a word meet], each word's in one lane
+    EACH: gl.constexpr = 4 * parts_of(BITS)
+    flat: gl.constexpr = gl.BlockedLayout([1, EACH], [32, 1], [S, 1], [1, 0])
+    word = step * (S * ACROSS) + gl.arange(0, S * ACROSS, layout=gl.SliceLayout(1, flat))[:, None]
+    number = gl.arange(0, EACH, layout=gl.SliceLayout(0, flat))[None, :]
+    k = word // 4 * 128 + number // 4 * 16 + word % 4 * 4 + number % 4 if BITS == 3 else word * EACH + number
+    return gl.load(x + k, k < WIDTH, other=0.0).to(gl.float32)
+
+
+@gluon.jit
+def _store(near, numbers, inverse, BITS: gl.constexpr, FORM: gl.constexpr, S: gl.constexpr, WHOLE: gl.constexpr):
+    # three signed digits of each number to shared memory, of all steps or of one
+    PARTS: gl.constexpr = parts_of(BITS)
+    WORDS: gl.constexpr = numbers.shape[0]
+    layout: gl.constexpr = gl.BlockedLayout([1, PARTS, 4], [32, 1, 1], [S, 1, 1], [2, 1, 0])
+    scaled = numbers * inverse + MAGIC
+    if BITS == 3 or (BITS == 4 and FORM != "affine"):
+        four = scaled.reshape([WORDS, PARTS, 4])
+    else:
+        four = scaled.reshape([WORDS, 4, PARTS]).permute([0, 2, 1])
+    # bytes of the integer plus 128 each, less 128 again: digits with signs
+    biased = gl.convert_layout(four, layout).to(gl.int32, bitcast=True) - (0x4B400000 - 0x808080)
+    zero, one, two = gl.inline_asm_elementwise(
+        "{ .reg .b32 a, b, c, d; prmt.b32 a, $3, $4, 0x5140; prmt.b32 b, $5, $6, 0x5140; prmt.b32 c, a, b, 0x5410;"
+        " prmt.b32 d, a, b, 0x7632; xor.b32 $0, c, 0x80808080; xor.b32 $1, d, 0x80808080;"
+        " prmt.b32 a, $3, $4, 0x0062; prmt.b32 b, $5, $6, 0x0062; prmt.b32 c, a, b, 0x5410;"
+        " xor.b32 $2, c, 0x80808080; }", "=&r,=&r,=&r,r,r,r,r", [biased], dtype=(gl.int8, gl.int8, gl.int8),
+        is_pure=True, pack=4)
+    every = gl.join(gl.join(zero, two), gl.join(one, two))
+    if WHOLE:
+        every = every.reshape([WORDS // (S * ACROSS), S, 2, ACROSS // 2, PARTS, 4, DIGITS]).permute([0, 4, 1, 6, 3, 2, 5])
+        near.store(every.reshape([WORDS // (S * ACROSS), PARTS, S, DIGITS, 4 * ACROSS]))
+    else:
+        every = every.reshape([S, 2, ACROSS // 2, PARTS, 4, DIGITS]).permute([3, 0, 5, 2, 1, 4])
+        near.store(every.reshape([PARTS, S, DIGITS, 4 * ACROSS]))
+
+
+@gluon.jit
+def _unit(peak):
+    # powers of two: what brings the largest magnitude to [2^21, 2^22), and back
+    exponent = ((peak.to(gl.int32, bitcast=True) >> 23) & 255) - 127
+    exponent = gl.minimum(gl.maximum(exponent, -100), 127)
+    return ((148 - exponent) << 23).to(gl.float32, bitcast=True), ((exponent + 106) << 23).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _larger_and_sum(most, total, more, extra):
+    return gl.maximum(most, more), total + extra
+
+
+@gluon.jit
+def _larger_and_sums(most, total, power, more, extra, also):
+    return gl.maximum(most, more), total + extra, power + also
+
+
+@gluon.jit
+def _room(BITS: gl.constexpr, STEPS: gl.constexpr, S: gl.constexpr, WHOLE: gl.constexpr):
+    # shared memory for the digits, to be written as a whole or step by step
+    layout: gl.constexpr = gl.SwizzledSharedLayout(16, 1, 2, [4, 3, 2, 1, 0] if WHOLE else [3, 2, 1, 0])
+    return gl.allocate_shared_memory(gl.int8, [STEPS, parts_of(BITS), S, DIGITS, 4 * ACROSS], layout)
+
+
+@gluon.jit
+def _seen(near, BITS: gl.constexpr, STEPS: gl.constexpr, S: gl.constexpr):
+    # the digits as they are read: a part of a step after the other
+    layout: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 2, [2, 1, 0])
+    gl.thread_barrier()
+    return near._reinterpret(gl.int32, [STEPS * parts_of(BITS), S, DIGITS, ACROSS], layout)
+
+
+@gluon.jit
+def _bring(x, WIDTH: gl.constexpr, BITS: gl.constexpr, FORM: gl.constexpr, STEPS: gl.constexpr, S: gl.constexpr):
+    # the digits of all numbers in shared memory; (digits, the value of their unit, the sum of the numbers)
+    near = _room(BITS, STEPS, S, False)
+    EACH: gl.constexpr = 4 * parts_of(BITS)
+    flat: gl.constexpr = gl.BlockedLayout([1, EACH], [32, 1], [S, 1], [1, 0])
+    most = gl.zeros([S * ACROSS, EACH], gl.float32, flat)
+    total = most
+    held = ()
+    for step in gl.static_range(STEPS):
+        numbers = _numbers(x, step, WIDTH, BITS, FORM, S)
+        most = gl.maximum(most, gl.abs(numbers))
+        total += numbers
+        if STEPS * EACH <= HELD:
+            held = held + (numbers,)
+    most, total = gl.reduce((most.reshape([S * ACROSS * EACH]), total.reshape([S * ACROSS * EACH])), 0, _larger_and_sum)
+    inverse, unit = _unit(most)
+    for step in gl.static_range(STEPS):
+        numbers = held[step] if STEPS * EACH <= HELD else _numbers(x, step, WIDTH, BITS, FORM, S)
+        _store(near.index(step), numbers, inverse, BITS, FORM, S, False)
+    return _seen(near, BITS, STEPS, S), unit + (total - total), total  # NaN, where a number is not finite
+
+
+@gluon.jit
+def _hadamard(v, ORDER: gl.constexpr, S: gl.constexpr):
+    # [lines, ORDER] times Sylvester's matrix, a line in one lane
+    layout: gl.constexpr = gl.BlockedLayout([1, ORDER], [32, 1], [S, 1], [1, 0])
+    return gl.inline_asm_elementwise(_butterflies(ORDER), _floats(ORDER), [gl.convert_layout(v, layout)],
+                                     dtype=gl.float32, is_pure=True, pack=ORDER)
+
+
+@gluon.jit
+def _rotated(v, WIDTH: gl.constexpr, S: gl.constexpr):
+    # [WIDTH] times Sylvester's matrix, as three factors, each within a lane
+    A: gl.constexpr = _order(WIDTH, 0)
+    B: gl.constexpr = _order(WIDTH, 1)
+    C: gl.constexpr = _order(WIDTH, 2)
+    v = _hadamard(v.reshape([A * B, C]), C, S)
+    v = _hadamard(v.reshape([A, B, C]).permute([0, 2, 1]).reshape([A * C, B]), B, S)
+    v = _hadamard(v.reshape([A, C, B]).permute([1, 2, 0]).reshape([C * B, A]), A, S)
+    v = v.reshape([C, B, A]).permute([2, 1, 0]).reshape([WIDTH])
+    return gl.convert_layout(v, gl.BlockedLayout([WIDTH // (32 * S)], [32], [S], [0]))
+
+
+@gluon.jit
+def _by_lane(v, S: gl.constexpr):
+    # [lanes, numbers of a lane]
+    return v.reshape([32 * S, v.shape[0] // (32 * S)])
+
+
+@gluon.jit
+def _bring_rotated(v, power, eps, WIDTH: gl.constexpr, BITS: gl.constexpr, FORM: gl.constexpr, NORMED: gl.constexpr,
+                   STEPS: gl.constexpr, S: gl.constexpr):
+    # as _bring, of numbers in registers; and over a root mean square, of whose sum of squares each lane has a share
+    EACH: gl.constexpr = 4 * parts_of(BITS)
+    flat: gl.constexpr = gl.BlockedLayout([1, EACH], [32, 1], [S, 1], [1, 0])
+    near = _room(BITS, STEPS, S, True)
+    if NORMED:
+        most, total = gl.reduce((_by_lane(gl.abs(v), S), _by_lane(v, S)), 1, _larger_and_sum)
+        most, total, power = gl.reduce((most, total, power), 0, _larger_and_sums)
+        size = WIDTH**-0.5 * gl.rsqrt(power / WIDTH + eps)
+    else:
+        most, total = gl.reduce((gl.abs(v), v), 0, _larger_and_sum)
+        size = WIDTH**-0.5
+    inverse, unit = _unit(most)
+    if BITS == 3:
+        v = v.reshape([WIDTH // 128, 8, 4, 4]).permute([0, 2, 1, 3])
+    numbers = gl.convert_layout(v.reshape([WIDTH // EACH, EACH]), flat)
+    _store(near, numbers, inverse, BITS, FORM, S, True)
+    return _seen(near, BITS, STEPS, S), unit * size + (total - total), total * size
+
+
+@gluon.jit
+def arrive(x0, signs0, x1, signs1, norm, eps, WIDTH0: gl.constexpr, BITS0: gl.constexpr, FORM0: gl.constexpr,
+            STEPS0: gl.constexpr, WIDTH1: gl.constexpr, BITS1: gl.constexpr, FORM1: gl.constexpr, STEPS1: gl.constexpr,
+            ROTATED: gl.constexpr, NORMED: gl.constexpr, S: gl.constexpr):
+    """Wait for the vectors; return of each stream (digits, the value of their unit, the sum of the numbers), and 0.
+
+    The 0 is known only after the wait: what the kernel before wrote is read at places to which it was added.
+    """
+    if ROTATED:
+        flat: gl.constexpr = gl.BlockedLayout([WIDTH0 // (32 * S)], [32], [S], [0])
+        k = gl.arange(0, WIDTH0, layout=flat)
+        turn0 = gl.load(signs0 + k).to(gl.float32)
+        if NORMED:
+            turn0 *= gl.load(norm + k).to(gl.float32)
+        if BITS1:
+            turn1 = gl.load(signs1 + k).to(gl.float32) * WIDTH0**-0.5
+    # codes are older than the kernel before this one; what that one writes is only read from here on
+    ready = 16 * gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; griddepcontrol.wait; mov.b32 $0, 0;", "=r", [], dtype=gl.int32,
+        is_pure=False, pack=1)
+    if ROTATED:
+        before = gl.load(x0 + ready + k).to(gl.float32)
+        power = gl.sum(_by_lane(before * before, S), 1) if NORMED else 0.0
+        v = _rotated(before * turn0, WIDTH0, S)
+        first = _bring_rotated(v, power, eps, WIDTH0, BITS0, FORM0, NORMED, STEPS0, S)
+    else:
+        first = _bring(x0 + ready, WIDTH0, BITS0, FORM0, STEPS0, S)
+    second = first
+    if BITS1:
+        if ROTATED:
+            v = _rotated(v * turn1, WIDTH1, S)
+            second = _bring_rotated(v, 0.0, 0.0, WIDTH1, BITS1, FORM1, False, STEPS1, S)
+        else:
+            second = _bring(x1 + ready, WIDTH1, BITS1, FORM1, STEPS1, S)
+    return first, second, ready
