@@ -49,7 +49,7 @@ def cases(codecs: Sequence[str], layers: int, modes: Sequence[str], span: int, *
           tuned: bool = True, pdl: bool = True) -> list[Case]:
     """Return the cases, bf16 first: ratios are to it. A case takes its modes one after another, a line each."""
     ordered = sorted(dict.fromkeys(codecs), key=lambda text: text != "bf16")
-    settings = "" if tuned and pdl else "|tuned" if tuned else "|untuned"
+    settings = "|" + "|".join([attention, *(["tuned"] if tuned else []), *(["pdl"] if pdl else [])])
     return [{"name": f"model|{text}|{layers}{settings}", "codec": text, "layers": layers, "span": span,
              "modes": list(modes) or ["compiled"], "attention": attention, "tuned": tuned, "pdl": pdl}
             for text in ordered]

@@ -161,7 +161,7 @@ def _model_rows(found: Mapping[str, Line]) -> list[list[str]]:
         lines = [line for line in found.values() if line["case"]["what"] == "model"
                  and line["case"]["codec"] == f"rot,lm{bits}" and line["case"]["layers"] == 32]
         best, mode = max(((0.0 if line["numbers"]["red"] else line["numbers"].get("x_bf16", 0.0),
-                           line["numbers"]["mode"]) for line in lines), default=(0.0, ""))
+                           line["numbers"]["mode"] + _settings(line["case"])) for line in lines), default=(0.0, ""))
         if lines:
             body.append([f"8B-shaped model, {bits} bits, tokens/s of bf16 in the same mode", f"at least {least:g} x",
                          f"{best:.2f} x ({mode})", _verdict(best >= least)])
@@ -195,7 +195,7 @@ def _encode_rows(found: Mapping[str, Line]) -> list[list[str]]:
 
 
 def model(found: Mapping[str, Line]) -> str:
-    """Tokens a second, end to end; ratios are to bf16 in the same mode."""
+    """Tokens a second, end to end; ratios are to bf16 in the same mode and run."""
     body = []
     ordered = sorted(found.values(), key=lambda line: (line["case"]["codec"] not in PEERS, -line["bytes"],
                                                        line["case"]["codec"], line["numbers"]["mode"] == "graph"))
@@ -210,7 +210,8 @@ def model(found: Mapping[str, Line]) -> str:
         how = numbers["mode"] + _settings(case) + (
             f", {numbers['breaks']} graph breaks" if numbers.get("breaks") else "")
         loading = f"{numbers['load_s']:.0f} ({numbers['verify_s']:.0f})" if "load_s" in numbers else ""
-        body.append([label(case["codec"]), how, f"{line['bytes'] / 1e9:.2f}", f"{numbers['resident'] / 1e9:.2f}",
+        named = "bf16, Inductor's products" if case["codec"] == "bf16" and case.get("tuned") else label(case["codec"])
+        body.append([named, how, f"{line['bytes'] / 1e9:.2f}", f"{numbers['resident'] / 1e9:.2f}",
                      *timed, prompt, loading, f"{numbers['logits_error']:.3f}" if numbers["logits_error"] else "",
                      "" if least is None else f"{least:g} x bf16",
                      _verdict(None if least is None else not numbers["red"] and ratio >= least)])
@@ -220,9 +221,11 @@ def model(found: Mapping[str, Line]) -> str:
 
 
 def _settings(case: Mapping[str, Any]) -> str:
-    if case.get("tuned", True):
-        return "" if case.get("pdl", True) else ", no early launches"
-    return ", Inductor's defaults"
+    """Return how a model was compiled, of lines that say so; those before had Inductor's defaults."""
+    if case["mode"] != "compiled":
+        return ""
+    asked = [text for name, text in (("tuned", "tuned"), ("pdl", "early launches")) if case.get(name)]
+    return ", ".join(["", *(asked or ["defaults"]), f"attention {case.get('attention', 'sdpa')}"])
 
 
 def _dense_bytes(found: Mapping[str, Line]) -> int:

@@ -184,9 +184,9 @@ VECTOR_CONFIGURATIONS = {
     (1, 3): {(4096, 4096): VectorTiling(4, 16, 1, 3), (14336, 4096): VectorTiling(4, 16, 1, 2),
              (4096, 14336): VectorTiling(4, 16, 2, 1), (28672, 8192): VectorTiling(4, 16, 3, 1)},
     (1, 4): {(4096, 4096): VectorTiling(8, 16, 2, 1), (14336, 4096): VectorTiling(8, 16, 2, 2),
-             (4096, 14336): VectorTiling(8, 16, 1, 3), (28672, 8192): VectorTiling(8, 16, 2, 2)},
+             (4096, 14336): VectorTiling(8, 16, 2, 1), (28672, 8192): VectorTiling(8, 16, 2, 2)},
     (2, 2): {(4096, 4096): VectorTiling(4, 16, 1, 2), (14336, 4096): VectorTiling(4, 32, 1, 2),
-             (4096, 14336): VectorTiling(8, 16, 1, 2), (28672, 8192): VectorTiling(4, 16, 2, 2)},
+             (4096, 14336): VectorTiling(8, 16, 1, 1), (28672, 8192): VectorTiling(4, 16, 2, 2)},
 }
 # the same where the kernel rotates the vector first
 ROTATED_CONFIGURATIONS = {
