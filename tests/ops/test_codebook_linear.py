@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tersor import bits as packing
+from tersor.errors import CodecConfigError
 from tersor.ops import reference_only
 from tersor.ops.codebook_linear import codebook_linear, fused_codebook_linear
 from tersor.ops.codebook_linear.shapes import (
@@ -178,6 +179,22 @@ def test_gated(rows: int, width: int, batch: int, bits: int, form: str, rotation
     bound = 1.1 * first * (up.abs() + second) + gate.abs() * second + want.abs() * 4 * torch.finfo(torch.float32).eps
     assert found.shape == (batch, rows)
     assert bool(((found.cpu().double() - want).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_fused_says_what_does_not_fit(device: str) -> None:
+    codes, table, scales, _ = (one.to(device) for one in problem(32, 512, 4, 512))
+    packed, x = packing.pack(codes, 16), gaussian((1, 512), 1).to(device)
+    with pytest.raises(CodecConfigError, match="codes of 1 and scales of 2"):
+        fused_codebook_linear(x, None, [packed], table, [scales] * 2, None, 4)
+    with pytest.raises(CodecConfigError, match=r"found rows \[32, 32, 32\]"):
+        fused_codebook_linear(x, None, [packed] * 3, table, [scales] * 3, None, 4, gated=True)
+    with pytest.raises(CodecConfigError, match=r"found rows \[32, 16\]"):
+        fused_codebook_linear(x, None, [packed, packed[: 16 * 256]], table, [scales, scales[:16]], None, 4, gated=True)
+    with pytest.raises(CodecConfigError, match=r"norm must be of shape \(512,\), found \(1, 512\)"):
+        fused_codebook_linear(x, x, [packed], table, [scales], None, 4)
+    with pytest.raises(CodecConfigError, match=r"added must be of shape \(1, 64\), found \(1, 32\)"):
+        fused_codebook_linear(x, None, [packed] * 2, table, [scales] * 2, x[:, :32], 4)
 
 
 @pytest.mark.parametrize(("bits", "width"), [(b, w) for b in (1, 2, 3, 4, 8) for w in (512, 4096, 8192, 14336, 28672)])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tersor.errors import CodecConfigError
 from tersor.ops.codebook_linear import reference
 from tersor.ops.codebook_linear.shapes import refusal
 from tersor.ops.dispatch import take_reference
@@ -95,8 +96,29 @@ def fused_codebook_linear(x: Tensor, norm: Tensor | None, codes: Sequence[Tensor
     gated : bool
         Return (*batch, rows): the product with the second of two matrices of so many rows, times `silu` of the product
         with the first.
+
+    Raises
+    ------
+    CodecConfigError
+        If there are not as many codes as scales, a gate's matrices are not two of as many rows, or `norm` or `added`
+        have another shape.
     """
+    _check(x, norm, codes, scales, added, gated=gated)
     return _around(_one_by_one(_normed(x, norm, eps), codes, table, scales, bits, form, rotation), added, gated)
+
+
+def _check(x: Tensor, norm: Tensor | None, codes: Sequence[Tensor], scales: Sequence[Tensor], added: Tensor | None, *,
+           gated: bool) -> None:
+    rows = [scale.shape[0] for scale in scales]
+    if len(codes) != len(rows) or not rows:
+        raise CodecConfigError(f"expected scales of each matrix, found codes of {len(codes)} and scales of {len(rows)}")
+    if gated and (len(rows) != 2 or rows[0] != rows[1]):
+        raise CodecConfigError(f"a gate needs two matrices of as many rows, found rows {rows}")
+    if norm is not None and norm.shape != x.shape[-1:]:
+        raise CodecConfigError(f"norm must be of shape {tuple(x.shape[-1:])}, found {tuple(norm.shape)}")
+    wanted = (*x.shape[:-1], rows[0] if gated else sum(rows))
+    if added is not None and tuple(added.shape) != wanted:
+        raise CodecConfigError(f"what is added must be of shape {wanted}, found {tuple(added.shape)}")
 
 
 def _normed(x: Tensor, norm: Tensor | None, eps: float) -> Tensor:
@@ -115,7 +137,7 @@ def _one_by_one(x: Tensor, codes: Sequence[Tensor], table: Tensor, scales: Seque
 
 def _around(parts: list[Tensor], added: Tensor | None, gated: bool) -> Tensor:
     y = torch.nn.functional.silu(parts[0]) * parts[1] if gated else torch.cat(parts, -1)
-    return y if added is None else y + added
+    return y if added is None else (y + added).to(y.dtype)
 
 
 @fused_codebook_linear.register_fake
@@ -130,11 +152,12 @@ def _(x: Tensor, norm: Tensor | None, codes: Sequence[Tensor], table: Tensor, sc
 def _(x: Tensor, norm: Tensor | None, codes: Sequence[Tensor], table: Tensor, scales: Sequence[Tensor],
       added: Tensor | None, bits: int, form: str = "any", *, rotation: int | None = None, eps: float = 0.0,
       gated: bool = False) -> Tensor:
+    _check(x, norm, codes, scales, added, gated=gated)
     width = x.shape[-1]
     if x.numel() == width and not take_reference("codebook_linear", refusal(x.dtype, bits, width, width), x.device):
         from tersor.ops.codebook_linear import triton
 
-        after = None if added is None else added.contiguous()
+        norm, after = (None if one is None else one.contiguous() for one in (norm, added))
         if rotation is not None:
             around = triton.Around([Rotation(width, rotation)], norm, eps, after, gated)
             y = triton.one_vector_linear(x, codes, table, scales, bits, form, around)
