@@ -272,8 +272,16 @@ def _changed(x: Tensor) -> Tensor:
     return y
 
 
+def _changed_early(x: Tensor) -> Tensor:
+    """Norm a copy, made by a conversion, of what is written to then."""
+    wide = x.to(torch.float64).to(torch.float32)
+    x.add_(1)
+    return WEIGHT * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5))
+
+
 @pytest.mark.parametrize("norm", [
-    _changed,  # what is normed is written to before the product
+    _changed, _changed_early,  # what is normed is written to before the product
+    lambda x: WEIGHT * (x * torch.rsqrt(input=torch.mean(input=x.pow(exponent=2), dim=-1, keepdim=True) + 1e-5)),
     lambda x: normed(x, WEIGHT[:1]), lambda x: normed(x, dim=-2), lambda x: normed(x) + 1, lambda x: normed(x, eps=1),
     lambda x: WEIGHT * (x * torch.rsqrt(x.pow(3).mean(-1, keepdim=True).abs() + 1e-5)),
     lambda x: WEIGHT * ((x + 1) * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)),

@@ -97,12 +97,13 @@ def _surrounded(products: Sequence[fx.Node], writers: Sequence[fx.Node]) -> Fusi
     first, last = products[0], products[-1]
     values = _arguments(first)
     norm, after = None, None
-    if vector_takes(values["bits"], known_form(values["bits"], values["form"]), known(values["x"]).shape[-1]):
-        if values["rotation"] is not None and vector_rotates(known(values["x"]).shape[-1]):
+    width = known(values["x"]).shape[-1]
+    if isinstance(width, int) and vector_takes(values["bits"], known_form(values["bits"], values["form"]), width):
+        if values["rotation"] is not None and vector_rotates(width):
             norm = norm_before(values["x"])
         if len(products) <= 2:
             after = sum_after(first) if first is last else gate_after(first, last) or gate_after(last, first)
-    if norm is not None and any(norm.first < one < first for one in writers):
+    if norm is not None and any(norm.x < one < first for one in writers):  # also between conversions of what is normed
         norm = None
     if after is not None and any(first < one < after.node for one in writers):
         after = None

@@ -26,14 +26,11 @@ class Norm:
     ----------
     x, weight : Node
     eps : float
-    first : Node
-        The earliest that reads `x`.
     """
 
     x: fx.Node
     weight: fx.Node
     eps: float
-    first: fx.Node
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +61,12 @@ def norm_before(y: Any) -> Norm | None:
             found = _root_mean_square(size)
             if found is None:
                 continue
-            x, eps, first = found
+            x, eps = found
             before, weight, after = example(x), example(other), example(y)
             if before is None or weight is None or after is None or uncast(wide) is not x:
                 continue
             if weight.shape == before.shape[-1:] and after.shape == before.shape and after.dtype == before.dtype:
-                return Norm(x, other, eps, first)
+                return Norm(x, other, eps)
     return None
 
 
@@ -80,7 +77,7 @@ def _named_norm(y: fx.Node) -> Norm | None:
     before, along = example(x), example(weight)
     if before is None or along is None or not isinstance(weight, fx.Node) or along.shape != before.shape[-1:]:
         return None
-    return Norm(x, weight, torch.finfo(before.dtype).eps if eps is None else eps, y) if _alike(y, before) else None
+    return Norm(x, weight, torch.finfo(before.dtype).eps if eps is None else eps) if _alike(y, before) else None
 
 
 def sum_after(product: fx.Node) -> After | None:
@@ -115,7 +112,7 @@ def _followed(node: fx.Node) -> list[fx.Node]:
     chain = [node]
     while True:
         user = _only_user(chain[-1])
-        if called(user) not in SAME or user.args[0] is not chain[-1] or not _alike(user, example(node)):
+        if called(user) not in SAME or _first(user) is not chain[-1] or not _alike(user, example(node)):
             return chain
         chain.append(user)
 
@@ -127,30 +124,30 @@ def _only_user(node: fx.Node) -> Any:
 def uncast(value: Any) -> Any:
     """Return what conversions of dtype were made from; a widening one loses nothing, a narrowing one only rounds."""
     while called(value) in CASTS:
-        before, after = example(value.args[0]), example(value)
+        before, after = example(_first(value)), example(value)
         if before is None or after is None or before.shape != after.shape or before.device != after.device:
             return value
-        value = value.args[0]
+        value = _first(value)
     return value
 
 
-def _root_mean_square(size: Any) -> tuple[fx.Node, float, fx.Node] | None:
-    """Return x, eps and the square, of `rsqrt(mean(x²) + eps)` in float32 along the last dimension."""
+def _root_mean_square(size: Any) -> tuple[fx.Node, float] | None:
+    """Return x and eps of `rsqrt(mean(x²) + eps)` in float32 along the last dimension."""
     total = uncast(_only(size, "rsqrt"))
     for mean, eps in _factors(total, "add"):
         if not isinstance(eps, float) or called(mean) != "mean" or not _last_kept(mean):
             continue
-        square, known = mean.args[0], example(mean.args[0])
+        square, known = _first(mean), example(_first(mean))
         if known is None or known.dtype != torch.float32:
             continue
         for one, other in _factors(square, "mul") if called(square) == "mul" else [_square_of(square)]:
             if one is not None and uncast(one) is uncast(other) and isinstance(uncast(one), fx.Node):
-                return uncast(one), eps, square
+                return uncast(one), eps
     return None
 
 
 def _square_of(node: Any) -> tuple[Any, Any]:
-    if called(node) == "square" or (called(node) == "pow" and node.args[1] == 2):
+    if (called(node) == "square" and len(node.args) == 1) or (called(node) == "pow" and node.args[1:] == (2,)):
         return node.args[0], node.args[0]
     return None, None
 
@@ -168,9 +165,16 @@ def _factors(node: Any, name: str = "mul") -> Iterator[tuple[Any, Any]]:
 
 
 def _only(node: Any, name: str) -> Any:
-    return node.args[0] if called(node) == name else None
+    return _first(node) if called(node) == name else None
+
+
+def _first(node: fx.Node) -> Any:
+    """Return the first argument, if it was given by its place."""
+    return node.args[0] if node.args else None
 
 
 def _alike(node: fx.Node, known: Tensor | None) -> bool:
     found = example(node)
-    return found is not None and known is not None and found.shape == known.shape and found.dtype == known.dtype
+    if found is None or known is None:
+        return False
+    return (found.shape, found.dtype, found.device) == (known.shape, known.dtype, known.device)
