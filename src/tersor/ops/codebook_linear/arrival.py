@@ -7,6 +7,8 @@ from triton.experimental.gluon import language as gl
 
 from tersor.ops.codebook_linear import shapes
 from tersor.ops.codebook_linear.digits import parts_of
+from tersor.ops.codebook_linear.planes import BLOCK, PLANES, plane_words, store_planes
+from tersor.ops.codebook_linear.planes import DIGITS as PLANE_DIGITS
 
 ACROSS = gl.constexpr(shapes.ACROSS)
 DIGITS = gl.constexpr(4)  # columns of digits: three, and one that is not looked at
@@ -45,14 +47,25 @@ def _floats(order: int) -> str:
     return ",".join(["=&f"] * order + ["f"] * order)
 
 
+@gluon.constexpr_function
+def taken(bits: int) -> int:
+    """Return the numbers that a lane brings at a time: those that a word of codes, or of each plane, meets."""
+    return BLOCK if bits <= 3 else 4 * parts_of(bits)
+
+
+@gluon.constexpr_function
+def together(bits: int, steps: int) -> int:
+    """Return the steps whose numbers are brought together, one word of each plane or of codes a lane."""
+    return min(2, steps) if bits == 2 else 1
+
+
 @gluon.jit
-def _numbers(x, step, WIDTH: gl.constexpr, BITS: gl.constexpr, FORM: gl.constexpr, S: gl.constexpr):
-    # [words of a step, numbers that the codes of a word meet], each word's in one lane
-    EACH: gl.constexpr = 4 * parts_of(BITS)
+def _numbers(x, chunk, WIDTH: gl.constexpr, BITS: gl.constexpr, WORDS: gl.constexpr, S: gl.constexpr):
+    # [words of a chunk, numbers that a word meets], each word's in one lane
+    EACH: gl.constexpr = taken(BITS)
     flat: gl.constexpr = gl.BlockedLayout([1, EACH], [32, 1], [S, 1], [1, 0])
-    word = step * (S * ACROSS) + gl.arange(0, S * ACROSS, layout=gl.SliceLayout(1, flat))[:, None]
-    number = gl.arange(0, EACH, layout=gl.SliceLayout(0, flat))[None, :]
-    k = word // 4 * 128 + number // 4 * 16 + word % 4 * 4 + number % 4 if BITS == 3 else word * EACH + number
+    word = chunk * WORDS + gl.arange(0, WORDS, layout=gl.SliceLayout(1, flat))[:, None]
+    k = word * EACH + gl.arange(0, EACH, layout=gl.SliceLayout(0, flat))[None, :]
     return gl.load(x + k, k < WIDTH, other=0.0).to(gl.float32)
 
 
@@ -63,7 +76,7 @@ def _store(near, numbers, inverse, BITS: gl.constexpr, FORM: gl.constexpr, S: gl
     WORDS: gl.constexpr = numbers.shape[0]
     layout: gl.constexpr = gl.BlockedLayout([1, PARTS, 4], [32, 1, 1], [S, 1, 1], [2, 1, 0])
     scaled = numbers * inverse + MAGIC
-    if BITS == 3 or (BITS == 4 and FORM != "affine"):
+    if BITS == 4 and FORM != "affine":
         four = scaled.reshape([WORDS, PARTS, 4])
     else:
         four = scaled.reshape([WORDS, 4, PARTS]).permute([0, 2, 1])
@@ -103,40 +116,74 @@ def _larger_and_sums(most, total, power, more, extra, also):
 
 
 @gluon.jit
-def _room(BITS: gl.constexpr, STEPS: gl.constexpr, S: gl.constexpr, WHOLE: gl.constexpr):
-    # shared memory for the digits, to be written as a whole or step by step
-    layout: gl.constexpr = gl.SwizzledSharedLayout(16, 1, 2, [4, 3, 2, 1, 0] if WHOLE else [3, 2, 1, 0])
-    return gl.allocate_shared_memory(gl.int8, [STEPS, parts_of(BITS), S, DIGITS, 4 * ACROSS], layout)
+def _room(BITS: gl.constexpr, STEPS: gl.constexpr, TOGETHER: gl.constexpr, S: gl.constexpr, WHOLE: gl.constexpr):
+    # shared memory for the digits, to be written as a whole or step by step, or for planes of steps together
+    if BITS <= 3:
+        WORDS: gl.constexpr = plane_words(BITS)
+        GROUPS: gl.constexpr = (STEPS + TOGETHER - 1) // TOGETHER * PLANE_DIGITS
+        layout: gl.constexpr = gl.SwizzledSharedLayout(WORDS // 2, 1, WORDS // 16, [3, 2, 1, 0])
+        return gl.allocate_shared_memory(gl.int32, [GROUPS, TOGETHER, S, PLANES, WORDS], layout)
+    else:
+        layout: gl.constexpr = gl.SwizzledSharedLayout(16, 1, 2, [4, 3, 2, 1, 0] if WHOLE else [3, 2, 1, 0])
+        return gl.allocate_shared_memory(gl.int8, [STEPS, parts_of(BITS), S, DIGITS, 4 * ACROSS], layout)
 
 
 @gluon.jit
 def _seen(near, BITS: gl.constexpr, STEPS: gl.constexpr, S: gl.constexpr):
-    # the digits as they are read: a part of a step after the other
-    layout: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 2, [2, 1, 0])
+    # the digits as they are read, a part of a step after the other; or the planes of a digit and a step
     gl.thread_barrier()
-    return near._reinterpret(gl.int32, [STEPS * parts_of(BITS), S, DIGITS, ACROSS], layout)
+    if BITS <= 3:
+        WORDS: gl.constexpr = plane_words(BITS)
+        layout: gl.constexpr = gl.SwizzledSharedLayout(WORDS // 2, 1, WORDS // 16, [2, 1, 0])
+        return near._reinterpret(gl.int32, [near.shape[0] * near.shape[1], S, PLANES, WORDS], layout)
+    else:
+        layout: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 2, [2, 1, 0])
+        return near._reinterpret(gl.int32, [STEPS * parts_of(BITS), S, DIGITS, ACROSS], layout)
+
+
+@gluon.constexpr_function
+def _chunks(bits: int, steps: int) -> int:
+    """Return how many times each lane brings a word's numbers."""
+    return -(-steps // together(bits, steps))
+
+
+@gluon.constexpr_function
+def _words(bits: int, steps: int, warps: int) -> int:
+    """Return the words whose numbers are brought at a time."""
+    return together(bits, steps) * warps * (plane_words(bits) if bits <= 3 else ACROSS)
 
 
 @gluon.jit
-def _bring(x, WIDTH: gl.constexpr, BITS: gl.constexpr, FORM: gl.constexpr, STEPS: gl.constexpr, S: gl.constexpr):
-    # the digits of all numbers in shared memory; (digits, the value of their unit, the sum of the numbers)
-    near = _room(BITS, STEPS, S, False)
-    EACH: gl.constexpr = 4 * parts_of(BITS)
-    flat: gl.constexpr = gl.BlockedLayout([1, EACH], [32, 1], [S, 1], [1, 0])
-    most = gl.zeros([S * ACROSS, EACH], gl.float32, flat)
-    total = most
+def _ask(x, WIDTH: gl.constexpr, BITS: gl.constexpr, STEPS: gl.constexpr, S: gl.constexpr):
+    # all numbers, a chunk after the other, where lanes can hold them
     held = ()
-    for step in gl.static_range(STEPS):
-        numbers = _numbers(x, step, WIDTH, BITS, FORM, S)
+    if _chunks(BITS, STEPS) * taken(BITS) <= HELD:
+        for chunk in gl.static_range(_chunks(BITS, STEPS)):
+            held = held + (_numbers(x, chunk, WIDTH, BITS, _words(BITS, STEPS, S), S),)
+    return held
+
+
+@gluon.jit
+def _bring(x, held, WIDTH: gl.constexpr, BITS: gl.constexpr, FORM: gl.constexpr, STEPS: gl.constexpr, S: gl.constexpr):
+    # the digits of all numbers in shared memory; (digits, the value of their unit, the sum of the numbers)
+    EACH: gl.constexpr = taken(BITS)
+    WORDS: gl.constexpr = _words(BITS, STEPS, S)
+    near = _room(BITS, STEPS, together(BITS, STEPS), S, False)
+    flat: gl.constexpr = gl.BlockedLayout([1, EACH], [32, 1], [S, 1], [1, 0])
+    most = gl.zeros([WORDS, EACH], gl.float32, flat)
+    total = most
+    for chunk in gl.static_range(_chunks(BITS, STEPS)):
+        numbers = held[chunk] if len(held) else _numbers(x, chunk, WIDTH, BITS, WORDS, S)
         most = gl.maximum(most, gl.abs(numbers))
         total += numbers
-        if STEPS * EACH <= HELD:
-            held = held + (numbers,)
-    most, total = gl.reduce((most.reshape([S * ACROSS * EACH]), total.reshape([S * ACROSS * EACH])), 0, _larger_and_sum)
+    most, total = gl.reduce((most.reshape([WORDS * EACH]), total.reshape([WORDS * EACH])), 0, _larger_and_sum)
     inverse, unit = _unit(most)
-    for step in gl.static_range(STEPS):
-        numbers = held[step] if STEPS * EACH <= HELD else _numbers(x, step, WIDTH, BITS, FORM, S)
-        _store(near.index(step), numbers, inverse, BITS, FORM, S, False)
+    for chunk in gl.static_range(_chunks(BITS, STEPS)):
+        numbers = held[chunk] if len(held) else _numbers(x, chunk, WIDTH, BITS, WORDS, S)
+        if BITS <= 3:
+            store_planes(near, chunk * PLANE_DIGITS, numbers * inverse + MAGIC, BITS)
+        else:
+            _store(near.index(chunk), numbers, inverse, BITS, FORM, S, False)
     return _seen(near, BITS, STEPS, S), unit + (total - total), total  # NaN, where a number is not finite
 
 
@@ -171,9 +218,9 @@ def _by_lane(v, S: gl.constexpr):
 def _bring_rotated(v, power, eps, WIDTH: gl.constexpr, BITS: gl.constexpr, FORM: gl.constexpr, NORMED: gl.constexpr,
                    STEPS: gl.constexpr, S: gl.constexpr):
     # as _bring, of numbers in registers; and over a root mean square, of whose sum of squares each lane has a share
-    EACH: gl.constexpr = 4 * parts_of(BITS)
+    EACH: gl.constexpr = taken(BITS)
     flat: gl.constexpr = gl.BlockedLayout([1, EACH], [32, 1], [S, 1], [1, 0])
-    near = _room(BITS, STEPS, S, True)
+    near = _room(BITS, STEPS, STEPS, S, True)
     if NORMED:
         most, total = gl.reduce((_by_lane(gl.abs(v), S), _by_lane(v, S)), 1, _larger_and_sum)
         most, total, power = gl.reduce((most, total, power), 0, _larger_and_sums)
@@ -182,45 +229,60 @@ def _bring_rotated(v, power, eps, WIDTH: gl.constexpr, BITS: gl.constexpr, FORM:
         most, total = gl.reduce((gl.abs(v), v), 0, _larger_and_sum)
         size = WIDTH**-0.5
     inverse, unit = _unit(most)
-    if BITS == 3:
-        v = v.reshape([WIDTH // 128, 8, 4, 4]).permute([0, 2, 1, 3])
     numbers = gl.convert_layout(v.reshape([WIDTH // EACH, EACH]), flat)
-    _store(near, numbers, inverse, BITS, FORM, S, True)
+    if BITS <= 3:
+        store_planes(near, 0, numbers * inverse + MAGIC, BITS)
+    else:
+        _store(near, numbers, inverse, BITS, FORM, S, True)
     return _seen(near, BITS, STEPS, S), unit * size + (total - total), total * size
 
 
 @gluon.jit
-def arrive(x0, signs0, x1, signs1, norm, eps, WIDTH0: gl.constexpr, BITS0: gl.constexpr, FORM0: gl.constexpr,
-            STEPS0: gl.constexpr, WIDTH1: gl.constexpr, BITS1: gl.constexpr, FORM1: gl.constexpr, STEPS1: gl.constexpr,
-            ROTATED: gl.constexpr, NORMED: gl.constexpr, S: gl.constexpr):
-    """Wait for the vectors; return of each stream (digits, the value of their unit, the sum of the numbers), and 0.
+def arrive(x0, signs0, x1, signs1, norm, WIDTH0: gl.constexpr, BITS0: gl.constexpr, STEPS0: gl.constexpr,
+           WIDTH1: gl.constexpr, BITS1: gl.constexpr, STEPS1: gl.constexpr, ROTATED: gl.constexpr, NORMED: gl.constexpr,
+           S: gl.constexpr):
+    """Wait for the vectors; return 0, their numbers as far as lanes hold them, and the signs that they meet.
 
     The 0 is known only after the wait: what the kernel before wrote is read at places to which it was added.
     """
+    flat: gl.constexpr = gl.BlockedLayout([WIDTH0 // (32 * S)], [32], [S], [0]) if ROTATED else 0
+    signs = ()
     if ROTATED:
-        flat: gl.constexpr = gl.BlockedLayout([WIDTH0 // (32 * S)], [32], [S], [0])
         k = gl.arange(0, WIDTH0, layout=flat)
-        turn0 = gl.load(signs0 + k).to(gl.float32)
-        if NORMED:
-            turn0 *= gl.load(norm + k).to(gl.float32)
+        turn = gl.load(signs0 + k).to(gl.float32)
+        signs = signs + ((turn * gl.load(norm + k).to(gl.float32)) if NORMED else turn,)
         if BITS1:
-            turn1 = gl.load(signs1 + k).to(gl.float32) * WIDTH0**-0.5
+            signs = signs + (gl.load(signs1 + k).to(gl.float32) * WIDTH0**-0.5,)
     # codes are older than the kernel before this one; what that one writes is only read from here on
     ready = 16 * gl.inline_asm_elementwise(
         "griddepcontrol.launch_dependents; griddepcontrol.wait; mov.b32 $0, 0;", "=r", [], dtype=gl.int32,
         is_pure=False, pack=1)
     if ROTATED:
-        before = gl.load(x0 + ready + k).to(gl.float32)
+        first = (gl.load(x0 + ready + k).to(gl.float32),)
+        second = first
+    else:
+        first = _ask(x0 + ready, WIDTH0, BITS0, STEPS0, S)
+        second = _ask(x1 + ready, WIDTH1, BITS1, STEPS1, S) if BITS1 else first
+    return ready, first, second, signs
+
+
+@gluon.jit
+def digest(ready, x0, numbers0, x1, numbers1, signs, eps, WIDTH0: gl.constexpr, BITS0: gl.constexpr, FORM0: gl.constexpr,
+           STEPS0: gl.constexpr, WIDTH1: gl.constexpr, BITS1: gl.constexpr, FORM1: gl.constexpr, STEPS1: gl.constexpr,
+           ROTATED: gl.constexpr, NORMED: gl.constexpr, S: gl.constexpr):
+    """Return of each stream (digits or planes in shared memory, the value of their unit, the sum of the numbers)."""
+    if ROTATED:
+        before = numbers0[0]
         power = gl.sum(_by_lane(before * before, S), 1) if NORMED else 0.0
-        v = _rotated(before * turn0, WIDTH0, S)
+        v = _rotated(before * signs[0], WIDTH0, S)
         first = _bring_rotated(v, power, eps, WIDTH0, BITS0, FORM0, NORMED, STEPS0, S)
     else:
-        first = _bring(x0 + ready, WIDTH0, BITS0, FORM0, STEPS0, S)
+        first = _bring(x0 + ready, numbers0, WIDTH0, BITS0, FORM0, STEPS0, S)
     second = first
     if BITS1:
         if ROTATED:
-            v = _rotated(v * turn1, WIDTH1, S)
+            v = _rotated(v * signs[1], WIDTH1, S)
             second = _bring_rotated(v, 0.0, 0.0, WIDTH1, BITS1, FORM1, False, STEPS1, S)
         else:
-            second = _bring(x1 + ready, WIDTH1, BITS1, FORM1, STEPS1, S)
-    return first, second, ready
+            second = _bring(x1 + ready, numbers1, WIDTH1, BITS1, FORM1, STEPS1, S)
+    return first, second

@@ -1,8 +1,8 @@
-"""Packed codes to 8-bit fragments of the tensor cores, in registers, for one vector in three 8-bit digits.
+"""Codes of 4 or 8 bits to 8-bit fragments of the tensor cores, in registers, for one vector in three 8-bit digits.
 
 A fragment register holds four int8 numbers that meet four neighbouring numbers of the other operand. Which four codes
-share one is free, for the vector's digits are written to suit (`vector.py`); so codes are never moved, only masked or
-looked up. A lane takes four words of a stream at a time, twelve of 3-bit codes. README.md counts the instructions.
+share one is free, for the vector's digits are written to suit (`arrival.py`); so codes are never moved, only masked or
+looked up. A lane takes four words of a stream at a time. README.md counts the instructions.
 """
 
 from __future__ import annotations
@@ -12,33 +12,25 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from tersor.ops.codebook_linear.fragments import registers
+from tersor.ops.codebook_linear.planes import load_units
 
 
 @gluon.constexpr_function
 def parts_of(bits: int) -> int:
-    """Return the registers of four codes (of one bit plane) that a word gives; with 3 bits, four words a lane holds."""
-    return {1: 8, 2: 4, 3: 8, 4: 2, 8: 1}[bits]
+    """Return the registers of four codes that a word gives."""
+    return {4: 2, 8: 1}[bits]
 
 
 @gluon.constexpr_function
 def sums_of(bits: int) -> int:
-    """Return how many sums of products are kept apart: bits in place differ in weight, as do digits of levels.
-
-    Two of each digit, for a product has to wait for the one before.
-    """
-    return 8 if bits <= 2 else 2 if bits == 8 else 4
+    """Return how many sums of products are kept apart: two of each digit of levels, for a product waits for the last."""
+    return {4: 4, 8: 2}[bits]
 
 
 @gluon.constexpr_function
 def _bytes(count: int) -> tuple:
     """Return the dtypes of a block's outputs."""
     return (gl.int8,) * count
-
-
-@gluon.constexpr_function
-def _masked(word: int, mask: int) -> str:
-    """Return PTX that keeps the bits `mask` of one of the words $1 … $4."""
-    return f"and.b32 $0, ${1 + word}, {mask};"
 
 
 @gluon.constexpr_function
@@ -71,31 +63,6 @@ def _four_bits(word: int) -> str:
     return "\n".join([*lines, "}"])
 
 
-@gluon.constexpr_function
-def _three_bits(block: int) -> str:
-    """Return PTX: 16 codes, bits 48 `block` and on of the words $8 … $19, through tables $20 $24 (high), $28 $32 (low)."""
-    first = 8 + 48 * block // 32
-    take = ([f"mov.b32 u, ${first};", f"shf.r.wrap.b32 v, ${first}, ${first + 1}, 24;"] if block % 2 == 0 else
-            [f"shf.r.wrap.b32 u, ${first}, ${first + 1}, 16;", f"shr.u32 v, ${first + 1}, 8;"])
-    lines = ["{", ".reg .b32 u, v, t;", *take]
-    for part, source in enumerate(("u", "v")):
-        for shift, mask in ((4, "0x0000ffff"), (2, "0x00ff00ff"), (1, "0x0f0f0f0f")):
-            # codes spread to nibbles: the lower half of every field stays, the upper moves up
-            lines += [f"shl.b32 t, {source}, {shift};", f"lop3.b32 {source}, {source}, t, {mask}, 0xe4;"]
-        lines += [f"and.b32 {source}, {source}, 0x77777777;"]
-        for half in range(2):
-            place = 2 * part + half
-            lines += ([f"shr.u32 {source}, {source}, 16;"] if half else []) + [
-                f"prmt.b32 ${place}, $20, $24, {source};", f"prmt.b32 ${4 + place}, $28, $32, {source};"]
-    return "\n".join([*lines, "}"])
-
-
-@gluon.constexpr_function
-def _weight(bit: int) -> float:
-    """Return what a bit in its place has to be multiplied by, to count as one."""
-    return (-1.0 if bit == 7 else 1.0) / (1 << bit)
-
-
 @gluon.jit
 def level(table, code: gl.constexpr, BITS: gl.constexpr, MIRRORED: gl.constexpr):
     """Return what a code stands for."""
@@ -112,10 +79,15 @@ def level(table, code: gl.constexpr, BITS: gl.constexpr, MIRRORED: gl.constexpr)
 def load_levels(table, BITS: gl.constexpr, FORM: gl.constexpr, MIRRORED: gl.constexpr):
     """Return (lowest, units, words): `level = lowest + Σ units · digit`, and the digits' tables, four bytes a word.
 
-    Levels that are looked up are rounded to 14 bits of the table's range (4-bit codes), 16 bits with a sign (3-bit).
+    Levels of 4-bit codes that are looked up are rounded to 14 bits of the table's range.
     """
     low = level(table, 0, BITS, MIRRORED)
-    if BITS == 4 and FORM != "affine":
+    if BITS <= 3:
+        levels = (low,)
+        for code in gl.static_range(1, 1 << BITS):
+            levels = levels + (level(table, code, BITS, MIRRORED),)
+        return low, load_units(levels, BITS, FORM), ()
+    elif BITS == 4 and FORM != "affine":
         top = low
         for code in gl.static_range(1, 16):
             one = level(table, code, BITS, MIRRORED)
@@ -132,24 +104,6 @@ def load_levels(table, BITS: gl.constexpr, FORM: gl.constexpr, MIRRORED: gl.cons
                 less = less | (digits & 127) << (8 * byte)
             words = words + (high, less)
         return low, (unit * 128.0, unit), words
-    elif BITS == 3:
-        top = 1e-30
-        for code in gl.static_range(8):
-            top = gl.maximum(top, gl.abs(level(table, code, BITS, MIRRORED)))
-        unit = top / 32512.0
-        words = ()
-        for word in gl.static_range(2):
-            high = 0
-            less = 0
-            for byte in gl.static_range(4):
-                shifted = level(table, 4 * word + byte, BITS, MIRRORED) / unit + 32896.5  # 2^15 + 2^7: both digits signed
-                digits = shifted.to(gl.int32)
-                high = high | ((digits >> 8) ^ 128) << (8 * byte)
-                less = less | ((digits & 255) ^ 128) << (8 * byte)
-            words = words + (high, less)
-        return 0.0, (unit * 256.0, unit), words
-    elif BITS == 2:
-        return low, (level(table, 1, BITS, MIRRORED) - low, level(table, 2, BITS, MIRRORED) - low), ()
     else:
         step = level(table, 1, BITS, MIRRORED) - low
         return (low + 128.0 * step if BITS == 8 else low), (step, step), ()
@@ -177,17 +131,7 @@ def _operands(digits, part, lb: gl.constexpr, doubled: gl.constexpr):
 def multiply_digits(sums, words, digits, first, tables, lb: gl.constexpr, doubled: gl.constexpr, BITS: gl.constexpr,
                     FORM: gl.constexpr):
     """Return `sums` plus products of a lane's `words` with the digits of the parts `first` and on."""
-    if BITS <= 2:
-        done = ()
-        for part in gl.static_range(8 // BITS):
-            b = _operands(digits, first + part, lb, doubled)
-            for plane in gl.static_range(BITS):  # a bit in its place: 2^bit, and -2^7
-                acc = sums[part * BITS + plane]
-                for word in gl.static_range(4):
-                    acc = _plane(acc, words[0], b[word], _masked(word, 0x01010101 << (part * BITS + plane)))
-                done = done + (acc,)
-        return done
-    elif BITS == 8:
+    if BITS == 8:
         b = _operands(digits, first, lb, doubled)
         even = _plane(_plane(sums[0], words[0], b[0], _signed(0)), words[0], b[2], _signed(2))
         odd = _plane(_plane(sums[1], words[0], b[1], _signed(1)), words[0], b[3], _signed(3))
@@ -202,7 +146,7 @@ def multiply_digits(sums, words, digits, first, tables, lb: gl.constexpr, double
             also_low = _plane(also_low, words[0], near[word + 1], _nibbles(word + 1, 0))
             also_high = _plane(also_high, words[0], far[word + 1], _nibbles(word + 1, 1))
         return low, also_low, high, also_high
-    elif BITS == 4:
+    else:
         high, also_high, less, also_less = sums
         t = tables
         b = _operands(digits, first, lb, doubled) + _operands(digits, first + 1, lb, doubled)
@@ -216,30 +160,12 @@ def multiply_digits(sums, words, digits, first, tables, lb: gl.constexpr, double
                 also_high = mma_v2(a[4 * half + 1], b[4 * half + word], also_high)
                 also_less = mma_v2(a[4 * half + 3], b[4 * half + word], also_less)
         return high, also_high, less, also_less
-    else:
-        high, also_high, less, also_less = sums
-        for block in gl.static_range(8):
-            b = _operands(digits, first + block, lb, doubled)
-            a = gl.inline_asm_elementwise(_three_bits(block), registers(8, 28),
-                                          [words[0], words[1], words[2], tables[0], tables[2], tables[1], tables[3]],
-                                          dtype=_bytes(8), is_pure=True, pack=4)
-            for place in gl.static_range(0, 4, 2):
-                high = mma_v2(a[place], b[place], high)
-                less = mma_v2(a[4 + place], b[place], less)
-                also_high = mma_v2(a[place + 1], b[place + 1], also_high)
-                also_less = mma_v2(a[5 + place], b[place + 1], also_less)
-        return high, also_high, less, also_less
 
 
 @gluon.jit
 def weigh(sums, units, BITS: gl.constexpr):
     """Return the sums of `multiply_digits` weighed and added, float32."""
-    if BITS <= 2:
-        total = sums[0].to(gl.float32) * units[0]
-        for bit in gl.static_range(1, 8):
-            total += sums[bit].to(gl.float32) * (units[bit % BITS] * _weight(bit))
-        return total
-    elif BITS == 8:
+    if BITS == 8:
         return (sums[0] + sums[1]).to(gl.float32) * units[0]
     else:
         return (sums[0] + sums[1]).to(gl.float32) * units[0] + (sums[2] + sums[3]).to(gl.float32) * units[1]

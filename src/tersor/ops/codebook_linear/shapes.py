@@ -23,7 +23,8 @@ REGISTERS = 65536  # of a multiprocessor
 MULTIPROCESSOR_BYTES = 228 * 1024  # of shared memory, for all programs of a multiprocessor
 RESERVED_BYTES = 1024  # of each program's shared memory that is the driver's
 PROGRAM_BYTES = 3072  # of shared memory that a program needs besides rings and digits
-DIGIT_BYTES = 4  # of shared memory for a number of one vector
+DIGIT_BYTES = 4  # of shared memory for a number of one vector, as digits
+PLANES_BYTES = 3  # as bit planes
 HELD = 64  # numbers of one vector that a lane keeps in registers while the largest is found
 ACROSS = 32  # words of a row that a warp takes at a time, for one vector
 TILE = 16  # elements that a product on the tensor cores takes
@@ -121,12 +122,15 @@ class VectorTiling:
         Of a multiprocessor, resident together.
     stages : int
         Steps of a ring in shared memory, all on their way.
+    early : int
+        Stages that are asked for before the vector is waited for.
     """
 
     warps: int = 8
     rows: int = 16
     programs: int = 2
     stages: int = 8
+    early: int = 2
 
     @property
     def registers(self) -> int:
@@ -135,23 +139,31 @@ class VectorTiling:
 
 
 def known_form(bits: int, form: str) -> str:
-    """Return the form that kernels make use of: one bit is always affine, 3-bit codes are always looked up."""
-    return "affine" if bits == 1 else "any" if bits == 3 else form
+    """Return the form that kernels make use of: one bit is always affine."""
+    return "affine" if bits == 1 else form
 
 
 def vector_takes(bits: int, form: str, width: int) -> bool:
     """Tell whether the kernel for one vector takes a stream: rows of whole 16 bytes (48 at 3 bits), one scale a row.
 
-    2-bit tables must be symmetric or affine, 8-bit tables affine.
+    8-bit tables must be affine.
     """
     if bits not in BITS or width % (4 * CODES[bits]) or width > WIDEST:
         return False
-    return not (bits == 2 and form == "any") and not (bits == 8 and form != "affine")
+    return not (bits == 8 and form != "affine")
 
 
 def vector_rotates(width: int) -> bool:
     """Tell whether the kernel for one vector rotates it first: powers of two from 512 to 4,096."""
     return width & (width - 1) == 0 and 512 <= width <= 4096
+
+
+def near_bytes(bits: int, width: int, warps: int) -> int:
+    """Return the shared memory that one vector's digits need, or its bit planes: whole steps, two together at 2 bits."""
+    step = ACROSS * warps
+    steps = -(-width // CODES[bits] // step)
+    steps += steps % 2 if bits == 2 and steps > 1 else 0
+    return steps * step * CODES[bits] * (PLANES_BYTES if bits <= 3 else DIGIT_BYTES)
 
 
 def vector_fitted(tiling: VectorTiling, streams: Sequence[tuple[int, int]], *, rotated: bool) -> VectorTiling | None:
@@ -167,13 +179,13 @@ def vector_fitted(tiling: VectorTiling, streams: Sequence[tuple[int, int]], *, r
             return None
         tiling = dataclasses.replace(tiling, warps=max(least, min(tiling.warps, 1 << (most.bit_length() - 1))))
     step = ACROSS * tiling.warps
-    near = sum(-(-width // CODES[bits] // step) * step * CODES[bits] * DIGIT_BYTES for bits, width in streams)
+    near = sum(near_bytes(bits, width, tiling.warps) for bits, width in streams)
     near += max(width for _, width in streams) // 2 if rotated else 0  # where rotating needs more than it leaves
     stage = sum(3 if bits == 3 else 1 for bits, _ in streams) * 4 * step * tiling.rows
     for programs in range(tiling.programs, 0, -1):
         stages = min(tiling.stages, (MULTIPROCESSOR_BYTES // programs - PROGRAM_BYTES - near) // stage)
         if stages >= 1:
-            return dataclasses.replace(tiling, stages=stages, programs=programs)
+            return dataclasses.replace(tiling, stages=stages, programs=programs, early=min(stages, tiling.early))
     return None
 
 

@@ -72,7 +72,12 @@ class Operand:
     @property
     def fields(self) -> bool:
         """Whether the kernel multiplies by the bits as they stand, and by levels later."""
-        return self.form == "affine" or (self.form == "symmetric" and self.bits <= 2)
+        return self.bits != 3 and (self.form == "affine" or (self.form == "symmetric" and self.bits <= 2))
+
+    @property
+    def few_form(self) -> str:
+        """The form that kernels for several vectors make use of: they look 3-bit codes up."""
+        return "any" if self.bits == 3 else self.form
 
     @property
     def aligned(self) -> bool:
@@ -187,8 +192,8 @@ def _multiply_few(out: Tensor, operands: Sequence[Operand], scales: Tensor, zero
     multiply_rows[(programs,)](
         *one.pointers(), *other.pointers(), scales, scales if zeros is None else zeros, out, rows, batch,
         scales.shape[-1] if grouped else 1, scales.stride(0), one.xp.stride(1), one.xp.stride(0),
-        other.xp.stride(1), other.xp.stride(0), first.bits, first.elements, first.run, first.padded, operands[0].form,
-        second.bits if two else 0, second.elements, second.run, second.padded, operands[-1].form,
+        other.xp.stride(1), other.xp.stride(0), first.bits, first.elements, first.run, first.padded, operands[0].few_form,
+        second.bits if two else 0, second.elements, second.run, second.padded, operands[-1].few_form,
         group // CODES[first.bits] if grouped else 0, zeros is not None, tiling.warps, tiling.rows,
         columns, two, near, tiling.stages, num_warps=tiling.warps,
         launch_pdl=all(operand.aligned for operand in operands))  # codes are read before the wait
@@ -222,7 +227,7 @@ def multiply_one_into(out: Tensor, operands: Sequence[Operand], scales: Sequence
         *streams, tuple(scales), starts, norm, around.eps, added, out, rows, scales[0].stride(0), first.x.shape[1],
         first.bits, first.form, last.x.shape[1], last.bits if two else 0, last.form, two, bool(turns),
         around.norm is not None, around.added is not None, around.gated, rows % tiling.rows == 0, tiling.warps,
-        tiling.rows, tiling.stages, num_warps=tiling.warps, maxnreg=tiling.registers,
+        tiling.rows, tiling.stages, tiling.early, num_warps=tiling.warps, maxnreg=tiling.registers,
         launch_pdl=all(operand.aligned for operand in operands))  # codes are read before the wait
 
 

@@ -1,4 +1,4 @@
-"""The kernel of `codebook_linear` for one vector: exact integer products with three 8-bit digits of its numbers.
+"""The kernel of `codebook_linear` for one vector: exact integer products with digits or bits of its numbers.
 
 A program keeps the digits in shared memory and walks over its rows; codes reach shared memory ahead of it. See README.md.
 """
@@ -9,8 +9,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from tersor.ops.codebook_linear.arrival import ACROSS, DIGITS, arrive
+from tersor.ops.codebook_linear import shapes
+from tersor.ops.codebook_linear.arrival import ACROSS, DIGITS, arrive, digest, together
 from tersor.ops.codebook_linear.digits import load_levels, multiply_digits, parts_of, sums_of, weigh
+from tersor.ops.codebook_linear.planes import multiply_planes, no_sums, take_codes, weigh_planes
 
 
 @gluon.constexpr_function
@@ -30,6 +32,12 @@ def _doubled(warps: int):
         reg_bases=[[0, 1, 0, 0], [0, 2, 0, 0], [0, 4, 0, 0]],
         lane_bases=[[0, 8, 0, 0], [0, 16, 0, 0], [0, 0, 0, 1], [0, 0, 0, 2], [0, 0, 1, 0]],
         warp_bases=shares, block_bases=[], shape=[warps, 32, 2, 4])
+
+
+@gluon.constexpr_function
+def _codes_of(bits: int) -> int:
+    """Return the codes of a word, of three words of 3-bit codes."""
+    return shapes.CODES[bits]
 
 
 @gluon.jit
@@ -59,7 +67,9 @@ def _later(row, rows, tiles, GATED: gl.constexpr, M: gl.constexpr):
 def _fetch(ring, stage, matrices, starts, row, rows, step, wanted, BITS: gl.constexpr, WORDS: gl.constexpr,
            WHOLE: gl.constexpr, S: gl.constexpr, M: gl.constexpr):
     # start to copy a step of M rows to a stage of the ring
-    layout: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 4, 8], [S, 1, 1], [2, 1, 0])
+    # three copies share the sectors of 3-bit codes, so these go through the L1 cache: of 8 bytes a lane, not 16
+    layout: gl.constexpr = gl.BlockedLayout([1, 1, 2] if BITS == 3 else [1, 1, 4], [1, 2, 16] if BITS == 3 else [1, 4, 8],
+                                            [S, 1, 1], [2, 1, 0])
     TIMES: gl.constexpr = 3 if BITS == 3 else 1
     m = gl.arange(0, M, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))
     if not WHOLE:
@@ -81,43 +91,67 @@ def _fetch(ring, stage, matrices, starts, row, rows, step, wanted, BITS: gl.cons
 
 
 @gluon.jit
-def _begin(codes, starts, row, rows, BITS: gl.constexpr, WORDS: gl.constexpr, STEPS: gl.constexpr,
-           GATED: gl.constexpr, WHOLE: gl.constexpr, S: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr):
-    # a ring in shared memory, and the first copies to it
+def _ring(BITS: gl.constexpr, S: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr):
+    # a ring in shared memory
     layout: gl.constexpr = gl.SwizzledSharedLayout(16, 1, 2, [2, 1, 0])
-    ring = gl.allocate_shared_memory(gl.int32, [3 * STAGES if BITS == 3 else STAGES, S, M, ACROSS], layout)
-    for step in gl.static_range(STAGES):
-        at, wanted = _later(row, rows, step // STEPS, GATED, M)
-        _fetch(ring, step, codes, starts, at, rows, step % STEPS, wanted, BITS, WORDS, WHOLE, S, M)
-    return ring
+    return gl.allocate_shared_memory(gl.int32, [3 * STAGES if BITS == 3 else STAGES, S, M, ACROSS], layout)
 
 
 @gluon.jit
-def _take(ring, stage, layout: gl.constexpr, BITS: gl.constexpr):
-    # a stage's words as fragments
-    if BITS == 3:
-        return ring.index(stage * 3).load(layout), ring.index(stage * 3 + 1).load(layout), ring.index(stage * 3 + 2).load(layout)
-    else:
-        return (ring.index(stage).load(layout),)
+def _fill(ring, codes, starts, row, rows, first, STEPS: gl.constexpr, RUN: gl.constexpr, BITS: gl.constexpr,
+          WORDS: gl.constexpr, GATED: gl.constexpr, WHOLE: gl.constexpr, S: gl.constexpr, M: gl.constexpr):
+    # the copies to stages `first` and on of a fresh ring
+    for step in gl.static_range(RUN):
+        at, wanted = _later(row, rows, (first + step) // STEPS, GATED, M)
+        _fetch(ring, first + step, codes, starts, at, rows, (first + step) % STEPS, wanted, BITS, WORDS, WHOLE, S, M)
+
+
+@gluon.constexpr_function
+def _run(steps0: int, steps1: int, stages: int) -> int:
+    """Return how many steps of a stream are asked for in turn with the other's: all of a row's, where rings hold them.
+
+    Copies are waited for in the order in which they were asked for, which then is the order of their use.
+    """
+    if steps1 == 0:
+        return 1
+    return steps0 if steps0 == steps1 and stages % steps0 == 0 else stages
+
+
+@gluon.constexpr_function
+def _under_way(steps0: int, steps1: int, stages: int) -> int:
+    """Return how many copies may be under way when the next is used."""
+    return (2 if steps1 and _run(steps0, steps1, stages) == steps0 else 1) * stages - 1
 
 
 @gluon.jit
-def _stream(ring, digits, stage, codes, starts, tables, row, rows, BITS: gl.constexpr, FORM: gl.constexpr,
+def _stream(ring, digits, stage, codes, starts, units, tables, row, rows, BITS: gl.constexpr, FORM: gl.constexpr,
             WORDS: gl.constexpr, STEPS: gl.constexpr, GATED: gl.constexpr, SECOND: gl.constexpr, WHOLE: gl.constexpr,
-            S: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr):
-    # integer sums [S, M, 8] over each warp's share of M rows, whose first step is in `stage`; and the stage after them
+            S: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr, WAITS: gl.constexpr):
+    # products [S, M] of M rows, of which each warp has a share, whose first step is in `stage`; and the stage after them
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [S, 1, 1], [1, 16, 8])
-    sums = ()
-    for _ in gl.static_range(sums_of(BITS)):
-        sums = sums + (gl.zeros([S, M, 2 * DIGITS], gl.int32, mma),)
+    if BITS <= 3:
+        sums = no_sums(BITS, FORM, S, M)
+    else:
+        sums = ()
+        for _ in gl.static_range(sums_of(BITS)):
+            sums = sums + (gl.zeros([S, M, 2 * DIGITS], gl.int32, mma),)
     for step in range(0, STEPS):
-        async_copy.wait_group(STAGES - 1)
-        words = _take(ring, stage, _dot(0, S), BITS)
+        async_copy.wait_group(WAITS)
+        words = take_codes(ring, stage, BITS, S) if BITS <= 3 else (ring.index(stage).load(_dot(0, S)),)
         later, wanted = _later(row, rows, SECOND + (step + STAGES) // STEPS, GATED, M)
         _fetch(ring, stage, codes, starts, later, rows, (step + STAGES) % STEPS, wanted, BITS, WORDS, WHOLE, S, M)
-        sums = multiply_digits(sums, words, digits, step * parts_of(BITS), tables, _dot(1, S), _doubled(S), BITS, FORM)
+        if BITS <= 3:
+            sums = multiply_planes(sums, words, digits, step, BITS, FORM, together(BITS, STEPS), S, M)
+        else:
+            sums = multiply_digits(sums, words, digits, step * parts_of(BITS), tables, _dot(1, S), _doubled(S), BITS, FORM)
         stage = gl.where(stage == STAGES - 1, 0, stage + 1)
-    return sums, stage
+    if BITS <= 3:
+        total = weigh_planes(sums, units, BITS, FORM, S, M)
+    else:
+        column = gl.arange(0, 2 * DIGITS, layout=gl.SliceLayout(0, gl.SliceLayout(1, mma)))[None, None, :]
+        digit = gl.where(column == 0, 1.0, gl.where(column == 1, 256.0, gl.where(column == 2, 65536.0, 0.0)))
+        total = gl.sum(weigh(sums, units, BITS) * digit, 2)
+    return gl.convert_layout(total, gl.SliceLayout(2, mma)), stage
 
 
 @gluon.jit
@@ -130,7 +164,7 @@ def _scale(scales, starts, row, m, rows, scale_step):
 @gluon.jit
 def _summed(parts, offset, scale):
     # the sum of all warps' parts, scaled
-    return gl.convert_layout(gl.sum(gl.sum(parts, 2), 0) + offset, scale.type.layout) * scale
+    return gl.convert_layout(gl.sum(parts, 0) + offset, scale.type.layout) * scale
 
 
 @gluon.jit
@@ -138,34 +172,45 @@ def multiply_vector(x0, codes0, table0, signs0, x1, codes1, table1, signs1, scal
                     scale_step, WIDTH0: gl.constexpr, BITS0: gl.constexpr, FORM0: gl.constexpr, WIDTH1: gl.constexpr,
                     BITS1: gl.constexpr, FORM1: gl.constexpr, MIRRORED: gl.constexpr, ROTATED: gl.constexpr,
                     NORMED: gl.constexpr, ADDS: gl.constexpr, GATED: gl.constexpr, WHOLE: gl.constexpr, S: gl.constexpr,
-                    M: gl.constexpr, STAGES: gl.constexpr):
+                    M: gl.constexpr, STAGES: gl.constexpr, EARLY: gl.constexpr):
     """The product of M rows after M rows with a vector, of one stream or the sum of two; S warps share each row.
 
     Codes and scales are tuples: of one matrix, or of several whose rows follow one another; all but the first begin at
     `starts`, multiples of M. The vector may be brought to a root mean square of 1 and multiplied by `norm` before it is
     rotated; `added` is added to the product. GATED: of two matrices, whose tiles are taken by turns; what is written is
-    the second's product times the first's through x / (1 + exp(-x)).
+    the second's product times the first's through x / (1 + exp(-x)). EARLY stages are asked for before the vector is waited
+    for, the others after its numbers are: what is asked for first arrives first.
     """
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [S, 1, 1], [1, 16, 8])
-    WORDS0: gl.constexpr = WIDTH0 // (4 * parts_of(BITS0))
+    WORDS0: gl.constexpr = WIDTH0 // _codes_of(BITS0)
     STEPS0: gl.constexpr = (WORDS0 + S * ACROSS - 1) // (S * ACROSS)
-    WORDS1: gl.constexpr = WIDTH1 // (4 * parts_of(BITS1)) if BITS1 else 0
+    WORDS1: gl.constexpr = WIDTH1 // _codes_of(BITS1) if BITS1 else 0
     STEPS1: gl.constexpr = (WORDS1 + S * ACROSS - 1) // (S * ACROSS)
     row = gl.program_id(0) * M
-    ring0 = _begin(codes0, starts, row, rows, BITS0, WORDS0, STEPS0, GATED, WHOLE, S, M, STAGES)
+    RUN: gl.constexpr = _run(STEPS0, STEPS1, STAGES)
+    WAITS: gl.constexpr = _under_way(STEPS0, STEPS1, STAGES)
+    ring0 = _ring(BITS0, S, M, STAGES)
+    ring1 = _ring(BITS1, S, M, STAGES) if BITS1 else ring0
+    for first in gl.static_range(0, EARLY, RUN):
+        _fill(ring0, codes0, starts, row, rows, first, STEPS0, RUN, BITS0, WORDS0, GATED, WHOLE, S, M)
+        if BITS1:
+            _fill(ring1, codes1, starts, row, rows, first, STEPS1, RUN, BITS1, WORDS1, False, WHOLE, S, M)
     low0, units0, tables0 = load_levels(table0, BITS0, FORM0, MIRRORED)
     if BITS1:
         low1, units1, tables1 = load_levels(table1, BITS1, FORM1, MIRRORED)
-        ring1 = _begin(codes1, starts, row, rows, BITS1, WORDS1, STEPS1, False, WHOLE, S, M, STAGES)
-    near0, near1, ready = arrive(x0, signs0, x1, signs1, norm, eps, WIDTH0, BITS0, FORM0, STEPS0, WIDTH1, BITS1, FORM1,
-                                  STEPS1, ROTATED, NORMED, S)
+    ready, numbers0, numbers1, signs = arrive(x0, signs0, x1, signs1, norm, WIDTH0, BITS0, STEPS0, WIDTH1, BITS1, STEPS1,
+                                              ROTATED, NORMED, S)
+    for first in gl.static_range((EARLY + RUN - 1) // RUN * RUN, STAGES, RUN):
+        _fill(ring0, codes0, starts, row, rows, first, STEPS0, RUN, BITS0, WORDS0, GATED, WHOLE, S, M)
+        if BITS1:
+            _fill(ring1, codes1, starts, row, rows, first, STEPS1, RUN, BITS1, WORDS1, False, WHOLE, S, M)
+    near0, near1 = digest(ready, x0, numbers0, x1, numbers1, signs, eps, WIDTH0, BITS0, FORM0, STEPS0, WIDTH1, BITS1, FORM1,
+                          STEPS1, ROTATED, NORMED, S)
     digits0, unit0, sum0 = near0
     offset = low0 * sum0
     if BITS1:
         digits1, unit1, sum1 = near1
         offset += low1 * sum1
-    column = gl.arange(0, 2 * DIGITS, layout=gl.SliceLayout(0, gl.SliceLayout(1, mma)))[None, None, :]
-    digit = gl.where(column == 0, 1.0, gl.where(column == 1, 256.0, gl.where(column == 2, 65536.0, 0.0)))
     m = gl.arange(0, M, layout=gl.SliceLayout(0, gl.SliceLayout(2, mma)))
     stage0 = 0
     stage1 = 0
@@ -173,19 +218,19 @@ def multiply_vector(x0, codes0, table0, signs0, x1, codes1, table1, signs1, scal
         scale = _scale(scales, starts, start, m, rows, scale_step)
         if ADDS:
             other = gl.load(added + ready + start + m, start + m < rows, other=0.0).to(gl.float32)
-        sums, stage0 = _stream(ring0, digits0, stage0, codes0, starts, tables0, start, rows, BITS0, FORM0, WORDS0,
-                               STEPS0, GATED, 0, WHOLE, S, M, STAGES)
-        total = weigh(sums, units0, BITS0) * unit0
+        total, stage0 = _stream(ring0, digits0, stage0, codes0, starts, units0, tables0, start, rows, BITS0, FORM0, WORDS0,
+                                STEPS0, GATED, 0, WHOLE, S, M, STAGES, WAITS)
+        total *= unit0
         if BITS1:
-            sums, stage1 = _stream(ring1, digits1, stage1, codes1, starts, tables1, start, rows, BITS1, FORM1, WORDS1,
-                                   STEPS1, False, 0, WHOLE, S, M, STAGES)
-            total += weigh(sums, units1, BITS1) * unit1
-        y = _summed(total * digit, offset, scale)
+            other_total, stage1 = _stream(ring1, digits1, stage1, codes1, starts, units1, tables1, start, rows, BITS1, FORM1,
+                                          WORDS1, STEPS1, False, 0, WHOLE, S, M, STAGES, WAITS)
+            total += other_total * unit1
+        y = _summed(total, offset, scale)
         if GATED:
             scale = _scale(scales, starts, start + rows, m, 2 * rows, scale_step)
-            sums, stage0 = _stream(ring0, digits0, stage0, codes0, starts, tables0, start, rows, BITS0, FORM0, WORDS0,
-                                   STEPS0, GATED, 1, WHOLE, S, M, STAGES)
-            y = y / (1.0 + gl.exp(-y)) * _summed(weigh(sums, units0, BITS0) * unit0 * digit, offset, scale)
+            total, stage0 = _stream(ring0, digits0, stage0, codes0, starts, units0, tables0, start, rows, BITS0, FORM0,
+                                    WORDS0, STEPS0, GATED, 1, WHOLE, S, M, STAGES, WAITS)
+            y = y / (1.0 + gl.exp(-y)) * _summed(total * unit0, offset, scale)
         if ADDS:
             y += other
         gl.store(out + start + m, y.to(out.dtype.element_ty), start + m < rows)
