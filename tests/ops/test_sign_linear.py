@@ -67,10 +67,12 @@ def test_rotates_first(case: tuple[int, ...], dtype: torch.dtype, device: str) -
     want = sign_linear(one, two, *cpu).double()
     # every entry is a sum over two rotated vectors of the same norm with entries of at most two levels a number
     entry = 4 * float(cpu[2].max()) * cpu[3].double() * width**0.5 * one.double().norm(dim=1, keepdim=True)
-    bound = entry * (HALF + width * torch.finfo(torch.float32).eps) + want.abs() * torch.finfo(dtype).eps
+    # (a kernel of its own, for the widest, rounds rotated vectors to the dtype of x)
+    step = max(HALF, torch.finfo(dtype).eps)
+    bound = entry * (step + width * torch.finfo(torch.float32).eps) + want.abs() * torch.finfo(dtype).eps
     assert y.dtype == dtype
     assert bool(((y.cpu().double() - want).abs() <= bound).all())
-    assert float((y.cpu().double() - want).norm()) <= (2 * HALF + torch.finfo(dtype).eps) * float(want.norm())
+    assert float((y.cpu().double() - want).norm()) <= (step + HALF + torch.finfo(dtype).eps) * float(want.norm())
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -53,12 +53,6 @@ def taken(bits: int) -> int:
     return BLOCK if bits <= 3 else 4 * parts_of(bits)
 
 
-@gluon.constexpr_function
-def together(bits: int, steps: int) -> int:
-    """Return the steps whose numbers are brought together, one word of each plane or of codes a lane."""
-    return min(2, steps) if bits == 2 else 1
-
-
 @gluon.jit
 def _numbers(x, chunk, WIDTH: gl.constexpr, BITS: gl.constexpr, WORDS: gl.constexpr, S: gl.constexpr):
     # [words of a chunk, numbers that a word meets], each word's in one lane
@@ -142,43 +136,44 @@ def _seen(near, BITS: gl.constexpr, STEPS: gl.constexpr, S: gl.constexpr):
 
 
 @gluon.constexpr_function
-def _chunks(bits: int, steps: int) -> int:
+def _chunks(steps: int, together: int) -> int:
     """Return how many times each lane brings a word's numbers."""
-    return -(-steps // together(bits, steps))
+    return -(-steps // together)
 
 
 @gluon.constexpr_function
-def _words(bits: int, steps: int, warps: int) -> int:
-    """Return the words whose numbers are brought at a time."""
-    return together(bits, steps) * warps * (plane_words(bits) if bits <= 3 else ACROSS)
+def _words(bits: int, together: int, warps: int) -> int:
+    """Return the words whose numbers are brought at a time: those of so many steps."""
+    return together * warps * (plane_words(bits) if bits <= 3 else ACROSS)
 
 
 @gluon.jit
-def _ask(x, WIDTH: gl.constexpr, BITS: gl.constexpr, STEPS: gl.constexpr, S: gl.constexpr):
+def _ask(x, WIDTH: gl.constexpr, BITS: gl.constexpr, STEPS: gl.constexpr, TOGETHER: gl.constexpr, S: gl.constexpr):
     # all numbers, a chunk after the other, where lanes can hold them
     held = ()
-    if _chunks(BITS, STEPS) * taken(BITS) <= HELD:
-        for chunk in gl.static_range(_chunks(BITS, STEPS)):
-            held = held + (_numbers(x, chunk, WIDTH, BITS, _words(BITS, STEPS, S), S),)
+    if _chunks(STEPS, TOGETHER) * taken(BITS) <= HELD:
+        for chunk in gl.static_range(_chunks(STEPS, TOGETHER)):
+            held = held + (_numbers(x, chunk, WIDTH, BITS, _words(BITS, TOGETHER, S), S),)
     return held
 
 
 @gluon.jit
-def _bring(x, held, WIDTH: gl.constexpr, BITS: gl.constexpr, FORM: gl.constexpr, STEPS: gl.constexpr, S: gl.constexpr):
+def _bring(x, held, WIDTH: gl.constexpr, BITS: gl.constexpr, FORM: gl.constexpr, STEPS: gl.constexpr,
+           TOGETHER: gl.constexpr, S: gl.constexpr):
     # the digits of all numbers in shared memory; (digits, the value of their unit, the sum of the numbers)
     EACH: gl.constexpr = taken(BITS)
-    WORDS: gl.constexpr = _words(BITS, STEPS, S)
-    near = _room(BITS, STEPS, together(BITS, STEPS), S, False)
+    WORDS: gl.constexpr = _words(BITS, TOGETHER, S)
+    near = _room(BITS, STEPS, TOGETHER, S, False)
     flat: gl.constexpr = gl.BlockedLayout([1, EACH], [32, 1], [S, 1], [1, 0])
     most = gl.zeros([WORDS, EACH], gl.float32, flat)
     total = most
-    for chunk in gl.static_range(_chunks(BITS, STEPS)):
+    for chunk in gl.static_range(_chunks(STEPS, TOGETHER)):
         numbers = held[chunk] if len(held) else _numbers(x, chunk, WIDTH, BITS, WORDS, S)
         most = gl.maximum(most, gl.abs(numbers))
         total += numbers
     most, total = gl.reduce((most.reshape([WORDS * EACH]), total.reshape([WORDS * EACH])), 0, _larger_and_sum)
     inverse, unit = _unit(most)
-    for chunk in gl.static_range(_chunks(BITS, STEPS)):
+    for chunk in gl.static_range(_chunks(STEPS, TOGETHER)):
         numbers = held[chunk] if len(held) else _numbers(x, chunk, WIDTH, BITS, WORDS, S)
         if BITS <= 3:
             store_planes(near, chunk * PLANE_DIGITS, numbers * inverse + MAGIC, BITS)
@@ -239,8 +234,8 @@ def _bring_rotated(v, power, eps, WIDTH: gl.constexpr, BITS: gl.constexpr, FORM:
 
 @gluon.jit
 def arrive(x0, signs0, x1, signs1, norm, WIDTH0: gl.constexpr, BITS0: gl.constexpr, STEPS0: gl.constexpr,
-           WIDTH1: gl.constexpr, BITS1: gl.constexpr, STEPS1: gl.constexpr, ROTATED: gl.constexpr, NORMED: gl.constexpr,
-           S: gl.constexpr):
+           TOGETHER0: gl.constexpr, WIDTH1: gl.constexpr, BITS1: gl.constexpr, STEPS1: gl.constexpr,
+           TOGETHER1: gl.constexpr, ROTATED: gl.constexpr, NORMED: gl.constexpr, S: gl.constexpr):
     """Wait for the vectors; return 0, their numbers as far as lanes hold them, and the signs that they meet.
 
     The 0 is known only after the wait: what the kernel before wrote is read at places to which it was added.
@@ -261,15 +256,15 @@ def arrive(x0, signs0, x1, signs1, norm, WIDTH0: gl.constexpr, BITS0: gl.constex
         first = (gl.load(x0 + ready + k).to(gl.float32),)
         second = first
     else:
-        first = _ask(x0 + ready, WIDTH0, BITS0, STEPS0, S)
-        second = _ask(x1 + ready, WIDTH1, BITS1, STEPS1, S) if BITS1 else first
+        first = _ask(x0 + ready, WIDTH0, BITS0, STEPS0, TOGETHER0, S)
+        second = _ask(x1 + ready, WIDTH1, BITS1, STEPS1, TOGETHER1, S) if BITS1 else first
     return ready, first, second, signs
 
 
 @gluon.jit
 def digest(ready, x0, numbers0, x1, numbers1, signs, eps, WIDTH0: gl.constexpr, BITS0: gl.constexpr, FORM0: gl.constexpr,
-           STEPS0: gl.constexpr, WIDTH1: gl.constexpr, BITS1: gl.constexpr, FORM1: gl.constexpr, STEPS1: gl.constexpr,
-           ROTATED: gl.constexpr, NORMED: gl.constexpr, S: gl.constexpr):
+           STEPS0: gl.constexpr, TOGETHER0: gl.constexpr, WIDTH1: gl.constexpr, BITS1: gl.constexpr, FORM1: gl.constexpr,
+           STEPS1: gl.constexpr, TOGETHER1: gl.constexpr, ROTATED: gl.constexpr, NORMED: gl.constexpr, S: gl.constexpr):
     """Return of each stream (digits or planes in shared memory, the value of their unit, the sum of the numbers)."""
     if ROTATED:
         before = numbers0[0]
@@ -277,12 +272,12 @@ def digest(ready, x0, numbers0, x1, numbers1, signs, eps, WIDTH0: gl.constexpr, 
         v = _rotated(before * signs[0], WIDTH0, S)
         first = _bring_rotated(v, power, eps, WIDTH0, BITS0, FORM0, NORMED, STEPS0, S)
     else:
-        first = _bring(x0 + ready, numbers0, WIDTH0, BITS0, FORM0, STEPS0, S)
+        first = _bring(x0 + ready, numbers0, WIDTH0, BITS0, FORM0, STEPS0, TOGETHER0, S)
     second = first
     if BITS1:
         if ROTATED:
             v = _rotated(v * signs[1], WIDTH1, S)
             second = _bring_rotated(v, 0.0, 0.0, WIDTH1, BITS1, FORM1, False, STEPS1, S)
         else:
-            second = _bring(x1 + ready, numbers1, WIDTH1, BITS1, FORM1, STEPS1, S)
+            second = _bring(x1 + ready, numbers1, WIDTH1, BITS1, FORM1, STEPS1, TOGETHER1, S)
     return first, second

@@ -177,10 +177,16 @@ def _stride(bits: int, rows: int) -> int:
     return rows // 4 if bits == 3 else 1
 
 
+@gluon.constexpr_function
+def rows_together(bits: int, rows: int) -> int:
+    """Return the rows of a program whose codes lie together in its ring: eight of 3-bit codes, part by part, or all."""
+    return 8 if bits == 3 else rows
+
+
 @gluon.jit
-def take_codes(ring, stage, BITS: gl.constexpr, S: gl.constexpr):
+def take_codes(ring, stage, BITS: gl.constexpr, S: gl.constexpr, M: gl.constexpr):
     """Return the codes of a stage of the ring in registers, as `multiply_planes` takes them."""
-    PARTS: gl.constexpr = 3 if BITS == 3 else 1
+    PARTS: gl.constexpr = M // rows_together(BITS, M) * (3 if BITS == 3 else 1)
     words = ()
     for part in gl.static_range(PARTS):
         words = words + _quads(ring.index(stage * PARTS + part), S)

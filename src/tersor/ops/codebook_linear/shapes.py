@@ -130,7 +130,7 @@ class VectorTiling:
     rows: int = 16
     programs: int = 2
     stages: int = 8
-    early: int = 2
+    early: int = 1
 
     @property
     def registers(self) -> int:
@@ -158,12 +158,17 @@ def vector_rotates(width: int) -> bool:
     return width & (width - 1) == 0 and 512 <= width <= 4096
 
 
-def near_bytes(bits: int, width: int, warps: int) -> int:
-    """Return the shared memory that one vector's digits need, or its bit planes: whole steps, two together at 2 bits."""
+def steps_together(bits: int, width: int, warps: int, *, rotated: bool) -> int:
+    """Return the steps whose numbers are brought together: those that were rotated, or of 32 codes a lane as bit planes."""
+    steps = -(-width // CODES[bits] // (ACROSS * warps))
+    return steps if rotated else min(2, steps) if bits == 2 else 1
+
+
+def near_bytes(bits: int, width: int, warps: int, *, rotated: bool) -> int:
+    """Return the shared memory that one vector's digits need, or its bit planes."""
     step = ACROSS * warps
-    steps = -(-width // CODES[bits] // step)
-    steps += steps % 2 if bits == 2 and steps > 1 else 0
-    return steps * step * CODES[bits] * (PLANES_BYTES if bits <= 3 else DIGIT_BYTES)
+    steps, whole = -(-width // CODES[bits] // step), steps_together(bits, width, warps, rotated=rotated)
+    return -(-steps // whole) * whole * step * CODES[bits] * (PLANES_BYTES if bits <= 3 else DIGIT_BYTES)
 
 
 def vector_fitted(tiling: VectorTiling, streams: Sequence[tuple[int, int]], *, rotated: bool) -> VectorTiling | None:
@@ -179,7 +184,7 @@ def vector_fitted(tiling: VectorTiling, streams: Sequence[tuple[int, int]], *, r
             return None
         tiling = dataclasses.replace(tiling, warps=max(least, min(tiling.warps, 1 << (most.bit_length() - 1))))
     step = ACROSS * tiling.warps
-    near = sum(near_bytes(bits, width, tiling.warps) for bits, width in streams)
+    near = sum(near_bytes(bits, width, tiling.warps, rotated=rotated) for bits, width in streams)
     near += max(width for _, width in streams) // 2 if rotated else 0  # where rotating needs more than it leaves
     stage = sum(3 if bits == 3 else 1 for bits, _ in streams) * 4 * step * tiling.rows
     for programs in range(tiling.programs, 0, -1):
@@ -191,24 +196,24 @@ def vector_fitted(tiling: VectorTiling, streams: Sequence[tuple[int, int]], *, r
 
 # measured configurations for one vector: streams and their bits together, rows and width; see README.md
 VECTOR_CONFIGURATIONS = {
-    (1, 2): {(4096, 4096): VectorTiling(8, 16, 2, 2), (14336, 4096): VectorTiling(4, 32, 3, 1),
-             (4096, 14336): VectorTiling(8, 16, 2, 2), (28672, 8192): VectorTiling(8, 16, 2, 2)},
-    (1, 3): {(4096, 4096): VectorTiling(4, 16, 1, 3), (14336, 4096): VectorTiling(4, 16, 1, 2),
-             (4096, 14336): VectorTiling(4, 16, 2, 1), (28672, 8192): VectorTiling(4, 16, 3, 1)},
+    (1, 2): {(4096, 4096): VectorTiling(4, 16, 1, 4), (14336, 4096): VectorTiling(4, 16, 4, 3),
+             (4096, 14336): VectorTiling(8, 32, 1, 3), (28672, 8192): VectorTiling(8, 16, 3, 2)},
+    (1, 3): {(4096, 4096): VectorTiling(4, 16, 2, 2, 2), (14336, 4096): VectorTiling(4, 16, 3, 1),
+             (4096, 14336): VectorTiling(8, 16, 1, 2), (28672, 8192): VectorTiling(4, 16, 1, 5, 5)},
     (1, 4): {(4096, 4096): VectorTiling(8, 16, 2, 1), (14336, 4096): VectorTiling(8, 16, 2, 2),
-             (4096, 14336): VectorTiling(8, 16, 2, 1), (28672, 8192): VectorTiling(8, 16, 2, 2)},
+             (4096, 14336): VectorTiling(8, 16, 1, 4), (28672, 8192): VectorTiling(8, 16, 2, 3)},
     (2, 2): {(4096, 4096): VectorTiling(4, 16, 1, 2), (14336, 4096): VectorTiling(4, 32, 1, 2),
-             (4096, 14336): VectorTiling(8, 16, 1, 1), (28672, 8192): VectorTiling(4, 16, 2, 2)},
+             (4096, 14336): VectorTiling(8, 16, 1, 2, 0), (28672, 8192): VectorTiling(8, 32, 1, 2)},
 }
 # the same where the kernel rotates the vector first
 ROTATED_CONFIGURATIONS = {
-    (1, 2): {(4096, 4096): VectorTiling(8, 16, 2, 2), (6144, 4096): VectorTiling(8, 16, 2, 1),
-             (14336, 4096): VectorTiling(8, 16, 2, 1), (28672, 4096): VectorTiling(4, 32, 3, 2)},
-    (1, 3): {(4096, 4096): VectorTiling(4, 32, 1, 2), (6144, 4096): VectorTiling(4, 16, 1, 2),
-             (14336, 4096): VectorTiling(4, 16, 1, 2), (28672, 4096): VectorTiling(4, 16, 2, 1)},
-    (1, 4): {(4096, 4096): VectorTiling(8, 16, 2, 1), (6144, 4096): VectorTiling(8, 16, 1, 2),
+    (1, 2): {(4096, 4096): VectorTiling(4, 16, 1, 3), (6144, 4096): VectorTiling(4, 16, 1, 4),
+             (14336, 4096): VectorTiling(4, 16, 4, 3), (28672, 4096): VectorTiling(4, 32, 3, 3)},
+    (1, 3): {(4096, 4096): VectorTiling(4, 16, 1, 1), (6144, 4096): VectorTiling(4, 16, 1, 1),
+             (14336, 4096): VectorTiling(4, 16, 3, 1), (28672, 4096): VectorTiling(4, 16, 3, 1)},
+    (1, 4): {(4096, 4096): VectorTiling(8, 16, 1, 3), (6144, 4096): VectorTiling(8, 16, 1, 3),
              (14336, 4096): VectorTiling(8, 16, 2, 2), (28672, 4096): VectorTiling(8, 16, 2, 2)},
-    (2, 2): {(4096, 4096): VectorTiling(4, 16, 1, 2), (14336, 4096): VectorTiling(4, 32, 1, 2)},
+    (2, 2): {(4096, 4096): VectorTiling(4, 16, 1, 2, 0), (14336, 4096): VectorTiling(4, 32, 1, 2)},
 }
 
 

@@ -24,6 +24,7 @@ from tersor.ops.codebook_linear.shapes import (
     kind_of,
     known_form,
     near_columns,
+    steps_together,
     stream_of,
     tiling_for,
     vector_fitted,
@@ -223,9 +224,10 @@ def multiply_one_into(out: Tensor, operands: Sequence[Operand], scales: Sequence
     starts = tuple(itertools.accumulate(one.shape[0] for one in scales[:-1]))
     norm, added = (first.table if one is None else one for one in (around.norm, around.added))
     programs = min(-(-rows // tiling.rows), tiling.programs * multiprocessors(out.device))
+    near = [steps_together(operand.bits, operand.x.shape[1], tiling.warps, rotated=bool(turns)) for operand in (first, last)]
     multiply_vector[(programs,)](
         *streams, tuple(scales), starts, norm, around.eps, added, out, rows, scales[0].stride(0), first.x.shape[1],
-        first.bits, first.form, last.x.shape[1], last.bits if two else 0, last.form, two, bool(turns),
+        first.bits, first.form, last.x.shape[1], last.bits if two else 0, last.form, *near, two, bool(turns),
         around.norm is not None, around.added is not None, around.gated, rows % tiling.rows == 0, tiling.warps,
         tiling.rows, tiling.stages, tiling.early, num_warps=tiling.warps, maxnreg=tiling.registers,
         launch_pdl=all(operand.aligned for operand in operands))  # codes are read before the wait

@@ -10,9 +10,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from tersor.ops.codebook_linear import shapes
-from tersor.ops.codebook_linear.arrival import ACROSS, DIGITS, arrive, digest, together
+from tersor.ops.codebook_linear.arrival import ACROSS, DIGITS, arrive, digest
 from tersor.ops.codebook_linear.digits import load_levels, multiply_digits, parts_of, sums_of, weigh
-from tersor.ops.codebook_linear.planes import multiply_planes, no_sums, take_codes, weigh_planes
+from tersor.ops.codebook_linear.planes import multiply_planes, no_sums, rows_together, take_codes, weigh_planes
 
 
 @gluon.constexpr_function
@@ -67,26 +67,27 @@ def _later(row, rows, tiles, GATED: gl.constexpr, M: gl.constexpr):
 def _fetch(ring, stage, matrices, starts, row, rows, step, wanted, BITS: gl.constexpr, WORDS: gl.constexpr,
            WHOLE: gl.constexpr, S: gl.constexpr, M: gl.constexpr):
     # start to copy a step of M rows to a stage of the ring
-    # three copies share the sectors of 3-bit codes, so these go through the L1 cache: of 8 bytes a lane, not 16
+    # three copies share the sectors of 3-bit codes: of 8 bytes, which go through the L1 cache, and soon one after another
+    TIMES: gl.constexpr = 3 if BITS == 3 else 1
+    BLOCK: gl.constexpr = rows_together(BITS, M)
     layout: gl.constexpr = gl.BlockedLayout([1, 1, 2] if BITS == 3 else [1, 1, 4], [1, 2, 16] if BITS == 3 else [1, 4, 8],
                                             [S, 1, 1], [2, 1, 0])
-    TIMES: gl.constexpr = 3 if BITS == 3 else 1
-    m = gl.arange(0, M, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))
-    if not WHOLE:
-        m = gl.minimum(m, rows - 1 - row)
     warp = gl.arange(0, S, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
     place = warp * ACROSS + gl.arange(0, ACROSS, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
-    inside = wanted & (m >= 0)[None, :, None] & (place >= 0)
+    inside = wanted & (place >= 0)
     if WORDS % (S * ACROSS) != 0:
         inside = inside & (place + step * (S * ACROSS) < WORDS)
     codes, near = _place_of(matrices, starts, row)
     start = codes + near.to(gl.int64) * (TIMES * WORDS) + step * (S * ACROSS * TIMES)
-    if BITS == 3:  # a lane's places are twelve words, its first four, second and third
-        words = start + (m[None, :, None] * (3 * WORDS) + place // 4 * 12 + place % 4)
-        for part in gl.static_range(3):
-            async_copy.async_copy_global_to_shared(ring.index(stage * 3 + part), words + 4 * part, mask=inside)
-    else:
-        async_copy.async_copy_global_to_shared(ring.index(stage), start + (m[None, :, None] * WORDS + place), mask=inside)
+    for block in gl.static_range(M // BLOCK):
+        m = block * BLOCK + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
+        if not WHOLE:
+            m = gl.minimum(m, rows - 1 - row)
+        # a lane's four places of 3-bit codes are twelve words, four in each part
+        words = start + (m * (3 * WORDS) + place // 4 * 12 + place % 4 if BITS == 3 else m * WORDS + place)
+        for part in gl.static_range(TIMES):
+            at = (stage * TIMES + part) * (M // BLOCK) + block
+            async_copy.async_copy_global_to_shared(ring.index(at), words + 4 * part, mask=inside & (m >= 0))
     async_copy.commit_group()
 
 
@@ -94,7 +95,9 @@ def _fetch(ring, stage, matrices, starts, row, rows, step, wanted, BITS: gl.cons
 def _ring(BITS: gl.constexpr, S: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr):
     # a ring in shared memory
     layout: gl.constexpr = gl.SwizzledSharedLayout(16, 1, 2, [2, 1, 0])
-    return gl.allocate_shared_memory(gl.int32, [3 * STAGES if BITS == 3 else STAGES, S, M, ACROSS], layout)
+    BLOCK: gl.constexpr = rows_together(BITS, M)
+    PARTS: gl.constexpr = M // BLOCK * (3 if BITS == 3 else 1)
+    return gl.allocate_shared_memory(gl.int32, [STAGES * PARTS, S, BLOCK, ACROSS], layout)
 
 
 @gluon.jit
@@ -125,8 +128,8 @@ def _under_way(steps0: int, steps1: int, stages: int) -> int:
 
 @gluon.jit
 def _stream(ring, digits, stage, codes, starts, units, tables, row, rows, BITS: gl.constexpr, FORM: gl.constexpr,
-            WORDS: gl.constexpr, STEPS: gl.constexpr, GATED: gl.constexpr, SECOND: gl.constexpr, WHOLE: gl.constexpr,
-            S: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr, WAITS: gl.constexpr):
+            WORDS: gl.constexpr, STEPS: gl.constexpr, TOGETHER: gl.constexpr, GATED: gl.constexpr, SECOND: gl.constexpr,
+            WHOLE: gl.constexpr, S: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr, WAITS: gl.constexpr):
     # products [S, M] of M rows, of which each warp has a share, whose first step is in `stage`; and the stage after them
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [S, 1, 1], [1, 16, 8])
     if BITS <= 3:
@@ -137,11 +140,11 @@ def _stream(ring, digits, stage, codes, starts, units, tables, row, rows, BITS: 
             sums = sums + (gl.zeros([S, M, 2 * DIGITS], gl.int32, mma),)
     for step in range(0, STEPS):
         async_copy.wait_group(WAITS)
-        words = take_codes(ring, stage, BITS, S) if BITS <= 3 else (ring.index(stage).load(_dot(0, S)),)
+        words = take_codes(ring, stage, BITS, S, M) if BITS <= 3 else (ring.index(stage).load(_dot(0, S)),)
         later, wanted = _later(row, rows, SECOND + (step + STAGES) // STEPS, GATED, M)
         _fetch(ring, stage, codes, starts, later, rows, (step + STAGES) % STEPS, wanted, BITS, WORDS, WHOLE, S, M)
         if BITS <= 3:
-            sums = multiply_planes(sums, words, digits, step, BITS, FORM, together(BITS, STEPS), S, M)
+            sums = multiply_planes(sums, words, digits, step, BITS, FORM, TOGETHER, S, M)
         else:
             sums = multiply_digits(sums, words, digits, step * parts_of(BITS), tables, _dot(1, S), _doubled(S), BITS, FORM)
         stage = gl.where(stage == STAGES - 1, 0, stage + 1)
@@ -170,7 +173,7 @@ def _summed(parts, offset, scale):
 @gluon.jit
 def multiply_vector(x0, codes0, table0, signs0, x1, codes1, table1, signs1, scales, starts, norm, eps, added, out, rows,
                     scale_step, WIDTH0: gl.constexpr, BITS0: gl.constexpr, FORM0: gl.constexpr, WIDTH1: gl.constexpr,
-                    BITS1: gl.constexpr, FORM1: gl.constexpr, MIRRORED: gl.constexpr, ROTATED: gl.constexpr,
+                    BITS1: gl.constexpr, FORM1: gl.constexpr, TOGETHER0: gl.constexpr, TOGETHER1: gl.constexpr, MIRRORED: gl.constexpr, ROTATED: gl.constexpr,
                     NORMED: gl.constexpr, ADDS: gl.constexpr, GATED: gl.constexpr, WHOLE: gl.constexpr, S: gl.constexpr,
                     M: gl.constexpr, STAGES: gl.constexpr, EARLY: gl.constexpr):
     """The product of M rows after M rows with a vector, of one stream or the sum of two; S warps share each row.
@@ -198,14 +201,14 @@ def multiply_vector(x0, codes0, table0, signs0, x1, codes1, table1, signs1, scal
     low0, units0, tables0 = load_levels(table0, BITS0, FORM0, MIRRORED)
     if BITS1:
         low1, units1, tables1 = load_levels(table1, BITS1, FORM1, MIRRORED)
-    ready, numbers0, numbers1, signs = arrive(x0, signs0, x1, signs1, norm, WIDTH0, BITS0, STEPS0, WIDTH1, BITS1, STEPS1,
+    ready, numbers0, numbers1, signs = arrive(x0, signs0, x1, signs1, norm, WIDTH0, BITS0, STEPS0, TOGETHER0, WIDTH1, BITS1, STEPS1, TOGETHER1,
                                               ROTATED, NORMED, S)
     for first in gl.static_range((EARLY + RUN - 1) // RUN * RUN, STAGES, RUN):
         _fill(ring0, codes0, starts, row, rows, first, STEPS0, RUN, BITS0, WORDS0, GATED, WHOLE, S, M)
         if BITS1:
             _fill(ring1, codes1, starts, row, rows, first, STEPS1, RUN, BITS1, WORDS1, False, WHOLE, S, M)
-    near0, near1 = digest(ready, x0, numbers0, x1, numbers1, signs, eps, WIDTH0, BITS0, FORM0, STEPS0, WIDTH1, BITS1, FORM1,
-                          STEPS1, ROTATED, NORMED, S)
+    near0, near1 = digest(ready, x0, numbers0, x1, numbers1, signs, eps, WIDTH0, BITS0, FORM0, STEPS0, TOGETHER0, WIDTH1,
+                          BITS1, FORM1, STEPS1, TOGETHER1, ROTATED, NORMED, S)
     digits0, unit0, sum0 = near0
     offset = low0 * sum0
     if BITS1:
@@ -219,17 +222,17 @@ def multiply_vector(x0, codes0, table0, signs0, x1, codes1, table1, signs1, scal
         if ADDS:
             other = gl.load(added + ready + start + m, start + m < rows, other=0.0).to(gl.float32)
         total, stage0 = _stream(ring0, digits0, stage0, codes0, starts, units0, tables0, start, rows, BITS0, FORM0, WORDS0,
-                                STEPS0, GATED, 0, WHOLE, S, M, STAGES, WAITS)
+                                STEPS0, TOGETHER0, GATED, 0, WHOLE, S, M, STAGES, WAITS)
         total *= unit0
         if BITS1:
             other_total, stage1 = _stream(ring1, digits1, stage1, codes1, starts, units1, tables1, start, rows, BITS1, FORM1,
-                                          WORDS1, STEPS1, False, 0, WHOLE, S, M, STAGES, WAITS)
+                                          WORDS1, STEPS1, TOGETHER1, False, 0, WHOLE, S, M, STAGES, WAITS)
             total += other_total * unit1
         y = _summed(total, offset, scale)
         if GATED:
             scale = _scale(scales, starts, start + rows, m, 2 * rows, scale_step)
             total, stage0 = _stream(ring0, digits0, stage0, codes0, starts, units0, tables0, start, rows, BITS0, FORM0,
-                                    WORDS0, STEPS0, GATED, 1, WHOLE, S, M, STAGES, WAITS)
+                                    WORDS0, STEPS0, TOGETHER0, GATED, 1, WHOLE, S, M, STAGES, WAITS)
             y = y / (1.0 + gl.exp(-y)) * _summed(total * unit0, offset, scale)
         if ADDS:
             y += other

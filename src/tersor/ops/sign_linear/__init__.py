@@ -92,6 +92,6 @@ def _(x: Tensor, first: Tensor, second: Tensor, levels: Tensor, scales: Tensor, 
 
     y = triton.rotated_sign_linear(x, first, second, levels, scales, *sizes, turns)
     if y is None:
-        one = hadamard(x, turns[0], dtype=torch.float32)
+        one = hadamard(x, turns[0], dtype=x.dtype)
         y = triton.sign_linear(one, hadamard(one, turns[1]), first, second, levels, scales, *sizes, dtype=x.dtype)
     return y
