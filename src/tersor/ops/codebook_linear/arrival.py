@@ -110,6 +110,11 @@ def _larger_and_sums(most, total, power, more, extra, also):
 
 
 @gluon.jit
+def _larger_and_sum_twice(most, total, also, further, more, extra, larger, rest):
+    return gl.maximum(most, more), total + extra, gl.maximum(also, larger), further + rest
+
+
+@gluon.jit
 def _room(BITS: gl.constexpr, STEPS: gl.constexpr, TOGETHER: gl.constexpr, S: gl.constexpr, WHOLE: gl.constexpr):
     # shared memory for the digits, to be written as a whole or step by step, or for planes of steps together
     if BITS <= 3:
@@ -210,19 +215,12 @@ def _by_lane(v, S: gl.constexpr):
 
 
 @gluon.jit
-def _bring_rotated(v, power, eps, WIDTH: gl.constexpr, BITS: gl.constexpr, FORM: gl.constexpr, NORMED: gl.constexpr,
-                   STEPS: gl.constexpr, S: gl.constexpr):
-    # as _bring, of numbers in registers; and over a root mean square, of whose sum of squares each lane has a share
+def _keep(v, most, total, size, WIDTH: gl.constexpr, BITS: gl.constexpr, FORM: gl.constexpr, STEPS: gl.constexpr,
+          S: gl.constexpr):
+    # as _bring, of numbers in registers whose largest and sum are known; all of them times `size`
     EACH: gl.constexpr = taken(BITS)
     flat: gl.constexpr = gl.BlockedLayout([1, EACH], [32, 1], [S, 1], [1, 0])
     near = _room(BITS, STEPS, STEPS, S, True)
-    if NORMED:
-        most, total = gl.reduce((_by_lane(gl.abs(v), S), _by_lane(v, S)), 1, _larger_and_sum)
-        most, total, power = gl.reduce((most, total, power), 0, _larger_and_sums)
-        size = WIDTH**-0.5 * gl.rsqrt(power / WIDTH + eps)
-    else:
-        most, total = gl.reduce((gl.abs(v), v), 0, _larger_and_sum)
-        size = WIDTH**-0.5
     inverse, unit = _unit(most)
     numbers = gl.convert_layout(v.reshape([WIDTH // EACH, EACH]), flat)
     if BITS <= 3:
@@ -230,6 +228,33 @@ def _bring_rotated(v, power, eps, WIDTH: gl.constexpr, BITS: gl.constexpr, FORM:
     else:
         _store(near, numbers, inverse, BITS, FORM, S, True)
     return _seen(near, BITS, STEPS, S), unit * size + (total - total), total * size
+
+
+@gluon.jit
+def _bring_rotated(before, signs, eps, WIDTH: gl.constexpr, BITS: gl.constexpr, FORM: gl.constexpr, NORMED: gl.constexpr,
+                   STEPS: gl.constexpr, S: gl.constexpr):
+    # the vector rotated, and over its root mean square
+    v = _rotated(before * signs[0], WIDTH, S)
+    if NORMED:
+        power = gl.sum(_by_lane(before * before, S), 1)
+        most, total = gl.reduce((_by_lane(gl.abs(v), S), _by_lane(v, S)), 1, _larger_and_sum)
+        most, total, power = gl.reduce((most, total, power), 0, _larger_and_sums)
+        size = WIDTH**-0.5 * gl.rsqrt(power / WIDTH + eps)
+    else:
+        most, total = gl.reduce((gl.abs(v), v), 0, _larger_and_sum)
+        size = WIDTH**-0.5
+    return _keep(v, most, total, size, WIDTH, BITS, FORM, STEPS, S)
+
+
+@gluon.jit
+def _bring_rotated_twice(before, signs, WIDTH: gl.constexpr, BITS0: gl.constexpr, FORM0: gl.constexpr, STEPS0: gl.constexpr,
+                         BITS1: gl.constexpr, FORM1: gl.constexpr, STEPS1: gl.constexpr, S: gl.constexpr):
+    # the vector rotated once, and once more; one reduction for both, for all warps wait for it
+    v = _rotated(before * signs[0], WIDTH, S)
+    w = _rotated(v * signs[1], WIDTH, S)
+    most, total, also, further = gl.reduce((gl.abs(v), v, gl.abs(w), w), 0, _larger_and_sum_twice)
+    first = _keep(v, most, total, WIDTH**-0.5, WIDTH, BITS0, FORM0, STEPS0, S)
+    return first, _keep(w, also, further, WIDTH**-0.5, WIDTH, BITS1, FORM1, STEPS1, S)
 
 
 @gluon.jit
@@ -266,18 +291,14 @@ def digest(ready, x0, numbers0, x1, numbers1, signs, eps, WIDTH0: gl.constexpr, 
            STEPS0: gl.constexpr, TOGETHER0: gl.constexpr, WIDTH1: gl.constexpr, BITS1: gl.constexpr, FORM1: gl.constexpr,
            STEPS1: gl.constexpr, TOGETHER1: gl.constexpr, ROTATED: gl.constexpr, NORMED: gl.constexpr, S: gl.constexpr):
     """Return of each stream (digits or planes in shared memory, the value of their unit, the sum of the numbers)."""
-    if ROTATED:
-        before = numbers0[0]
-        power = gl.sum(_by_lane(before * before, S), 1) if NORMED else 0.0
-        v = _rotated(before * signs[0], WIDTH0, S)
-        first = _bring_rotated(v, power, eps, WIDTH0, BITS0, FORM0, NORMED, STEPS0, S)
+    if ROTATED and BITS1:
+        return _bring_rotated_twice(numbers0[0], signs, WIDTH0, BITS0, FORM0, STEPS0, BITS1, FORM1, STEPS1, S)
+    elif ROTATED:
+        first = _bring_rotated(numbers0[0], signs, eps, WIDTH0, BITS0, FORM0, NORMED, STEPS0, S)
+        return first, first
     else:
         first = _bring(x0 + ready, numbers0, WIDTH0, BITS0, FORM0, STEPS0, TOGETHER0, S)
-    second = first
-    if BITS1:
-        if ROTATED:
-            v = _rotated(v * signs[1], WIDTH1, S)
-            second = _bring_rotated(v, 0.0, 0.0, WIDTH1, BITS1, FORM1, False, STEPS1, S)
-        else:
+        second = first
+        if BITS1:
             second = _bring(x1 + ready, numbers1, WIDTH1, BITS1, FORM1, STEPS1, TOGETHER1, S)
-    return first, second
+        return first, second

@@ -159,7 +159,7 @@ def vector_rotates(width: int) -> bool:
 
 
 def steps_together(bits: int, width: int, warps: int, *, rotated: bool) -> int:
-    """Return the steps whose numbers are brought together: those that were rotated, or of 32 codes a lane as bit planes."""
+    """Return the steps whose numbers are brought together: all that were rotated, or of 32 codes a lane, as planes."""
     steps = -(-width // CODES[bits] // (ACROSS * warps))
     return steps if rotated else min(2, steps) if bits == 2 else 1
 
@@ -207,8 +207,8 @@ VECTOR_CONFIGURATIONS = {
 }
 # the same where the kernel rotates the vector first
 ROTATED_CONFIGURATIONS = {
-    (1, 2): {(4096, 4096): VectorTiling(4, 16, 1, 3), (6144, 4096): VectorTiling(4, 16, 1, 4),
-             (14336, 4096): VectorTiling(4, 16, 4, 3), (28672, 4096): VectorTiling(4, 32, 3, 3)},
+    (1, 2): {(4096, 4096): VectorTiling(4, 16, 1, 3), (6144, 4096): VectorTiling(8, 16, 2, 1),
+             (14336, 4096): VectorTiling(4, 16, 4, 3), (28672, 4096): VectorTiling(8, 16, 3, 2)},
     (1, 3): {(4096, 4096): VectorTiling(4, 16, 1, 1), (6144, 4096): VectorTiling(4, 16, 1, 1),
              (14336, 4096): VectorTiling(4, 16, 3, 1), (28672, 4096): VectorTiling(4, 16, 3, 1)},
     (1, 4): {(4096, 4096): VectorTiling(8, 16, 1, 3), (6144, 4096): VectorTiling(8, 16, 1, 3),

@@ -193,10 +193,10 @@ def _multiply_few(out: Tensor, operands: Sequence[Operand], scales: Tensor, zero
     multiply_rows[(programs,)](
         *one.pointers(), *other.pointers(), scales, scales if zeros is None else zeros, out, rows, batch,
         scales.shape[-1] if grouped else 1, scales.stride(0), one.xp.stride(1), one.xp.stride(0),
-        other.xp.stride(1), other.xp.stride(0), first.bits, first.elements, first.run, first.padded, operands[0].few_form,
-        second.bits if two else 0, second.elements, second.run, second.padded, operands[-1].few_form,
-        group // CODES[first.bits] if grouped else 0, zeros is not None, tiling.warps, tiling.rows,
-        columns, two, near, tiling.stages, num_warps=tiling.warps,
+        other.xp.stride(1), other.xp.stride(0), first.bits, first.elements, first.run, first.padded,
+        operands[0].few_form, second.bits if two else 0, second.elements, second.run, second.padded,
+        operands[-1].few_form, group // CODES[first.bits] if grouped else 0, zeros is not None, tiling.warps,
+        tiling.rows, columns, two, near, tiling.stages, num_warps=tiling.warps,
         launch_pdl=all(operand.aligned for operand in operands))  # codes are read before the wait
 
 
@@ -224,7 +224,8 @@ def multiply_one_into(out: Tensor, operands: Sequence[Operand], scales: Sequence
     starts = tuple(itertools.accumulate(one.shape[0] for one in scales[:-1]))
     norm, added = (first.table if one is None else one for one in (around.norm, around.added))
     programs = min(-(-rows // tiling.rows), tiling.programs * multiprocessors(out.device))
-    near = [steps_together(operand.bits, operand.x.shape[1], tiling.warps, rotated=bool(turns)) for operand in (first, last)]
+    near = [steps_together(operand.bits, operand.x.shape[1], tiling.warps, rotated=bool(turns))
+            for operand in (first, last)]
     multiply_vector[(programs,)](
         *streams, tuple(scales), starts, norm, around.eps, added, out, rows, scales[0].stride(0), first.x.shape[1],
         first.bits, first.form, last.x.shape[1], last.bits if two else 0, last.form, *near, two, bool(turns),
