@@ -101,12 +101,18 @@ def _ring(BITS: gl.constexpr, S: gl.constexpr, M: gl.constexpr, STAGES: gl.const
 
 
 @gluon.jit
-def _fill(ring, codes, starts, row, rows, first, STEPS: gl.constexpr, RUN: gl.constexpr, BITS: gl.constexpr,
-          WORDS: gl.constexpr, GATED: gl.constexpr, WHOLE: gl.constexpr, S: gl.constexpr, M: gl.constexpr):
-    # the copies to stages `first` and on of a fresh ring
-    for step in gl.static_range(RUN):
-        at, wanted = _later(row, rows, (first + step) // STEPS, GATED, M)
-        _fetch(ring, first + step, codes, starts, at, rows, (first + step) % STEPS, wanted, BITS, WORDS, WHOLE, S, M)
+def _fill(ring0, codes0, ring1, codes1, starts, row, rows, FIRST: gl.constexpr, LAST: gl.constexpr, RUN: gl.constexpr,
+          BITS0: gl.constexpr, WORDS0: gl.constexpr, STEPS0: gl.constexpr, BITS1: gl.constexpr, WORDS1: gl.constexpr,
+          STEPS1: gl.constexpr, GATED: gl.constexpr, WHOLE: gl.constexpr, S: gl.constexpr, M: gl.constexpr):
+    # start the copies to stages of fresh rings, by turns
+    for first in gl.static_range(FIRST, LAST, RUN):
+        for step in gl.static_range(first, first + RUN):
+            at, wanted = _later(row, rows, step // STEPS0, GATED, M)
+            _fetch(ring0, step, codes0, starts, at, rows, step % STEPS0, wanted, BITS0, WORDS0, WHOLE, S, M)
+        if BITS1:
+            for step in gl.static_range(first, first + RUN):
+                at, wanted = _later(row, rows, step // STEPS1, GATED, M)
+                _fetch(ring1, step, codes1, starts, at, rows, step % STEPS1, wanted, BITS1, WORDS1, WHOLE, S, M)
 
 
 @gluon.constexpr_function
@@ -173,67 +179,61 @@ def _summed(parts, offset, scale):
 @gluon.jit
 def multiply_vector(x0, codes0, table0, signs0, x1, codes1, table1, signs1, scales, starts, norm, eps, added, out, rows,
                     scale_step, WIDTH0: gl.constexpr, BITS0: gl.constexpr, FORM0: gl.constexpr, WIDTH1: gl.constexpr,
-                    BITS1: gl.constexpr, FORM1: gl.constexpr, TOGETHER0: gl.constexpr, TOGETHER1: gl.constexpr, MIRRORED: gl.constexpr, ROTATED: gl.constexpr,
-                    NORMED: gl.constexpr, ADDS: gl.constexpr, GATED: gl.constexpr, WHOLE: gl.constexpr, S: gl.constexpr,
-                    M: gl.constexpr, STAGES: gl.constexpr, EARLY: gl.constexpr):
+                    BITS1: gl.constexpr, FORM1: gl.constexpr, TOGETHER0: gl.constexpr, TOGETHER1: gl.constexpr,
+                    MIRRORED: gl.constexpr, ROTATED: gl.constexpr, NORMED: gl.constexpr, ADDS: gl.constexpr,
+                    GATED: gl.constexpr, WHOLE: gl.constexpr, S: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr,
+                    EARLY: gl.constexpr):
     """The product of M rows after M rows with a vector, of one stream or the sum of two; S warps share each row.
 
     Codes and scales are tuples: of one matrix, or of several whose rows follow one another; all but the first begin at
     `starts`, multiples of M. The vector may be brought to a root mean square of 1 and multiplied by `norm` before it is
     rotated; `added` is added to the product. GATED: of two matrices, whose tiles are taken by turns; what is written is
-    the second's product times the first's through x / (1 + exp(-x)). EARLY stages are asked for before the vector is waited
-    for, the others after its numbers are: what is asked for first arrives first.
+    the second's product times the first's through x / (1 + exp(-x)). EARLY stages are asked for before the vector, the
+    others after: what is asked for first arrives first.
     """
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [S, 1, 1], [1, 16, 8])
     WORDS0: gl.constexpr = WIDTH0 // _codes_of(BITS0)
     STEPS0: gl.constexpr = (WORDS0 + S * ACROSS - 1) // (S * ACROSS)
     WORDS1: gl.constexpr = WIDTH1 // _codes_of(BITS1) if BITS1 else 0
     STEPS1: gl.constexpr = (WORDS1 + S * ACROSS - 1) // (S * ACROSS)
-    row = gl.program_id(0) * M
     RUN: gl.constexpr = _run(STEPS0, STEPS1, STAGES)
     WAITS: gl.constexpr = _under_way(STEPS0, STEPS1, STAGES)
     ring0 = _ring(BITS0, S, M, STAGES)
     ring1 = _ring(BITS1, S, M, STAGES) if BITS1 else ring0
-    for first in gl.static_range(0, EARLY, RUN):
-        _fill(ring0, codes0, starts, row, rows, first, STEPS0, RUN, BITS0, WORDS0, GATED, WHOLE, S, M)
-        if BITS1:
-            _fill(ring1, codes1, starts, row, rows, first, STEPS1, RUN, BITS1, WORDS1, False, WHOLE, S, M)
+    row = gl.program_id(0) * M
+    ASKED: gl.constexpr = (EARLY + RUN - 1) // RUN * RUN
+    _fill(ring0, codes0, ring1, codes1, starts, row, rows, 0, ASKED, RUN, BITS0, WORDS0, STEPS0, BITS1, WORDS1, STEPS1,
+          GATED, WHOLE, S, M)
     low0, units0, tables0 = load_levels(table0, BITS0, FORM0, MIRRORED)
     if BITS1:
         low1, units1, tables1 = load_levels(table1, BITS1, FORM1, MIRRORED)
-    ready, numbers0, numbers1, signs = arrive(x0, signs0, x1, signs1, norm, WIDTH0, BITS0, STEPS0, TOGETHER0, WIDTH1, BITS1, STEPS1, TOGETHER1,
-                                              ROTATED, NORMED, S)
-    for first in gl.static_range((EARLY + RUN - 1) // RUN * RUN, STAGES, RUN):
-        _fill(ring0, codes0, starts, row, rows, first, STEPS0, RUN, BITS0, WORDS0, GATED, WHOLE, S, M)
-        if BITS1:
-            _fill(ring1, codes1, starts, row, rows, first, STEPS1, RUN, BITS1, WORDS1, False, WHOLE, S, M)
+    ready, numbers0, numbers1, signs = arrive(x0, signs0, x1, signs1, norm, WIDTH0, BITS0, STEPS0, TOGETHER0, WIDTH1,
+                                              BITS1, STEPS1, TOGETHER1, ROTATED, NORMED, S)
+    _fill(ring0, codes0, ring1, codes1, starts, row, rows, ASKED, STAGES, RUN, BITS0, WORDS0, STEPS0, BITS1, WORDS1, STEPS1,
+          GATED, WHOLE, S, M)
     near0, near1 = digest(ready, x0, numbers0, x1, numbers1, signs, eps, WIDTH0, BITS0, FORM0, STEPS0, TOGETHER0, WIDTH1,
                           BITS1, FORM1, STEPS1, TOGETHER1, ROTATED, NORMED, S)
     digits0, unit0, sum0 = near0
-    offset = low0 * sum0
-    if BITS1:
-        digits1, unit1, sum1 = near1
-        offset += low1 * sum1
+    digits1, unit1, sum1 = near1
+    offset = low0 * sum0 + low1 * sum1 if BITS1 else low0 * sum0
     m = gl.arange(0, M, layout=gl.SliceLayout(0, gl.SliceLayout(2, mma)))
-    stage0 = 0
-    stage1 = 0
+    stage0, stage1 = 0, 0
     for start in range(row, rows, gl.num_programs(0) * M):
         scale = _scale(scales, starts, start, m, rows, scale_step)
         if ADDS:
             other = gl.load(added + ready + start + m, start + m < rows, other=0.0).to(gl.float32)
         total, stage0 = _stream(ring0, digits0, stage0, codes0, starts, units0, tables0, start, rows, BITS0, FORM0, WORDS0,
                                 STEPS0, TOGETHER0, GATED, 0, WHOLE, S, M, STAGES, WAITS)
-        total *= unit0
         if BITS1:
             other_total, stage1 = _stream(ring1, digits1, stage1, codes1, starts, units1, tables1, start, rows, BITS1, FORM1,
                                           WORDS1, STEPS1, TOGETHER1, False, 0, WHOLE, S, M, STAGES, WAITS)
-            total += other_total * unit1
-        y = _summed(total, offset, scale)
+            y = _summed(total * unit0 + other_total * unit1, offset, scale)
+        else:
+            y = _summed(total * unit0, offset, scale)
         if GATED:
             scale = _scale(scales, starts, start + rows, m, 2 * rows, scale_step)
             total, stage0 = _stream(ring0, digits0, stage0, codes0, starts, units0, tables0, start, rows, BITS0, FORM0,
                                     WORDS0, STEPS0, TOGETHER0, GATED, 1, WHOLE, S, M, STAGES, WAITS)
             y = y / (1.0 + gl.exp(-y)) * _summed(total * unit0, offset, scale)
-        if ADDS:
-            y += other
+        y = y + other if ADDS else y
         gl.store(out + start + m, y.to(out.dtype.element_ty), start + m < rows)
