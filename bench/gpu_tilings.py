@@ -37,6 +37,7 @@ from tersor.rotation import Rotation
 
 DEVICE = "cuda"
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192))
+JOINED = ((6144, 4096), (28672, 4096))  # of one vector in an 8B Llama: q, k and v; gate and up
 KINDS = {"2": ("symmetric", (2,)), "3": ("symmetric", (3,)), "4": ("symmetric", (4,)), "4a": ("affine", (4,)),
          "1+1": ("symmetric", (1, 1))}
 GROUP = 128  # codes of a group with a scale and a zero point, for `rows`
@@ -98,8 +99,9 @@ class Case:
 
 def cases(chosen: Sequence[str]) -> list[Case]:
     """Return what to time, for chosen kernels."""
-    found = [Case("vector", kind, *shape, rotated=rotated) for kind in VECTOR for shape in SHAPES
-             for rotated in (False, True) if not rotated or vector_rotates(shape[1])]
+    found = [Case("vector", kind, *shape) for kind in VECTOR for shape in SHAPES]
+    found += [Case("vector", kind, *shape, rotated=True) for kind in VECTOR for shape in (*SHAPES, *JOINED)
+              if vector_rotates(shape[1])]
     found += [Case("wide", "4", *shape, batch) for batch in WIDE for shape in SHAPES]
     found += [Case("rows", "4a", *shape) for shape in SHAPES]
     return [case for case in found if case.kernel in chosen]
