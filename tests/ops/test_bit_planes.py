@@ -93,7 +93,7 @@ def test_parities_make_every_level(bits: int, form: str) -> None:
     table = problem(1, 32, bits, 32, form)[1].double().numpy()
     sums = [table[0] + sum(unit * ((mask & code).bit_count() % 2) for unit, mask in
                            zip(units(table, bits, form), masks(bits, form), strict=True)) for code in range(1 << bits)]
-    np.testing.assert_allclose(sums, table, rtol=0, atol=4e-7 * np.abs(table).max())  # a table is float32
+    np.testing.assert_allclose(sums, table, rtol=1e-9, atol=0)  # what no set of a form has is 0 to the last bit
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3])
@@ -105,6 +105,16 @@ def test_planes_hold_every_code_where_the_vector_has_its_number(bits: int) -> No
     for bit, plane in enumerate(planes_of_codes(words, bits)):
         held = plane[..., None] >> np.arange(32, dtype=np.uint32) & np.uint32(1)
         assert np.array_equal(held, codes.numpy().reshape(7, -1, 32)[..., places] >> bit & 1)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_planes_are_the_bits_of_words(bits: int) -> None:
+    words = np.random.default_rng(1).integers(2**32, size=(9, 32), dtype=np.uint32)
+    met_words = words[:, None, [met(bits, place) for place in range(32)]]  # block, -, place
+    defined = met_words >> np.arange(24, dtype=np.uint32)[:, None] & np.uint32(1)
+    defined[:, 22] ^= 1
+    held = transposed(words, bits)[:, :, None] >> np.arange(32, dtype=np.uint32) & np.uint32(1)
+    assert np.array_equal(held, defined)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3])
@@ -123,10 +133,11 @@ def test_planes_and_their_weights_are_the_numbers(bits: int) -> None:
 def test_bit_planes_meet_every_code_with_its_number(bits: int, form: str, width: int) -> None:
     rows = 5
     codes, levels, _, _ = problem(rows, width, bits, width, form)
-    x, table = gaussian((width,), 1).numpy(), levels.double().numpy()
+    x, table = gaussian((1, width), 1).numpy()[0], levels.double().numpy()
     words = packing.pack(codes, 2**bits).numpy().view("<u4").reshape(rows, -1, bits)
     unit = unit_of(x)
-    vector = transposed(stored(x / np.float32(unit)).reshape(-1, 32), bits)
+    numbers = stored(x / np.float32(unit))
+    vector = transposed(numbers.reshape(-1, 32), bits)
     ofs = planes_of_codes(words, bits)
     total = np.zeros(rows)
     for mask, weight in zip(masks(bits, form), units(table, bits, form), strict=True):
@@ -135,8 +146,11 @@ def test_bit_planes_meet_every_code_with_its_number(bits: int, form: str, width:
         counts = both.reshape(rows, -1, 24, 32).astype(np.int64).sum((1, 3))
         digits = [(counts[:, 8 * place : 8 * place + 8] * one).sum(1) for place, one in enumerate(DIGIT_WEIGHTS)]
         total += weight * (digits[0] + 256 * digits[1] + 65536 * digits[2])
-    got = unit * total + table[0] * x.astype(np.float64).sum()
+    low = table[0] * x.astype(np.float64).sum()
+    got = unit * total + low
     held = table[codes.numpy()]
-    # numbers are rounded to their unit; all else is exact but for the float32 of a symmetric table's halves
-    bound = unit / 2 * np.abs(held - table[0]).sum(1) + 4e-7 * np.abs(table).max() * np.abs(x).sum()
-    assert bool((np.abs(got - held @ x.astype(np.float64)) <= bound).all())
+    rounded = numbers.astype(np.int64) - int(MAGIC.view(np.uint32))
+    assert np.abs(got - (unit * ((held - table[0]) @ rounded) + low)).max() <= 1e-9  # counts and weights are exact
+    bound = unit / 2 * np.abs(held - table[0]).sum(1)  # numbers are rounded to their unit
+    assert bool((np.abs(got - held @ x.astype(np.float64)) <= bound + 1e-9).all())
+    assert np.abs(rounded * unit - x).max() <= unit / 2

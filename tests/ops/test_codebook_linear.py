@@ -156,8 +156,8 @@ def test_fused_is_its_parts(rows: tuple[int, ...], width: int, batch: int, bits:
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("rotation", [None, 5])
-@pytest.mark.parametrize(("bits", "form"), [(2, "symmetric"), (3, "any"), (3, "symmetric"), (4, "symmetric"),
-                                            (8, "affine")])
+@pytest.mark.parametrize(("bits", "form"), [(2, "symmetric"), (2, "any"), (3, "any"), (3, "symmetric"),
+                                            (4, "symmetric"), (8, "affine")])
 @pytest.mark.parametrize(("rows", "width", "batch"), [(64, 4096, 1), (16384, 512, 1), (33, 1024, 1), (32, 1408, 1),
                                                       (32, 1024, 3)])
 def test_gated(rows: int, width: int, batch: int, bits: int, form: str, rotation: int | None, device: str) -> None:
