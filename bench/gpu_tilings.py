@@ -26,16 +26,18 @@ from tersor.codes import mirrored
 from tersor.ops.codebook_linear import triton as kernels
 from tersor.ops.codebook_linear.shapes import (
     Tiling,
+    VectorStream,
     VectorTiling,
     WideTiling,
     known_form,
+    number_bytes,
     vector_fitted,
     vector_rotates,
 )
 from tersor.ops.codebook_linear.wide import multiply_wide
 from tersor.rotation import Rotation
 
-DEVICE = "cuda"
+DEVICE, DTYPE = "cuda", torch.bfloat16
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192))
 JOINED = ((6144, 4096), (28672, 4096))  # of one vector in an 8B Llama: q, k and v; gate and up
 KINDS = {"2": ("symmetric", (2,)), "3": ("symmetric", (3,)), "4": ("symmetric", (4,)), "4a": ("affine", (4,)),
@@ -113,7 +115,8 @@ def tilings(case: Case) -> list[AnyTiling]:
         return [Tiling(*numbers) for numbers in ROWS]
     if case.kernel == "wide":
         return [WideTiling(*numbers) for numbers in WIDE[case.batch]]
-    streams = [(bits, case.width) for bits in KINDS[case.kind][1]]
+    form, widths = KINDS[case.kind]
+    streams = [VectorStream(bits, case.width, known_form(bits, form), number_bytes(DTYPE)) for bits in widths]
     fitted = [vector_fitted(VectorTiling(*numbers), streams, rotated=case.rotated) for numbers in VECTOR[case.kind]]
     return [tiling for tiling in dict.fromkeys(fitted) if tiling is not None]
 
@@ -129,7 +132,7 @@ def problem(case: Case, seed: int) -> Problem:
 
     operands = []
     for bits in widths:
-        x = torch.randn(case.batch, case.width, device=DEVICE, generator=generator, dtype=torch.bfloat16)
+        x = torch.randn(case.batch, case.width, device=DEVICE, generator=generator, dtype=DTYPE)
         half = torch.rand(2**bits // 2, device=DEVICE, generator=generator).sort().values
         whole = torch.arange(2**bits, device=DEVICE) * 0.25 - 1 if form == "affine" else mirrored(half, 2**bits)
         packed = codes(case.rows * case.width * bits // 8)
@@ -167,7 +170,7 @@ def error_of(job: tuple[Case, AnyTiling]) -> float:
     """Compile a configuration, with the dtypes that are timed, and return its relative error."""
     case, tiling = job
     given = problem(case, 0)
-    out = torch.full((case.batch, case.rows), torch.nan, device=DEVICE, dtype=torch.bfloat16)
+    out = torch.full((case.batch, case.rows), torch.nan, device=DEVICE, dtype=DTYPE)
     product(case, tiling, given, out)()
     want = decoded(case, given)
     return float((out.float() - want).norm() / want.norm())
@@ -234,7 +237,7 @@ def main() -> None:
     good = sound(todo)
     for case in todo:
         sets = [problem(case, seed) for seed in range(max(3, math.ceil(SET_BYTES / case.nbytes)))]
-        out, found = torch.empty(case.batch, case.rows, device=DEVICE, dtype=torch.bfloat16), []
+        out, found = torch.empty(case.batch, case.rows, device=DEVICE, dtype=DTYPE), []
         for tiling in tilings(case):
             if (few(case), tiling) not in good:
                 continue

@@ -7,8 +7,7 @@ from triton.experimental.gluon import language as gl
 
 from tersor.ops.codebook_linear import shapes
 from tersor.ops.codebook_linear.digits import parts_of
-from tersor.ops.codebook_linear.planes import BLOCK, PLANES, plane_words, store_planes
-from tersor.ops.codebook_linear.planes import DIGITS as PLANE_DIGITS
+from tersor.ops.codebook_linear.planes import BLOCK, PLANES, groups_of, in_planes, near_words, plane_words, store_planes
 
 ACROSS = gl.constexpr(shapes.ACROSS)
 DIGITS = gl.constexpr(4)  # columns of digits: three, and one that is not looked at
@@ -48,15 +47,14 @@ def _floats(order: int) -> str:
 
 
 @gluon.constexpr_function
-def taken(bits: int) -> int:
+def taken(bits: int, form: str) -> int:
     """Return the numbers that a lane brings at a time: those that a word of codes, or of each plane, meets."""
-    return BLOCK if bits <= 3 else 4 * parts_of(bits)
+    return BLOCK if in_planes(bits, form) else 4 * parts_of(bits)
 
 
 @gluon.jit
-def _numbers(x, chunk, WIDTH: gl.constexpr, BITS: gl.constexpr, WORDS: gl.constexpr, S: gl.constexpr):
-    # [words of a chunk, numbers that a word meets], each word's in one lane
-    EACH: gl.constexpr = taken(BITS)
+def _numbers(x, chunk, WIDTH: gl.constexpr, EACH: gl.constexpr, WORDS: gl.constexpr, S: gl.constexpr):
+    # [words of a chunk, EACH numbers that a word meets], each word's in one lane
     flat: gl.constexpr = gl.BlockedLayout([1, EACH], [32, 1], [S, 1], [1, 0])
     word = chunk * WORDS + gl.arange(0, WORDS, layout=gl.SliceLayout(1, flat))[:, None]
     k = word * EACH + gl.arange(0, EACH, layout=gl.SliceLayout(0, flat))[None, :]
@@ -64,13 +62,13 @@ def _numbers(x, chunk, WIDTH: gl.constexpr, BITS: gl.constexpr, WORDS: gl.conste
 
 
 @gluon.jit
-def _store(near, numbers, inverse, BITS: gl.constexpr, FORM: gl.constexpr, S: gl.constexpr, WHOLE: gl.constexpr):
+def _store(near, numbers, inverse, BITS: gl.constexpr, S: gl.constexpr, WHOLE: gl.constexpr):
     # three signed digits of each number to shared memory, of all steps or of one
     PARTS: gl.constexpr = parts_of(BITS)
     WORDS: gl.constexpr = numbers.shape[0]
     layout: gl.constexpr = gl.BlockedLayout([1, PARTS, 4], [32, 1, 1], [S, 1, 1], [2, 1, 0])
     scaled = numbers * inverse + MAGIC
-    if BITS == 4 and FORM != "affine":
+    if BITS == 4:
         four = scaled.reshape([WORDS, PARTS, 4])
     else:
         four = scaled.reshape([WORDS, 4, PARTS]).permute([0, 2, 1])
@@ -91,12 +89,20 @@ def _store(near, numbers, inverse, BITS: gl.constexpr, FORM: gl.constexpr, S: gl
         near.store(every.reshape([PARTS, S, DIGITS, 4 * ACROSS]))
 
 
+@gluon.constexpr_function
+def _places(bits: int, form: str, count: int) -> int:
+    """Return the binary places of a number's largest integer: 15 where it is of two bytes, with its sign, else 22."""
+    return 15 if count == 2 and in_planes(bits, form) else 22
+
+
 @gluon.jit
-def _unit(peak):
-    # powers of two: what brings the largest magnitude to [2^21, 2^22), and back
-    exponent = ((peak.to(gl.int32, bitcast=True) >> 23) & 255) - 127
-    exponent = gl.minimum(gl.maximum(exponent, -100), 127)
-    return ((148 - exponent) << 23).to(gl.float32, bitcast=True), ((exponent + 106) << 23).to(gl.float32, bitcast=True)
+def _unit(peak, PLACES: gl.constexpr):
+    # powers of two: what brings the largest magnitude, rounded too, to [2^(PLACES - 1), 2^PLACES), and back
+    raised = peak * (1.0 + 2.0**-14) if PLACES == 15 else peak
+    exponent = ((raised.to(gl.int32, bitcast=True) >> 23) & 255) - 126
+    exponent = gl.minimum(gl.maximum(exponent, -99), 128)
+    inverse = ((127 + PLACES - exponent) << 23).to(gl.float32, bitcast=True)
+    return inverse, ((127 - PLACES + exponent) << 23).to(gl.float32, bitcast=True)
 
 
 @gluon.jit
@@ -115,11 +121,12 @@ def _larger_and_sum_twice(most, total, also, further, more, extra, larger, rest)
 
 
 @gluon.jit
-def _room(BITS: gl.constexpr, STEPS: gl.constexpr, TOGETHER: gl.constexpr, S: gl.constexpr, WHOLE: gl.constexpr):
+def _room(BITS: gl.constexpr, FORM: gl.constexpr, BYTES: gl.constexpr, STEPS: gl.constexpr, TOGETHER: gl.constexpr,
+          S: gl.constexpr, WHOLE: gl.constexpr):
     # shared memory for the digits, to be written as a whole or step by step, or for planes of steps together
-    if BITS <= 3:
-        WORDS: gl.constexpr = plane_words(BITS)
-        GROUPS: gl.constexpr = (STEPS + TOGETHER - 1) // TOGETHER * PLANE_DIGITS
+    if in_planes(BITS, FORM):
+        WORDS: gl.constexpr = near_words(BITS)
+        GROUPS: gl.constexpr = (STEPS + TOGETHER - 1) // TOGETHER * groups_of(BITS, BYTES)
         layout: gl.constexpr = gl.SwizzledSharedLayout(WORDS // 2, 1, WORDS // 16, [3, 2, 1, 0])
         return gl.allocate_shared_memory(gl.int32, [GROUPS, TOGETHER, S, PLANES, WORDS], layout)
     else:
@@ -128,11 +135,11 @@ def _room(BITS: gl.constexpr, STEPS: gl.constexpr, TOGETHER: gl.constexpr, S: gl
 
 
 @gluon.jit
-def _seen(near, BITS: gl.constexpr, STEPS: gl.constexpr, S: gl.constexpr):
-    # the digits as they are read, a part of a step after the other; or the planes of a digit and a step
+def _seen(near, BITS: gl.constexpr, FORM: gl.constexpr, STEPS: gl.constexpr, S: gl.constexpr):
+    # the digits as they are read, a part of a step after the other; or the planes of a group and a step
     gl.thread_barrier()
-    if BITS <= 3:
-        WORDS: gl.constexpr = plane_words(BITS)
+    if in_planes(BITS, FORM):
+        WORDS: gl.constexpr = near_words(BITS)
         layout: gl.constexpr = gl.SwizzledSharedLayout(WORDS // 2, 1, WORDS // 16, [2, 1, 0])
         return near._reinterpret(gl.int32, [near.shape[0] * near.shape[1], S, PLANES, WORDS], layout)
     else:
@@ -147,44 +154,45 @@ def _chunks(steps: int, together: int) -> int:
 
 
 @gluon.constexpr_function
-def _words(bits: int, together: int, warps: int) -> int:
+def _words(bits: int, form: str, together: int, warps: int) -> int:
     """Return the words whose numbers are brought at a time: those of so many steps."""
-    return together * warps * (plane_words(bits) if bits <= 3 else ACROSS)
+    return together * warps * (plane_words(bits) if in_planes(bits, form) else ACROSS)
 
 
 @gluon.jit
-def _ask(x, WIDTH: gl.constexpr, BITS: gl.constexpr, STEPS: gl.constexpr, TOGETHER: gl.constexpr, S: gl.constexpr):
+def _ask(x, WIDTH: gl.constexpr, BITS: gl.constexpr, FORM: gl.constexpr, STEPS: gl.constexpr, TOGETHER: gl.constexpr,
+         S: gl.constexpr):
     # all numbers, a chunk after the other, where lanes can hold them
     held = ()
-    if _chunks(STEPS, TOGETHER) * taken(BITS) <= HELD:
+    if _chunks(STEPS, TOGETHER) * taken(BITS, FORM) <= HELD:
         for chunk in gl.static_range(_chunks(STEPS, TOGETHER)):
-            held = held + (_numbers(x, chunk, WIDTH, BITS, _words(BITS, TOGETHER, S), S),)
+            held = held + (_numbers(x, chunk, WIDTH, taken(BITS, FORM), _words(BITS, FORM, TOGETHER, S), S),)
     return held
 
 
 @gluon.jit
-def _bring(x, held, WIDTH: gl.constexpr, BITS: gl.constexpr, FORM: gl.constexpr, STEPS: gl.constexpr,
+def _bring(x, held, WIDTH: gl.constexpr, BITS: gl.constexpr, FORM: gl.constexpr, BYTES: gl.constexpr, STEPS: gl.constexpr,
            TOGETHER: gl.constexpr, S: gl.constexpr):
     # the digits of all numbers in shared memory; (digits, the value of their unit, the sum of the numbers)
-    EACH: gl.constexpr = taken(BITS)
-    WORDS: gl.constexpr = _words(BITS, TOGETHER, S)
-    near = _room(BITS, STEPS, TOGETHER, S, False)
+    EACH: gl.constexpr = taken(BITS, FORM)
+    WORDS: gl.constexpr = _words(BITS, FORM, TOGETHER, S)
+    near = _room(BITS, FORM, BYTES, STEPS, TOGETHER, S, False)
     flat: gl.constexpr = gl.BlockedLayout([1, EACH], [32, 1], [S, 1], [1, 0])
     most = gl.zeros([WORDS, EACH], gl.float32, flat)
     total = most
     for chunk in gl.static_range(_chunks(STEPS, TOGETHER)):
-        numbers = held[chunk] if len(held) else _numbers(x, chunk, WIDTH, BITS, WORDS, S)
+        numbers = held[chunk] if len(held) else _numbers(x, chunk, WIDTH, EACH, WORDS, S)
         most = gl.maximum(most, gl.abs(numbers))
         total += numbers
     most, total = gl.reduce((most.reshape([WORDS * EACH]), total.reshape([WORDS * EACH])), 0, _larger_and_sum)
-    inverse, unit = _unit(most)
+    inverse, unit = _unit(most, _places(BITS, FORM, BYTES))
     for chunk in gl.static_range(_chunks(STEPS, TOGETHER)):
-        numbers = held[chunk] if len(held) else _numbers(x, chunk, WIDTH, BITS, WORDS, S)
-        if BITS <= 3:
-            store_planes(near, chunk * PLANE_DIGITS, numbers * inverse + MAGIC, BITS)
+        numbers = held[chunk] if len(held) else _numbers(x, chunk, WIDTH, EACH, WORDS, S)
+        if in_planes(BITS, FORM):
+            store_planes(near, chunk * groups_of(BITS, BYTES), numbers * inverse + MAGIC, BITS, BYTES)
         else:
-            _store(near.index(chunk), numbers, inverse, BITS, FORM, S, False)
-    return _seen(near, BITS, STEPS, S), unit + (total - total), total  # NaN, where a number is not finite
+            _store(near.index(chunk), numbers, inverse, BITS, S, False)
+    return _seen(near, BITS, FORM, STEPS, S), unit + (total - total), total  # NaN, where a number is not finite
 
 
 @gluon.jit
@@ -215,24 +223,24 @@ def _by_lane(v, S: gl.constexpr):
 
 
 @gluon.jit
-def _keep(v, most, total, size, WIDTH: gl.constexpr, BITS: gl.constexpr, FORM: gl.constexpr, STEPS: gl.constexpr,
-          S: gl.constexpr):
+def _keep(v, most, total, size, WIDTH: gl.constexpr, BITS: gl.constexpr, FORM: gl.constexpr, BYTES: gl.constexpr,
+          STEPS: gl.constexpr, S: gl.constexpr):
     # as _bring, of numbers in registers whose largest and sum are known; all of them times `size`
-    EACH: gl.constexpr = taken(BITS)
+    EACH: gl.constexpr = taken(BITS, FORM)
     flat: gl.constexpr = gl.BlockedLayout([1, EACH], [32, 1], [S, 1], [1, 0])
-    near = _room(BITS, STEPS, STEPS, S, True)
-    inverse, unit = _unit(most)
+    near = _room(BITS, FORM, BYTES, STEPS, STEPS, S, True)
+    inverse, unit = _unit(most, _places(BITS, FORM, BYTES))
     numbers = gl.convert_layout(v.reshape([WIDTH // EACH, EACH]), flat)
-    if BITS <= 3:
-        store_planes(near, 0, numbers * inverse + MAGIC, BITS)
+    if in_planes(BITS, FORM):
+        store_planes(near, 0, numbers * inverse + MAGIC, BITS, BYTES)
     else:
-        _store(near, numbers, inverse, BITS, FORM, S, True)
-    return _seen(near, BITS, STEPS, S), unit * size + (total - total), total * size
+        _store(near, numbers, inverse, BITS, S, True)
+    return _seen(near, BITS, FORM, STEPS, S), unit * size + (total - total), total * size
 
 
 @gluon.jit
-def _bring_rotated(before, signs, eps, WIDTH: gl.constexpr, BITS: gl.constexpr, FORM: gl.constexpr, NORMED: gl.constexpr,
-                   STEPS: gl.constexpr, S: gl.constexpr):
+def _bring_rotated(before, signs, eps, WIDTH: gl.constexpr, BITS: gl.constexpr, FORM: gl.constexpr, BYTES: gl.constexpr,
+                   NORMED: gl.constexpr, STEPS: gl.constexpr, S: gl.constexpr):
     # the vector rotated, and over its root mean square
     v = _rotated(before * signs[0], WIDTH, S)
     if NORMED:
@@ -243,24 +251,24 @@ def _bring_rotated(before, signs, eps, WIDTH: gl.constexpr, BITS: gl.constexpr, 
     else:
         most, total = gl.reduce((gl.abs(v), v), 0, _larger_and_sum)
         size = WIDTH**-0.5
-    return _keep(v, most, total, size, WIDTH, BITS, FORM, STEPS, S)
+    return _keep(v, most, total, size, WIDTH, BITS, FORM, BYTES, STEPS, S)
 
 
 @gluon.jit
 def _bring_rotated_twice(before, signs, WIDTH: gl.constexpr, BITS0: gl.constexpr, FORM0: gl.constexpr, STEPS0: gl.constexpr,
-                         BITS1: gl.constexpr, FORM1: gl.constexpr, STEPS1: gl.constexpr, S: gl.constexpr):
+                         BITS1: gl.constexpr, FORM1: gl.constexpr, STEPS1: gl.constexpr, BYTES: gl.constexpr, S: gl.constexpr):
     # the vector rotated once, and once more; one reduction for both, for all warps wait for it
     v = _rotated(before * signs[0], WIDTH, S)
     w = _rotated(v * signs[1], WIDTH, S)
     most, total, also, further = gl.reduce((gl.abs(v), v, gl.abs(w), w), 0, _larger_and_sum_twice)
-    first = _keep(v, most, total, WIDTH**-0.5, WIDTH, BITS0, FORM0, STEPS0, S)
-    return first, _keep(w, also, further, WIDTH**-0.5, WIDTH, BITS1, FORM1, STEPS1, S)
+    first = _keep(v, most, total, WIDTH**-0.5, WIDTH, BITS0, FORM0, BYTES, STEPS0, S)
+    return first, _keep(w, also, further, WIDTH**-0.5, WIDTH, BITS1, FORM1, BYTES, STEPS1, S)
 
 
 @gluon.jit
-def arrive(x0, signs0, x1, signs1, norm, WIDTH0: gl.constexpr, BITS0: gl.constexpr, STEPS0: gl.constexpr,
-           TOGETHER0: gl.constexpr, WIDTH1: gl.constexpr, BITS1: gl.constexpr, STEPS1: gl.constexpr,
-           TOGETHER1: gl.constexpr, ROTATED: gl.constexpr, NORMED: gl.constexpr, S: gl.constexpr):
+def arrive(x0, signs0, x1, signs1, norm, WIDTH0: gl.constexpr, BITS0: gl.constexpr, FORM0: gl.constexpr,
+           STEPS0: gl.constexpr, TOGETHER0: gl.constexpr, WIDTH1: gl.constexpr, BITS1: gl.constexpr, FORM1: gl.constexpr,
+           STEPS1: gl.constexpr, TOGETHER1: gl.constexpr, ROTATED: gl.constexpr, NORMED: gl.constexpr, S: gl.constexpr):
     """Wait for the vectors; return 0, their numbers as far as lanes hold them, and the signs that they meet.
 
     The 0 is known only after the wait: what the kernel before wrote is read at places to which it was added.
@@ -281,24 +289,25 @@ def arrive(x0, signs0, x1, signs1, norm, WIDTH0: gl.constexpr, BITS0: gl.constex
         first = (gl.load(x0 + ready + k).to(gl.float32),)
         second = first
     else:
-        first = _ask(x0 + ready, WIDTH0, BITS0, STEPS0, TOGETHER0, S)
-        second = _ask(x1 + ready, WIDTH1, BITS1, STEPS1, TOGETHER1, S) if BITS1 else first
+        first = _ask(x0 + ready, WIDTH0, BITS0, FORM0, STEPS0, TOGETHER0, S)
+        second = _ask(x1 + ready, WIDTH1, BITS1, FORM1, STEPS1, TOGETHER1, S) if BITS1 else first
     return ready, first, second, signs
 
 
 @gluon.jit
 def digest(ready, x0, numbers0, x1, numbers1, signs, eps, WIDTH0: gl.constexpr, BITS0: gl.constexpr, FORM0: gl.constexpr,
            STEPS0: gl.constexpr, TOGETHER0: gl.constexpr, WIDTH1: gl.constexpr, BITS1: gl.constexpr, FORM1: gl.constexpr,
-           STEPS1: gl.constexpr, TOGETHER1: gl.constexpr, ROTATED: gl.constexpr, NORMED: gl.constexpr, S: gl.constexpr):
+           STEPS1: gl.constexpr, TOGETHER1: gl.constexpr, BYTES: gl.constexpr, ROTATED: gl.constexpr, NORMED: gl.constexpr,
+           S: gl.constexpr):
     """Return of each stream (digits or planes in shared memory, the value of their unit, the sum of the numbers)."""
     if ROTATED and BITS1:
-        return _bring_rotated_twice(numbers0[0], signs, WIDTH0, BITS0, FORM0, STEPS0, BITS1, FORM1, STEPS1, S)
+        return _bring_rotated_twice(numbers0[0], signs, WIDTH0, BITS0, FORM0, STEPS0, BITS1, FORM1, STEPS1, BYTES, S)
     elif ROTATED:
-        first = _bring_rotated(numbers0[0], signs, eps, WIDTH0, BITS0, FORM0, NORMED, STEPS0, S)
+        first = _bring_rotated(numbers0[0], signs, eps, WIDTH0, BITS0, FORM0, BYTES, NORMED, STEPS0, S)
         return first, first
     else:
-        first = _bring(x0 + ready, numbers0, WIDTH0, BITS0, FORM0, STEPS0, TOGETHER0, S)
+        first = _bring(x0 + ready, numbers0, WIDTH0, BITS0, FORM0, BYTES, STEPS0, TOGETHER0, S)
         second = first
         if BITS1:
-            second = _bring(x1 + ready, numbers1, WIDTH1, BITS1, FORM1, STEPS1, TOGETHER1, S)
+            second = _bring(x1 + ready, numbers1, WIDTH1, BITS1, FORM1, BYTES, STEPS1, TOGETHER1, S)
         return first, second

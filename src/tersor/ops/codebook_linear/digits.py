@@ -1,4 +1,4 @@
-"""Codes of 4 or 8 bits to 8-bit fragments of the tensor cores, in registers, for one vector in three 8-bit digits.
+"""Codes of 8 bits, or of 4 bits and any table, to 8-bit fragments of the tensor cores, for a vector in 8-bit digits.
 
 A fragment register holds four int8 numbers that meet four neighbouring numbers of the other operand. Which four codes
 share one is free, for the vector's digits are written to suit (`arrival.py`); so codes are never moved, only masked or
@@ -12,7 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from tersor.ops.codebook_linear.fragments import registers
-from tersor.ops.codebook_linear.planes import load_units
+from tersor.ops.codebook_linear.planes import in_planes, load_units
 
 
 @gluon.constexpr_function
@@ -31,14 +31,6 @@ def sums_of(bits: int) -> int:
 def _bytes(count: int) -> tuple:
     """Return the dtypes of a block's outputs."""
     return (gl.int8,) * count
-
-
-@gluon.constexpr_function
-def _nibbles(word: int, half: int) -> str:
-    """Return PTX: the low or high nibbles of one of the words $1 … $4."""
-    if half == 0:
-        return f"and.b32 $0, ${1 + word}, 0x0f0f0f0f;"
-    return f"{{ .reg .b32 t; shr.u32 t, ${1 + word}, 4; and.b32 $0, t, 0x0f0f0f0f; }}"
 
 
 @gluon.constexpr_function
@@ -82,12 +74,12 @@ def load_levels(table, BITS: gl.constexpr, FORM: gl.constexpr, MIRRORED: gl.cons
     Levels of 4-bit codes that are looked up are rounded to 14 bits of the table's range.
     """
     low = level(table, 0, BITS, MIRRORED)
-    if BITS <= 3:
+    if in_planes(BITS, FORM):
         levels = (low,)
         for code in gl.static_range(1, 1 << BITS):
             levels = levels + (level(table, code, BITS, MIRRORED),)
         return low, load_units(levels, BITS, FORM), ()
-    elif BITS == 4 and FORM != "affine":
+    elif BITS == 4:
         top = low
         for code in gl.static_range(1, 16):
             one = level(table, code, BITS, MIRRORED)
@@ -106,7 +98,7 @@ def load_levels(table, BITS: gl.constexpr, FORM: gl.constexpr, MIRRORED: gl.cons
         return low, (unit * 128.0, unit), words
     else:
         step = level(table, 1, BITS, MIRRORED) - low
-        return (low + 128.0 * step if BITS == 8 else low), (step, step), ()
+        return low + 128.0 * step, (step, step), ()
 
 
 @gluon.jit
@@ -128,24 +120,13 @@ def _operands(digits, part, lb: gl.constexpr, doubled: gl.constexpr):
 
 
 @gluon.jit
-def multiply_digits(sums, words, digits, first, tables, lb: gl.constexpr, doubled: gl.constexpr, BITS: gl.constexpr,
-                    FORM: gl.constexpr):
+def multiply_digits(sums, words, digits, first, tables, lb: gl.constexpr, doubled: gl.constexpr, BITS: gl.constexpr):
     """Return `sums` plus products of a lane's `words` with the digits of the parts `first` and on."""
     if BITS == 8:
         b = _operands(digits, first, lb, doubled)
         even = _plane(_plane(sums[0], words[0], b[0], _signed(0)), words[0], b[2], _signed(2))
         odd = _plane(_plane(sums[1], words[0], b[1], _signed(1)), words[0], b[3], _signed(3))
         return even, odd
-    elif FORM == "affine" and BITS == 4:
-        low, also_low, high, also_high = sums
-        near = _operands(digits, first, lb, doubled)
-        far = _operands(digits, first + 1, lb, doubled)
-        for word in gl.static_range(0, 4, 2):
-            low = _plane(low, words[0], near[word], _nibbles(word, 0))
-            high = _plane(high, words[0], far[word], _nibbles(word, 1))
-            also_low = _plane(also_low, words[0], near[word + 1], _nibbles(word + 1, 0))
-            also_high = _plane(also_high, words[0], far[word + 1], _nibbles(word + 1, 1))
-        return low, also_low, high, also_high
     else:
         high, also_high, less, also_less = sums
         t = tables

@@ -1,4 +1,4 @@
-"""One vector times codes of 1, 2 or 3 bits on the binary tensor cores: bits of codes against bits of numbers.
+"""One vector times codes of 1 to 4 bits on the binary tensor cores: bits of codes against bits of numbers.
 
 A block of 32 codes is turned into words that hold one bit of each code, a code's level is a sum over exclusive ors of its
 bits, and `mma.m16n8k256` counts where these and the bit planes of the vector, eight in its eight columns, are both set.
@@ -11,17 +11,41 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from tersor.ops.codebook_linear import shapes
 from tersor.ops.codebook_linear.fragments import registers
 
-PLANES = gl.constexpr(8)  # of a digit: the columns of a product
-DIGITS = gl.constexpr(3)
+PLANES = gl.constexpr(8)  # of a byte of numbers: the columns of a product
 BLOCK = gl.constexpr(32)  # codes that meet a word of each plane
+
+
+@gluon.constexpr_function
+def in_planes(bits: int, form: str) -> bool:
+    """Tell whether codes are multiplied here, and not in `digits.py`."""
+    return (bits, form) in shapes.IN_PLANES
 
 
 @gluon.constexpr_function
 def plane_words(bits: int) -> int:
     """Return the words of one plane that 32 words of codes (96 of 3-bit codes) give."""
-    return {1: 32, 2: 16, 3: 32}[bits]
+    return {1: 32, 2: 16, 3: 32, 4: 8}[bits]
+
+
+@gluon.constexpr_function
+def bytes_together(bits: int) -> int:
+    """Return the bytes whose planes lie together in shared memory, so that a lane's four words do."""
+    return 2 if bits == 4 else 1
+
+
+@gluon.constexpr_function
+def groups_of(bits: int, count: int) -> int:
+    """Return how many groups of planes so many bytes are."""
+    return -(-count // bytes_together(bits))
+
+
+@gluon.constexpr_function
+def near_words(bits: int) -> int:
+    """Return the words of a plane, or of those that lie together, that a warp takes in a step."""
+    return plane_words(bits) * bytes_together(bits)
 
 
 @gluon.constexpr_function
@@ -60,8 +84,15 @@ def _met(bits: int, place: int) -> int:
 
 
 @gluon.constexpr_function
+def _swapped(one: str, other: str, low: str, high: str, count: int, mask: str) -> list[str]:
+    """Return PTX: `low` of the bits of two words that the mask has, `high` of the others, `count` places apart."""
+    return [f"shl.b32 t, {other}, {count};", f"lop3.b32 {low}, {one}, t, {mask}, 0xe4;",
+            f"shr.u32 t, {one}, {count};", f"lop3.b32 {high}, t, {other}, {mask}, 0xe4;"]
+
+
+@gluon.constexpr_function
 def _planes_of_codes(bits: int, words: list[str], name: str) -> list[str]:
-    """Return PTX: `bits` words of 32 codes to as many planes {name}1, {name}2, {name}4, by masks and shifts.
+    """Return PTX: `bits` words of 32 codes to as many planes {name}1, {name}2, {name}4, {name}8, by masks and shifts.
 
     The bit `place` of a plane comes from word `place % bits`, so words need not be shifted by more than a code. 3-bit codes
     cross words: 32 is 2 modulo 3, so the places of a bit in the three words fill one word without gaps.
@@ -69,9 +100,13 @@ def _planes_of_codes(bits: int, words: list[str], name: str) -> list[str]:
     if bits == 1:
         return [f"mov.b32 {name}1, {words[0]};"]
     if bits == 2:
-        return [f"shl.b32 t, {words[1]}, 1;", f"lop3.b32 {name}1, {words[0]}, t, 0x55555555, 0xe4;",
-                f"shr.u32 t, {words[0]}, 1;", f"lop3.b32 {name}2, t, {words[1]}, 0x55555555, 0xe4;"]
+        return _swapped(words[0], words[1], f"{name}1", f"{name}2", 1, "0x55555555")
     lines = []
+    if bits == 4:  # of two words each the even and the odd bits; of four words then each bit
+        lines += _swapped(words[0], words[1], "u", "v", 1, "0x55555555")
+        lines += _swapped(words[2], words[3], "w", "x", 1, "0x55555555")
+        lines += _swapped("u", "w", f"{name}1", f"{name}4", 2, "0x33333333")
+        return lines + _swapped("v", "x", f"{name}2", f"{name}8", 2, "0x33333333")
     for bit in range(3):
         near = list(words)
         if bit:
@@ -84,39 +119,44 @@ def _planes_of_codes(bits: int, words: list[str], name: str) -> list[str]:
 
 
 @gluon.constexpr_function
-def _products(bits: int, form: str) -> str:
-    """Return PTX: sums plus products of 16 rows with four words of each plane a lane.
+def _products(bits: int, form: str, count: int) -> str:
+    """Return PTX: sums plus products of 16 rows with four words of each plane a lane, two of 4-bit codes.
 
-    Registers: the sums to return, four a term and digit; the words of rows 0 … 7 and of rows 8 … 15, `4 bits` each; the
-    vector's planes, four words a digit; the sums before.
+    Registers: the sums to return, four a term and byte; the words of rows 0 … 7 and of rows 8 … 15; the planes of the
+    vector's `count` bytes, a word for each of the codes' or, of 4-bit codes, two bytes' in turn; the sums before.
     """
-    masks = _masks(bits, form)
-    sums = 12 * len(masks)
-    low, high, planes = sums, sums + 4 * bits, sums + 8 * bits
-    before = planes + 12
-    names = [f"{side}{place}_{mask}" for side in "lh" for place in range(4) for mask in range(1, 1 << bits)]
-    lines = ["{", ".reg .b32 t, u, v, w;", f".reg .b32 {', '.join(names)};"]
+    masks, places = _masks(bits, form), 2 if bits == 4 else 4
+    sums = 4 * count * len(masks)
+    low, high, planes = sums, sums + bits * places, sums + 2 * bits * places
+    before = planes + 4 * groups_of(bits, count)
+    names = [f"{side}{place}_{mask}" for side in "lh" for place in range(places) for mask in range(1, 1 << bits)]
+    lines = ["{", ".reg .b32 t, u, v, w, x;", f".reg .b32 {', '.join(names)};"]
     for side, start in (("l", low), ("h", high)):
-        for place in range(4):
-            words = [f"${start + bits * place + word}" for word in range(bits)]
+        for place in range(places):
             name = f"{side}{place}_"
-            lines += _planes_of_codes(bits, words, name)
-            for mask in masks:
-                parts = [f"{name}{1 << bit}" for bit in range(bits) if mask >> bit & 1]
-                if len(parts) == 2:
-                    lines.append(f"xor.b32 {name}{mask}, {parts[0]}, {parts[1]};")
-                if len(parts) == 3:
-                    lines.append(f"lop3.b32 {name}{mask}, {', '.join(parts)}, 0x96;")
-    for pair in range(2):
+            lines += _planes_of_codes(bits, [f"${start + bits * place + word}" for word in range(bits)], name)
+            lines += [line for mask in masks for line in _parity(mask, name)]
+    for pair in range(places // 2):
         for term, mask in enumerate(masks):
             a = ", ".join(f"{side}{2 * pair + place}_{mask}" for place in range(2) for side in "lh")
-            for digit in range(3):
-                first = 4 * (3 * term + digit)
+            for byte in range(count):
+                first = 4 * (count * term + byte)
                 start = first if pair else before + first
                 out, acc = (", ".join(f"${begin + place}" for place in range(4)) for begin in (first, start))
-                b = ", ".join(f"${planes + 4 * digit + 2 * pair + place}" for place in range(2))
+                b = ", ".join(f"${planes + places * byte + 2 * pair + place}" for place in range(2))
                 lines.append(f"mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc {{{out}}}, {{{a}}}, {{{b}}}, {{{acc}}};")
     return "\n".join([*lines, "}"])
+
+
+@gluon.constexpr_function
+def _parity(mask: int, name: str) -> list[str]:
+    """Return PTX: the exclusive or of those planes whose bits `mask` has, at most three, to {name}{mask}."""
+    parts = [f"{name}{1 << bit}" for bit in range(mask.bit_length()) if mask >> bit & 1]
+    if len(parts) == 1:
+        return []
+    if len(parts) == 2:
+        return [f"xor.b32 {name}{mask}, {parts[0]}, {parts[1]};"]
+    return [f"lop3.b32 {name}{mask}, {', '.join(parts)}, 0x96;"]
 
 
 @gluon.constexpr_function
@@ -163,10 +203,10 @@ def _quads(near, S: gl.constexpr):
 
 
 @gluon.jit
-def no_sums(BITS: gl.constexpr, FORM: gl.constexpr, S: gl.constexpr, M: gl.constexpr):
-    """Return zeros to begin with: of each 16 rows, each term and each digit."""
+def no_sums(BITS: gl.constexpr, FORM: gl.constexpr, BYTES: gl.constexpr, S: gl.constexpr, M: gl.constexpr):
+    """Return zeros to begin with: of each 16 rows, each term and each byte."""
     sums = ()
-    for _ in gl.static_range(M // 16 * terms_of(BITS, FORM) * DIGITS):
+    for _ in gl.static_range(M // 16 * terms_of(BITS, FORM) * BYTES):
         sums = sums + (gl.zeros([32 * S, 4], gl.int32, _quad(S)),)
     return sums
 
@@ -194,48 +234,58 @@ def take_codes(ring, stage, BITS: gl.constexpr, S: gl.constexpr, M: gl.constexpr
 
 
 @gluon.jit
-def multiply_planes(sums, words, planes, step, BITS: gl.constexpr, FORM: gl.constexpr, TOGETHER: gl.constexpr,
-                    S: gl.constexpr, M: gl.constexpr):
+def multiply_planes(sums, words, planes, step, BITS: gl.constexpr, FORM: gl.constexpr, BYTES: gl.constexpr,
+                    TOGETHER: gl.constexpr, S: gl.constexpr, M: gl.constexpr):
     """Return `sums` plus products of M rows' codes, from `take_codes`, with the vector's planes of a step."""
-    EACH: gl.constexpr = terms_of(BITS, FORM) * DIGITS
+    EACH: gl.constexpr = terms_of(BITS, FORM) * BYTES
+    GROUPS: gl.constexpr = groups_of(BITS, BYTES)
+    HALVES: gl.constexpr = near_words(BITS) // 16
+    WORDS: gl.constexpr = 2 if BITS == 4 else BITS  # quads of a row that one block of PTX takes
     near = ()
-    for digit in gl.static_range(DIGITS):
-        near = near + _quads(planes.index((step // TOGETHER * DIGITS + digit) * TOGETHER + step % TOGETHER), S)
+    for group in gl.static_range(GROUPS):
+        near = near + _quads(planes.index((step // TOGETHER * GROUPS + group) * TOGETHER + step % TOGETHER), S)
     done = ()
     for tile in gl.static_range(M // 16):
         part = sums[tile * EACH : (tile + 1) * EACH]
-        for half in gl.static_range(1 if BITS == 2 else 2):
+        for half in gl.static_range(HALVES):
             low = ()
             high = ()
-            for number in gl.static_range(BITS):  # quads lie by part, row and half
+            for number in gl.static_range(WORDS):  # quads lie by part, row and half
                 low = low + (words[4 * tile + half + number * _stride(BITS, M)],)
                 high = high + (words[4 * tile + 2 + half + number * _stride(BITS, M)],)
-            digits = (near[0], near[1], near[2]) if BITS == 2 else (near[half], near[2 + half], near[4 + half])
+            bits = ()
+            for group in gl.static_range(GROUPS):
+                bits = bits + (near[HALVES * group + half],)
             part = gl.inline_asm_elementwise(
-                _products(BITS, FORM), registers(4 * EACH, 8 * BITS + 12 + 4 * EACH), low + high + digits + part,
-                dtype=_integers(EACH), is_pure=True, pack=4)
+                _products(BITS, FORM, BYTES), registers(4 * EACH, 8 * WORDS + 4 * GROUPS + 4 * EACH),
+                low + high + bits + part, dtype=_integers(EACH), is_pure=True, pack=4)
         done = done + part
     return done
 
 
 @gluon.jit
-def weigh_planes(sums, units, BITS: gl.constexpr, FORM: gl.constexpr, S: gl.constexpr, M: gl.constexpr):
+def weigh_planes(sums, units, BITS: gl.constexpr, FORM: gl.constexpr, BYTES: gl.constexpr, S: gl.constexpr,
+                 M: gl.constexpr):
     """Return [S, M] float32: the sums of `multiply_planes`, weighed and added over terms and columns.
 
-    Of the last digit's planes, the one before the last counts -64 (what is lower is an offset from it) and the last 128.
+    Two bytes are an integer with its sign. Of the last of three, the plane before the last counts -64 (what is lower is
+    an offset from it) and the last 128.
     """
     TERMS: gl.constexpr = terms_of(BITS, FORM)
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [S, 1, 1], [1, 16, 8])
     plane = gl.arange(0, PLANES, layout=gl.SliceLayout(0, gl.SliceLayout(1, mma)))[None, None, :]
-    weight = gl.where(plane == 6, -64, 1 << plane)
     tiles = ()
     for tile in gl.static_range(M // 16):
         total = gl.zeros([S, 16], gl.float32, gl.SliceLayout(2, mma))
         for term in gl.static_range(TERMS):
-            zero, one, two = sums[(tile * TERMS + term) * DIGITS : (tile * TERMS + term + 1) * DIGITS]
-            low = _columns(zero + (one << 8), S)
-            top = _columns(two, S)
-            near = gl.sum(low << plane, 2).to(gl.float32) + gl.sum(top * weight, 2).to(gl.float32) * 65536.0
+            of = sums[(tile * TERMS + term) * BYTES : (tile * TERMS + term + 1) * BYTES]
+            if BYTES == 2:
+                signed = gl.where(plane == 7, -128, 1 << plane)
+                near = gl.sum((_columns(of[0], S) << plane) + 256 * _columns(of[1], S) * signed, 2).to(gl.float32)
+            else:
+                low = _columns(of[0] + (of[1] << 8), S)
+                weight = gl.where(plane == 6, -64, 1 << plane)
+                near = gl.sum(low << plane, 2).to(gl.float32) + gl.sum(_columns(of[2], S) * weight, 2).to(gl.float32) * 65536.0
             total += near * units[term]
         tiles = tiles + (total,)
     if M == 16:
@@ -268,46 +318,65 @@ def load_units(levels, BITS: gl.constexpr, FORM: gl.constexpr):
 
 
 @gluon.constexpr_function
-def _transposed(bits: int) -> str:
-    """Return PTX: 32 numbers $32 …, integers plus 2^22 in 24 bits, to their planes $0 … $23, eight of each byte."""
+def _transposed(bits: int, count: int) -> str:
+    """Return PTX: 32 numbers $32 …, the lowest `count` bytes of each, to their planes $0 …, eight of each byte.
+
+    Three bytes hold integers plus 2^22.
+    """
     lines = ["{", ".reg .b32 a, b, c, d;"]
-    lines += [f".reg .b32 {', '.join(f'x{digit}_{row}_{stage}' for row in range(8) for stage in range(3))};" for digit in range(3)]
-    for row in range(8):  # four numbers' bytes to a word for each digit
+    lines += [f".reg .b32 {', '.join(f'x{byte}_{row}_{stage}' for row in range(8) for stage in range(3))};" for byte in range(3)]
+    for row in range(8):  # four numbers' bytes to a word for each byte
         one, two, three, four = (f"${32 + _met(bits, 8 * byte + row)}" for byte in range(4))
         lines += [f"prmt.b32 a, {one}, {two}, 0x5140;", f"prmt.b32 b, {three}, {four}, 0x5140;",
-                  f"prmt.b32 c, {one}, {two}, 0x0062;", f"prmt.b32 d, {three}, {four}, 0x0062;",
-                  f"prmt.b32 x0_{row}_0, a, b, 0x5410;", f"prmt.b32 x1_{row}_0, a, b, 0x7632;",
-                  f"prmt.b32 x2_{row}_0, c, d, 0x5410;"]
-    for digit in range(3):  # eight by eight bits, in four bytes at once
+                  f"prmt.b32 x0_{row}_0, a, b, 0x5410;", f"prmt.b32 x1_{row}_0, a, b, 0x7632;"]
+        if count == 3:
+            lines += [f"prmt.b32 c, {one}, {two}, 0x0062;", f"prmt.b32 d, {three}, {four}, 0x0062;",
+                      f"prmt.b32 x2_{row}_0, c, d, 0x5410;"]
+    for byte in range(count):  # eight by eight bits, in four bytes at once
         for stage, mask in enumerate(("0x0f0f0f0f", "0x33333333", "0x55555555")):
             shift = 4 >> stage
-            names = [f"x{digit}_{row}_{stage}" for row in range(8)]
-            after = [f"${8 * digit + row}" if stage == 2 else f"x{digit}_{row}_{stage + 1}" for row in range(8)]
+            names = [f"x{byte}_{row}_{stage}" for row in range(8)]
+            after = [f"${8 * byte + row}" if stage == 2 else f"x{byte}_{row}_{stage + 1}" for row in range(8)]
             for row in range(8):
                 if row & shift == 0:
                     lines += [f"shl.b32 a, {names[row + shift]}, {shift};",
                               f"lop3.b32 {after[row]}, {names[row]}, a, {mask}, 0xe4;",
                               f"shr.u32 a, {names[row]}, {shift};",
                               f"lop3.b32 {after[row + shift]}, a, {names[row + shift]}, {mask}, 0xe4;"]
-    lines += ["not.b32 $22, $22;", *(f"mov.b32 ${place}, 0;" for place in range(24, 32))]
+    lines += ["not.b32 $22, $22;"] * (count == 3) + [f"mov.b32 ${place}, 0;" for place in range(8 * count, 32)]
     return "\n".join([*lines, "}"])
 
 
 @gluon.jit
-def store_planes(planes, group, numbers, BITS: gl.constexpr):
-    """Write the bit planes of numbers [blocks, 32], floats of 24 bits as `arrival.py` makes them, a block in one lane.
+def store_planes(planes, first, numbers, BITS: gl.constexpr, BYTES: gl.constexpr):
+    """Write the bit planes of numbers [blocks, 32], integers in floats as `arrival.py` makes them, a block in one lane.
 
-    To `planes.index(group + digit)`, [steps, warps, 8 planes, words].
+    To `planes.index(first + group)`, [steps, warps, 8 planes, words].
     """
     BLOCKS: gl.constexpr = numbers.shape[0]
-    words = gl.inline_asm_elementwise(_transposed(BITS), registers(32, 32), [numbers.to(gl.int32, bitcast=True)],
+    words = gl.inline_asm_elementwise(_transposed(BITS, BYTES), registers(32, 32), [numbers.to(gl.int32, bitcast=True)],
                                       dtype=gl.int32, is_pure=True, pack=32)
-    first, second = words.reshape([BLOCKS, 2, 2, PLANES]).permute([0, 2, 3, 1]).split()
-    zero, one = first.permute([0, 2, 1]).split()
-    two, _ = second.permute([0, 2, 1]).split()
-    planes.index(group).store(_placed(zero, planes))
-    planes.index(group + 1).store(_placed(one, planes))
-    planes.index(group + 2).store(_placed(two, planes))
+    one, other = words.reshape([BLOCKS, 2, 2, PLANES]).permute([0, 2, 3, 1]).split()
+    zero, first_byte = one.permute([0, 2, 1]).split()
+    second_byte, none = other.permute([0, 2, 1]).split()
+    if BITS == 4:
+        planes.index(first).store(_paired(zero, first_byte, planes))
+        if BYTES == 3:
+            planes.index(first + 1).store(_paired(second_byte, none, planes))
+    else:
+        planes.index(first).store(_placed(zero, planes))
+        planes.index(first + 1).store(_placed(first_byte, planes))
+        if BYTES == 3:
+            planes.index(first + 2).store(_placed(second_byte, planes))
+
+
+@gluon.jit
+def _paired(one, other, planes):
+    # two bytes' [blocks, planes] as [steps, warps, planes, words]: what a lane takes, two words of each, lies together
+    STEPS: gl.constexpr = planes.shape[1]
+    S: gl.constexpr = planes.shape[2]
+    both = gl.join(one, other).reshape([STEPS, S, 2, 4, PLANES, 2]).permute([0, 1, 4, 3, 5, 2])
+    return both.reshape([STEPS, S, PLANES, 16])
 
 
 @gluon.jit

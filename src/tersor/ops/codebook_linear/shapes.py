@@ -23,8 +23,10 @@ REGISTERS = 65536  # of a multiprocessor
 MULTIPROCESSOR_BYTES = 228 * 1024  # of shared memory, for all programs of a multiprocessor
 RESERVED_BYTES = 1024  # of each program's shared memory that is the driver's
 PROGRAM_BYTES = 3072  # of shared memory that a program needs besides rings and digits
+# bits and forms of codes that one vector's numbers meet as bit planes, and not as digits
+IN_PLANES = frozenset({(4, "symmetric"), (4, "affine")}
+                      | {(bits, form) for bits in (1, 2, 3) for form in ("any", "symmetric", "affine")})
 DIGIT_BYTES = 4  # of shared memory for a number of one vector, as digits
-PLANES_BYTES = 3  # as bit planes
 HELD = 64  # numbers of one vector that a lane keeps in registers while the largest is found
 ACROSS = 32  # words of a row that a warp takes at a time, for one vector
 TILE = 16  # elements that a product on the tensor cores takes
@@ -158,35 +160,64 @@ def vector_rotates(width: int) -> bool:
     return width & (width - 1) == 0 and 512 <= width <= 4096
 
 
-def steps_together(bits: int, width: int, warps: int, *, rotated: bool) -> int:
-    """Return the steps whose numbers are brought together: all that were rotated, or of 32 codes a lane, as planes."""
-    steps = -(-width // CODES[bits] // (ACROSS * warps))
-    return steps if rotated else min(2, steps) if bits == 2 else 1
+def number_bytes(dtype: torch.dtype) -> int:
+    """Return the bytes of a number as planes: an integer of 16 bits for numbers of 16, of 23 for float32."""
+    return 3 if dtype == torch.float32 else 2
 
 
-def near_bytes(bits: int, width: int, warps: int, *, rotated: bool) -> int:
-    """Return the shared memory that one vector's digits need, or its bit planes."""
-    step = ACROSS * warps
-    steps, whole = -(-width // CODES[bits] // step), steps_together(bits, width, warps, rotated=rotated)
-    return -(-steps // whole) * whole * step * CODES[bits] * (PLANES_BYTES if bits <= 3 else DIGIT_BYTES)
+@dataclasses.dataclass(frozen=True)
+class VectorStream:
+    """Codes of a row and the numbers of the vector that they meet.
+
+    Attributes
+    ----------
+    bits, width : int
+    form : str
+        As of `known_form`.
+    number : int
+        Bytes of a number as planes.
+    """
+
+    bits: int
+    width: int
+    form: str
+    number: int
+
+    def steps(self, warps: int) -> int:
+        """Return the steps of a row."""
+        return -(-self.width // CODES[self.bits] // (ACROSS * warps))
+
+    def together(self, warps: int, *, rotated: bool) -> int:
+        """Return the steps whose numbers are brought together: all that were rotated, else 32 numbers a lane."""
+        steps = self.steps(warps)
+        most = {2: 2, 4: 4}.get(self.bits, 1) if (self.bits, self.form) in IN_PLANES else 1
+        return steps if rotated else min(most, 1 << (steps - 1).bit_length())
+
+    def near_bytes(self, warps: int, *, rotated: bool) -> int:
+        """Return the shared memory that the numbers need, as digits or bit planes."""
+        whole = self.together(warps, rotated=rotated)
+        each = DIGIT_BYTES
+        if (self.bits, self.form) in IN_PLANES:
+            each = -(-self.number // 2) * 2 if self.bits == 4 else self.number
+        return -(-self.steps(warps) // whole) * whole * ACROSS * warps * CODES[self.bits] * each
 
 
-def vector_fitted(tiling: VectorTiling, streams: Sequence[tuple[int, int]], *, rotated: bool) -> VectorTiling | None:
-    """Return the tiling with what shared memory holds beside the digits of streams (bits, width), or None.
+def vector_fitted(tiling: VectorTiling, streams: Sequence[VectorStream], *, rotated: bool) -> VectorTiling | None:
+    """Return the tiling with what shared memory holds beside the numbers that streams meet, or None.
 
     There may be fewer stages, then fewer programs; None where one stage does not fit. Where the vector is rotated
     first, all lanes hold words of it, and enough of it for the widest factor.
     """
     if rotated:
-        most = min(width // (32 * max(CODES[bits], 1 << ((width.bit_length() + 1) // 3))) for bits, width in streams)
-        least = max(width // (32 * HELD) for _, width in streams)
+        most = min(one.width // (32 * max(CODES[one.bits], 1 << ((one.width.bit_length() + 1) // 3))) for one in streams)
+        least = max(one.width // (32 * HELD) for one in streams)
         if most < max(1, least):
             return None
         tiling = dataclasses.replace(tiling, warps=max(least, min(tiling.warps, 1 << (most.bit_length() - 1))))
     step = ACROSS * tiling.warps
-    near = sum(near_bytes(bits, width, tiling.warps, rotated=rotated) for bits, width in streams)
-    near += max(width for _, width in streams) // 2 if rotated else 0  # where rotating needs more than it leaves
-    stage = sum(3 if bits == 3 else 1 for bits, _ in streams) * 4 * step * tiling.rows
+    near = sum(one.near_bytes(tiling.warps, rotated=rotated) for one in streams)
+    near += max(one.width for one in streams) // 2 if rotated else 0  # where rotating needs more than it leaves
+    stage = sum(3 if one.bits == 3 else 1 for one in streams) * 4 * step * tiling.rows
     for programs in range(tiling.programs, 0, -1):
         stages = min(tiling.stages, (MULTIPROCESSOR_BYTES // programs - PROGRAM_BYTES - near) // stage)
         if stages >= 1:
@@ -211,15 +242,15 @@ ROTATED_CONFIGURATIONS = {
              (14336, 4096): VectorTiling(4, 16, 4, 3), (28672, 4096): VectorTiling(8, 16, 3, 2)},
     (1, 3): {(4096, 4096): VectorTiling(4, 16, 1, 1), (6144, 4096): VectorTiling(4, 16, 1, 1),
              (14336, 4096): VectorTiling(4, 16, 3, 1), (28672, 4096): VectorTiling(4, 16, 3, 1)},
-    (1, 4): {(4096, 4096): VectorTiling(8, 16, 1, 3), (6144, 4096): VectorTiling(8, 16, 1, 3),
+    (1, 4): {(4096, 4096): VectorTiling(8, 16, 1, 6, 2), (6144, 4096): VectorTiling(8, 16, 1, 3),
              (14336, 4096): VectorTiling(8, 16, 2, 2), (28672, 4096): VectorTiling(8, 16, 2, 2)},
     (2, 2): {(4096, 4096): VectorTiling(4, 16, 1, 2, 0), (14336, 4096): VectorTiling(4, 32, 1, 2)},
 }
 
 
-def vector_tiling_for(streams: Sequence[tuple[int, int]], rows: int, *, rotated: bool) -> VectorTiling:
-    """Return the configuration of as many streams (bits, width) that was measured with the nearest bits, then shape."""
-    bits, width = sum(stream[0] for stream in streams), max(stream[1] for stream in streams)
+def vector_tiling_for(streams: Sequence[VectorStream], rows: int, *, rotated: bool) -> VectorTiling:
+    """Return the configuration of as many streams that was measured with the nearest bits, then shape."""
+    bits, width = sum(stream.bits for stream in streams), max(stream.width for stream in streams)
     known = ROTATED_CONFIGURATIONS if rotated else VECTOR_CONFIGURATIONS
     alike = [key for key in known if key[0] == len(streams)]
     measured = known[min(alike, key=lambda key: abs(key[1] - bits))]

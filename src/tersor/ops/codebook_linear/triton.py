@@ -18,13 +18,14 @@ from tersor.ops.codebook_linear.shapes import (
     TILE,
     Stream,
     Tiling,
+    VectorStream,
     VectorTiling,
     columns_for,
     fitted,
     kind_of,
     known_form,
     near_columns,
-    steps_together,
+    number_bytes,
     stream_of,
     tiling_for,
     vector_fitted,
@@ -84,6 +85,11 @@ class Operand:
     def aligned(self) -> bool:
         """Whether kernels read the codes where they are: then a kernel may read them before the one before it ends."""
         return all(_aligned(codes) for codes in (self.codes, *self.others))
+
+    @property
+    def stream(self) -> VectorStream:
+        """What one vector meets, and how."""
+        return VectorStream(self.bits, self.x.shape[1], self.form, number_bytes(self.x.dtype))
 
     def words(self) -> tuple[Tensor, ...]:
         """Return the codes of each matrix as int32, a copy where they are not aligned to 16 bytes."""
@@ -202,10 +208,10 @@ def _multiply_few(out: Tensor, operands: Sequence[Operand], scales: Tensor, zero
 
 def vector_tiling(operands: Sequence[Operand], rows: int, *, rotated: bool) -> VectorTiling | None:
     """Return how the kernel for one vector divides a product with a scale a row, or None where it does not take it."""
-    streams = [(operand.bits, operand.x.shape[1]) for operand in operands]
-    if not all(vector_takes(operand.bits, operand.form, operand.x.shape[1]) for operand in operands):
+    streams = [operand.stream for operand in operands]
+    if not all(vector_takes(stream.bits, stream.form, stream.width) for stream in streams):
         return None
-    if rotated and not all(vector_rotates(width) for _, width in streams):
+    if rotated and not all(vector_rotates(stream.width) for stream in streams):
         return None
     return vector_fitted(vector_tiling_for(streams, rows, rotated=rotated), streams, rotated=rotated)
 
@@ -224,13 +230,13 @@ def multiply_one_into(out: Tensor, operands: Sequence[Operand], scales: Sequence
     starts = tuple(itertools.accumulate(one.shape[0] for one in scales[:-1]))
     norm, added = (first.table if one is None else one for one in (around.norm, around.added))
     programs = min(-(-rows // tiling.rows), tiling.programs * multiprocessors(out.device))
-    near = [steps_together(operand.bits, operand.x.shape[1], tiling.warps, rotated=bool(turns))
-            for operand in (first, last)]
+    near = [operand.stream.together(tiling.warps, rotated=bool(turns)) for operand in (first, last)]
     multiply_vector[(programs,)](
         *streams, tuple(scales), starts, norm, around.eps, added, out, rows, scales[0].stride(0), first.x.shape[1],
-        first.bits, first.form, last.x.shape[1], last.bits if two else 0, last.form, *near, two, bool(turns),
-        around.norm is not None, around.added is not None, around.gated, rows % tiling.rows == 0, tiling.warps,
-        tiling.rows, tiling.stages, tiling.early, num_warps=tiling.warps, maxnreg=tiling.registers,
+        first.bits, first.form, last.x.shape[1], last.bits if two else 0, last.form, *near,
+        first.stream.number, two, bool(turns), around.norm is not None, around.added is not None, around.gated,
+        rows % tiling.rows == 0, tiling.warps, tiling.rows, tiling.stages, tiling.early, num_warps=tiling.warps,
+        maxnreg=tiling.registers,
         launch_pdl=all(operand.aligned for operand in operands))  # codes are read before the wait
 
 

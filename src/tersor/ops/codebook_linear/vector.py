@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from tersor.ops.codebook_linear import shapes
 from tersor.ops.codebook_linear.arrival import ACROSS, DIGITS, arrive, digest
 from tersor.ops.codebook_linear.digits import load_levels, multiply_digits, parts_of, sums_of, weigh
-from tersor.ops.codebook_linear.planes import multiply_planes, no_sums, rows_together, take_codes, weigh_planes
+from tersor.ops.codebook_linear.planes import in_planes, multiply_planes, no_sums, rows_together, take_codes, weigh_planes
 
 
 @gluon.constexpr_function
@@ -134,28 +134,31 @@ def _under_way(steps0: int, steps1: int, stages: int) -> int:
 
 @gluon.jit
 def _stream(ring, digits, stage, codes, starts, units, tables, row, rows, BITS: gl.constexpr, FORM: gl.constexpr,
-            WORDS: gl.constexpr, STEPS: gl.constexpr, TOGETHER: gl.constexpr, GATED: gl.constexpr, SECOND: gl.constexpr,
-            WHOLE: gl.constexpr, S: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr, WAITS: gl.constexpr):
+            BYTES: gl.constexpr, WORDS: gl.constexpr, STEPS: gl.constexpr, TOGETHER: gl.constexpr, GATED: gl.constexpr,
+            SECOND: gl.constexpr, WHOLE: gl.constexpr, S: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr, WAITS: gl.constexpr):
     # products [S, M] of M rows, of which each warp has a share, whose first step is in `stage`; and the stage after them
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [S, 1, 1], [1, 16, 8])
-    if BITS <= 3:
-        sums = no_sums(BITS, FORM, S, M)
+    if in_planes(BITS, FORM):
+        sums = no_sums(BITS, FORM, BYTES, S, M)
     else:
         sums = ()
         for _ in gl.static_range(sums_of(BITS)):
             sums = sums + (gl.zeros([S, M, 2 * DIGITS], gl.int32, mma),)
     for step in range(0, STEPS):
         async_copy.wait_group(WAITS)
-        words = take_codes(ring, stage, BITS, S, M) if BITS <= 3 else (ring.index(stage).load(_dot(0, S)),)
+        if in_planes(BITS, FORM):
+            words = take_codes(ring, stage, BITS, S, M)
+        else:
+            words = (ring.index(stage).load(_dot(0, S)),)
         later, wanted = _later(row, rows, SECOND + (step + STAGES) // STEPS, GATED, M)
         _fetch(ring, stage, codes, starts, later, rows, (step + STAGES) % STEPS, wanted, BITS, WORDS, WHOLE, S, M)
-        if BITS <= 3:
-            sums = multiply_planes(sums, words, digits, step, BITS, FORM, TOGETHER, S, M)
+        if in_planes(BITS, FORM):
+            sums = multiply_planes(sums, words, digits, step, BITS, FORM, BYTES, TOGETHER, S, M)
         else:
-            sums = multiply_digits(sums, words, digits, step * parts_of(BITS), tables, _dot(1, S), _doubled(S), BITS, FORM)
+            sums = multiply_digits(sums, words, digits, step * parts_of(BITS), tables, _dot(1, S), _doubled(S), BITS)
         stage = gl.where(stage == STAGES - 1, 0, stage + 1)
-    if BITS <= 3:
-        total = weigh_planes(sums, units, BITS, FORM, S, M)
+    if in_planes(BITS, FORM):
+        total = weigh_planes(sums, units, BITS, FORM, BYTES, S, M)
     else:
         column = gl.arange(0, 2 * DIGITS, layout=gl.SliceLayout(0, gl.SliceLayout(1, mma)))[None, None, :]
         digit = gl.where(column == 0, 1.0, gl.where(column == 1, 256.0, gl.where(column == 2, 65536.0, 0.0)))
@@ -180,7 +183,7 @@ def _summed(parts, offset, scale):
 def multiply_vector(x0, codes0, table0, signs0, x1, codes1, table1, signs1, scales, starts, norm, eps, added, out, rows,
                     scale_step, WIDTH0: gl.constexpr, BITS0: gl.constexpr, FORM0: gl.constexpr, WIDTH1: gl.constexpr,
                     BITS1: gl.constexpr, FORM1: gl.constexpr, TOGETHER0: gl.constexpr, TOGETHER1: gl.constexpr,
-                    MIRRORED: gl.constexpr, ROTATED: gl.constexpr, NORMED: gl.constexpr, ADDS: gl.constexpr,
+                    BYTES: gl.constexpr, MIRRORED: gl.constexpr, ROTATED: gl.constexpr, NORMED: gl.constexpr, ADDS: gl.constexpr,
                     GATED: gl.constexpr, WHOLE: gl.constexpr, S: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr,
                     EARLY: gl.constexpr):
     """The product of M rows after M rows with a vector, of one stream or the sum of two; S warps share each row.
@@ -207,12 +210,12 @@ def multiply_vector(x0, codes0, table0, signs0, x1, codes1, table1, signs1, scal
     low0, units0, tables0 = load_levels(table0, BITS0, FORM0, MIRRORED)
     if BITS1:
         low1, units1, tables1 = load_levels(table1, BITS1, FORM1, MIRRORED)
-    ready, numbers0, numbers1, signs = arrive(x0, signs0, x1, signs1, norm, WIDTH0, BITS0, STEPS0, TOGETHER0, WIDTH1,
-                                              BITS1, STEPS1, TOGETHER1, ROTATED, NORMED, S)
+    ready, numbers0, numbers1, signs = arrive(x0, signs0, x1, signs1, norm, WIDTH0, BITS0, FORM0, STEPS0, TOGETHER0, WIDTH1,
+                                              BITS1, FORM1, STEPS1, TOGETHER1, ROTATED, NORMED, S)
     _fill(ring0, codes0, ring1, codes1, starts, row, rows, ASKED, STAGES, RUN, BITS0, WORDS0, STEPS0, BITS1, WORDS1, STEPS1,
           GATED, WHOLE, S, M)
     near0, near1 = digest(ready, x0, numbers0, x1, numbers1, signs, eps, WIDTH0, BITS0, FORM0, STEPS0, TOGETHER0, WIDTH1,
-                          BITS1, FORM1, STEPS1, TOGETHER1, ROTATED, NORMED, S)
+                          BITS1, FORM1, STEPS1, TOGETHER1, BYTES, ROTATED, NORMED, S)
     digits0, unit0, sum0 = near0
     digits1, unit1, sum1 = near1
     offset = low0 * sum0 + low1 * sum1 if BITS1 else low0 * sum0
@@ -222,17 +225,17 @@ def multiply_vector(x0, codes0, table0, signs0, x1, codes1, table1, signs1, scal
         scale = _scale(scales, starts, start, m, rows, scale_step)
         if ADDS:
             other = gl.load(added + ready + start + m, start + m < rows, other=0.0).to(gl.float32)
-        total, stage0 = _stream(ring0, digits0, stage0, codes0, starts, units0, tables0, start, rows, BITS0, FORM0, WORDS0,
+        total, stage0 = _stream(ring0, digits0, stage0, codes0, starts, units0, tables0, start, rows, BITS0, FORM0, BYTES, WORDS0,
                                 STEPS0, TOGETHER0, GATED, 0, WHOLE, S, M, STAGES, WAITS)
         if BITS1:
-            other_total, stage1 = _stream(ring1, digits1, stage1, codes1, starts, units1, tables1, start, rows, BITS1, FORM1,
+            other_total, stage1 = _stream(ring1, digits1, stage1, codes1, starts, units1, tables1, start, rows, BITS1, FORM1, BYTES,
                                           WORDS1, STEPS1, TOGETHER1, False, 0, WHOLE, S, M, STAGES, WAITS)
             y = _summed(total * unit0 + other_total * unit1, offset, scale)
         else:
             y = _summed(total * unit0, offset, scale)
         if GATED:
             scale = _scale(scales, starts, start + rows, m, 2 * rows, scale_step)
-            total, stage0 = _stream(ring0, digits0, stage0, codes0, starts, units0, tables0, start, rows, BITS0, FORM0,
+            total, stage0 = _stream(ring0, digits0, stage0, codes0, starts, units0, tables0, start, rows, BITS0, FORM0, BYTES,
                                     WORDS0, STEPS0, TOGETHER0, GATED, 1, WHOLE, S, M, STAGES, WAITS)
             y = y / (1.0 + gl.exp(-y)) * _summed(total * unit0, offset, scale)
         y = y + other if ADDS else y
