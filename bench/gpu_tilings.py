@@ -24,11 +24,10 @@ import triton
 
 from tersor.codes import mirrored
 from tersor.ops.codebook_linear import triton as kernels
-from tersor.ops.codebook_linear.shapes import (
-    Tiling,
+from tersor.ops.codebook_linear.shapes import Tiling, WideTiling
+from tersor.ops.codebook_linear.vector_shapes import (
     VectorStream,
     VectorTiling,
-    WideTiling,
     known_form,
     number_bytes,
     vector_fitted,

@@ -11,14 +11,10 @@ from tersor import bits as packing
 from tersor.errors import CodecConfigError
 from tersor.ops import reference_only
 from tersor.ops.codebook_linear import codebook_linear, fused_codebook_linear
-from tersor.ops.codebook_linear.shapes import (
-    CODES,
-    REGISTERS,
+from tersor.ops.codebook_linear.shapes import CODES, REGISTERS, columns_for, refusal, stream_of
+from tersor.ops.codebook_linear.vector_shapes import (
     VectorStream,
-    columns_for,
     known_form,
-    refusal,
-    stream_of,
     vector_fitted,
     vector_rotates,
     vector_tiling_for,

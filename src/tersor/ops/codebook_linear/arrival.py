@@ -5,13 +5,13 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from tersor.ops.codebook_linear import shapes
+from tersor.ops.codebook_linear import shapes, vector_shapes
 from tersor.ops.codebook_linear.digits import parts_of
 from tersor.ops.codebook_linear.planes import BLOCK, PLANES, groups_of, in_planes, near_words, plane_words, store_planes
 
 ACROSS = gl.constexpr(shapes.ACROSS)
 DIGITS = gl.constexpr(4)  # columns of digits: three, and one that is not looked at
-HELD = gl.constexpr(shapes.HELD)
+HELD = gl.constexpr(vector_shapes.HELD)
 MAGIC = gl.constexpr(12582912.0)  # 1.5 2^23: added to a number below 2^22, it leaves the nearest integer in the last bits
 
 
@@ -68,10 +68,7 @@ def _store(near, numbers, inverse, BITS: gl.constexpr, S: gl.constexpr, WHOLE: g
     WORDS: gl.constexpr = numbers.shape[0]
     layout: gl.constexpr = gl.BlockedLayout([1, PARTS, 4], [32, 1, 1], [S, 1, 1], [2, 1, 0])
     scaled = numbers * inverse + MAGIC
-    if BITS == 4:
-        four = scaled.reshape([WORDS, PARTS, 4])
-    else:
-        four = scaled.reshape([WORDS, 4, PARTS]).permute([0, 2, 1])
+    four = scaled.reshape([WORDS, PARTS, 4]) if BITS == 4 else scaled.reshape([WORDS, 4, PARTS]).permute([0, 2, 1])
     # bytes of the integer plus 128 each, less 128 again: digits with signs
     biased = gl.convert_layout(four, layout).to(gl.int32, bitcast=True) - (0x4B400000 - 0x808080)
     zero, one, two = gl.inline_asm_elementwise(

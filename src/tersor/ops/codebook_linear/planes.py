@@ -11,7 +11,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from tersor.ops.codebook_linear import shapes
+from tersor.ops.codebook_linear import vector_shapes
 from tersor.ops.codebook_linear.fragments import registers
 
 PLANES = gl.constexpr(8)  # of a byte of numbers: the columns of a product
@@ -21,7 +21,7 @@ BLOCK = gl.constexpr(32)  # codes that meet a word of each plane
 @gluon.constexpr_function
 def in_planes(bits: int, form: str) -> bool:
     """Tell whether codes are multiplied here, and not in `digits.py`."""
-    return (bits, form) in shapes.IN_PLANES
+    return (bits, form) in vector_shapes.IN_PLANES
 
 
 @gluon.constexpr_function

@@ -18,23 +18,25 @@ from tersor.ops.codebook_linear.shapes import (
     TILE,
     Stream,
     Tiling,
-    VectorStream,
-    VectorTiling,
     columns_for,
     fitted,
     kind_of,
-    known_form,
     near_columns,
-    number_bytes,
     stream_of,
     tiling_for,
+    wide_takes,
+)
+from tersor.ops.codebook_linear.vector import multiply_vector
+from tersor.ops.codebook_linear.vector_shapes import (
+    VectorStream,
+    VectorTiling,
+    known_form,
+    number_bytes,
     vector_fitted,
     vector_rotates,
     vector_takes,
     vector_tiling_for,
-    wide_takes,
 )
-from tersor.ops.codebook_linear.vector import multiply_vector
 from tersor.ops.codebook_linear.wide import multiply_wide
 from tersor.ops.signs import signs_on
 from tersor.ops.workspace import multiprocessors, workspace

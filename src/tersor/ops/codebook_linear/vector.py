@@ -12,7 +12,14 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from tersor.ops.codebook_linear import shapes
 from tersor.ops.codebook_linear.arrival import ACROSS, DIGITS, arrive, digest
 from tersor.ops.codebook_linear.digits import load_levels, multiply_digits, parts_of, sums_of, weigh
-from tersor.ops.codebook_linear.planes import in_planes, multiply_planes, no_sums, rows_together, take_codes, weigh_planes
+from tersor.ops.codebook_linear.planes import (
+    in_planes,
+    multiply_planes,
+    no_sums,
+    rows_together,
+    take_codes,
+    weigh_planes,
+)
 
 
 @gluon.constexpr_function
@@ -146,10 +153,7 @@ def _stream(ring, digits, stage, codes, starts, units, tables, row, rows, BITS: 
             sums = sums + (gl.zeros([S, M, 2 * DIGITS], gl.int32, mma),)
     for step in range(0, STEPS):
         async_copy.wait_group(WAITS)
-        if in_planes(BITS, FORM):
-            words = take_codes(ring, stage, BITS, S, M)
-        else:
-            words = (ring.index(stage).load(_dot(0, S)),)
+        words = take_codes(ring, stage, BITS, S, M) if in_planes(BITS, FORM) else (ring.index(stage).load(_dot(0, S)),)
         later, wanted = _later(row, rows, SECOND + (step + STAGES) // STEPS, GATED, M)
         _fetch(ring, stage, codes, starts, later, rows, (step + STAGES) % STEPS, wanted, BITS, WORDS, WHOLE, S, M)
         if in_planes(BITS, FORM):
