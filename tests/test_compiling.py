@@ -62,6 +62,7 @@ def matrix(rows: int, seed: int = 0, bits: int = 4, groups: int = 1) -> tuple[Te
     return codes, (torch.rand(rows, groups, generator=generator) / WIDTH).to(torch.bfloat16)
 
 
+STATES = drawn((4, WIDTH), 12) + 3
 Q, K, V = matrix(64, 1), matrix(32, 2), matrix(48, 3)
 
 
@@ -117,6 +118,20 @@ def test_layers_of_models(codec: str, architecture: str, taken: int, calls: int,
     assert counting.calls[FUSED.default] == calls
     assert counting.calls[PRODUCT.default] == (4 if architecture == "gpt2" else 7) - taken
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma"])
+def test_norms_of_models_join(architecture: str, tmp_path: Path) -> None:
+    """Where layers are wide enough for the kernel to rotate their vectors, both norms and both sums of a layer."""
+    source = save_tiny(architecture, tmp_path / "source", hidden_size=WIDTH, num_hidden_layers=1)
+    model, counting = compressed("rot,lm4", source, tmp_path), Stacking()
+    with torch.no_grad():
+        wanted = model(input_ids=IDS[:1, :1], use_cache=False).logits
+        model.get_submodule("model.layers.0").compile(backend=counting, fullgraph=True, dynamic=False)
+        found = model(input_ids=IDS[:1, :1], use_cache=False).logits
+    assert counting.taken == [7]
+    assert joined(counting) == (2, 2)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [ONE, MANY, (WIDTH,), (0, WIDTH), (2, WIDTH)])
@@ -177,7 +192,9 @@ def _twice(x: Tensor) -> None:
     lambda x: x.add_(1), lambda x: x[0].mul_(2), lambda x: x.view(-1)[1:].zero_(), _add_assign, _set, _twice,
     lambda x: x.__iadd__(2), lambda x: functional.relu(x, inplace=True), lambda x: functional.relu(x, True),
     lambda x: torch.mul(x, 2, out=x), lambda x: torch.relu_(x), lambda x: torch._foreach_add_([x], 1),
-    lambda x: x.T.copy_(x.T + 1)])
+    lambda x: x.T.copy_(x.T + 1), lambda x: functional.normalize(x + 1, 2.0, -1, 1e-12, x),
+    lambda x: functional.batch_norm(STATES, x.view(-1), torch.ones(WIDTH), training=True),
+    lambda x: functional.embedding(torch.zeros(1, dtype=torch.int64), x, max_norm=1.0)])
 def test_vectors_that_change_in_between(write: Callable[[Tensor], Any]) -> None:
     def function(x: Tensor) -> tuple[Tensor, ...]:
         q = times(x, Q)
@@ -239,6 +256,10 @@ def normed(x: Tensor, weight: Tensor = WEIGHT, eps: float = 1e-5, dim: int = -1)
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(dim, keepdim=True) + eps)).to(x.dtype)
 
 
+def _core(wide: Tensor) -> Tensor:
+    return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5) * WEIGHT
+
+
 def gemmas(x: Tensor) -> Tensor:
     wide = x.float()
     return (wide * torch.rsqrt(torch.square(wide).mean(-1, keepdim=True) + 1e-5) * (1.0 + WEIGHT)).type_as(x)
@@ -254,6 +275,7 @@ def joined(found: Stacking) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("norm", [normed, gemmas, by_product, lambda x: functional.rms_norm(x, (WIDTH,), WEIGHT),
+                                  lambda x: _core(x.to(torch.int32).float()),
                                   lambda x: functional.rms_norm(x, (WIDTH,), weight=WEIGHT, eps=0.1)])
 def test_norms_join(norm: Callable[[Tensor], Tensor]) -> None:
     def function(x: Tensor) -> tuple[Tensor, ...]:
@@ -264,6 +286,58 @@ def test_norms_join(norm: Callable[[Tensor], Tensor]) -> None:
     assert found.taken == [2]
     assert joined(found) == (1, 0)
     assert stacked(function, drawn(MANY, 1)).taken == [0]
+
+
+@torch.compiler.allow_in_graph
+def rms_norm(x: Tensor, shape: tuple[int, ...], weight: Tensor) -> Tensor:
+    """Return what is none, of a name that torch has too."""
+    del shape
+    return x + weight
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norms_of_an_epsilon_that_torch_chooses_stay(dtype: torch.dtype) -> None:
+    """Of 16-bit numbers torch takes one of two, by the kernel."""
+    counting = Stacking()
+    torch.compile(lambda x: times(functional.rms_norm(x, (WIDTH,), WEIGHT.to(dtype)), Q), backend=counting,
+                  fullgraph=True, dynamic=False)(drawn(ONE, 1).to(dtype))
+    assert joined(counting) == (0, 0)
+
+
+def test_norms_of_an_epsilon_of_each_run_stay() -> None:
+    counting = Stacking()
+    compiled = torch.compile(lambda x, eps: times(functional.rms_norm(x, (WIDTH,), WEIGHT, eps), Q), backend=counting,
+                             fullgraph=True, dynamic=True)
+    for eps in (0.5, 0.125):
+        x = drawn(ONE, 1)
+        torch.testing.assert_close(compiled(x, eps), times(functional.rms_norm(x, (WIDTH,), WEIGHT, eps), Q), rtol=0,
+                                   atol=1e-5)
+    assert joined(counting) == (0, 0)
+
+
+def test_rotations_of_each_run_are_apart() -> None:
+    counting, buffers = Stacking(), Layer()
+
+    def function(x: Tensor, seed: int) -> tuple[Tensor, ...]:
+        return (times(x, (buffers.q, buffers.q_scales), rotation=seed),
+                times(x, (buffers.k, buffers.k_scales), rotation=seed))
+
+    compiled = torch.compile(function, backend=counting, fullgraph=True, dynamic=True)
+    for seed in (3, 5):
+        x = drawn(ONE, 1)
+        torch.testing.assert_close(compiled(x, seed), function(x, seed), rtol=0, atol=1e-5)
+    assert set(counting.taken) == {0}
+
+
+def test_weights_of_norms_may_be_products() -> None:
+    """Which other calls stand in the place of then."""
+    def function(c: Tensor, x: Tensor) -> Tensor:
+        weight, other = times(c, SECOND), times(c, K)
+        return times(functional.rms_norm(x, (WIDTH,), weight), Q) + other.sum()
+
+    found = stacked(function, drawn((WIDTH,), 1), drawn((WIDTH,), 2))
+    assert found.taken == [3]
+    assert joined(found) == (1, 0)
 
 
 def _changed(x: Tensor) -> Tensor:
@@ -286,7 +360,13 @@ def _changed_early(x: Tensor) -> Tensor:
     lambda x: WEIGHT * (x * torch.rsqrt(x.pow(3).mean(-1, keepdim=True).abs() + 1e-5)),
     lambda x: WEIGHT * ((x + 1) * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)),
     lambda x: WEIGHT * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True).mul(2) + 1e-5)),
-    lambda x: functional.rms_norm(x, (WIDTH,)), lambda x: functional.layer_norm(x, (WIDTH,), WEIGHT)])
+    lambda x: functional.rms_norm(x, (WIDTH,)), lambda x: functional.layer_norm(x, (WIDTH,), WEIGHT),
+    # conversions that lose more than a rounding to the dtype of x
+    lambda x: _core(x).to(torch.int8).to(x.dtype),
+    lambda x: _core(x.to(torch.float8_e4m3fn).float()), lambda x: _core(x.half().float()),
+    lambda x: WEIGHT * (x * torch.rsqrt((x.pow(2).mean(-1, keepdim=True) + 1).to(torch.int32))),
+    lambda x: x * torch.rsqrt(torch.masked.mean(x * x, -1, keepdim=True, mask=x > 0) + 1e-5) * WEIGHT,
+    lambda x: rms_norm(x, (WIDTH,), WEIGHT)])
 def test_other_norms_stay(norm: Callable[[Tensor], Tensor]) -> None:
     found = stacked(lambda x: (lambda y: (times(y, Q), times(y, K)))(norm(x)), drawn(ONE, 1))
     assert found.taken == [2]
@@ -353,6 +433,45 @@ def test_gates_of_other_shapes_stay() -> None:
 
 def test_what_is_added_must_be_there() -> None:
     assert stacked(lambda x: (lambda y: x.square() + y)(times(x + 1, SECOND)), drawn(ONE, 1)).taken == [0]
+
+
+def test_sums_with_what_learns_stay() -> None:
+    """As adapters beside frozen matrices: the product has no gradient, the sum has."""
+    def residual(x: Tensor, r: Tensor) -> Tensor:
+        return r + times(x, SECOND)
+
+    def gradient(one: Callable[..., Any]) -> Tensor:
+        r = drawn(ONE, 2).requires_grad_()
+        found, = torch.autograd.grad(one(drawn(ONE, 1), r).square().sum(), r)
+        return found
+
+    counting = Stacking()
+    found = gradient(torch.compile(residual, backend=counting, fullgraph=True, dynamic=False))
+    torch.testing.assert_close(found, gradient(residual))
+    assert counting.taken == [0]
+
+
+@pytest.mark.parametrize("transformed", [
+    lambda x: torch.vmap(lambda e: (times(e, Q), times(e, K)))(x),
+    lambda x: torch.vmap(lambda e: (e + times(e + 1, SECOND)))(x),
+    lambda x: torch.func.jvp(lambda e: e + times(x + 1, SECOND), (x,), (2 * x,))])
+def test_transformed_functions_stay(transformed: Callable[[Tensor], Any]) -> None:
+    found = stacked(transformed, drawn((1, WIDTH), 1))
+    assert found.taken == [0]
+
+
+@inductor
+def test_results_of_bodies_share_no_memory() -> None:
+    """Which operators with several bodies, or of which one runs several times, refuse."""
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        return torch.cond(x.sum() > 0, lambda x: (times(x, Q), times(x, K)),
+                          lambda x: (times(x, Q) + 1, times(x, K) + 1), (x,))
+
+    x = drawn(ONE, 1)
+    with torch.no_grad():
+        assert stacked(function, x).taken == [4]
+        found = torch.compile(function, backend="tersor", fullgraph=True, dynamic=False)(x)
+        torch.testing.assert_close(found, function(x), rtol=0, atol=1e-5)
 
 
 def test_bodies_of_operators() -> None:

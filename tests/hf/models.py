@@ -20,9 +20,9 @@ ARCHITECTURES = {
 }
 
 
-def save_tiny(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """Write a tiny random model and return its folder."""
-    fields = dict(ARCHITECTURES[name])
+def save_tiny(name: str, folder: Path, dtype: torch.dtype = torch.float32, **changed: int) -> Path:
+    """Write a tiny random model, some fields of its configuration `changed`, and return its folder."""
+    fields = {**ARCHITECTURES[name], **changed}
     config = AutoConfig.for_model(fields.pop("model_type", name), **fields)
     config.bos_token_id = config.eos_token_id = config.pad_token_id = None
     with torch.random.fork_rng():

@@ -13,6 +13,9 @@ from torch import Tensor, fx
 
 IN_PLACE = frozenset({"setitem", "delitem", "iadd", "iand", "iconcat", "ifloordiv", "ilshift", "imatmul", "imod",
                       "imul", "ior", "ipow", "irshift", "isub", "itruediv", "ixor"})
+HOMES = frozenset({"torch", "_operator", "math", "builtins"})  # of functions known by their names
+# which may write to running statistics, or to rows of a table, whatever their names say
+STATEFUL = frozenset({"batch_norm", "instance_norm", "embedding", "embedding_bag", "fused_moving_avg_obs_fake_quant"})
 
 
 def call(graph: fx.Graph, function: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any],
@@ -38,12 +41,18 @@ def known(node: fx.Node) -> Tensor:
 
 
 def called(node: Any) -> str:
-    """Return the name of the function or the method that a node calls; empty for anything else."""
+    """Return the name of the method, or of torch's or Python's function, that a node calls; empty for anything else."""
     if isinstance(node, fx.Node) and node.op == "call_method":
         return str(node.target)
     if isinstance(node, fx.Node) and isinstance(node.target, (FunctionType, BuiltinFunctionType)):
-        return node.target.__name__
+        return node.target.__name__ if _home(node.target).partition(".")[0] in HOMES else ""
     return ""
+
+
+def transforms(graph: fx.Graph) -> bool:
+    """Tell whether functions are transformed in a graph (`vmap`, `grad`, `jvp`): then tensors are wrapped."""
+    return any(isinstance(node.target, (FunctionType, BuiltinFunctionType)) and "_functorch" in _home(node.target)
+               for node in graph.nodes)
 
 
 def writes(node: fx.Node) -> bool:
@@ -61,10 +70,13 @@ def writes(node: fx.Node) -> bool:
         return node.op == "call_module" or _named_in_place(target)
     if not isinstance(target, (FunctionType, BuiltinFunctionType)):  # higher-order operators among others
         return True
-    if isinstance(target, FunctionType) and _asks_in_place(target, node.args, node.kwargs):
+    if isinstance(target, FunctionType) and _asks_to_write(target, node.args, node.kwargs):
         return True
-    home = target.__module__ or "torch"  # torch's own functions in C++ name none
-    return home.partition(".")[0] not in ("torch", "_operator", "math", "builtins") or _named_in_place(target.__name__)
+    return called(node) == "" or target.__name__ in STATEFUL or _named_in_place(target.__name__)
+
+
+def _home(function: FunctionType | BuiltinFunctionType) -> str:
+    return function.__module__ or "torch"  # torch's own functions in C++ name none
 
 
 def _named_in_place(name: str) -> bool:
@@ -73,5 +85,6 @@ def _named_in_place(name: str) -> bool:
     return name.endswith("_") and not name.endswith("__") and name not in vars(operator)  # `and_`, `not_` write nothing
 
 
-def _asks_in_place(function: FunctionType, arguments: Iterable[Any], named: Mapping[str, Any]) -> bool:
-    return bool(inspect.signature(function).bind(*arguments, **named).arguments.get("inplace"))
+def _asks_to_write(function: FunctionType, arguments: Iterable[Any], named: Mapping[str, Any]) -> bool:
+    given = inspect.signature(function).bind(*arguments, **named).arguments
+    return bool(given.get("inplace")) or given.get("out") is not None

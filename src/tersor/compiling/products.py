@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 import tersor.ops.codebook_linear  # noqa: F401  registers the ops
-from tersor.compiling.graphs import call, example, known, writes
+from tersor.compiling.graphs import call, example, known, transforms, writes
 from tersor.compiling.surroundings import After, Norm, gate_after, norm_before, sum_after
 from tersor.ops.codebook_linear.shapes import DTYPES
 from tersor.ops.codebook_linear.vector_shapes import known_form, vector_rotates, vector_takes
@@ -64,7 +64,7 @@ def fuse_products(graph: fx.GraphModule) -> int:
         if isinstance(module, fx.GraphModule) and (found := _fusions(module)):
             instead: dict[fx.Node, fx.Node] = {}
             for fusion in found:
-                _replace(module.graph, fusion, instead)
+                _replace(module.graph, fusion, instead, whole=module is graph)
             module.graph.lint()
             module.recompile()
             taken += sum(len(fusion.products) for fusion in found)
@@ -80,6 +80,8 @@ def _fusions(module: fx.GraphModule) -> list[Fusion]:
     """
     begun: dict[Hashable, list[fx.Node]] = {}
     ended: list[list[fx.Node]] = []
+    if transforms(module.graph):
+        return []
     writers = [node for node in module.graph.nodes if writes(node)]
     for node in module.graph.nodes:
         if writes(node):
@@ -140,12 +142,14 @@ def _kind(product: fx.Node, module: fx.GraphModule) -> Hashable:
         return None
     if example(values["table"]) is None or x.dtype not in DTYPES:
         return None
+    if any(isinstance(values[name], fx.Node) for name in ("bits", "form", "rotation")):  # known at each run only
+        return None
     if scales.shape[1] != 1 or not isinstance(made.shape[-1], int):  # a scale a row, of so many rows as no run changes
         return None
     if not all(isinstance(count, int) and count == 1 for count in made.shape[:-1]):  # one vector in every run
         return None
     return (values["x"], _identity(values["table"], module), values["bits"], values["form"], values["rotation"],
-            codes.device, scales.dtype)
+            codes.device, scales.dtype, made.requires_grad)
 
 
 def _identity(node: fx.Node, module: fx.GraphModule) -> Hashable:
@@ -153,8 +157,11 @@ def _identity(node: fx.Node, module: fx.GraphModule) -> Hashable:
     return id(operator.attrgetter(str(node.target))(module)) if node.op == "get_attr" else node
 
 
-def _replace(graph: fx.Graph, fusion: Fusion, instead: dict[fx.Node, fx.Node]) -> None:
-    """Write a call; `instead` says what calls written before stand in the place of."""
+def _replace(graph: fx.Graph, fusion: Fusion, instead: dict[fx.Node, fx.Node], *, whole: bool) -> None:
+    """Write a call; `instead` says what calls written before stand in the place of.
+
+    Of a body of an operator, which is not the `whole` graph, results must not share memory.
+    """
     products, norm, after = fusion.products, fusion.norm, fusion.after
     first = min(products)
     values, own = _arguments(first), [_own(product) for product in products]
@@ -166,13 +173,16 @@ def _replace(graph: fx.Graph, fusion: Fusion, instead: dict[fx.Node, fx.Node]) -
     with graph.inserting_before(first):
         joint = call(
             graph, FUSED.default,
-            (values["x"] if norm is None else instead.get(norm.x, norm.x), None if norm is None else norm.weight,
+            (values["x"] if norm is None else instead.get(norm.x, norm.x),
+             None if norm is None else instead.get(norm.weight, norm.weight),
              [codes for codes, _ in own], values["table"], [scales for _, scales in own], other, values["bits"],
              values["form"]),
             {"rotation": values["rotation"], "eps": 0.0 if norm is None else norm.eps,
              "gated": after is not None and after.other is None}, first)
-        parts = {after.node: joint} if after is not None else dict(zip(products, _slices(graph, joint, products),
-                                                                       strict=True))
+        if after is not None:
+            parts = {after.node: joint}
+        else:
+            parts = dict(zip(products, _slices(graph, joint, products, shared=whole), strict=True))
     for result, part in parts.items():
         result.replace_all_uses_with(part)
     instead.update(parts)
@@ -180,13 +190,16 @@ def _replace(graph: fx.Graph, fusion: Fusion, instead: dict[fx.Node, fx.Node]) -
         graph.erase_node(node)
 
 
-def _slices(graph: fx.Graph, joint: fx.Node, products: Sequence[fx.Node]) -> list[fx.Node]:
+def _slices(graph: fx.Graph, joint: fx.Node, products: Sequence[fx.Node], *, shared: bool) -> list[fx.Node]:
     """Return each product's place in a call; of one vector it is contiguous, as code that follows may expect."""
     if len(products) == 1:
         return [joint]
     parts, start = [], 0
     for product in products:
         rows = known(product).shape[-1]
-        parts.append(call(graph, torch.narrow, (joint, -1, start, rows), {}, product))
+        part = call(graph, torch.narrow, (joint, -1, start, rows), {}, product)
+        if not shared:  # without a format the copy would be left out again
+            part = call(graph, torch.clone, (part,), {"memory_format": torch.contiguous_format}, product)
+        parts.append(part)
         start += rows
     return parts

@@ -56,14 +56,17 @@ def norm_before(y: Any) -> Norm | None:
     """Return the norm whose result a node is, in the dtype of what went into it, or None."""
     if called(y) == "rms_norm":
         return _named_norm(y)
-    for one, other in _factors(uncast(y)):
-        for wide, size in _factors(uncast(one)):
-            found = _root_mean_square(size)
+    after = example(y)
+    if after is None:
+        return None
+    for one, other in _factors(uncast(y, after.dtype)):
+        for wide, size in _factors(uncast(one, after.dtype)):
+            found = _root_mean_square(size, after.dtype)
             if found is None:
                 continue
             x, eps = found
-            before, weight, after = example(x), example(other), example(y)
-            if before is None or weight is None or after is None or uncast(wide) is not x:
+            before, weight = example(x), example(other)
+            if before is None or weight is None or uncast(wide, after.dtype) is not x:
                 continue
             if weight.shape == before.shape[-1:] and after.shape == before.shape and after.dtype == before.dtype:
                 return Norm(x, other, eps)
@@ -71,13 +74,18 @@ def norm_before(y: Any) -> Norm | None:
 
 
 def _named_norm(y: fx.Node) -> Norm | None:
-    """Return what a call of `torch.nn.functional.rms_norm` is, if it is along the last dimension and has a weight."""
+    """Return what a call of `torch.nn.functional.rms_norm` is, if it is along the last dimension and has a weight.
+
+    What no `eps` stands for differs between torch's own kernels, except of float32.
+    """
     values: dict[str, Any] = dict(zip(("input", "shape", "weight", "eps"), y.args, strict=False)) | y.kwargs
     x, weight, eps = values["input"], values.get("weight"), values.get("eps")
     before, along = example(x), example(weight)
     if before is None or along is None or not isinstance(weight, fx.Node) or along.shape != before.shape[-1:]:
         return None
-    return Norm(x, weight, torch.finfo(before.dtype).eps if eps is None else eps) if _alike(y, before) else None
+    if eps is None and before.dtype == torch.float32:
+        eps = torch.finfo(torch.float32).eps
+    return Norm(x, weight, float(eps)) if isinstance(eps, (int, float)) and _alike(y, before) else None
 
 
 def sum_after(product: fx.Node) -> After | None:
@@ -121,19 +129,21 @@ def _only_user(node: fx.Node) -> Any:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def uncast(value: Any) -> Any:
-    """Return what conversions of dtype were made from; a widening one loses nothing, a narrowing one only rounds."""
+def uncast(value: Any, own: torch.dtype) -> Any:
+    """Return what conversions to float32, or to the dtype `own`, were made from: they only round, if at all."""
     while called(value) in CASTS:
         before, after = example(_first(value)), example(value)
         if before is None or after is None or before.shape != after.shape or before.device != after.device:
+            return value
+        if not before.dtype.is_floating_point or after.dtype not in (torch.float32, own):
             return value
         value = _first(value)
     return value
 
 
-def _root_mean_square(size: Any) -> tuple[fx.Node, float] | None:
+def _root_mean_square(size: Any, own: torch.dtype) -> tuple[fx.Node, float] | None:
     """Return x and eps of `rsqrt(mean(x²) + eps)` in float32 along the last dimension."""
-    total = uncast(_only(size, "rsqrt"))
+    total = uncast(_only(size, "rsqrt"), own)
     for mean, eps in _factors(total, "add"):
         if not isinstance(eps, float) or called(mean) != "mean" or not _last_kept(mean):
             continue
@@ -141,8 +151,9 @@ def _root_mean_square(size: Any) -> tuple[fx.Node, float] | None:
         if known is None or known.dtype != torch.float32:
             continue
         for one, other in _factors(square, "mul") if called(square) == "mul" else [_square_of(square)]:
-            if one is not None and uncast(one) is uncast(other) and isinstance(uncast(one), fx.Node):
-                return uncast(one), eps
+            x = uncast(one, own)
+            if isinstance(x, fx.Node) and uncast(other, own) is x:
+                return x, eps
     return None
 
 
@@ -154,6 +165,8 @@ def _square_of(node: Any) -> tuple[Any, Any]:
 
 def _last_kept(mean: fx.Node) -> bool:
     values = dict(zip(("input", "dim", "keepdim"), mean.args, strict=False)) | mean.kwargs
+    if not set(values) <= {"input", "dim", "keepdim", "dtype"}:  # as `mask` of torch.masked.mean
+        return False
     return values.get("dim") in (-1, [-1], (-1,)) and values.get("keepdim") is True and values.get("dtype") is None
 
 
@@ -177,4 +190,6 @@ def _alike(node: fx.Node, known: Tensor | None) -> bool:
     found = example(node)
     if found is None or known is None:
         return False
-    return (found.shape, found.dtype, found.device) == (known.shape, known.dtype, known.device)
+    return all(one == other for one, other in ((found.shape, known.shape), (found.dtype, known.dtype),
+                                               (found.device, known.device),
+                                               (found.requires_grad, known.requires_grad)))

@@ -143,7 +143,7 @@ VECTOR_CONFIGURATIONS = {
 }
 # the same where the kernel rotates the vector first; of (4096, 4096) and joined products as they stand in a model
 ROTATED_CONFIGURATIONS = {
-    (1, 2): {(4096, 4096): VectorTiling(4, 32, 1, 2), (6144, 4096): VectorTiling(4, 32, 1, 4),
+    (1, 2): {(4096, 4096): VectorTiling(4, 16, 1, 5, 2), (6144, 4096): VectorTiling(4, 32, 1, 4),
              (14336, 4096): VectorTiling(4, 32, 2, 4), (28672, 4096): VectorTiling(8, 32, 2, 2)},
     (1, 3): {(4096, 4096): VectorTiling(4, 16, 1, 1), (6144, 4096): VectorTiling(4, 16, 2, 1),
              (14336, 4096): VectorTiling(4, 16, 2, 1), (28672, 4096): VectorTiling(4, 16, 2, 1)},
