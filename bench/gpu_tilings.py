@@ -1,9 +1,9 @@
-"""Times configurations of `codebook_linear` on a GPU: what those in `shapes` were chosen from.
+"""Times configurations of `codebook_linear` on a GPU: what those in `shapes` and `vector_shapes` were chosen from.
 
 PYTHONPATH=src python bench/gpu_tilings.py OUT [--kernels vector wide rows]
 
-`vector` is one vector with a scale a row, `wide` 16 and 64 vectors, `rows` one vector with scales of groups. One line a
-configuration goes to OUT/gpu_tilings.jsonl, the best of each case to stdout. A product here includes the preparation of
+`vector` is one vector with a scale a row (where it stands in a layer: gpu_layer.py), `wide` 16 and 64 vectors, `rows`
+one vector with scales of groups. One line a configuration goes to OUT/gpu_tilings.jsonl, the best of each case to stdout. A product here includes the preparation of
 its vectors. Several processes first compile configurations and check them against decoded rows; those that fail or are
 wrong are printed and left out.
 """
@@ -43,14 +43,15 @@ KINDS = {"2": ("symmetric", (2,)), "3": ("symmetric", (3,)), "4": ("symmetric", 
          "1+1": ("symmetric", (1, 1))}
 GROUP = 128  # codes of a group with a scale and a zero point, for `rows`
 VECTOR = {
-    "2": ((4, 16, 1, 4, 1), (4, 16, 4, 3, 1), (4, 32, 3, 3, 1), (8, 16, 1, 6, 1), (8, 16, 2, 1, 1), (8, 16, 2, 2, 0),
-          (8, 16, 3, 2, 1), (8, 32, 1, 3, 0), (8, 32, 1, 3, 1), (8, 32, 2, 2, 1)),
-    "3": ((4, 16, 1, 1, 1), (4, 16, 1, 3, 3), (4, 16, 1, 5, 5), (4, 16, 2, 2, 1), (4, 16, 2, 2, 2), (4, 16, 3, 1, 1),
-          (8, 16, 1, 2, 1), (8, 16, 2, 1, 1), (8, 32, 1, 1, 1)),
-    "4": ((4, 16, 2, 8, 1), (4, 32, 3, 3, 1), (8, 16, 1, 3, 0), (8, 16, 1, 3, 1), (8, 16, 1, 4, 1), (8, 16, 2, 1, 1),
-          (8, 16, 2, 2, 0), (8, 16, 2, 2, 1), (8, 16, 2, 3, 1)),
-    "1+1": ((4, 16, 1, 2, 0), (4, 16, 1, 2, 1), (4, 16, 1, 5, 0), (4, 16, 2, 2, 1), (4, 32, 1, 2, 1), (4, 32, 1, 3, 1),
-            (8, 16, 1, 2, 0), (8, 16, 2, 1, 0), (8, 32, 1, 2, 0), (8, 32, 1, 2, 1)),
+    "2": ((4, 16, 1, 4, 1), (4, 16, 1, 5, 2), (4, 16, 1, 8, 1), (4, 16, 2, 4, 1), (4, 16, 4, 3, 1), (4, 32, 1, 4, 1),
+          (4, 32, 2, 4, 1), (4, 32, 3, 3, 1), (8, 16, 1, 3, 1), (8, 16, 1, 6, 2), (8, 16, 2, 2, 1), (8, 16, 3, 2, 1),
+          (8, 32, 1, 3, 1), (8, 32, 2, 2, 1)),
+    "3": ((4, 16, 1, 1, 1), (4, 16, 1, 3, 3), (4, 16, 1, 5, 5), (4, 16, 2, 1, 1), (4, 16, 2, 2, 2), (4, 16, 3, 1, 1),
+          (8, 16, 1, 2, 1), (8, 16, 1, 2, 2), (8, 16, 2, 1, 1), (8, 32, 1, 1, 1)),
+    "4": ((4, 16, 2, 8, 1), (4, 16, 3, 4, 2), (4, 32, 2, 3, 1), (8, 16, 1, 2, 1), (8, 16, 1, 3, 1), (8, 16, 1, 4, 1),
+          (8, 16, 2, 2, 1), (8, 16, 2, 3, 1), (8, 16, 2, 3, 2), (8, 16, 2, 4, 1), (8, 32, 1, 2, 1)),
+    "1+1": ((4, 16, 1, 2, 0), (4, 16, 1, 2, 1), (4, 16, 1, 4, 0), (4, 16, 2, 2, 1), (4, 32, 1, 2, 1), (4, 32, 1, 3, 1),
+            (8, 16, 1, 2, 0), (8, 16, 1, 4, 2), (8, 16, 2, 1, 0), (8, 32, 1, 2, 0), (8, 32, 1, 2, 1)),
 }
 WIDE = {
     16: ((1, 2, 8, 1, 3, 1), (1, 2, 4, 1, 4, 2), (1, 4, 4, 1, 4, 2), (1, 4, 2, 1, 4, 3), (1, 8, 2, 1, 4, 2),
