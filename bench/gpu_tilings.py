@@ -3,9 +3,9 @@
 PYTHONPATH=src python bench/gpu_tilings.py OUT [--kernels vector wide rows]
 
 `vector` is one vector with a scale a row (where it stands in a layer: gpu_layer.py), `wide` 16 and 64 vectors, `rows`
-one vector with scales of groups. One line a configuration goes to OUT/gpu_tilings.jsonl, the best of each case to stdout. A product here includes the preparation of
-its vectors. Several processes first compile configurations and check them against decoded rows; those that fail or are
-wrong are printed and left out.
+one vector with scales of groups. One line a configuration goes to OUT/gpu_tilings.jsonl, the best of each case to
+stdout. A product here includes the preparation of its vectors. Several processes first compile configurations and check
+them against decoded rows; those that fail or are wrong are printed and left out.
 """
 
 from __future__ import annotations
