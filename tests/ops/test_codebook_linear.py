@@ -91,11 +91,40 @@ def test_matches_float64(case: tuple[int, ...], form: str, with_zeros: bool, dty
     assert bool(((y.cpu().double() - want).abs() <= bound).all())
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("most", [30.0, 1000.0, 60000.0])
+@pytest.mark.parametrize(("bits", "form"), [(1, "any"), (2, "symmetric"), (3, "any"), (4, "any"), (4, "symmetric"),
+                                            (4, "affine"), (8, "affine")])
+def test_one_number_far_larger_than_the_others(bits: int, form: str, most: float, dtype: torch.dtype,
+                                               device: str) -> None:
+    """One vector is integers of a unit that the largest number sets: what that costs, at most."""
+    rows, width = 48, 1024
+    codes, table, scales, _ = problem(rows, width, bits, width, form)
+    x = gaussian((1, width), 1) / most
+    x[0, 5] = 1.0
+    x = x.to(dtype)
+    y = codebook_linear(x.to(device), packing.pack(codes, 2**bits).to(device), table.to(device), scales.to(device),
+                        None, bits, width, form)
+    levels = table.double()[codes]
+    sums = x.double().abs().sum()
+    # a number is rounded to half a unit; a level of 4 bits and any table to half a unit of its own; sums of integers
+    # are exact, the rest is a few float32 operations on the sums and, apart, on the lowest level times all numbers
+    number = 2**-22 if dtype == torch.float32 or (bits, form) in ((4, "any"), (8, "affine")) else 2**-15
+    bound = number * (levels - table.double().min()).sum(1)
+    bound += sums * float(table.max() - table.min()) * (2**-15 if (bits, form) == (4, "any") else 0)
+    bound += width * torch.finfo(torch.float32).eps * 3 * float(table.abs().max()) * sums
+    want = (x.double() @ levels.T)[0]
+    found = y[0].cpu().double() / scales[:, 0].double()
+    assert bool(((found - want).abs() <= bound + (want.abs() + bound) * torch.finfo(dtype).eps).all())
+
+
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("bits", "form"), [(1, "any"), (2, "symmetric"), (2, "affine"), (2, "any"), (3, "any"),
-                                            (3, "symmetric"), (3, "affine"), (4, "any"), (4, "affine"), (8, "affine")])
+                                            (3, "symmetric"), (3, "affine"), (4, "any"), (4, "symmetric"),
+                                            (4, "affine"), (8, "affine")])
 @pytest.mark.parametrize(("rows", "width", "batch"), [(33, 512, 1), (64, 1024, 1), (130, 4096, 1), (24, 8192, 1),
                                                       (16, 576, 1), (16, 1024, 3)])
 def test_rotates_first(rows: int, width: int, batch: int, bits: int, form: str, dtype: torch.dtype,
@@ -251,7 +280,7 @@ def register_levels(words: np.ndarray, table: np.ndarray, looked_up: bool) -> tu
 def test_one_vector_kernel_meets_every_code_with_its_number(bits: int, form: str) -> None:
     rows, width = 5, 768
     codes, levels, _, _ = problem(rows, width, bits, width, form)
-    x, table = gaussian((width,), 1).numpy(), levels.double().numpy()
+    x, table = gaussian((1, width), 1).numpy()[0], levels.double().numpy()
     words = packing.pack(codes, 2**bits).numpy().view("<u4").reshape(rows, -1).astype(np.int64)
     looked_up = bits == 4
     held, low, rounded = register_levels(words, table, looked_up)
