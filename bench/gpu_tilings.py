@@ -95,6 +95,12 @@ class Case:
         return self.rows * self.width * sum(KINDS[self.kind][1]) // 8
 
     @property
+    def streams(self) -> list[VectorStream]:
+        """What one vector meets."""
+        form, widths = KINDS[self.kind]
+        return [VectorStream(bits, self.width, known_form(bits, form), number_bytes(DTYPE)) for bits in widths]
+
+    @property
     def rotations(self) -> list[Rotation]:
         """Rotations of the vector, one for each stream."""
         return [Rotation(self.width, 6 + place) for place in range(len(KINDS[self.kind][1])) if self.rotated]
@@ -116,9 +122,8 @@ def tilings(case: Case) -> list[AnyTiling]:
         return [Tiling(*numbers) for numbers in ROWS]
     if case.kernel == "wide":
         return [WideTiling(*numbers) for numbers in WIDE[case.batch]]
-    form, widths = KINDS[case.kind]
-    streams = [VectorStream(bits, case.width, known_form(bits, form), number_bytes(DTYPE)) for bits in widths]
-    fitted = [vector_fitted(VectorTiling(*numbers), streams, rotated=case.rotated) for numbers in VECTOR[case.kind]]
+    asked = [VectorTiling(*numbers) for numbers in VECTOR[case.kind]]
+    fitted = [vector_fitted(tiling, case.streams, rotated=case.rotated) for tiling in asked]
     return [tiling for tiling in dict.fromkeys(fitted) if tiling is not None]
 
 
@@ -219,13 +224,15 @@ def microseconds(calls: Sequence[Callable[[], None]], replays: int = 15) -> floa
     return sorted(times)[replays // 2]
 
 
-def line_of(case: Case, tiling: AnyTiling, time: float) -> dict:
-    """Return a line of results."""
+def keep(folder: Path, case: Case, tiling: AnyTiling, time: float) -> None:
+    """Append a line of results."""
     described = {"kernel": case.kernel, "kind": case.kind, "shape": [case.rows, case.width], "batch": case.batch,
                  "rotated": case.rotated, "tiling": dataclasses.astuple(tiling)}
-    return {"suite": "gpu_tilings", "case": described, "bytes": case.nbytes, "seed": 0,
+    line = {"suite": "gpu_tilings", "case": described, "bytes": case.nbytes, "seed": 0,
             "machine": torch.cuda.get_device_name(),
             "versions": {"torch": torch.__version__, "triton": triton.__version__}, "numbers": {"us": time}}
+    with (folder / "gpu_tilings.jsonl").open("a") as handle:
+        handle.write(json.dumps(line) + "\n")
 
 
 def main() -> None:
@@ -244,8 +251,7 @@ def main() -> None:
                 continue
             time = microseconds([product(case, tiling, given, out) for given in sets])
             found.append((round(time, 2), dataclasses.astuple(tiling)))
-            with (chosen.out / "gpu_tilings.jsonl").open("a") as handle:
-                handle.write(json.dumps(line_of(case, tiling, time)) + "\n")
+            keep(chosen.out, case, tiling, time)
         turned = " rotated" if case.rotated else ""
         print(f"{case.kernel} {case.rows}x{case.width} {case.kind}{turned} batch {case.batch}:", sorted(found)[:4],
               flush=True)

@@ -190,6 +190,8 @@ def _alike(node: fx.Node, known: Tensor | None) -> bool:
     found = example(node)
     if found is None or known is None:
         return False
-    return all(one == other for one, other in ((found.shape, known.shape), (found.dtype, known.dtype),
-                                               (found.device, known.device),
-                                               (found.requires_grad, known.requires_grad)))
+    return _traits(found) == _traits(known)
+
+
+def _traits(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad

@@ -26,26 +26,20 @@ def in_planes(bits: int, form: str) -> bool:
 
 @gluon.constexpr_function
 def plane_words(bits: int) -> int:
-    """Return the words of one plane that 32 words of codes (96 of 3-bit codes) give."""
-    return {1: 32, 2: 16, 3: 32, 4: 8}[bits]
-
-
-@gluon.constexpr_function
-def bytes_together(bits: int) -> int:
-    """Return the bytes whose planes lie together in shared memory, so that a lane's four words do."""
-    return 2 if bits == 4 else 1
+    """Return the words of one plane that a warp's words of codes give in a step."""
+    return vector_shapes.PLANE_WORDS[bits]
 
 
 @gluon.constexpr_function
 def groups_of(bits: int, count: int) -> int:
     """Return how many groups of planes so many bytes are."""
-    return -(-count // bytes_together(bits))
+    return -(-count // vector_shapes.BYTES_TOGETHER[bits])
 
 
 @gluon.constexpr_function
 def near_words(bits: int) -> int:
     """Return the words of a plane, or of those that lie together, that a warp takes in a step."""
-    return plane_words(bits) * bytes_together(bits)
+    return vector_shapes.PLANE_WORDS[bits] * vector_shapes.BYTES_TOGETHER[bits]
 
 
 @gluon.constexpr_function

@@ -10,6 +10,10 @@ import torch
 from tersor.ops.codebook_linear.shapes import ACROSS, BITS, CODES, MULTIPROCESSOR_BYTES, REGISTERS, WIDEST, nearest
 
 PROGRAM_BYTES = 3072  # of shared memory that a program needs besides rings and digits
+# by bits, of codes that are met as bit planes: words of a plane that 32 words of codes give (96 of 3-bit codes), and
+# bytes of a number whose planes lie together in shared memory, so that a lane's four words do
+PLANE_WORDS = {1: 32, 2: 16, 3: 32, 4: 8}
+BYTES_TOGETHER = {1: 1, 2: 1, 3: 1, 4: 2}
 DIGIT_BYTES = 4  # of shared memory for a number of one vector, as digits
 HELD = 64  # numbers of one vector that a lane keeps in registers while the largest is found
 # bits and forms of codes that one vector's numbers meet as bit planes, and not as digits
@@ -87,6 +91,11 @@ class VectorStream:
     form: str
     number: int
 
+    @property
+    def in_planes(self) -> bool:
+        """Whether numbers are met as bit planes."""
+        return (self.bits, self.form) in IN_PLANES
+
     def steps(self, warps: int) -> int:
         """Return the steps of a row."""
         return -(-self.width // CODES[self.bits] // (ACROSS * warps))
@@ -94,15 +103,15 @@ class VectorStream:
     def together(self, warps: int, *, rotated: bool) -> int:
         """Return the steps whose numbers are brought together: all that were rotated, else 32 numbers a lane."""
         steps = self.steps(warps)
-        most = {2: 2, 4: 4}.get(self.bits, 1) if (self.bits, self.form) in IN_PLANES else 1
+        most = ACROSS // PLANE_WORDS[self.bits] if self.in_planes else 1
         return steps if rotated else min(most, 1 << (steps - 1).bit_length())
 
     def near_bytes(self, warps: int, *, rotated: bool) -> int:
         """Return the shared memory that the numbers need, as digits or bit planes."""
         whole = self.together(warps, rotated=rotated)
         each = DIGIT_BYTES
-        if (self.bits, self.form) in IN_PLANES:
-            each = -(-self.number // 2) * 2 if self.bits == 4 else self.number
+        if self.in_planes:
+            each = -(-self.number // BYTES_TOGETHER[self.bits]) * BYTES_TOGETHER[self.bits]
         return -(-self.steps(warps) // whole) * whole * ACROSS * warps * CODES[self.bits] * each
 
 
