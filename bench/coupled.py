@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import common
-from tersor.linalg import sylvester
+from tersor.numerics.linalg import sylvester
 
 CHAINS, LENGTH = 16, 8192
 LEVEL, HOT, COLD = 0.64, 0.10, 0.05

@@ -15,7 +15,7 @@ from torch import Tensor
 import gpu_payload
 from gpu_run import Case, Emit, PlainTorch, SetupError, SkipError, device, poisoned, relative, settle, time_calls
 from tersor.errors import TersorError
-from tersor.rotation import Rotation
+from tersor.numerics.rotation import Rotation
 
 BANDWIDTH = 3.0e12  # of the floor: bytes a second
 L2_BYTES = 50 * 10**6

@@ -24,10 +24,10 @@ from torch import Tensor
 
 import gpu_attention
 from gpu_tilings import DEVICE, DTYPE, PROCESSES, Case, keep, microseconds, problem
-from tersor.ops.codebook_linear import triton as kernels
-from tersor.ops.codebook_linear.vector_shapes import VectorTiling, vector_fitted
+from tersor.numerics.rotation import Rotation
+from tersor.ops.codebook_linear.launch import choose as kernels
+from tersor.ops.codebook_linear.shapes.one import VectorTiling, vector_fitted
 from tersor.ops.hadamard.triton import rotate
-from tersor.rotation import Rotation
 
 WIDTH, INNER = 4096, 14336
 SLOTS = {"o": ((4096,), WIDTH), "qkv": ((4096, 1024, 1024), WIDTH), "gate": ((INNER, INNER), WIDTH),

@@ -21,8 +21,8 @@ import common
 import gpu_payload
 from gpu_run import Case, Emit, PlainTorch, SetupError, device, relative, settle
 from tersor import store
-from tersor.hf import quantizer  # noqa: F401 - registers the quantizer
-from tersor.hf.walk import quiet
+from tersor.hf.models import quantizer  # noqa: F401 - registers the quantizer
+from tersor.hf.models.matrices import quiet
 from tersor.registry import parse
 
 FOLDER = common.ROOT / "dev" / "fable-22m"

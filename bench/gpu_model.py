@@ -25,10 +25,10 @@ from gpu_decoder import COMPILED, MODES, Decoder, compiler_options
 from gpu_payload import PEERS, Payloads
 from gpu_run import SEED, Case, Emit, PlainTorch, SkipError, device, relative, settle
 from tersor import store
-from tersor.codec import Codec, Encoded, Shape
 from tersor.compiling import backend
-from tersor.hf import quantizer  # noqa: F401 - registers the quantizer
-from tersor.hf.walk import empty_model, quiet, walk
+from tersor.contract.codec import Codec, Encoded, Shape
+from tersor.hf.models import quantizer  # noqa: F401 - registers the quantizer
+from tersor.hf.models.matrices import empty_model, quiet, walk
 from tersor.nn import CompressedEmbedding, CompressedLinear
 from tersor.registry import parse
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from gpu_run import SEED, SkipError, device
-from tersor.bits import TensorSpec
-from tersor.codec import Codec, Encoded, Shape
+from tersor.contract.codec import Codec, Encoded, Shape
+from tersor.payload.packing import TensorSpec
 from tersor.registry import parse
 
 GROUP = 128  # of int4

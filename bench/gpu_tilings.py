@@ -22,10 +22,11 @@ from pathlib import Path
 import torch
 import triton
 
-from tersor.codes import mirrored
-from tersor.ops.codebook_linear import triton as kernels
-from tersor.ops.codebook_linear.shapes import Tiling, WideTiling
-from tersor.ops.codebook_linear.vector_shapes import (
+from tersor.numerics.rotation import Rotation
+from tersor.ops.codebook_linear.launch import choose as kernels
+from tersor.ops.codebook_linear.launch.many import multiply_wide
+from tersor.ops.codebook_linear.shapes.limits import Tiling, WideTiling
+from tersor.ops.codebook_linear.shapes.one import (
     VectorStream,
     VectorTiling,
     known_form,
@@ -33,8 +34,7 @@ from tersor.ops.codebook_linear.vector_shapes import (
     vector_fitted,
     vector_rotates,
 )
-from tersor.ops.codebook_linear.wide import multiply_wide
-from tersor.rotation import Rotation
+from tersor.payload.codes import mirrored
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192))

@@ -26,10 +26,10 @@ from torch import Tensor
 import common
 import tersor
 from tersor import testing
-from tersor.bases import Basis, Kronecker, greedy
-from tersor.codecs.kashin import ResidualWarning
-from tersor.kmeans import assign, kmeans
-from tersor.peaks import lloyd
+from tersor.codecs.bases.kashin import ResidualWarning
+from tersor.codecs.bases.peaks import lloyd
+from tersor.codecs.bases.splitting import Basis, Kronecker, greedy
+from tersor.numerics.kmeans import assign, kmeans
 
 SEED = 0
 VECTORS, WIDTH = 128, 4096

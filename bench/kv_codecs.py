@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 import common
-from tersor.codec import Codec, Tables
 from tersor.codecs import Klt
+from tersor.contract.codec import Codec, Tables
 from tersor.errors import BudgetError
 from tersor.families import FAMILIES
+from tersor.families.qet import Preset
 from tersor.kv import Stream, matrices
 from tersor.kv_calibration import Sensitivity, before_rotation, sensitivity
-from tersor.presets import Preset
 from tersor.registry import parse
 
 LAYERS = (0, 5, 11, 17, 23, 29)

@@ -31,11 +31,11 @@ from transformers import AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig,
 
 import gpu_run
 from gpu_run import SEED, Case, Emit, SetupError, SkipError, device, relative, settle
-from tersor.codec import Tables
-from tersor.hf.attention import register_attention
-from tersor.hf.cache import CompressedCache
-from tersor.hf.kvlayer import CompressedCacheLayer
-from tersor.hf.kvstore import SIDES, LayerState
+from tersor.contract.codec import Tables
+from tersor.hf.kv.attention import register_attention
+from tersor.hf.kv.cache import CompressedCache
+from tersor.hf.kv.layer import CompressedCacheLayer
+from tersor.hf.kv.store import SIDES, LayerState
 from tersor.kv import Stream, matrices
 from tersor.registry import parse
 

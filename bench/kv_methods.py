@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, QuantizedCache
 
 import kv_models
-from tersor.codec import Codec
+from tersor.contract.codec import Codec
 from tersor.errors import BudgetError
-from tersor.hf.cache import CompressedCache
-from tersor.presets import Preset
+from tersor.families.qet import Preset
+from tersor.hf.kv.cache import CompressedCache
 
 GROUP = 64
 

@@ -22,9 +22,9 @@ import common
 import kv_methods
 import kv_models
 from kv_methods import Method
-from tersor.hf.attention import register_attention
-from tersor.hf.cache import CompressedCache
-from tersor.hf.kvlayer import CompressedCacheLayer
+from tersor.hf.kv.attention import register_attention
+from tersor.hf.kv.cache import CompressedCache
+from tersor.hf.kv.layer import CompressedCacheLayer
 
 MODEL = "smollm2-135m"
 STEPS = 9

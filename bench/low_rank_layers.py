@@ -25,14 +25,14 @@ import common
 import evaluate_dense
 import models
 import tersor
-from tersor import low_rank_presets
-from tersor.codec import Codec, Shape
+from tersor.contract.codec import Codec, Shape
+from tersor.families import lplr
 from tersor.quality import measure
 
 RATE = 4.0
 SEED = 0
 NAMES = ("fable-22m", "smollm2-135m")
-PUBLISHED = {f"{name} {bits}/{bits}": low_rank_presets.LOW_RANK_PRESETS[name].with_bits(bits, bits)
+PUBLISHED = {f"{name} {bits}/{bits}": lplr.LOW_RANK_PRESETS[name].with_bits(bits, bits)
              for bits in (8, 4) for name in ("lplr", "lsvd")}
 FAMILIES = ("nq", "rotated_scalar", "qet_plus", "lplr_plus")
 

@@ -21,14 +21,14 @@ import evaluate_dense
 import models
 import tersor
 from tersor import store
-from tersor.backbone_ladder import BackboneLadder
-from tersor.codec import Codec, Shape
 from tersor.codecs import Rotated, Symmetric
+from tersor.contract.codec import Codec, Shape
 from tersor.families import candidates
-from tersor.hf import pipeline
-from tersor.hf.request import Request, Sampling
-from tersor.hf.source import open_source
-from tersor.hf.text import default_calibration
+from tersor.families.backbone import BackboneLadder
+from tersor.hf.compress import encode
+from tersor.hf.compress.request import Request, Sampling
+from tersor.hf.models.source import open_source
+from tersor.hf.models.text import default_calibration
 
 SEED = 0
 RATES = (2.1, 2.2, 2.4)
@@ -82,16 +82,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = open_source(path, folder / "staged")
-        calibration = pipeline.calibrate(source, default_calibration(), folder / "calibration.safetensors",
+        calibration = encode.calibrate(source, default_calibration(), folder / "calibration.safetensors",
                                          Sampling(CALIBRATION, 0), device=arguments.device)
         for case in cases(arguments.model):
             if arguments.only not in case.key:
                 continue
             began, request = time.perf_counter(), Request(source.nbytes, "plan", SEED)
             picks = {one: chosen(case, matrix.shape) for one, matrix in source.layout.matrices.items()}
-            record = pipeline.provenance(source, calibration, request, tersor.__version__)
+            record = encode.provenance(source, calibration, request, tersor.__version__)
             output = folder / str(abs(hash(case)))
-            pipeline.encode(pipeline.Job(source, picks, calibration, request, record), folder / f"{output.name}.work",
+            encode.encode(encode.Job(source, picks, calibration, request, record), folder / f"{output.name}.work",
                             output, device=arguments.device)
             seconds, nbytes = time.perf_counter() - began, store.stored_nbytes(output)
             results = evaluate_dense.compare(original, {"": evaluate_dense.load_model(output)}, texts)[""]

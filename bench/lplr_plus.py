@@ -31,9 +31,9 @@ from torch import Tensor
 import common
 import lplr_data
 import tersor
-from tersor.codec import Codec, Encoded
 from tersor.codecs import Allocated, LowRank, Rotated, Scalar
-from tersor.low_rank_ladder import ladders, most_promising
+from tersor.contract.codec import Codec, Encoded
+from tersor.families.low_rank import ladders, most_promising
 from tersor.quality import measure
 from tersor.registry import parse
 

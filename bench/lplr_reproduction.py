@@ -29,11 +29,11 @@ import torch
 import common
 import lplr_data
 import lplr_published
-from tersor import sketching
-from tersor.codec import Search
 from tersor.codecs import LowRank, MinMax, Shifted
-from tersor.codecs.low_rank import rank_for
-from tersor.linalg import single_thread
+from tersor.codecs.low_rank import published as sketching
+from tersor.codecs.low_rank.low_rank import rank_for
+from tersor.contract.codec import Search
+from tersor.numerics.linalg import single_thread
 from tersor.registry import parse
 
 Array = np.ndarray

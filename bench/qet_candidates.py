@@ -19,9 +19,9 @@ import common
 import qet_data
 import tersor
 from tersor import testing
-from tersor.kmeans import assign, kmeans
-from tersor.linalg import single_thread
-from tersor.presets import PRESETS
+from tersor.families.qet import PRESETS
+from tersor.numerics.kmeans import assign, kmeans
+from tersor.numerics.linalg import single_thread
 from tersor.quality import measure
 
 RATE = 2.0

@@ -22,11 +22,11 @@ import common
 import qet_data
 import tables
 import tersor
-from tersor.codec import Codec, Shape
 from tersor.codecs import Scalar, Standardized
+from tersor.contract.codec import Codec, Shape
 from tersor.errors import BudgetError
 from tersor.families import SCALAR_LEVELS, Ladder
-from tersor.presets import Preset
+from tersor.families.qet import Preset
 
 SEED = 0
 DIMS = (1, 2, 4, 8)

@@ -33,7 +33,7 @@ import tersor
 from tersor import testing
 from tersor.codecs import Dense, Scalar, Swap
 from tersor.errors import BudgetError
-from tersor.presets import PRESETS, published_nbytes
+from tersor.families.qet import PRESETS, published_nbytes
 
 SEED = 0
 DIM = 4

@@ -31,10 +31,10 @@ import models
 import rom_cases
 import rom_data
 from rom_cases import EQUAL, RUNGS, SEED, Case
-from tersor.hf.evaluate import load_compressed
-from tersor.hf.run import compress_model, peak_memory
-from tersor.hf.source import load_dense, open_source
-from tersor.hf.text import read_tokenizer
+from tersor.hf.compress.run import compress_model, peak_memory
+from tersor.hf.models.evaluate import load_compressed
+from tersor.hf.models.source import load_dense, open_source
+from tersor.hf.models.text import read_tokenizer
 
 SUITE = "rom"
 CHILD_SECONDS, REFUSED = 3600, 3
@@ -51,7 +51,7 @@ def compress(case: Case, source: Path, output: Path) -> dict[str, Any]:
                                 output.parent), evaluation_tokens=0, seed=SEED)["summary"]
         return {"bytes": report["bytes"], "parameters": report["parameters"], "seconds": time.perf_counter() - began,
                 "peak_bytes": peak_memory()}
-    from tersor.hf.reduce import PRESETS, reduce_model
+    from tersor.hf.rom.run import PRESETS, reduce_model
 
     rung = rom_cases.rung_of(case)
     recipe = dataclasses.replace(PRESETS[rung.preset], **rung.changes)

@@ -19,7 +19,8 @@ from torch import Tensor
 
 import cases
 import common
-from tersor import bits, parse, testing
+from tersor import parse, testing
+from tersor.payload import packing
 
 SEED = 0
 THREADS = 2
@@ -83,11 +84,11 @@ def packing_speed(case: cases.SpeedCase, matrix: Tensor, repeats: int) -> dict[s
     generator = torch.Generator().manual_seed(SEED)
     kind = torch.uint8 if levels <= 256 else torch.int32
     codes = torch.randint(0, levels, matrix.shape, generator=generator, dtype=kind)
-    words = bits.pack(codes, levels)
+    words = packing.pack(codes, levels)
     if case.operation == "pack":
-        numbers = against_copy(lambda: bits.pack(codes, levels), matrix, repeats)
+        numbers = against_copy(lambda: packing.pack(codes, levels), matrix, repeats)
     else:
-        numbers = against_copy(lambda: bits.unpack(words, levels, 0, codes.numel()), matrix, repeats)
+        numbers = against_copy(lambda: packing.unpack(words, levels, 0, codes.numel()), matrix, repeats)
     return {**numbers, "million_codes_per_second": codes.numel() / numbers["seconds"] / 1e6, "bytes": words.numel()}
 
 

@@ -1,4 +1,4 @@
-"""Train the codebooks of `tersor.codecs.symmetric` for the unit normal: `train_symmetric.py [BITS ...]`.
+"""Train the codebooks of `tersor.codecs.vector.symmetric` for the unit normal: `train_symmetric.py [BITS ...]`.
 
 A codebook of B bits is a list of leaders, sorted vectors of 8 numbers, whose images under all permutations and sign
 changes number at most 2**B together. They start as the leaders of the lattice E8 in order of their norm (with, at few

@@ -28,10 +28,10 @@ import torch
 import common
 from tersor import testing
 from tersor.codecs import TwoBasis
-from tersor.codecs.two_basis import start_of
+from tersor.codecs.bases.two_basis import start_of
 from tersor.ops import annealing
 from tersor.ops.annealing.problem import Draws, Schedule
-from tersor.ops.annealing.tiles import tile_of
+from tersor.ops.annealing.shapes import tile_of
 from tersor.quality import measure
 from tersor.registry import parse
 

@@ -31,13 +31,13 @@ import evaluate_dense
 import models
 import tersor
 from tersor import store
-from tersor.calibration import Calibration
-from tersor.hf import pipeline
-from tersor.hf.pipeline import Job
-from tersor.hf.request import Request, Sampling
-from tersor.hf.source import Source, open_source
-from tersor.hf.survey import fixed_options
-from tersor.hf.text import default_calibration
+from tersor.hf.compress import encode as pipeline
+from tersor.hf.compress.encode import Job
+from tersor.hf.compress.request import Request, Sampling
+from tersor.hf.compress.survey import fixed_options
+from tersor.hf.models.source import Source, open_source
+from tersor.hf.models.text import default_calibration
+from tersor.planning.calibration import Calibration
 from tersor.quality import measure
 from tersor.registry import parse
 from tersor.testing import gaussian

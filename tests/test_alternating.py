@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tersor.alternating import DAMPING, Settings, alternate
-from tersor.codec import Encoded, Search
-from tersor.codecs.allocated import Allocated
-from tersor.codecs.low_rank import LowRank
+from tersor.codecs.low_rank.allocated import Allocated
+from tersor.codecs.low_rank.alternating import DAMPING, Settings, alternate
+from tersor.codecs.low_rank.factors import BLOCKS, feed, gram_of, solve, sweep
+from tersor.codecs.low_rank.low_rank import LowRank
+from tersor.contract.codec import Encoded, Search
 from tersor.errors import BudgetError, CodecConfigError, NonFiniteError
-from tersor.factors import BLOCKS, feed, gram_of, solve, sweep
-from tersor.low_rank_ladder import WIDTHS, LowRankLadder, ladders, most_promising
+from tersor.families.low_rank import WIDTHS, LowRankLadder, ladders, most_promising
 from tersor.quality import measure
 from tersor.registry import parse
 from tersor.testing import encode, gaussian, outliers, tolerance, with_spectrum
@@ -228,8 +228,8 @@ def test_a_matrix_in_a_file_is_read_by_blocks(tmp_path: Path, monkeypatch: pytes
     file = np.memmap(tmp_path / "matrix", dtype=np.float32, mode="w+", shape=shape)
     file[:] = (gaussian((6000, rank), 1) @ gaussian((600, rank), 2).T).numpy()
     matrix, codec = torch.from_numpy(file), parse_any("lr6(al60;al60)")
-    monkeypatch.setattr("tersor.codec.BLOCK_ELEMENTS", 64 * 600)
-    monkeypatch.setattr("tersor.orbits.CHUNK_SCORES", 1 << 14)
+    monkeypatch.setattr("tersor.contract.codec.BLOCK_ELEMENTS", 64 * 600)
+    monkeypatch.setattr("tersor.codecs.vector.orbits.CHUNK_SCORES", 1 << 14)
     how = Search(hessian=metric_of(600) if hessian else None, options={"oversample": oversample})
     alternate(codec, matrix, how)  # codebooks are built once
     with Largest(matrix) as largest:

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tersor.anneal import anneal, fit_levels, minimize, standard_levels
-from tersor.codec import Search
 from tersor.codecs import TwoBasis
-from tersor.codecs.two_basis import schedule_of, start_of
+from tersor.codecs.bases.anneal import anneal, fit_levels, minimize, standard_levels
+from tersor.codecs.bases.two_basis import schedule_of, start_of
+from tersor.contract.codec import Search
+from tersor.numerics.rotation import Rotation
 from tersor.ops.annealing.problem import Bases, Schedule
-from tersor.rotation import Rotation
 from tersor.testing import gaussian
 
 ALPHABETS = [TwoBasis(), TwoBasis(half=True), TwoBasis(3, 2), TwoBasis(4, 2), TwoBasis(3, 3)]
@@ -137,7 +137,7 @@ def test_blocks_of_vectors_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     codec, target = TwoBasis(), gaussian((32, 64), 7)
     bases = codec.bases(64)
     whole = errors(target, bases, *anneal(target, bases, schedule(codec, 50), 0))
-    monkeypatch.setattr("tersor.anneal.BLOCK_FLOATS", 5 * 64)
+    monkeypatch.setattr("tersor.codecs.bases.anneal.BLOCK_FLOATS", 5 * 64)
     parts = errors(target, bases, *anneal(target, bases, schedule(codec, 50), 0))
     difference = (whole - parts) / whole.mean()
     assert abs(float(difference.mean())) <= 4 * float(difference.std()) / 32**0.5

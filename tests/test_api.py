@@ -10,7 +10,7 @@ import torch
 
 import tersor
 from tersor.api import as_matrix
-from tersor.codec import Encoded
+from tersor.contract.codec import Encoded
 from tersor.errors import BudgetError, CodecConfigError, NonFiniteError, TersorError, UnknownCodecError
 from tersor.quality import measure
 from tersor.testing import gaussian, outliers

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tersor.bases import KINDS, MAX_DENSE, Basis, Kronecker, clipping, greedy, haar
+from tersor.codecs.bases.splitting import KINDS, MAX_DENSE, Basis, Kronecker, clipping, greedy, haar
 from tersor.errors import CodecConfigError
 from tersor.testing import gaussian, outliers, student_t3, tolerance
 

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tersor import bits
-from tersor.bits import TensorSpec, pack, packed_nbytes, radix_word, unpack, unpack_at
 from tersor.errors import CodecConfigError
+from tersor.payload import packing
+from tersor.payload.packing import TensorSpec, pack, packed_nbytes, radix_word, unpack, unpack_at
 
 WIDTHS = [2**width for width in range(1, 17)]
 RADICES = [3, 5, 6, 7, 9, 11, 22, 45, 90, 181, 253, 255, 257, 1000, 40503, 65535]
@@ -71,7 +71,7 @@ def test_any_shape_any_range_any_index(levels: int, shape: list[int], seed: int,
 def test_chunks_do_not_show(levels: int, monkeypatch: pytest.MonkeyPatch) -> None:
     codes = draw(500, levels, 1)
     whole = pack(torch.tensor(codes), levels)
-    monkeypatch.setattr(bits, "_CHUNK", 50)
+    monkeypatch.setattr(packing, "_CHUNK", 50)
     assert torch.equal(pack(torch.tensor(codes), levels), whole)
     assert unpack(whole, levels, 33, 477).tolist() == codes[33:477]
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tersor.calibration import Calibration, Moments
 from tersor.errors import CorruptStoreError, NonFiniteError
+from tersor.planning.calibration import Calibration, Moments
 from tersor.testing import gaussian
 
 

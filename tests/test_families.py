@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tersor
-from tersor.codec import Codec
 from tersor.codecs import MixedRows, Scalar, Uniform
+from tersor.contract.codec import Codec
 from tersor.errors import BudgetError, UnknownCodecError
 from tersor.families import AUTO, AUTO_FAMILIES, FAMILIES, Ladder, budgeted, candidates, families
-from tersor.presets import PRESETS
+from tersor.families.qet import PRESETS
 from tersor.quality import measure
 from tersor.testing import gaussian, outliers, student_t3
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tersor.codec import Search
 from tersor.codecs import Scalar, Uniform
+from tersor.contract.codec import Search
+from tersor.contract.feedback import encode_with_feedback
 from tersor.errors import CodecConfigError, NonFiniteError
-from tersor.feedback import encode_with_feedback
+from tersor.numerics.rotation import Rotation
 from tersor.quality import measure
 from tersor.registry import parse
-from tersor.rotation import Rotation
 from tersor.testing import gaussian, tolerance, with_spectrum
 
 DAMPING = 0.01
@@ -47,7 +47,7 @@ def quantize(text: str, matrix: Tensor, column: Tensor, j: int) -> tuple[Tensor,
 
 
 def _unpacked(codec: Uniform, packed: Tensor, shape: torch.Size) -> Tensor:
-    from tersor.bits import unpack
+    from tersor.payload.packing import unpack
     return unpack(packed, codec.levels, 0, shape.numel()).reshape(shape).double()
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tersor.codec import Codec, Encoded
 from tersor.codecs import BUILT_IN
+from tersor.contract.codec import Codec, Encoded
 from tersor.quality import measure
 from tersor.registry import from_config, parse
 from tersor.testing import gaussian, tolerance

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tersor.codec import Encoded
+from tersor.contract.codec import Encoded
 from tersor.quality import measure
 from tersor.registry import parse
 from tersor.testing import gaussian, student_t3

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 import tersor
-from tersor import images, pngfile, store
+from tersor import images, store
 from tersor.errors import BudgetError, CodecConfigError, CorruptStoreError, UnknownCodecError
 from tersor.images import Image, ImageError
+from tersor.images import png as pngfile
 
 LOSSLESS = "fp32"  # keeps every centred sample of up to 16 bits: what changes is the adapter's fault
 MODES = [(1, 1), (1, 2), (1, 4), (1, 8), (1, 16), (2, 8), (2, 16), (3, 8), (3, 16), (4, 8), (4, 16)]
@@ -282,7 +283,7 @@ def test_damaged_and_forged_stores_are_refused(tmp_path: Path) -> None:
         ({"channels": 9}, "no image"), ({"coded": [0, 0, 1]}, "no image"), ({"coded": [5]}, "no image"),
         ({"height": "32"}, "no image"), ({"more": 1}, "expected the fields"), ({"coded": 3}, "expected the fields"),
         ({"height": 2**40}, "no image")]
-    from tersor.manifest import body_digest
+    from tersor.store.manifest import body_digest
     for change, says in forgeries:
         body = {**manifest, "provenance": {"image": {**manifest["provenance"]["image"], **change}}}
         del body["sha256"]

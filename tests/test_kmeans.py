@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tersor import kmeans as module
 from tersor.errors import CodecConfigError
-from tersor.kmeans import assign, exponent_of, kmeans, times_power
+from tersor.numerics import kmeans as module
+from tersor.numerics.kmeans import assign, exponent_of, kmeans, times_power
 from tersor.testing import gaussian, student_t3, tolerance
 
 EPS = torch.finfo(torch.float32).eps

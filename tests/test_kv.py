@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tersor import kv
-from tersor.codec import Codec
 from tersor.codecs import Klt
+from tersor.contract.codec import Codec
 from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
 from tersor.kv import Stream, matrices
+from tersor.kv import stream as kv
 from tersor.kv_calibration import before_rotation, sensitivity
 from tersor.registry import parse
 from tersor.testing import gaussian, tolerance
@@ -188,7 +188,7 @@ def test_queries_are_rotated_not_the_tokens(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def kv_rotation() -> type:
-    from tersor.rotation import Rotation
+    from tersor.numerics.rotation import Rotation
 
     return Rotation
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tersor.codec import Codec, Encoded
 from tersor.codecs import BUILT_IN
+from tersor.contract.codec import Codec, Encoded
 from tersor.errors import CodecConfigError, NonFiniteError
 from tersor.quality import DB_PER_BIT, measure
 from tersor.registry import parse
@@ -59,14 +59,14 @@ MATRICES: dict[str, Tensor] = {
 }
 
 pytestmark = [pytest.mark.usefixtures("poison"),
-              pytest.mark.filterwarnings("ignore::tersor.codecs.kashin.ResidualWarning")]
+              pytest.mark.filterwarnings("ignore::tersor.codecs.bases.kashin.ResidualWarning")]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _few_sweeps() -> Iterator[None]:
     """The laws hold at any number of sweeps; how good many are is tested with the codec."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tersor.codecs.two_basis.SWEEPS", 5)
+        patch.setattr("tersor.codecs.bases.two_basis.SWEEPS", 5)
         yield
 
 
@@ -178,7 +178,7 @@ def test_blocks_do_not_show(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The size of the row blocks bounds memory and changes neither bytes nor, where elementwise, bits."""
     matrix = admitted(text, "ragged")
     whole = encode(parse(text), matrix)
-    monkeypatch.setattr("tersor.codec.BLOCK_ELEMENTS", 600)
+    monkeypatch.setattr("tersor.contract.codec.BLOCK_ELEMENTS", 600)
     blocks = encode(parse(text), matrix)
     if text in ELEMENTWISE:
         assert all(torch.equal(tensor, blocks.tensors[name]) for name, tensor in whole.tensors.items())

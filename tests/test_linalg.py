@@ -9,15 +9,7 @@ import pytest
 import torch
 
 from tersor.errors import CodecConfigError
-from tersor.linalg import (
-    dct,
-    idct,
-    inverse_cholesky,
-    paley,
-    seeded_orthogonal,
-    single_thread,
-    sylvester,
-)
+from tersor.numerics.linalg import dct, idct, inverse_cholesky, paley, seeded_orthogonal, single_thread, sylvester
 from tersor.testing import gaussian, tolerance
 
 # orders up to 120 by Paley: q + 1 for q = 3 mod 4, 2 (q + 1) for q = 1 mod 4, q a prime power

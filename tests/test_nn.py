@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tersor.codec import Encoded
+from tersor.contract.codec import Encoded
 from tersor.nn import CompressedEmbedding, CompressedLinear, Payload, TiedLinear, WeightView
 from tersor.registry import parse
 from tersor.testing import gaussian, tolerance

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tersor import orbits
-from tersor.orbits import DIM, Orbits
+from tersor.codecs.vector import orbits
+from tersor.codecs.vector.orbits import DIM, Orbits
 from tersor.testing import gaussian, tolerance
 
 # relative squared errors on the unit normal, as bench/train_symmetric.py printed them, and Shannon's bound

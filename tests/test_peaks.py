@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
-from tersor.bases import Basis, greedy
-from tersor.peaks import Fit, distortion, lloyd, pairs, sign_sums
+from tersor.codecs.bases.peaks import Fit, distortion, lloyd, pairs, sign_sums
+from tersor.codecs.bases.splitting import Basis, greedy
 from tersor.testing import gaussian
 
 

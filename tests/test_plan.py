@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from tersor import plan
 from tersor.errors import BudgetError, CodecConfigError, UnknownCodecError
-from tersor.plan import Choice
+from tersor.planning import plan
+from tersor.planning.plan import Choice
 from tersor.registry import parse
 
 CODEC = parse("lm3")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tersor.errors import BudgetError, CodecConfigError
-from tersor.rank_allocation import ALLOCATIONS, STORAGES, Linear, blocks_reduced, parameters, ranks_for, total_cost
+from tersor.rom.ranks import ALLOCATIONS, STORAGES, Linear, blocks_reduced, parameters, ranks_for, total_cost
 
 
 def linear(shape: tuple[int, int], block: int, seed: int, decay: float = 1.0, extra: int = 0) -> Linear:

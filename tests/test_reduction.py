@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from tersor.errors import CodecConfigError, NonFiniteError
-from tersor.reduction import Moments, Reduced, Sums, Target, reduce, regression
+from tersor.rom.linear import Moments, Reduced, Sums, Target, reduce, regression
 from tersor.testing import tolerance
 
 EXACT = 1e-10  # relative, in float64: eigenvalues of squared matrices lose half the digits of the smallest ones

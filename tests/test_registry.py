@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tersor import registry
-from tersor.codec import Codec
 from tersor.codecs import BUILT_IN, Dense, MixedRows, Rotated, Scalar, Sum, Uniform
+from tersor.contract.codec import Codec
 from tersor.errors import CodecConfigError, TersorError, UnknownCodecError
 from tersor.registry import codec_classes, from_config, parse
 

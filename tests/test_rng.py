@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tersor import rng
+from tersor.numerics import rng
 
 MASK = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tersor.rotation import Rotation, factor_orders, paley_exists
+from tersor.numerics.rotation import Rotation, factor_orders, paley_exists
 from tersor.testing import gaussian, tolerance, with_spectrum
 
 SYLVESTER = [2, 64, 256, 512, 4096]

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tersor import sketching
-from tersor.codec import Search
 from tersor.codecs import Dense, LowRank, MinMax, Shifted
-from tersor.codecs.low_rank import rank_for
+from tersor.codecs.low_rank import published
+from tersor.codecs.low_rank.low_rank import rank_for
+from tersor.codecs.low_rank.published import Operator, Sketching, generator_of
+from tersor.contract.codec import Search
 from tersor.errors import CodecConfigError
-from tersor.sketching import Operator, Sketching, generator_of
 from tersor.testing import gaussian, outliers, tolerance, with_spectrum
 
 OFFICIAL = json.loads((Path(__file__).parent / "data" / "lplr_official.json").read_text())
@@ -64,10 +64,10 @@ def test_the_released_code(line: dict[str, Any]) -> None:
     with torch.no_grad():
         for seed, (plain, shifted) in enumerate(zip(line["lplr"], line["lplr_ns"], strict=True)):
             sketch = injected(seed, 384, line["r"])
-            encoded = codec.join(*sketching.lplr(codec, matrix, Search(), sketch=sketch)).check()
+            encoded = codec.join(*published.lplr(codec, matrix, Search(), sketch=sketch)).check()
             assert error(matrix, encoded.decode()) == pytest.approx(plain, rel=0.005)
             assert error(matrix, Shifted(codec).around(encoded, matrix).decode()) == pytest.approx(shifted, rel=0.005)
-        direct = codec.join(*sketching.dsvd(codec, matrix, Search()))
+        direct = codec.join(*published.dsvd(codec, matrix, Search()))
     assert error(matrix, direct.decode()) == pytest.approx(line["dsvd"], rel=0.0005)
     assert error(matrix, MinMax(2 ** line["bpc"]).encode(matrix).decode()) == pytest.approx(line["nq"], rel=1e-5)
 
@@ -79,7 +79,7 @@ def test_the_released_code_lsvd(line: dict[str, Any]) -> None:
     matrix = official_matrix(line["name"])
     codec = LowRank(line["r"], MinMax(2 ** line["b1"]), MinMax(2 ** line["b2"]))
     with torch.no_grad():
-        found = [error(matrix, codec.join(*sketching.lsvd(codec, matrix, Search(), sketch=injected(
+        found = [error(matrix, codec.join(*published.lsvd(codec, matrix, Search(), sketch=injected(
             seed, line["r"], line["r"]))).decode()) for seed in range(10)]
     assert np.mean(found) == pytest.approx(np.mean(line["lsvd"]), rel=0.05)
 
@@ -138,19 +138,19 @@ def test_without_orthonormalizing_power_iterations_collapse() -> None:
 
 def test_an_injected_sketch_decides() -> None:
     matrix, codec = gaussian((30, 20)), LowRank(4, MinMax(256), MinMax(256))
-    sketch = Sketching().draw(20, 4, generator_of(7, sketching.SKETCH))
+    sketch = Sketching().draw(20, 4, generator_of(7, published.SKETCH))
     drawn = codec.encode(matrix, seed=7, options={"method": "lplr"})
-    given = codec.join(*sketching.lplr(codec, matrix, Search(seed=3), sketch=sketch))
+    given = codec.join(*published.lplr(codec, matrix, Search(seed=3), sketch=sketch))
     assert all(torch.equal(tensor, given.tensors[name]) for name, tensor in drawn.tensors.items())
 
 
 def test_sketches() -> None:
-    drawn = Sketching().draw(4000, 16, generator_of(0, sketching.SKETCH))
+    drawn = Sketching().draw(4000, 16, generator_of(0, published.SKETCH))
     assert drawn.dtype == torch.float64
     # a mean of n unit normal numbers is within 5 / √n, one of their squares within 5 √(2 / n)
     assert abs(float(drawn.mean()) * 4) <= 5 / 64000**0.5
     assert abs(float(drawn.square().mean()) * 16 - 1) <= 5 * (2 / 64000) ** 0.5
-    sparse = Sketching("sparse", 4).draw(500, 16, generator_of(0, sketching.SKETCH))
+    sparse = Sketching("sparse", 4).draw(500, 16, generator_of(0, published.SKETCH))
     assert bool(((sparse != 0).sum(1) == 4).all())
     assert set(sparse.abs().unique().tolist()) == {0.0, 0.5}
     assert abs(float(sparse.sign().sum())) <= 5 * 2000**0.5
@@ -160,9 +160,9 @@ def test_sketches() -> None:
 
 def test_users_of_a_seed_draw_different_numbers() -> None:
     how = Search(seed=-5)
-    seeds = [search.seed for search in sketching.inner_searches(how)]
+    seeds = [search.seed for search in published.inner_searches(how)]
     draws = [torch.rand(4, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    draws.append(torch.rand(4, generator=generator_of(-5, sketching.SKETCH)))
+    draws.append(torch.rand(4, generator=generator_of(-5, published.SKETCH)))
     assert not any(torch.equal(a, b) for i, a in enumerate(draws) for b in draws[:i])
 
 
@@ -175,7 +175,7 @@ def test_operator(dtype: torch.dtype, scale: float, monkeypatch: pytest.MonkeyPa
     operator = Operator.of(matrix)
     wide = matrix.double() * 2.0**-operator.exponent
     assert 0.5 <= float(wide.abs().max()) < 1
-    monkeypatch.setattr("tersor.codec.BLOCK_ELEMENTS", 60)
+    monkeypatch.setattr("tersor.contract.codec.BLOCK_ELEMENTS", 60)
     for found, expected in ((operator.times(gaussian((17, 3))), wide @ gaussian((17, 3)).double()),
                             (operator.transposed_times(gaussian((23, 3))), wide.T @ gaussian((23, 3)).double())):
         assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -190,10 +190,10 @@ def test_least_squares_of_deficient_factors() -> None:
     left[:, 2] = left[:, 0]
     left[:, 3] = 0
     operator = Operator.of(matrix)
-    found = sketching.resolve(operator, left) * 2.0**operator.exponent
+    found = published.resolve(operator, left) * 2.0**operator.exponent
     expected = (torch.linalg.pinv(left) @ matrix).T
     assert error(expected, found) <= 1e-10
-    assert not bool(sketching.resolve(operator, torch.zeros(20, 4)).any())
+    assert not bool(published.resolve(operator, torch.zeros(20, 4)).any())
 
 
 def test_a_file_larger_than_what_is_held(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_rows_are_read_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         return rows(self, block)
 
     monkeypatch.setattr(Operator, "rows", counted)
-    monkeypatch.setattr("tersor.codec.BLOCK_ELEMENTS", 1000)
+    monkeypatch.setattr("tersor.contract.codec.BLOCK_ELEMENTS", 1000)
     matrix = gaussian((100, 50))
     for iterations in (0, 2):
         sizes.clear()

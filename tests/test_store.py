@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 import tersor
-from tersor import manifest as manifests
 from tersor import store
-from tersor.codec import Encoded
+from tersor.contract.codec import Encoded
 from tersor.errors import CorruptStoreError, TersorError
 from tersor.registry import parse
-from tersor.store import Entry
+from tersor.store import Entry, reading
+from tersor.store import manifest as manifests
 from tersor.testing import encode, gaussian, student_t3
 
 TEXTS = ["bf16", "rtn4g64", "rtn3s", "lm3", "fit4g128", "rot,lm3", "sum(rot,lm2;rtn2g64)", "rot,rows3(lm3;lm2)"]
@@ -264,7 +264,7 @@ def test_odd_names(tmp_path: Path, name: str) -> None:
 
 def test_tensors_are_read_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "s", make(), PLAIN)
-    monkeypatch.setattr(store, "_load", None)
+    monkeypatch.setattr(reading, "_load", None)
     opened = store.read(tmp_path / "s")  # headers only
     assert len(opened.entries) == len(TEXTS) + len(PLAIN)
     with pytest.raises(TypeError):

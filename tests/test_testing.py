@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tersor.bits import TensorSpec
-from tersor.codec import Codec, Encoded, Rows, Search, Shape, matmul_by_blocks
-from tersor.codecs import scalar
+from tersor.codecs.scalar import lloyd_max
+from tersor.contract.codec import Codec, Encoded, Rows, Search, Shape, matmul_by_blocks
+from tersor.payload.packing import TensorSpec
 from tersor.testing import check_codec, gaussian, outliers, student_t3, tolerance, with_spectrum
 
 
@@ -99,9 +99,9 @@ def test_each_law_finds_its_fault(fault: str, message: str) -> None:
 
 def test_a_fresh_process_finds_what_the_file_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A codebook that lives in this process's memory passes every law but this one."""
-    monkeypatch.setattr(scalar, "gaussian_table", lambda levels: torch.linspace(-2.0, 2.0, levels))
-    monkeypatch.setattr(scalar, "_table_on", lambda levels, device: torch.linspace(-2.0, 2.0, levels, device=device))
-    codec, matrix = scalar.Scalar(8), gaussian((6, 16))
+    monkeypatch.setattr(lloyd_max, "gaussian_table", lambda levels: torch.linspace(-2.0, 2.0, levels))
+    monkeypatch.setattr(lloyd_max, "_table_on", lambda levels, device: torch.linspace(-2.0, 2.0, levels, device=device))
+    codec, matrix = lloyd_max.Scalar(8), gaussian((6, 16))
     check_codec(codec, matrix=matrix, fresh_process=False)
     with pytest.raises(AssertionError, match="otherwise in a fresh process"):
         check_codec(codec, matrix=matrix)

@@ -1,7 +1,7 @@
 """Tersor makes matrices terse: stored and computed with in the fewest bytes for the least error."""
 
 from tersor.api import compress, load, save
-from tersor.codec import Codec, Encoded
+from tersor.contract.codec import Codec, Encoded
 from tersor.errors import (
     BudgetError,
     CodecConfigError,

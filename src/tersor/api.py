@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from tersor import store
-from tersor.codec import Codec, Encoded, check_matrix
+from tersor.contract.codec import Codec, Encoded, check_matrix
 from tersor.errors import BudgetError, CodecConfigError, CorruptStoreError
 from tersor.families import candidates, families, options
-from tersor.low_rank_ladder import most_promising
+from tersor.families.low_rank import most_promising
 from tersor.quality import measure
 from tersor.registry import parse
 

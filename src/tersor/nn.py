@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from tersor.codec import Codec, Encoded, Shape
+from tersor.contract.codec import Codec, Encoded, Shape
 
 SharedTables: TypeAlias = Mapping[str, tuple[nn.Module, str]]
 

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from tersor.codec import Codec
 from tersor.codecs import BUILT_IN
+from tersor.contract.codec import Codec
 from tersor.errors import CodecConfigError, UnknownCodecError
 
 ENTRY_POINTS = "tersor.codecs"

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from tersor import api
-from tersor.codec import Codec, Encoded, Shape, check_tensor
+from tersor.contract.codec import Codec, Encoded, Shape, check_tensor
 from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
-from tersor.linalg import single_thread
+from tersor.numerics.linalg import single_thread
 from tersor.registry import from_config, parse
-from tersor.store import digest
+from tersor.store.manifest import digest
 
 SLACK = 4.0  # what a tolerance allows over the root-mean-square estimate of a rounding error
 
@@ -264,7 +264,7 @@ _FRESH = """
 import json, sys
 sys.path[:], folder, threads = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 import torch, tersor
-from tersor.store import digest
+from tersor.store.manifest import digest
 torch.set_num_threads(threads)
 print(json.dumps({n: digest({"": e.decode()}) for n, e in tersor.load(folder).items()}))
 """

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import tersor
-from tersor import manifest as manifests
 from tersor import store
-from tersor.codec import Encoded
+from tersor.contract.codec import Encoded
 from tersor.registry import parse
+from tersor.store import manifest as manifests
 from tersor.testing import encode, gaussian, student_t3
 
 TEXTS = ["bf16", "rtn4g64", "rtn3s", "lmL45", "fit4g128", "rot,lm3", "sum(rot,lm2;rtn2g64)", "rot,rows3(lm3;lm2)",

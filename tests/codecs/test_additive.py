@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
-from tersor.codec import Encoded
 from tersor.codecs import Sum
+from tersor.contract.codec import Encoded
 from tersor.errors import CodecConfigError
 from tersor.quality import measure
 from tersor.registry import parse

@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from tersor import orbits
-from tersor.allocation import GRADES, MOST, allocate, allocate_both, errors_of, grades, grades_of
-from tersor.codecs.allocated import Allocated
+from tersor.codecs.low_rank.allocated import Allocated
+from tersor.codecs.low_rank.widths import GRADES, MOST, allocate, allocate_both, errors_of, grades, grades_of
+from tersor.codecs.vector import orbits
 from tersor.errors import CodecConfigError, CorruptStoreError
 from tersor.quality import measure
 from tersor.registry import parse

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tersor.codecs import Dense
-from tersor.codecs.dense import DTYPES
+from tersor.codecs.scalar.dense import DTYPES
 from tersor.errors import NonFiniteError
 from tersor.testing import gaussian
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tersor.codec import Encoded
 from tersor.codecs import Dense, Interpolative, LowRank
-from tersor.codecs.interpolative import truncate
+from tersor.codecs.low_rank.interpolative import truncate
+from tersor.codecs.low_rank.pivots import LARGEST, interpolate
+from tersor.contract.codec import Encoded
 from tersor.errors import CodecConfigError
-from tersor.interpolation import LARGEST, interpolate
 from tersor.registry import parse
 from tersor.testing import encode, gaussian, tolerance, with_spectrum
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tersor import bits
-from tersor.bases import Basis, greedy
-from tersor.codec import Encoded, Search
 from tersor.codecs import Kashin, Rotated, Scalar
-from tersor.codecs.kashin import ResidualWarning
+from tersor.codecs.bases.kashin import ResidualWarning
+from tersor.codecs.bases.peaks import pairs
+from tersor.codecs.bases.splitting import Basis, greedy
+from tersor.contract.codec import Encoded, Search
 from tersor.errors import CodecConfigError, NonFiniteError
-from tersor.peaks import pairs
+from tersor.payload import packing
 from tersor.quality import measure
 from tersor.registry import parse
 from tersor.testing import gaussian, outliers, student_t3, tolerance
@@ -31,7 +31,7 @@ def by_hand(encoded: Encoded) -> tuple[Tensor, Tensor]:
     """Unpack and decode with dense float64 matrices: U + P_out' V P_in, and the codes."""
     codec, (out, width) = encoded.codec, encoded.shape
     assert isinstance(codec, Kashin)
-    chosen = bits.unpack(encoded.tensors["codes"], codec.levels, 0, out * width).long().reshape(out, width)
+    chosen = packing.unpack(encoded.tensors["codes"], codec.levels, 0, out * width).long().reshape(out, width)
     table = pairs(encoded.tensors["codebook"], separate=codec.separate).double()
     line = torch.arange(out).unsqueeze(1) if codec.axis == "in" else torch.arange(width)
     found = table[line % len(table) if len(table) > 1 else 0 * line, chosen]
@@ -42,7 +42,7 @@ def by_hand(encoded: Encoded) -> tuple[Tensor, Tensor]:
     return scale * (found[..., 0] + turned), chosen
 
 
-@pytest.mark.filterwarnings("ignore::tersor.codecs.kashin.ResidualWarning")  # the matrix form, on heavy tails
+@pytest.mark.filterwarnings("ignore::tersor.codecs.bases.kashin.ResidualWarning")  # the matrix form, on heavy tails
 @pytest.mark.parametrize("text", FORMS)
 @pytest.mark.parametrize("make", [gaussian, student_t3])
 def test_decode_is_the_definition(text: str, make: object) -> None:

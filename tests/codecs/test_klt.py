@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tersor.codec import Encoded
-from tersor.codecs import Klt, klt
+from tersor.codecs import Klt
+from tersor.codecs.vector import klt
+from tersor.codecs.vector.components import COMPONENTS, ERRORS, METRIC_FLOOR, _companded, water_fill
+from tersor.contract.codec import Encoded
 from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
-from tersor.kmeans import kmeans
+from tersor.numerics.kmeans import kmeans
 from tersor.quality import DB_PER_BIT, measure
 from tersor.registry import parse
 from tersor.testing import encode, gaussian, tolerance, with_spectrum
-from tersor.water_filling import COMPONENTS, ERRORS, METRIC_FLOOR, _companded, water_fill
 
 HALF = torch.finfo(torch.float16).eps
 

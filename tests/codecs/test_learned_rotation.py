@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tersor.codecs import Dense, LearnedRotation, Product, Scalar
-from tersor.codecs.learned_rotation import MAX_WIDTH
+from tersor.codecs.transforms.learned_rotation import MAX_WIDTH
 from tersor.errors import CodecConfigError
 from tersor.quality import measure
 from tersor.registry import parse

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tersor
-from tersor.codec import Encoded
 from tersor.codecs import Dense, LowRank, MinMax, Scalar, Uniform
-from tersor.codecs.low_rank import METHODS, rank_for
+from tersor.codecs.low_rank.low_rank import METHODS, rank_for
+from tersor.contract.codec import Encoded
 from tersor.errors import BudgetError, CodecConfigError, NonFiniteError
 from tersor.families import candidates, families, options
-from tersor.low_rank_presets import LOW_RANK_PRESETS, LowRankPreset, NaivePreset
+from tersor.families.lplr import LOW_RANK_PRESETS, LowRankPreset, NaivePreset
 from tersor.quality import measure
 from tersor.registry import parse
 from tersor.testing import encode, gaussian, outliers, tolerance, with_spectrum

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 import tersor
-from tersor.bits import unpack
-from tersor.codec import Search
 from tersor.codecs import MinMax
+from tersor.contract.codec import Search
+from tersor.contract.feedback import encode_with_feedback
 from tersor.errors import CodecConfigError, NonFiniteError
-from tersor.feedback import encode_with_feedback
+from tersor.payload.packing import unpack
 from tersor.quality import measure
 from tersor.registry import parse
 from tersor.testing import gaussian, student_t3

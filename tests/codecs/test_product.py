@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tersor.bits import packed_nbytes, unpack
-from tersor.codec import Encoded
-from tersor.codecs import Product, product
+from tersor.codecs import Product
+from tersor.codecs.vector import product
+from tersor.contract.codec import Encoded
 from tersor.errors import CodecConfigError, NonFiniteError
 from tersor.ops.product_linear import reference
+from tersor.payload.packing import packed_nbytes, unpack
 from tersor.quality import measure
 from tersor.registry import parse
 from tersor.testing import encode, gaussian, outliers, student_t3, tolerance
@@ -194,7 +195,7 @@ def test_column_blocks_decode_as_stored() -> None:
 
 
 def _search() -> object:
-    from tersor.codec import Search
+    from tersor.contract.codec import Search
     return Search()
 
 
@@ -250,7 +251,7 @@ def test_matmul_looks_products_up_or_decodes_blocks(text: str, batch: int, monke
     encoded = parse(text).encode(matrix)
     expected = x.double() @ encoded.decode().double().T
     monkeypatch.setattr(Product, "decode", None)
-    monkeypatch.setattr("tersor.codec.BLOCK_ELEMENTS", 640)
+    monkeypatch.setattr("tersor.contract.codec.BLOCK_ELEMENTS", 640)
     bound = tolerance(torch.float32, 64) * float(x.norm()) * float(matrix.norm())
     assert float((encoded.matmul(x) - expected).norm()) <= bound
     with monkeypatch.context() as patch:

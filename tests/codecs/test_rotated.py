@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tersor.codec import Codec
 from tersor.codecs import Dense, MixedRows, Rotated, Scalar, Uniform
+from tersor.contract.codec import Codec
+from tersor.numerics.rotation import Rotation
 from tersor.quality import measure
 from tersor.registry import parse
-from tersor.rotation import Rotation
 from tersor.testing import gaussian, outliers, student_t3, tolerance, with_spectrum
 
 SIDES = ["in", "out", "both"]

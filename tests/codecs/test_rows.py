@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tersor.bits import unpack
-from tersor.codec import Encoded
 from tersor.codecs import MixedRows, Scalar
+from tersor.contract.codec import Encoded
 from tersor.errors import CodecConfigError
+from tersor.payload.packing import unpack
 from tersor.quality import measure
 from tersor.registry import parse
 from tersor.testing import gaussian, student_t3

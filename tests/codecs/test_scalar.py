@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tersor.bits import unpack
-from tersor.codecs import Scalar, scalar
-from tersor.codecs.scalar import fit_scales, gaussian_levels, gaussian_table, lloyd, midpoints, nearest
+from tersor.codecs import Scalar
+from tersor.codecs.scalar import lloyd_max
+from tersor.codecs.scalar.lloyd_max import fit_scales, gaussian_levels, gaussian_table, lloyd, midpoints, nearest
 from tersor.errors import CodecConfigError
+from tersor.payload.packing import unpack
 from tersor.quality import measure
 from tersor.testing import gaussian, student_t3, tolerance
 
@@ -125,7 +126,7 @@ def slow_lloyd(values: Tensor, levels: int, rounds: int) -> tuple[list[float], l
 def test_lloyd_equals_slow_reference(levels: int, monkeypatch: pytest.MonkeyPatch) -> None:
     values = student_t3((1, 400), 2)[0]
     for rounds in (1, 2, 5, 20):
-        monkeypatch.setattr(scalar, "LLOYD_ROUNDS", rounds)
+        monkeypatch.setattr(lloyd_max, "LLOYD_ROUNDS", rounds)
         expected, objective = slow_lloyd(values, levels, rounds)
         assert lloyd(values, levels).tolist() == pytest.approx(expected, rel=2**-10)  # kept as fp16
         assert all(later <= earlier for earlier, later in itertools.pairwise(objective))
@@ -137,7 +138,7 @@ def test_lloyd_objective_never_rises(levels: int, make: object, monkeypatch: pyt
     values = make((1, 20_000), 2)[0]  # type: ignore[operator]
     before = math.inf
     for rounds in range(0, 30, 3):
-        monkeypatch.setattr(scalar, "LLOYD_ROUNDS", rounds)
+        monkeypatch.setattr(lloyd_max, "LLOYD_ROUNDS", rounds)
         table = lloyd(values, levels).float()
         error = values - table[nearest(values, midpoints(table)).long()]
         root = float(error.double().square().mean().sqrt())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tersor.codecs import Dense, LowRank, MinMax, Scalar, Shifted
-from tersor.codecs.shifted import fit
+from tersor.codecs.transforms.shifted import fit
 from tersor.errors import CodecConfigError
 from tersor.quality import measure
 from tersor.registry import parse

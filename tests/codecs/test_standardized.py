@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tersor.codec import Search
 from tersor.codecs import Dense, Product, Scalar, Standardized
+from tersor.contract.codec import Search
+from tersor.contract.feedback import encode_with_feedback
 from tersor.errors import CodecConfigError
-from tersor.feedback import encode_with_feedback
 from tersor.quality import measure
 from tersor.registry import parse
 from tersor.testing import encode, gaussian, outliers, student_t3, tolerance

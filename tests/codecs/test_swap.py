@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tersor.bits import unpack
 from tersor.codecs import Dense, Product, Scalar, Swap
-from tersor.codecs.swap import swap, unswap
+from tersor.codecs.transforms.swap import swap, unswap
 from tersor.errors import CodecConfigError
+from tersor.payload.packing import unpack
 from tersor.registry import parse
 from tersor.testing import encode, gaussian, outliers, student_t3, tolerance
 
@@ -190,6 +190,6 @@ def test_matmul_decodes_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
     encoded = Swap(Scalar(8), 2).encode(matrix)
     expected = x.double() @ encoded.decode().double().T
     monkeypatch.setattr(Swap, "decode", None)
-    monkeypatch.setattr("tersor.codec.BLOCK_ELEMENTS", 640)
+    monkeypatch.setattr("tersor.contract.codec.BLOCK_ELEMENTS", 640)
     bound = tolerance(torch.float32, 64) * float(x.norm()) * float(matrix.norm())
     assert float((encoded.matmul(x) - expected).norm()) <= bound

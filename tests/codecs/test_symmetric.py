@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tersor import orbits
 from tersor.codecs import Rotated, Symmetric
-from tersor.codecs.scalar import gaussian_table
+from tersor.codecs.scalar.lloyd_max import gaussian_table
+from tersor.codecs.vector import orbits
 from tersor.errors import CodecConfigError
-from tersor.groups import reciprocal
+from tersor.payload.groups import reciprocal
 from tersor.quality import measure
 from tersor.registry import parse
 from tersor.testing import gaussian, student_t3, tolerance

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tersor import bits
-from tersor.codec import Encoded, Search
 from tersor.codecs import TwoBasis
+from tersor.contract.codec import Encoded, Search
 from tersor.errors import CodecConfigError, NonFiniteError
+from tersor.numerics.rotation import Rotation
+from tersor.payload import packing
 from tersor.quality import measure
 from tersor.registry import parse
-from tersor.rotation import Rotation
 from tersor.testing import gaussian, outliers, student_t3, tolerance
 
 # relative error on Gaussian vectors of 1,024 after 100 sweeps, and bits an element
@@ -40,8 +40,8 @@ def slow_decode(encoded: Encoded) -> Tensor:
         alphabets.append(torch.tensor([-x for x in positive[::-1]] + [0.0] * (count % 2) + positive,
                                       dtype=torch.float64))
     places = torch.nonzero(codec.bases(width).kept).flatten()
-    s = bits.unpack(tensors["first"], codec.first, 0, vectors * width).reshape(vectors, width).long()
-    t = bits.unpack(tensors["second"], codec.second, 0, vectors * len(places)).reshape(vectors, -1).long()
+    s = packing.unpack(tensors["first"], codec.first, 0, vectors * width).reshape(vectors, width).long()
+    t = packing.unpack(tensors["second"], codec.second, 0, vectors * len(places)).reshape(vectors, -1).long()
     rows = []
     for i in range(vectors):
         second = torch.zeros(width, dtype=torch.float64)

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tersor.bits import unpack
-from tersor.codec import Encoded
 from tersor.codecs import Uniform
+from tersor.contract.codec import Encoded
+from tersor.payload.packing import unpack
 from tersor.quality import measure
 from tersor.testing import gaussian, outliers, student_t3
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tersor.hf import run
-from tersor.hf.source import open_source
-from tersor.hf.verify import verify
+from tersor.hf.compress import run
+from tersor.hf.compress.verify import verify
+from tersor.hf.models.source import open_source
 from tests.hf.models import save_tiny
 
 ROOT = Path(__file__).parent.parent.parent

@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tersor.errors import CodecConfigError
-from tersor.hf import attention
-from tersor.hf.attention import LazyStates, Scores, States, attend, register_attention, tersor_attention
-from tersor.hf.cache import CompressedCache
+from tersor.hf.kv import attention
+from tersor.hf.kv.attention import LazyStates, Scores, States, attend, register_attention, tersor_attention
+from tersor.hf.kv.cache import CompressedCache
 from tersor.kv import Stream
 from tersor.registry import parse
 from tersor.testing import tolerance
@@ -160,9 +160,9 @@ def test_what_it_does_not_know_is_refused() -> None:
 
 
 def test_importing_registers_nothing() -> None:
-    code = ("import tersor.hf.cache, transformers.modeling_utils as m, transformers.masking_utils as k\n"
+    code = ("import tersor.hf.kv.cache, transformers.modeling_utils as m, transformers.masking_utils as k\n"
             "assert 'tersor' not in m.ALL_ATTENTION_FUNCTIONS and 'tersor' not in k.ALL_MASK_ATTENTION_FUNCTIONS\n"
-            "from tersor.hf.attention import register_attention as r\nassert r() == r() == 'tersor'\n"
+            "from tersor.hf.kv.attention import register_attention as r\nassert r() == r() == 'tersor'\n"
             "assert 'tersor' in m.ALL_ATTENTION_FUNCTIONS and 'tersor' in k.ALL_MASK_ATTENTION_FUNCTIONS\n")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -184,7 +184,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", ["tersor", "sdpa"])
 def test_no_tensor_is_as_large_as_the_dense_cache_of_a_layer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tersor.kv.CHUNK_ELEMENTS", 2 * 16 * 64)
+    monkeypatch.setattr("tersor.kv.stream.CHUNK_ELEMENTS", 2 * 16 * 64)
     register_attention()
     model = build("llama", max_position_embeddings=4096)
     model.set_attn_implementation(name)

@@ -21,9 +21,9 @@ from tersor.errors import (
     TersorError,
     UnknownCodecError,
 )
-from tersor.hf.attention import register_attention
-from tersor.hf.cache import CompressedCache
-from tersor.hf.kvlayer import CompressedCacheLayer, Side, Window
+from tersor.hf.kv.attention import register_attention
+from tersor.hf.kv.cache import CompressedCache
+from tersor.hf.kv.layer import CompressedCacheLayer, Side, Window
 from tersor.kv import Stream
 from tersor.registry import parse
 from tersor.testing import tolerance

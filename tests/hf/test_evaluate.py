@@ -7,12 +7,19 @@ import pytest
 import torch
 
 from tersor.errors import ModelError
-from tersor.hf import sensitivity
-from tersor.hf.calibrate import collect
-from tersor.hf.evaluate import compare, spans
-from tersor.hf.source import open_source
-from tersor.hf.text import check_context, default_calibration, default_heldout, read_text, read_tokenizer, token_ids
-from tersor.hf.walk import read_config
+from tersor.hf.compress import sensitivity
+from tersor.hf.compress.calibrate import collect
+from tersor.hf.models.evaluate import compare, spans
+from tersor.hf.models.matrices import read_config
+from tersor.hf.models.source import open_source
+from tersor.hf.models.text import (
+    check_context,
+    default_calibration,
+    default_heldout,
+    read_text,
+    read_tokenizer,
+    token_ids,
+)
 from tests.hf.conftest import FABLE
 from tests.hf.test_models import load_original
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from tersor.errors import BudgetError, CodecConfigError, CorruptStoreError, ModelError, UnknownCodecError
-from tersor.hf import kvplan
-from tersor.hf.cache import CompressedCache
-from tersor.hf.kvobserve import observe
-from tersor.hf.kvplan import KVPlan, Lab, PlanSettings, plan_cache, read_plan
-from tersor.hf.source import Source, load_dense, open_source
-from tersor.hf.text import default_calibration
+from tersor.hf.kv import plan
+from tersor.hf.kv.cache import CompressedCache
+from tersor.hf.kv.observe import observe
+from tersor.hf.kv.plan import KVPlan, Lab, PlanSettings, plan_cache, read_plan
+from tersor.hf.models.source import Source, load_dense, open_source
+from tersor.hf.models.text import default_calibration
 from tersor.registry import parse
 from tersor.testing import tolerance
 from tests.hf.conftest import FABLE
@@ -110,8 +110,8 @@ def test_the_measured_kl_is_that_of_the_cache(source: Source, planned: Path) -> 
 
 
 def _windows(source: Source) -> Tensor:
-    ids = kvplan.token_ids(kvplan.read_tokenizer(source.folder), default_calibration().read_text(), 96, 4 * 96, "text")
-    return kvplan.windows(ids, 96)
+    ids = plan.token_ids(plan.read_tokenizer(source.folder), default_calibration().read_text(), 96, 4 * 96, "text")
+    return plan.windows(ids, 96)
 
 
 def _encoded(lab: Lab, chosen: Mapping[Any, Any]) -> Any:

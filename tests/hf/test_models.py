@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from tersor import store
 from tersor.hf import compress_model
-from tersor.hf.dense import write_dense
-from tersor.hf.evaluate import load_compressed, resident_bytes
-from tersor.hf.walk import empty_model, read_config, walk
+from tersor.hf.models.dense import write_dense
+from tersor.hf.models.evaluate import load_compressed, resident_bytes
+from tersor.hf.models.matrices import empty_model, read_config, walk
 from tersor.nn import CompressedLinear
 from tests.hf.models import ARCHITECTURES
 
@@ -71,7 +71,7 @@ def test_bfloat16_source_and_lossless_codec(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("verified_here")
 def test_shared_tables_load_once(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     """A model whose matrices share one trained table: stored once, registered once, same logits as decoded."""
-    from tersor.hf.source import open_source
+    from tersor.hf.models.source import open_source
     from tersor.registry import parse
 
     source = open_source(tiny("llama"), tmp_path / "unused")

@@ -12,12 +12,13 @@ from safetensors.torch import load_file, save_file
 
 from tersor import store
 from tersor.errors import BudgetError, CodecConfigError, ModelError, NonFiniteError, TersorError, VerificationError
-from tersor.hf import compress_model, pipeline, run
-from tersor.hf.dryrun import estimate
-from tersor.hf.request import Request
-from tersor.hf.source import open_source
-from tersor.hf.survey import survey
-from tersor.hf.verify import verify
+from tersor.hf import compress_model
+from tersor.hf.compress import encode, run
+from tersor.hf.compress.dryrun import estimate
+from tersor.hf.compress.request import Request
+from tersor.hf.compress.survey import survey
+from tersor.hf.compress.verify import verify
+from tersor.hf.models.source import open_source
 
 FAST = {"calibrated": False, "evaluation_tokens": 0}
 pytestmark = pytest.mark.usefixtures("verified_here")
@@ -124,14 +125,14 @@ def test_edited_plan_is_encoded_as_edited(tiny: Callable[[str], Path], tmp_path:
     source = open_source(tiny("llama"), tmp_path / "s")
     request = Request(60_000)
     choices = survey(source, None, request, tmp_path / "survey.jsonl")
-    picks = pipeline.make_plan(source, choices, request, {})
+    picks = encode.make_plan(source, choices, request, {})
     from tersor.registry import parse
 
     picks["lm_head.weight"] = parse("bf16")
-    report = pipeline.encode(pipeline.Job(source, picks, None, request, {}), tmp_path, tmp_path / "out")
+    report = encode.encode(encode.Job(source, picks, None, request, {}), tmp_path, tmp_path / "out")
     assert report["lm_head.weight"]["codec"] == "bf16"
     with pytest.raises(CodecConfigError, match="differ"):
-        pipeline.check_plan(source, {"lm_head.weight": parse("bf16")})
+        encode.check_plan(source, {"lm_head.weight": parse("bf16")})
 
 
 def test_nan_weight_is_named(tiny: Callable[[str], Path], tmp_path: Path) -> None:
@@ -174,7 +175,7 @@ def test_output_is_never_overwritten(tiny: Callable[[str], Path], tmp_path: Path
 @pytest.mark.parametrize("damage", ["wrong error", "nan", "missing tensor"])
 def test_failed_verification_leaves_no_output(damage: str, tiny: Callable[[str], Path], tmp_path: Path,
                                               monkeypatch: pytest.MonkeyPatch) -> None:
-    original = pipeline.read_payload
+    original = encode.read_payload
 
     def spoiled(file: Path) -> dict[str, torch.Tensor]:
         tensors = original(file)
@@ -186,7 +187,7 @@ def test_failed_verification_leaves_no_output(damage: str, tiny: Callable[[str],
                 tensors[key] = tensors[key] * (1.5 if damage == "wrong error" else float("nan"))
         return tensors
 
-    monkeypatch.setattr(pipeline, "read_payload", spoiled)
+    monkeypatch.setattr(encode, "read_payload", spoiled)
     with pytest.raises(TersorError) as caught:
         compress_model(tiny("llama"), tmp_path / "out", 4.0, **FAST)
     assert caught.value.exit_code == 3

@@ -15,13 +15,13 @@ import tersor.hf  # noqa: F401 - registers the quantizer
 from tersor import store
 from tersor.codecs import Dense, Interpolative, LowRank
 from tersor.errors import BudgetError, CodecConfigError, CorruptStoreError, ModelError, TersorError, UnknownCodecError
-from tersor.hf import reduce as reducing
-from tersor.hf.blocks import enter, find_blocks, groups, inputs_of, run
-from tersor.hf.evaluate import load_compressed
-from tersor.hf.recipe import PRESETS, Recipe
-from tersor.hf.reduce import reduce_model
-from tersor.hf.source import load_dense, open_source
-from tersor.hf.verify import verify
+from tersor.hf.compress.verify import verify
+from tersor.hf.models.blocks import enter, find_blocks, groups, inputs_of, run
+from tersor.hf.models.evaluate import load_compressed
+from tersor.hf.models.source import load_dense, open_source
+from tersor.hf.rom import run as reducing
+from tersor.hf.rom.recipe import PRESETS, Recipe
+from tersor.hf.rom.run import reduce_model
 from tests.hf.conftest import FABLE
 from tests.hf.models import ARCHITECTURES
 
@@ -220,7 +220,7 @@ def test_a_bias_that_the_architecture_lacks_is_stored_and_loaded(tiny: Callable[
     assert torch.equal(model.get_parameter(name), opened.plain(name))
     assert float(opened.plain(name).norm()) > 0
     assert report["kept"] <= 0.6
-    from tersor.hf.dense import write_dense
+    from tersor.hf.models.dense import write_dense
 
     with pytest.raises(CodecConfigError, match="bias"):
         write_dense(opened, tmp_path / "dense")
@@ -233,8 +233,8 @@ def test_the_released_recipe_is_worse_than_the_uncentred_one(tmp_path: Path) -> 
     blocks = find_blocks(model)
     ids = reducing.Reading(None, 16, 64).ids(source)
     entry = enter(model, blocks, [(ids, None)])[0]
-    from tersor.reduction import Moments, Target
-    from tersor.reduction import reduce as solve
+    from tersor.rom.linear import Moments, Target
+    from tersor.rom.linear import reduce as solve
 
     worse = 0
     for name, matrix in blocks.linears(0, source.layout.matrices).items():
@@ -341,9 +341,9 @@ def test_codecs_of_a_reduced_model(tiny: Callable[[str], Path], tmp_path: Path) 
 
 def test_a_correction_lowers_the_error_of_outputs_as_no_other_of_its_rank() -> None:
     """QERA by reduction of the residual: Eckart-Young on what quantization does to the outputs."""
-    from tersor.lean import encode_corrected
-    from tersor.reduction import Moments
     from tersor.registry import parse
+    from tersor.rom.linear import Moments
+    from tersor.rom.storage import encode_corrected
     from tersor.testing import gaussian
 
     weight, x = gaussian((24, 40)), (gaussian((300, 40), 1) * torch.logspace(0, -1, 40)).double()
@@ -363,7 +363,7 @@ def test_a_correction_lowers_the_error_of_outputs_as_no_other_of_its_rank() -> N
 
 
 def test_quantized_and_corrected_models_load(tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    from tersor.hf.contest import correction
+    from tersor.hf.rom.contest import correction
 
     report = reduce(tiny("llama"), tmp_path / "out", None, correction("rot,lm4"), size=70_000)
     assert 65_000 <= report["bytes"] <= 70_000
@@ -378,7 +378,8 @@ def test_quantized_and_corrected_models_load(tiny: Callable[[str], Path], tmp_pa
 @pytest.mark.slow
 def test_a_contest_keeps_the_least_kl(tiny: Callable[[str], Path], tmp_path: Path,
                                       monkeypatch: pytest.MonkeyPatch) -> None:
-    from tersor.hf import contest, run
+    from tersor.hf.compress import run
+    from tersor.hf.rom import contest
 
     monkeypatch.setattr(run, "verify_in_fresh_process", lambda path, against: None)
     monkeypatch.setattr(contest, "FACTORS", ("rot,lm6",))

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tersor import rng
-from tersor.anneal import minimize
 from tersor.codecs import TwoBasis
-from tersor.codecs.two_basis import start_of
+from tersor.codecs.bases.anneal import minimize
+from tersor.codecs.bases.two_basis import start_of
+from tersor.numerics import rng
 from tersor.ops import annealing
 from tersor.ops.annealing import reference
 from tersor.ops.annealing.problem import Draws, Schedule, pick, unit_of
-from tersor.ops.annealing.tiles import factors, tile_of
+from tersor.ops.annealing.shapes import factors, tile_of
 from tersor.testing import gaussian, tolerance
 
 DRAWS = 200_000
@@ -196,7 +196,7 @@ def test_codec_on_a_device(text: str, shape: tuple[int, int]) -> None:
     inequality one of 2 e^18 exceeds six of those. Sums of float32 are two of `width` terms, of vectors of norms `|x|`
     and at most `peak √width`, hence `tolerance`.
     """
-    from tersor.codec import Encoded
+    from tersor.contract.codec import Encoded
     from tersor.quality import measure
     from tersor.registry import parse
 

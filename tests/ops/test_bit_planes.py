@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tersor import bits as packing
+from tersor.payload import packing
 from tersor.testing import gaussian
 from tests.ops.test_codebook_linear import problem
 

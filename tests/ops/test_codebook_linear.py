@@ -7,19 +7,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from tersor import bits as packing
 from tersor.errors import CodecConfigError
+from tersor.numerics.rotation import Rotation
 from tersor.ops import reference_only
 from tersor.ops.codebook_linear import codebook_linear, fused_codebook_linear
-from tersor.ops.codebook_linear.shapes import CODES, REGISTERS, columns_for, refusal, stream_of
-from tersor.ops.codebook_linear.vector_shapes import (
+from tersor.ops.codebook_linear.shapes.limits import CODES, REGISTERS, columns_for, refusal, stream_of
+from tersor.ops.codebook_linear.shapes.one import (
     VectorStream,
     known_form,
     vector_fitted,
     vector_rotates,
     vector_tiling_for,
 )
-from tersor.rotation import Rotation
+from tersor.payload import packing
 from tersor.testing import gaussian
 from tests.ops.devices import DEVICES, GPU
 

@@ -7,8 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from tersor import bits as packing
-from tersor.ops.codebook_linear.shapes import (
+from tersor.ops.codebook_linear.shapes.limits import (
     MULTIPROCESSOR_BYTES,
     PARTS,
     RESERVED_BYTES,
@@ -21,6 +20,7 @@ from tersor.ops.codebook_linear.shapes import (
     wide_fitted,
     wide_takes,
 )
+from tersor.payload import packing
 from tersor.testing import gaussian
 from tests.ops.devices import GPU
 from tests.ops.test_codebook_linear import problem
@@ -71,8 +71,8 @@ def test_fitted_divisions_fit_shared_memory_and_leave_no_part_empty(bits: int, t
 @pytest.mark.parametrize(("bits", "form", "group", "with_zeros"), [
     (4, "symmetric", 4096, False), (4, "affine", 4096, False), (4, "any", 128, True), (3, "any", 4096, False)])
 def test_parts_of_rows_add_up(bits: int, form: str, group: int, with_zeros: bool, batch: int) -> None:
-    from tersor.ops.codebook_linear.triton import Operand, by_decoding
-    from tersor.ops.codebook_linear.wide import multiply_wide
+    from tersor.ops.codebook_linear.launch.choose import Operand, by_decoding
+    from tersor.ops.codebook_linear.launch.many import multiply_wide
 
     rows, width = 304, 4096
     codes, table, scales, zeros = problem(rows, width, bits, group, form)

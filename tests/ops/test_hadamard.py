@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tersor import rng
-from tersor.linalg import paley, seeded_orthogonal, sylvester
+from tersor.numerics import rng
+from tersor.numerics.linalg import paley, seeded_orthogonal, sylvester
+from tersor.numerics.rotation import Rotation, factor_orders
 from tersor.ops import reference_only
 from tersor.ops.hadamard import _op, hadamard, reference
-from tersor.ops.hadamard.tiles import WIDE_TILE, factors, few_tile, refusal, split, tile_of
-from tersor.rotation import Rotation, factor_orders
+from tersor.ops.hadamard.shapes import WIDE_TILE, factors, few_tile, refusal, split, tile_of
 from tersor.testing import gaussian, tolerance
 
 GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tersor import bits
 from tersor.ops import reference_only
 from tersor.ops.product_linear import Payload, _op, product_linear, reference
 from tersor.ops.product_linear.shapes import plan_of, radix, refusal
+from tersor.payload import packing
 from tersor.registry import parse
 from tersor.testing import gaussian, tolerance
 
@@ -33,7 +33,7 @@ def payload_of(case: tuple[int, int, int, int, int, float, int], device: str = "
     generator = torch.Generator().manual_seed(seed)
     groups = width // dim
     books = shared or groups
-    codes = bits.pack(torch.randint(words, (rows, groups), generator=generator), words)
+    codes = packing.pack(torch.randint(words, (rows, groups), generator=generator), words)
     scale = offset = mask = None
     levels = 0
     if isinstance(kind, float):
@@ -41,19 +41,19 @@ def payload_of(case: tuple[int, int, int, int, int, float, int], device: str = "
         scale = torch.tensor([2.0**-7], device=device) if kind == 16.0 else None
     else:
         levels = 2**kind
-        table = bits.pack(torch.randint(levels, (books, words, dim), generator=generator), levels)
+        table = packing.pack(torch.randint(levels, (books, words, dim), generator=generator), levels)
         scale, offset = torch.tensor([3.0 / levels], device=device), torch.tensor([-1.4], device=device)
     if layers:
-        mask = bits.pack(torch.randint(2, (rows, layers, width // 2), generator=generator), 2).to(device)
+        mask = packing.pack(torch.randint(2, (rows, layers, width // 2), generator=generator), 2).to(device)
     return Payload(codes.to(device), table.to(device), scale, offset, mask, rows, words, dim, books, levels, layers)
 
 
 def defined(payload: Payload, width: int) -> Tensor:
     """Return W in float64, number by number from its definition."""
     groups = width // payload.dim
-    codes = bits.unpack(payload.codes.cpu(), payload.words, 0, payload.rows * groups).long().reshape(-1, groups)
+    codes = packing.unpack(payload.codes.cpu(), payload.words, 0, payload.rows * groups).long().reshape(-1, groups)
     raw, count = payload.codebooks.cpu(), payload.books * payload.words * payload.dim
-    raw = bits.unpack(raw, payload.levels, 0, count) if payload.levels else raw
+    raw = packing.unpack(raw, payload.levels, 0, count) if payload.levels else raw
     table = raw.double().reshape(payload.books, payload.words, payload.dim)
     table = table * (1.0 if payload.scale is None else payload.scale.cpu().double())
     table = table + (0.0 if payload.offset is None else payload.offset.cpu().double())
@@ -61,7 +61,7 @@ def defined(payload: Payload, width: int) -> Tensor:
     rows = table[book, codes].reshape(payload.rows, width)
     if payload.mask is None:
         return rows
-    masks = bits.unpack(payload.mask.cpu(), 2, 0, payload.rows * payload.layers * width // 2)
+    masks = packing.unpack(payload.mask.cpu(), 2, 0, payload.rows * payload.layers * width // 2)
     return reference.unswap(rows, masks.reshape(payload.rows, payload.layers, width // 2) == 1)
 
 
@@ -113,7 +113,7 @@ def test_codes_of_any_number_of_levels(device: str, words: int) -> None:
     codes = torch.randint(words, (64, 32), generator=torch.Generator().manual_seed(words))
     codes[:20], codes[20:30] = words - 1, 0
     table = torch.arange(words, dtype=torch.float32, device=device).reshape(1, words, 1)
-    payload = Payload(bits.pack(codes, words).to(device), table, None, None, None, 64, words, 1, 1)
+    payload = Payload(packing.pack(codes, words).to(device), table, None, None, None, 64, words, 1, 1)
     found = product_linear(torch.eye(32, device=device), payload)
     assert torch.equal(found.T.long().cpu(), codes)
 
@@ -136,7 +136,7 @@ def test_plans_cover_everything(rows: int, groups: int, layers: int, look_up: bo
     assert plan.splits * plan.groups >= groups >> layers > (plan.splits - 1) * plan.groups
     assert plan.programs * plan.chunk * plan.rows >= rows
     assert radix(256) == (8, 1, 1)
-    assert radix(300) == (0, *reversed(bits.radix_word(300)))
+    assert radix(300) == (0, *reversed(packing.radix_word(300)))
 
 
 @pytest.mark.parametrize("device", DEVICES)

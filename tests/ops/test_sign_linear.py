@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tersor import bits as packing
 from tersor.codecs import TwoBasis
-from tersor.codes import mirrored
+from tersor.numerics.rotation import Rotation
 from tersor.ops.sign_linear import sign_linear, two_basis_linear
-from tersor.rotation import Rotation
+from tersor.payload import packing
+from tersor.payload.codes import mirrored
 from tersor.testing import gaussian
 from tests.ops.devices import DEVICES, GPU
 

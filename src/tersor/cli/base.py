@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tersor.calibration import Calibration
 from tersor.errors import BudgetError, CodecConfigError
+from tersor.planning.calibration import Calibration
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
                   help="Tersor makes matrices terse: models and matrices in the fewest bytes for the least error.")
@@ -134,8 +134,8 @@ def refuse_existing(path: Path) -> None:
 
 def open_source(src: Path, output: Path) -> Any:
     """Return the source model of a command that writes `output`."""
-    from tersor.hf import source
-    from tersor.hf.run import work_folder
+    from tersor.hf.compress.run import work_folder
+    from tersor.hf.models import source
 
     return source.open_source(src, work_folder(output) / "staged")
 

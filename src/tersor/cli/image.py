@@ -22,7 +22,7 @@ from tersor.cli.base import (
     refuse_existing,
     write_new,
 )
-from tersor.report import image_html
+from tersor.cli.report import image_html
 
 
 @app.command()

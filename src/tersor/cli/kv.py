@@ -38,8 +38,8 @@ def kv_plan(src: Src, output: Annotated[Path, typer.Argument(metavar="PLAN", hel
             block: Annotated[int, typer.Option(help="tokens encoded at a time")] = 64,
             seed: Seed = 0, device: Device = "cpu", as_json: AsJson = False) -> None:
     """Choose codecs for the keys and values of every layer by measured KL, under one rate."""
-    from tersor.hf.kvplan import LADDER, PlanSettings, plan_cache
-    from tersor.hf.text import default_calibration
+    from tersor.hf.kv.plan import LADDER, PlanSettings, plan_cache
+    from tersor.hf.models.text import default_calibration
 
     settings = PlanSettings(read_ladder(ladder, LADDER), context, windows, training, residual, sink, block, seed)
     with Bars() as progress:

@@ -9,8 +9,7 @@ from typing import Annotated
 import typer
 
 import tersor
-from tersor import plan as planning
-from tersor.cli import rom
+from tersor.cli import reduce
 from tersor.cli.base import (
     AsJson,
     Bars,
@@ -35,6 +34,7 @@ from tersor.cli.base import (
 )
 from tersor.errors import CodecConfigError, ModelError
 from tersor.families import DEFAULT
+from tersor.planning import plan as planning
 
 
 def read_weights(path: Path | None) -> dict[str, float]:
@@ -79,18 +79,18 @@ def compress(src: Src, output: Annotated[Path, typer.Argument(metavar="OUT", hel
 
     Methods svd, asvd, rom_released, rom and rom_plus reduce linears to a share of their parameters instead (--keep).
     """
-    from tersor.hf import dryrun, run
-    from tersor.hf.request import Sampling
-    from tersor.report import write_html
+    from tersor.cli.report import write_html
+    from tersor.hf.compress import dryrun, run
+    from tersor.hf.compress.request import Sampling
 
-    given = rom.Given(keep, size, allocation, storage, bias, factor_codec)
-    if codec is None and method in rom.REDUCTIONS:
-        rom.refuse(rate, device, calibrated=calibrated, dry_run=dry_run, others=bool(option or sensitivities))
-        rom.reduce(src, output, method, given, calibration=calibration, text=text, tokens=tokens,
-                   length=context or rom.LENGTH, evaluation_tokens=evaluation_tokens, context=context or 512, seed=seed,
+    given = reduce.Given(keep, size, allocation, storage, bias, factor_codec)
+    if codec is None and method in reduce.REDUCTIONS:
+        reduce.refuse(rate, device, calibrated=calibrated, dry_run=dry_run, others=bool(option or sensitivities))
+        reduce.reduce(src, output, method, given, calibration=calibration, text=text, tokens=tokens,
+                   length=context or reduce.LENGTH, evaluation_tokens=evaluation_tokens, context=context or 512, seed=seed,
                    resume=resume, as_json=as_json)
         return
-    rom.check_unused(codec or method, given)
+    reduce.check_unused(codec or method, given)
     context = 512 if context is None else context
     sampling = Sampling(tokens, context=context, seed=seed)
     settings = run.Settings(codec or method, calibration, calibrated, text, sampling, evaluation_tokens, context, seed,
@@ -119,12 +119,12 @@ def calibrate(src: Src, output: Annotated[Path, typer.Argument(metavar="CALIB", 
               fisher_tokens: Annotated[int, typer.Option(help="tokens for sensitivities; 0: none")] = 4096,
               context: Context = 512, seed: Seed = 0, device: Device = "cpu", as_json: AsJson = False) -> None:
     """Collect the second moments of every matrix's inputs, and its sensitivity."""
-    from tersor.hf import pipeline
-    from tersor.hf.request import Sampling
-    from tersor.hf.text import default_calibration
+    from tersor.hf.compress import encode
+    from tersor.hf.compress.request import Sampling
+    from tersor.hf.models.text import default_calibration
 
     with Bars() as progress:
-        found = pipeline.calibrate(open_source(src, output), text or default_calibration(), output,
+        found = encode.calibrate(open_source(src, output), text or default_calibration(), output,
                                    Sampling(tokens, fisher_tokens, context, seed), device=device,
                                    progress=progress)
     emit({"tokens": found.tokens, "matrices": len(found.hessians), "source": found.source, "file": str(output)},
@@ -136,9 +136,9 @@ def survey(src: Src, output: Annotated[Path, typer.Argument(metavar="SURVEY", he
            rate: Rate = 3.0, calib: Calib = None, method: Method = DEFAULT, seed: Seed = 0,
            device: Device = "cpu", option: OptionTexts = None, as_json: AsJson = False) -> None:
     """Try every rung near a rate on every matrix: one JSON line a trial."""
-    from tersor.hf import run
-    from tersor.hf import survey as surveying
-    from tersor.hf.request import Request
+    from tersor.hf.compress import run
+    from tersor.hf.compress import survey as surveying
+    from tersor.hf.compress.request import Request
 
     source = open_source(src, output)
     request = Request(run.budget_bytes(source, rate, None), method, seed, parse_options(option))
@@ -154,22 +154,22 @@ def plan(src: Src, survey_file: Annotated[Path, typer.Argument(metavar="SURVEY")
          seed: Seed = 0, option: OptionTexts = None, sensitivities: Sensitivities = None,
          as_json: AsJson = False) -> None:
     """Spend one budget over all matrices: a codec for each, as JSON."""
-    from tersor.hf import pipeline, run
-    from tersor.hf import survey as surveying
-    from tersor.hf.request import Request
+    from tersor.hf.compress import encode, run
+    from tersor.hf.compress import survey as surveying
+    from tersor.hf.compress.request import Request
 
     source = open_source(src, output)
     nbytes = None if size is None else parse_size(size)
     budget = run.budget_bytes(source, 3.0 if rate is None and nbytes is None else rate, nbytes)
     request = Request(budget, method, seed, parse_options(option), read_weights(sensitivities))
     calibration = read_calibration(calib)
-    record = pipeline.provenance(source, calibration, request, tersor.__version__)
+    record = encode.provenance(source, calibration, request, tersor.__version__)
     if not survey_file.is_file():
         raise ModelError(f"{survey_file}: no such file; make it with 'tersor survey'")
     choices = surveying.survey(source, calibration, request, survey_file)
-    picks = pipeline.make_plan(source, choices, request, record)
+    picks = encode.make_plan(source, choices, request, record)
     run.write_json(output, planning.to_json(picks))
-    emit({"budget": budget, "bytes": pipeline.predict(source, picks, record), "file": str(output)}, as_json, "plan")
+    emit({"budget": budget, "bytes": encode.predict(source, picks, record), "file": str(output)}, as_json, "plan")
 
 
 @app.command()
@@ -180,8 +180,8 @@ def evaluate(path: Annotated[Path, typer.Argument(metavar="OUT", help="a compres
              tokens: Annotated[int | None, typer.Option(help="use at most this many tokens")] = None,
              device: Device = "cpu", as_json: AsJson = False) -> None:
     """Perplexity, KL and top-1 agreement to the original, sizes and speed."""
-    from tersor.hf.evaluate import evaluate as run_evaluation
-    from tersor.hf.text import default_heldout
+    from tersor.hf.models.evaluate import evaluate as run_evaluation
+    from tersor.hf.models.text import default_heldout
 
     with Bars() as progress:
         record = run_evaluation(path, open_source(against, path), text or default_heldout(), context=context,

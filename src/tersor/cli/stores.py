@@ -14,7 +14,6 @@ from rich.table import Table
 
 import tersor
 from tersor import images, store
-from tersor import plan as planning
 from tersor.api import as_matrix
 from tersor.cli.base import (
     AsJson,
@@ -36,6 +35,7 @@ from tersor.cli.base import (
     write_new,
 )
 from tersor.errors import CodecConfigError, ModelError
+from tersor.planning import plan as planning
 from tersor.quality import measure
 
 
@@ -55,8 +55,9 @@ def encode(src: Annotated[Path, typer.Argument(help="a model directory or .gguf 
         record = _encode_matrix(src, target, rate, "auto" if codec is None else codec, seed, parse_options(option))
         emit(record, as_json, str(target))
         return
-    from tersor.hf import pipeline, run
-    from tersor.hf.request import Request, check_device
+    from tersor.hf.compress import encode as pipeline
+    from tersor.hf.compress import run
+    from tersor.hf.compress.request import Request, check_device
 
     if plan_file is None or rate is not None or codec is not None:
         raise ModelError("encoding a model takes --plan, and no --rate or --codec; make a plan with 'tersor plan', or "
@@ -126,7 +127,7 @@ def verify(path: Annotated[Path, typer.Argument(metavar="OUT")],
            against: Annotated[Path | None, typer.Option(help="the original: errors are measured again")] = None,
            as_json: AsJson = False) -> None:
     """Verify digests, layouts, coverage and errors; exit status 3 if anything is wrong."""
-    from tersor.hf.verify import verify as run_verification
+    from tersor.hf.compress.verify import verify as run_verification
 
     with Bars() as progress:
         record = run_verification(path, None if against is None else open_source(against, path), progress)
@@ -144,7 +145,7 @@ def decode(path: Annotated[Path, typer.Argument(metavar="OUT")],
         decoded = opened.matrix(opened.matrix_names()[0]).decode().numpy()
         write_new(to, lambda handle: np.save(handle, decoded))
     elif opened.kind == "model":
-        from tersor.hf.dense import write_dense
+        from tersor.hf.models.dense import write_dense
 
         write_dense(opened, to)
     elif images.is_image(opened):

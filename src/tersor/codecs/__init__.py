@@ -1,24 +1,24 @@
 """Codecs, one file each."""
 
-from tersor.codecs.additive import Sum
-from tersor.codecs.allocated import Allocated
-from tersor.codecs.dense import Dense
-from tersor.codecs.interpolative import Interpolative
-from tersor.codecs.kashin import Kashin
-from tersor.codecs.klt import Klt
-from tersor.codecs.learned_rotation import LearnedRotation
-from tersor.codecs.low_rank import LowRank
-from tersor.codecs.minmax import MinMax
-from tersor.codecs.product import Product
-from tersor.codecs.rotated import Rotated
-from tersor.codecs.rows import MixedRows
-from tersor.codecs.scalar import Scalar
-from tersor.codecs.shifted import Shifted
-from tersor.codecs.standardized import Standardized
-from tersor.codecs.swap import Swap
-from tersor.codecs.symmetric import Symmetric
-from tersor.codecs.two_basis import TwoBasis
-from tersor.codecs.uniform import Uniform
+from tersor.codecs.bases.kashin import Kashin
+from tersor.codecs.bases.two_basis import TwoBasis
+from tersor.codecs.combined.rows import MixedRows
+from tersor.codecs.combined.sum import Sum
+from tersor.codecs.low_rank.allocated import Allocated
+from tersor.codecs.low_rank.interpolative import Interpolative
+from tersor.codecs.low_rank.low_rank import LowRank
+from tersor.codecs.scalar.dense import Dense
+from tersor.codecs.scalar.lloyd_max import Scalar
+from tersor.codecs.scalar.minmax import MinMax
+from tersor.codecs.scalar.uniform import Uniform
+from tersor.codecs.transforms.learned_rotation import LearnedRotation
+from tersor.codecs.transforms.rotated import Rotated
+from tersor.codecs.transforms.shifted import Shifted
+from tersor.codecs.transforms.standardized import Standardized
+from tersor.codecs.transforms.swap import Swap
+from tersor.codecs.vector.klt import Klt
+from tersor.codecs.vector.product import Product
+from tersor.codecs.vector.symmetric import Symmetric
 
 BUILT_IN = (Dense, Uniform, Scalar, Rotated, Sum, MixedRows, Product, Swap, LearnedRotation, Standardized, Symmetric,
             Kashin, TwoBasis, MinMax, Shifted, LowRank, Allocated, Klt, Interpolative)

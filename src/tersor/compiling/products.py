@@ -13,8 +13,8 @@ from torch import fx
 import tersor.ops.codebook_linear  # noqa: F401  registers the ops
 from tersor.compiling.graphs import call, example, known, transforms, writes
 from tersor.compiling.surroundings import After, Norm, gate_after, norm_before, sum_after
-from tersor.ops.codebook_linear.shapes import DTYPES
-from tersor.ops.codebook_linear.vector_shapes import known_form, vector_rotates, vector_takes
+from tersor.ops.codebook_linear.shapes.limits import DTYPES
+from tersor.ops.codebook_linear.shapes.one import known_form, vector_rotates, vector_takes
 
 PRODUCT, FUSED = torch.ops.tersor.codebook_linear, torch.ops.tersor.fused_codebook_linear
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tersor.ops.annealing import reference
 from tersor.ops.annealing.problem import Bases, Draws, Schedule
-from tersor.ops.annealing.tiles import tile_of
+from tersor.ops.annealing.shapes import tile_of
 
 
 def fused(target: Tensor) -> bool:

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from tersor.rotation import Rotation
+from tersor.numerics.rotation import Rotation
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

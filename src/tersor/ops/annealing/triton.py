@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tersor import rng
+from tersor.numerics import rng
 from tersor.ops.annealing.problem import Bases, Draws, Schedule, unit_of
-from tersor.ops.annealing.tiles import Tile, factors, tile_of
+from tersor.ops.annealing.shapes import Tile, factors, tile_of
 
 ROUNDS = tl.constexpr(6)  # of Philox: enough for sampling, not for cryptography
 COLD = 16  # sweeps at the end that minimize

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from tersor.errors import CodecConfigError
+from tersor.numerics.rotation import Rotation
 from tersor.ops.codebook_linear import reference
-from tersor.ops.codebook_linear.shapes import refusal
+from tersor.ops.codebook_linear.shapes.limits import refusal
 from tersor.ops.dispatch import take_reference
 from tersor.ops.hadamard import hadamard
-from tersor.rotation import Rotation
 
 
 @torch.library.custom_op("tersor::codebook_linear", mutates_args=())
@@ -38,7 +38,7 @@ def codebook_linear(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, zer
         `"any"`; `"symmetric"`, where codes c and 2**bits - 1 - c stand for opposite numbers; `"affine"`, where codes
         stand for evenly spaced numbers. Says nothing new, but kernels are faster for what is more special.
     rotation : int or None
-        Seed, below `tersor.ops.hadamard.SEEDS`, of a rotation of the whole width (`tersor.rotation`) that `x` goes
+        Seed, below `tersor.ops.hadamard.SEEDS`, of a rotation of the whole width (`tersor.numerics.rotation`) that `x` goes
         through first; the kernel for one vector does it on the way.
     """
     return reference.codebook_linear(_rotated(x, rotation), codes, table, scales, zeros, bits, group).to(x.dtype)
@@ -60,16 +60,16 @@ def _(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, zeros: Tensor | N
       form: str = "any", *, rotation: int | None = None) -> Tensor:
     if take_reference("codebook_linear", refusal(x.dtype, bits, x.shape[-1], group), x.device):
         return reference.codebook_linear(_rotated(x, rotation), codes, table, scales, zeros, bits, group).to(x.dtype)
-    from tersor.ops.codebook_linear import triton
+    from tersor.ops.codebook_linear.launch import choose
 
     if rotation is not None:
         turn = Rotation(x.shape[-1], rotation)
-        y = None if zeros is not None else triton.one_vector_linear(x, [codes], table, [scales], bits, form,
-                                                                    triton.Around([turn]))
+        y = None if zeros is not None else choose.one_vector_linear(x, [codes], table, [scales], bits, form,
+                                                                    choose.Around([turn]))
         if y is not None:
             return y
         x = hadamard(x, turn)
-    return triton.codebook_linear(x, codes, table, scales, zeros, bits, group, form)
+    return choose.codebook_linear(x, codes, table, scales, zeros, bits, group, form)
 
 
 @torch.library.custom_op("tersor::fused_codebook_linear", mutates_args=())
@@ -155,17 +155,17 @@ def _(x: Tensor, norm: Tensor | None, codes: Sequence[Tensor], table: Tensor, sc
     _check(x, norm, codes, scales, added, gated=gated)
     width = x.shape[-1]
     if x.numel() == width and not take_reference("codebook_linear", refusal(x.dtype, bits, width, width), x.device):
-        from tersor.ops.codebook_linear import triton
+        from tersor.ops.codebook_linear.launch import choose
 
         norm, after = (None if one is None else one.contiguous() for one in (norm, added))
         if rotation is not None:
-            around = triton.Around([Rotation(width, rotation)], norm, eps, after, gated)
-            y = triton.one_vector_linear(x, codes, table, scales, bits, form, around)
+            around = choose.Around([Rotation(width, rotation)], norm, eps, after, gated)
+            y = choose.one_vector_linear(x, codes, table, scales, bits, form, around)
             if y is not None:
                 return y
             x, rotation, norm = hadamard(_normed(x, norm, eps), Rotation(width, rotation)), None, None
         x, norm = _normed(x, norm, eps), None
-        y = triton.one_vector_linear(x, codes, table, scales, bits, form, triton.Around(added=after, gated=gated))
+        y = choose.one_vector_linear(x, codes, table, scales, bits, form, choose.Around(added=after, gated=gated))
         if y is not None:
             return y
     return _around(_one_by_one(_normed(x, norm, eps), codes, table, scales, bits, form, rotation), added, gated)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tersor import bits as packing
-from tersor import codes as reading
-from tersor.codec import row_blocks
-from tersor.groups import Grid
+from tersor.contract.codec import row_blocks
+from tersor.payload import codes as reading
+from tersor.payload import packing
+from tersor.payload.groups import Grid
 
 
 def decoded(codes: Tensor, table: Tensor, scales: Tensor, zeros: Tensor | None, shape: tuple[int, int], bits: int,

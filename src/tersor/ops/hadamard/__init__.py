@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tersor.numerics.rotation import Rotation
 from tersor.ops.dispatch import take_reference
 from tersor.ops.hadamard import reference
-from tersor.ops.hadamard.tiles import refusal
-from tersor.rotation import Rotation
+from tersor.ops.hadamard.shapes import refusal
 
 SEEDS = 2**63  # an operator's integers have 64 bits; rotations of larger seeds are not traced
 

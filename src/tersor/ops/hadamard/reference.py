@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tersor.rotation import Rotation
+from tersor.numerics.rotation import Rotation
 
 
 def rotate(x: Tensor, rotation: Rotation, inverse: bool, dtype: torch.dtype) -> Tensor:

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tersor.ops.hadamard.kernels import rotate_few
-from tersor.ops.hadamard.tiles import (
+from tersor.numerics.rotation import Rotation
+from tersor.ops.hadamard.kernels.few import rotate_few
+from tersor.ops.hadamard.shapes import (
     FEW,
     FEW_PROGRAMS,
     NARROW_TILE,
@@ -26,7 +27,6 @@ from tersor.ops.hadamard.tiles import (
     tile_of,
 )
 from tersor.ops.workspace import multiprocessors
-from tersor.rotation import Rotation
 
 
 @triton.jit

@@ -14,13 +14,13 @@ class Payload:
     Attributes
     ----------
     codes : Tensor
-        uint8, packed (`tersor.bits`): (rows, groups) of `words` levels.
+        uint8, packed (`tersor.payload.packing`): (rows, groups) of `words` levels.
     codebooks : Tensor
         float16 or float32 (books, words, dim), one book a group or one for all; or packed, of `levels` levels.
     scale, offset : Tensor or None
         float32 (1,).
     mask : Tensor or None
-        uint8, packed bits (rows, layers, width / 2), of `tersor.codecs.swap`.
+        uint8, packed bits (rows, layers, width / 2), of `tersor.codecs.transforms.swap`.
     rows, words, dim, books : int
     levels : int
         0 where codebooks are floats.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tersor import bits, codes
-from tersor.codec import row_blocks
+from tersor.contract.codec import row_blocks
 from tersor.ops.product_linear.payload import Payload
+from tersor.payload import codes, packing
 
 LOOKUP_FLOATS = 1 << 22  # entries of the tables of products up to which products are looked up
 LOOKUP_BATCH = 8  # vectors up to which they are; beyond, decoding once is cheaper
@@ -60,7 +60,7 @@ def table_of(payload: Payload) -> Tensor:
     """Return all codewords, float32 (books x words, dim)."""
     raw = payload.codebooks
     if payload.levels:
-        raw = bits.unpack(raw, payload.levels, 0, payload.books * payload.words * payload.dim)
+        raw = packing.unpack(raw, payload.levels, 0, payload.books * payload.words * payload.dim)
     wide = raw.reshape(-1, payload.dim).to(torch.float32)
     if payload.scale is not None:
         wide = wide * payload.scale
@@ -68,7 +68,7 @@ def table_of(payload: Payload) -> Tensor:
 
 
 def unswap(rows: Tensor, masks: Tensor) -> Tensor:
-    """Undo the swaps of `tersor.codecs.swap`, the last layer first: rows (k, in), masks bool (k, layers, in / 2)."""
+    """Undo the swaps of `tersor.codecs.transforms.swap`, the last layer first: rows (k, in), masks bool (k, layers, in / 2)."""
     count, width = rows.shape
     for layer in range(masks.shape[1] - 1, -1, -1):
         halves = rows.reshape(count, 1 << layer, 2, width >> layer + 1)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tersor.ops.codebook_linear.shapes import refusal
+from tersor.numerics.rotation import Rotation
+from tersor.ops.codebook_linear.shapes.limits import refusal
 from tersor.ops.dispatch import take_reference
 from tersor.ops.hadamard import hadamard
 from tersor.ops.sign_linear import reference
-from tersor.rotation import Rotation
 
 
 @torch.library.custom_op("tersor::sign_linear", mutates_args=())

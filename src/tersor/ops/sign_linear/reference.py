@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tersor import codes
-from tersor.codec import row_blocks
+from tersor.contract.codec import row_blocks
+from tersor.payload import codes
 
 
 def sign_linear(first_x: Tensor, second_x: Tensor, first: Tensor, second: Tensor, levels: Tensor, scales: Tensor,

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tersor.codes import mirrored
-from tersor.ops.codebook_linear.shapes import MOST_COLUMNS
-from tersor.ops.codebook_linear.triton import (
+from tersor.numerics.rotation import Rotation
+from tersor.ops.codebook_linear.launch.choose import (
     Around,
     Operand,
     by_decoding,
@@ -16,7 +15,8 @@ from tersor.ops.codebook_linear.triton import (
     multiply_one_into,
     vector_tiling,
 )
-from tersor.rotation import Rotation
+from tersor.ops.codebook_linear.shapes.limits import MOST_COLUMNS
+from tersor.payload.codes import mirrored
 
 
 def sign_linear(first_x: Tensor, second_x: Tensor, first: Tensor, second: Tensor, levels: Tensor, scales: Tensor,

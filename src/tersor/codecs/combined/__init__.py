@@ -1,0 +1,1 @@
+"""Several codecs on one matrix."""

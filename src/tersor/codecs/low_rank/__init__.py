@@ -1,0 +1,1 @@
+"""Factors: a matrix as the product of two thin ones."""

@@ -1,0 +1,1 @@
+"""Codecs that change the matrix and leave its coding to an inner codec."""

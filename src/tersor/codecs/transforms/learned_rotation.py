@@ -1,0 +1,211 @@
+"""Optimized product quantization: a rotation of the inputs learned for the inner codec, and stored.
+
+OPQ, non-parametric (Ge, He, Ke, Sun; CVPR 2013): alternate encoding what is rotated with the orthogonal Procrustes
+problem of rotating back to the matrix.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor
+
+from tersor.contract.codec import Codec, Encoded, Rows, Search, Shape, Tables, nest, nest_tensors, row_blocks, shape_of
+from tersor.errors import CodecConfigError, NonFiniteError
+from tersor.numerics.kmeans import exponent_of, times_power
+from tersor.numerics.linalg import single_thread
+from tersor.payload.packing import Layout, TensorSpec
+
+PRECISIONS = {"fp16": ("", torch.float16), "fp32": ("f32", torch.float32)}
+STARTS = ("identity", "random", "pca")
+ROUNDS = 10
+MAX_WIDTH = 4096  # a singular value decomposition a round, and in x in stored numbers: beyond this neither pays
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class LearnedRotation(Codec):
+    """`W = inner R` with a stored orthogonal R (in, in).
+
+    The inner codec encodes `W Rᵀ` with the R that is stored, and decoding multiplies by the same. Rounded to fp16, R is
+    orthogonal up to `2**-11` an entry, which adds a relative error of about 1e-7 to the squared one.
+
+    Parameters
+    ----------
+    inner : Codec
+    precision : str
+        `"fp16"` or `"fp32"`: how R is stored.
+    trained : bool
+        R is learned from sample matrices (`train`) and stored once for all matrices of a width.
+
+    Encoder options
+    ---------------
+    rounds : int
+        Alternations (default 10); the best rotation met is kept, the start included.
+    rotation_init : str
+        `"identity"` (default), `"random"` or `"pca"`: principal axes first.
+    """
+
+    inner: Codec
+    precision: str = "fp16"
+    trained: bool = False
+
+    id: ClassVar[str] = "learned_rotation"
+    grammar: ClassVar[str] = r"opq(?P<precision>f32)?(?P<trained>t)?,"
+    own_options: ClassVar[frozenset[str]] = frozenset({"rounds", "rotation_init"})
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.inner, Codec):
+            raise CodecConfigError(f"learned_rotation: inner must be a codec, found {self.inner!r}")
+        if self.precision not in PRECISIONS:
+            raise CodecConfigError(f"learned_rotation: precision must be one of {sorted(PRECISIONS)}, found "
+                                   f"{self.precision!r}")
+        if not isinstance(self.trained, bool):
+            raise CodecConfigError(f"learned_rotation: trained must be true or false, found {self.trained!r}")
+
+    def children(self) -> Mapping[str, Codec]:
+        """Return the inner codec."""
+        return {"inner": self.inner}
+
+    def layout(self, shape: Shape) -> Layout:
+        """Return `rotation` (in, in) and the inner codec's layout under `inner/`.
+
+        Raises
+        ------
+        CodecConfigError
+            If the matrix is wider than 4096.
+        """
+        if shape[1] > MAX_WIDTH:
+            raise CodecConfigError(f"codec '{self.spec()}': a learned rotation of {shape[1]} inputs is refused, at "
+                                   f"most {MAX_WIDTH}; use the seeded rotation 'rot,{self.inner.spec()}'")
+        rotation = TensorSpec((shape[1], shape[1]), PRECISIONS[self.precision][1], shared=self.trained)
+        return {"rotation": rotation, **nest("inner", self.inner.layout(shape))}
+
+    def train(self, samples: Iterable[Tensor], *, seed: int = 0) -> Tables:
+        """Learn the shared rotation from the samples, if it is one, then train the inner codec on rotated samples."""
+        with single_thread(), torch.no_grad():
+            if not self.trained:  # each matrix then learns the rotation that suits the inner codec's tables
+                return nest_tensors("inner", self.inner.train(samples, seed=seed))
+            kept = list(samples)
+            if not kept or len({sample.shape[1] for sample in kept}) != 1:
+                raise CodecConfigError(f"codec '{self.spec()}': a shared rotation needs sample matrices of one width, "
+                                       f"found widths {sorted({sample.shape[1] for sample in kept})}")
+            rotation = self._learn(kept, Search(seed=seed), train=True)
+            tables = self.inner.train([_rotate(sample, rotation) for sample in kept], seed=seed)
+            return {"rotation": rotation, **nest_tensors("inner", tables)}
+
+    def search(self, matrix: Tensor, how: Search) -> Encoded:
+        """Learn the rotation, round it as it is stored, then encode the rotated matrix with the inner codec."""
+        shape = shape_of(matrix)
+        layout = self.layout(shape)
+        if not self.trained:
+            rotation = self._learn([matrix], how)
+        elif "rotation" not in how.tables:
+            raise CodecConfigError(f"codec '{self.spec()}' needs its shared rotation: tables=codec.train(samples)")
+        else:
+            rotation = how.tables["rotation"].to(matrix.device)
+        if tuple(rotation.shape) != layout["rotation"].shape:
+            raise CodecConfigError(f"codec '{self.spec()}': the rotation was trained on a width of "
+                                   f"{rotation.shape[0]}, the matrix has {shape[1]}")
+        encoded = self.inner.search(_rotate(matrix, rotation), _carried(how, rotation))
+        return Encoded(self, shape, {"rotation": rotation, **nest_tensors("inner", encoded.tensors)})
+
+    def decode(self, encoded: Encoded) -> Tensor:
+        """Decode the inner matrix and rotate it back, by blocks."""
+        out = self.inner.decode(self._child(encoded))
+        rotation = encoded.tensors["rotation"].to(torch.float32)
+        for block in row_blocks(encoded.shape):
+            out[block] = out[block] @ rotation
+        return out
+
+    def decode_rows(self, encoded: Encoded, rows: Rows) -> Tensor:
+        """Decode inner rows and rotate them back."""
+        return self.inner.decode_rows(self._child(encoded), rows) @ encoded.tensors["rotation"].to(torch.float32)
+
+    def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
+        """Rotate the activations and multiply by the inner matrix."""
+        rotated = x.to(torch.float32) @ encoded.tensors["rotation"].to(torch.float32).T
+        return self.inner.matmul(self._child(encoded), rotated).to(x.dtype)
+
+    def spec(self) -> str:
+        """Return for example `opq,pq4x256`, `opqf32,pq4x256` or `opqt,pq4x256t` (shared rotation and codebooks)."""
+        return f"opq{PRECISIONS[self.precision][0]}{'t' if self.trained else ''},{self.inner.spec()}"
+
+    @classmethod
+    def from_spec(cls, match: re.Match[str], parts: Sequence[Codec]) -> Codec:
+        """Parse `opq` strings; see `spec`."""
+        return cls(parts[0], "fp32" if match["precision"] else "fp16", bool(match["trained"]))
+
+    def _child(self, encoded: Encoded) -> Encoded:
+        return encoded.child("inner", self.inner, encoded.shape)
+
+    def _learn(self, samples: Sequence[Tensor], how: Search, *, train: bool = False) -> Tensor:
+        """Return the rotation, as stored, that leaves the least squared error, unweighted, after any round.
+
+        With `train`, the inner codec's shared tables are trained anew each round; else they are those of `how`.
+        """
+        rounds, start = how.options.get("rounds", ROUNDS), how.options.get("rotation_init", STARTS[0])
+        if not isinstance(rounds, int) or rounds < 0:
+            raise CodecConfigError(f"learned_rotation: option rounds must be an integer >= 0, found {rounds!r}")
+        if start not in STARTS:
+            raise CodecConfigError(f"learned_rotation: option rotation_init must be one of {STARTS}, found {start!r}")
+        dtype = PRECISIONS[self.precision][1]
+        power = -max(exponent_of(sample) for sample in samples)  # squares and products of anything stay in range
+        unit = [times_power(sample.to(torch.float32), power) for sample in samples]
+        back = -power if how.tables else 0  # tables that were trained have a scale of their own
+        rotation = _start(unit, start, how.seed)
+        best, least = rotation.to(dtype), math.inf
+        for left in range(rounds, -1, -1):
+            rotated = [_rotate(sample, rotation) for sample in unit]
+            tables: dict[str, Any] = {}
+            if train:
+                tables["tables"] = nest_tensors("inner", self.inner.train(rotated, seed=how.seed))
+            inner = dataclasses.replace(how, hessian=None, **tables).inner("inner")
+            error, cross = 0.0, torch.zeros_like(rotation)
+            for sample, target in zip(unit, rotated, strict=True):
+                decoded = times_power(self.inner.search(times_power(target, back), inner).decode(), -back)
+                error += float((decoded - target).square().sum(dtype=torch.float64))
+                cross += decoded.T @ sample
+            if error < least:
+                best, least = rotation.to(dtype), error
+            if left:
+                u, _, v = torch.linalg.svd(cross)
+                rotation = u @ v
+        return best
+
+
+def _start(samples: Sequence[Tensor], start: str, seed: int) -> Tensor:
+    width, device = samples[0].shape[1], samples[0].device
+    if start == "random":
+        noise = torch.randn(width, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+        return torch.linalg.qr(noise)[0].to(device)
+    if start == "pca":
+        gram = sum((sample.T @ sample for sample in samples), torch.zeros(width, width, device=device,
+                                                                          dtype=torch.float32))
+        return torch.linalg.eigh(gram)[1].flip(-1).T.contiguous()
+    return torch.eye(width, dtype=torch.float32, device=device)
+
+
+def _rotate(matrix: Tensor, rotation: Tensor) -> Tensor:
+    """Return `matrix @ rotation.T`, float32, by blocks."""
+    shape, wide = shape_of(matrix), rotation.to(torch.float32).T
+    out = torch.empty(shape, dtype=torch.float32, device=matrix.device)
+    for block in row_blocks(shape):
+        out[block] = matrix[block].to(torch.float32) @ wide
+        if not bool(torch.isfinite(out[block]).all()):
+            raise NonFiniteError("the rotated matrix overflows float32; scale the matrix down before encoding")
+    return out
+
+
+def _carried(how: Search, rotation: Tensor) -> Search:
+    """Return the inner search: its Hessian is `R H Rᵀ`."""
+    inner = how.inner("inner")
+    if how.hessian is None:
+        return inner
+    wide = rotation.to(torch.float32)
+    return dataclasses.replace(inner, hessian=wide @ how.hessian.to(torch.float32) @ wide.T)

@@ -1,0 +1,1 @@
+"""One code a run of elements."""

@@ -1,0 +1,399 @@
+"""The contract: what a codec is, what an encoded matrix is, and how codecs nest.
+
+A codec is a frozen dataclass whose fields are all that decoding needs. An encoded matrix is a linear operator:
+`decode()` rebuilds the matrix, `matmul(x)` applies it. Payload tensors are declared once, by `Codec.layout`.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from torch import Tensor
+
+from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
+from tersor.numerics.linalg import single_thread
+from tersor.payload.packing import Layout, TensorSpec
+
+Shape: TypeAlias = tuple[int, int]
+Rows: TypeAlias = slice | Tensor
+Tables: TypeAlias = Mapping[str, Tensor]
+
+BLOCK_ELEMENTS = 1 << 20  # elements of a row block: bounds every dense temporary of decode and matmul
+HUGE = 2.0**100  # beyond this magnitude float32 arithmetic may overflow, so an encoder's result is checked
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Search:
+    """What steers an encoder and is not stored: the Hessian, the seed, options and trained tables."""
+
+    hessian: Tensor | None = None
+    seed: int = 0
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tables: Tables = dataclasses.field(default_factory=dict)
+
+    def inner(self, name: str) -> Search:
+        """Return the search for the nested codec `name`: tables are those under its prefix."""
+        prefix = f"{name}/"
+        tables = {key.removeprefix(prefix): t for key, t in self.tables.items() if key.startswith(prefix)}
+        return dataclasses.replace(self, tables=tables)
+
+
+class ColumnEncoder(abc.ABC):
+    """Encoder state over blocks of columns; what error feedback drives.
+
+    The driver hands over blocks of a multiple of `width` columns (the last may be narrower) from left to right, already
+    corrected for earlier errors, and uses the decoded block that comes back to correct what follows.
+    """
+
+    width: int
+
+    @abc.abstractmethod
+    def block(self, start: int, columns: Tensor) -> Tensor:
+        """Encode columns `start` to `start + k`, a float32 tensor (out, k); return them decoded, same shape."""
+
+    @abc.abstractmethod
+    def finish(self) -> Encoded:
+        """Return the encoded matrix once every column has been given."""
+
+
+class Codec(abc.ABC):
+    """A fully specified method. Children are final frozen dataclasses with at most eight fields.
+
+    Class attributes
+    ----------------
+    id : str
+        Name in configurations and manifests.
+    version : int
+        Raised when old bytes would decode differently.
+    grammar : str
+        Regular expression of the codec's head in a factory string such as `"rot,lm3"`.
+    own_options : frozenset of str
+        Encoder options that this class reads.
+    """
+
+    id: ClassVar[str]
+    version: ClassVar[int] = 1
+    grammar: ClassVar[str]
+    own_options: ClassVar[frozenset[str]] = frozenset()
+
+    @abc.abstractmethod
+    def layout(self, shape: Shape) -> Layout:
+        """Return the specification of every stored tensor for a matrix of `shape` (out, in)."""
+
+    @abc.abstractmethod
+    def search(self, matrix: Tensor, how: Search) -> Encoded:
+        """Encode a checked 2-D float matrix; called by `encode`, which users call."""
+
+    @abc.abstractmethod
+    def decode_rows(self, encoded: Encoded, rows: Rows) -> Tensor:
+        """Return decoded rows, float32 (k, in), for a slice of rows or an int64 index (k,)."""
+
+    @abc.abstractmethod
+    def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
+        """Return `x @ decode().T` for `x` of shape (*batch, in) without rebuilding the whole matrix."""
+
+    def matmul_rotated(self, encoded: Encoded, x: Tensor, seed: int | None) -> Tensor | None:
+        """Return `matmul` of `x` rotated by `Rotation(in, seed)` (None: as it is) where one op does both, else None."""
+        del encoded, x, seed
+        return None
+
+    def coordinates(self, encoded: Encoded, rows: Rows) -> Tensor:
+        """Return float32 (k, n), of which the decoded rows are an affine image; by default the decoded rows.
+
+        Attention meets many rows with few vectors: `into` takes those to coordinates, once, instead of every row back.
+        For `x` of shape (..., heads, q, in), row `r` of a head and `c` its coordinates, `x · r = into(x) · c +
+        x · offset`; and for weights w, `Σ w r = out_of(Σ w c) + (Σ w) offset`. Only maps that depend on the head need
+        that axis; others take any (..., in).
+        """
+        return self.decode_rows(encoded, rows)
+
+    def into(self, encoded: Encoded, x: Tensor) -> Tensor:
+        """Return vectors (..., in) as what products with coordinates need, (..., n); see `coordinates`."""
+        del encoded
+        return x
+
+    def out_of(self, encoded: Encoded, y: Tensor) -> Tensor:
+        """Return sums of coordinates (..., n) as sums of rows less their offsets, (..., in); see `coordinates`."""
+        del encoded
+        return y
+
+    def offset(self, encoded: Encoded) -> Tensor | None:
+        """Return what is added to every row, broadcastable to (..., heads, 1, in), or None; see `coordinates`."""
+        del encoded
+        return None
+
+    @abc.abstractmethod
+    def spec(self) -> str:
+        """Return the factory string; `registry.parse(codec.spec()) == codec`."""
+
+    @classmethod
+    @abc.abstractmethod
+    def from_spec(cls, match: re.Match[str], parts: Sequence[Codec]) -> Codec:
+        """Build the codec from a match of `grammar` and the codecs nested in it."""
+
+    def children(self) -> Mapping[str, Codec]:
+        """Return nested codecs by name, in order."""
+        return MappingProxyType({})
+
+    @property
+    def column_wise(self) -> bool:
+        """Whether `columns` is there, which error feedback needs."""
+        return False
+
+    @property
+    def runs(self) -> Shape | None:
+        """(heads, rows) where runs of so many rows are coded as of different heads, in turn; None: all rows alike."""
+        return next((child.runs for child in self.children().values() if child.runs), None)
+
+    @property
+    def spectral(self) -> bool:
+        """Whether the error follows from the spectrum of the whole matrix, as of a low-rank code.
+
+        Then a sample of rows says little about it, and a sum encodes it anew once the other stages are known.
+        """
+        return any(child.spectral for child in self.children().values())
+
+    def columns(self, matrix: Tensor, how: Search) -> ColumnEncoder:
+        """Return an encoder over column blocks of `matrix` (out, in).
+
+        Raises
+        ------
+        CodecConfigError
+            If the codec cannot encode a matrix column block by column block.
+        """
+        raise CodecConfigError(f"codec '{self.spec()}' cannot encode column blocks, which error feedback needs; "
+                               "use rtn, lm, sym or pq, plain, summed, or rotated on the input side")
+
+    def train(self, samples: Iterable[Tensor], *, seed: int = 0) -> Tables:
+        """Train the tables of `layout` that are marked shared, from sample matrices; empty where there are none."""
+        del samples, seed
+        return MappingProxyType({})
+
+    def encode(self, matrix: Tensor, *, hessian: Tensor | None = None, seed: int = 0,
+               options: Mapping[str, Any] | None = None, tables: Tables | None = None) -> Encoded:
+        """Encode `matrix` (out, in), any float dtype.
+
+        Parameters
+        ----------
+        matrix : Tensor
+            Left untouched.
+        hessian : Tensor or None
+            `E[x xᵀ]` of the inputs, (in, in); codecs that cannot use it ignore it.
+        seed : int
+            Steers the encoder's search only; what decoding needs is a field of the codec.
+        options : mapping or None
+            Encoder options (see `option_names`); recorded by the pipeline, never stored in the codec.
+        tables : mapping or None
+            Shared tables from `train`.
+
+        Raises
+        ------
+        NonFiniteError
+            If the matrix or the Hessian holds NaN or infinity, or numbers so large that the codec overflows float32.
+        CodecConfigError
+            If shape, dtype, Hessian or options do not fit.
+        """
+        check_matrix(matrix)
+        if hessian is not None and tuple(hessian.shape) != (matrix.shape[1], matrix.shape[1]):
+            raise CodecConfigError(f"the Hessian must be (in, in) = {(matrix.shape[1],) * 2}, "
+                                   f"found {tuple(hessian.shape)}")
+        if hessian is not None and not bool(torch.isfinite(hessian).all()):
+            raise NonFiniteError("the Hessian holds NaN or infinity; calibrate again")
+        unknown = set(options or {}) - self.option_names()
+        if unknown:
+            known = ", ".join(sorted(self.option_names())) or "none"
+            raise CodecConfigError(f"codec '{self.spec()}' has no encoder option {sorted(unknown)}; known: {known}")
+        with single_thread(), torch.no_grad():
+            encoded = self.search(matrix, Search(hessian, seed, dict(options or {}), dict(tables or {})))
+            peak = max(float(matrix.max()), -float(matrix.min()))
+            if peak > HUGE and not bool(torch.isfinite(encoded.decode()).all()):
+                raise NonFiniteError(f"the matrix holds magnitudes up to {peak:.3g}, with which codec '{self.spec()}' "
+                                     "overflows float32; scale the matrix down before encoding")
+            return encoded
+
+    def option_names(self) -> frozenset[str]:
+        """Return the encoder options that this codec and its children read."""
+        return self.own_options.union(*(c.option_names() for c in self.children().values()))
+
+    def decode(self, encoded: Encoded) -> Tensor:
+        """Return the matrix, float32 (out, in)."""
+        return decode_by_blocks(self, encoded)
+
+    def nbytes(self, shape: Shape) -> int:
+        """Return the stored bytes for a matrix of `shape`, shared tables included; from the layout."""
+        return sum(spec.nbytes for spec in self.layout(shape).values())
+
+    def rate(self, shape: Shape) -> float:
+        """Return bits per element, everything stored counted."""
+        return 8.0 * self.nbytes(shape) / max(1, shape[0] * shape[1])
+
+    def to_config(self) -> dict[str, Any]:
+        """Return the JSON-able configuration; `registry.from_config` is the inverse."""
+        fields = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return {"id": self.id, "version": self.version, **fields}
+
+    def __str__(self) -> str:
+        return self.spec()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Codec):
+        return value.to_config()
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    return value
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Encoded:
+    """A compressed matrix: a linear operator made of a codec and its payload.
+
+    Parameters
+    ----------
+    codec : Codec
+    shape : (int, int)
+        (out, in).
+    tensors : mapping of str to Tensor
+        The payload, exactly what `codec.layout(shape)` declares.
+    """
+
+    codec: Codec
+    shape: Shape
+    tensors: Mapping[str, Tensor]
+
+    def decode(self) -> Tensor:
+        """Return the matrix, float32 (out, in)."""
+        return self.codec.decode(self)
+
+    def decode_rows(self, start: int, stop: int) -> Tensor:
+        """Return rows `start` to `stop`, float32 (stop - start, in)."""
+        if not 0 <= start <= stop <= self.shape[0]:
+            raise CodecConfigError(f"rows {start} to {stop} do not lie within the {self.shape[0]} rows of the matrix")
+        return self.codec.decode_rows(self, slice(start, stop))
+
+    def gather(self, index: Tensor) -> Tensor:
+        """Return the rows named by the int64 tensor `index` (any shape): float32 (*index.shape, in)."""
+        flat = index.reshape(-1).to(torch.int64)
+        checked = not (index.is_cuda or torch.compiler.is_compiling())  # a check would wait for the device
+        if checked and flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < self.shape[0]:
+            raise CodecConfigError(f"rows {int(flat.min())}..{int(flat.max())} do not lie within the {self.shape[0]} "
+                                   "rows of the matrix")
+        return self.codec.decode_rows(self, flat).reshape(*index.shape, self.shape[1])
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """Return `x @ decode().T`: (*batch, in) to (*batch, out), in the dtype of `x`."""
+        if x.shape[-1] != self.shape[1]:
+            raise CodecConfigError(f"matmul needs x of shape (..., {self.shape[1]}), found {tuple(x.shape)}")
+        return self.codec.matmul(self, x)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the payload held, measured from the tensors."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    @property
+    def rate(self) -> float:
+        """Bits per element, measured from the tensors."""
+        return 8.0 * self.nbytes / (self.shape[0] * self.shape[1])
+
+    def child(self, name: str, codec: Codec, shape: Shape) -> Encoded:
+        """Return the nested codec's view of this payload."""
+        prefix = f"{name}/"
+        return Encoded(codec, shape, {k.removeprefix(prefix): t for k, t in self.tensors.items()
+                                      if k.startswith(prefix)})
+
+    def check(self, name: str = "matrix") -> Encoded:
+        """Check the payload against the layout, and its floats for NaN and infinity; return self.
+
+        Raises
+        ------
+        CorruptStoreError
+            If a tensor is missing, extra, misshapen, of another dtype or not finite; names it.
+        """
+        layout = self.codec.layout(self.shape)
+        if set(layout) != set(self.tensors):
+            raise CorruptStoreError(f"{name}: codec '{self.codec}' stores {sorted(layout)}, found "
+                                    f"{sorted(self.tensors)}; the payload and the manifest do not belong together")
+        for key, spec in layout.items():
+            check_tensor(f"{name}/{key}", self.tensors[key], spec)
+        return self
+
+
+def check_tensor(name: str, tensor: Tensor, spec: TensorSpec) -> None:
+    """Raise `CorruptStoreError` unless `tensor` is what `spec` declares and finite."""
+    if tuple(tensor.shape) != spec.stored_shape or tensor.dtype != spec.dtype:
+        raise CorruptStoreError(f"{name}: expected {spec.dtype} {spec.stored_shape}, found {tensor.dtype} "
+                                f"{tuple(tensor.shape)}")
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise CorruptStoreError(f"{name}: holds NaN or infinity; the file is damaged or was written from bad numbers")
+
+
+def check_matrix(matrix: Tensor, name: str = "matrix") -> None:
+    """Raise a typed error unless `matrix` is a finite, non-empty 2-D float tensor."""
+    if matrix.ndim != 2 or 0 in matrix.shape:
+        raise CodecConfigError(f"{name}: expected a non-empty 2-D matrix, found shape {tuple(matrix.shape)}")
+    if matrix.dtype not in FLOAT_DTYPES:
+        raise CodecConfigError(f"{name}: expected float32, float16, bfloat16 or float64, found {matrix.dtype}")
+    for block in row_blocks(tuple(matrix.shape)):
+        if not bool(torch.isfinite(matrix[block].to(torch.float32)).all()):
+            raise NonFiniteError(f"{name}: holds NaN, infinity or numbers beyond float32; repair it before encoding")
+
+
+def shape_of(matrix: Tensor) -> Shape:
+    """Return (out, in) of a 2-D tensor."""
+    return matrix.shape[0], matrix.shape[1]
+
+
+def row_blocks(shape: tuple[int, ...], multiple: int = 1) -> Iterable[slice]:
+    """Yield slices of rows of about `BLOCK_ELEMENTS` elements, each but the last a multiple of `multiple` rows."""
+    step = max(1, BLOCK_ELEMENTS // max(1, shape[1]) // multiple) * multiple
+    for start in range(0, shape[0], step):
+        yield slice(start, min(start + step, shape[0]))
+
+
+def decode_by_blocks(codec: Codec, encoded: Encoded) -> Tensor:
+    """Decode a matrix by blocks of rows."""
+    device = next(iter(encoded.tensors.values())).device
+    out = torch.empty(encoded.shape, dtype=torch.float32, device=device)
+    for block in row_blocks(encoded.shape):
+        out[block] = codec.decode_rows(encoded, block)
+    return out
+
+
+def matmul_by_blocks(codec: Codec, encoded: Encoded, x: Tensor) -> Tensor:
+    """Return `x @ decode().T` with one block of rows dense at a time; float32 inside."""
+    wide = x.to(torch.float32)
+    out = torch.empty(*x.shape[:-1], encoded.shape[0], dtype=x.dtype, device=x.device)
+    for block in row_blocks(encoded.shape):
+        out[..., block] = (wide @ codec.decode_rows(encoded, block).T).to(x.dtype)
+    return out
+
+
+def constant(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Cache a function of plain values: `torch.compile` takes the tensor it returns, and does not trace its making."""
+    cached = functools.lru_cache(maxsize=32)(make)
+
+    @functools.wraps(make)
+    def made(*arguments: Any) -> Tensor:
+        return cached(*arguments)
+
+    vars(made)["_dynamo_marked_constant"] = True  # `torch.compiler.assume_constant_result`, compiler not imported
+    return made
+
+
+def nest(name: str, layout: Layout) -> dict[str, TensorSpec]:
+    """Return `layout` with every name under the prefix `name/`."""
+    return {f"{name}/{key}": spec for key, spec in layout.items()}
+
+
+def nest_tensors(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return `tensors` with every name under the prefix `name/`."""
+    return {f"{name}/{key}": tensor for key, tensor in tensors.items()}

@@ -1,0 +1,78 @@
+"""What a run would take: bytes, peak memory and time, estimated from one real matrix."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tersor.hf.compress import encode, survey
+from tersor.hf.compress.request import Request, check_device
+from tersor.hf.compress.run import Settings, budget_bytes, work_folder
+from tersor.hf.models.source import open_source
+from tersor.planning import plan as planning
+
+_INTERPRETER = 600 * 10**6  # Python with torch and transformers
+_PASSES = {True: 3.0, False: 1.0}  # encode with feedback, and its measurement, in units of a plain trial
+
+
+def estimate(src: Path, output: Path, rate: float | None, size: int | None, settings: Settings) -> dict[str, Any]:
+    """Encode the matrix of median size once and scale up; reads nothing else and writes no output.
+
+    Returns
+    -------
+    dict
+        `bytes` (the budget), `bytes_original`, `peak_memory_bytes`, `seconds_survey`, `seconds_encode`,
+        `seconds_calibrate_and_evaluate`, `seconds`, `matrices`, `least_bytes`.
+
+    Raises
+    ------
+    BudgetError
+        If the budget cannot be met.
+    """
+    source = open_source(src, work_folder(output) / "staged")
+    request = Request(budget_bytes(source, rate, size), settings.method, settings.seed, settings.options,
+                               settings.sensitivities)
+    check_device(settings.device)
+    survey.check_options(request)
+    planning.check_weights(list(source.layout.matrices), request.sensitivities)
+    if request.budget >= source.nbytes:
+        return {"bytes": source.nbytes, "bytes_original": source.original_nbytes, "copied": True, "seconds": 0.0}
+    matrices = sorted(source.layout.matrices.values(), key=lambda m: m.shape[0] * m.shape[1])
+    model_rate = 8 * request.budget / source.elements
+    least = {m.name: survey.rungs(request.method, m.shape, model_rate)[0] for m in matrices}
+    record = encode.provenance(source, None, request, "0")
+    least_bytes = encode.predict(source, least, record)
+    if least_bytes > request.budget:
+        raise survey.least_error(source, request, least_bytes)
+    sample = matrices[len(matrices) // 2]
+    tried = survey.rungs(request.method, sample.shape, model_rate)
+    began = time.perf_counter()
+    count = len(list(survey.trials(source, sample, tried[:2], None, request, settings.device, whole=False)))
+    size_tried = min(sample.shape[0] * sample.shape[1], 2 * survey.SURVEY_ELEMENTS)
+    each = (time.perf_counter() - began) / count / size_tried
+    elements = sum(m.shape[0] * m.shape[1] for m in matrices)
+    surveyed = sum(min(m.shape[0] * m.shape[1], 2 * survey.SURVEY_ELEMENTS) for m in matrices)
+    surveying, encoding = each * surveyed * len(tried), each * elements * _PASSES[settings.calibrated]
+    forward = _forward_seconds(source.elements, settings)
+    largest = 4 * matrices[-1].shape[0] * matrices[-1].shape[1]
+    resident = 4 * source.elements if settings.calibrated or settings.evaluation_tokens else 0
+    moments = 4 * sum({m.shape[1] ** 2 for m in matrices}) if settings.calibrated else 0
+    return {"bytes": request.budget, "bytes_original": source.original_nbytes, "least_bytes": least_bytes,
+            "matrices": len(matrices), "peak_memory_bytes": _INTERPRETER + max(resident + moments, 3 * largest),
+            "seconds_survey": surveying, "seconds_encode": encoding, "seconds_calibrate_and_evaluate": forward,
+            "seconds": surveying + encoding + forward}
+
+
+def _forward_seconds(elements: int, settings: Settings) -> float:
+    """Scale a timed matrix product to the forward and backward passes of calibration and evaluation."""
+    side = torch.ones(1024, 1024, device=settings.device)
+    began = time.perf_counter()
+    for _ in range(4):
+        torch.mm(side, side)
+    flop_seconds = (time.perf_counter() - began) / (4 * 2 * 1024**3)
+    sampling = settings.sampling
+    tokens = (sampling.tokens + 3 * sampling.fisher_tokens) if settings.calibrated else 0
+    return 2 * elements * (tokens + 2 * settings.evaluation_tokens) * flop_seconds * 2

@@ -1,0 +1,70 @@
+"""How much each matrix's error costs the whole model, measured by one Fisher pass.
+
+For small independent errors, KL(original ‖ compressed) is half the Fisher quadratic form. With errors of variance s² an
+element that a rotation has made isotropic, a matrix costs `s² tr(F) / 2`, where `tr(F)` is the expected squared norm of
+the gradient of the log-likelihood of tokens *sampled from the model* (summing over a sequence leaves the expectation of
+the squared norm additive over tokens, because scores have mean zero). Divided by the distortion that such errors have,
+it is the weight of that matrix's relative distortion in the planner's sum, which so estimates the KL in nats a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tersor.hf.models.matrices import walk
+from tersor.numerics.linalg import single_thread
+
+
+def sampled_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Return the negative log-likelihood, summed, of next tokens drawn from the model's own distribution.
+
+    Parameters
+    ----------
+    logits : Tensor
+        (batch, length, vocabulary).
+    """
+    flat = torch.log_softmax(logits.to(torch.float32).flatten(0, 1), -1)
+    drawn = torch.multinomial(flat.detach().exp().cpu(), 1, generator=generator).to(flat.device)
+    return -flat.gather(-1, drawn).sum()
+
+
+def fisher_traces(model: PreTrainedModel, sequences: Tensor, seed: int,
+                  step: Callable[[int], None] | None = None) -> dict[str, float]:
+    """Return `tr(F)` a token for every matrix of the model.
+
+    Parameters
+    ----------
+    sequences : Tensor
+        Token ids (sequences, length); one backward pass each.
+    """
+    matrices = walk(model).matrices
+    wanted = {m.parameter for m in matrices.values()}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in wanted)
+    generator = torch.Generator().manual_seed(seed)
+    totals = dict.fromkeys(matrices, 0.0)
+    for ids in sequences:
+        with single_thread():  # the plan follows from these sums, so their order must not depend on the threads
+            model.zero_grad(set_to_none=True)
+            sampled_loss(model(input_ids=ids[None].to(model.device), use_cache=False).logits, generator).backward()
+            for name, matrix in matrices.items():
+                gradient = model.get_parameter(matrix.parameter).grad
+                if gradient is not None:
+                    totals[name] += float(matrix.take(gradient).square().sum(dtype=torch.float64))
+        if step is not None:
+            step(ids.numel())
+    model.zero_grad(set_to_none=True)
+    return {name: total / sequences.numel() for name, total in totals.items()}
+
+
+def weight(trace: float, matrix: Tensor, hessian: Tensor | None) -> float:
+    """Turn a Fisher trace into nats of KL a token per unit of relative distortion of `matrix` (out, in)."""
+    dense = matrix.to(torch.float32)
+    if hessian is None:
+        return 0.5 * trace * float(dense.square().mean(dtype=torch.float64))
+    signal = float(((dense @ hessian) * dense).sum(dtype=torch.float64))
+    return 0.5 * trace * signal / (dense.shape[0] * float(hessian.diagonal().sum(dtype=torch.float64)))

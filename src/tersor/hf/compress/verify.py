@@ -1,0 +1,115 @@
+"""Verification of a finished output: digests, layouts, NaN scan, coverage, and errors as the encoder measured them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tersor import store
+from tersor.errors import CorruptStoreError, VerificationError
+from tersor.hf.compress.encode import REPORT
+from tersor.hf.compress.request import Progress, no_progress
+from tersor.hf.models.matrices import Layout, empty_model, read_config, walk
+from tersor.hf.models.source import Source
+from tersor.quality import measure
+
+# the encoder and the verifier compute one error from the same numbers; only the order of float32 sums may differ
+AGREEMENT = 1e-3
+FLOOR = 1e-12
+
+
+def verify(path: Path, source: Source | None = None, progress: Progress = no_progress) -> dict[str, Any]:
+    """Verify a store; for a model, also that it covers the model, and, with a source, every tensor's error.
+
+    Returns
+    -------
+    dict
+        `matrices`, `plain`, `bytes`, `kind`, `against` and `worst_relative_error`.
+
+    Raises
+    ------
+    CorruptStoreError
+        If bytes are not what was written.
+    VerificationError
+        If tensors are missing, decode to NaN, or err more than the encoder recorded.
+    """
+    opened = store.read(path)
+    opened.verify()
+    if opened.kind == "model":
+        _check_coverage(path, opened)
+    recorded = _recorded(path)
+    worst = 0.0
+    names = opened.matrix_names()
+    for number, name in enumerate(names):
+        progress("verify", number, len(names))
+        encoded = opened.matrix(name)
+        if source is None:
+            if not bool(torch.isfinite(encoded.decode()).all()):
+                raise VerificationError(f"{path}: '{name}' decodes to NaN or infinity")
+            continue
+        found = measure(source.matrix(source.layout.matrices[name]), encoded).relative_error
+        promised = recorded.get(name, {}).get("relative_error")
+        if promised is None or not abs(found - promised) <= AGREEMENT * promised + FLOOR:
+            raise VerificationError(f"{path}: '{name}' has relative error {found:.6g}, but its encoder measured "
+                                    f"{promised}; the output does not hold what was encoded")
+        worst = max(worst, found)
+    if source is not None:
+        _check_plain(path, opened, source)
+    progress("verify", len(names), len(names))
+    return {"matrices": len(names), "plain": len(opened.entries) - len(names), "bytes": store.stored_nbytes(path),
+            "kind": opened.kind, "against": None if source is None else str(source.path),
+            "worst_relative_error": None if source is None else worst}
+
+
+def _check_coverage(path: Path, opened: store.Store) -> None:
+    layout = walk(empty_model(read_config(path)))
+    expected = {**{n: m.shape for n, m in layout.matrices.items()}, **{n: tuple(s) for n, s in layout.plain.items()}}
+    found = {name: entry.shape for name, entry in opened.entries.items()}
+    expected.update({name: shape for name, shape in biases_added(layout, opened).items() if name not in expected})
+    if expected != found:
+        odd = sorted({n for n in set(expected) | set(found) if expected.get(n) != found.get(n)})
+        raise VerificationError(f"{path}: {len(odd)} tensors are missing, extra or misshapen, such as {odd[:3]}")
+
+
+def biases_added(layout: Layout, opened: store.Store) -> dict[str, tuple[int, ...]]:
+    """Return the biases of linears that a store says reduction has added or changed, with their shapes."""
+    listed = opened.manifest["provenance"].get("biases", [])
+    shapes = {f"{m.parameter.rpartition('.')[0]}.bias": (m.shape[0],) for m in layout.matrices.values()
+              if m.kind in ("linear", "conv1d")}
+    return {name: shapes[name] for name in listed if name in shapes}
+
+
+def _recorded(path: Path) -> dict[str, Any]:
+    file = path / REPORT
+    if not file.is_file():
+        return {}
+    try:
+        return json.loads(file.read_text())["matrices"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise CorruptStoreError(f"{file}: damaged report: {error}") from error
+
+
+def _check_plain(path: Path, opened: store.Store, source: Source) -> None:
+    changed = biases_added(source.layout, opened)
+    for name, entry in opened.entries.items():
+        if entry.codec is None and name not in changed and not torch.equal(opened.plain(name), source.tensor(name)):
+            raise VerificationError(f"{path}: '{name}' is stored as it is, but differs from the source")
+
+
+def verify_in_fresh_process(path: Path, against: Path) -> None:
+    """Run `tersor verify` in a new process, so that nothing the encoder holds in memory can help decoding.
+
+    Raises
+    ------
+    VerificationError
+        If it fails; carries its message.
+    """
+    command = [sys.executable, "-m", "tersor", "verify", str(path), "--against", str(against), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise VerificationError(done.stderr.strip() or f"{path}: verification ended with status {done.returncode}")

@@ -1,0 +1,1 @@
+"""Compressed caches of transformers models."""

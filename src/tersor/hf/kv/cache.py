@@ -1,0 +1,201 @@
+"""A KV cache for `generate()` whose old tokens are compressed: each block is encoded once, when it leaves the window.
+
+The first `sink` tokens and the last `residual` ones or more stay dense. Only transformers' public hooks are used: a
+`Cache` of layers, and for attention over the compressed blocks the AttentionInterface (`tersor.hf.kv.attention`).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PretrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+from tersor.contract.codec import Codec, Tables
+from tersor.errors import CodecConfigError, ModelError
+from tersor.hf.kv import store
+from tersor.hf.kv.attention import NAME, Pair
+from tersor.hf.kv.layer import CacheReport, CompressedCacheLayer, Side, Window, nbytes_of
+from tersor.hf.kv.plan import KVPlan, read_plan
+from tersor.hf.kv.store import SIDES
+from tersor.registry import parse
+
+Spec = str | Codec
+Specs = Spec | Sequence[Spec | None]
+
+
+class CompressedCache(Cache):
+    """A cache for `model.generate(..., past_key_values=cache)` and `model(..., past_key_values=cache)`.
+
+    Parameters
+    ----------
+    config : PretrainedConfig
+        Of the model that will use the cache: `model.config`. Full-attention layers are compressed; sliding-window,
+        linear and other layers are those that transformers' own `DynamicCache` would have.
+    key, value : str, Codec, or sequence of these
+        Codec of the keys and of the values; a sequence gives one a model layer (None: leave the layer dense).
+    residual : int
+        At least so many recent tokens stay dense, up to `residual + block - 1`.
+    sink : int
+        So many first tokens stay dense.
+    skip_layers : sequence of int
+        Layers to leave dense; negative numbers count from the end.
+    block : int
+        Tokens encoded at a time.
+    tables : mapping or None
+        Trained tables of codecs that have them, by (layer, "key" or "value").
+
+    Raises
+    ------
+    CodecConfigError
+        If settings are unsound or do not fit the model's layers.
+    UnknownCodecError
+        If a codec string is not understood.
+    """
+
+    def __init__(self, config: PretrainedConfig, key: Specs = "rot,lm4", value: Specs = "rot,lm4", residual: int = 128,
+                 sink: int = 4, skip_layers: Sequence[int] = (), block: int = 64,
+                 tables: Mapping[tuple[int, str], Tables] | None = None) -> None:
+        self.config = config.get_text_config(decoder=True)
+        self.window = Window(residual, sink, block)
+        layers: list[Any] = DynamicCache(config=self.config).layers
+        count = len(layers)
+        wrong = [layer for layer in skip_layers if type(layer) is not int or not -count <= layer < count]
+        if wrong:
+            raise CodecConfigError(f"skip_layers {wrong} are no layers of a model with {count}")
+        skipped = {layer % count for layer in skip_layers}
+        keys, values = _by_layer("key", key, count), _by_layer("value", value, count)
+        for number, (layer, *codecs) in enumerate(zip(layers, keys, values, strict=True)):
+            if type(layer) is not DynamicLayer or number in skipped or None in codecs:
+                continue
+            sides = [Side(codec, (tables or {}).get((number, name), {}))
+                     for name, codec in zip(SIDES, codecs, strict=True) if codec is not None]
+            layers[number] = CompressedCacheLayer(sides[0], sides[1], self.window, f"layer {number}")
+        super().__init__(layers=layers)
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Pair:
+        """Append the tokens of one layer and return what its attention sees; see `CompressedCacheLayer.update`."""
+        layer = self.layers[layer_idx]
+        if isinstance(layer, CompressedCacheLayer):
+            layer.lazy = self.config._attn_implementation == NAME
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    @property
+    def compressed_layers(self) -> dict[int, CompressedCacheLayer]:
+        """The compressed layers by number."""
+        return {number: layer for number, layer in enumerate(self.layers) if isinstance(layer, CompressedCacheLayer)}
+
+    def report(self) -> CacheReport:
+        """Return the bytes held, measured from the tensors: payload, tables, recent tokens, sinks and native layers."""
+        parts = [layer.report() for layer in self.compressed_layers.values()]
+        sums = {field.name: sum(getattr(part, field.name) for part in parts)
+                for field in dataclasses.fields(CacheReport)}
+        tables = {id(table): table for layer in self.compressed_layers.values() for side in layer.sides
+                  for table in side.tables.values()}
+        native = [t for layer in self.layers if not isinstance(layer, CompressedCacheLayer)
+                  for t in _tensors(vars(layer))]
+        sums["tables"] += nbytes_of(tables.values())
+        return CacheReport(**{**sums, "native": nbytes_of(native)})
+
+    @property
+    def nbytes(self) -> int:
+        """All bytes held; `report()` gives them apart."""
+        return self.report().total
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompressedCache:
+        """Return an independent cache, as for reuse of a prompt; encoded blocks are shared until one changes."""
+        twin = copy.copy(self)
+        twin.layers = copy.deepcopy(self.layers, memo)
+        return twin
+
+    @classmethod
+    def from_plan(cls, config: PretrainedConfig, plan: str | Path | Mapping[str, Any] | KVPlan) -> CompressedCache:
+        """Return a cache with the codecs, tables and window of a plan that `tersor kv-plan` wrote.
+
+        Raises
+        ------
+        CodecConfigError, CorruptStoreError
+            If it is no sound plan.
+        ModelError
+            If it was made for another model; names the fields that differ.
+        """
+        read = plan if isinstance(plan, KVPlan) else read_plan(plan)
+        store.check_fields(read.model, config.get_text_config(decoder=True), "the plan")
+        count = len(DynamicCache(config=config.get_text_config(decoder=True)).layers)
+        specs = [[read.layers.get(number, (None, None))[side] for number in range(count)] for side in range(2)]
+        return cls(config, specs[0], specs[1], read.residual, read.sink, block=read.block, tables=read.tables)
+
+    def save(self, path: str | Path) -> None:
+        """Write the cache, for example of a long prompt, as a new directory in the store's format.
+
+        Raises
+        ------
+        FileExistsError
+            If `path` exists.
+        ModelError
+            If the cache is empty, or holds layers whose state cannot be written (linear attention).
+        """
+        states = []
+        for number, layer in enumerate(self.layers):
+            if isinstance(layer, CompressedCacheLayer):
+                states.append(layer.state() if layer.is_initialized else None)
+            else:
+                states.append(store.native_state(layer, f"layer {number}"))
+        store.save(Path(path), self.config, dataclasses.asdict(self.window), states)
+
+    @classmethod
+    def load(cls, path: str | Path, config: PretrainedConfig, device: str | torch.device = "cpu") -> CompressedCache:
+        """Return the cache that `save` wrote, for a model of the same configuration.
+
+        Raises
+        ------
+        CorruptStoreError
+            If the directory is damaged or no cache.
+        ModelError
+            If it was made with another model; names the fields that differ.
+        """
+        text = config.get_text_config(decoder=True)
+        settings, states = store.load(Path(path), text, torch.device(device))
+        with store.damaged(Path(path)):
+            window = Window(**settings)
+            cache = cls(config, residual=window.residual, sink=window.sink, block=window.block)
+            if len(states) != len(cache.layers):
+                raise ModelError(f"{path}: {len(states)} layers, but the model's caches have {len(cache.layers)}")
+            for number, state in enumerate(states):
+                name = f"layer {number}"
+                if state is None:
+                    continue
+                if "native" in state.meta:
+                    cache.layers[number] = store.native_layer(cache.layers[number], state, name)
+                else:
+                    cache.layers[number] = CompressedCacheLayer.restore(state, window, name)
+        return cache
+
+
+def _by_layer(name: str, specs: Specs, count: int) -> list[Codec | None]:
+    listed = [specs] * count if isinstance(specs, (str, Codec)) else list(specs)
+    if len(listed) != count:
+        raise CodecConfigError(f"{name}: {len(listed)} codecs for a model with {count} layers; give one, or one a "
+                               "layer")
+    return [parse(spec) if isinstance(spec, str) else spec for spec in listed]
+
+
+def _tensors(value: Any) -> Iterable[Tensor]:
+    """Yield the tensors of nested containers."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+__all__ = ["CacheReport", "CompressedCache", "CompressedCacheLayer"]

@@ -1,0 +1,1 @@
+"""Facts of transformers: checkpoints, names, shapes, text, evaluation."""

@@ -1,0 +1,93 @@
+"""Back to a dense model directory: what a compressed one stands for, in the original dtypes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tersor import files, store
+from tersor.errors import CodecConfigError
+from tersor.hf.models.matrices import Matrix, empty_model, read_config, walk
+
+SHARD_BYTES = 4 * 10**9
+
+
+def write_dense(opened: store.Store, to: Path) -> None:
+    """Write a dense transformers directory; tensors are decoded one at a time, a shard is in memory at once; atomic.
+
+    Raises
+    ------
+    CodecConfigError
+        If the store holds biases that reduction has added and the architecture has no place for.
+    """
+    opened.verify()
+    layout = walk(empty_model(read_config(opened.path)))
+    odd = sorted(set(opened.entries) - set(layout.matrices) - set(layout.plain))
+    if odd:
+        raise CodecConfigError(f"{opened.path}: holds biases that this architecture has no place for ({odd[0]}, …), so "
+                               "it cannot become a dense model; reduce without --bias")
+    by_parameter: dict[str, list[Matrix]] = defaultdict(list)
+    for matrix in layout.matrices.values():
+        by_parameter[matrix.parameter].append(matrix)
+    partial = to.with_name(f".{to.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        _write_shards(opened, layout.parameters, by_parameter, partial)
+        _write_companions(opened, partial)
+        partial.rename(to)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _write_shards(opened: store.Store, names: list[str], by_parameter: dict[str, list[Matrix]], folder: Path) -> None:
+    shards: list[str] = []
+    weight_map: dict[str, str] = {}
+    held: dict[str, Tensor] = {}
+    total = 0
+
+    def flush() -> None:
+        name = f"model-{len(shards):05d}.safetensors"
+        files.save(held, folder / name)
+        weight_map.update(dict.fromkeys(held, name))
+        shards.append(name)
+        held.clear()
+
+    for name in names:
+        tensor = parameter(opened, by_parameter[name]) if name in by_parameter else opened.plain(name)
+        nbytes = tensor.numel() * tensor.element_size()
+        if held and sum(t.numel() * t.element_size() for t in held.values()) + nbytes > SHARD_BYTES:
+            flush()
+        held[name] = tensor.contiguous()
+        total += nbytes
+    flush()
+    if len(shards) == 1:
+        (folder / shards[0]).rename(folder / "model.safetensors")
+    else:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / store.INDEX).write_text(json.dumps(index))
+
+
+def parameter(opened: store.Store, matrices: list[Matrix]) -> Tensor:
+    """Return a parameter decoded: its matrix turned back, or its stack put together; in the original dtype."""
+    decoded = [opened.matrix(m.name).decode().to(store.DTYPES[opened.entries[m.name].dtype]) for m in matrices]
+    if matrices[0].index is not None:
+        return torch.stack(decoded)
+    return decoded[0].T if matrices[0].kind == "conv1d" else decoded[0]
+
+
+def _write_companions(opened: store.Store, folder: Path) -> None:
+    for name in opened.manifest["files"]:
+        if name == "config.json":
+            config = json.loads((opened.path / name).read_text())
+            config.pop("quantization_config", None)
+            (folder / name).write_text(json.dumps(config, indent=1))
+        else:
+            shutil.copyfile(opened.path / name, folder / name)

@@ -1,0 +1,232 @@
+"""Where a model's dense tensors come from: read one at a time from safetensors, or staged when they need converting."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+from tersor import files
+from tersor.errors import ModelError
+from tersor.hf.models.matrices import Layout, Matrix, empty_model, quiet, read_config, walk
+from tersor.store import INDEX, MANIFEST
+
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+_OWN_FILES = ("config.json", MANIFEST, "tersor-report.json")
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source:
+    """A dense model, opened.
+
+    Attributes
+    ----------
+    path : Path
+        What the user named: a directory, or a .gguf file.
+    folder : Path
+        Directory that holds configuration and safetensors: `path`, or where it was staged.
+    config : PretrainedConfig
+    layout : Layout
+    locations : mapping of str to (Path, str)
+        File and key of every stored tensor.
+    """
+
+    path: Path
+    folder: Path
+    config: PretrainedConfig
+    layout: Layout
+    locations: Mapping[str, tuple[Path, str]]
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor in its own dtype."""
+        file, key = self.locations[name]
+        with safe_open(file, framework="pt") as handle:
+            return handle.get_tensor(key)
+
+    def matrix(self, matrix: Matrix) -> Tensor:
+        """Read one matrix (out, in); only its slice of a stack."""
+        file, key = self.locations[matrix.parameter]
+        with safe_open(file, framework="pt") as handle:
+            if matrix.index is not None:
+                return handle.get_slice(key)[matrix.index]
+            return matrix.take(handle.get_tensor(key))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return a tensor's stored dtype."""
+        file, key = self.locations[name]
+        with safe_open(file, framework="pt") as handle:
+            part = handle.get_slice(key)
+            name = part.get_dtype()
+            if name in _FLOATS:
+                return _FLOATS[name]
+            return handle.get_tensor(key).dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the dense safetensors files, staged ones included."""
+        return sum(file.stat().st_size for file in {file for file, _ in self.locations.values()})
+
+    @property
+    def original_nbytes(self) -> int:
+        """Bytes of what the user gave: the .gguf file, or the dense safetensors files."""
+        return self.path.stat().st_size if self.path.is_file() else self.nbytes
+
+    @property
+    def elements(self) -> int:
+        """Number of parameters."""
+        matrices = sum(m.shape[0] * m.shape[1] for m in self.layout.matrices.values())
+        return matrices + sum(size.numel() for size in self.layout.plain.values())
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 over configuration and weights."""
+        sha = hashlib.sha256((self.folder / "config.json").read_bytes())
+        for file in sorted({file for file, _ in self.locations.values()}):
+            with file.open("rb") as handle:
+                sha.update(hashlib.file_digest(handle, "sha256").digest())
+        return sha.hexdigest()
+
+    def config_json(self) -> dict[str, Any]:
+        """Return the configuration as stored."""
+        return json.loads((self.folder / "config.json").read_text())
+
+    def companions(self) -> dict[str, Path]:
+        """Return tokenizer and other small files that go along, by name."""
+        skip = (*_OWN_FILES, INDEX, "README.md", ".gitattributes")
+        return {f.name: f for f in sorted(self.folder.iterdir())
+                if f.is_file() and f.suffix not in _WEIGHT_SUFFIXES and f.name not in skip
+                and not f.name.endswith(".index.json") and not f.name.startswith(".")}
+
+
+def open_source(path: Path, staging: Path) -> Source:
+    """Open a transformers directory or a .gguf file.
+
+    Tensors are read straight from safetensors where the checkpoint stores the model's own parameters; a checkpoint that
+    transformers must convert (GGUF, pickles, experts stored one by one) is loaded once and staged in `staging`.
+
+    Raises
+    ------
+    ModelError
+        If there is no usable model; says what is missing.
+    """
+    if not path.exists():
+        raise ModelError(f"{path}: no such file or directory")
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(f"{path}: expected a model directory or a .gguf file")
+        return _staged(path, staging)
+    config = read_config(path)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(f"{path}: already quantized ({_method(config)}); give Tersor the original model")
+    if not any(f.suffix in _WEIGHT_SUFFIXES for f in path.iterdir()):
+        raise ModelError(f"{path}: config.json but no weights (.safetensors)")
+    return _open_folder(path, path) or _staged(path, staging)
+
+
+def _staged(path: Path, staging: Path) -> Source:
+    source = _open_folder(path, _stage(path, staging))
+    assert source is not None, "a staged checkpoint stores the model's own parameters"
+    return source
+
+
+def _method(config: PretrainedConfig) -> str:
+    found = config.quantization_config
+    return str(found.get("quant_method", "?") if isinstance(found, dict) else found.quant_method)
+
+
+def _open_folder(path: Path, folder: Path) -> Source | None:
+    """Open a folder whose safetensors hold the model's own parameters; None where they need converting."""
+    config = read_config(folder)
+    model = empty_model(config)
+    layout = walk(model)
+    locations = _resolve(layout, _locate(folder), model.base_model_prefix)
+    return None if locations is None else Source(path, folder, config, layout, locations)
+
+
+def _locate(folder: Path) -> dict[str, tuple[Path, str]]:
+    locations: dict[str, tuple[Path, str]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as handle:
+                locations.update({key: (file, key) for key in handle.keys()})  # noqa: SIM118 - not a dict
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file}: damaged or no safetensors file: {error}") from error
+    return locations
+
+
+def _resolve(layout: Layout, found: Mapping[str, tuple[Path, str]],
+             prefix: str) -> dict[str, tuple[Path, str]] | None:
+    """Find every stored tensor, with or without the base model's prefix; None if one is not there as such."""
+    located = {}
+    for name in layout.parameters:
+        short = name.removeprefix(f"{prefix}.") if prefix else name
+        place = found.get(name) or found.get(short)
+        if place is None:
+            return None
+        expected = layout.plain.get(name)
+        with safe_open(place[0], framework="pt") as handle:
+            shape = tuple(handle.get_slice(place[1]).get_shape())
+        if expected is not None and shape != tuple(expected):
+            raise ModelError(f"{place[0]}: '{place[1]}' has shape {shape}, but config.json makes it {tuple(expected)}")
+        located[name] = place
+    for matrix in layout.matrices.values():
+        if matrix.index in (None, 0):
+            _check_shape(matrix, located[matrix.parameter])
+    return located
+
+
+def _check_shape(matrix: Matrix, place: tuple[Path, str]) -> None:
+    with safe_open(place[0], framework="pt") as handle:
+        part = handle.get_slice(place[1])
+        shape, dtype = tuple(part.get_shape())[-2:], part.get_dtype()
+    expected = matrix.shape[::-1] if matrix.kind == "conv1d" else matrix.shape
+    if shape != expected:
+        raise ModelError(f"{place[0]}: '{place[1]}' has shape {shape}, but config.json makes it {expected}")
+    if dtype not in _FLOATS:
+        raise ModelError(f"{place[0]}: '{place[1]}' has dtype {dtype}; supported: {sorted(_FLOATS)}")
+
+
+def _stage(path: Path, staging: Path) -> Path:
+    """Load a checkpoint through transformers and write its parameters under their own names."""
+    folder, gguf = (path.parent, path.name) if path.is_file() else (path, None)
+    extra = {"gguf_file": gguf, "dtype": torch.float32} if gguf else {"dtype": "auto"}
+    try:
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **extra)
+    except (ValueError, OSError, KeyError, RuntimeError, ImportError, TypeError, struct.error) as error:
+        raise ModelError(f"{path}: transformers cannot load this checkpoint: {str(error).strip()[:300]}") from error
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    tied = set(model.all_tied_weights_keys)
+    tensors = {k: t.contiguous() for k, t in model.state_dict().items() if k not in tied}
+    files.save(tensors, staging / "model.safetensors")
+    config = model.config.to_dict()
+    config.pop("quantization_config", None)
+    (staging / "config.json").write_text(json.dumps(config, indent=1, default=str))
+    if gguf:
+        with quiet():
+            AutoTokenizer.from_pretrained(folder, gguf_file=gguf, local_files_only=True).save_pretrained(staging)
+    else:
+        for file in folder.iterdir():
+            if file.is_file() and file.suffix in (".json", ".txt", ".model") and file.name != "config.json" and (
+                    not file.name.endswith(".index.json")):
+                shutil.copyfile(file, staging / file.name)
+    return staging
+
+
+def load_dense(source: Source, device: str = "cpu") -> PreTrainedModel:
+    """Load the dense model of a source: in its own dtype on a GPU, in float32 on a CPU."""
+    dtype = torch.float32 if device == "cpu" else "auto"
+    with quiet():
+        model: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, local_files_only=True)
+    return model.to(device).eval()

@@ -1,0 +1,1 @@
+"""LLM-ROM: reduced linears for a whole model."""

@@ -1,0 +1,1 @@
+"""Mathematics that knows no codec: random numbers, linear algebra, rotations, k-means."""

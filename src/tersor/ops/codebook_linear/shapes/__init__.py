@@ -1,0 +1,1 @@
+"""Which products are taken, and how they are cut: configurations as data."""

@@ -1,0 +1,1 @@
+"""What lies in a stored tensor: layouts, packed codes, groups, scales, row blocks."""

@@ -1,0 +1,1 @@
+"""One budget over many matrices, and what calibration saw of them."""

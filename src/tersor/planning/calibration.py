@@ -1,0 +1,100 @@
+"""Calibration: second moments of the inputs of each matrix, streamed, with their provenance."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tersor import files
+from tersor.errors import CorruptStoreError, NonFiniteError
+
+_CHECK = 1e-3  # largest relative gap tolerated between the float32 trace and a float64 sum of squares
+
+
+class Moments:
+    """Streamed `E[x xᵀ]` of vectors of `width` elements, accumulated in float32, checked in float64."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.count = 0
+        self._sum = torch.zeros(width, width, device=device)
+        self._squares = 0.0
+
+    def add(self, x: Tensor) -> None:
+        """Add vectors (count, width)."""
+        wide = x.to(torch.float32)
+        self._sum.addmm_(wide.T, wide)
+        self._squares += float(wide.to(torch.float64).square().sum())
+        self.count += x.shape[0]
+
+    def mean(self, name: str) -> Tensor:
+        """Return `E[x xᵀ]`, float32 (width, width), exactly symmetric.
+
+        Raises
+        ------
+        NonFiniteError
+            If a value is not finite, or float32 sums have drifted from the float64 check.
+        """
+        trace = float(self._sum.diagonal().sum(dtype=torch.float64))
+        if not abs(trace - self._squares) <= _CHECK * max(self._squares, 1e-30):
+            raise NonFiniteError(f"calibration of '{name}': float32 moments ({trace:.6g}) and the float64 check "
+                                 f"({self._squares:.6g}) differ; the activations hold NaN, infinity or huge values")
+        return (self._sum + self._sum.T) / (2.0 * max(1, self.count))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Calibration:
+    """Second moments by matrix name.
+
+    Attributes
+    ----------
+    hessians : mapping of str to Tensor
+        `E[x xᵀ]`, float32 (in, in); matrices that read the same input share one tensor.
+    tokens : int
+        Tokens seen, padding left out.
+    source : str
+        Where the text came from, and its SHA-256.
+    fisher : mapping of str to float
+        Trace of the Fisher information of each matrix, a token; empty where it was not measured.
+    """
+
+    hessians: Mapping[str, Tensor]
+    tokens: int
+    source: str
+    fisher: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Write to a safetensors file; shared moments once; atomic."""
+        unique: dict[int, str] = {}
+        names: dict[str, str] = {}
+        tensors: dict[str, Tensor] = {}
+        for name, hessian in self.hessians.items():
+            key = unique.setdefault(id(hessian), f"h{len(unique)}")
+            names[name] = key
+            tensors[key] = hessian.contiguous()
+        record = {"names": names, "tokens": self.tokens, "source": self.source, "fisher": dict(self.fisher)}
+        meta = {"tersor": json.dumps(record)}
+        files.save(tensors, path, meta)
+
+    @classmethod
+    def load(cls, path: Path) -> Calibration:
+        """Read what `save` wrote; moments are memory-mapped, not copied.
+
+        Raises
+        ------
+        CorruptStoreError
+            If the file is missing or no calibration.
+        """
+        try:
+            with safe_open(path, framework="pt") as handle:
+                record = json.loads((handle.metadata() or {})["tersor"])
+                tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 - not a dict
+                hessians = {name: tensors[key] for name, key in record["names"].items()}
+                return cls(hessians, int(record["tokens"]), str(record["source"]), dict(record["fisher"]))
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+            raise CorruptStoreError(f"{path}: no calibration file written by 'tersor calibrate': {error}") from error

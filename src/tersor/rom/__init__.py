@@ -1,0 +1,1 @@
+"""Reduced linears: least error, ranks, how factors are stored."""
