@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tersor
-from tersor import testing, vectors
+from tersor import testing
+from tersor.vectors import index as vectors
 from tersor.errors import BudgetError, CodecConfigError, CorruptStoreError, NonFiniteError, UnknownCodecError
 from tersor.registry import parse
-from tersor.vectors import Best, Index, index_families, rowwise
+from tersor.vectors import Index, index_families, rowwise
+from tersor.vectors.index import Best
 
 DIM = 20
 CODECS = ("rot,sym16", "rot,sym24", "rot,lm3", "lmL3", "rtn3s", "rtnL5g4", "tab3", "pq5x16t", "pq4x11mt", "pq2x300t",
