@@ -21,7 +21,7 @@ import gpu_model
 import gpu_payload
 from gpu_run import SEED, Case, Emit, SkipError, device, settle
 from tersor import store
-from tersor.contract.codec import Shape
+from tersor.payload.blocks import Shape
 from tersor.quality import measure
 from tersor.registry import parse
 

@@ -26,10 +26,11 @@ from gpu_payload import PEERS, Payloads
 from gpu_run import SEED, Case, Emit, PlainTorch, SkipError, device, relative, settle
 from tersor import store
 from tersor.compiling import backend
-from tersor.contract.codec import Codec, Encoded, Shape
+from tersor.contract.codec import Codec, Encoded
 from tersor.hf.models import quantizer  # noqa: F401 - registers the quantizer
 from tersor.hf.models.matrices import empty_model, quiet, walk
 from tersor.nn import CompressedEmbedding, CompressedLinear
+from tersor.payload.blocks import Shape
 from tersor.registry import parse
 
 PROMPT, NEW = 16, 128  # tokens

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from gpu_run import SEED, SkipError, device
-from tersor.contract.codec import Codec, Encoded, Shape
-from tersor.payload.packing import TensorSpec
+from tersor.contract.codec import Codec, Encoded
+from tersor.payload.blocks import Shape
+from tersor.payload.layout import TensorSpec
 from tersor.registry import parse
 
 GROUP = 128  # of int4

@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 
 import common
+from kv_sensitivity import Sensitivity, before_rotation, sensitivity
 from tersor.codecs import Klt
-from tersor.contract.codec import Codec, Tables
+from tersor.contract.codec import Codec
 from tersor.errors import BudgetError
 from tersor.families import FAMILIES
 from tersor.families.qet import Preset
 from tersor.kv import Stream, matrices
-from tersor.kv_calibration import Sensitivity, before_rotation, sensitivity
+from tersor.payload.blocks import Tables
 from tersor.registry import parse
 
 LAYERS = (0, 5, 11, 17, 23, 29)

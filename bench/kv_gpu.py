@@ -31,12 +31,12 @@ from transformers import AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig,
 
 import gpu_run
 from gpu_run import SEED, Case, Emit, SetupError, SkipError, device, relative, settle
-from tersor.contract.codec import Tables
 from tersor.hf.kv.attention import register_attention
 from tersor.hf.kv.cache import CompressedCache
 from tersor.hf.kv.layer import CompressedCacheLayer
 from tersor.hf.kv.store import SIDES, LayerState
 from tersor.kv import Stream, matrices
+from tersor.payload.blocks import Tables
 from tersor.registry import parse
 
 RESIDUAL, SINK, BLOCK, GROUP = 128, 4, 64, 64

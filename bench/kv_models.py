@@ -19,9 +19,9 @@ from transformers import AutoTokenizer, DynamicCache
 import common
 import evaluate_dense
 import models
-from tersor.contract.codec import Tables
 from tersor.hf.kv.plan import Lab, PlanSettings, _measure, _spend
 from tersor.hf.kv.store import SIDES
+from tersor.payload.blocks import Tables
 from tersor.registry import parse
 
 RESIDUAL, SINK, BLOCK = 128, 4, 64

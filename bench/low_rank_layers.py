@@ -25,8 +25,9 @@ import common
 import evaluate_dense
 import models
 import tersor
-from tersor.contract.codec import Codec, Shape
+from tersor.contract.codec import Codec
 from tersor.families import lplr
+from tersor.payload.blocks import Shape
 from tersor.quality import measure
 
 RATE = 4.0

@@ -22,13 +22,15 @@ import models
 import tersor
 from tersor import store
 from tersor.codecs import Rotated, Symmetric
-from tersor.contract.codec import Codec, Shape
+from tersor.contract.codec import Codec
 from tersor.families import candidates
 from tersor.families.backbone import BackboneLadder
 from tersor.hf.compress import encode
-from tersor.hf.compress.request import Request, Sampling
+from tersor.hf.compress.calibrate import calibrate
+from tersor.hf.compress.request import Request, Sampling, provenance
 from tersor.hf.models.source import open_source
 from tersor.hf.models.text import default_calibration
+from tersor.payload.blocks import Shape
 
 SEED = 0
 RATES = (2.1, 2.2, 2.4)
@@ -82,14 +84,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = open_source(path, folder / "staged")
-        calibration = encode.calibrate(source, default_calibration(), folder / "calibration.safetensors",
+        calibration = calibrate(source, default_calibration(), folder / "calibration.safetensors",
                                          Sampling(CALIBRATION, 0), device=arguments.device)
         for case in cases(arguments.model):
             if arguments.only not in case.key:
                 continue
             began, request = time.perf_counter(), Request(source.nbytes, "plan", SEED)
             picks = {one: chosen(case, matrix.shape) for one, matrix in source.layout.matrices.items()}
-            record = encode.provenance(source, calibration, request, tersor.__version__)
+            record = provenance(source, calibration, request, tersor.__version__)
             output = folder / str(abs(hash(case)))
             encode.encode(encode.Job(source, picks, calibration, request, record), folder / f"{output.name}.work",
                             output, device=arguments.device)

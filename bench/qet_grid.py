@@ -23,10 +23,11 @@ import qet_data
 import tables
 import tersor
 from tersor.codecs import Scalar, Standardized
-from tersor.contract.codec import Codec, Shape
+from tersor.contract.codec import Codec
 from tersor.errors import BudgetError
 from tersor.families import SCALAR_LEVELS, Ladder
 from tersor.families.qet import Preset
+from tersor.payload.blocks import Shape
 
 SEED = 0
 DIMS = (1, 2, 4, 8)

@@ -31,7 +31,8 @@ import models
 import rom_cases
 import rom_data
 from rom_cases import EQUAL, RUNGS, SEED, Case
-from tersor.hf.compress.run import compress_model, peak_memory
+from tersor.hf.compress.run import compress_model
+from tersor.hf.compress.work import peak_memory
 from tersor.hf.models.evaluate import load_compressed
 from tersor.hf.models.source import load_dense, open_source
 from tersor.hf.models.text import read_tokenizer

@@ -32,9 +32,10 @@ import models
 import tersor
 from tersor import store
 from tersor.hf.compress import encode as pipeline
+from tersor.hf.compress.calibrate import calibrate
 from tersor.hf.compress.encode import Job
-from tersor.hf.compress.request import Request, Sampling
-from tersor.hf.compress.survey import fixed_options
+from tersor.hf.compress.method import fixed_options
+from tersor.hf.compress.request import Request, Sampling, provenance
 from tersor.hf.models.source import Source, open_source
 from tersor.hf.models.text import default_calibration
 from tersor.planning.calibration import Calibration
@@ -138,7 +139,7 @@ def encode(source: Source, calibration: Calibration, case: LanguageCase, folder:
     wanted = {"sweeps": case.sweeps, "block": case.block} if case.sweeps else {}
     request = Request(source.nbytes, case.method, SEED, fixed_options(codec, wanted, calibrated=True))
     job = Job(source, dict.fromkeys(source.layout.matrices, codec), calibration, request,
-              pipeline.provenance(source, calibration, request, tersor.__version__))
+              provenance(source, calibration, request, tersor.__version__))
     began = time.perf_counter()
     pipeline.encode(job, folder, folder / "output", device=case.device)
     return folder / "output", time.perf_counter() - began
@@ -160,7 +161,7 @@ def run_models(name: str, path: Path, cases: list[LanguageCase], device: str, to
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         source = open_source(path, root / "staged")
-        calibration = pipeline.calibrate(source, default_calibration(), root / "calibration.safetensors",
+        calibration = calibrate(source, default_calibration(), root / "calibration.safetensors",
                                          Sampling(fisher_tokens=0), device=device)
         texts = {key: text.to(device) for key, text in evaluate_dense.windows(source.folder, tokens).items()}
         original = evaluate_dense.load_model(source.folder).to(device)

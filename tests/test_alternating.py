@@ -228,7 +228,7 @@ def test_a_matrix_in_a_file_is_read_by_blocks(tmp_path: Path, monkeypatch: pytes
     file = np.memmap(tmp_path / "matrix", dtype=np.float32, mode="w+", shape=shape)
     file[:] = (gaussian((6000, rank), 1) @ gaussian((600, rank), 2).T).numpy()
     matrix, codec = torch.from_numpy(file), parse_any("lr6(al60;al60)")
-    monkeypatch.setattr("tersor.contract.codec.BLOCK_ELEMENTS", 64 * 600)
+    monkeypatch.setattr("tersor.payload.blocks.BLOCK_ELEMENTS", 64 * 600)
     monkeypatch.setattr("tersor.codecs.vector.orbits.CHUNK_SCORES", 1 << 14)
     how = Search(hessian=metric_of(600) if hessian else None, options={"oversample": oversample})
     alternate(codec, matrix, how)  # codebooks are built once

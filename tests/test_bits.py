@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from tersor.errors import CodecConfigError
 from tersor.payload import packing
-from tersor.payload.packing import TensorSpec, pack, packed_nbytes, radix_word, unpack, unpack_at
+from tersor.payload.layout import TensorSpec, packed_nbytes, radix_word
+from tersor.payload.packing import pack, unpack, unpack_at
 
 WIDTHS = [2**width for width in range(1, 17)]
 RADICES = [3, 5, 6, 7, 9, 11, 22, 45, 90, 181, 253, 255, 257, 1000, 40503, 65535]

@@ -178,7 +178,7 @@ def test_blocks_do_not_show(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The size of the row blocks bounds memory and changes neither bytes nor, where elementwise, bits."""
     matrix = admitted(text, "ragged")
     whole = encode(parse(text), matrix)
-    monkeypatch.setattr("tersor.contract.codec.BLOCK_ELEMENTS", 600)
+    monkeypatch.setattr("tersor.payload.blocks.BLOCK_ELEMENTS", 600)
     blocks = encode(parse(text), matrix)
     if text in ELEMENTWISE:
         assert all(torch.equal(tensor, blocks.tensors[name]) for name, tensor in whole.tensors.items())

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tersor.codecs import LearnedRotation, Product, Scalar, Sum, Swap
 from tersor.contract.codec import Codec
 from tersor.errors import BudgetError, CodecConfigError
-from tersor.families.qet import PRESETS, RATES, Preset, published_nbytes
+from tersor.families.ladder import RATES
+from tersor.families.qet import PRESETS, Preset, published_nbytes
 from tersor.quality import measure
 from tersor.registry import from_config, parse
 from tersor.testing import gaussian

@@ -53,7 +53,7 @@ def test_identity_hessian_changes_nothing() -> None:
 def test_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix, noisy, hessian = gaussian((30, 40)), gaussian((30, 40), 1), hessian_of(40)
     whole = measure(matrix, held(noisy), hessian)
-    monkeypatch.setattr("tersor.contract.codec.BLOCK_ELEMENTS", 100)
+    monkeypatch.setattr("tersor.payload.blocks.BLOCK_ELEMENTS", 100)
     parts = measure(matrix, held(noisy), hessian)
     assert parts.relative_error == pytest.approx(whole.relative_error, rel=tolerance(torch.float64, 1200))
     assert parts.distortion == pytest.approx(whole.distortion, rel=tolerance(torch.float32, 40))

@@ -175,7 +175,7 @@ def test_operator(dtype: torch.dtype, scale: float, monkeypatch: pytest.MonkeyPa
     operator = Operator.of(matrix)
     wide = matrix.double() * 2.0**-operator.exponent
     assert 0.5 <= float(wide.abs().max()) < 1
-    monkeypatch.setattr("tersor.contract.codec.BLOCK_ELEMENTS", 60)
+    monkeypatch.setattr("tersor.payload.blocks.BLOCK_ELEMENTS", 60)
     for found, expected in ((operator.times(gaussian((17, 3))), wide @ gaussian((17, 3)).double()),
                             (operator.transposed_times(gaussian((23, 3))), wide.T @ gaussian((23, 3)).double())):
         assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -216,7 +216,7 @@ def test_rows_are_read_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         return rows(self, block)
 
     monkeypatch.setattr(Operator, "rows", counted)
-    monkeypatch.setattr("tersor.contract.codec.BLOCK_ELEMENTS", 1000)
+    monkeypatch.setattr("tersor.payload.blocks.BLOCK_ELEMENTS", 1000)
     matrix = gaussian((100, 50))
     for iterations in (0, 2):
         sizes.clear()

@@ -170,12 +170,12 @@ def test_a_payload_that_raises_leaves_nothing(tmp_path: Path, monkeypatch: pytes
     assert leftovers(tmp_path) == []
 
 
-@pytest.mark.parametrize("where", ["tensorfile.save", "build", "_sync"])
+@pytest.mark.parametrize("where", ["save_tensors", "build", "sync"])
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(f"tersor.store.{where}", full)
+    monkeypatch.setattr(f"tersor.store.writing.{where}", full)
     with pytest.raises(OSError, match="No space"):
         write(tmp_path / "s", make(["lm2"]))
     assert leftovers(tmp_path) == []

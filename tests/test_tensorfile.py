@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tersor import files
+from tersor.files import save_tensors
 
 
 def test_contents_and_permissions(tmp_path: Path) -> None:
-    files.save({"a": torch.arange(5)}, tmp_path / "t", {"note": "x"})
+    save_tensors({"a": torch.arange(5)}, tmp_path / "t", {"note": "x"})
     plain = tmp_path / "plain"
     plain.touch()
     assert (tmp_path / "t").stat().st_mode == plain.stat().st_mode
@@ -21,13 +21,13 @@ def test_contents_and_permissions(tmp_path: Path) -> None:
 
 
 def test_no_room_is_an_os_error_and_keeps_the_old_file(tmp_path: Path) -> None:
-    files.save({"a": torch.arange(5)}, tmp_path / "t")
+    save_tensors({"a": torch.arange(5)}, tmp_path / "t")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))  # a real write that fails, as on a full disk
     try:
         with pytest.raises(OSError, match="cannot write"):
-            files.save({"a": torch.zeros(100_000)}, tmp_path / "t")
+            save_tensors({"a": torch.zeros(100_000)}, tmp_path / "t")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)

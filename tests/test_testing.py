@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from tersor.codecs.scalar import lloyd_max
-from tersor.contract.codec import Codec, Encoded, Rows, Search, Shape, matmul_by_blocks
-from tersor.payload.packing import TensorSpec
+from tersor.contract.codec import Codec, Encoded, Search, matmul_by_blocks
+from tersor.payload.blocks import Rows, Shape
+from tersor.payload.layout import TensorSpec
 from tersor.testing import check_codec, gaussian, outliers, student_t3, tolerance, with_spectrum
 
 

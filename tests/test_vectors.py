@@ -11,11 +11,11 @@ from torch import Tensor
 
 import tersor
 from tersor import testing
-from tersor.vectors import index as vectors
 from tersor.errors import BudgetError, CodecConfigError, CorruptStoreError, NonFiniteError, UnknownCodecError
 from tersor.registry import parse
 from tersor.vectors import Index, index_families, rowwise
-from tersor.vectors.index import Best
+from tersor.vectors import index as vectors
+from tersor.vectors.nearest import WORST, Best
 
 DIM = 20
 CODECS = ("rot,sym16", "rot,sym24", "rot,lm3", "lmL3", "rtn3s", "rtnL5g4", "tab3", "pq5x16t", "pq4x11mt", "pq2x300t",
@@ -160,7 +160,7 @@ def test_running_best_is_a_stable_sort(queries: int, sizes: list[int], k: int, l
 
 def test_more_neighbours_than_vectors() -> None:
     index = index_of("rot,lm3", 3)
-    for metric, worst in (("l2", vectors.WORST), ("ip", -vectors.WORST), ("cosine", -vectors.WORST)):
+    for metric, worst in (("l2", WORST), ("ip", -WORST), ("cosine", -WORST)):
         distances, ids = index.search(data(2, 2), 5, metric)
         assert (ids[:, 3:] == -1).all()
         assert (distances[:, 3:] == worst).all()

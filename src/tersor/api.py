@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from tersor import store
-from tersor.contract.codec import Codec, Encoded, check_matrix
+from tersor.contract.checks import check_matrix
+from tersor.contract.codec import Codec, Encoded
 from tersor.errors import BudgetError, CodecConfigError, CorruptStoreError
 from tersor.families import candidates, families, options
 from tersor.families.low_rank import most_promising

@@ -14,7 +14,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from tersor.contract.codec import Codec, Encoded, Shape
+from tersor.contract.codec import Codec, Encoded
+from tersor.payload.blocks import Shape
 
 SharedTables: TypeAlias = Mapping[str, tuple[nn.Module, str]]
 

@@ -8,7 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-from tersor.contract.codec import Encoded, row_blocks
+from tersor.contract.codec import Encoded
+from tersor.payload.blocks import row_blocks
 
 DB_PER_BIT = 20.0 * math.log10(2.0)  # 6.02 dB: what one bit is worth on Gaussian noise, D(R) = 4**-R
 

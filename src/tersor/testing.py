@@ -21,9 +21,11 @@ import torch
 from torch import Tensor
 
 from tersor import api
-from tersor.contract.codec import Codec, Encoded, Shape, check_tensor
+from tersor.contract.checks import check_tensor
+from tersor.contract.codec import Codec, Encoded
 from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
 from tersor.numerics.linalg import single_thread
+from tersor.payload.blocks import Shape
 from tersor.registry import from_config, parse
 from tersor.store.manifest import digest
 

@@ -13,7 +13,8 @@ from tersor.codecs.vector import product
 from tersor.contract.codec import Encoded
 from tersor.errors import CodecConfigError, NonFiniteError
 from tersor.ops.product_linear import reference
-from tersor.payload.packing import packed_nbytes, unpack
+from tersor.payload.layout import packed_nbytes
+from tersor.payload.packing import unpack
 from tersor.quality import measure
 from tersor.registry import parse
 from tersor.testing import encode, gaussian, outliers, student_t3, tolerance
@@ -251,7 +252,7 @@ def test_matmul_looks_products_up_or_decodes_blocks(text: str, batch: int, monke
     encoded = parse(text).encode(matrix)
     expected = x.double() @ encoded.decode().double().T
     monkeypatch.setattr(Product, "decode", None)
-    monkeypatch.setattr("tersor.contract.codec.BLOCK_ELEMENTS", 640)
+    monkeypatch.setattr("tersor.payload.blocks.BLOCK_ELEMENTS", 640)
     bound = tolerance(torch.float32, 64) * float(x.norm()) * float(matrix.norm())
     assert float((encoded.matmul(x) - expected).norm()) <= bound
     with monkeypatch.context() as patch:

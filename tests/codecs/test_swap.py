@@ -190,6 +190,6 @@ def test_matmul_decodes_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
     encoded = Swap(Scalar(8), 2).encode(matrix)
     expected = x.double() @ encoded.decode().double().T
     monkeypatch.setattr(Swap, "decode", None)
-    monkeypatch.setattr("tersor.contract.codec.BLOCK_ELEMENTS", 640)
+    monkeypatch.setattr("tersor.payload.blocks.BLOCK_ELEMENTS", 640)
     bound = tolerance(torch.float32, 64) * float(x.norm()) * float(matrix.norm())
     assert float((encoded.matmul(x) - expected).norm()) <= bound

@@ -12,7 +12,7 @@ from tersor.codecs import Rotated, Symmetric
 from tersor.codecs.scalar.lloyd_max import gaussian_table
 from tersor.codecs.vector import orbits
 from tersor.errors import CodecConfigError
-from tersor.payload.groups import reciprocal
+from tersor.payload.scales import reciprocal
 from tersor.quality import measure
 from tersor.registry import parse
 from tersor.testing import gaussian, student_t3, tolerance

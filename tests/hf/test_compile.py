@@ -9,9 +9,9 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from tersor import store
-from tersor.contract.codec import constant
 from tersor.hf.models.evaluate import load_compressed
 from tersor.hf.models.source import open_source
+from tersor.numerics.constants import constant
 from tersor.registry import parse
 from tersor.testing import gaussian
 

@@ -15,9 +15,11 @@ from tersor.errors import BudgetError, CodecConfigError, ModelError, NonFiniteEr
 from tersor.hf import compress_model
 from tersor.hf.compress import encode, run
 from tersor.hf.compress.dryrun import estimate
+from tersor.hf.compress.plan import check_plan, make_plan
 from tersor.hf.compress.request import Request
 from tersor.hf.compress.survey import survey
 from tersor.hf.compress.verify import verify
+from tersor.hf.compress.work import work_folder
 from tersor.hf.models.source import open_source
 
 FAST = {"calibrated": False, "evaluation_tokens": 0}
@@ -81,7 +83,7 @@ def test_interrupted_run_resumes_to_the_same_bytes(stage: str, tiny: Callable[[s
     with pytest.raises(KeyboardInterrupt):
         compress_model(tiny("llama"), tmp_path / "out", 3.5, progress=interrupt, **FAST)
     assert not (tmp_path / "out").exists()
-    work = run.work_folder(tmp_path / "out")
+    work = work_folder(tmp_path / "out")
     seen = {f.name: f.stat().st_mtime_ns for f in (work / "matrices").iterdir()} if stage == "encode" else {}
     lines = (work / "survey.jsonl").read_text()
     stages: list[int] = []
@@ -93,7 +95,7 @@ def test_interrupted_run_resumes_to_the_same_bytes(stage: str, tiny: Callable[[s
 
 
 def test_leftovers_of_a_killed_run_do_not_stop_the_next(tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    work = run.work_folder(tmp_path / "out")
+    work = work_folder(tmp_path / "out")
     (work / ".output.partial-7").mkdir(parents=True)
     (work / ".output.partial-7" / "model.safetensors").write_bytes(b"half")
     (work / ".calibration.safetensors.partial-7").write_bytes(b"half")
@@ -110,7 +112,7 @@ def test_other_request_does_not_resume(tiny: Callable[[str], Path], tmp_path: Pa
     shutil.rmtree(tmp_path / "out")
     compress_model(tiny("llama"), tmp_path / "out", 3.5, method="uniform", **FAST)
     surveyed = [json.loads(line)["codec"] for line in
-                (run.work_folder(tmp_path / "out") / "survey.jsonl").read_text().splitlines()[1:]]
+                (work_folder(tmp_path / "out") / "survey.jsonl").read_text().splitlines()[1:]]
     assert all(codec.startswith(("rtn", "bf16", "fp32")) for codec in surveyed)
 
 
@@ -125,14 +127,14 @@ def test_edited_plan_is_encoded_as_edited(tiny: Callable[[str], Path], tmp_path:
     source = open_source(tiny("llama"), tmp_path / "s")
     request = Request(60_000)
     choices = survey(source, None, request, tmp_path / "survey.jsonl")
-    picks = encode.make_plan(source, choices, request, {})
+    picks = make_plan(source, choices, request, {})
     from tersor.registry import parse
 
     picks["lm_head.weight"] = parse("bf16")
     report = encode.encode(encode.Job(source, picks, None, request, {}), tmp_path, tmp_path / "out")
     assert report["lm_head.weight"]["codec"] == "bf16"
     with pytest.raises(CodecConfigError, match="differ"):
-        encode.check_plan(source, {"lm_head.weight": parse("bf16")})
+        check_plan(source, {"lm_head.weight": parse("bf16")})
 
 
 def test_nan_weight_is_named(tiny: Callable[[str], Path], tmp_path: Path) -> None:

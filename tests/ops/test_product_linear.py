@@ -10,6 +10,7 @@ from tersor.ops import reference_only
 from tersor.ops.product_linear import Payload, _op, product_linear, reference
 from tersor.ops.product_linear.shapes import plan_of, radix, refusal
 from tersor.payload import packing
+from tersor.payload.layout import radix_word
 from tersor.registry import parse
 from tersor.testing import gaussian, tolerance
 
@@ -136,7 +137,7 @@ def test_plans_cover_everything(rows: int, groups: int, layers: int, look_up: bo
     assert plan.splits * plan.groups >= groups >> layers > (plan.splits - 1) * plan.groups
     assert plan.programs * plan.chunk * plan.rows >= rows
     assert radix(256) == (8, 1, 1)
-    assert radix(300) == (0, *reversed(packing.radix_word(300)))
+    assert radix(300) == (0, *reversed(radix_word(300)))
 
 
 @pytest.mark.parametrize("device", DEVICES)

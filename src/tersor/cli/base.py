@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from tersor.errors import BudgetError, CodecConfigError
+from tersor.files import whole
 from tersor.planning.calibration import Calibration
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -115,15 +115,11 @@ def write_new(to: Path, write: Callable[[BinaryIO], object]) -> None:
         If it cannot be written; names the file.
     """
     refuse_existing(to)
-    partial = to.with_name(f".{to.name}.partial-{os.getpid()}")
     try:
-        with partial.open("xb") as handle:
+        with whole(to) as partial, partial.open("xb") as handle:
             write(handle)
-        partial.replace(to)
     except OSError as error:
         raise OSError(f"cannot write {to}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def refuse_existing(path: Path) -> None:
@@ -134,7 +130,7 @@ def refuse_existing(path: Path) -> None:
 
 def open_source(src: Path, output: Path) -> Any:
     """Return the source model of a command that writes `output`."""
-    from tersor.hf.compress.run import work_folder
+    from tersor.hf.compress.work import work_folder
     from tersor.hf.models import source
 
     return source.open_source(src, work_folder(output) / "staged")

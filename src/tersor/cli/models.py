@@ -87,8 +87,8 @@ def compress(src: Src, output: Annotated[Path, typer.Argument(metavar="OUT", hel
     if codec is None and method in reduce.REDUCTIONS:
         reduce.refuse(rate, device, calibrated=calibrated, dry_run=dry_run, others=bool(option or sensitivities))
         reduce.reduce(src, output, method, given, calibration=calibration, text=text, tokens=tokens,
-                   length=context or reduce.LENGTH, evaluation_tokens=evaluation_tokens, context=context or 512, seed=seed,
-                   resume=resume, as_json=as_json)
+                      length=context or reduce.LENGTH, evaluation_tokens=evaluation_tokens, context=context or 512,
+                      seed=seed, resume=resume, as_json=as_json)
         return
     reduce.check_unused(codec or method, given)
     context = 512 if context is None else context
@@ -119,12 +119,12 @@ def calibrate(src: Src, output: Annotated[Path, typer.Argument(metavar="CALIB", 
               fisher_tokens: Annotated[int, typer.Option(help="tokens for sensitivities; 0: none")] = 4096,
               context: Context = 512, seed: Seed = 0, device: Device = "cpu", as_json: AsJson = False) -> None:
     """Collect the second moments of every matrix's inputs, and its sensitivity."""
-    from tersor.hf.compress import encode
+    from tersor.hf.compress import calibrate as calibrates
     from tersor.hf.compress.request import Sampling
     from tersor.hf.models.text import default_calibration
 
     with Bars() as progress:
-        found = encode.calibrate(open_source(src, output), text or default_calibration(), output,
+        found = calibrates.calibrate(open_source(src, output), text or default_calibration(), output,
                                    Sampling(tokens, fisher_tokens, context, seed), device=device,
                                    progress=progress)
     emit({"tokens": found.tokens, "matrices": len(found.hessians), "source": found.source, "file": str(output)},
@@ -136,12 +136,11 @@ def survey(src: Src, output: Annotated[Path, typer.Argument(metavar="SURVEY", he
            rate: Rate = 3.0, calib: Calib = None, method: Method = DEFAULT, seed: Seed = 0,
            device: Device = "cpu", option: OptionTexts = None, as_json: AsJson = False) -> None:
     """Try every rung near a rate on every matrix: one JSON line a trial."""
-    from tersor.hf.compress import run
     from tersor.hf.compress import survey as surveying
-    from tersor.hf.compress.request import Request
+    from tersor.hf.compress.request import Request, budget_bytes
 
     source = open_source(src, output)
-    request = Request(run.budget_bytes(source, rate, None), method, seed, parse_options(option))
+    request = Request(budget_bytes(source, rate, None), method, seed, parse_options(option))
     with Bars() as progress:
         choices = surveying.survey(source, read_calibration(calib), request, output, device=device, progress=progress)
     emit({"matrices": len(choices), "trials": sum(map(len, choices.values())), "file": str(output)}, as_json, "survey")
@@ -154,22 +153,23 @@ def plan(src: Src, survey_file: Annotated[Path, typer.Argument(metavar="SURVEY")
          seed: Seed = 0, option: OptionTexts = None, sensitivities: Sensitivities = None,
          as_json: AsJson = False) -> None:
     """Spend one budget over all matrices: a codec for each, as JSON."""
-    from tersor.hf.compress import encode, run
+    from tersor.files import write_json
     from tersor.hf.compress import survey as surveying
-    from tersor.hf.compress.request import Request
+    from tersor.hf.compress.plan import make_plan, predict
+    from tersor.hf.compress.request import Request, budget_bytes, provenance
 
     source = open_source(src, output)
     nbytes = None if size is None else parse_size(size)
-    budget = run.budget_bytes(source, 3.0 if rate is None and nbytes is None else rate, nbytes)
+    budget = budget_bytes(source, 3.0 if rate is None and nbytes is None else rate, nbytes)
     request = Request(budget, method, seed, parse_options(option), read_weights(sensitivities))
     calibration = read_calibration(calib)
-    record = encode.provenance(source, calibration, request, tersor.__version__)
+    record = provenance(source, calibration, request, tersor.__version__)
     if not survey_file.is_file():
         raise ModelError(f"{survey_file}: no such file; make it with 'tersor survey'")
     choices = surveying.survey(source, calibration, request, survey_file)
-    picks = encode.make_plan(source, choices, request, record)
-    run.write_json(output, planning.to_json(picks))
-    emit({"budget": budget, "bytes": encode.predict(source, picks, record), "file": str(output)}, as_json, "plan")
+    picks = make_plan(source, choices, request, record)
+    write_json(output, planning.to_json(picks))
+    emit({"budget": budget, "bytes": predict(source, picks, record), "file": str(output)}, as_json, "plan")
 
 
 @app.command()

@@ -57,7 +57,8 @@ def encode(src: Annotated[Path, typer.Argument(help="a model directory or .gguf 
         return
     from tersor.hf.compress import encode as pipeline
     from tersor.hf.compress import run
-    from tersor.hf.compress.request import Request, check_device
+    from tersor.hf.compress.request import Request, check_device, provenance
+    from tersor.hf.compress.work import claim, work_folder
 
     if plan_file is None or rate is not None or codec is not None:
         raise ModelError("encoding a model takes --plan, and no --rate or --codec; make a plan with 'tersor plan', or "
@@ -66,8 +67,8 @@ def encode(src: Annotated[Path, typer.Argument(help="a model directory or .gguf 
     picks = planning.from_json(read_json(plan_file))
     source, calibration = open_source(src, target), read_calibration(calib)
     request = Request(source.nbytes, "plan", seed, parse_options(option))
-    record = pipeline.provenance(source, calibration, request, tersor.__version__)
-    work = run.claim(run.work_folder(target.resolve()))
+    record = provenance(source, calibration, request, tersor.__version__)
+    work = claim(work_folder(target.resolve()))
     with Bars() as progress:
         report = pipeline.encode(pipeline.Job(source, picks, calibration, request, record), work, work / "output",
                                  device=device, progress=progress)

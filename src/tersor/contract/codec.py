@@ -8,26 +8,19 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import functools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from tersor.contract.checks import HUGE, check_matrix, check_tensor
 from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
 from tersor.numerics.linalg import single_thread
-from tersor.payload.packing import Layout, TensorSpec
-
-Shape: TypeAlias = tuple[int, int]
-Rows: TypeAlias = slice | Tensor
-Tables: TypeAlias = Mapping[str, Tensor]
-
-BLOCK_ELEMENTS = 1 << 20  # elements of a row block: bounds every dense temporary of decode and matmul
-HUGE = 2.0**100  # beyond this magnitude float32 arithmetic may overflow, so an encoder's result is checked
-FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+from tersor.payload.blocks import Rows, Shape, Tables, row_blocks
+from tersor.payload.layout import Layout
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -327,38 +320,6 @@ class Encoded:
         return self
 
 
-def check_tensor(name: str, tensor: Tensor, spec: TensorSpec) -> None:
-    """Raise `CorruptStoreError` unless `tensor` is what `spec` declares and finite."""
-    if tuple(tensor.shape) != spec.stored_shape or tensor.dtype != spec.dtype:
-        raise CorruptStoreError(f"{name}: expected {spec.dtype} {spec.stored_shape}, found {tensor.dtype} "
-                                f"{tuple(tensor.shape)}")
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        raise CorruptStoreError(f"{name}: holds NaN or infinity; the file is damaged or was written from bad numbers")
-
-
-def check_matrix(matrix: Tensor, name: str = "matrix") -> None:
-    """Raise a typed error unless `matrix` is a finite, non-empty 2-D float tensor."""
-    if matrix.ndim != 2 or 0 in matrix.shape:
-        raise CodecConfigError(f"{name}: expected a non-empty 2-D matrix, found shape {tuple(matrix.shape)}")
-    if matrix.dtype not in FLOAT_DTYPES:
-        raise CodecConfigError(f"{name}: expected float32, float16, bfloat16 or float64, found {matrix.dtype}")
-    for block in row_blocks(tuple(matrix.shape)):
-        if not bool(torch.isfinite(matrix[block].to(torch.float32)).all()):
-            raise NonFiniteError(f"{name}: holds NaN, infinity or numbers beyond float32; repair it before encoding")
-
-
-def shape_of(matrix: Tensor) -> Shape:
-    """Return (out, in) of a 2-D tensor."""
-    return matrix.shape[0], matrix.shape[1]
-
-
-def row_blocks(shape: tuple[int, ...], multiple: int = 1) -> Iterable[slice]:
-    """Yield slices of rows of about `BLOCK_ELEMENTS` elements, each but the last a multiple of `multiple` rows."""
-    step = max(1, BLOCK_ELEMENTS // max(1, shape[1]) // multiple) * multiple
-    for start in range(0, shape[0], step):
-        yield slice(start, min(start + step, shape[0]))
-
-
 def decode_by_blocks(codec: Codec, encoded: Encoded) -> Tensor:
     """Decode a matrix by blocks of rows."""
     device = next(iter(encoded.tensors.values())).device
@@ -375,25 +336,3 @@ def matmul_by_blocks(codec: Codec, encoded: Encoded, x: Tensor) -> Tensor:
     for block in row_blocks(encoded.shape):
         out[..., block] = (wide @ codec.decode_rows(encoded, block).T).to(x.dtype)
     return out
-
-
-def constant(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Cache a function of plain values: `torch.compile` takes the tensor it returns, and does not trace its making."""
-    cached = functools.lru_cache(maxsize=32)(make)
-
-    @functools.wraps(make)
-    def made(*arguments: Any) -> Tensor:
-        return cached(*arguments)
-
-    vars(made)["_dynamo_marked_constant"] = True  # `torch.compiler.assume_constant_result`, compiler not imported
-    return made
-
-
-def nest(name: str, layout: Layout) -> dict[str, TensorSpec]:
-    """Return `layout` with every name under the prefix `name/`."""
-    return {f"{name}/{key}": spec for key, spec in layout.items()}
-
-
-def nest_tensors(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return `tensors` with every name under the prefix `name/`."""
-    return {f"{name}/{key}": tensor for key, tensor in tensors.items()}

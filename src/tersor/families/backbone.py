@@ -13,9 +13,10 @@ from collections.abc import Sequence
 
 from tersor.codecs import Allocated, LowRank, Sum
 from tersor.codecs.low_rank.widths import MOST
-from tersor.contract.codec import Codec, Shape
+from tersor.contract.codec import Codec
 from tersor.errors import BudgetError
-from tersor.families.qet import most
+from tersor.families.ladder import most
+from tersor.payload.blocks import Shape
 
 SHARES = (1 / 16, 1 / 4)  # of the backbone's bytes that a survey tries to spend on the low-rank part
 

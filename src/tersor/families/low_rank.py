@@ -19,9 +19,10 @@ from tersor.codecs.low_rank.alternating import DAMPING, OVERSAMPLE, POWER_ITERAT
 from tersor.codecs.low_rank.factors import Weighted
 from tersor.codecs.low_rank.published import SKETCH, generator_of
 from tersor.codecs.low_rank.widths import MOST, allocate_both, errors_of
-from tersor.contract.codec import Codec, Shape
+from tersor.contract.codec import Codec
 from tersor.errors import BudgetError
 from tersor.numerics.linalg import single_thread
+from tersor.payload.blocks import Shape
 
 WIDTHS = (1.6, 2.1, 2.8, 3.8, 6.0)  # mean bits of a component's numbers; between them the error hardly changes
 RATES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)

@@ -14,10 +14,11 @@ from typing import Any
 
 from tersor.codecs import LowRank, MinMax
 from tersor.codecs.low_rank.low_rank import rank_for
-from tersor.contract.codec import Codec, Shape
+from tersor.contract.codec import Codec
 from tersor.errors import BudgetError, CodecConfigError
-from tersor.families.qet import RATES, most
-from tersor.payload.packing import MAX_LEVELS
+from tersor.families.ladder import RATES, most
+from tersor.payload.blocks import Shape
+from tersor.payload.layout import MAX_LEVELS
 
 MOST_BITS = MAX_LEVELS.bit_length() - 1
 NQ_LEVELS = (*range(2, 257), *(2**bits for bits in range(9, MOST_BITS + 1)))

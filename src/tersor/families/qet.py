@@ -13,11 +13,12 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from tersor.codecs import LearnedRotation, Product, Sum, Swap
-from tersor.contract.codec import Codec, Shape
+from tersor.contract.codec import Codec
 from tersor.errors import BudgetError, CodecConfigError
-from tersor.payload.packing import MAX_LEVELS
+from tersor.families.ladder import RATES, most
+from tersor.payload.blocks import Shape
+from tersor.payload.layout import MAX_LEVELS
 
-RATES = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)
 ROTATION_BITS = 32  # the published charge for an entry of OPQ's rotation
 
 
@@ -214,15 +215,6 @@ def _codebook_bits(codebook: str) -> int:
 
 def _whole_bits(words: int) -> int:
     return (words - 1).bit_length()
-
-
-def most(ceiling: int, cost: Callable[[int], int], budget: float) -> int:
-    """Return the largest count up to `ceiling` whose cost, rising with the count, is within the budget; 0 if none."""
-    low, high = 0, ceiling
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if cost(middle) <= budget else (low, middle - 1)
-    return low
 
 
 def _most_stored(ceiling: int, cost: Callable[[int], int], budget: float) -> int:

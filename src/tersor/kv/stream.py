@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tersor.contract.codec import Codec, Encoded, Shape, Tables
+from tersor.contract.codec import Codec, Encoded
 from tersor.errors import CodecConfigError, CorruptStoreError
 from tersor.payload import packing
-from tersor.payload.packing import Layout, TensorSpec
+from tersor.payload.blocks import Shape, Tables
+from tersor.payload.layout import Layout, TensorSpec
 from tersor.registry import from_config
 
 CHUNK_ELEMENTS = 1 << 18  # dense numbers that `scores` and `mix` decode at a time: 1 MiB, which caches hold

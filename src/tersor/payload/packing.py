@@ -1,98 +1,26 @@
-"""Stored tensors and packed codes. Knows nothing of codecs.
+"""Packed codes: integers in `[0, levels)` as one little-endian stream.
 
-A *layout* maps the name of every stored tensor to its `TensorSpec`. Codes, integers in `[0, levels)`, are packed as one
-little-endian stream: at `b` bits a code when `levels = 2**b`, else as digits of a mixed-radix word (5 trits a byte).
+At `b` bits a code when `levels = 2**b`, else as digits of a mixed-radix word (5 trits a byte).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Mapping
 from functools import cache
-from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tersor.errors import CodecConfigError
+from tersor.payload.layout import packed_nbytes, radix_word, width_of
 
-MAX_LEVELS = 2**16
 _CHUNK = 1 << 18  # codes handled at a time: keeps integer temporaries inside the processor's cache
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorSpec:
-    """One stored tensor.
-
-    Parameters
-    ----------
-    shape : tuple of int
-        Logical shape.
-    dtype : torch.dtype
-        Stored element type; `torch.uint8` for packed codes.
-    levels : int or None
-        Set: the tensor holds codes in `[0, levels)`, packed into a 1-D uint8 tensor.
-    shared : bool
-        A table trained once and shared by many matrices; a store keeps and counts it once.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype = torch.uint8
-    levels: int | None = None
-    shared: bool = False
-
-    def __post_init__(self) -> None:
-        if self.levels is not None and not 2 <= self.levels <= MAX_LEVELS:
-            raise CodecConfigError(f"levels must lie in [2, {MAX_LEVELS}], found {self.levels}")
-
-    @property
-    def numel(self) -> int:
-        """Number of logical elements."""
-        return math.prod(self.shape)
-
-    @property
-    def stored_shape(self) -> tuple[int, ...]:
-        """Shape as stored: 1-D bytes for packed codes."""
-        return self.shape if self.levels is None else (packed_nbytes(self.numel, self.levels),)
-
-    @property
-    def nbytes(self) -> int:
-        """Stored bytes."""
-        return math.prod(self.stored_shape) * self.dtype.itemsize
-
-
-Layout: TypeAlias = Mapping[str, TensorSpec]
-
-
-def radix_word(levels: int) -> tuple[int, int]:
-    """Return (bytes a word, digits a word) of the densest word of at most 7 bytes; the shortest such word."""
-    best = (1, 0)
-    for nbytes in range(1, 8):
-        digits = int(8 * nbytes / math.log2(levels) + 1e-12)
-        if digits and (not best[1] or digits * best[0] > best[1] * nbytes):
-            best = (nbytes, digits)
-    return best
-
-
-def _width(levels: int) -> int | None:
-    """Bits a code when `levels` is a power of two, else None."""
-    return levels.bit_length() - 1 if levels & (levels - 1) == 0 else None
-
-
-def packed_nbytes(count: int, levels: int) -> int:
-    """Return the bytes that `count` codes of `levels` levels take."""
-    width = _width(levels)
-    if width is not None:
-        return -(-count * width // 8)
-    nbytes, digits = radix_word(levels)
-    return -(-count // digits) * nbytes
 
 
 def _group(levels: int) -> tuple[int, int]:
     """Return (codes, bytes) of the smallest group of whole bytes."""
-    width = _width(levels)
+    width = width_of(levels)
     if width is None:
         nbytes, digits = radix_word(levels)
         return digits, nbytes
@@ -182,7 +110,7 @@ def _unpack_groups(part: Tensor, levels: int, per: int, nbytes: int) -> Tensor:
         return part if levels & (levels - 1) == 0 else part % levels  # damaged bytes too give codes in range
     if nbytes == 1 and (part.device.type != "cpu" or torch.compiler.is_compiling()):  # no copy to the device
         place, words = torch.arange(per, dtype=torch.int32, device=part.device), part.to(torch.int32).unsqueeze(-1)
-        width = _width(levels)
+        width = width_of(levels)
         digits = words // levels**place % levels if width is None else words >> width * place & (levels - 1)
         return digits.to(kind).reshape(-1)
     if nbytes == 1:
@@ -195,7 +123,7 @@ def _unpack_groups(part: Tensor, levels: int, per: int, nbytes: int) -> Tensor:
     for k in range(nbytes - 2, -1, -1):
         word = word << 8 | columns[:, k].to(wide)
     out = torch.empty(columns.shape[0], per, dtype=kind, device=part.device)
-    width = _width(levels)
+    width = width_of(levels)
     for j in range(per):
         if width is not None:
             out[:, j] = (word >> (width * j) & (levels - 1)).to(kind)
@@ -223,7 +151,7 @@ def _unpack_planes(columns: Tensor, levels: int, per: int) -> Tensor:
 
 def unpack_at(words: Tensor, levels: int, index: Tensor) -> Tensor:
     """Unpack the codes at arbitrary positions `index` (int64, any shape); same dtypes as `unpack`."""
-    width = _width(levels)
+    width = width_of(levels)
     if width is None:
         per, nbytes = _group(levels)
         first, digit = index // per * nbytes, index % per

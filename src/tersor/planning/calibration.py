@@ -11,8 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tersor import files
 from tersor.errors import CorruptStoreError, NonFiniteError
+from tersor.files import save_tensors
 
 _CHECK = 1e-3  # largest relative gap tolerated between the float32 trace and a float64 sum of squares
 
@@ -79,7 +79,7 @@ class Calibration:
             tensors[key] = hessian.contiguous()
         record = {"names": names, "tokens": self.tokens, "source": self.source, "fisher": dict(self.fisher)}
         meta = {"tersor": json.dumps(record)}
-        files.save(tensors, path, meta)
+        save_tensors(tensors, path, meta)
 
     @classmethod
     def load(cls, path: Path) -> Calibration:

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from tersor.codecs.scalar.dense import Dense
-from tersor.contract.codec import Shape
 from tersor.errors import BudgetError, CodecConfigError
+from tersor.payload.blocks import Shape
 from tersor.planning.plan import Choice, allocate
 
 ALLOCATIONS = ("uniform", "last", "water")

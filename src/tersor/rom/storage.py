@@ -11,8 +11,10 @@ from tersor.codecs.combined.sum import Sum
 from tersor.codecs.low_rank.interpolative import Interpolative, take_apart
 from tersor.codecs.low_rank.low_rank import LowRank
 from tersor.codecs.scalar.dense import Dense
-from tersor.contract.codec import Codec, Encoded, Shape, nest_tensors
+from tersor.contract.codec import Codec, Encoded
+from tersor.contract.nesting import nest_tensors
 from tersor.numerics.linalg import single_thread
+from tersor.payload.blocks import Shape
 from tersor.rom.linear import Moments, Reduced, Target, reduce
 
 RIDGE = 1e-6  # share of the mean diagonal added where a factor is solved for: quantized components may coincide

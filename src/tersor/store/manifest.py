@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tersor.contract.codec import Codec
-from tersor.payload.packing import Layout, TensorSpec
+from tersor.payload.layout import Layout, TensorSpec
 
 FORMAT_VERSION = 1
 MANIFEST = "tersor.json"

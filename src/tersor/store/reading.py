@@ -1,26 +1,21 @@
-"""The file format: a directory of safetensors shards and one manifest, `tersor.json`. See docs/format.md.
-
-Written beside its place and renamed; every tensor is checked against its codec's layout and its digest before use.
-"""
+"""Reading a store: every tensor is checked against its codec's layout and its digest before use."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-import os
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tersor import files as tensorfile
-from tersor.contract.codec import Encoded, check_tensor
+from tersor.contract.checks import check_tensor
+from tersor.contract.codec import Encoded
 from tersor.errors import CorruptStoreError, TersorError, UnknownCodecError
-from tersor.payload.packing import TensorSpec
+from tersor.payload.layout import TensorSpec
 from tersor.registry import from_config
 from tersor.store.manifest import (
     DTYPES,
@@ -31,126 +26,11 @@ from tersor.store.manifest import (
     STORED_NAMES,
     Entry,
     body_digest,
-    build,
     digest,
-    dump,
     file_digest,
     predict_nbytes,
-    shard_names,
-    split,
 )
-
-
-def write(path: Path, entries: Sequence[Entry], payload: Callable[[Entry], Mapping[str, Tensor]], *, kind: str,
-          provenance: Mapping[str, Any] | None = None, files: Mapping[str, bytes | Path] | None = None) -> None:
-    """Write a store to the new directory `path`; it appears whole or not at all.
-
-    Parameters
-    ----------
-    entries : sequence of Entry
-        In storage order.
-    payload : callable
-        Entry to its tensors (key `""` for a plain tensor), called once an entry, in order; one shard is in memory at a
-        time.
-    kind : str
-        `"matrix"`, `"matrices"` or `"model"`.
-    provenance : mapping or None
-        Recorded as is; JSON-able and free of clocks, so that the same inputs give the same bytes.
-    files : mapping or None
-        Further files by name: their bytes, or a path to copy. Their digests are kept.
-
-    Raises
-    ------
-    FileExistsError
-        If `path` exists.
-    CorruptStoreError
-        If a payload is not what its layout declares.
-    OSError
-        If the disk is full or read-only; nothing is left behind.
-    """
-    if path.exists():
-        raise FileExistsError(f"{path} exists; remove it or name another output")
-    names = [e.key(t) for e in entries for t in e.layout()]
-    if len(set(names)) != len(names) or not entries:
-        raise TersorError(f"a store needs at least one entry and distinct names, found {len(entries)} entries")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
-        _write_into(partial, entries, payload, kind, provenance or {}, files or {})
-        for child in (*partial.iterdir(), partial):
-            _sync(child)
-        partial.rename(path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _write_into(folder: Path, entries: Sequence[Entry], payload: Callable[[Entry], Mapping[str, Tensor]], kind: str,
-                provenance: Mapping[str, Any], files: Mapping[str, bytes | Path]) -> None:
-    digests: dict[str, str] = {}
-    shared: dict[str, dict[str, str]] = {}
-    tables: dict[str, Tensor] = {}
-    shards = split(entries)
-    weight_map, total = {}, 0
-    for number, (name, group) in enumerate(zip(shard_names(len(shards)), shards, strict=True)):
-        tensors: dict[str, Tensor] = {}
-        for entry in group:
-            held = payload(entry)
-            digests[entry.name] = digest(held)
-            if set(held) != set(entry.layout()):
-                raise CorruptStoreError(f"{entry.name}: expected tensors {sorted(entry.layout())}, not {sorted(held)}")
-            for tensor, spec in entry.layout().items():
-                check_tensor(entry.key(tensor), held[tensor], spec)
-                if spec.shared:
-                    key = f"shared/{digest({'': held[tensor]})[:16]}/{tensor}"
-                    shared.setdefault(entry.name, {})[tensor] = key
-                    tables[key] = held[tensor].contiguous()
-                else:
-                    tensors[entry.key(tensor)] = held[tensor].contiguous()
-        if number == len(shards) - 1:
-            tensors.update(tables)
-        tensorfile.save(_apart(tensors), folder / name)
-        weight_map.update(dict.fromkeys(tensors, name))
-        total += sum(t.numel() * t.element_size() for t in tensors.values())
-    if len(shards) > 1:
-        (folder / INDEX).write_bytes(dump({"metadata": {"total_size": total}, "weight_map": weight_map}))
-    file_digests = {}
-    for name, content in files.items():
-        target = folder / name
-        if isinstance(content, Path):
-            shutil.copyfile(content, target)
-        else:
-            target.write_bytes(content)
-        file_digests[name] = file_digest(target)
-    manifest = build(entries, kind, provenance, digests, shared, file_digests)
-    (folder / MANIFEST).write_bytes(dump(manifest))
-
-
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Clone tensors that share memory with an earlier one, which safetensors refuses to write."""
-    seen: set[int] = set()
-    result = {}
-    for key, tensor in tensors.items():
-        place = tensor.untyped_storage().data_ptr()
-        result[key] = tensor.clone() if place in seen else tensor
-        seen.add(place)
-    return result
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def stored_nbytes(path: Path) -> int:
-    """Return the bytes on disk that count: shards, their index if any, and the manifest."""
-    counted = [*path.glob("*.safetensors"), path / INDEX, path / MANIFEST]
-    return sum(file.stat().st_size for file in counted if file.exists())
+from tersor.store.writing import stored_nbytes, write
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

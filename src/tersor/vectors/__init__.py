@@ -1,6 +1,6 @@
 """Compressed vector sets with the verbs of FAISS."""
 
+from tersor.vectors.choice import index_families
 from tersor.vectors.index import Index
-from tersor.vectors.rowwise import index_families
 
 __all__ = ["Index", "index_families"]

@@ -16,19 +16,19 @@ import torch
 from torch import Tensor
 
 from tersor import api
-from tersor.contract.codec import Codec, Encoded, Tables, row_blocks
+from tersor.contract.codec import Codec, Encoded
 from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
+from tersor.payload.blocks import Tables, row_blocks
 from tersor.vectors import rowwise
-from tersor.vectors.rowwise import index_families
+from tersor.vectors.choice import choose, index_families
+from tersor.vectors.nearest import WORST, Best
 
 METRICS = ("l2", "ip", "cosine")
 BLOCK_ROWS = 8192  # vectors of a block; with the queries of a chunk, their scores stay in the processor's cache
 BLOCK_ELEMENTS = 1 << 24  # most elements of a block
 CHUNK_QUERIES = 256
-GROUP = 64  # scores that one maximum stands for
 TRAIN_VECTORS = 1 << 16  # drawn from a larger training set, or 64 a codeword where that is more
 LIMIT = 2.0**50  # largest magnitude of a number: squared distances stay within float32
-WORST = torch.finfo(torch.float32).max
 NAME = "vectors{:09d}"
 
 
@@ -72,7 +72,7 @@ class Index:
         if not isinstance(seed, int) or seed < 0:
             raise CodecConfigError(f"index: seed must be an integer >= 0, found {seed!r}")
         self.dim, self.seed = dim, seed
-        self.codec = rowwise.choose(dim, codec, rate)
+        self.codec = choose(dim, codec, rate)
         self._layout = self.codec.layout((1, dim))
         self._tables: Tables = {}
         self._blocks: list[Encoded] = []
@@ -341,59 +341,6 @@ class Index:
                 scores.mul_(torch.where(power > 0, power.rsqrt(), torch.zeros_like(power)))
             best.offer(scores, first)
         return (norms - 2 * best.scores).clamp_min_(0) if metric == "l2" else best.scores, best.ids
-
-
-class Best:
-    """Running top k of each query, best first; of equal scores the one offered first.
-
-    Attributes
-    ----------
-    scores, ids : Tensor
-        float32 and int64 (queries, k); -infinity and -1 where fewer than k were offered.
-    """
-
-    def __init__(self, queries: int, k: int) -> None:
-        self.scores = torch.full((queries, k), -math.inf)
-        self.ids = torch.full((queries, k), -1)
-
-    def offer(self, scores: Tensor, first: int) -> None:
-        """Merge finite scores (queries, n) of the ids from `first` on, which must rise from call to call."""
-        count, k = scores.shape[1], self.ids.shape[1]
-        floor = self.scores[:, -1:]
-        if count % GROUP:
-            scores = torch.nn.functional.pad(scores, (0, -count % GROUP), value=-math.inf)
-        groups = scores.unflatten(1, (-1, GROUP))
-        peaks = groups.amax(2)
-        take = min(k, count)
-        most = 2 * len(scores) * take
-        for last in (False, True):
-            if last:  # what is not in the top k of these is of no use
-                floor = torch.maximum(floor, torch.nextafter(scores.topk(take).values[:, -1:], floor))
-            query, group = (peaks > floor).nonzero(as_tuple=True)
-            if len(query) > most:
-                continue
-            near = groups[query, group]
-            place, inside = (near > floor[query]).nonzero(as_tuple=True)
-            if len(place) <= most:
-                self._merge(query[place], near[place, inside], group[place] * GROUP + inside + first)
-                return
-        values, order = scores.sort(dim=1, descending=True, stable=True)  # many equal scores
-        query = torch.arange(len(scores)).repeat_interleave(take)
-        self._merge(query, values[:, :take].reshape(-1), order[:, :take].reshape(-1) + first)
-
-    def _merge(self, query: Tensor, scores: Tensor, ids: Tensor) -> None:
-        """Merge candidates, ordered by query and then by score or by id."""
-        if not len(query):
-            return
-        queries, k = self.ids.shape
-        query = torch.cat([torch.arange(queries).repeat_interleave(k), query])
-        scores = torch.cat([self.scores.reshape(-1), scores])
-        ids = torch.cat([self.ids.reshape(-1), ids])
-        order = torch.argsort(scores, descending=True, stable=True)
-        order = order[torch.argsort(query[order], stable=True)]
-        sizes = torch.bincount(query, minlength=queries)
-        chosen = order[(sizes.cumsum(0) - sizes).unsqueeze(1) + torch.arange(k)]
-        self.scores, self.ids = scores[chosen], ids[chosen]
 
 
 __all__ = ["Best", "Index", "index_families"]

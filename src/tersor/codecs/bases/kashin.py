@@ -19,23 +19,15 @@ from torch import Tensor
 
 from tersor.codecs.bases.peaks import SAMPLE, Fit, pairs
 from tersor.codecs.bases.splitting import Basis, Kronecker, Orthogonal, Split, clipping, greedy
-from tersor.contract.codec import (
-    Codec,
-    ColumnEncoder,
-    Encoded,
-    Rows,
-    Search,
-    Shape,
-    decode_by_blocks,
-    row_blocks,
-    shape_of,
-)
+from tersor.codecs.scalar.tokens import levels_token, parse_levels
+from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, decode_by_blocks
 from tersor.contract.feedback import encode_with_feedback
 from tersor.errors import CodecConfigError, NonFiniteError
 from tersor.numerics.kmeans import assign, exponent_of, times_power
 from tersor.payload import codes
-from tersor.payload.groups import bounded, levels_token, parse_levels, rms
-from tersor.payload.packing import Layout, TensorSpec
+from tersor.payload.blocks import Rows, Shape, row_blocks, shape_of
+from tersor.payload.layout import Layout, TensorSpec
+from tersor.payload.scales import bounded, rms
 
 METHODS = {"adaptive": "", "fixed": "u", "lv": "lv"}
 TRANSFORMS = {"hadamard": "", "dct": "dct", "butterfly": "bfly", "dense": "dense"}

@@ -50,7 +50,7 @@ class Basis:
     Parameters
     ----------
     kind : str
-        `"hadamard"`: `Rᵀ signs R` with R a `tersor.numerics.rotation.Rotation`, symmetric, for widths `m 2^k` with odd m up to
+        `"hadamard"`: `Rᵀ signs R` with R a `Rotation` (`numerics`), symmetric, for widths `m 2^k` with odd m up to
         512; `"dct"`: IDCT-signs-DCT, symmetric, any width; `"butterfly"`: three random butterflies, each followed by a
         random permutation, even widths; `"dense"`: a random matrix, widths up to 2,048.
     width : int
@@ -302,7 +302,7 @@ def haar(order: int, seed: int) -> np.ndarray:
     """Return an orthogonal matrix, uniformly random, float64 (order, order).
 
     Stewart, SIAM J. Numer. Anal. 17 (1980): Householder reflections that turn one axis after another to a random
-    direction. (Those of `tersor.numerics.linalg.seeded_orthogonal` are about random directions, which leaves the first axes of a
+    direction. (Those of `seeded_orthogonal` are about random directions, which leaves the first axes of a
     large matrix nearly where they were.) Elementwise arithmetic and sums in a fixed order: no LAPACK.
     """
     uniform = rng.uniforms(seed, _NORMAL, 2 * order * order).reshape(2, order, order)

@@ -17,17 +17,7 @@ import torch
 from torch import Tensor
 
 from tersor.codecs.bases.anneal import anneal, fit_levels, standard_levels
-from tersor.contract.codec import (
-    Codec,
-    ColumnEncoder,
-    Encoded,
-    Rows,
-    Search,
-    Shape,
-    decode_by_blocks,
-    row_blocks,
-    shape_of,
-)
+from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, decode_by_blocks
 from tersor.contract.feedback import encode_with_feedback
 from tersor.errors import CodecConfigError
 from tersor.numerics import rng
@@ -36,8 +26,9 @@ from tersor.ops.annealing.problem import Bases, Schedule
 from tersor.ops.hadamard import SEEDS, hadamard
 from tersor.ops.sign_linear import sign_linear, two_basis_linear
 from tersor.payload import codes, packing
-from tersor.payload.groups import bounded, reciprocal, rms
-from tersor.payload.packing import Layout, TensorSpec
+from tersor.payload.blocks import Rows, Shape, row_blocks, shape_of
+from tersor.payload.layout import Layout, TensorSpec
+from tersor.payload.scales import bounded, reciprocal, rms
 
 SWEEPS = 300  # default
 BLOCK = 16  # most columns that error feedback hands over together by default; at most a 32nd of the width
@@ -315,7 +306,8 @@ class _Fit:
             sample = self._sample(FIT_POINTS)
             self.fit_levels(sample, s[sample], t[sample])
         halves = [half[(len(half) + 1) // 2 :] for half in self.levels]
-        tensors = {"first": packing.pack(s, codec.first), "second": packing.pack(t[:, bases.kept.to(t.device)], codec.second),
+        kept = t[:, bases.kept.to(t.device)]
+        tensors = {"first": packing.pack(s, codec.first), "second": packing.pack(kept, codec.second),
                    "levels": torch.cat(halves).to(torch.float16).to(s.device), "scales": self.scales}
         encoded = Encoded(codec, shape_of(self.matrix), tensors)
         if not refit:

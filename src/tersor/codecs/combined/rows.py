@@ -10,10 +10,12 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from tersor.contract.codec import Codec, Encoded, Rows, Search, Shape, Tables, nest, nest_tensors, row_blocks, shape_of
+from tersor.contract.codec import Codec, Encoded, Search
+from tersor.contract.nesting import nest, nest_tensors
 from tersor.errors import CodecConfigError
 from tersor.payload import packing
-from tersor.payload.packing import Layout, TensorSpec
+from tersor.payload.blocks import Rows, Shape, Tables, row_blocks, shape_of
+from tersor.payload.layout import Layout, TensorSpec
 
 ORDERS = {"energy": "rows", "head": "head"}
 

@@ -14,22 +14,13 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from tersor.contract.codec import (
-    Codec,
-    ColumnEncoder,
-    Encoded,
-    Rows,
-    Search,
-    Shape,
-    Tables,
-    nest,
-    nest_tensors,
-    shape_of,
-)
+from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search
 from tersor.contract.feedback import encode_with_feedback
+from tersor.contract.nesting import nest, nest_tensors
 from tersor.errors import CodecConfigError
 from tersor.numerics.linalg import single_thread
-from tersor.payload.packing import Layout
+from tersor.payload.blocks import Rows, Shape, Tables, shape_of
+from tersor.payload.layout import Layout
 from tersor.quality import measure
 
 ALTERNATIONS = 4  # default where a stage is spectral

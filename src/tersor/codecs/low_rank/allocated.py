@@ -1,7 +1,7 @@
 """Columns of their own widths: a column of large energy gets more bits, one of little energy none.
 
 Reverse water-filling for independent Gaussian columns (Kolmogorov 1956; Cover and Thomas, Elements of Information
-Theory, 10.3.3), with the codebooks of `tersor.codecs.vector.orbits` in place of ideal codes. What the factors of a low-rank product
+Theory, 10.3.3), with the codebooks of `vector/orbits.py` in place of ideal codes. What the factors of a low-rank code
 need, whose columns fall off in energy. Derivation: docs/codecs/allocated.md.
 """
 
@@ -20,22 +20,14 @@ from tersor.codecs.low_rank.widths import GRADES, MOST, allocate, grades_of, wid
 from tersor.codecs.scalar.lloyd_max import gaussian_table, midpoints, nearest
 from tersor.codecs.vector import orbits
 from tersor.codecs.vector.orbits import DIM
-from tersor.contract.codec import (
-    Codec,
-    ColumnEncoder,
-    Encoded,
-    Rows,
-    Search,
-    Shape,
-    check_matrix,
-    matmul_by_blocks,
-    shape_of,
-)
+from tersor.contract.checks import check_matrix
+from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, matmul_by_blocks
 from tersor.contract.feedback import encode_with_feedback
 from tersor.errors import CodecConfigError, CorruptStoreError
 from tersor.payload import codes, packing
-from tersor.payload.groups import bounded, reciprocal, rms
-from tersor.payload.packing import Layout, TensorSpec
+from tersor.payload.blocks import Rows, Shape, shape_of
+from tersor.payload.layout import Layout, TensorSpec
+from tersor.payload.scales import bounded, reciprocal, rms
 
 NIBBLE = 16  # levels of the stream's digits: a half bit an element is 4 bits for 8 elements
 BLOCK_DIGITS = 1 << 20  # digits laid out at a time
@@ -54,7 +46,7 @@ class Allocated(Codec):
     Encoder options
     ---------------
     widths : sequence of int
-        A width for each column, values of `tersor.codecs.low_rank.widths.grades()`; chosen for the columns' energies where they are
+        A width for each column, values of `widths.grades()`; chosen for the columns' energies where they are
         not given.
     feedback : bool
         With a Hessian: encode with error feedback.

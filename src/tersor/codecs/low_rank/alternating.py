@@ -19,7 +19,8 @@ from tersor.codecs.low_rank import published
 from tersor.codecs.low_rank.factors import Side, Weighted, gram_of
 from tersor.codecs.low_rank.published import Factored
 from tersor.codecs.low_rank.widths import allocate_both
-from tersor.contract.codec import Codec, Encoded, Search, check_matrix
+from tersor.contract.checks import check_matrix
+from tersor.contract.codec import Codec, Encoded, Search
 from tersor.errors import CodecConfigError
 
 OPTIONS = frozenset({"rounds", "power_iterations", "oversample", "fast"})

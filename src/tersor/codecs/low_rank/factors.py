@@ -1,7 +1,7 @@
 """The two factors of a low-rank code: leading singular vectors at random, and encoding one factor given the other.
 
 With the right factor fixed, `‖A - L Rᵀ‖² = tr((L - L*) G (L - L*)ᵀ) + rest` with `G = Rᵀ R`, `B = A R`, `L* = B G⁻¹`:
-L is to be encoded under the Hessian G, component by component, as error feedback does (`tersor.contract.feedback`). Here blocks
+L is to be encoded under the Hessian G, component by component, as error feedback does (`contract/feedback`). Blocks
 of components go through at a time, and later rounds start from earlier codes. Derivation: docs/codecs/allocated.md.
 """
 
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from tersor.codecs.low_rank.published import Operator
-from tersor.contract.codec import Codec, Encoded, Search, check_matrix
+from tersor.contract.checks import check_matrix
+from tersor.contract.codec import Codec, Encoded, Search
 from tersor.numerics.linalg import inverse_cholesky
 
 RIDGE = 1e-8  # added to a Gram matrix of unit diagonal before it is inverted: coarse components may coincide

@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 from tersor.codecs.low_rank.pivots import interpolate
-from tersor.contract.codec import Codec, Encoded, Rows, Search, Shape, Tables, nest, nest_tensors, row_blocks, shape_of
+from tersor.contract.codec import Codec, Encoded, Search
+from tersor.contract.nesting import nest, nest_tensors
 from tersor.errors import CodecConfigError
 from tersor.numerics.linalg import single_thread
-from tersor.payload.packing import Layout, TensorSpec, pack, unpack
+from tersor.payload.blocks import Rows, Shape, Tables, row_blocks, shape_of
+from tersor.payload.layout import Layout, TensorSpec
+from tersor.payload.packing import pack, unpack
 
 AXES = ("rows", "columns")
 

@@ -18,11 +18,13 @@ from torch import Tensor
 from tersor.codecs.low_rank import alternating, published
 from tersor.codecs.low_rank.published import Factors
 from tersor.codecs.scalar.dense import Dense
-from tersor.contract.codec import Codec, Encoded, Rows, Search, Shape, Tables, nest, nest_tensors, row_blocks, shape_of
+from tersor.contract.codec import Codec, Encoded, Search
+from tersor.contract.nesting import nest, nest_tensors
 from tersor.errors import CodecConfigError
 from tersor.numerics.linalg import single_thread
 from tersor.ops.low_rank_linear import low_rank_linear
-from tersor.payload.packing import Layout
+from tersor.payload.blocks import Rows, Shape, Tables, row_blocks, shape_of
+from tersor.payload.layout import Layout
 
 DEFAULT_METHOD = "alternating"
 

@@ -16,8 +16,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tersor.contract.codec import Codec, Encoded, Search, Shape, check_matrix, row_blocks, shape_of
+from tersor.contract.checks import check_matrix
+from tersor.contract.codec import Codec, Encoded, Search
 from tersor.errors import CodecConfigError
+from tersor.payload.blocks import Shape, row_blocks, shape_of
 
 OPTIONS = frozenset({"sketch", "nonzeros", "power_iterations", "orthonormalize"})
 SKETCHES = ("gaussian", "sparse")

@@ -11,10 +11,11 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from tersor.contract.codec import Codec, Encoded, Rows, Search, Shape, matmul_by_blocks, shape_of
+from tersor.contract.codec import Codec, Encoded, Search, matmul_by_blocks
 from tersor.errors import CodecConfigError, NonFiniteError
-from tersor.payload.groups import bounded, reciprocal
-from tersor.payload.packing import Layout, TensorSpec
+from tersor.payload.blocks import Rows, Shape, shape_of
+from tersor.payload.layout import Layout, TensorSpec
+from tersor.payload.scales import bounded, reciprocal
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FP8_MAX = 448.0

@@ -17,25 +17,19 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from tersor.contract.codec import (
-    Codec,
-    ColumnEncoder,
-    Encoded,
-    Rows,
-    Search,
-    Shape,
-    Tables,
-    constant,
-    matmul_by_blocks,
-    shape_of,
-)
+from tersor.codecs.scalar.columns import ScalarColumns
+from tersor.codecs.scalar.tokens import check_fields, group_token, levels_token, parse_levels
+from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, matmul_by_blocks
 from tersor.contract.feedback import encode_with_feedback
 from tersor.errors import CodecConfigError
+from tersor.numerics.constants import constant
 from tersor.numerics.linalg import single_thread
 from tersor.ops.codebook_linear import codebook_linear
 from tersor.payload import codes
-from tersor.payload.groups import Grid, bounded, check_fields, group_token, levels_token, parse_levels, reciprocal, rms
-from tersor.payload.packing import Layout, TensorSpec
+from tersor.payload.blocks import Rows, Shape, Tables, shape_of
+from tersor.payload.groups import Grid
+from tersor.payload.layout import Layout, TensorSpec
+from tersor.payload.scales import bounded, reciprocal, rms
 
 CODEBOOKS = {"gaussian": "lm", "fitted": "fit", "shared": "tab"}
 REFITS = 3  # default least-squares refits of the scales
@@ -134,7 +128,7 @@ class Scalar(Codec):
         def value(chosen: Tensor, start: int) -> Tensor:
             return table[chosen.to(torch.int32)] * scale[:, start : start + chosen.shape[1]]
 
-        return codes.ScalarColumns(grid.shape, self.levels, assign, value,
+        return ScalarColumns(grid.shape, self.levels, assign, value,
                                    lambda packed: self._close(grid.shape, packed, scales, table), matrix.device)
 
     def decode_rows(self, encoded: Encoded, rows: Rows) -> Tensor:

@@ -13,11 +13,13 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Rows, Search, Shape, matmul_by_blocks, shape_of
+from tersor.codecs.scalar.columns import ScalarColumns
+from tersor.codecs.scalar.tokens import levels_token, parse_levels
+from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, matmul_by_blocks
 from tersor.errors import CodecConfigError
 from tersor.payload import codes
-from tersor.payload.groups import levels_token, parse_levels
-from tersor.payload.packing import MAX_LEVELS, Layout, TensorSpec
+from tersor.payload.blocks import Rows, Shape, shape_of
+from tersor.payload.layout import MAX_LEVELS, Layout, TensorSpec
 
 ROUNDINGS = ("nearest", "dithered")
 
@@ -70,7 +72,7 @@ class MinMax(Codec):
         """Return a column encoder with the range of `matrix`; what error feedback drives beyond it is clipped."""
         shape, bounds, assign = self._fit(matrix, how)
         table = self._table(bounds)
-        return codes.ScalarColumns(shape, self.levels, lambda columns, _start: assign(columns),
+        return ScalarColumns(shape, self.levels, lambda columns, _start: assign(columns),
                                    lambda chosen, _start: table[chosen.to(torch.int32)],
                                    lambda packed: Encoded(self, shape, {"codes": packed, "range": bounds}),
                                    matrix.device)

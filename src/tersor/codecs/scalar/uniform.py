@@ -10,23 +10,19 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from tersor.contract.codec import (
-    Codec,
-    ColumnEncoder,
-    Encoded,
-    Rows,
-    Search,
-    Shape,
-    constant,
-    matmul_by_blocks,
-    shape_of,
-)
+from tersor.codecs.scalar.columns import ScalarColumns
+from tersor.codecs.scalar.tokens import check_fields, group_token, levels_token, parse_levels
+from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, matmul_by_blocks
 from tersor.contract.feedback import encode_with_feedback
 from tersor.errors import CodecConfigError
+from tersor.numerics.constants import constant
 from tersor.ops.codebook_linear import codebook_linear
 from tersor.payload import codes
-from tersor.payload.groups import Grid, check_fields, group_token, levels_token, parse_levels, reciprocal
-from tersor.payload.packing import Layout, TensorSpec, pack, unpack
+from tersor.payload.blocks import Rows, Shape, shape_of
+from tersor.payload.groups import Grid
+from tersor.payload.layout import Layout, TensorSpec
+from tersor.payload.packing import pack, unpack
+from tersor.payload.scales import reciprocal
 
 CLIP_FACTORS = tuple(1.0 - 0.04 * i for i in range(16))
 
@@ -112,7 +108,7 @@ class Uniform(Codec):
             stop = start + chosen.shape[1]
             return (chosen.to(torch.float32) - zero[:, start:stop]) * scale[:, start:stop]
 
-        return codes.ScalarColumns(grid.shape, self.levels, assign, value,
+        return ScalarColumns(grid.shape, self.levels, assign, value,
                                    lambda packed: self._close(grid.shape, packed, scales, zeros), matrix.device)
 
     def decode_rows(self, encoded: Encoded, rows: Rows) -> Tensor:

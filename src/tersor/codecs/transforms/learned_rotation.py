@@ -15,11 +15,13 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
-from tersor.contract.codec import Codec, Encoded, Rows, Search, Shape, Tables, nest, nest_tensors, row_blocks, shape_of
+from tersor.contract.codec import Codec, Encoded, Search
+from tersor.contract.nesting import nest, nest_tensors
 from tersor.errors import CodecConfigError, NonFiniteError
 from tersor.numerics.kmeans import exponent_of, times_power
 from tersor.numerics.linalg import single_thread
-from tersor.payload.packing import Layout, TensorSpec
+from tersor.payload.blocks import Rows, Shape, Tables, row_blocks, shape_of
+from tersor.payload.layout import Layout, TensorSpec
 
 PRECISIONS = {"fp16": ("", torch.float16), "fp32": ("f32", torch.float32)}
 STARTS = ("identity", "random", "pca")

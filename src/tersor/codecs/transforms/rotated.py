@@ -14,12 +14,14 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from tersor.contract.codec import Codec, Encoded, Rows, Search, Shape, Tables, nest, nest_tensors, row_blocks, shape_of
+from tersor.contract.codec import Codec, Encoded, Search
+from tersor.contract.nesting import nest, nest_tensors
 from tersor.errors import CodecConfigError
 from tersor.numerics.linalg import single_thread
 from tersor.numerics.rotation import Rotation
 from tersor.ops.hadamard import SEEDS, hadamard
-from tersor.payload.packing import Layout
+from tersor.payload.blocks import Rows, Shape, Tables, row_blocks, shape_of
+from tersor.payload.layout import Layout
 
 SIDES = {"in": "rot", "out": "rotout", "both": "rotboth"}
 

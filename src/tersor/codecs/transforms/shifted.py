@@ -14,9 +14,11 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from tersor.contract.codec import Codec, Encoded, Rows, Search, Shape, Tables, nest, nest_tensors, row_blocks
+from tersor.contract.codec import Codec, Encoded, Search
+from tersor.contract.nesting import nest, nest_tensors
 from tersor.errors import CodecConfigError
-from tersor.payload.packing import Layout, TensorSpec
+from tersor.payload.blocks import Rows, Shape, Tables, row_blocks
+from tersor.payload.layout import Layout, TensorSpec
 
 SUM_FLOATS = 1 << 20  # numbers summed at a time; fixed, because the order of a sum may show in its last bit
 DEGENERATE = 1e-12  # share of the decoded energy beyond its mean, below which rounding decides what the factor is

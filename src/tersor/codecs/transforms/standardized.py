@@ -13,22 +13,12 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from tersor.contract.codec import (
-    Codec,
-    ColumnEncoder,
-    Encoded,
-    Rows,
-    Search,
-    Shape,
-    Tables,
-    nest,
-    nest_tensors,
-    row_blocks,
-    shape_of,
-)
+from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search
+from tersor.contract.nesting import nest, nest_tensors
 from tersor.errors import CodecConfigError
 from tersor.numerics.linalg import single_thread
-from tersor.payload.packing import Layout, TensorSpec
+from tersor.payload.blocks import Rows, Shape, Tables, row_blocks, shape_of
+from tersor.payload.layout import Layout, TensorSpec
 
 SUM_FLOATS = 1 << 20  # numbers summed at a time; fixed, because the order of a sum may show in its last bit
 

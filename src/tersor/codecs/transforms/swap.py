@@ -15,25 +15,15 @@ import torch
 from torch import Tensor
 
 from tersor.codecs.vector.product import Product
-from tersor.contract.codec import (
-    Codec,
-    Encoded,
-    Rows,
-    Search,
-    Shape,
-    Tables,
-    matmul_by_blocks,
-    nest,
-    nest_tensors,
-    row_blocks,
-    shape_of,
-)
+from tersor.contract.codec import Codec, Encoded, Search, matmul_by_blocks
+from tersor.contract.nesting import nest, nest_tensors
 from tersor.errors import CodecConfigError
 from tersor.numerics.linalg import single_thread
 from tersor.ops.product_linear import product_linear
 from tersor.ops.product_linear.reference import unswap
 from tersor.payload import codes, packing
-from tersor.payload.packing import Layout, TensorSpec
+from tersor.payload.blocks import Rows, Shape, Tables, row_blocks, shape_of
+from tersor.payload.layout import Layout, TensorSpec
 
 
 @final

@@ -28,11 +28,12 @@ from tersor.codecs.vector.components import (
     water_fill,
     words_of,
 )
-from tersor.contract.codec import Codec, Encoded, Rows, Search, Shape, Tables, matmul_by_blocks, row_blocks, shape_of
+from tersor.contract.codec import Codec, Encoded, Search, matmul_by_blocks
 from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
 from tersor.numerics.kmeans import assign
 from tersor.numerics.linalg import single_thread
-from tersor.payload.packing import Layout, TensorSpec
+from tersor.payload.blocks import Rows, Shape, Tables, row_blocks, shape_of
+from tersor.payload.layout import Layout, TensorSpec
 
 QUAD = 4  # numbers that are looked up together: 16 bytes, the widest element that torch moves at once
 

@@ -15,14 +15,15 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
-from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Rows, Search, Shape, Tables, row_blocks, shape_of
+from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search
 from tersor.contract.feedback import encode_with_feedback
 from tersor.errors import CodecConfigError, NonFiniteError
 from tersor.numerics.kmeans import ITERATIONS, assign, exponent_of, kmeans, times_power
 from tersor.numerics.linalg import single_thread
 from tersor.ops.product_linear import Payload, product_linear
 from tersor.payload import codes, packing
-from tersor.payload.packing import MAX_LEVELS, Layout, TensorSpec
+from tersor.payload.blocks import Rows, Shape, Tables, row_blocks, shape_of
+from tersor.payload.layout import MAX_LEVELS, Layout, TensorSpec
 
 SCOPES = {"group": "", "matrix": "m"}
 SAMPLES = 1 << 18  # vectors that a codebook is fitted on by default, or 16 a codeword where that is more

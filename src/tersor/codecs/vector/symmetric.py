@@ -2,7 +2,7 @@
 
 QET (arXiv 2407.03637) sorts pairs first and quantizes then, so that min and max are coded apart from each other and
 from their mask: at high rate e/2 times the error a layer. Here order, signs and word are one choice, the nearest image
-of a few leaders (`tersor.codecs.vector.orbits`), at one index a sub-vector. Derivation: docs/codecs/symmetric.md; figures:
+of a few leaders (`vector/orbits.py`), at one index a sub-vector. Derivation: docs/codecs/symmetric.md; figures:
 docs/codecs/qet.md.
 """
 
@@ -20,22 +20,13 @@ from torch import Tensor
 from tersor.codecs.scalar.lloyd_max import gaussian_table, midpoints, nearest
 from tersor.codecs.vector import orbits
 from tersor.codecs.vector.orbits import DIM, Orbits
-from tersor.contract.codec import (
-    Codec,
-    ColumnEncoder,
-    Encoded,
-    Rows,
-    Search,
-    Shape,
-    matmul_by_blocks,
-    row_blocks,
-    shape_of,
-)
+from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, matmul_by_blocks
 from tersor.contract.feedback import encode_with_feedback
 from tersor.errors import CodecConfigError
 from tersor.payload import codes, packing
-from tersor.payload.groups import bounded, reciprocal, rms
-from tersor.payload.packing import Layout, TensorSpec
+from tersor.payload.blocks import Rows, Shape, row_blocks, shape_of
+from tersor.payload.layout import Layout, TensorSpec
+from tersor.payload.scales import bounded, reciprocal, rms
 
 WORD = 1 << 16  # levels of the low part of an index
 FIT_POINTS = 1 << 17  # sub-vectors that a codebook is fitted on

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +13,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from tersor.hf.compress import calibrate as calibrating
+from tersor.hf.compress.request import Progress, Sampling, no_progress
+from tersor.hf.compress.sensitivity import fisher_traces
 from tersor.hf.models.matrices import Matrix, walk
+from tersor.hf.models.source import Source, load_dense
+from tersor.hf.models.text import check_context, read_text, read_tokenizer, text_source, token_ids, windows
 from tersor.planning.calibration import Calibration, Moments
 
 BATCH = 8
@@ -106,3 +113,30 @@ def collect(model: PreTrainedModel, batches: Iterator[tuple[Tensor, Tensor | Non
         if step is not None:
             step(done)
     return Calibration(collector.close(), tokens, source)
+
+
+def calibrate(source: Source, text: Path, output: Path, sampling: Sampling | None = None, *, device: str = "cpu",
+              progress: Progress = no_progress) -> Calibration:
+    """Run calibration text through the dense model; write moments and Fisher traces to `output`."""
+    how = sampling or Sampling()
+    check_context(source.config, how.context)
+    ids = token_ids(read_tokenizer(source.folder), read_text(text), how.context, how.tokens, str(text))
+    sequences = windows(ids, how.context)
+    chosen = sequences[:: max(1, sequences.numel() // how.fisher_tokens)] if how.fisher_tokens else sequences[:0]
+    total = sequences.numel() + 3 * chosen.numel()
+    done = 0
+
+    def step(count: int) -> None:
+        nonlocal done
+        done += count
+        progress("calibrate", done, total)
+
+    step(0)
+    model = load_dense(source, device)
+    parts = ((batch, None) for batch in sequences.split(calibrating.BATCH))
+    result = calibrating.collect(model, parts, text_source(text), step)
+    if len(chosen):
+        traces = fisher_traces(model, chosen, how.seed, lambda count: step(3 * count))
+        result = dataclasses.replace(result, fisher=traces)
+    result.save(output)
+    return result

@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 
-from tersor.hf.compress import encode, survey
-from tersor.hf.compress.request import Request, check_device
-from tersor.hf.compress.run import Settings, budget_bytes, work_folder
+from tersor.hf.compress import survey
+from tersor.hf.compress.method import check_options, rungs
+from tersor.hf.compress.plan import least_error, predict
+from tersor.hf.compress.request import Request, budget_bytes, check_device, provenance
+from tersor.hf.compress.run import Settings
+from tersor.hf.compress.work import work_folder
 from tersor.hf.models.source import open_source
 from tersor.planning import plan as planning
 
@@ -36,19 +39,19 @@ def estimate(src: Path, output: Path, rate: float | None, size: int | None, sett
     request = Request(budget_bytes(source, rate, size), settings.method, settings.seed, settings.options,
                                settings.sensitivities)
     check_device(settings.device)
-    survey.check_options(request)
+    check_options(request)
     planning.check_weights(list(source.layout.matrices), request.sensitivities)
     if request.budget >= source.nbytes:
         return {"bytes": source.nbytes, "bytes_original": source.original_nbytes, "copied": True, "seconds": 0.0}
     matrices = sorted(source.layout.matrices.values(), key=lambda m: m.shape[0] * m.shape[1])
     model_rate = 8 * request.budget / source.elements
-    least = {m.name: survey.rungs(request.method, m.shape, model_rate)[0] for m in matrices}
-    record = encode.provenance(source, None, request, "0")
-    least_bytes = encode.predict(source, least, record)
+    least = {m.name: rungs(request.method, m.shape, model_rate)[0] for m in matrices}
+    record = provenance(source, None, request, "0")
+    least_bytes = predict(source, least, record)
     if least_bytes > request.budget:
-        raise survey.least_error(source, request, least_bytes)
+        raise least_error(source, request, least_bytes)
     sample = matrices[len(matrices) // 2]
-    tried = survey.rungs(request.method, sample.shape, model_rate)
+    tried = rungs(request.method, sample.shape, model_rate)
     began = time.perf_counter()
     count = len(list(survey.trials(source, sample, tried[:2], None, request, settings.device, whole=False)))
     size_tried = min(sample.shape[0] * sample.shape[1], 2 * survey.SURVEY_ELEMENTS)

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
-from tersor.errors import ModelError
+from tersor.errors import BudgetError, ModelError
 from tersor.families import DEFAULT, families
 from tersor.families import options as family_options
+from tersor.hf.models.source import Source
+from tersor.planning.calibration import Calibration
 
 Progress = Callable[[str, int, int], None]
 
@@ -77,3 +79,28 @@ def check_device(device: str) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without CUDA
         raise ModelError(f"device '{device}' cannot be used here: {str(error).splitlines()[0]}; use cpu") from error
+
+
+def provenance(source: Source, calibration: Calibration | None, request: Request, version: str) -> dict[str, Any]:
+    """Return what the manifest says of how the model was made; no clocks, no paths."""
+    seen = None if calibration is None else {"tokens": calibration.tokens, "source": calibration.source}
+    return {"tersor": version, "source_sha256": source.fingerprint(), "budget_bytes": request.budget,
+            "method": request.method, "seed": request.seed, "options": dict(request.options), "calibration": seen}
+
+
+def budget_bytes(source: Source, rate: float | None, size: int | None) -> int:
+    """Return the budget in bytes of a rate (bits per parameter) or a size.
+
+    Raises
+    ------
+    BudgetError
+        Unless exactly one is given, and positive.
+    """
+    if (rate is None) == (size is None):
+        raise BudgetError("give either a rate or a size", 0.0)
+    if rate is not None and not 0 < rate <= 64:
+        raise BudgetError(f"the rate must lie between 0 and 64 bits per parameter, found {rate}", 0.0)
+    budget = size if size is not None else int((rate or 0.0) * source.elements / 8)
+    if budget <= 0:
+        raise BudgetError(f"the budget must be positive, found {rate if size is None else size}", 0.0)
+    return budget

@@ -5,10 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,15 +13,20 @@ from typing import Any
 
 import tersor
 from tersor import store
-from tersor.errors import BudgetError, TersorError
+from tersor.errors import TersorError
 from tersor.families import DEFAULT
+from tersor.files import write_json
 from tersor.hf.compress import encode
 from tersor.hf.compress import survey as surveying
-from tersor.hf.compress.encode import REPORT, Job
-from tersor.hf.compress.request import Progress, Request, Sampling, check_device, no_progress
+from tersor.hf.compress.calibrate import calibrate
+from tersor.hf.compress.encode import Job
+from tersor.hf.compress.method import check_options
+from tersor.hf.compress.plan import check_reachable, make_plan
+from tersor.hf.compress.request import Progress, Request, Sampling, budget_bytes, check_device, no_progress, provenance
 from tersor.hf.compress.verify import verify_in_fresh_process
+from tersor.hf.compress.work import REPORT, WORK_NAMES, claim, peak_memory, work_folder
 from tersor.hf.models.evaluate import evaluate
-from tersor.hf.models.source import Source, open_source
+from tersor.hf.models.source import Source, open_source, read_matrix
 from tersor.hf.models.text import (
     check_context,
     default_calibration,
@@ -36,9 +38,6 @@ from tersor.hf.models.text import (
 )
 from tersor.planning import plan as planning
 from tersor.planning.calibration import Calibration
-
-WORK_NAMES = ("staged", "fingerprint", "calibration.safetensors", "survey.jsonl", "plan.json", "matrices", "output",
-              "blocks", "ranks.json", "gradients.safetensors")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,29 +74,6 @@ class Settings:
     resume: bool = True
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     sensitivities: Mapping[str, float] = dataclasses.field(default_factory=dict)
-
-
-def budget_bytes(source: Source, rate: float | None, size: int | None) -> int:
-    """Return the budget in bytes of a rate (bits per parameter) or a size.
-
-    Raises
-    ------
-    BudgetError
-        Unless exactly one is given, and positive.
-    """
-    if (rate is None) == (size is None):
-        raise BudgetError("give either a rate or a size", 0.0)
-    if rate is not None and not 0 < rate <= 64:
-        raise BudgetError(f"the rate must lie between 0 and 64 bits per parameter, found {rate}", 0.0)
-    budget = size if size is not None else int((rate or 0.0) * source.elements / 8)
-    if budget <= 0:
-        raise BudgetError(f"the budget must be positive, found {rate if size is None else size}", 0.0)
-    return budget
-
-
-def work_folder(output: Path) -> Path:
-    """Return where a run keeps its stages' files: `OUT.work`, beside the output."""
-    return output.with_name(f"{output.name}.work")
 
 
 def compress_model(source: str | Path, output: str | Path, rate: float | None = None, *, size: int | None = None,
@@ -159,34 +135,12 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
     return report
 
 
-def claim(work: Path) -> Path:
-    """Return the work folder if it is free to use: absent, empty, or made by an earlier run.
-
-    Raises
-    ------
-    FileExistsError
-        If it holds somebody else's files.
-    """
-    found = [child.name for child in work.iterdir()] if work.is_dir() else []
-    strange = sorted(name for name in found if _finished_name(name) not in WORK_NAMES)
-    if strange or (work.exists() and not work.is_dir()):
-        raise FileExistsError(f"{work} is where this run would keep its files, but holds others "
-                              f"({', '.join(strange[:3])}); move them, or name another output")
-    return work
-
-
-def _finished_name(name: str) -> str:
-    """Return what a file of the work folder is, or would have become: a killed run leaves `.NAME.partial-PID`."""
-    stem, partial, _ = name.rpartition(".partial-")
-    return stem.removeprefix(".") if partial else name
-
-
 def _check(source: Source, request: Request, settings: Settings) -> None:
     """Refuse before any work what would fail after it."""
     check_device(settings.device)
-    surveying.check_options(request)
+    check_options(request)
     planning.check_weights(list(source.layout.matrices), request.sensitivities)
-    encode.check_reachable(source, None, request, tersor.__version__)
+    check_reachable(source, None, request, tersor.__version__)
     tokenizer = read_tokenizer(source.folder) if settings.calibrated or settings.evaluation_tokens else None
     wanted = [(settings.calibration or default_calibration(), settings.sampling.context, settings.sampling.tokens)]
     wanted = wanted if settings.calibrated else []
@@ -197,17 +151,7 @@ def _check(source: Source, request: Request, settings: Settings) -> None:
         check_context(source.config, context)
         token_ids(tokenizer, read_text(path), context, tokens, str(path))
     for matrix in source.layout.matrices.values():
-        surveying.read_matrix(source, matrix, "cpu")  # NaN and infinity are found, and named, before anything runs
-
-
-def peak_memory() -> int:
-    """Return this process's largest resident size so far, in bytes."""
-    status = Path("/proc/self/status")  # VmHWM starts anew with the program; ru_maxrss remembers the parent's
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        read_matrix(source, matrix, "cpu")  # NaN and infinity are found, and named, before anything runs
 
 
 def _prepare(work: Path, source: Source, request: Request, settings: Settings) -> None:
@@ -232,13 +176,13 @@ def _stages(source: Source, request: Request, settings: Settings, work: Path, pr
     if settings.calibrated:
         file = work / "calibration.safetensors"
         if not file.exists():
-            encode.calibrate(source, settings.calibration or default_calibration(), file, settings.sampling,
+            calibrate(source, settings.calibration or default_calibration(), file, settings.sampling,
                                device=settings.device, progress=progress)
         calibration = Calibration.load(file)
     choices = surveying.survey(source, calibration, request, work / "survey.jsonl", device=settings.device,
                               progress=progress)
-    record = encode.provenance(source, calibration, request, tersor.__version__)
-    picks = encode.make_plan(source, choices, request, record)
+    record = provenance(source, calibration, request, tersor.__version__)
+    picks = make_plan(source, choices, request, record)
     write_json(work / "plan.json", planning.to_json(picks))
     matrices = encode.encode(Job(source, picks, calibration, request, record), work, work / "output",
                                device=settings.device, progress=progress)
@@ -265,13 +209,3 @@ def finish(source: Source, matrices: Mapping[str, Any], record: Mapping[str, Any
 
 def _write_report(folder: Path, report: Mapping[str, Any]) -> None:
     write_json(folder / REPORT, report)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON to a file, atomically."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        partial.write_text(json.dumps(value, indent=1))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

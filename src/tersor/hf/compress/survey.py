@@ -6,48 +6,26 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from tersor.contract.codec import Codec, check_matrix
-from tersor.errors import BudgetError, CodecConfigError, UnknownCodecError
-from tersor.families import Budgeted, Ladder, budgeted, families
+from tersor.contract.codec import Codec
+from tersor.errors import CodecConfigError
 from tersor.hf.compress import sensitivity
+from tersor.hf.compress.method import check_options, fixed_options, rungs
 from tersor.hf.compress.request import Progress, Request, no_progress
 from tersor.hf.models.matrices import Matrix
-from tersor.hf.models.source import Source
+from tersor.hf.models.source import Source, hessian_of, read_matrix
 from tersor.numerics.linalg import single_thread
 from tersor.planning import plan as planning
 from tersor.planning.calibration import Calibration
 from tersor.planning.plan import Choice
 from tersor.quality import measure
-from tersor.registry import parse
 
-REFERENCE_SHAPE = (4096, 4096)  # where only the options of a method matter, not the shape
-SURVEY_SPAN = (0.45, 2.2)  # rungs surveyed, as multiples of the rate asked for
-SURVEY_STEP = 0.1  # least relative gap in rate between the rungs of a ladder that are tried
 SURVEY_ELEMENTS = 1 << 16  # elements of a matrix that a trial encodes
-
-
-def ladders(method: str) -> Sequence[Budgeted]:
-    """Return the ladders that a method names: a family's, or one rung for a concrete codec string."""
-    if method in families():
-        return [ladder for ladder in budgeted(method) if ladder.planned]
-    try:
-        return [Ladder((parse(method),))]
-    except UnknownCodecError as error:
-        raise UnknownCodecError(method, (*families(), *error.known), "family or codec string") from error
-
-
-def fixed_options(codec: Codec, options: Mapping[str, Any], *, calibrated: bool) -> dict[str, Any]:
-    """Return the options that `codec` reads; error feedback is on by default where there is a Hessian."""
-    known = codec.option_names()
-    wanted = {"feedback": calibrated, **options}
-    return {key: value for key, value in sorted(wanted.items()) if key in known}
 
 
 def survey(source: Source, calibration: Calibration | None, request: Request, output: Path, *, device: str = "cpu",
@@ -125,24 +103,6 @@ def _line(path: Path, line: str) -> dict[str, Any]:
     return record
 
 
-def check_options(request: Request) -> None:
-    """Raise `CodecConfigError` if an encoder option is read by no codec of the method."""
-    listed = [rung for ladder in ladders(request.method) for rung in ladder.rungs(REFERENCE_SHAPE)]
-    known = frozenset[str]().union(*(codec.option_names() for codec in listed))
-    unknown = sorted(set(request.options) - known)
-    if unknown:
-        raise CodecConfigError(f"no codec of '{request.method}' reads the option {unknown}; known: {sorted(known)}")
-
-
-def least_error(source: Source, request: Request, least: int) -> BudgetError:
-    """Return the error for a budget below the least reachable bytes, which it names."""
-    rate = 8 * least / source.elements
-    asked = 8 * request.budget / source.elements
-    return BudgetError(f"{request.budget} bytes ({asked:.4g} bits per parameter) are too few: "
-                       f"'{request.method}' needs at least {least} bytes ({rate:.4g} bits per parameter) for this "
-                       "model", rate)
-
-
 def trials(source: Source, matrix: Matrix, codecs: Sequence[Codec], calibration: Calibration | None, request: Request,
            device: str, *, whole: bool) -> Iterator[dict[str, Any]]:
     """Encode a matrix with each codec; yield the survey's lines.
@@ -166,34 +126,3 @@ def trials(source: Source, matrix: Matrix, codecs: Sequence[Codec], calibration:
             quality = measure(dense, encoded, hessian)
         yield {"matrix": matrix.name, "codec": codec.spec(), "nbytes": codec.nbytes(matrix.shape),
                "distortion": quality.distortion, "relative_error": quality.relative_error, "weight": weight}
-
-
-def rungs(method: str, shape: tuple[int, int], rate: float) -> list[Codec]:
-    """Return the rungs worth trying on a matrix when the whole model has `rate` bits per element; always the least."""
-    low, high = SURVEY_SPAN
-    listed = {rung: None for ladder in ladders(method) for rung in _spaced(ladder.rungs(shape), shape)}
-    ordered = sorted(listed, key=lambda codec: codec.nbytes(shape))
-    near = [rung for rung in ordered if low * rate <= rung.rate(shape) <= high * rate]
-    return near if near and near[0] == ordered[0] else [ordered[0], *near]
-
-
-def _spaced(rungs: Sequence[Codec], shape: tuple[int, int]) -> list[Codec]:
-    """Return the rungs of one ladder that lie at least a `SURVEY_STEP` of their rate apart, from the least up."""
-    kept: list[Codec] = []
-    for rung in sorted(rungs, key=lambda codec: codec.nbytes(shape)):
-        if not kept or rung.rate(shape) >= kept[-1].rate(shape) * (1 + SURVEY_STEP):
-            kept.append(rung)
-    return kept
-
-
-def read_matrix(source: Source, matrix: Matrix, device: str) -> Tensor:
-    """Read one matrix of a source to `device`, checked for NaN and infinity by name."""
-    tensor = source.matrix(matrix).to(device)
-    check_matrix(tensor, matrix.name)
-    return tensor
-
-
-def hessian_of(calibration: Calibration | None, matrix: Matrix, device: str) -> Tensor | None:
-    """Return a matrix's Hessian on `device`, if it was calibrated."""
-    hessian = None if calibration is None else calibration.hessians.get(matrix.name)
-    return None if hessian is None else hessian.to(device)

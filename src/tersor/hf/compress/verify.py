@@ -12,8 +12,8 @@ import torch
 
 from tersor import store
 from tersor.errors import CorruptStoreError, VerificationError
-from tersor.hf.compress.encode import REPORT
 from tersor.hf.compress.request import Progress, no_progress
+from tersor.hf.compress.work import REPORT
 from tersor.hf.models.matrices import Layout, empty_model, read_config, walk
 from tersor.hf.models.source import Source
 from tersor.quality import measure

@@ -17,13 +17,14 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
-from tersor.contract.codec import Codec, Tables
+from tersor.contract.codec import Codec
 from tersor.errors import CodecConfigError, ModelError
 from tersor.hf.kv import store
 from tersor.hf.kv.attention import NAME, Pair
 from tersor.hf.kv.layer import CacheReport, CompressedCacheLayer, Side, Window, nbytes_of
 from tersor.hf.kv.plan import KVPlan, read_plan
 from tersor.hf.kv.store import SIDES
+from tersor.payload.blocks import Tables
 from tersor.registry import parse
 
 Spec = str | Codec

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from tersor.contract.codec import Codec, Tables
+from tersor.contract.codec import Codec
 from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
 from tersor.hf.kv.attention import Pair, States
 from tersor.hf.kv.store import SIDES, LayerState
 from tersor.kv import Stream
+from tersor.payload.blocks import Tables
 
 
 @dataclasses.dataclass(frozen=True)

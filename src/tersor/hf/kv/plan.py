@@ -24,10 +24,10 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 import tersor
-from tersor import files
 from tersor.codecs.vector.klt import Klt
-from tersor.contract.codec import Codec, Tables
+from tersor.contract.codec import Codec
 from tersor.errors import BudgetError, CodecConfigError, CorruptStoreError, ModelError
+from tersor.files import save_tensors, write_json
 from tersor.hf.kv.observe import Notes, observe
 from tersor.hf.kv.store import SIDES, damaged, fields_of
 from tersor.hf.models.evaluate import Score
@@ -35,6 +35,7 @@ from tersor.hf.models.source import Source, load_dense
 from tersor.hf.models.text import check_context, read_text, read_tokenizer, text_source, token_ids, windows
 from tersor.kv import Stream, matrices
 from tersor.numerics.linalg import single_thread
+from tersor.payload.blocks import Tables
 from tersor.planning.plan import Choice, allocate
 from tersor.registry import parse
 from tersor.store.manifest import file_digest
@@ -185,9 +186,7 @@ def plan_cache(source: Source, text: Path, rate: float, out: Path, settings: Pla
                            "kl_sum": sum(p.distortion for p in picks.values()), "positions": score.positions},
               "asked": {"rate": rate, **dataclasses.asdict(settings)},
               "provenance": {"tersor": tersor.__version__, "source": source.fingerprint(), "text": text_source(text)}}
-    partial = out.with_name(f".{out.name}.partial")
-    partial.write_text(json.dumps(record, indent=1))
-    partial.replace(out)
+    write_json(out, record)
     return record
 
 
@@ -370,7 +369,7 @@ def _write_tables(lab: Lab, chosen: Mapping[Place, Codec], file: Path) -> dict[s
               for place, codec in chosen.items() for name, t in lab.tables(place, codec).items()}
     if not tables:
         return None
-    files.save(tables, file)
+    save_tensors(tables, file)
     return {"file": file.name, "sha256": file_digest(file)}
 
 

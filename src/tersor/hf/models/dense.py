@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections import defaultdict
 from pathlib import Path
@@ -11,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tersor import files, store
+from tersor import store
 from tersor.errors import CodecConfigError
+from tersor.files import save_tensors, whole
 from tersor.hf.models.matrices import Matrix, empty_model, read_config, walk
 
 SHARD_BYTES = 4 * 10**9
@@ -35,16 +35,10 @@ def write_dense(opened: store.Store, to: Path) -> None:
     by_parameter: dict[str, list[Matrix]] = defaultdict(list)
     for matrix in layout.matrices.values():
         by_parameter[matrix.parameter].append(matrix)
-    partial = to.with_name(f".{to.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with whole(to) as partial:
         partial.mkdir(parents=True)
         _write_shards(opened, layout.parameters, by_parameter, partial)
         _write_companions(opened, partial)
-        partial.rename(to)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _write_shards(opened: store.Store, names: list[str], by_parameter: dict[str, list[Matrix]], folder: Path) -> None:
@@ -55,7 +49,7 @@ def _write_shards(opened: store.Store, names: list[str], by_parameter: dict[str,
 
     def flush() -> None:
         name = f"model-{len(shards):05d}.safetensors"
-        files.save(held, folder / name)
+        save_tensors(held, folder / name)
         weight_map.update(dict.fromkeys(held, name))
         shards.append(name)
         held.clear()

@@ -16,9 +16,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from tersor import files
+from tersor.contract.checks import check_matrix
 from tersor.errors import ModelError
+from tersor.files import save_tensors
 from tersor.hf.models.matrices import Layout, Matrix, empty_model, quiet, read_config, walk
+from tersor.planning.calibration import Calibration
 from tersor.store import INDEX, MANIFEST
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -209,7 +211,7 @@ def _stage(path: Path, staging: Path) -> Path:
     staging.mkdir(parents=True)
     tied = set(model.all_tied_weights_keys)
     tensors = {k: t.contiguous() for k, t in model.state_dict().items() if k not in tied}
-    files.save(tensors, staging / "model.safetensors")
+    save_tensors(tensors, staging / "model.safetensors")
     config = model.config.to_dict()
     config.pop("quantization_config", None)
     (staging / "config.json").write_text(json.dumps(config, indent=1, default=str))
@@ -230,3 +232,16 @@ def load_dense(source: Source, device: str = "cpu") -> PreTrainedModel:
     with quiet():
         model: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, local_files_only=True)
     return model.to(device).eval()
+
+
+def read_matrix(source: Source, matrix: Matrix, device: str) -> Tensor:
+    """Read one matrix of a source to `device`, checked for NaN and infinity by name."""
+    tensor = source.matrix(matrix).to(device)
+    check_matrix(tensor, matrix.name)
+    return tensor
+
+
+def hessian_of(calibration: Calibration | None, matrix: Matrix, device: str) -> Tensor | None:
+    """Return a matrix's Hessian on `device`, if it was calibrated."""
+    hessian = None if calibration is None else calibration.hessians.get(matrix.name)
+    return None if hessian is None else hessian.to(device)

@@ -12,7 +12,7 @@ from torch import Tensor
 from tersor import store
 from tersor.contract.codec import Codec
 from tersor.errors import BudgetError
-from tersor.hf.compress.run import write_json
+from tersor.files import write_json
 from tersor.hf.models.matrices import Matrix
 from tersor.hf.rom.block import Done, Task, bias_name, load_block
 from tersor.quality import measure

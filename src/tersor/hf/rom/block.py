@@ -17,9 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from tersor import files
 from tersor.codecs.scalar.dense import Dense
-from tersor.contract.codec import Encoded, nest_tensors
+from tersor.contract.codec import Encoded
+from tersor.contract.nesting import nest_tensors
+from tersor.files import save_tensors
 from tersor.hf.models.blocks import Blocks, Entry, groups, inputs_of, observe, run
 from tersor.hf.models.matrices import Matrix
 from tersor.hf.models.source import Source
@@ -288,7 +289,7 @@ def save_block(path: Path, done: Done, stamp: str) -> None:
     """Write a finished block, whole or not at all."""
     tensors = {key: t for name, e in done.encoded.items() for key, t in nest_tensors(name, e.tensors).items()}
     tensors.update(done.biases)
-    files.save({key: t.contiguous() for key, t in tensors.items()}, path,
+    save_tensors({key: t.contiguous() for key, t in tensors.items()}, path,
                     {"job": stamp, "report": json.dumps(done.lines), "biases": json.dumps(list(done.biases))})
 
 

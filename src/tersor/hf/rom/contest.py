@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from tersor.errors import BudgetError
+from tersor.files import write_json
 from tersor.hf.compress.request import Progress, Sampling, no_progress
-from tersor.hf.compress.run import compress_model, write_json
+from tersor.hf.compress.run import compress_model
 from tersor.hf.models.evaluate import evaluate
 from tersor.hf.models.source import open_source
 from tersor.hf.rom.recipe import PRESETS, Recipe

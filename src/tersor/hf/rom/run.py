@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 import tersor
-from tersor import files
 from tersor.errors import BudgetError, ModelError
-from tersor.hf.compress.encode import REPORT
+from tersor.files import save_tensors, write_json
 from tersor.hf.compress.request import Progress, no_progress
-from tersor.hf.compress.run import claim, peak_memory, verify_in_fresh_process, work_folder, write_json
+from tersor.hf.compress.run import verify_in_fresh_process
+from tersor.hf.compress.work import REPORT, claim, peak_memory, work_folder
 from tersor.hf.models.blocks import enter, find_blocks
 from tersor.hf.models.source import Source, load_dense, open_source
 from tersor.hf.models.text import (
@@ -257,7 +257,7 @@ def _gradients(model: Any, task: Task, linears: Mapping[str, Linear], ids: Tenso
     whole = task.recipe.curvature or task.recipe.weighing == "curvature"
     modules = [name.removesuffix(".weight") for name in linears]
     found = output_gradients(model, modules, chosen, task.seed, whole=whole, step=step)
-    files.save({f"{name}.weight": gradient for name, gradient in found.items()}, file)
+    save_tensors({f"{name}.weight": gradient for name, gradient in found.items()}, file)
 
 
 def _survey(model: Any, task: Task, linears: Mapping[str, Linear], ids: Tensor,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tersor.contract.codec import row_blocks
 from tersor.payload import codes as reading
 from tersor.payload import packing
+from tersor.payload.blocks import row_blocks
 from tersor.payload.groups import Grid
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tersor.contract.codec import row_blocks, shape_of
+from tersor.payload.blocks import row_blocks, shape_of
 
 
 def multiply(x: Tensor, left: Tensor, right: Tensor) -> Tensor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tersor.contract.codec import row_blocks
 from tersor.ops.product_linear.payload import Payload
 from tersor.payload import codes, packing
+from tersor.payload.blocks import row_blocks
 
 LOOKUP_FLOATS = 1 << 22  # entries of the tables of products up to which products are looked up
 LOOKUP_BATCH = 8  # vectors up to which they are; beyond, decoding once is cheaper

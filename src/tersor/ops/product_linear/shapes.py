@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from tersor.ops.product_linear.payload import Payload
-from tersor.payload import packing
+from tersor.payload.layout import radix_word
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MOST_DIM = 16
@@ -86,6 +86,6 @@ def radix(levels: int) -> tuple[int, int, int]:
     """Return (bits a code, digits a word, bytes a word) of packed codes; bits 0 where a word holds digits."""
     if levels & (levels - 1) == 0:
         return levels.bit_length() - 1, 1, 1
-    nbytes, digits = packing.radix_word(levels)
+    nbytes, digits = radix_word(levels)
     return 0, digits, nbytes
 

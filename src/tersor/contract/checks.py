@@ -1,0 +1,33 @@
+"""What is refused: matrices before they are encoded, stored tensors before they are decoded."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
+from tersor.payload.blocks import row_blocks
+from tersor.payload.layout import TensorSpec
+
+HUGE = 2.0**100  # beyond this magnitude float32 arithmetic may overflow, so an encoder's result is checked
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def check_tensor(name: str, tensor: Tensor, spec: TensorSpec) -> None:
+    """Raise `CorruptStoreError` unless `tensor` is what `spec` declares and finite."""
+    if tuple(tensor.shape) != spec.stored_shape or tensor.dtype != spec.dtype:
+        raise CorruptStoreError(f"{name}: expected {spec.dtype} {spec.stored_shape}, found {tensor.dtype} "
+                                f"{tuple(tensor.shape)}")
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise CorruptStoreError(f"{name}: holds NaN or infinity; the file is damaged or was written from bad numbers")
+
+
+def check_matrix(matrix: Tensor, name: str = "matrix") -> None:
+    """Raise a typed error unless `matrix` is a finite, non-empty 2-D float tensor."""
+    if matrix.ndim != 2 or 0 in matrix.shape:
+        raise CodecConfigError(f"{name}: expected a non-empty 2-D matrix, found shape {tuple(matrix.shape)}")
+    if matrix.dtype not in FLOAT_DTYPES:
+        raise CodecConfigError(f"{name}: expected float32, float16, bfloat16 or float64, found {matrix.dtype}")
+    for block in row_blocks(tuple(matrix.shape)):
+        if not bool(torch.isfinite(matrix[block].to(torch.float32)).all()):
+            raise NonFiniteError(f"{name}: holds NaN, infinity or numbers beyond float32; repair it before encoding")

@@ -1,0 +1,26 @@
+"""Matrices by blocks of rows: how dense temporaries stay bounded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TypeAlias
+
+from torch import Tensor
+
+Shape: TypeAlias = tuple[int, int]
+Rows: TypeAlias = slice | Tensor
+Tables: TypeAlias = Mapping[str, Tensor]
+
+BLOCK_ELEMENTS = 1 << 20  # elements of a row block: bounds every dense temporary of decode and matmul
+
+
+def shape_of(matrix: Tensor) -> Shape:
+    """Return (out, in) of a 2-D tensor."""
+    return matrix.shape[0], matrix.shape[1]
+
+
+def row_blocks(shape: tuple[int, ...], multiple: int = 1) -> Iterable[slice]:
+    """Yield slices of rows of about `BLOCK_ELEMENTS` elements, each but the last a multiple of `multiple` rows."""
+    step = max(1, BLOCK_ELEMENTS // max(1, shape[1]) // multiple) * multiple
+    for start in range(0, shape[0], step):
+        yield slice(start, min(start + step, shape[0]))

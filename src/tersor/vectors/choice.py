@@ -1,0 +1,123 @@
+"""Which row-wise codec a rate chooses."""
+
+from __future__ import annotations
+
+import math
+
+from tersor.codecs import Dense, LearnedRotation, Product, Sum
+from tersor.contract.codec import Codec
+from tersor.errors import BudgetError, CodecConfigError, UnknownCodecError
+from tersor.families import AUTO, FAMILIES, Ladder
+from tersor.payload.layout import packed_nbytes
+from tersor.registry import parse
+from tersor.vectors.rowwise import COUNTS, check_rowwise, code_size
+
+TRAINED = ("pq", "opq", "rq")  # families of product codecs with shared codebooks
+DEFAULT_RATE = 2.0
+MAX_RATE = 32.0
+MAX_WORDS = 1024  # of the product codecs that a rate chooses
+MAX_DIM = 16
+RESIDUAL_DIM, RESIDUAL_WORDS = 64, 256  # most numbers of a sub-vector of `rq`, and its codewords: a byte a code
+WIDE_GAIN = 0.1  # bits an element that a doubled sub-vector is worth when a rate chooses a product codec
+
+
+def index_families() -> tuple[str, ...]:
+    """Return the families that hold row-wise codecs besides dense ones."""
+    ladders = [name for name, group in FAMILIES.items()
+               if any(_is_rowwise(one.at(step)) for one in group if isinstance(one, Ladder)
+                      for step in one.steps if not isinstance(step, Dense))]
+    return (*ladders, *TRAINED)
+
+
+def _is_rowwise(codec: Codec) -> bool:
+    try:
+        check_rowwise(codec, 64)
+    except CodecConfigError:
+        return False
+    return True
+
+
+def choose(dim: int, codec: str | Codec, rate: float | None) -> Codec:
+    """Return the row-wise codec for vectors of `dim` numbers: the finest of a family within the rate, or the one named.
+
+    Parameters
+    ----------
+    dim : int
+    codec : str or Codec
+        A family, a factory string or a codec.
+    rate : float or None
+        Most bits per element of a stand-alone code; None: 2.0 for a family, no ceiling for a codec.
+
+    Raises
+    ------
+    BudgetError
+        If the rate is below the least code, above 32 or no number.
+    CodecConfigError, UnknownCodecError
+        If the codec is not row-wise or does not admit the width, or the name is unknown.
+    """
+    if rate is not None and not (isinstance(rate, (int, float)) and 0 < rate <= MAX_RATE):
+        raise BudgetError(f"rate must be a number of bits per element in (0, {MAX_RATE:g}], found {rate!r}", 0.0)
+    if not isinstance(codec, (str, Codec)):
+        raise CodecConfigError(f"codec: expected a family, a codec string or a Codec, found {type(codec).__name__}")
+    if isinstance(codec, str) and codec in (AUTO, *FAMILIES) and codec not in index_families():
+        raise UnknownCodecError(codec, index_families(), "family of an index")
+    if isinstance(codec, str) and codec in index_families():
+        return _of_family(codec, dim, math.floor((DEFAULT_RATE if rate is None else rate) * dim / 8))
+    concrete = parse(codec) if isinstance(codec, str) else codec
+    check_rowwise(concrete, dim)
+    size = code_size(concrete, dim)
+    if rate is not None and 8 * size > rate * dim:
+        raise BudgetError(f"codec '{concrete}' needs {size} bytes a vector of {dim} numbers, {8 * size / dim:.4g} bits "
+                          f"per element, above the rate {rate:g}; raise the rate or name a family", 8 * size / dim)
+    return concrete
+
+
+def _of_family(family: str, dim: int, nbytes: int) -> Codec:
+    """Return the codec of a family with the most bits whose code has at most `nbytes`."""
+    if family == "rq":
+        members = [_residual(dim, nbytes)]
+    else:
+        members = [_product(dim, nbytes, family)] if family in TRAINED else _rungs(family, dim)
+    affordable = [codec for codec in members if code_size(codec, dim) <= nbytes]
+    if not affordable:
+        least = min(members, key=lambda codec: code_size(codec, dim))
+        size = code_size(least, dim)
+        raise BudgetError(f"{nbytes} bytes a vector are too few for vectors of {dim} numbers: the least of '{family}', "
+                          f"'{least}', needs {size}, {8 * size / dim:.4g} bits per element", 8 * size / dim)
+    return max(affordable, key=lambda codec: codec.nbytes((COUNTS[-1], dim)))  # of equals the first
+
+
+def _rungs(family: str, dim: int) -> list[Codec]:
+    found = []
+    for ladder in FAMILIES[family]:
+        for codec in ladder.rungs((1, dim)) if isinstance(ladder, Ladder) else ():
+            try:
+                check_rowwise(codec, dim)
+            except CodecConfigError:
+                continue  # a rung fitted to whole matrices; there are others
+            found.append(codec)
+    return found
+
+
+def _product(dim: int, nbytes: int, family: str) -> Codec:
+    """Return the trained product codec with the most bits an element, long sub-vectors preferred.
+
+    Of codes of equal rate those of longer sub-vectors err less, by less with every doubling; see `WIDE_GAIN`.
+    """
+    best: tuple[float, Product] | None = None
+    for part in (d for d in range(1, min(dim, MAX_DIM) + 1) if dim % d == 0):
+        words = next((w for w in range(MAX_WORDS, 1, -1) if packed_nbytes(dim // part, w) <= nbytes), 2)
+        value = (math.log2(words) / part + WIDE_GAIN * math.log2(part)) if (
+            packed_nbytes(dim // part, words) <= nbytes) else -1.0 / part
+        if best is None or value > best[0]:
+            best = value, Product(part, words, trained=True)
+    assert best is not None
+    return LearnedRotation(best[1], trained=True) if family == "opq" else best[1]
+
+
+def _residual(dim: int, nbytes: int) -> Codec:
+    """Return as many stages of trained products as fit, each on the residual of those before."""
+    part = max(d for d in range(1, min(dim, RESIDUAL_DIM) + 1) if dim % d == 0)
+    stage = Product(part, RESIDUAL_WORDS, trained=True)
+    count = nbytes // code_size(stage, dim)
+    return Sum((stage,) * count) if count > 1 else stage

@@ -1,0 +1,64 @@
+"""The best k of scores that arrive in blocks."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+GROUP = 64  # scores that one maximum stands for
+WORST = torch.finfo(torch.float32).max
+
+
+class Best:
+    """Running top k of each query, best first; of equal scores the one offered first.
+
+    Attributes
+    ----------
+    scores, ids : Tensor
+        float32 and int64 (queries, k); -infinity and -1 where fewer than k were offered.
+    """
+
+    def __init__(self, queries: int, k: int) -> None:
+        self.scores = torch.full((queries, k), -math.inf)
+        self.ids = torch.full((queries, k), -1)
+
+    def offer(self, scores: Tensor, first: int) -> None:
+        """Merge finite scores (queries, n) of the ids from `first` on, which must rise from call to call."""
+        count, k = scores.shape[1], self.ids.shape[1]
+        floor = self.scores[:, -1:]
+        if count % GROUP:
+            scores = torch.nn.functional.pad(scores, (0, -count % GROUP), value=-math.inf)
+        groups = scores.unflatten(1, (-1, GROUP))
+        peaks = groups.amax(2)
+        take = min(k, count)
+        most = 2 * len(scores) * take
+        for last in (False, True):
+            if last:  # what is not in the top k of these is of no use
+                floor = torch.maximum(floor, torch.nextafter(scores.topk(take).values[:, -1:], floor))
+            query, group = (peaks > floor).nonzero(as_tuple=True)
+            if len(query) > most:
+                continue
+            near = groups[query, group]
+            place, inside = (near > floor[query]).nonzero(as_tuple=True)
+            if len(place) <= most:
+                self._merge(query[place], near[place, inside], group[place] * GROUP + inside + first)
+                return
+        values, order = scores.sort(dim=1, descending=True, stable=True)  # many equal scores
+        query = torch.arange(len(scores)).repeat_interleave(take)
+        self._merge(query, values[:, :take].reshape(-1), order[:, :take].reshape(-1) + first)
+
+    def _merge(self, query: Tensor, scores: Tensor, ids: Tensor) -> None:
+        """Merge candidates, ordered by query and then by score or by id."""
+        if not len(query):
+            return
+        queries, k = self.ids.shape
+        query = torch.cat([torch.arange(queries).repeat_interleave(k), query])
+        scores = torch.cat([self.scores.reshape(-1), scores])
+        ids = torch.cat([self.ids.reshape(-1), ids])
+        order = torch.argsort(scores, descending=True, stable=True)
+        order = order[torch.argsort(query[order], stable=True)]
+        sizes = torch.bincount(query, minlength=queries)
+        chosen = order[(sizes.cumsum(0) - sizes).unsqueeze(1) + torch.arange(k)]
+        self.scores, self.ids = scores[chosen], ids[chosen]
