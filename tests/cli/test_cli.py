@@ -16,7 +16,7 @@ from tersor.api import as_matrix
 from tersor.cli import stores
 from tersor.testing import gaussian
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FABLE = ROOT / "examples" / "fable-7m"
 COMMAND = Path(sys.executable).parent / "tersor"
 

@@ -8,9 +8,9 @@ import pytest
 from tersor.hf.compress import run
 from tersor.hf.compress.verify import verify
 from tersor.hf.models.source import open_source
-from tests.hf.models import save_tiny
+from tests.hf.tiny import save_tiny
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[2]
 FABLE = ROOT / "examples" / "fable-7m"
 
 

@@ -18,7 +18,7 @@ from tersor.quality import measure
 from tersor.registry import from_config, parse
 from tersor.testing import gaussian, tolerance
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 FIXTURES = sorted(path.parent for path in GOLDEN.glob("*/*/config.json"))
 
 

@@ -19,7 +19,7 @@ from tersor.contract.codec import Search
 from tersor.errors import CodecConfigError
 from tersor.testing import gaussian, outliers, tolerance, with_spectrum
 
-OFFICIAL = json.loads((Path(__file__).parent / "data" / "lplr_official.json").read_text())
+OFFICIAL = json.loads((Path(__file__).parents[2] / "data" / "lplr_official.json").read_text())
 EPS = torch.finfo(torch.float32).eps
 FP32 = Dense("fp32")
 

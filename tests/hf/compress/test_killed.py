@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 COMMAND = [str(Path(sys.executable).parent / "tersor"), "compress", str(ROOT / "examples" / "fable-7m")]
 OPTIONS = ["--rate", "3", "--tokens", "4096", "--evaluation-tokens", "0"]
 KILLS = 20

@@ -44,7 +44,7 @@ def test_budget_is_met_from_below(method: str, tiny: Callable[[str], Path], tmp_
     on_disk = sum(f.stat().st_size for f in (tmp_path / "out").iterdir()
                   if f.suffix == ".safetensors" or f.name == "tersor.json")
     assert on_disk == report["summary"]["bytes"] == store.stored_nbytes(tmp_path / "out")
-    assert 0.98 * size <= on_disk <= size  # 0.5 % on real models (tests/test_cli.py); rows of 64 are coarse
+    assert 0.98 * size <= on_disk <= size  # 0.5 % on real models (tests/cli/test_cli.py); rows of 64 are coarse
 
 
 def test_budget_below_least_names_it(tiny: Callable[[str], Path], tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from tersor.hf.kv.layer import CompressedCacheLayer, Side, Window
 from tersor.kv import Stream
 from tersor.registry import parse
 from tersor.testing import tolerance
-from tests.hf.models import ARCHITECTURES
+from tests.hf.tiny import ARCHITECTURES
 
 NAMES = ("llama", "qwen2", "gemma3_text", "gpt2")
 WINDOW = {"residual": 8, "sink": 2, "block": 4}

@@ -13,7 +13,7 @@ from tersor.hf.models.dense import write_dense
 from tersor.hf.models.evaluate import load_compressed, resident_bytes
 from tersor.hf.models.matrices import empty_model, read_config, walk
 from tersor.nn import CompressedLinear
-from tests.hf.models import ARCHITECTURES
+from tests.hf.tiny import ARCHITECTURES
 
 IDS = torch.randint(0, 128, (2, 17), generator=torch.Generator().manual_seed(1))
 FAST = {"calibrated": False, "evaluation_tokens": 0}
@@ -56,7 +56,7 @@ def test_embedding_head_and_experts_are_matrices(tiny: Callable[[str], Path]) ->
 
 @pytest.mark.usefixtures("verified_here")
 def test_bfloat16_source_and_lossless_codec(tmp_path: Path) -> None:
-    from tests.hf.models import save_tiny
+    from tests.hf.tiny import save_tiny
 
     source = save_tiny("llama", tmp_path / "m", torch.bfloat16)
     compress_model(source, tmp_path / "out", 15.99, method="rtn8g64", **FAST)

@@ -23,7 +23,7 @@ from tersor.hf.rom import run as reducing
 from tersor.hf.rom.recipe import PRESETS, Recipe
 from tersor.hf.rom.run import reduce_model
 from tests.hf.conftest import FABLE
-from tests.hf.models import ARCHITECTURES
+from tests.hf.tiny import ARCHITECTURES
 
 FEW = {"sequences": 24, "length": 64}
 ALL_WAYS = [*PRESETS.items(), ("uniform pair", Recipe("anchored", True, True)),

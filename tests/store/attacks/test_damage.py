@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from attacks.conftest import load_all, matrices
+from tests.store.attacks.conftest import load_all, matrices
 from tersor.errors import CorruptStoreError, TersorError
 
 
