@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from tersor.codecs import BUILT_IN
-from tersor.contract.codec import Codec, Encoded
+from tersor.contract.codec import Encoded
 from tersor.quality import measure
 from tersor.registry import from_config, parse
 from tersor.testing import gaussian, tolerance
+from tests.laws.codecs import mixes
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FIXTURES = sorted(path.parent for path in GOLDEN.glob("*/*/config.json"))
@@ -32,12 +33,6 @@ def writer() -> ModuleType:
     return module
 
 
-def rotates(codec: Codec) -> bool:
-    own = codec.id in ("rotated", "learned_rotation", "kashin", "two_basis", "low_rank", "klt",
-                        "interpolative")
-    return own or any(rotates(child) for child in codec.children().values())
-
-
 def held(folder: Path) -> tuple[Encoded, torch.Tensor, torch.Tensor]:
     """Return the fixture as an encoded matrix, its input and its decoded matrix."""
     config = json.loads((folder / "config.json").read_text())
@@ -50,7 +45,7 @@ def held(folder: Path) -> tuple[Encoded, torch.Tensor, torch.Tensor]:
 def test_decodes_as_when_written(folder: Path) -> None:
     encoded, matrix, expected = held(folder)
     found = encoded.decode()
-    if rotates(encoded.codec):
+    if mixes(encoded.codec):
         bound = tolerance(torch.float32, sum(encoded.shape)) * float(expected.norm())
         assert float((found - expected).norm()) <= bound
     else:

@@ -1,4 +1,4 @@
-"""Every codec and nest keeps every law, on every kind of matrix. A new codec adds one row to CODECS."""
+"""Every codec and nest keeps every law, on every kind of matrix. A new codec adds its `examples`."""
 
 from __future__ import annotations
 
@@ -6,39 +6,19 @@ import contextlib
 import math
 import re
 from collections.abc import Iterator
+from functools import cache
 
 import pytest
 import torch
 from torch import Tensor
 
 from tersor.codecs import BUILT_IN
-from tersor.contract.codec import Codec, Encoded
+from tersor.contract.codec import Codec
 from tersor.errors import CodecConfigError, NonFiniteError
 from tersor.quality import DB_PER_BIT, measure
 from tersor.registry import parse
-from tersor.testing import LAWS, check_fresh_process, encode, gaussian, outliers, student_t3, with_spectrum
-
-CODECS = [
-    "bf16", "fp32",
-    "rtn4g64", "rtn3s", "rtn1g32", "rtnL5g32o", "rtn8",
-    "lm3", "lm1", "lmL6o", "lm4g16", "lmL181", "fit4g128", "fitL3", "tab3", "tab2g32o",
-    "rot,lm3", "rotout,lm2", "rotboth@7,lm2", "rot,rtn2g64", "rotboth,rotout@3,lm2",
-    "sum(rot,lm2;rtn2g64)", "sum(rtn2s;fit2;bf16)", "sum(rot,lm2;tab2)",
-    "rows2(lm3;lm2)", "head2(lm3;lm2)", "rows1(tab3;rtn2)", "rot,rows3(lm3;lm2)", "rows2(rows1(bf16;lm4);lm2)",
-    "pq2x4", "pq2x5b10m", "pq1x3f32", "pq2x4t", "rot,pq2x4mt", "swap1,lm3", "swap2,pq2x3", "swap1,rows2(lm3;lm2)",
-    "opq,pq2x4", "opqf32t,pq2x4t", "opq,pq2x4t", "std,lm3", "std,swap1,pq2x3b8", "sum(swap1,pq2x4b10;pq2x4b10)",
-    "sym16", "sym12f", "sym24co", "sym20m", "rot,sym16o", "std,sym16m", "sum(sym16;sym8)",
-    "kashin4", "kashinL9sudct", "kashin3cbfly", "kashin2mdense", "kashin4co@2", "rot,kashin2lv",
-    "al96", "rotboth,lr2(al20;al21)", "lr3(al40;al37)", "sum(lr2(al20;al21);rot,lm1)",
-    "klt3", "klt4h2x5", "klt4sh2x5", "rot,klt3", "fp8",
-    "two2x2", "two3x2m", "two4x2@3", "two2x2h", "two2x2o", "std,two2x2m",
-    "mm4", "mmL5", "mm9", "ns,mm1", "ns,lm2",
-    "lr3(lm4o;lm4o)", "lr8(mm8;mm8)", "lr1(fp32;fp32)", "lr2(rot,lm3;tab3)", "ns,lr2(mm4;mm8)",
-    "sum(lr2(lm3o;lm3o);lm2)",
-    "id3(fp32;fp32)", "id8c(bf16;lm4)", "id1(lm3;rot,lm3)", "id2c(tab3;mm8)",
-]
-MIXING = ("rot", "opq", "kashin", "two", "lr", "klt", "id")
-ELEMENTWISE = [text for text in CODECS if not any(word in text for word in MIXING)]
+from tersor.testing import LAWS, Specimen, check_fresh_process, encode, gaussian, outliers, student_t3, with_spectrum
+from tests.laws.codecs import CODECS, ELEMENTWISE
 
 MATRICES: dict[str, Tensor] = {
     "1x1": gaussian((1, 1)),
@@ -79,9 +59,15 @@ def refusal(codec: Codec, matrix: Tensor) -> str | None:
     return None
 
 
-def admitted(text: str, name: str) -> Tensor:
-    """Return a matrix by name, or an even one where the codec refuses its width."""
-    return MATRICES["even" if refusal(parse(text), MATRICES[name]) else name]
+@cache
+def specimen(text: str, name: str) -> Specimen:
+    """Return a codec on a matrix; the encoding is made once and read by every test of this file."""
+    return Specimen(parse(text), MATRICES[name])
+
+
+def admitted(text: str, name: str) -> Specimen:
+    """Return a codec on a matrix by name, or on an even one where the codec refuses its width."""
+    return specimen(text, "even" if refusal(parse(text), MATRICES[name]) else name)
 
 
 CASES = [(text, name) for text in CODECS for name in MATRICES]
@@ -97,17 +83,7 @@ def test_laws(text: str, name: str) -> None:
         return
     for law, check in LAWS.items():
         if law != "store":  # all stores together below, one process for all
-            check(codec, matrix)
-
-
-@pytest.fixture(scope="module")
-def encoded() -> dict[str, Encoded]:
-    made = {}
-    for text, name in CASES:
-        codec = parse(text)
-        if not refusal(codec, MATRICES[name]):
-            made[f"{text}.{name}"] = encode(codec, MATRICES[name])
-    return made
+            check(specimen(text, name))
 
 
 @pytest.mark.parametrize("text", CODECS)
@@ -120,14 +96,18 @@ def test_only_small_or_odd_shapes_are_refused(text: str) -> None:
         assert message is None or re.search(r"row|width", message)
 
 
-def test_all_decode_in_a_fresh_process(encoded: dict[str, Encoded]) -> None:
+def test_all_decode_in_a_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process for all of them, and many shards: a shard's header is read for every tensor taken from it."""
+    monkeypatch.setattr("tersor.store.manifest.SHARD_BYTES", 30_000)
+    encoded = {f"{text}.{name}": specimen(text, name).encoded for text, name in CASES
+               if not refusal(parse(text), MATRICES[name])}
     assert len(encoded) > 0.8 * len(CODECS) * len(MATRICES)
     check_fresh_process(encoded)
 
 
 @pytest.mark.parametrize("text", CODECS)
 def test_store_round_trip(text: str) -> None:
-    LAWS["store"](parse(text), admitted(text, "ragged"))
+    LAWS["store"](admitted(text, "ragged"))
 
 
 @pytest.mark.parametrize("text", CODECS)
@@ -165,8 +145,7 @@ def test_the_end_of_float32(text: str) -> None:
 
 @pytest.mark.parametrize("text", ELEMENTWISE)
 def test_elementwise_rows_are_bit_exact(text: str) -> None:
-    matrix = admitted(text, "ragged")
-    encoded = encode(parse(text), matrix)
+    encoded = admitted(text, "ragged").encoded
     whole = encoded.decode()
     assert torch.equal(encoded.decode_rows(5, 21), whole[5:21])
     index = torch.tensor([[32, 0], [7, 7]])
@@ -176,23 +155,22 @@ def test_elementwise_rows_are_bit_exact(text: str) -> None:
 @pytest.mark.parametrize("text", CODECS)
 def test_blocks_do_not_show(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The size of the row blocks bounds memory and changes neither bytes nor, where elementwise, bits."""
-    matrix = admitted(text, "ragged")
-    whole = encode(parse(text), matrix)
+    one = admitted(text, "ragged")
+    whole, decoded = one.encoded, one.encoded.decode()
     monkeypatch.setattr("tersor.payload.blocks.BLOCK_ELEMENTS", 600)
-    blocks = encode(parse(text), matrix)
+    many = Specimen(one.codec, one.matrix)
     if text in ELEMENTWISE:
-        assert all(torch.equal(tensor, blocks.tensors[name]) for name, tensor in whole.tensors.items())
-        assert torch.equal(whole.decode(), blocks.decode())
+        assert all(torch.equal(tensor, many.encoded.tensors[name]) for name, tensor in whole.tensors.items())
+        assert torch.equal(decoded, many.encoded.decode())
     for name in ("payload", "rows", "matmul"):
-        LAWS[name](parse(text), matrix)
+        LAWS[name](many)
 
 
 @pytest.mark.parametrize("text", CODECS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_default_dtype_does_not_show(text: str, dtype: torch.dtype) -> None:
     """Transformers changes torch's default dtype while it loads a model."""
-    matrix = admitted(text, "prime")
-    expected = encode(parse(text), matrix)
+    matrix, expected = admitted(text, "prime").matrix, admitted(text, "prime").encoded
     x = gaussian((2, matrix.shape[1]), 1)
     rows, product = expected.decode(), expected.matmul(x)
     before = torch.get_default_dtype()

@@ -59,6 +59,8 @@ class Copy(Codec):
 
     def decode_rows(self, encoded: Encoded, rows: Rows) -> Tensor:
         wrong = self.fault == "rows" and not isinstance(rows, slice)
+        if self.fault == "reading":
+            encoded.tensors["values"][0, 0].mul_(1 + 2**-22)
         return encoded.tensors["values"][rows] * (1.001 if wrong else 1.0)
 
     def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
@@ -90,7 +92,7 @@ def test_a_sound_third_party_codec_passes() -> None:
     ("layout", "expected torch.float16"), ("input", "changed its input"), ("torch_rng", "torch's global"),
     ("numpy_rng", "NumPy's global"), ("same_bytes", "same seed gave other bytes"), ("zero", "zero matrix"),
     ("finite", "NaN or infinity"), ("rows", "gather"), ("matmul", "matmul of"), ("spec", "factory string"),
-    ("threads", "two threads"), ("errors", "did not raise"),
+    ("threads", "two threads"), ("errors", "did not raise"), ("reading", "changed the payload"),
 ])
 def test_each_law_finds_its_fault(fault: str, message: str) -> None:
     with pytest.raises(AssertionError, match=message) as caught:
