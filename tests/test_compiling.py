@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from tersor import compiling
 from tersor.compiling.products import FUSED, PRODUCT, fuse_products
 from tersor.ops.codebook_linear import codebook_linear
-from tests.hf.tiny import save_tiny
 from tests.hf.models.test_compile import IDS, compressed
+from tests.hf.tiny import save_tiny
 
 WIDTH = 512
 ONE, MANY = (1, 1, WIDTH), (2, 3, WIDTH)

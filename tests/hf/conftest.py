@@ -10,9 +10,6 @@ from tersor.hf.compress.verify import verify
 from tersor.hf.models.source import open_source
 from tests.hf.tiny import save_tiny
 
-ROOT = Path(__file__).parents[2]
-FABLE = ROOT / "examples" / "fable-7m"
-
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:

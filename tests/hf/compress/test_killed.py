@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
-COMMAND = [str(Path(sys.executable).parent / "tersor"), "compress", str(ROOT / "examples" / "fable-7m")]
+from tests.fable import FABLE
+
+COMMAND = [str(Path(sys.executable).parent / "tersor"), "compress", str(FABLE)]
 OPTIONS = ["--rate", "3", "--tokens", "4096", "--evaluation-tokens", "0"]
 KILLS = 20
 

@@ -21,7 +21,7 @@ from tersor.hf.models.source import Source, load_dense, open_source
 from tersor.hf.models.text import default_calibration
 from tersor.registry import parse
 from tersor.testing import tolerance
-from tests.hf.conftest import FABLE
+from tests.fable import FABLE
 from tests.hf.kv.test_cache import tiny, tokens
 
 SETTINGS = PlanSettings(("rot,lm2", "rot,lm3", "rot,lm5"),

@@ -20,7 +20,7 @@ from tersor.hf.models.text import (
     read_tokenizer,
     token_ids,
 )
-from tests.hf.conftest import FABLE
+from tests.fable import FABLE
 from tests.hf.models.test_models import load_original
 
 IDS = torch.randint(0, 128, (70,), generator=torch.Generator().manual_seed(3))

@@ -22,7 +22,7 @@ from tersor.hf.models.source import load_dense, open_source
 from tersor.hf.rom import run as reducing
 from tersor.hf.rom.recipe import PRESETS, Recipe
 from tersor.hf.rom.run import reduce_model
-from tests.hf.conftest import FABLE
+from tests.fable import FABLE
 from tests.hf.tiny import ARCHITECTURES
 
 FEW = {"sequences": 24, "length": 64}

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.store.attacks.conftest import load_all, matrices
 from tersor.errors import CorruptStoreError, TersorError
+from tests.store.attacks.conftest import load_all, matrices
 
 
 def refused(path: Path) -> TersorError:

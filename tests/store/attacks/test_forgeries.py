@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.store.attacks.conftest import edit, load_all, read_shard, sign_tensors, write_shard
 from tersor import store
 from tersor.errors import CodecConfigError, CorruptStoreError, TersorError, UnknownCodecError
+from tests.store.attacks.conftest import edit, load_all, read_shard, sign_tensors, write_shard
 
 
 def refused(path: Path, kind: type[TersorError] = CorruptStoreError) -> str:
