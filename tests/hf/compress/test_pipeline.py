@@ -22,7 +22,7 @@ from tersor.hf.compress.verify import verify
 from tersor.hf.compress.work import work_folder
 from tersor.hf.models.source import open_source
 
-FAST = {"calibrated": False, "evaluation_tokens": 0}
+FAST = {"calibrated": False, "evaluation_tokens": 0, "method": "rotated_scalar"}  # no stage asks which family it is
 pytestmark = pytest.mark.usefixtures("verified_here")
 
 
@@ -40,7 +40,7 @@ def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any])
 @pytest.mark.parametrize("method", ["rotated_scalar", "uniform", "auto"])
 def test_budget_is_met_from_below(method: str, tiny: Callable[[str], Path], tmp_path: Path) -> None:
     size = 70_000
-    report = compress_model(tiny("llama"), tmp_path / "out", size=size, method=method, **FAST)
+    report = compress_model(tiny("llama"), tmp_path / "out", size=size, **{**FAST, "method": method})
     on_disk = sum(f.stat().st_size for f in (tmp_path / "out").iterdir()
                   if f.suffix == ".safetensors" or f.name == "tersor.json")
     assert on_disk == report["summary"]["bytes"] == store.stored_nbytes(tmp_path / "out")
@@ -110,7 +110,7 @@ def test_leftovers_of_a_killed_run_do_not_stop_the_next(tiny: Callable[[str], Pa
 def test_other_request_does_not_resume(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     compress_model(tiny("llama"), tmp_path / "out", 3.5, **FAST)
     shutil.rmtree(tmp_path / "out")
-    compress_model(tiny("llama"), tmp_path / "out", 3.5, method="uniform", **FAST)
+    compress_model(tiny("llama"), tmp_path / "out", 3.5, **{**FAST, "method": "uniform"})
     surveyed = [json.loads(line)["codec"] for line in
                 (work_folder(tmp_path / "out") / "survey.jsonl").read_text().splitlines()[1:]]
     assert all(codec.startswith(("rtn", "bf16", "fp32")) for codec in surveyed)
@@ -231,7 +231,7 @@ def test_dry_run_writes_nothing(tiny: Callable[[str], Path], tmp_path: Path) -> 
 
 def test_published_methods_run_as_published_on_a_model(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     """The option that defines a family reaches the encoder, and the manifest says so."""
-    reports = {name: compress_model(tiny("llama"), tmp_path / name, 8.0, method=name, **FAST)
+    reports = {name: compress_model(tiny("llama"), tmp_path / name, 8.0, **{**FAST, "method": name})
                for name in ("lplr", "dsvd")}
     for name, report in reports.items():
         chosen = [line["options"] for line in report["matrices"].values() if line["codec"].startswith("lr")]
