@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -108,13 +106,6 @@ def test_a_fresh_process_finds_what_the_file_lacks(monkeypatch: pytest.MonkeyPat
     check_codec(codec, matrix=matrix, fresh_process=False)
     with pytest.raises(AssertionError, match="otherwise in a fresh process"):
         check_codec(codec, matrix=matrix)
-
-
-def test_needs_no_pytest() -> None:
-    code = "import sys; sys.path[:] = sys.argv[1:]; import tersor.testing; print('pytest' in sys.modules)"
-    paths = [entry for entry in sys.path if entry]
-    done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
 
 
 MAKERS = [gaussian, student_t3, outliers, lambda shape, seed: with_spectrum(shape, [3.0, 1.0], seed)]

@@ -394,7 +394,8 @@ def test_a_contest_keeps_the_least_kl(tiny: Callable[[str], Path], tmp_path: Pat
     assert [f.name for f in tmp_path.iterdir()] == ["out"]
 
 
-def test_the_command(short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                     capsys: pytest.CaptureFixture[str]) -> None:
     from tersor import cli
 
     def tersor(*words: str) -> int:
