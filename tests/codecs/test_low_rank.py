@@ -286,8 +286,8 @@ def test_a_sum_with_low_rank_alternates_and_ends_with_feedback() -> None:
     matrix, inputs = with_spectrum((96, 64), (1 + torch.arange(64)) ** -0.5), gaussian((300, 64), 3)
     hessian = inputs.T @ torch.diag(torch.logspace(0, -2, 300)) @ inputs
     codec = parse("sum(lr6(al36;al36);rot,sym12)")
-    assert codec.spectral
-    assert not parse("sum(lm2;lm2)").spectral
+    assert codec.traits().spectral
+    assert not parse("sum(lm2;lm2)").traits().spectral
 
     def error(**options: object) -> float:
         return measure(matrix, codec.encode(matrix, hessian=hessian, options=options), hessian).distortion
