@@ -70,12 +70,15 @@ class Traits:
     spectral : bool
         Whether the error follows from the spectrum of the whole matrix, as of a low-rank code. Then a sample of rows
         says little about it, and a sum encodes it anew once the other stages are known.
+    mixes_rows : bool
+        Whether a decoded row depends on the codes of others, so that no row decodes alone.
     runs : (int, int) or None
         (heads, rows) where runs of so many rows are coded as of different heads, in turn; None: all rows alike.
     """
 
     column_wise: bool = False
     spectral: bool = False
+    mixes_rows: bool = False
     runs: Shape | None = None
 
 
@@ -160,9 +163,10 @@ class Codec(Derived, abc.ABC):
 
     def traits(self) -> Traits:
         """Return the traits of this codec: those of its class, and what its children pass on."""
-        inner = [child.traits() for child in self.children().values()]
-        return Traits(self.own_traits.column_wise, self.own_traits.spectral or any(one.spectral for one in inner),
-                      next((one.runs for one in inner if one.runs), self.own_traits.runs))
+        own, inner = self.own_traits, [child.traits() for child in self.children().values()]
+        return Traits(own.column_wise, own.spectral or any(one.spectral for one in inner),
+                      own.mixes_rows or any(one.mixes_rows for one in inner),
+                      next((one.runs for one in inner if one.runs), own.runs))
 
     def encode(self, matrix: Tensor, *, hessian: Tensor | None = None, seed: int = 0,
                options: Mapping[str, Any] | None = None, tables: Tables | None = None) -> Encoded:

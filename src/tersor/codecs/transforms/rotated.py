@@ -14,7 +14,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from tersor.contract.codec import Codec, Encoded, Search
+from tersor.contract.codec import Codec, Encoded, Search, Traits
 from tersor.contract.coordinates import Coordinates
 from tersor.contract.rotating import MultipliesRotated
 from tersor.contract.wrapper import Wrapped
@@ -53,6 +53,11 @@ class Rotated(Wrapped):
             raise CodecConfigError(f"rotated: side must be one of {sorted(SIDES)}, found {self.side!r}")
         if not isinstance(self.seed, int) or self.seed < 0:
             raise CodecConfigError(f"rotated: seed must be an integer >= 0, found {self.seed!r}")
+
+    def traits(self) -> Traits:
+        """Return the inner codec's, and whether a rotation of the outputs mixes rows."""
+        passed_on = super().traits()
+        return dataclasses.replace(passed_on, mixes_rows=passed_on.mixes_rows or self.side != "in")
 
     def change(self, matrix: Tensor, how: Search) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Rotate; nothing is stored, because decoding regenerates the rotation."""
