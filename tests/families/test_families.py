@@ -123,8 +123,8 @@ def test_least_is_reachable_in_floating_point(height: int, width: int) -> None:
     assert _budget(Scalar(2).rate((height, width)), (height, width)) == nbytes
 
 
-MATRICES = {"gaussian": gaussian((210, 384)), "student": student_t3((210, 384)), "outliers": outliers((210, 384)),
-            "offset": gaussian((210, 384)).abs() + 3}
+MATRICES = {"gaussian": gaussian((210, 192)), "student": student_t3((210, 192)), "outliers": outliers((210, 192)),
+            "offset": gaussian((210, 192)).abs() + 3}
 
 
 @pytest.mark.parametrize("kind", list(MATRICES))
@@ -140,7 +140,7 @@ def test_auto_is_never_worse_than_a_family(kind: str, rate: float) -> None:
 
 
 def test_auto_under_a_hessian() -> None:
-    matrix, x = MATRICES["outliers"], outliers((500, 384), 7)
+    matrix, x = MATRICES["outliers"], outliers((500, 192), 7)
     hessian = x.T @ x
     best = measure(matrix, tersor.compress(matrix, rate=2.5, hessian=hessian), hessian)
     for name in NAMES:
