@@ -59,6 +59,13 @@ def test_what_strings_mean(text: str, codec: Codec) -> None:
     assert codec.spec() == text.strip()
 
 
+@pytest.mark.parametrize("text", [text for cls in BUILT_IN for text in cls.examples])
+def test_examples_are_canonical(text: str) -> None:
+    codec = parse(text)
+    assert codec.spec() == text
+    assert from_config(json.loads(json.dumps(codec.to_config()))) == codec
+
+
 @pytest.mark.parametrize(("text", "error"), [
     ("", UnknownCodecError), ("pq8", UnknownCodecError), ("rot,", UnknownCodecError), ("rot,nope", UnknownCodecError),
     ("lm3x", CodecConfigError), ("sum(lm2)", CodecConfigError), ("sum(lm2;lm2", CodecConfigError),
@@ -90,6 +97,9 @@ def test_unknown_names_say_what_is_known() -> None:
     assert set(caught.value.known) == {cls.id for cls in codec_classes().values()}
     assert "uniform" in str(caught.value)
     assert isinstance(caught.value, LookupError)
+    with pytest.raises(UnknownCodecError) as caught:
+        parse("nope")
+    assert {cls.examples[0] for cls in BUILT_IN} < set(caught.value.known)
 
 
 @pytest.mark.parametrize("version", [2, 0, -1, 99, "1", None, 1.0])

@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from tersor import store
 from tersor.errors import (
     CodecConfigError,
     CorruptStoreError,
@@ -26,6 +25,7 @@ from tersor.hf.kv.cache import CompressedCache
 from tersor.hf.kv.layer import CompressedCacheLayer, Side, Window
 from tersor.kv import Stream
 from tersor.registry import parse
+from tersor.store.manifest import body_digest
 from tersor.testing import tolerance
 from tests.hf.tiny import ARCHITECTURES
 
@@ -383,7 +383,7 @@ def test_unsound_records_are_typed_errors(tmp_path: Path, break_it: Callable[[An
     record = json.loads(manifest.read_text())
     break_it(record["provenance"]["kv_cache"])
     record.pop("sha256")
-    manifest.write_text(json.dumps({**record, "sha256": store.body_digest(record)}))
+    manifest.write_text(json.dumps({**record, "sha256": body_digest(record)}))
     with pytest.raises(TersorError):
         CompressedCache.load(tmp_path / "cache", model.config)
 
