@@ -142,7 +142,7 @@ def test_bad_settings(source: Source, tmp_path: Path) -> None:
 
 
 def test_plans_of_other_models_and_damaged_plans(planned: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="num_hidden_layers"):
+    with pytest.raises(ModelError, match="hidden_size 256"):
         CompressedCache.from_plan(tiny("llama").config, planned / "kv.json")
     record = json.loads((planned / "kv.json").read_text())
     bad = tmp_path / "kv.json"
