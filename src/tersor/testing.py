@@ -7,6 +7,7 @@ framework. Every matrix maker has its own generator; the global ones are never t
 from __future__ import annotations
 
 import json
+import pickle
 import random
 import subprocess
 import sys
@@ -161,8 +162,7 @@ def law_payload(specimen: Specimen) -> None:
 
 def _global_generators() -> dict[str, Any]:
     """Return the states of the global generators, by library."""
-    kind, key, *rest = np.random.get_state()  # type: ignore[misc]
-    return {"torch": bytes(torch.random.get_rng_state().numpy()), "NumPy": (kind, bytes(key), *rest),
+    return {"torch": bytes(torch.random.get_rng_state().numpy()), "NumPy": pickle.dumps(np.random.get_state()),
             "random": random.getstate()}
 
 
