@@ -397,7 +397,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     from tersor import cli
 
     def tersor(*words: str) -> int:
-        monkeypatch.setattr("sys.argv", ["tersor", "compress", str(FABLE), *words])
+        monkeypatch.setattr("sys.argv", ["tersor", "reduce", str(FABLE), *words])
         with pytest.raises(SystemExit) as ended:
             cli.main()
         return int(ended.value.code or 0)
@@ -413,7 +413,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
                            (("--method", "rom", "--keep", ".5", "--rate", "3"), "--rate"),
                            (("--method", "rom_auto", "--keep", ".5"), "equal bytes"),
                            (("--method", "rom", "--storage", "box"), "storage"),
-                           (("--keep", ".5"), "qet_plus"),
+                           (("--method", "qet_plus"), "qet_plus"),
                            (("--method", "rom_plus", "--factor-codec", "nothing"), "nothing")):
         assert tersor(str(tmp_path / "other"), *words) == 2
         assert message in " ".join(capsys.readouterr().err.split())

@@ -16,7 +16,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from tersor.codecs.low_rank.widths import GRADES, MOST, allocate, grades_of, widths_table
+from tersor.codecs.low_rank.widths import GRADES, MOST, grades_of, widths_for, widths_table
 from tersor.codecs.scalar.lloyd_max import gaussian_table, midpoints, nearest
 from tersor.codecs.vector import orbits
 from tersor.codecs.vector.orbits import DIM
@@ -121,7 +121,7 @@ class Allocated(Codec):
         if "widths" not in how.options:
             peak = float(matrix.abs().max()) or 1.0
             energies = torch.stack([(column.to(torch.float64) / peak).square().sum() for column in matrix.T]).cpu()
-            return grades_of(allocate(energies, self.total))
+            return grades_of(widths_for(energies, self.total))
         found = torch.as_tensor(how.options["widths"], dtype=torch.int64).cpu()
         if tuple(found.shape) != (matrix.shape[1],) or int(found.sum()) > self.total:
             raise CodecConfigError(f"allocated: option widths must hold {matrix.shape[1]} numbers that sum to at most "

@@ -1,4 +1,4 @@
-"""Collect `E[x xᵀ]` of every matrix's inputs by running calibration text through the dense model."""
+"""Stage 1: collect `E[x xᵀ]` of every matrix's inputs by running calibration text through the dense model."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from tersor.hf.compress import calibrate as calibrating
 from tersor.hf.compress.request import Progress, Sampling, no_progress
 from tersor.hf.compress.sensitivity import fisher_traces
 from tersor.hf.models.matrices import Matrix, walk
 from tersor.hf.models.source import Source, load_dense
-from tersor.hf.models.text import check_context, read_text, read_tokenizer, text_source, token_ids, windows
+from tersor.hf.models.text import read_ids, text_source, windows
 from tersor.planning.calibration import Calibration, Moments
 
 BATCH = 8
@@ -115,13 +114,11 @@ def collect(model: PreTrainedModel, batches: Iterator[tuple[Tensor, Tensor | Non
     return Calibration(collector.close(), tokens, source)
 
 
-def calibrate(source: Source, text: Path, output: Path, sampling: Sampling | None = None, *, device: str = "cpu",
-              progress: Progress = no_progress) -> Calibration:
+def run(source: Source, text: Path, output: Path, sampling: Sampling | None = None, *, device: str = "cpu",
+        progress: Progress = no_progress) -> Calibration:
     """Run calibration text through the dense model; write moments and Fisher traces to `output`."""
     how = sampling or Sampling()
-    check_context(source.config, how.context)
-    ids = token_ids(read_tokenizer(source.folder), read_text(text), how.context, how.tokens, str(text))
-    sequences = windows(ids, how.context)
+    sequences = windows(read_ids(source, text, how.context, how.tokens), how.context)
     chosen = sequences[:: max(1, sequences.numel() // how.fisher_tokens)] if how.fisher_tokens else sequences[:0]
     total = sequences.numel() + 3 * chosen.numel()
     done = 0
@@ -133,8 +130,8 @@ def calibrate(source: Source, text: Path, output: Path, sampling: Sampling | Non
 
     step(0)
     model = load_dense(source, device)
-    parts = ((batch, None) for batch in sequences.split(calibrating.BATCH))
-    result = calibrating.collect(model, parts, text_source(text), step)
+    parts = ((batch, None) for batch in sequences.split(BATCH))
+    result = collect(model, parts, text_source(text), step)
     if len(chosen):
         traces = fisher_traces(model, chosen, how.seed, lambda count: step(3 * count))
         result = dataclasses.replace(result, fisher=traces)

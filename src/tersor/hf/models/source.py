@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import shutil
@@ -90,8 +91,9 @@ class Source:
         matrices = sum(m.shape[0] * m.shape[1] for m in self.layout.matrices.values())
         return matrices + sum(size.numel() for size in self.layout.plain.values())
 
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """Return a SHA-256 over configuration and weights."""
+        """SHA-256 over configuration and weights; read once."""
         sha = hashlib.sha256((self.folder / "config.json").read_bytes())
         for file in sorted({file for file, _ in self.locations.values()}):
             with file.open("rb") as handle:

@@ -21,17 +21,16 @@ def _bits(words, place, last, WIDTH: tl.constexpr, inside):
     # numbers of WIDTH bits at `place` of a little-endian stream whose last element is `last`: bytes, or 16 bits each
     if WIDTH == 8:
         return tl.load(words + place, inside, other=0).to(tl.int32)
-    elif WIDTH == 16:
+    if WIDTH == 16:
         return tl.load(words + place, inside, other=0).to(tl.int32) & 0xFFFF
-    else:
-        bit = place.to(tl.int64) * WIDTH
-        first = bit >> 3
-        found = tl.load(words + first, inside, other=0).to(tl.int32)
-        if 8 % WIDTH != 0:
-            found |= tl.load(words + first + 1, inside & (first + 1 <= last), other=0).to(tl.int32) << 8
-        if WIDTH > 10 or WIDTH == 9:
-            found |= tl.load(words + first + 2, inside & (first + 2 <= last), other=0).to(tl.int32) << 16
-        return (found >> (bit & 7).to(tl.int32)) & ((1 << WIDTH) - 1)
+    bit = place.to(tl.int64) * WIDTH
+    first = bit >> 3
+    found = tl.load(words + first, inside, other=0).to(tl.int32)
+    if 8 % WIDTH != 0:
+        found |= tl.load(words + first + 1, inside & (first + 1 <= last), other=0).to(tl.int32) << 8
+    if WIDTH > 10 or WIDTH == 9:
+        found |= tl.load(words + first + 2, inside & (first + 2 <= last), other=0).to(tl.int32) << 16
+    return (found >> (bit & 7).to(tl.int32)) & ((1 << WIDTH) - 1)
 
 
 @triton.jit
