@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tersor.contract.codec import Codec
 from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
-from tersor.kv import Stream, matrices
+from tersor.kv import TokenStream, matrices
 from tersor.kv import stream as kv
 from tersor.registry import parse
 from tersor.testing import gaussian, tolerance
@@ -27,16 +27,16 @@ def states(tokens: int = 6 * BLOCK, seed: int = 0, batch: int = BATCH) -> Tensor
     return normal * torch.linspace(0.1, 2, DIM)
 
 
-def stream(text: str, tokens: Tensor | None = None) -> Stream:
+def stream(text: str, tokens: Tensor | None = None) -> TokenStream:
     codec = parse(text)
-    made = Stream(codec, BLOCK, tables=codec.train(matrices(states(seed=1), BLOCK)),
+    made = TokenStream(codec, BLOCK, tables=codec.train(matrices(states(seed=1), BLOCK)),
                   options={"sweeps": 5} if "two" in text else {})
     if tokens is not None:
         made.append(tokens)
     return made
 
 
-def same(one: Stream, other: Stream) -> bool:
+def same(one: TokenStream, other: TokenStream) -> bool:
     first, second = one.state()[0], other.state()[0]
     return set(first) == set(second) and all(torch.equal(first[name], second[name]) for name in first)
 
@@ -114,7 +114,7 @@ def test_select_crop_copy_and_state(text: str) -> None:
     assert twin.crop(BLOCK).shape == (BATCH, HEADS, 0, DIM)
     assert torch.equal(twin.decode(), decoded[:, :, :BLOCK])
     tensors, meta = made.state()
-    again = Stream.from_state(tensors, json.loads(json.dumps(meta, allow_nan=False)))
+    again = TokenStream.from_state(tensors, json.loads(json.dumps(meta, allow_nan=False)))
     assert same(made, again)
     assert torch.equal(again.decode(), made.decode())
     assert again.nbytes == made.nbytes
@@ -162,7 +162,7 @@ def test_an_empty_stream() -> None:
     made = stream("rot,lm2")
     assert (made.tokens, made.nbytes, list(made.chunks())) == (0, 0, [])
     made.select(torch.tensor([0, 0]))
-    again = Stream.from_state(*made.state())
+    again = TokenStream.from_state(*made.state())
     again.append(states())
     assert again.tokens == 6 * BLOCK
     cut = stream("rot,lm2", states())
@@ -202,18 +202,18 @@ def test_dtypes(dtype: torch.dtype) -> None:
 
 def test_bad_input() -> None:
     with pytest.raises(CodecConfigError, match="block must be"):
-        Stream(parse("lm2"), 0)
+        TokenStream(parse("lm2"), 0)
     for text, bad, message in (("lm2", states()[0], "multiple of 16"), ("lm2", states()[:, :, :17], "multiple of 16"),
                                ("lm2", states()[:, :, :0], "multiple of 16"), ("pq5x16t", states(), "width"),
                                ("klt6h2x16", states(), r"\(2, 16\), the states have \(3, 16\)"),
                                ("klt6h3x32", states(), r"\(3, 32\), the states have \(3, 16\)"),
                                ("klt33", states(), "more than the width 32")):
         with pytest.raises(CodecConfigError, match=message):
-            Stream(parse(text), BLOCK).append(bad)
+            TokenStream(parse(text), BLOCK).append(bad)
     with pytest.raises(CodecConfigError, match="needs its shared"):
-        Stream(parse("pq4x16t"), BLOCK).append(states())
+        TokenStream(parse("pq4x16t"), BLOCK).append(states())
     with pytest.raises(NonFiniteError):
-        Stream(parse("lm2"), BLOCK).append(states() / 0)
+        TokenStream(parse("lm2"), BLOCK).append(states() / 0)
     made = stream("lm2", states())
     for bad in (states(batch=1), states()[:, :2], states()[..., :16]):
         with pytest.raises(CodecConfigError, match="do not continue"):
@@ -237,9 +237,9 @@ def test_damaged_states_are_refused(text: str) -> None:
     tensors, meta = stream(text, states()).state()
     for name, tensor in tensors.items():
         with pytest.raises(CorruptStoreError):
-            Stream.from_state({key: t for key, t in tensors.items() if key != name}, meta)
+            TokenStream.from_state({key: t for key, t in tensors.items() if key != name}, meta)
         with pytest.raises(CorruptStoreError):
-            Stream.from_state({**tensors, name: tensor[:-1]}, meta)
+            TokenStream.from_state({**tensors, name: tensor[:-1]}, meta)
 
 
 def test_fp8_is_within_half_a_step() -> None:

@@ -16,7 +16,7 @@ from tersor import store
 from tersor.codecs import Dense, Interpolative, LowRank
 from tersor.errors import BudgetError, CodecConfigError, CorruptStoreError, ModelError, TersorError, UnknownCodecError
 from tersor.hf.compress.verify import verify
-from tersor.hf.models.blocks import enter, find_blocks, groups, inputs_of, run
+from tersor.hf.models.blocks import enter, find_blocks, inputs_of, run, same_input
 from tersor.hf.models.evaluate import load_compressed
 from tersor.hf.models.source import load_dense, open_source
 from tersor.hf.rom import run as reducing
@@ -279,7 +279,7 @@ def test_linears_that_read_one_tensor_are_one_group(tiny: Callable[[str], Path])
     blocks = find_blocks(model)
     entry = enter(model, blocks, [(tokens(), None)])[0]
     source = open_source(tiny("qwen2"), tiny("qwen2") / "unused")
-    found = groups(blocks.modules[0], list(blocks.linears(0, source.layout.matrices)), entry.hidden, entry.calls[0])
+    found = same_input(blocks.modules[0], list(blocks.linears(0, source.layout.matrices)), entry.hidden, entry.calls[0])
     assert [[name.rpartition(".")[2] for name in group] for group in found] == [
         ["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
 

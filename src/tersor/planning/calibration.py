@@ -17,7 +17,7 @@ from tersor.files import save_tensors
 _CHECK = 1e-3  # largest relative gap tolerated between the float32 trace and a float64 sum of squares
 
 
-class Moments:
+class MomentSum:
     """Streamed `E[x xᵀ]` of vectors of `width` elements, accumulated in float32, checked in float64."""
 
     def __init__(self, width: int, device: torch.device) -> None:

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from tersor.codecs.low_rank.widths import GRADES, MOST, grades_of, widths_for, widths_table
-from tersor.codecs.scalar.lloyd_max import gaussian_table, midpoints, nearest
+from tersor.codecs.scalar.lloyd_max import gaussian_table
 from tersor.codecs.vector import orbits
 from tersor.codecs.vector.orbits import DIM
 from tersor.contract.checks import check_matrix
 from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, Traits
 from tersor.contract.feedback import encode_with_feedback
 from tersor.errors import CodecConfigError, CorruptStoreError
+from tersor.numerics.lloyd import midpoints, nearest
 from tersor.payload import codes, packing
 from tersor.payload.blocks import Rows, Shape, shape_of
 from tersor.payload.layout import Layout, TensorSpec

@@ -17,12 +17,13 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from tersor.codecs.scalar.lloyd_max import gaussian_table, midpoints, nearest
+from tersor.codecs.scalar.lloyd_max import gaussian_table
 from tersor.codecs.vector import orbits
 from tersor.codecs.vector.orbits import DIM, Orbits
 from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, Traits
 from tersor.contract.feedback import encode_with_feedback
 from tersor.errors import CodecConfigError
+from tersor.numerics.lloyd import midpoints, nearest
 from tersor.payload import codes, packing
 from tersor.payload.blocks import Rows, Shape, row_blocks, shape_of
 from tersor.payload.layout import Layout, TensorSpec

@@ -18,7 +18,7 @@ from tersor.hf.compress.sensitivity import fisher_traces
 from tersor.hf.models.matrices import Matrix, walk
 from tersor.hf.models.source import Source, load_dense
 from tersor.hf.models.text import read_ids, text_source, windows
-from tersor.planning.calibration import Calibration, Moments
+from tersor.planning.calibration import Calibration, MomentSum
 
 BATCH = 8
 SIBLINGS = 4  # inputs remembered while a batch runs: siblings follow one another, and inputs are large
@@ -34,7 +34,7 @@ class Collector:
     def __init__(self, model: PreTrainedModel) -> None:
         layout = walk(model)
         tied = {origin: target for target, origin in layout.tied.items()}
-        self.moments: dict[str, Moments] = {}
+        self.moments: dict[str, MomentSum] = {}
         self.mask: Tensor | None = None
         self._leader: dict[str, str] = {}
         self._seen: deque[tuple[Tensor, str]] = deque(maxlen=SIBLINGS)
@@ -65,7 +65,7 @@ class Collector:
         if self._leader[name] != name:
             return
         self._seen.append((x, name))
-        moments = self.moments.setdefault(name, Moments(matrix.shape[1], x.device))
+        moments = self.moments.setdefault(name, MomentSum(matrix.shape[1], x.device))
         rows = x.detach().reshape(-1, x.shape[-1])
         if self.mask is not None and self.mask.numel() == rows.shape[0]:
             rows = rows[self.mask.reshape(-1).bool()]

@@ -33,7 +33,7 @@ from tersor.hf.kv.store import SIDES, damaged, fields_of
 from tersor.hf.models.evaluate import Score
 from tersor.hf.models.source import Source, load_dense
 from tersor.hf.models.text import read_ids, text_source, windows
-from tersor.kv import Stream, matrices
+from tersor.kv import TokenStream, matrices
 from tersor.numerics.linalg import single_thread
 from tersor.payload.blocks import Tables
 from tersor.planning.plan import Choice, spend
@@ -274,7 +274,7 @@ class Lab:
 
     def encode(self, place: Place, codec: Codec) -> tuple[Tensor, int]:
         """Return one side of one layer as the cache would decode it, and the bytes of its payload."""
-        stream = Stream(codec, self.settings.block, tables=self.tables(place, codec), seed=self.settings.seed)
+        stream = TokenStream(codec, self.settings.block, tables=self.tables(place, codec), seed=self.settings.seed)
         middle = self._middle(self._cache, place)
         try:
             stream.append(middle)

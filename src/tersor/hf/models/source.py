@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, 
 from tersor.contract.checks import check_matrix
 from tersor.errors import ModelError
 from tersor.files import save_tensors
-from tersor.hf.models.matrices import Layout, Matrix, empty_model, quiet, read_config, walk
+from tersor.hf.models.matrices import Matrix, Parts, empty_model, quiet, read_config, walk
 from tersor.planning.calibration import Calibration
 from tersor.store import INDEX, MANIFEST
 
@@ -40,7 +40,7 @@ class Source:
     folder : Path
         Directory that holds configuration and safetensors: `path`, or where it was staged.
     config : PretrainedConfig
-    layout : Layout
+    layout : Parts
     locations : mapping of str to (Path, str)
         File and key of every stored tensor.
     """
@@ -48,7 +48,7 @@ class Source:
     path: Path
     folder: Path
     config: PretrainedConfig
-    layout: Layout
+    layout: Parts
     locations: Mapping[str, tuple[Path, str]]
 
     def tensor(self, name: str) -> Tensor:
@@ -168,7 +168,7 @@ def _locate(folder: Path) -> dict[str, tuple[Path, str]]:
     return locations
 
 
-def _resolve(layout: Layout, found: Mapping[str, tuple[Path, str]],
+def _resolve(layout: Parts, found: Mapping[str, tuple[Path, str]],
              prefix: str) -> dict[str, tuple[Path, str]] | None:
     """Find every stored tensor, with or without the base model's prefix; None if one is not there as such."""
     located = {}

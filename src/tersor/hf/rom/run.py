@@ -25,7 +25,7 @@ from tersor.hf.models.source import Source, load_dense, open_source
 from tersor.hf.models.text import default_calibration, read_ids, text_source, windows
 from tersor.hf.rom import block
 from tersor.hf.rom.assemble import assemble, largest_keep
-from tersor.hf.rom.block import Stream, Task
+from tersor.hf.rom.block import Activations, Task
 from tersor.hf.rom.gradients import output_gradients
 from tersor.hf.rom.recipe import PRESETS, Recipe, recipe_of
 from tersor.rom.ranks import Linear, check_keep, ranks_for
@@ -156,7 +156,8 @@ def _reduce(source: Source, recipe: Recipe, ids: Tensor, record: dict[str, Any],
     count = max(1, BATCH_TOKENS // ids.shape[1])
     needed = recipe.target != "weights" or recipe.bias
     entries = enter(model, task.blocks, [(batch, None) for batch in (ids if needed else ids[:1]).split(count)])
-    stream, total, finished = Stream.of(entries), sum(len(task.linears(i)) for i in range(len(task.blocks.modules))), 0
+    stream, finished = Activations.of(entries), 0
+    total = sum(len(task.linears(i)) for i in range(len(task.blocks.modules)))
     entries = [dataclasses.replace(entry, hidden=entry.hidden[:0].clone()) for entry in entries]  # the stream has them
 
     def step(number: int) -> None:
