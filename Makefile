@@ -31,7 +31,7 @@ check: $(STAMP)
 	$(BIN)/python tests/check_house.py
 
 docs: $(STAMP)
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench-setup: $(STAMP)
 	bash bench/setup.sh
