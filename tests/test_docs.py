@@ -9,7 +9,7 @@ from tersor import cli
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
-GUIDES = [page for page in PAGES if page.parent.name == "howto" or page.name == "tutorial.md"]  # tests/cli/test_guides.py
+GUIDES = [page for page in PAGES if page.parent.name == "howto" or page.name == "tutorial.md"]  # test_guides.py's
 BLOCK = re.compile(r"(?P<skip><!-- not run: (?P<reason>[^>]+) -->\n)?```python\n(?P<code>.*?)```", re.DOTALL)
 
 

@@ -34,7 +34,8 @@ def words_before_install(text: str) -> int:
 def sentences(text: str) -> list[str]:
     """Return the sentences of the prose: no code, headings, tables or comments; each list item begins one."""
     prose = COMMENT.sub("", CODE.sub("", text))
-    blocks = re.split(r"\n\s*\n|\n(?=[*-] )", "\n".join(line for line in prose.splitlines() if line[:1] not in ("#", "|")))
+    lines = [line for line in prose.splitlines() if line[:1] not in ("#", "|")]
+    blocks = re.split(r"\n\s*\n|\n(?=[*-] )", "\n".join(lines))
     parts = (part for block in blocks for part in re.split(r"(?<=[.!?])\s+", LINK.sub(r"\1", block)))
     return [part for part in parts if words(part)]
 

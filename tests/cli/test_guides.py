@@ -1,19 +1,20 @@
-"""The guides run from top to bottom, commands and Python alike; the README is short and its figures are measured ones."""
+"""Guides run from top to bottom, commands and Python alike; the README is short, and its figures are measured ones."""
 
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+from tools import check_readme
 from typer.testing import CliRunner
 
 from tersor import cli
-from tools import check_readme
 
 ROOT = Path(__file__).parents[2]
 GUIDES = [ROOT / "docs/tutorial.md", *sorted((ROOT / "docs/howto").glob("*.md"))]
 README = (ROOT / "README.md").read_text()
-BLOCK = re.compile(r"(?P<skip><!-- not run: (?P<reason>[^>]+) -->\n)?```(?P<kind>python|sh)\n(?P<code>.*?)```", re.DOTALL)
+BLOCK = re.compile(r"(?P<skip><!-- not run: (?P<reason>[^>]+) -->\n)?```(?P<kind>python|sh)\n(?P<code>.*?)```",
+                   re.DOTALL)
 
 
 def cells(line: str) -> list[str]:

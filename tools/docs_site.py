@@ -46,7 +46,8 @@ def decisions() -> str:
     titles = {page.name: page.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
               for page in sorted((ROOT / "docs/adr").glob("[0-9]*.md"), reverse=True)}
     rows = [f"* [{title}]({name})" for name, title in titles.items()]
-    return "# Decisions\n\nA decision about the contract or the format is written down once.\n\n" + "\n".join(rows) + "\n"
+    head = ["# Decisions", "", "A decision about the contract or the format is written down once.", ""]
+    return "\n".join([*head, *rows, ""])
 
 
 def relinked(markdown: str, uri: str, files: Files) -> str:
