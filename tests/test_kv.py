@@ -259,5 +259,5 @@ def test_fp8_is_within_half_a_step() -> None:
 
 def test_third_party_codecs_fall_back_to_decoded_rows() -> None:
     """A codec that knows nothing of coordinates is served by its rows."""
-    assert parse("lm2").runs is None
+    assert parse("lm2").traits().runs is None
     assert Codec.coordinates is type(parse("lm2")).coordinates

@@ -60,7 +60,7 @@ def test_budget_below_the_least_names_it() -> None:
     choices = {"a": [Choice(CODEC, 100, 1.0)], "b": [Choice(CODEC, 50, 1.0), Choice(CODEC, 70, 0.5)]}
     with pytest.raises(BudgetError, match="150") as caught:
         plan.allocate(choices, 149)
-    assert caught.value.least == 150
+    assert caught.value.least_bytes == 150
     assert cost(plan.allocate(choices, 150))[0] == 150
 
 

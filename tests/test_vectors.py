@@ -214,7 +214,7 @@ def test_a_family_fills_its_rate(family: str, dim: int) -> None:
     assert Index(dim, family).codec == Index(dim, family, 2.0).codec
     with pytest.raises(BudgetError, match=r"bytes a vector are too few.*the least of") as error:
         Index(dim, family, 0.01)
-    assert Index(dim, family, error.value.least).ntotal == 0
+    assert Index(dim, family, 8 * error.value.least_bytes / dim).ntotal == 0
 
 
 def test_rates_choose_product_codecs() -> None:

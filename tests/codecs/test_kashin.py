@@ -188,7 +188,7 @@ def test_column_encoder_without_corrections_is_the_plain_encoder() -> None:
         found = parse(text).encode(matrix, hessian=torch.eye(20), options={"feedback": True})
         error, plain = measure(matrix, found).relative_error, measure(matrix, parse(text).encode(matrix)).relative_error
         assert error == pytest.approx(plain, rel=0.02)  # the rounding of one column at a time may turn a sign
-    assert not Kashin().column_wise
+    assert not Kashin().traits().column_wise
     with pytest.raises(CodecConfigError, match="cannot encode column blocks"):
         Kashin().columns(matrix, Search())
 

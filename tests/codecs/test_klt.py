@@ -70,14 +70,15 @@ def test_products_go_through_coordinates(text: str) -> None:
     assert isinstance(codec, Klt)
     shape = (-1, codec.heads, codec.block, 24) if codec.heads > 1 else (1, 1, 120, 24)
     rows = encoded.decode().reshape(shape)
-    found = codec.coordinates(encoded, slice(0, 120)).reshape(*rows.shape[:3], -1)
-    x, offset = torch.randn(codec.heads, 5, 24, generator=torch.Generator().manual_seed(1)), codec.offset(encoded)
+    met = codec.coordinates(encoded)
+    found = met.rows(slice(0, 120)).reshape(*rows.shape[:3], -1)
+    x, offset = torch.randn(codec.heads, 5, 24, generator=torch.Generator().manual_seed(1)), met.offset()
     assert offset is not None
-    scores = codec.into(encoded, x) @ found.mT + (x * offset).sum(-1, keepdim=True)
+    scores = met.into(x) @ found.mT + (x * offset).sum(-1, keepdim=True)
     bound = tolerance(torch.float32, 48)
     assert float((scores - x @ rows.mT).norm()) <= bound * float(x.norm() * rows.norm())
     weights = torch.rand(*rows.shape[:2], 5, rows.shape[2], generator=torch.Generator().manual_seed(2))
-    mixed = codec.out_of(encoded, weights @ found) + weights.sum(-1, keepdim=True) * offset
+    mixed = met.out_of(weights @ found) + weights.sum(-1, keepdim=True) * offset
     assert float((mixed - weights @ rows).norm()) <= tolerance(torch.float32, 150) * float(weights.norm() * rows.norm())
 
 

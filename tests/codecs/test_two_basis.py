@@ -183,8 +183,8 @@ def test_feedback_uses_fitted_levels() -> None:
 
 
 def test_vectors_along_inputs_have_no_columns() -> None:
-    assert not TwoBasis().column_wise
-    assert TwoBasis(axis="out").column_wise
+    assert not TwoBasis().traits().column_wise
+    assert TwoBasis(axis="out").traits().column_wise
     with pytest.raises(CodecConfigError, match="column blocks"):
         TwoBasis().columns(gaussian((4, 4)), Search())
 

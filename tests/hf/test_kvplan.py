@@ -128,8 +128,7 @@ def test_budgets_below_the_ladder_say_what_is_reachable(source: Source, planned:
         plan_cache(source, default_calibration(), 1.0, tmp_path / "kv.json", SETTINGS)
     trials = [json.loads(line) for line in (planned / "kv.trials.jsonl").read_text().splitlines()]
     least = sum(t["nbytes"] for t in trials if t["codec"] == "rot,lm2")
-    assert caught.value.least == pytest.approx(parse("rot,lm2").rate((8, 48)), rel=0.5)
-    assert least > 0
+    assert caught.value.least_bytes == least > 0
     assert not (tmp_path / "kv.json").exists()
 
 

@@ -47,7 +47,7 @@ def parse_size(text: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMG]?)B?\s*", text)
     if not match:
-        raise BudgetError(f"size '{text}': expected a number and a unit, such as 5MB, 900kB, 2GB or 123456", 0.0)
+        raise BudgetError(f"size '{text}': expected a number and a unit, such as 5MB, 900kB, 2GB or 123456")
     return int(float(match[1]) * {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9}[match[2]])
 
 

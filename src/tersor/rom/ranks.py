@@ -122,7 +122,7 @@ def ranks_for(linears: Sequence[Linear], keep: float, allocation: str, storage: 
     least = sum(linear.cost(1 if one else None, storage) for linear, one in zip(linears, chosen, strict=True))
     if least > budget:
         raise BudgetError(f"keep {keep:.4g} of {total} parameters cannot be reached: rank 1 everywhere takes "
-                          f"{least / total:.4g}", least / total)
+                          f"{least / total:.4g}")
     if allocation == "water":
         return _fill(linears, _dynamic(linears, most, chosen, budget, storage), most, budget, storage)
     ranks = _share(linears, most, chosen, budget, storage)
@@ -133,7 +133,7 @@ def check_keep(keep: float) -> None:
     """Raise `BudgetError` unless `keep` lies in (0, 1]."""
     if not 0 < keep <= 1:
         raise BudgetError("keep is the share of the linears' parameters that stays, above 0 and at most 1; found "
-                          f"{keep}", 0.0)
+                          f"{keep}")
 
 
 def blocks_reduced(keep: float, blocks: int) -> int:

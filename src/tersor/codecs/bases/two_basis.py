@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tersor.codecs.bases.anneal import anneal, fit_levels, standard_levels
-from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, decode_by_blocks
+from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, Traits
 from tersor.contract.feedback import encode_with_feedback
 from tersor.errors import CodecConfigError
 from tersor.numerics import rng
@@ -134,10 +134,9 @@ class TwoBasis(Codec):
         parts = [fit.choose(vectors[block].to(torch.float32), block) for block in fit.portions()]
         return fit.close(torch.cat([s for s, _ in parts]), torch.cat([t for _, t in parts]))
 
-    @property
-    def column_wise(self) -> bool:
-        """Whether vectors are columns."""
-        return self.axis == "out"
+    def traits(self) -> Traits:
+        """Return that columns are coded by themselves where vectors are columns."""
+        return Traits(column_wise=self.axis == "out")
 
     def columns(self, matrix: Tensor, how: Search) -> ColumnEncoder:
         """Return a column encoder (axis out) with scales and levels fitted on `matrix`."""
@@ -156,7 +155,7 @@ class TwoBasis(Codec):
         """Return the matrix, by blocks of vectors."""
         if self.axis == "out":
             return self._across(encoded, slice(0, encoded.shape[0]))
-        return decode_by_blocks(self, encoded)
+        return super().decode(encoded)
 
     def _across(self, encoded: Encoded, rows: Rows) -> Tensor:
         """Return rows of a matrix whose vectors are columns."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar, final
 
 import torch
@@ -51,10 +51,6 @@ class MixedRows(Codec):
             raise CodecConfigError(f"rows: count must be a positive integer, found {self.count!r}")
         if self.order not in ORDERS:
             raise CodecConfigError(f"rows: order must be one of {sorted(ORDERS)}, found {self.order!r}")
-
-    def children(self) -> Mapping[str, Codec]:
-        """Return both codecs."""
-        return {"first": self.first, "second": self.second}
 
     def layout(self, shape: Shape) -> Layout:
         """Return the packed mask, if there is one, and both layouts."""

@@ -21,7 +21,7 @@ from tersor.codecs.scalar.lloyd_max import gaussian_table, midpoints, nearest
 from tersor.codecs.vector import orbits
 from tersor.codecs.vector.orbits import DIM
 from tersor.contract.checks import check_matrix
-from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, matmul_by_blocks
+from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, Traits
 from tersor.contract.feedback import encode_with_feedback
 from tersor.errors import CodecConfigError, CorruptStoreError
 from tersor.payload import codes, packing
@@ -56,6 +56,7 @@ class Allocated(Codec):
 
     id: ClassVar[str] = "allocated"
     grammar: ClassVar[str] = r"al(?P<total>\d+)"
+    own_traits: ClassVar[Traits] = Traits(column_wise=True)
     own_options: ClassVar[frozenset[str]] = frozenset({"widths", "feedback"})
 
     def __post_init__(self) -> None:
@@ -78,11 +79,6 @@ class Allocated(Codec):
         encoder = self.columns(matrix, how)
         encoder.block(0, matrix.to(torch.float32))
         return encoder.finish()
-
-    @property
-    def column_wise(self) -> bool:
-        """True."""
-        return True
 
     def columns(self, matrix: Tensor, how: Search) -> ColumnEncoder:
         """Return a column encoder with the widths allocated beforehand; scales fit what it is given."""
@@ -109,10 +105,6 @@ class Allocated(Codec):
             flat = words.transpose(1, 2).reshape(-1, shape[1])
             return flat[rows.start % DIM :][: rows.stop - rows.start]
         return words[torch.arange(len(index), device=device), :, index % DIM]
-
-    def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
-        """Multiply block by block in float32."""
-        return matmul_by_blocks(self, encoded, x)
 
     def spec(self) -> str:
         """Return for example `al96`."""

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from tersor.codecs.scalar.columns import ScalarColumns
 from tersor.codecs.scalar.tokens import check_fields, group_token, levels_token, parse_levels
-from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, matmul_by_blocks
+from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, Traits
 from tersor.contract.feedback import encode_with_feedback
+from tersor.contract.rotating import MultipliesRotated
 from tersor.errors import CodecConfigError
 from tersor.numerics.constants import constant
 from tersor.numerics.linalg import single_thread
@@ -39,7 +40,7 @@ LLOYD_ROUNDS = 60
 
 @final
 @dataclasses.dataclass(frozen=True)
-class Scalar(Codec):
+class Scalar(MultipliesRotated, Codec):
     """`x = scale table[code]` with a bf16 scale a group, refitted by least squares.
 
     Parameters
@@ -69,6 +70,7 @@ class Scalar(Codec):
 
     id: ClassVar[str] = "scalar"
     grammar: ClassVar[str] = r"(?P<codebook>lm|fit|tab)(?P<levels>\d+|L\d+)(?:g(?P<group>\d+))?(?P<axis>o?)"
+    own_traits: ClassVar[Traits] = Traits(column_wise=True)
     own_options: ClassVar[frozenset[str]] = frozenset({"refits", "feedback"})
 
     def __post_init__(self) -> None:
@@ -110,11 +112,6 @@ class Scalar(Codec):
 
         return self._close(grid.shape, codes.write(grid.shape, self.levels, matrix.device, assign), scales, table)
 
-    @property
-    def column_wise(self) -> bool:
-        """True."""
-        return True
-
     def columns(self, matrix: Tensor, how: Search) -> ColumnEncoder:
         """Return a column encoder with table and scales fitted on `matrix`."""
         grid, table, scales = self._fit(matrix, how)
@@ -142,7 +139,7 @@ class Scalar(Codec):
     def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
         """Multiply by the codes where they are of whole bits; float32 inside, one block of rows dense at a time."""
         y = self.matmul_rotated(encoded, x, None)
-        return matmul_by_blocks(self, encoded, x) if y is None else y
+        return super().matmul(encoded, x) if y is None else y
 
     def matmul_rotated(self, encoded: Encoded, x: Tensor, seed: int | None) -> Tensor | None:
         """Multiply by the codes where they are of whole bits."""

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from tersor.codecs.scalar.columns import ScalarColumns
 from tersor.codecs.scalar.tokens import check_fields, group_token, levels_token, parse_levels
-from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, matmul_by_blocks
+from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, Traits
 from tersor.contract.feedback import encode_with_feedback
+from tersor.contract.rotating import MultipliesRotated
 from tersor.errors import CodecConfigError
 from tersor.numerics.constants import constant
 from tersor.ops.codebook_linear import codebook_linear
@@ -29,7 +30,7 @@ CLIP_FACTORS = tuple(1.0 - 0.04 * i for i in range(16))
 
 @final
 @dataclasses.dataclass(frozen=True)
-class Uniform(Codec):
+class Uniform(MultipliesRotated, Codec):
     """`x = scale (code - zero)` with a bf16 scale a group, and an integer zero a group when asymmetric.
 
     A symmetric grid has no zero: its values are the odd multiples of half a step, `zero = (levels - 1) / 2`. Scales are
@@ -60,6 +61,7 @@ class Uniform(Codec):
 
     id: ClassVar[str] = "uniform"
     grammar: ClassVar[str] = r"rtn(?P<levels>\d+|L\d+)(?P<symmetric>s?)(?:g(?P<group>\d+))?(?P<axis>o?)"
+    own_traits: ClassVar[Traits] = Traits(column_wise=True)
     own_options: ClassVar[frozenset[str]] = frozenset({"clip", "feedback"})
 
     def __post_init__(self) -> None:
@@ -86,11 +88,6 @@ class Uniform(Codec):
 
         packed = codes.write(grid.shape, self.levels, matrix.device, assign)
         return self._close(grid.shape, packed, scales, zeros)
-
-    @property
-    def column_wise(self) -> bool:
-        """True."""
-        return True
 
     def columns(self, matrix: Tensor, how: Search) -> ColumnEncoder:
         """Return a column encoder with scales and zeros fitted on `matrix`."""
@@ -132,7 +129,7 @@ class Uniform(Codec):
     def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
         """Multiply by the codes where they are of whole bits; float32 inside, one block of rows dense at a time."""
         y = self.matmul_rotated(encoded, x, None)
-        return matmul_by_blocks(self, encoded, x) if y is None else y
+        return super().matmul(encoded, x) if y is None else y
 
     def matmul_rotated(self, encoded: Encoded, x: Tensor, seed: int | None) -> Tensor | None:
         """Multiply by the codes where they are of whole bits."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from tersor.codecs.scalar.lloyd_max import gaussian_table, midpoints, nearest
 from tersor.codecs.vector import orbits
 from tersor.codecs.vector.orbits import DIM, Orbits
-from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, matmul_by_blocks
+from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, Traits
 from tersor.contract.feedback import encode_with_feedback
 from tersor.errors import CodecConfigError
 from tersor.payload import codes, packing
@@ -69,6 +69,7 @@ class Symmetric(Codec):
 
     id: ClassVar[str] = "symmetric"
     grammar: ClassVar[str] = r"sym(?P<bits>\d+)(?P<fitted>f?)(?P<scale>[cm]?)(?P<axis>o?)"
+    own_traits: ClassVar[Traits] = Traits(column_wise=True)
     own_options: ClassVar[frozenset[str]] = frozenset({"refits", "feedback"})
 
     def __post_init__(self) -> None:
@@ -101,11 +102,6 @@ class Symmetric(Codec):
         if how.hessian is not None and how.options.get("feedback", False):
             return encode_with_feedback(self.columns(matrix, how), matrix, how.hessian)
         return self._fit(matrix, how).close(self)
-
-    @property
-    def column_wise(self) -> bool:
-        """True."""
-        return True
 
     def columns(self, matrix: Tensor, how: Search) -> ColumnEncoder:
         """Return a column encoder with scales and leaders fitted on `matrix`."""
@@ -159,10 +155,6 @@ class Symmetric(Codec):
                                index[~inside] - whole)
             result[~inside] = self._tail_table(result)[found.to(torch.int32)]
         return result
-
-    def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
-        """Multiply block by block in float32."""
-        return matmul_by_blocks(self, encoded, x)
 
     def spec(self) -> str:
         """Return for example `sym16`, `sym24f` (fitted), `sym16m` (one scale), `sym16co` (column scales, along out)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,7 +36,7 @@ def make_plan(source: Source, choices: Mapping[str, Sequence[Choice]], request: 
         try:
             chosen = planning.allocate(choices, spare)
         except BudgetError as error:
-            raise least_error(source, request, math.ceil(error.least) + overhead + _SLACK) from error
+            raise least_error(source, request, (error.least_bytes or 0) + overhead + _SLACK) from error
         picks = {name: choice.codec for name, choice in chosen.items()}
         payload = sum(choice.nbytes for choice in chosen.values())
         if predict(source, picks, provenance) <= request.budget:
@@ -110,4 +109,4 @@ def least_error(source: Source, request: Request, least: int) -> BudgetError:
     asked = 8 * request.budget / source.elements
     return BudgetError(f"{request.budget} bytes ({asked:.4g} bits per parameter) are too few: "
                        f"'{request.method}' needs at least {least} bytes ({rate:.4g} bits per parameter) for this "
-                       "model", rate)
+                       "model", least)

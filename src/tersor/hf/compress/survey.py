@@ -51,7 +51,7 @@ def survey(source: Source, calibration: Calibration | None, request: Request, ou
             progress("survey", number, len(matrices))
             tried = rungs(request.method, matrix.shape, rate)
             missing = [codec for codec in tried if (name, codec.spec()) not in done]
-            whole = any(codec.spectral for codec in tried)
+            whole = any(codec.traits().spectral for codec in tried)
             found = trials(source, matrix, missing, calibration, request, device, whole=whole) if missing else ()
             for record in found:
                 done[name, record["codec"]] = record

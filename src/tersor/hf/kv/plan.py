@@ -357,9 +357,9 @@ def _spend(choices: Mapping[Place, list[Choice]], elements: int, rate: float) ->
     try:
         picks = allocate({str(place): found for place, found in choices.items()}, int(rate * elements / 8))
     except BudgetError as error:
-        least = 8 * error.least / elements
+        least = 8 * (error.least_bytes or 0) / elements
         raise BudgetError(f"a rate of {rate:g} bits per element is below the least that the ladder reaches, "
-                          f"{least:.3f}; raise it, or give a ladder with lower rungs", least) from error
+                          f"{least:.3f}; raise it, or give a ladder with lower rungs", error.least_bytes) from error
     return {place: picks[str(place)] for place in choices}
 
 

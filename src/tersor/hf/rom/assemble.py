@@ -80,7 +80,7 @@ def largest_keep(task: Task, linears: Mapping[str, Linear], record: Mapping[str,
     low = min(1.0, sum(linear.cost(1, task.recipe.storage) for linear in linears.values()) * 1.01 / total)
     if nbytes(low) > size:
         raise BudgetError(f"{size} bytes are too few: what is not reduced, and rank 1 of everything else, takes "
-                          f"{nbytes(low)} bytes", float(nbytes(low)))
+                          f"{nbytes(low)} bytes", nbytes(low))
     high = 1.0 if task.recipe.backbone is None else _CORRECTION
     if nbytes(high) <= size:
         return high

@@ -130,7 +130,7 @@ def reduce_model(source: str | Path, output: str | Path, keep: float | None = No
     if target.exists():
         raise FileExistsError(f"{target} exists; remove it or name another output")
     if keep is not None and size is not None:
-        raise BudgetError("give either keep or a size", 0.0)
+        raise BudgetError("give either keep or a size")
     keep = 0.8 if keep is None and size is None else keep
     if keep is not None:
         check_keep(keep)
