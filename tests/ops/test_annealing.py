@@ -124,12 +124,12 @@ def test_factors_are_the_rotation(width: int) -> None:
 @GPU
 def test_the_kernel_agrees_with_plain_torch(codec: TwoBasis, width: int) -> None:
     """In distortion, on 2^16 numbers or 64 vectors: the mean difference within 4 of its spreads, which is small."""
-    from tersor.ops.annealing import triton
+    from tersor.ops.annealing import launch
 
     count = max(64, 2**16 // width)
     target = gaussian((count, width), 1).cuda()
     ours, plain = (run(sample, codec, target, 100, Draws(0))[2].double().cpu()
-                   for sample in (triton.sample, reference.sample))
+                   for sample in (launch.sample, reference.sample))
     difference = (ours - plain) / plain.mean()
     spread = float(difference.std()) / count**0.5
     assert abs(float(difference.mean())) <= 4 * spread
@@ -140,12 +140,12 @@ def test_the_kernel_agrees_with_plain_torch(codec: TwoBasis, width: int) -> None
 @GPU
 def test_the_kernel_at_other_widths(width: int) -> None:
     """Paley and seeded orthogonal factors, padded rows, the largest tiles: as above, at 2 bits."""
-    from tersor.ops.annealing import triton
+    from tersor.ops.annealing import launch
 
     count, codec = max(64, 2**16 // width), TwoBasis(seed=1)
     target = gaussian((count, width), 1).cuda()
     ours, plain = (run(sample, codec, target, 60, Draws(0))[2].double().cpu()
-                   for sample in (triton.sample, reference.sample))
+                   for sample in (launch.sample, reference.sample))
     difference = (ours - plain) / plain.mean()
     assert abs(float(difference.mean())) <= 4 * float(difference.std()) / count**0.5
 

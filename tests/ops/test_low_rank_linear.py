@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tersor.ops import reference_only
 from tersor.ops.low_rank_linear import low_rank_linear
-from tersor.ops.low_rank_linear.shapes import SUMS, plan_of, refusal
+from tersor.ops.low_rank_linear.shapes import SUMS, division_of, refusal
 from tersor.registry import parse
 from tersor.testing import gaussian, tolerance
 
@@ -67,11 +67,11 @@ def test_large(device: str, shape: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (14336, 4096, 1024), (128_256, 8192, 16)], ids=str)
-def test_plans_cover_everything(shape: tuple[int, int, int]) -> None:
+def test_divisions_cover_everything(shape: tuple[int, int, int]) -> None:
     out, width, rank = shape
-    plan = plan_of(out, width, rank, 132)
-    assert plan.splits * plan.steps * plan.inputs >= width > (plan.splits - 1) * plan.steps * plan.inputs
-    assert plan.splits * rank <= max(SUMS, rank)
+    cut = division_of(out, width, rank, 132)
+    assert cut.splits * cut.steps * cut.inputs >= width > (cut.splits - 1) * cut.steps * cut.inputs
+    assert cut.splits * rank <= max(SUMS, rank)
     assert "float64" in str(refusal(torch.float32, torch.float64))
     assert refusal(*DTYPES) is None
 
