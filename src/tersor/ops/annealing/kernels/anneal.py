@@ -66,6 +66,7 @@ def _pick(rest, tiny, levels, inverse, COUNT: tl.constexpr):
 def anneal(target, codes, signs, kept, left, back, right, first, second, seed, start, sweeps, quads, log_start,
            log_step, N1: tl.constexpr, P1: tl.constexpr, N2: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
            SYMMETRIC: tl.constexpr, HALF: tl.constexpr):
+    """Anneal one vector a program: `sweeps` sweeps, and those up to four times `quads` that minimize."""
     i = tl.arange(0, P1)
     j = tl.arange(0, N2)
     place = i[:, None] * N2 + j[None, :]  # [P1, N2]

@@ -80,6 +80,7 @@ def _left(tile, first, left, P1: tl.constexpr, FACTOR: tl.constexpr, TILE: tl.co
 def rotate_many(x, out, left, right, signs, count, scale, N1: tl.constexpr, P1: tl.constexpr, G: tl.constexpr,
                 N2: tl.constexpr, VECTORS: tl.constexpr, INVERSE: tl.constexpr, FACTOR: tl.constexpr,
                 TILE: tl.constexpr, PIECES: tl.constexpr):
+    """Rotate vectors, or one of G parts of each: a program takes a step of VECTORS vectors after another."""
     tl.extra.cuda.gdc_launch_dependents()  # what follows may begin to load what it does not get from here
     part = tl.program_id(0)
     step = tl.program_id(1)

@@ -11,7 +11,7 @@ from tersor.ops.dispatch import kernel
 @kernel
 @triton.jit
 def gather(x, right, partial, inputs, rank, steps, COUNT: tl.constexpr, BI: tl.constexpr, BC: tl.constexpr):
-    # partial[split, b, c]: x[b] times some rows of R
+    """Write partial[split, b, c]: x[b] times some rows of R."""
     split = tl.program_id(0)
     column = tl.program_id(1) * BC + tl.arange(0, BC)
     start = split.to(tl.int64) * steps * BI + tl.arange(0, BI)
@@ -36,7 +36,7 @@ def gather(x, right, partial, inputs, rank, steps, COUNT: tl.constexpr, BI: tl.c
 @triton.jit
 def spread(partial, left, out, outputs, rank, splits, COUNT: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr,
            BS: tl.constexpr):
-    # out[b, o] = Σ_c L[o, c] Σ_split partial[split, b, c]
+    """Write out[b, o] = Σ_c L[o, c] Σ_split partial[split, b, c]."""
     row = tl.program_id(0).to(tl.int64) * BO + tl.arange(0, BO)
     number = tl.arange(0, COUNT)[:, None]
     total = tl.zeros([COUNT, BO], tl.float32)

@@ -14,7 +14,7 @@ from tersor.ops.product_linear.kernels.weights import affine, weights
 def decode_words(codes, books, mask, scale, offset, out, first, rows, groups, last, middle: tl.constexpr,
                  WORDS: tl.constexpr, DIM: tl.constexpr, SHARED: tl.constexpr, LAYERS: tl.constexpr, BITS: tl.constexpr,
                  SCALED: tl.constexpr, SHIFTED: tl.constexpr, BR: tl.constexpr, MG: tl.constexpr):
-    # out[r, :]: rows `first` to `rows` of the matrix
+    """Write out[r, :]: rows `first` to `rows` of the matrix."""
     r = tl.program_id(0) * BR + tl.arange(0, BR)
     group = tl.program_id(1) * MG + tl.arange(0, MG)
     row = first + r

@@ -15,7 +15,7 @@ from tersor.ops.product_linear.kernels.weights import affine, weights
 def make_products(x, books, scale, offset, tables, groups, last, WORDS: tl.constexpr, DIM: tl.constexpr,
                   SHARED: tl.constexpr, BATCH: tl.constexpr, WIDTH: tl.constexpr, SCALED: tl.constexpr,
                   SHIFTED: tl.constexpr, BW: tl.constexpr):
-    # tables[b, g, w] = x[b, g] · book[g, w]
+    """Write tables[b, g, w] = x[b, g] · book[g, w]."""
     group = tl.program_id(0)
     word = tl.program_id(1) * BW + tl.arange(0, BW)
     d = tl.arange(0, DIM)
@@ -38,7 +38,7 @@ def make_products(x, books, scale, offset, tables, groups, last, WORDS: tl.const
 @triton.jit
 def add_products(codes, tables, partial, rows, groups, last, chunk, WORDS: tl.constexpr, BITS: tl.constexpr,
                  BATCH: tl.constexpr, BR: tl.constexpr, MG: tl.constexpr):
-    # partial[split, b, r]: products of a split of groups, summed; a program takes `chunk` tiles of rows
+    """Write partial[split, b, r]: products of a split of groups, summed; a program takes `chunk` tiles of rows."""
     split = tl.program_id(0)
     group = split * MG + tl.arange(0, MG)
     start = tl.program_id(1) * chunk
@@ -65,7 +65,7 @@ def multiply_words(x, codes, books, mask, scale, offset, partial, rows, groups, 
                    WORDS: tl.constexpr, DIM: tl.constexpr, SHARED: tl.constexpr, LAYERS: tl.constexpr,
                    BITS: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr, BATCH: tl.constexpr,
                    BR: tl.constexpr, MG: tl.constexpr):
-    # partial[split, b, r]: x times the weights of a split; a program takes `chunk` tiles of rows
+    """Write partial[split, b, r]: x times the weights of a split; a program takes `chunk` tiles of rows."""
     split = tl.program_id(0)
     group = split * MG + tl.arange(0, MG)
     start = tl.program_id(1) * chunk
@@ -90,6 +90,7 @@ def multiply_words(x, codes, books, mask, scale, offset, partial, rows, groups, 
 @kernel
 @triton.jit
 def add_splits(partial, out, count, splits, BLOCK: tl.constexpr):
+    """Write the sum of `splits` arrays of `count` numbers each, in their order."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     at = place

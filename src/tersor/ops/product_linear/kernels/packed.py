@@ -10,7 +10,7 @@ from tersor.ops.dispatch import kernel
 
 @triton.jit
 def bits_at(words, place, last, WIDTH: tl.constexpr, inside):
-    # numbers of WIDTH bits at `place` of a little-endian stream whose last element is `last`: bytes, or 16 bits each
+    """Return numbers of WIDTH bits at `place` of a little-endian stream, of bytes or 16 bits, that ends at `last`."""
     if WIDTH == 8:
         return tl.load(words + place, inside, other=0).to(tl.int32)
     elif WIDTH == 16:
@@ -30,8 +30,10 @@ def bits_at(words, place, last, WIDTH: tl.constexpr, inside):
 @triton.jit
 def unpack_digits(words, out, count, last, LEVELS: tl.constexpr, DIGITS: tl.constexpr, BYTES: tl.constexpr,
                   BLOCK: tl.constexpr):
-    # the digits of words of BYTES bytes, one after the other; quotients are estimated in float64, what is left is
-    # divided again, which comes within 1, and that is corrected
+    """Write the digits of words of BYTES bytes, one after the other.
+
+    Quotients are estimated in float64, what is left is divided again, which comes within 1, and that is corrected.
+    """
     word = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     number = tl.zeros([BLOCK], tl.int64)
     for k in tl.static_range(BYTES):
@@ -52,6 +54,7 @@ def unpack_digits(words, out, count, last, LEVELS: tl.constexpr, DIGITS: tl.cons
 @kernel
 @triton.jit
 def unpack_bits(books, out, count, last, WIDTH: tl.constexpr, MIDDLE: tl.constexpr, BLOCK: tl.constexpr):
+    """Write numbers of WIDTH bits, less MIDDLE, one after the other."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < count
     number = bits_at(books, place, last, WIDTH, inside)

@@ -14,7 +14,7 @@ from tersor.ops.product_linear.kernels.packed import bits_at
 
 @triton.jit
 def affine(scale, offset, middle, SCALED: tl.constexpr, SHIFTED: tl.constexpr):
-    # a codebook's number stands for number * factor + shift, where numbers are less by `middle` than those stored
+    """Return factor and shift: a number n that is less by `middle` than that stored stands for n * factor + shift."""
     factor = 1.0
     if SCALED:
         factor = tl.load(scale)
@@ -27,7 +27,7 @@ def affine(scale, offset, middle, SCALED: tl.constexpr, SHIFTED: tl.constexpr):
 @triton.jit
 def weights(codes, books, mask, factor, shift, row, group, inside, groups, last, WORDS: tl.constexpr, DIM: tl.constexpr,
             SHARED: tl.constexpr, LAYERS: tl.constexpr, BITS: tl.constexpr):
-    # 2^LAYERS tensors [BR, MG, DIM]: number t holds the weights of inputs 2^LAYERS m + t, m = group DIM + d
+    """Return 2^LAYERS tensors [BR, MG, DIM]: number t holds weights of inputs 2^LAYERS m + t, m = group DIM + d."""
     d = tl.arange(0, DIM)[None, None, :]
     held = inside[:, :, None] & (d >= 0)
     each = groups >> LAYERS
