@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -19,13 +18,9 @@ from tersor.ops.annealing import reference
 from tersor.ops.annealing.problem import Draws, Schedule, pick, unit_of
 from tersor.ops.annealing.shapes import factors, tile_of
 from tersor.testing import gaussian, tolerance
+from tests.ops.devices import GPU
 
 DRAWS = 200_000
-
-
-def GPU(test: Callable[..., None]) -> Callable[..., None]:
-    """Mark a test that needs a CUDA device."""
-    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")(test))
 
 
 @pytest.mark.parametrize("levels", [(-0.6, 0.6), (-0.9, 0.0, 0.9), (-1.25, -0.3, 0.3, 1.25)])

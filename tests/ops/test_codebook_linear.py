@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -21,8 +23,9 @@ from tersor.ops.codebook_linear.shapes.one import (
 )
 from tersor.payload import packing
 from tersor.testing import gaussian
-from tests.ops.devices import DEVICES, GPU
+from tests.ops.devices import DEVICES, GPU, on_devices
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HALF = torch.finfo(torch.float16).eps  # a level and a number are each rounded to half of it at most
 CASES = [  # rows, width, bits, group, batch
     (16, 128, 4, 128, 1), (33, 576, 4, 576, 1), (128, 4096, 4, 4096, 3), (40, 1408, 4, 128, 8), (1, 64, 4, 64, 1),
@@ -65,10 +68,11 @@ def spread_scales(codes: Tensor, scales: Tensor, group: int) -> Tensor:
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("form", "with_zeros"), [("any", False), ("any", True), ("symmetric", False),
-                                                  ("affine", False), ("affine", True)])
+@on_devices(
+    ("form", "with_zeros", "dtype"),
+    cpu=[("any", False, torch.float32), ("any", True, torch.bfloat16), ("any", False, torch.float16)],
+    cuda=[(form, with_zeros, dtype) for form, with_zeros in [("any", False), ("any", True), ("symmetric", False),
+                                                             ("affine", False), ("affine", True)] for dtype in DTYPES])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_float64(case: tuple[int, ...], form: str, with_zeros: bool, dtype: torch.dtype, device: str) -> None:
     rows, width, bits, group, batch = case
@@ -91,11 +95,11 @@ def test_matches_float64(case: tuple[int, ...], form: str, with_zeros: bool, dty
     assert bool(((y.cpu().double() - want).abs() <= bound).all())
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("most", [30.0, 1000.0, 60000.0])
-@pytest.mark.parametrize(("bits", "form"), [(1, "any"), (2, "symmetric"), (3, "any"), (4, "any"), (4, "symmetric"),
-                                            (4, "affine"), (8, "affine")])
+@on_devices(
+    ("bits", "form", "most", "dtype"), cpu=[(4, "any", 1000.0, torch.float32)],
+    cuda=[(bits, form, most, dtype) for bits, form in [(1, "any"), (2, "symmetric"), (3, "any"), (4, "any"),
+                                                       (4, "symmetric"), (4, "affine"), (8, "affine")]
+          for most in (30.0, 1000.0, 60000.0) for dtype in DTYPES])
 def test_one_number_far_larger_than_the_others(bits: int, form: str, most: float, dtype: torch.dtype,
                                                device: str) -> None:
     """One vector is integers of a unit that the largest number sets: what that costs, at most."""
@@ -120,11 +124,11 @@ def test_one_number_far_larger_than_the_others(bits: int, form: str, most: float
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("bits", "form"), [(1, "any"), (2, "symmetric"), (2, "affine"), (2, "any"), (3, "any"),
-                                            (3, "symmetric"), (3, "affine"), (4, "any"), (4, "symmetric"),
-                                            (4, "affine"), (8, "affine")])
+@on_devices(
+    ("bits", "form", "dtype"), cpu=[(bits, "any", dtype) for bits, dtype in zip((2, 3, 4), DTYPES, strict=True)],
+    cuda=[(bits, form, dtype) for bits, form in [(1, "any"), (2, "symmetric"), (2, "affine"), (2, "any"), (3, "any"),
+                                                 (3, "symmetric"), (3, "affine"), (4, "any"), (4, "symmetric"),
+                                                 (4, "affine"), (8, "affine")] for dtype in DTYPES])
 @pytest.mark.parametrize(("rows", "width", "batch"), [(33, 512, 1), (64, 1024, 1), (130, 4096, 1), (24, 8192, 1),
                                                       (16, 576, 1), (16, 1024, 3)])
 def test_rotates_first(rows: int, width: int, batch: int, bits: int, form: str, dtype: torch.dtype,
@@ -147,11 +151,11 @@ def test_rotates_first(rows: int, width: int, batch: int, bits: int, form: str, 
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("device", DEVICES)
+@on_devices(("bits", "form"), cpu=[(3, "any")],
+            cuda=[(2, "symmetric"), (2, "any"), (3, "any"), (3, "symmetric"), (4, "symmetric"), (8, "affine"),
+                  (8, "any")])
 @pytest.mark.parametrize("rotation", [None, 5])
 @pytest.mark.parametrize("around", [False, True])
-@pytest.mark.parametrize(("bits", "form"), [(2, "symmetric"), (2, "any"), (3, "any"), (3, "symmetric"),
-                                            (4, "symmetric"), (8, "affine"), (8, "any")])
 @pytest.mark.parametrize(("rows", "width", "batch"), [((64, 32, 33), 4096, 1), ((4096, 1024, 1024), 512, 1),
                                                       ((24, 48), 1024, 1), ((96,), 1408, 1), ((48, 32), 576, 1),
                                                       ((32, 16), 1024, 3)])
@@ -181,12 +185,13 @@ def test_fused_is_its_parts(rows: tuple[int, ...], width: int, batch: int, bits:
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("device", DEVICES)
+@on_devices(
+    ("rows", "width", "batch", "bits", "form"),
+    cpu=[(64, 4096, 1, 3, "any"), (33, 1024, 1, 2, "any"), (32, 1408, 1, 8, "any"), (32, 1024, 3, 4, "any")],
+    cuda=[(*shape, *form) for shape, form in product(
+        [(64, 4096, 1), (16384, 512, 1), (33, 1024, 1), (32, 1408, 1), (32, 1024, 3)],
+        [(2, "symmetric"), (2, "any"), (3, "any"), (3, "symmetric"), (4, "symmetric"), (8, "affine")])])
 @pytest.mark.parametrize("rotation", [None, 5])
-@pytest.mark.parametrize(("bits", "form"), [(2, "symmetric"), (2, "any"), (3, "any"), (3, "symmetric"),
-                                            (4, "symmetric"), (8, "affine")])
-@pytest.mark.parametrize(("rows", "width", "batch"), [(64, 4096, 1), (16384, 512, 1), (33, 1024, 1), (32, 1408, 1),
-                                                      (32, 1024, 3)])
 def test_gated(rows: int, width: int, batch: int, bits: int, form: str, rotation: int | None, device: str) -> None:
     problems = [problem(rows, width, bits, width, form, seed=number) for number in range(2)]
     table, x, norm = problems[0][1], gaussian((batch, width), 1), gaussian((1, width), 2)[0]
@@ -226,20 +231,19 @@ def test_fused_says_what_does_not_fit(device: str) -> None:
         fused_codebook_linear(x, None, [packed] * 2, table, [scales] * 2, x[:, :32], 4)
 
 
-@pytest.mark.parametrize(("bits", "width"), [(b, w) for b in (1, 2, 3, 4, 8) for w in (512, 4096, 8192, 14336, 28672)])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("form", ["any", "symmetric", "affine"])
-@pytest.mark.parametrize("number", [2, 3])
-@pytest.mark.parametrize("rotated", [False, True])
-def test_one_vector_fits_shared_memory(bits: int, width: int, form: str, number: int, rotated: bool) -> None:
-    streams = [VectorStream(bits, width, known_form(bits, form), number)]
-    rotated = rotated and vector_rotates(width)
-    found = vector_fitted(vector_tiling_for(streams, 4096, rotated=rotated), streams, rotated=rotated)
-    assert found is not None or bits in (1, 3)  # narrow rows have too few words to rotate by all lanes
-    if found is not None:
-        assert found.stages >= 1
-        assert found.programs >= 1
-        assert 0 <= found.early <= found.stages
-        assert 32 * found.warps * found.programs * found.registers <= REGISTERS
+def test_one_vector_fits_shared_memory(bits: int, form: str) -> None:
+    for width, number, rotated in product((512, 4096, 8192, 14336, 28672), (2, 3), (False, True)):
+        streams = [VectorStream(bits, width, known_form(bits, form), number)]
+        turned = rotated and vector_rotates(width)
+        found = vector_fitted(vector_tiling_for(streams, 4096, rotated=turned), streams, rotated=turned)
+        assert found is not None or bits in (1, 3)  # narrow rows have too few words to rotate by all lanes
+        if found is not None:
+            assert found.stages >= 1
+            assert found.programs >= 1
+            assert 0 <= found.early <= found.stages
+            assert 32 * found.warps * found.programs * found.registers <= REGISTERS
 
 
 def digits_of(x: np.ndarray) -> tuple[np.ndarray, float]:

@@ -13,9 +13,8 @@ from tersor.payload import packing
 from tersor.payload.layout import radix_word
 from tersor.registry import parse
 from tersor.testing import gaussian, tolerance
+from tests.ops.devices import CUDA, DEVICES, on_devices
 
-GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
-DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # rows, width, words, dim, books (0: one a group), bits of a codebook's integers (16.0: float16, 32.0: float32), layers
 CASES = [
@@ -75,9 +74,9 @@ def error(found: Tensor, x: Tensor, matrix: Tensor) -> float:
     return float((found.cpu().double() - expected).norm()) / bound
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("device", DEVICES)
+@on_devices(("case", "dtype"),
+            cpu=[*((case, torch.float32) for case in CASES), *((CASES[4], dtype) for dtype in DTYPES[1:])],
+            cuda=[(case, dtype) for case in CASES for dtype in DTYPES])
 def test_it_is_the_product(device: str, case: tuple[int, int, int, int, int, float, int], dtype: torch.dtype) -> None:
     payload = payload_of(case, device)
     matrix = defined(payload, case[1])
@@ -95,7 +94,7 @@ def test_it_is_the_product(device: str, case: tuple[int, int, int, int, int, flo
     assert error(product_linear(x[0], payload), x[0], matrix) <= 1
 
 
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("device", [CUDA])
 @pytest.mark.parametrize("case", [(4096, 4096, 256, 4, 0, 16.0, 0), (4096, 4096, 184, 4, 0, 10, 3),
                                   (1024, 14336, 16, 2, 0, 16.0, 1), (5000, 1408, 101, 4, 0, 32.0, 3)], ids=str)
 def test_large(device: str, case: tuple[int, int, int, int, int, float, int]) -> None:
@@ -167,7 +166,7 @@ def test_codecs_compiled_whole(device: str, text: str) -> None:
 
 @pytest.mark.parametrize("case", [(515, 2048, 48, 8, 0, 5, 0), (300, 1024, 184, 4, 0, 10, 3)], ids=str)
 @pytest.mark.parametrize("batch", [1, 4, 20])
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("device", [CUDA])
 def test_captured_in_a_graph(device: str, batch: int, case: tuple[int, int, int, int, int, float, int]) -> None:
     payload, x = payload_of(case, device), gaussian((batch, case[1]), 0).to(device, torch.bfloat16)
     product_linear(x, payload)
@@ -180,7 +179,7 @@ def test_captured_in_a_graph(device: str, batch: int, case: tuple[int, int, int,
     assert torch.equal(y, product_linear(x, payload))
 
 
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("device", [CUDA])
 def test_reference_only(device: str) -> None:
     payload, x = payload_of(CASES[12], device), gaussian((2, 2048), 0).to(device)
     with reference_only():
