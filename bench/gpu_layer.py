@@ -25,9 +25,10 @@ from torch import Tensor
 import gpu_attention
 from gpu_tilings import DEVICE, DTYPE, PROCESSES, Case, keep, microseconds, problem
 from tersor.numerics.rotation import Rotation
-from tersor.ops.codebook_linear.launch import choose as kernels
+from tersor.ops.codebook_linear.launch.one import multiply_one_into, vector_tiling
+from tersor.ops.codebook_linear.launch.operand import Around, Operand
 from tersor.ops.codebook_linear.shapes.one import VectorTiling, vector_fitted
-from tersor.ops.hadamard.triton import rotate
+from tersor.ops.hadamard.launch import rotate
 
 WIDTH, INNER = 4096, 14336
 SLOTS = {"o": ((4096,), WIDTH), "qkv": ((4096, 1024, 1024), WIDTH), "gate": ((INNER, INNER), WIDTH),
@@ -38,7 +39,7 @@ LAYERS = 4  # of matrices of their own: more than the L2 holds
 REPLAYS = 11
 LIMIT = 0.1  # relative difference after all layers, of bf16 activations
 
-Matrices = tuple[kernels.Operand, list[Tensor]]
+Matrices = tuple[Operand, list[Tensor]]
 Job = tuple[int, str, VectorTiling]
 
 
@@ -78,9 +79,9 @@ def product(slot: str, given: Matrices, x: Tensor, tiling: VectorTiling, added: 
     operand, scales = given
     gated = slot == "gate"
     norm = torch.ones(width, device=DEVICE, dtype=DTYPE) if slot in ("qkv", "gate") else None
-    around = kernels.Around([Rotation(width, 0)] if width == WIDTH else [], norm, 1e-5, added, gated)
+    around = Around([Rotation(width, 0)] if width == WIDTH else [], norm, 1e-5, added, gated)
     out = torch.empty(1, rows[0] if gated else sum(rows), device=DEVICE, dtype=DTYPE)
-    kernels.multiply_one_into(out, [dataclasses.replace(operand, x=x)], scales, tiling, around)
+    multiply_one_into(out, [dataclasses.replace(operand, x=x)], scales, tiling, around)
     return out
 
 
@@ -124,7 +125,7 @@ def sweep(bits: int, good: set[Job], out: Path) -> None:
     best: dict[str, VectorTiling] = {}
     for slot in SLOTS:
         case = case_of(bits, slot)
-        chosen = kernels.vector_tiling([layers[0][slot][0]], case.rows, rotated=case.rotated)
+        chosen = vector_tiling([layers[0][slot][0]], case.rows, rotated=case.rotated)
         assert chosen is not None, f"no configuration for {slot} at {bits} bits"
         best[slot] = chosen
 

@@ -1,4 +1,4 @@
-"""Annealed sampling of two-basis codes on CUDA: one program anneals one vector, all sweeps, without leaving the chip.
+"""Annealed sampling of two-basis codes: one program anneals one vector, all sweeps, without leaving the chip.
 
 A vector of N numbers is a tile X (N1, N2), N = N1 N2; the rotation is signs, then A ⊗ H(N2) with H Sylvester's matrix,
 so a transform is two small matrix products A X H of the tile, in half precision on the tensor cores. Numbers: Philox,
@@ -7,19 +7,12 @@ keyed by seed, counted by element, vector and sweeps. See README.md.
 
 from __future__ import annotations
 
-import math
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from tersor.numerics import rng
-from tersor.ops.annealing.problem import Bases, Draws, Schedule, unit_of
-from tersor.ops.annealing.shapes import Tile, factors, tile_of
+from tersor.ops.dispatch import kernel
 
 ROUNDS = tl.constexpr(6)  # of Philox: enough for sampling, not for cryptography
-COLD = 16  # sweeps at the end that minimize
 
 
 @triton.jit
@@ -67,10 +60,12 @@ def _pick(rest, tiny, levels, inverse, COUNT: tl.constexpr):
     return value
 
 
+@kernel
 @triton.jit(do_not_specialize=["seed", "start", "sweeps", "quads"])
-def _anneal(target, codes, signs, kept, left, back, right, first, second, seed, start, sweeps, quads, log_start,
-            log_step, N1: tl.constexpr, P1: tl.constexpr, N2: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
-            SYMMETRIC: tl.constexpr, HALF: tl.constexpr):
+def anneal(target, codes, signs, kept, left, back, right, first, second, seed, start, sweeps, quads, log_start,
+           log_step, N1: tl.constexpr, P1: tl.constexpr, N2: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
+           SYMMETRIC: tl.constexpr, HALF: tl.constexpr):
+    """Anneal one vector a program: `sweeps` sweeps, and those up to four times `quads` that minimize."""
     i = tl.arange(0, P1)
     j = tl.arange(0, N2)
     place = i[:, None] * N2 + j[None, :]  # [P1, N2]
@@ -105,28 +100,3 @@ def _anneal(target, codes, signs, kept, left, back, right, first, second, seed, 
         middle = 0.5 * (tl.load(second + k - 1) + tl.load(second + k))
         code += (v.to(tl.float32) > middle).to(tl.int32)
     tl.store(codes + offset, code.to(tl.uint8), inside)
-
-
-def sample(target: Tensor, bases: Bases, schedule: Schedule, draws: Draws, tile: Tile | None = None) -> Tensor:
-    """Return codes uint8 (n, width) of the second basis after `schedule` and `COLD` sweeps that minimize.
-
-    A vector's codes follow from it, the seed and its place in the matrix, not from the others beside it.
-    """
-    count, width = target.shape
-    tile = tile or tile_of(width)
-    assert tile is not None
-    device = target.device
-    left, back, right = factors(bases.rotation, tile, device)
-    codes = torch.empty(count, width, dtype=torch.uint8, device=device)
-    quads = -(-(schedule.sweeps + COLD) // 4)
-    # the kernel takes log2(log2(e) / 2T) at the first sweep and its step
-    log_start = math.log2(0.5 * math.log2(math.e) / schedule.temperature(0, unit_of(bases.second)))
-    log_step = math.log2(schedule.start / schedule.stop) / max(1, schedule.sweeps - 1)
-    with torch.cuda.device(device):
-        _anneal[(count,)](
-            target.contiguous(), codes, rng.signs(bases.rotation.seed, 0, width).to(device),
-            bases.kept.to(device, torch.float32), left, back, right, bases.first.to(device), bases.second.to(device),
-            draws.seed & (2**63 - 1), draws.vector, schedule.sweeps, quads, log_start, log_step, tile.rows,
-            tile.padded, tile.columns, len(bases.first), len(bases.second), left is back, not bool(bases.kept.all()),
-            num_warps=tile.warps)
-    return codes

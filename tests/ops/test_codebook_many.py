@@ -10,37 +10,39 @@ import torch
 from tersor.ops.codebook_linear.shapes.limits import (
     MULTIPROCESSOR_BYTES,
     PARTS,
-    RESERVED_BYTES,
     TILE,
-    WIDE_CONFIGURATIONS,
-    Stream,
-    WideTiling,
+    CodeStream,
     columns_for,
     stream_of,
-    wide_fitted,
-    wide_takes,
+)
+from tersor.ops.codebook_linear.shapes.many import (
+    MANY_CONFIGURATIONS,
+    RESERVED_BYTES,
+    ManyTiling,
+    many_fitted,
+    many_takes,
 )
 from tersor.payload import packing
 from tersor.testing import gaussian
 from tests.ops.devices import GPU
 from tests.ops.test_codebook_linear import problem
 
-MEASURED = {tiling for known in WIDE_CONFIGURATIONS.values() for tiling in known.values()}
-TILINGS = MEASURED | {WideTiling(), WideTiling(2, 16), WideTiling(4, 8, 4, 16), WideTiling(1, 1, 16, 1, 2, 4),
-                      WideTiling(2, 4, 2, 3, 3, 1)}
+MEASURED = {tiling for known in MANY_CONFIGURATIONS.values() for tiling in known.values()}
+TILINGS = MEASURED | {ManyTiling(), ManyTiling(2, 16), ManyTiling(4, 8, 4, 16), ManyTiling(1, 1, 16, 1, 2, 4),
+                      ManyTiling(2, 4, 2, 3, 3, 1)}
 
 
 def test_takes_9_to_64_vectors_of_whole_tiles() -> None:
-    assert [wide_takes(batch, 4, 4096, 4096) for batch in (1, 8, 9, 64, 65)] == [False, False, True, True, False]
-    assert all(wide_takes(16, bits, 4096, 4096) for bits in (1, 2, 3, 4, 8))
-    assert not wide_takes(16, 5, 4096, 4096)
-    assert wide_takes(16, 4, 1408, 128)
-    assert not wide_takes(16, 4, 4096, 64)  # a tile is 128 codes of 4 bits
-    assert not wide_takes(16, 4, 4096, 192)
-    assert wide_takes(16, 4, 64, 128)  # a row with one group may be narrower than a tile
+    assert [many_takes(batch, 4, 4096, 4096) for batch in (1, 8, 9, 64, 65)] == [False, False, True, True, False]
+    assert all(many_takes(16, bits, 4096, 4096) for bits in (1, 2, 3, 4, 8))
+    assert not many_takes(16, 5, 4096, 4096)
+    assert many_takes(16, 4, 1408, 128)
+    assert not many_takes(16, 4, 4096, 64)  # a tile is 128 codes of 4 bits
+    assert not many_takes(16, 4, 4096, 192)
+    assert many_takes(16, 4, 64, 128)  # a row with one group may be narrower than a tile
 
 
-def stage_bytes(tiling: WideTiling, stream: Stream, columns: int) -> int:
+def stage_bytes(tiling: ManyTiling, stream: CodeStream, columns: int) -> int:
     """Return the bytes of a stage: a tile of each row's codes for each share, and the vectors that these meet."""
     codes = tiling.rows * TILE * 4 * (3 if stream.bits == 3 else 1)
     vectors = columns * TILE * PARTS[stream.bits] * 2
@@ -49,21 +51,21 @@ def stage_bytes(tiling: WideTiling, stream: Stream, columns: int) -> int:
 
 @pytest.mark.parametrize("tiling", sorted(TILINGS, key=str), ids=str)
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
-def test_fitted_divisions_fit_shared_memory_and_leave_no_part_empty(bits: int, tiling: WideTiling) -> None:
+def test_fitted_divisions_fit_shared_memory_and_leave_no_part_empty(bits: int, tiling: ManyTiling) -> None:
     for width in (192, 576, 4096, 14336, 28672):
         stream = stream_of(bits, width, 1)
         assert stream is not None
         tiles = -(-stream.elements // TILE)
         for batch in (9, 16, 17, 64):
             for grouped in (False, True):
-                found = wide_fitted(tiling, stream, batch, grouped)
+                found = many_fitted(tiling, stream, batch, grouped)
                 assert min(dataclasses.astuple(found)) >= 1
                 assert 2 <= found.stages <= tiling.stages
                 needed = found.stages * stage_bytes(found, stream, columns_for(batch)) + RESERVED_BYTES
                 assert found.programs * needed <= MULTIPROCESSOR_BYTES
                 steps = -(-tiles // found.share)
                 assert (found.split - 1) * -(-steps // found.split) < steps  # the last part has a step at least
-                assert wide_fitted(found, stream, batch, grouped) == found
+                assert many_fitted(found, stream, batch, grouped) == found
 
 
 @GPU
@@ -71,8 +73,9 @@ def test_fitted_divisions_fit_shared_memory_and_leave_no_part_empty(bits: int, t
 @pytest.mark.parametrize(("bits", "form", "group", "with_zeros"), [
     (4, "symmetric", 4096, False), (4, "affine", 4096, False), (4, "any", 128, True), (3, "any", 4096, False)])
 def test_parts_of_rows_add_up(bits: int, form: str, group: int, with_zeros: bool, batch: int) -> None:
-    from tersor.ops.codebook_linear.launch.choose import Operand, by_decoding
-    from tersor.ops.codebook_linear.launch.many import multiply_wide
+    from tersor.ops.codebook_linear.launch.decoded import by_decoding
+    from tersor.ops.codebook_linear.launch.many import multiply_many_into
+    from tersor.ops.codebook_linear.launch.operand import Operand
 
     rows, width = 304, 4096
     codes, table, scales, zeros = problem(rows, width, bits, group, form)
@@ -82,7 +85,7 @@ def test_parts_of_rows_add_up(bits: int, form: str, group: int, with_zeros: bool
     found = []
     for _ in range(2):
         out = torch.full((batch, rows), torch.nan, device="cuda")
-        multiply_wide(out, operand, scales.cuda(), points, group, WideTiling(2, 4, 2, 3, 3, 1))
+        multiply_many_into(out, operand, scales.cuda(), points, group, ManyTiling(2, 4, 2, 3, 3, 1))
         found.append(out)
     assert float((found[0] - want).norm() / want.norm()) < torch.finfo(torch.float16).eps
     assert torch.equal(found[0], found[1])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Payload:
+class Codewords:
     """`W[i, g dim : (g + 1) dim] = book[g][code[i, g]] * scale + offset`, then swapped back.
 
     Attributes
