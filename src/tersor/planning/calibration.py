@@ -98,3 +98,9 @@ class Calibration:
                 return cls(hessians, int(record["tokens"]), str(record["source"]), dict(record["fisher"]))
         except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
             raise CorruptStoreError(f"{path}: no calibration file written by 'tersor calibrate': {error}") from error
+
+
+def hessian_of(calibration: Calibration | None, name: str, device: str) -> Tensor | None:
+    """Return a matrix's Hessian on `device`, if it was calibrated."""
+    hessian = None if calibration is None else calibration.hessians.get(name)
+    return None if hessian is None else hessian.to(device)

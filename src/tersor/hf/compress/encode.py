@@ -21,8 +21,8 @@ from tersor.hf.compress.method import fixed_options
 from tersor.hf.compress.plan import check_plan, entries
 from tersor.hf.compress.request import Progress, Request, no_progress
 from tersor.hf.compress.work import WorkFolder
-from tersor.hf.models.source import Source, hessian_of, read_matrix
-from tersor.planning.calibration import Calibration
+from tersor.hf.models.source import Source, read_matrix
+from tersor.planning.calibration import Calibration, hessian_of
 from tersor.quality import measure
 
 
@@ -68,7 +68,7 @@ def run(job: Job, work: WorkFolder, *, device: str = "cpu", progress: Progress =
         stamp = _stamp(job.provenance, name, codec, options)
         found = _finished(files[name], stamp)
         if found is None:
-            dense, hessian = read_matrix(source, matrix, device), hessian_of(calibration, matrix, device)
+            dense, hessian = read_matrix(source, matrix, device), hessian_of(calibration, matrix.name, device)
             encoded, found = encode_matrix(dense, codec, hessian, request.seed, options, name)
             del dense
             _keep(files[name], encoded, stamp, found)

@@ -84,7 +84,7 @@ def entries(source: Source, picks: Mapping[str, Codec]) -> list[store.Entry]:
 
 
 def _dtype(source: Source, name: str) -> str:
-    return str(source.dtype(name)).removeprefix("torch.")
+    return str(source.dtypes[name]).removeprefix("torch.")
 
 
 def predict(source: Source, picks: Mapping[str, Codec], provenance: Mapping[str, Any]) -> int:

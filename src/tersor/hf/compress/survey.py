@@ -15,9 +15,9 @@ from tersor.hf.compress import sensitivity
 from tersor.hf.compress.method import check_options, fixed_options, rungs
 from tersor.hf.compress.request import Progress, Request, no_progress
 from tersor.hf.models.matrices import Matrix
-from tersor.hf.models.source import Source, hessian_of, read_matrix
+from tersor.hf.models.source import Source, read_matrix
 from tersor.numerics.linalg import single_thread
-from tersor.planning.calibration import Calibration
+from tersor.planning.calibration import Calibration, hessian_of
 from tersor.planning.plan import Choice, check_weights
 from tersor.planning.trials import Trials
 from tersor.quality import measure
@@ -71,7 +71,7 @@ def trials(source: Source, matrix: Matrix, codecs: Sequence[Codec], calibration:
     """
     dense = read_matrix(source, matrix, device)
     dense = dense[:: 1 if whole else max(1, dense.numel() // SURVEY_ELEMENTS)].to(torch.float32)
-    hessian = hessian_of(calibration, matrix, device)
+    hessian = hessian_of(calibration, matrix.name, device)
     trace = None if calibration is None else calibration.fisher.get(matrix.name)
     elements = matrix.shape[0] * matrix.shape[1]
     with single_thread():  # the plan follows from these figures, so they must not depend on the threads

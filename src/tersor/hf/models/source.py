@@ -21,7 +21,6 @@ from tersor.contract.checks import check_matrix
 from tersor.errors import ModelError
 from tersor.files import save_tensors
 from tersor.hf.models.matrices import Matrix, Parts, empty_model, quiet, read_config, walk
-from tersor.planning.calibration import Calibration
 from tersor.store import INDEX, MANIFEST
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -65,15 +64,15 @@ class Source:
                 return handle.get_slice(key)[matrix.index]
             return matrix.take(handle.get_tensor(key))
 
-    def dtype(self, name: str) -> torch.dtype:
-        """Return a tensor's stored dtype."""
-        file, key = self.locations[name]
-        with safe_open(file, framework="pt") as handle:
-            part = handle.get_slice(key)
-            name = part.get_dtype()
-            if name in _FLOATS:
-                return _FLOATS[name]
-            return handle.get_tensor(key).dtype
+    @functools.cached_property
+    def dtypes(self) -> Mapping[str, torch.dtype]:
+        """The stored dtype of every tensor; looked up once."""
+        found = {}
+        for name, (file, key) in self.locations.items():
+            with safe_open(file, framework="pt") as handle:
+                kind = handle.get_slice(key).get_dtype()
+                found[name] = _FLOATS[kind] if kind in _FLOATS else handle.get_tensor(key).dtype
+        return found
 
     @property
     def nbytes(self) -> int:
@@ -241,9 +240,3 @@ def read_matrix(source: Source, matrix: Matrix, device: str) -> Tensor:
     tensor = source.matrix(matrix).to(device)
     check_matrix(tensor, matrix.name)
     return tensor
-
-
-def hessian_of(calibration: Calibration | None, matrix: Matrix, device: str) -> Tensor | None:
-    """Return a matrix's Hessian on `device`, if it was calibrated."""
-    hessian = None if calibration is None else calibration.hessians.get(matrix.name)
-    return None if hessian is None else hessian.to(device)

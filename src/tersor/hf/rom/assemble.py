@@ -57,7 +57,7 @@ def added(task: Task, ranks: Ranks) -> dict[str, str]:
 
 
 def _dtype(task: Task, name: str) -> str:
-    return str(task.source.dtype(name)).removeprefix("torch.")
+    return str(task.source.dtypes[name]).removeprefix("torch.")
 
 
 def largest_keep(task: Task, linears: Mapping[str, Linear], record: Mapping[str, Any], size: int) -> float:

@@ -61,7 +61,7 @@ class Task:
 
     def dense(self, parameter: str) -> Dense:
         """Return the codec that keeps a parameter in the source's dtype."""
-        return Dense(DTYPES[self.source.dtype(parameter)])
+        return Dense(DTYPES[self.source.dtypes[parameter]])
 
     def gradient(self, matrix: Matrix) -> Tensor | None:
         """Return the second moment of the gradient at a linear's outputs, (out, out), or its trace, ()."""
@@ -255,7 +255,7 @@ def _reduce_linear(task: Task, module: nn.Module, matrix: Matrix, moments: Momen
         found = reduce(weight, moments, aim, task.gradient(matrix) if task.recipe.curvature else None)
         encoded, fresh = encode_reduced(found, rank, task.recipe.storage, task.recipe.codec(dense), moments, task.seed)
     if fresh is not None:
-        kind = task.source.dtype(bias_name(matrix) if has else matrix.parameter)
+        kind = task.source.dtypes[bias_name(matrix) if has else matrix.parameter]
         total = (fresh if bias is None else fresh + bias.detach().to(torch.float64)).to(kind)
         done.biases[bias_name(matrix)] = total
         module._parameters["bias"] = nn.Parameter(total.to(torch.float32), requires_grad=False)
