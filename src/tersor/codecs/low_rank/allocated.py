@@ -75,8 +75,8 @@ class Allocated(Codec):
 
     def search(self, matrix: Tensor, how: Search) -> Encoded:
         """Allocate, then code every column with its codebook; with error feedback when asked for."""
-        if how.hessian is not None and how.options.get("feedback", False):
-            return encode_with_feedback(self.columns(matrix, how), matrix, how.hessian)
+        if how.feedback is not None:
+            return encode_with_feedback(self.columns(matrix, how), matrix, how.feedback)
         encoder = self.columns(matrix, how)
         encoder.block(0, matrix.to(torch.float32))
         return encoder.finish()

@@ -40,7 +40,7 @@ SAMPLE = 1 << 18  # elements that a codebook is fitted on
 
 @final
 @dataclasses.dataclass(frozen=True)
-class Scalar(MultipliesRotated, Codec):
+class Scalar(MultipliesRotated):
     """`x = scale table[code]` with a bf16 scale a group, refitted by least squares.
 
     Parameters
@@ -102,8 +102,8 @@ class Scalar(MultipliesRotated, Codec):
 
     def search(self, matrix: Tensor, how: Search) -> Encoded:
         """Fit table and scales, then take the nearest entries; with error feedback when asked for."""
-        if how.hessian is not None and how.options.get("feedback", False):
-            return encode_with_feedback(self.columns(matrix, how), matrix, how.hessian)
+        if how.feedback is not None:
+            return encode_with_feedback(self.columns(matrix, how), matrix, how.feedback)
         grid, table, scales = self._fit(matrix, how)
         edges, inverse = midpoints(table), reciprocal(scales)
 
@@ -135,11 +135,6 @@ class Scalar(MultipliesRotated, Codec):
         table = self._table(encoded.tensors)
         chosen = codes.read(encoded.tensors["codes"], encoded.shape, self.levels, rows)
         return table[chosen.to(torch.int32)].mul_(scales)
-
-    def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
-        """Multiply by the codes where they are of whole bits; float32 inside, one block of rows dense at a time."""
-        y = self.matmul_rotated(encoded, x, None)
-        return super().matmul(encoded, x) if y is None else y
 
     def matmul_rotated(self, encoded: Encoded, x: Tensor, seed: int | None) -> Tensor | None:
         """Multiply by the codes where they are of whole bits."""

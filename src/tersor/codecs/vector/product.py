@@ -110,8 +110,8 @@ class Product(Codec):
 
     def search(self, matrix: Tensor, how: Search) -> Encoded:
         """Fit codebooks, round them as they are stored, then take the nearest codewords."""
-        if how.hessian is not None and how.options.get("feedback", False):
-            return encode_with_feedback(self.columns(matrix, how), matrix, how.hessian)
+        if how.feedback is not None:
+            return encode_with_feedback(self.columns(matrix, how), matrix, how.feedback)
         return self._encoder(matrix, how).run(matrix)
 
     def columns(self, matrix: Tensor, how: Search) -> ColumnEncoder:

@@ -100,8 +100,8 @@ class Symmetric(Codec):
 
     def search(self, matrix: Tensor, how: Search) -> Encoded:
         """Fit scales and leaders, then take the nearest words; with error feedback when asked for."""
-        if how.hessian is not None and how.options.get("feedback", False):
-            return encode_with_feedback(self.columns(matrix, how), matrix, how.hessian)
+        if how.feedback is not None:
+            return encode_with_feedback(self.columns(matrix, how), matrix, how.feedback)
         return self._fit(matrix, how).close(self)
 
     def columns(self, matrix: Tensor, how: Search) -> ColumnEncoder:
