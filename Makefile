@@ -18,8 +18,10 @@ demo: $(STAMP)
 	rm -rf $(DEMO) $(DEMO).work
 	$(BIN)/tersor compress examples/fable-7m $(DEMO) --rate 3
 
+# two processes of one thread each; a file stays whole, so that what its tests share is made once; in the order of the
+# folders, which has the long files first
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

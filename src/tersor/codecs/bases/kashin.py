@@ -93,6 +93,7 @@ class Kashin(Codec):
     id: ClassVar[str] = "kashin"
     grammar: ClassVar[str] = (r"kashin(?P<levels>\d+|L\d+)(?P<separate>s?)(?P<shared>c?)(?P<matrix>m?)"
                               r"(?P<method>u|lv|)(?P<transform>dct|bfly|dense|)(?P<axis>o?)(?:@(?P<seed>\d+))?")
+    examples: ClassVar[tuple[str, ...]] = ("kashin4", "kashinL9sudct", "kashin3cbfly", "kashin2mdense", "kashin4co@2")
     own_options: ClassVar[frozenset[str]] = frozenset(OPTIONS)
 
     def __post_init__(self) -> None:

@@ -100,6 +100,7 @@ class TwoBasis(Codec):
     id: ClassVar[str] = "two_basis"
     grammar: ClassVar[str] = (r"two(?P<first>\d+)x(?P<second>\d+)(?P<half>h?)(?P<scale>m?)(?P<axis>o?)"
                               r"(?:@(?P<seed>\d+))?")
+    examples: ClassVar[tuple[str, ...]] = ("two2x2", "two3x2m", "two4x2@3", "two2x2h", "two2x2o")
     own_options: ClassVar[frozenset[str]] = frozenset({"sweeps", "hot", "cold", "feedback", "block"})
 
     def __post_init__(self) -> None:

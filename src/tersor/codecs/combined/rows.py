@@ -43,6 +43,8 @@ class MixedRows(Codec):
 
     id: ClassVar[str] = "rows"
     grammar: ClassVar[str] = r"(?P<order>rows|head)(?P<count>\d+)\("
+    examples: ClassVar[tuple[str, ...]] = ("rows2(lm3;lm2)", "head2(lm3;lm2)", "rows1(tab3;rtn2)",
+                                           "rows2(rows1(bf16;lm4);lm2)")
 
     def __post_init__(self) -> None:
         if not (isinstance(self.first, Codec) and isinstance(self.second, Codec)):

@@ -49,6 +49,9 @@ class Sum(Codec):
 
     id: ClassVar[str] = "sum"
     grammar: ClassVar[str] = r"sum\("
+    examples: ClassVar[tuple[str, ...]] = ("sum(rot,lm2;rtn2g64)", "sum(rtn2s;fit2;bf16)", "sum(rot,lm2;tab2)",
+                                           "sum(swap1,pq2x4b10;pq2x4b10)", "sum(sym16;sym8)",
+                                           "sum(lr2(al20;al21);rot,lm1)", "sum(lr2(lm3o;lm3o);lm2)")
     own_options: ClassVar[frozenset[str]] = frozenset({"feedback", "alternations"})
 
     def __post_init__(self) -> None:

@@ -57,6 +57,7 @@ class Allocated(Codec):
 
     id: ClassVar[str] = "allocated"
     grammar: ClassVar[str] = r"al(?P<total>\d+)"
+    examples: ClassVar[tuple[str, ...]] = ("al96",)
     own_traits: ClassVar[Traits] = Traits(column_wise=True)
     own_options: ClassVar[frozenset[str]] = frozenset({"widths", "feedback"})
 

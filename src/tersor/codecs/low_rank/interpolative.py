@@ -50,6 +50,7 @@ class Interpolative(Codec):
 
     id: ClassVar[str] = "interpolative"
     grammar: ClassVar[str] = r"id(?P<rank>\d+)(?P<axis>c?)\("
+    examples: ClassVar[tuple[str, ...]] = ("id3(fp32;fp32)", "id8c(bf16;lm4)", "id1(lm3;rot,lm3)", "id2c(tab3;mm8)")
     own_traits: ClassVar[Traits] = Traits(spectral=True)
 
     def __post_init__(self) -> None:

@@ -57,6 +57,8 @@ class LowRank(Codec):
 
     id: ClassVar[str] = "low_rank"
     grammar: ClassVar[str] = r"lr(?P<rank>\d+)\("
+    examples: ClassVar[tuple[str, ...]] = ("lr3(al40;al37)", "lr3(lm4o;lm4o)", "lr8(mm8;mm8)", "lr1(fp32;fp32)",
+                                           "lr2(rot,lm3;tab3)")
     own_traits: ClassVar[Traits] = Traits(spectral=True)
     own_options: ClassVar[frozenset[str]] = published.OPTIONS | alternating.OPTIONS | {"method"}
 

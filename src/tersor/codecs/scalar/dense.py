@@ -34,6 +34,7 @@ class Dense(Codec):
 
     id: ClassVar[str] = "dense"
     grammar: ClassVar[str] = r"(?P<dtype>bf16|fp16|fp32|fp8)"
+    examples: ClassVar[tuple[str, ...]] = ("bf16", "fp32", "fp8")
 
     def __post_init__(self) -> None:
         if self.dtype not in (*DTYPES, "fp8"):

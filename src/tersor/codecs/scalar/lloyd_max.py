@@ -70,6 +70,8 @@ class Scalar(MultipliesRotated):
 
     id: ClassVar[str] = "scalar"
     grammar: ClassVar[str] = r"(?P<codebook>lm|fit|tab)(?P<levels>\d+|L\d+)(?:g(?P<group>\d+))?(?P<axis>o?)"
+    examples: ClassVar[tuple[str, ...]] = ("lm3", "lm1", "lmL6o", "lm4g16", "lmL181", "fit4g128", "fitL3", "tab3",
+                                           "tab2g32o")
     own_traits: ClassVar[Traits] = Traits(column_wise=True)
     own_options: ClassVar[frozenset[str]] = frozenset({"refits", "feedback"})
 

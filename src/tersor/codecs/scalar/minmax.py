@@ -47,6 +47,7 @@ class MinMax(Codec):
 
     id: ClassVar[str] = "minmax"
     grammar: ClassVar[str] = r"mm(?P<levels>\d+|L\d+)"
+    examples: ClassVar[tuple[str, ...]] = ("mm4", "mmL5", "mm9")
     own_traits: ClassVar[Traits] = Traits(column_wise=True)
     own_options: ClassVar[frozenset[str]] = frozenset({"rounding"})
 

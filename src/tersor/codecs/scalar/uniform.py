@@ -61,6 +61,7 @@ class Uniform(MultipliesRotated):
 
     id: ClassVar[str] = "uniform"
     grammar: ClassVar[str] = r"rtn(?P<levels>\d+|L\d+)(?P<symmetric>s?)(?:g(?P<group>\d+))?(?P<axis>o?)"
+    examples: ClassVar[tuple[str, ...]] = ("rtn4g64", "rtn3s", "rtn1g32", "rtnL5g32o", "rtn8")
     own_traits: ClassVar[Traits] = Traits(column_wise=True)
     own_options: ClassVar[frozenset[str]] = frozenset({"clip", "feedback"})
 

@@ -59,6 +59,7 @@ class LearnedRotation(Wrapped):
 
     id: ClassVar[str] = "learned_rotation"
     grammar: ClassVar[str] = r"opq(?P<precision>f32)?(?P<trained>t)?,"
+    examples: ClassVar[tuple[str, ...]] = ("opq,pq2x4", "opqf32t,pq2x4t", "opq,pq2x4t")
     own_options: ClassVar[frozenset[str]] = frozenset({"rounds", "rotation_init"})
 
     def __post_init__(self) -> None:

@@ -46,6 +46,9 @@ class Rotated(Wrapped):
 
     id: ClassVar[str] = "rotated"
     grammar: ClassVar[str] = r"rot(?P<side>out|both)?(?:@(?P<seed>\d+))?,"
+    examples: ClassVar[tuple[str, ...]] = ("rot,lm3", "rotout,lm2", "rotboth@7,lm2", "rot,rtn2g64",
+                                           "rotboth,rotout@3,lm2", "rot,rows3(lm3;lm2)", "rot,pq2x4mt", "rot,sym16o",
+                                           "rot,kashin2lv", "rotboth,lr2(al20;al21)", "rot,klt3")
 
     def __post_init__(self) -> None:
         super().__post_init__()

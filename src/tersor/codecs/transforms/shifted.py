@@ -33,6 +33,7 @@ class Shifted(Wrapped):
 
     id: ClassVar[str] = "shifted"
     grammar: ClassVar[str] = r"ns,"
+    examples: ClassVar[tuple[str, ...]] = ("ns,mm1", "ns,lm2", "ns,lr2(mm4;mm8)")
 
     def own(self, shape: Shape) -> Layout:
         """Return `affine`, which is α and β."""

@@ -32,6 +32,7 @@ class Standardized(Wrapped):
 
     id: ClassVar[str] = "standardized"
     grammar: ClassVar[str] = r"std,"
+    examples: ClassVar[tuple[str, ...]] = ("std,lm3", "std,swap1,pq2x3b8", "std,sym16m", "std,two2x2m")
 
     def own(self, shape: Shape) -> Layout:
         """Return `mean` and `scale`, one a column."""

@@ -42,6 +42,7 @@ class Swap(Wrapped):
 
     id: ClassVar[str] = "swap"
     grammar: ClassVar[str] = r"swap(?P<layers>\d{1,9}),"
+    examples: ClassVar[tuple[str, ...]] = ("swap1,lm3", "swap2,pq2x3", "swap1,rows2(lm3;lm2)")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -65,6 +65,7 @@ class Klt(Codec):
 
     id: ClassVar[str] = "klt"
     grammar: ClassVar[str] = r"klt(?P<bytes>\d{1,6})(?P<sized>s?)(?:h(?P<heads>\d{1,6})x(?P<block>\d{1,9}))?"
+    examples: ClassVar[tuple[str, ...]] = ("klt3", "klt4h2x5", "klt4sh2x5")
 
     def __post_init__(self) -> None:
         for name in ("row_bytes", "heads", "block"):

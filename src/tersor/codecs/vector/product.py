@@ -68,6 +68,7 @@ class Product(Codec):
     id: ClassVar[str] = "product"
     grammar: ClassVar[str] = (r"pq(?P<dim>\d{1,9})x(?P<words>\d{1,9})(?:(?P<fp32>f32)|b(?P<bits>\d{1,2}))?"
                               r"(?P<scope>m)?(?P<trained>t)?")
+    examples: ClassVar[tuple[str, ...]] = ("pq2x4", "pq2x5b10m", "pq1x3f32", "pq2x4t")
     own_traits: ClassVar[Traits] = Traits(column_wise=True)
     own_options: ClassVar[frozenset[str]] = frozenset({"iterations", "init", "samples", "batch", "engine", "feedback"})
 

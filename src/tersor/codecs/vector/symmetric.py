@@ -70,6 +70,7 @@ class Symmetric(Codec):
 
     id: ClassVar[str] = "symmetric"
     grammar: ClassVar[str] = r"sym(?P<bits>\d+)(?P<fitted>f?)(?P<scale>[cm]?)(?P<axis>o?)"
+    examples: ClassVar[tuple[str, ...]] = ("sym16", "sym12f", "sym24co", "sym20m")
     own_traits: ClassVar[Traits] = Traits(column_wise=True)
     own_options: ClassVar[frozenset[str]] = frozenset({"refits", "feedback"})
 
