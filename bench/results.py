@@ -1,11 +1,15 @@
-"""What every suite shares: where results go, and the provenance that every result line carries."""
+"""Result lines: where they lie, what each says of its origin, and when none is written.
+
+A line of `results/<suite>.jsonl` names a commit of the history, that of the code which was measured, or says "unknown".
+So nothing is written from a working tree with changes. On a machine without git a line carries a digest of the code
+instead; it gets its commit when it is merged into a clean tree of the same digest.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
-import functools
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -19,40 +23,69 @@ from typing import Any
 import torch
 
 import tersor
+from bench.markdown import UNKNOWN
+from bench.places import RESULTS, ROOT
+from bench.suite import RefusedError, Result
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results"
-TEXTS = ROOT / "bench" / "data"
-DOMAINS = ("fiction", "speech", "technical")
 PACKAGES = ("torch", "numpy", "transformers", "bitsandbytes", "hqq", "optimum-quanto", "torchao", "libgguf",
             "faiss-cpu")
+CODE = ("src", "bench")
+SHORT = 10  # digits of a commit
 
 
-@functools.cache
-def commit() -> str:
-    """Return the short commit, with `+dirty` when src/ or bench/ code differs from it; asked once, at import.
+def _git(*arguments: str, root: Path = ROOT) -> str | None:
+    """Return what git prints, or None where there is no git, or no repository."""
+    if shutil.which("git") is None:
+        return None
+    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+    return done.stdout.rstrip("\n") if done.returncode == 0 else None
 
-    A long run keeps the code that it loaded, whatever is committed while it goes on.
+
+def changed(root: Path = ROOT) -> list[str]:
+    """Return what `git status` lists, new files too; results themselves may differ."""
+    listed = _git("status", "--porcelain", "--untracked-files=all", "--", ".", ":!bench/results", root=root)
+    if listed is None:
+        raise RefusedError(f"{root}: git cannot say which commit this tree is; use --out, then --merge in a clean tree")
+    return listed.splitlines()
+
+
+def clean_commit(root: Path = ROOT) -> str:
+    """Return the commit that holds this very tree.
+
+    Raises
+    ------
+    RefusedError
+        If no commit does; names what differs.
     """
-    changed = _git("status", "--porcelain", "--", "src", "bench/*.py")
-    return _git("rev-parse", "--short=10", "HEAD") + ("+dirty" if changed else "")
+    differs = changed(root)
+    if differs:
+        told = ", ".join(line[3:] for line in differs[:5]) + (", …" if len(differs) > 5 else "")
+        raise RefusedError(f"results are written from a clean tree only, since each line names the commit that was "
+                           f"measured; commit or stash first: {told}")
+    head = _git("rev-parse", f"--short={SHORT}", "HEAD", root=root)
+    if not head:
+        raise RefusedError(f"{root}: git names no commit")
+    return head
 
 
-def _git(*arguments: str) -> str:
-    if shutil.which("git") is None:  # a device machine
-        return "unknown"
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
+def digest(root: Path = ROOT) -> str:
+    """Return a digest of the code under src/ and bench/: names and bytes of every Python file, data of the package."""
+    found = hashlib.sha256()
+    for folder in CODE:
+        for file in sorted((root / folder).rglob("*")):
+            if file.suffix in (".py", ".npz") and "__pycache__" not in file.parts:
+                found.update(f"{file.relative_to(root)}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
+    return found.hexdigest()[:16]
 
 
-def machine() -> dict[str, Any]:
-    """Return the processor's name, its cores as this process sees them, torch's threads, and the load on it now."""
+def machine(device: str = "") -> dict[str, Any]:
+    """Return the processor's name (or the accelerator's, where that measured), cores, torch's threads, and the load."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
         lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         name = lines[0].split(":", 1)[1].strip() if lines else name
-    return {"cpu": name, "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads(),
+    return {"cpu": device or name, "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads(),
             "load": os.getloadavg()[0]}
 
 
@@ -63,32 +96,6 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
-
-
-def record(suite: str, case: Any, *, seed: int, nbytes: int, numbers: Mapping[str, Any]) -> dict[str, Any]:
-    """Append one result line to `bench/results/<suite>.jsonl` and return it.
-
-    Parameters
-    ----------
-    suite : str
-        File name without its suffix.
-    case : dataclass
-        The case's record; its `key` names the line, and a later line of the same key replaces an earlier one in tables.
-    seed : int
-    nbytes : int
-        Every stored byte; 0 where nothing is stored.
-    numbers : mapping
-        What was measured; JSON-able.
-    """
-    line = {
-        "suite": suite, "key": case.key, "case": dataclasses.asdict(case), "commit": commit(),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), "machine": rounded(machine()),
-        "versions": versions(), "seed": seed, "bytes": nbytes, "numbers": rounded(numbers),
-    }
-    RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / f"{suite}.jsonl").open("a") as handle:
-        handle.write(json.dumps(line, ensure_ascii=False) + "\n")
-    return line
 
 
 def rounded(value: Any) -> Any:
@@ -102,13 +109,90 @@ def rounded(value: Any) -> Any:
     return value
 
 
+class Recorder:
+    """Appends result lines to a folder: bench/results, from a clean tree, or another one, from any.
+
+    Parameters
+    ----------
+    folder : Path or None
+        None: bench/results.
+
+    Raises
+    ------
+    RefusedError
+        If lines would go to bench/results and no commit holds this tree.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder or RESULTS
+        # asked once: a long run keeps the code that it loaded
+        self.origin = {"commit": clean_commit()} if folder is None else {"commit": UNKNOWN, "tree": digest()}
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def record(self, suite: str, result: Result) -> dict[str, Any]:
+        """Append one result line to `<suite>.jsonl` and return it."""
+        line = {
+            "suite": suite, "key": result.key, "case": dict(result.case), **self.origin,
+            "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "machine": rounded(machine(result.device)), "versions": versions(), "seed": result.seed,
+            "bytes": result.nbytes, "numbers": rounded(result.numbers),
+        }
+        append(self.folder / f"{suite}.jsonl", [line])
+        return line
+
+
+def append(file: Path, lines: list[dict[str, Any]]) -> None:
+    """Append lines to a file."""
+    with file.open("a") as handle:
+        handle.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def merge(folder: Path, suite: str) -> int:
+    """Append the lines of a run elsewhere under the commit here, whose code must be the same; return how many.
+
+    Raises
+    ------
+    RefusedError
+        If there are none, this tree has changes, or other code was measured.
+    """
+    file = folder / f"{suite}.jsonl"
+    if not file.is_file():
+        raise RefusedError(f"{file}: no lines of suite '{suite}' there")
+    lines, commit, here = read(file), clean_commit(), digest()
+    other = sorted({line.get("tree", "none") for line in lines} - {here})
+    if other:
+        raise RefusedError(f"{file}: lines of code with digest {', '.join(other)}; here it is {here}. Merge at the "
+                           f"commit that was measured")
+    for line in lines:
+        del line["tree"]
+        line["commit"] = commit
+    append(RESULTS / file.name, lines)
+    return len(lines)
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """Return the lines of a file."""
+    return [json.loads(text) for text in file.read_text().splitlines() if text.strip()]
+
+
 def newest(suite: str) -> dict[str, dict[str, Any]]:
     """Return the last line of each case of a suite, by key; empty without a results file."""
     file = RESULTS / f"{suite}.jsonl"
-    if not file.is_file():
-        return {}
-    lines = [json.loads(text) for text in file.read_text().splitlines() if text.strip()]
-    return {line["key"]: line for line in lines}
+    lines = read(file) if file.is_file() else []
+    return {line["key"]: line for line in lines if "key" in line}  # tilings of old have none
+
+
+def strangers(folder: Path = RESULTS) -> list[str]:
+    """Return what is wrong with result files: lines that name no commit of the history, and do not say so."""
+    listed = _git("rev-list", "HEAD")
+    if listed is None:
+        raise RefusedError("git is needed to check the commits of result lines")
+    history, found = listed.splitlines(), []
+    for file in sorted(folder.glob("*.jsonl")):
+        named = {line.get("commit", "") for line in read(file)} - {UNKNOWN}
+        wrong = sorted(one for one in named if not one or not any(full.startswith(one) for full in history))
+        found += [f"{file.name}: '{one}' is no commit of the history" for one in wrong]
+    return found
 
 
 @contextlib.contextmanager
@@ -120,6 +204,3 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-commit()

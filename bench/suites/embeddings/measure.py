@@ -9,11 +9,8 @@ its queries from the training set, is not used.
 
 from __future__ import annotations
 
-import argparse
 import csv
-import dataclasses
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -21,50 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import common
 import tersor
-import vectors
+from bench.suite import Asked, Outcome, Result, Unmeasured
+from bench.suites.embeddings.cases import EmbeddingCase
+from bench.suites.vectors import measure as vectors
 from tersor.errors import TersorError
 from tersor.vectors import Best
 
 SEED, K = 0, 3
-BITS = (1, 2, 4)
-FAMILIES = ("lplr", "lsvd", "dsvd", "lplr_plus", "qet_plus")  # at most so many bits, all told
-
-
-@dataclasses.dataclass(frozen=True)
-class EmbeddingCase:
-    """One method at so many bits an element.
-
-    Parameters
-    ----------
-    method : str
-        A family, a codec string that takes nominally `bits`, or `"original"`.
-    bits : int
-        0 for the original.
-    """
-
-    method: str
-    bits: int
-
-    @property
-    def key(self) -> str:
-        """The case's name in results."""
-        return f"banking77|{self.bits}|{self.method}"
-
-
-CASES = (EmbeddingCase("original", 0), *(
-    EmbeddingCase(method, bits) for bits in BITS
-    for method in (*FAMILIES, f"mm{bits}", f"fit{bits}o", f"rot,lm{bits}")))
-
-
-def banking77() -> tuple[Tensor, Tensor]:
-    """Return the embeddings of all training and all test sentences, float32 (n, 384); cached in out/."""
-    from safetensors.torch import load_file
-
-    vectors.banking77()
-    held = load_file(common.ROOT / "out" / "vectors" / "banking77.safetensors")
-    return held["train"], held["test"]
 
 
 def labels() -> tuple[Tensor, Tensor]:
@@ -115,37 +76,19 @@ def compress(x: Tensor, case: EmbeddingCase) -> tuple[Tensor, dict[str, Any]]:
                      "frobenius": frobenius(x, decoded), "encode_s": seconds}
 
 
-def measure(cases: Sequence[EmbeddingCase], *, write: bool) -> Iterator[tuple[EmbeddingCase, dict[str, Any]]]:
-    """Yield each case and its numbers, and record them if asked to."""
-    (train, test), (intents, truth) = banking77(), labels()
+def measure(cases: Sequence[EmbeddingCase], asked: Asked) -> Iterator[Outcome]:
+    """Yield every case."""
+    del asked
+    (train, test), (intents, truth) = vectors.embeddings(), labels()
     for case in cases:
         try:
             decoded, numbers = compress(train, case)
             queries, of_test = compress(test, case)
         except TersorError as problem:
-            yield case, {"cannot": str(problem)}
+            yield Unmeasured(case.key, str(problem))
             continue
-        for name, asked in (("raw", test), ("decoded", queries)):
-            numbers[f"accuracy_{name}"], numbers[f"f1_{name}"] = scores(classify(decoded, intents, asked), truth)
+        for name, given in (("raw", test), ("decoded", queries)):
+            numbers[f"accuracy_{name}"], numbers[f"f1_{name}"] = scores(classify(decoded, intents, given), truth)
         numbers |= {"test_bytes": of_test["bytes"], "test_frobenius": of_test["frobenius"], "rows": len(train),
                     "queries": len(test), "dim": train.shape[1]}
-        if write:
-            common.record("embeddings", case, seed=SEED, nbytes=numbers["bytes"], numbers=numbers)
-        yield case, numbers
-
-
-def main() -> int:
-    """Run the cases whose key contains any of the words given."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("words", nargs="*", help="run only cases whose key contains one of these")
-    parser.add_argument("--write", action="store_true", help="append to bench/results/embeddings.jsonl")
-    arguments = parser.parse_args()
-    chosen = [case for case in CASES if not arguments.words or any(word in case.key for word in arguments.words)]
-    with common.threads(1):
-        for case, numbers in measure(chosen, write=arguments.write):
-            print(case.key, common.rounded(numbers), flush=True)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        yield Result.of(case, numbers["bytes"], numbers, seed=SEED)

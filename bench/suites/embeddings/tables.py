@@ -1,11 +1,12 @@
-"""The tables of compressed embeddings and photographs; `tables.py` shows them."""
+"""The tables of compressed embeddings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
-Line = Mapping[str, Any]
+from bench.markdown import table
+from bench.suite import Builder, Line, Table
+
 HEADS = ("method", "bytes", "bits per element", "relative Frobenius error", "accuracy", "weighted F1",
          "accuracy, decoded queries", "encode, s")
 NAMES = {"lplr": "LPLR, as published", "lsvd": "LSVD, as published", "dsvd": "DSVD, as published",
@@ -13,13 +14,12 @@ NAMES = {"lplr": "LPLR, as published", "lsvd": "LSVD, as published", "dsvd": "DS
 PREFIXES = {"mm": "NQ, min-max, as published", "fit": "NQ, fitted levels"}
 
 
-def embeddings_table(bits: int) -> Callable[[Mapping[str, Line]], str]:
+def embeddings_table(bits: int) -> Builder:
     """Return the builder of the table at one rate, least error first, with the original on top."""
     def build(found: Mapping[str, Line]) -> str:
         chosen = [line for line in found.values() if line["case"]["bits"] in (0, bits)]
         chosen.sort(key=lambda line: line["numbers"]["frobenius"])
-        rows = [HEADS, ("---", *("---:" for _ in HEADS[1:])), *(_row(line) for line in chosen)]
-        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        return table(HEADS, map(_row, chosen))
     return build
 
 
@@ -40,19 +40,4 @@ def _row(line: Line) -> tuple[str, ...]:
             f"{100 * numbers['accuracy_decoded']:.2f} %", f"{numbers['encode_s']:.1f}")
 
 
-def pictures_table(rate: float) -> Callable[[Mapping[str, Line]], str]:
-    """Return the builder of the table of photographs at one rate: PSNR by layout, mean over the files."""
-    def build(found: Mapping[str, Line]) -> str:
-        held: dict[str, dict[str, list[float]]] = {}
-        for line in found.values():
-            case = line["case"]
-            if case["rate"] == rate:
-                by_layout = held.setdefault(case["method"], {})
-                by_layout.setdefault(case["layout"], []).append(line["numbers"]["psnr_db"])
-        layouts = ("patches", "stacked", "separate")
-        body = [(f"`{method}`", *(f"{sum(of[k]) / len(of[k]):.2f}" if k in of else "" for k in layouts))
-                for method, of in held.items()]
-        body.sort(key=lambda row: -float(row[1] or 0))
-        rows = [("PSNR, dB", *layouts), ("---", *("---:" for _ in layouts)), *body]
-        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return build
+TABLES = {f"embeddings-{bits}": Table(embeddings_table(bits), ("banking77",)) for bits in (1, 2, 4)}

@@ -1,155 +1,192 @@
-"""Tersor on a GPU: products with one matrix, an 8B-shaped model, its encoding, logits. Results: results/gpu.jsonl.
-
-On the machine with the GPU, from the repository's root (`dev/bnb` holds bitsandbytes, if it was carried):
-
-    PYTHONPATH=src:dev/bnb python3 bench/gpu.py kernels OUT
-    PYTHONPATH=src:dev/bnb python3 bench/gpu.py model OUT [--modes compiled graph] [--no-tuned]
-    PYTHONPATH=src python3 bench/gpu.py logits OUT
-    PYTHONPATH=src python3 bench/gpu.py encode OUT [--all]
-
-OUT/gpu.jsonl gets every line as soon as it is measured, OUT/gpu.failed.txt the tracebacks of what failed. Here, after:
-`python bench/gpu.py merge OUT`. Without a GPU the same commands rehearse on tiny shapes; nothing of that is a result.
-"""
+"""Cases of the GPU suites. On a processor they are tiny: a rehearsal."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-from pathlib import Path
+import dataclasses
+from collections.abc import Sequence
+from typing import ClassVar
 
-import torch
-
-import common
-import gpu_run
-
-
-def kernels(arguments: argparse.Namespace) -> int:
-    """Ceilings, products, Hadamard transforms, profiles."""
-    import gpu_kernels as suite
-
-    small = not torch.cuda.is_available()
-    shapes = [_shape(text) for text in arguments.shapes] or (suite.SMALL["shapes"] if small else suite.SHAPES)
-    batches = arguments.batches or (suite.SMALL["batches"] if small else suite.BATCHES)
-    codecs = arguments.codecs or suite.CODECS
-    ratios = suite.Ratios()
-    listed = []
-    if "ceilings" in arguments.parts:
-        listed += suite.ceiling_cases()
-    if "hadamard" in arguments.parts:
-        listed += suite.hadamard_cases(suite.SMALL["hadamards"] if small else suite.HADAMARDS)
-    if "products" in arguments.parts:
-        listed += suite.cases(shapes, batches, codecs)
-    run = gpu_run.Run("gpu_kernels", arguments.out, "gpu", limit=arguments.limit, finish=ratios.finish,
-                      retry=ratios.retry)
-    missed = run.cases(listed) if listed else 0
-    if "profile" in arguments.parts:
-        run = gpu_run.Run("gpu_kernels", arguments.out, "gpu_profile", limit=arguments.limit)
-        missed += run.cases(suite.profile_cases(shapes, batches, [c for c in codecs if c not in ("bf16", "int4")]))
-    return missed
+SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192))
+BATCHES = (1, 4, 8, 16, 64, 4096)
+CODECS = ("bf16", "int4", "nf4", "two2x2", "lm2", "rot,lm2", "lm3", "lm4", "rot,lm4", "lm8", "rtn4g128", "pq4x256",
+          "swap1,pq4x16", "lr256(fp16;fp16)", "bf16")
+HADAMARDS = ((8192, 4096), (8192, 14336), (8192, 576), (8192, 8192), (1, 4096), (1, 14336))
+SMALL_SHAPES, SMALL_BATCHES, SMALL_HADAMARDS = ((64, 256), (256, 64)), (1, 16), ((16, 64), (1, 576))
+MODELS = ("bf16", "int4", "nf4", "rot,lm4", "rot,lm2", "two2x2")  # bf16 first: ratios are to it
+LAYERS = 32
+ENCODED, SWEEPS, ENCODE_MOST = "two2x2", 1000, 400.0  # codec, sweeps; seconds for the whole model, then it stops
+# matrices of Llama 3.1 8B by shape: how many there are
+ENCODE_SHAPES = {(1024, 4096): 64, (4096, 4096): 64, (4096, 14336): 32, (14336, 4096): 64, (128256, 4096): 2}
+SMALL_ENCODE_SHAPES = {(32, 64): 4, (64, 64): 4, (64, 128): 2, (128, 64): 4, (256, 64): 2}
+LOGITS, DTYPES, TOKENS = ("rot,lm4", "two2x2", "rtn4g128"), ("float32", "float16"), 256
 
 
-def model(arguments: argparse.Namespace) -> int:
-    """Tokens a second of an 8B-shaped model."""
-    import gpu_model as suite
+@dataclasses.dataclass(frozen=True)
+class Ceiling:
+    """What the device can do at most: "copy" or "gemm"."""
 
-    listed = suite.cases([*arguments.codecs, *arguments.peers], arguments.layers, arguments.modes, arguments.span,
-                         attention=arguments.attention, tuned=arguments.tuned, pdl=arguments.pdl)
-    ratios = suite.Ratios()
-    return gpu_run.Run("gpu_model", arguments.out, "gpu", limit=arguments.limit, patience=240.0, finish=ratios.finish,
-                       retry=suite.retry, options={"store": arguments.store}).cases(listed)
+    what: str
 
-
-def encode(arguments: argparse.Namespace) -> int:
-    """Seconds of encoding an 8B-shaped model."""
-    import gpu_encode as suite
-
-    listed = suite.cases(arguments.codec, arguments.sweeps, whole=arguments.all, layers=arguments.layers,
-                         most=arguments.most)
-    return gpu_run.Run("gpu_encode", arguments.out, "gpu", limit=arguments.limit, patience=240.0,
-                       options={"store": arguments.store}).cases(listed)
+    @property
+    def key(self) -> str:
+        """The case's name in results."""
+        return f"ceiling|{self.what}"
 
 
-def logits(arguments: argparse.Namespace) -> int:
-    """Logits of fable-22m against the processor's."""
-    import gpu_logits as suite
+@dataclasses.dataclass(frozen=True)
+class Hadamard:
+    """The rotation of activations, in two dtypes."""
 
-    listed = suite.cases(arguments.codecs or suite.CODECS, arguments.dtypes or suite.DTYPES, arguments.tokens)
-    options = {"store": arguments.store, "model": str(arguments.model or suite.FOLDER)}
-    return gpu_run.Run("gpu_logits", arguments.out, "gpu", limit=arguments.limit, options=options).cases(listed)
+    what: ClassVar[str] = "hadamard"
+    rows: int
+    width: int
 
-
-def merge(arguments: argparse.Namespace) -> int:
-    """Append the lines of a run elsewhere to bench/results, under the commit here, which it was a copy of."""
-    merge_file(arguments.out / "gpu.jsonl", "gpu")
-    return 0
-
-
-def merge_file(file: Path, suite: str) -> None:
-    """Append the lines of a file to a suite's results; where the commit is not known, under that of this tree."""
-    lines = [json.loads(text) for text in file.read_text().splitlines()]
-    with (common.RESULTS / f"{suite}.jsonl").open("a") as handle:
-        for line in lines:
-            line["suite"] = suite
-            line["commit"] = common.commit() if line["commit"] == "unknown" else line["commit"]
-            handle.write(json.dumps(line, ensure_ascii=False) + "\n")
-    print(f"{len(lines)} lines of {file} appended to bench/results/{suite}.jsonl")
+    @property
+    def key(self) -> str:
+        """How the results' keys begin."""
+        return f"hadamard|{self.rows}x{self.width}"
 
 
-def _shape(text: str) -> tuple[int, int]:
-    out, width = text.split("x")
-    return int(out), int(width)
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """Products with one matrix at some batches; a codec that comes twice has `again`, which shows the spread."""
+
+    what: ClassVar[str] = "product"
+    shape: tuple[int, int]
+    codec: str
+    again: str = ""
+    batches: tuple[int, ...] = BATCHES
+    graph: bool = True
+
+    @property
+    def key(self) -> str:
+        """The case's name; a result's has the batch too."""
+        return f"product|{self.shape[0]}x{self.shape[1]}|{self.codec}{self.again}"
 
 
-def main() -> int:
-    """Parse the command line; exit status 1 if a case failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = parser.add_subparsers(required=True)
-    one = verbs.add_parser("kernels", help=kernels.__doc__)
-    one.set_defaults(run=kernels)
-    one.add_argument("--shapes", nargs="*", default=[], metavar="OUTxIN")
-    one.add_argument("--batches", nargs="*", type=int, default=[])
-    one.add_argument("--codecs", nargs="*", default=[])
-    one.add_argument("--parts", nargs="*", default=["ceilings", "hadamard", "products"],
-                     choices=("ceilings", "hadamard", "products", "profile"))
-    two = verbs.add_parser("model", help=model.__doc__)
-    two.set_defaults(run=model)
-    two.add_argument("--codecs", nargs="*", default=["rot,lm4", "rot,lm2", "two2x2"])
-    two.add_argument("--peers", nargs="*", default=["bf16", "int4", "nf4"])
-    two.add_argument("--layers", type=int, default=32)
-    two.add_argument("--modes", nargs="*", default=["compiled", "graph"], choices=("compiled", "graph"),
-                     help="see gpu_decoder (default: compiled graph)")
-    two.add_argument("--span", type=int, default=4, help="layers compiled as one (default: 4)")
-    two.add_argument("--attention", default="kernel", choices=("sdpa", "eager", "grouped", "kernel"),
-                     help="of all models alike; see gpu_decoder (default: kernel)")
-    two.add_argument("--tuned", action=argparse.BooleanOptionalAction, default=True,
-                     help="let Inductor tune its kernels and join them (default: yes)")
-    two.add_argument("--pdl", action=argparse.BooleanOptionalAction, default=True,
-                     help="let Inductor launch its kernels early, triton.enable_pdl (default: yes)")
-    three = verbs.add_parser("encode", help=encode.__doc__)
-    three.set_defaults(run=encode)
-    three.add_argument("--codec", default="two2x2")
-    three.add_argument("--sweeps", type=int, default=1000)
-    three.add_argument("--layers", type=int, default=32)
-    three.add_argument("--all", action="store_true", help="every matrix of the model, into a store")
-    three.add_argument("--most", type=float, default=150.0, help="seconds for --all; then it stops with what it has")
-    five = verbs.add_parser("logits", help=logits.__doc__)
-    five.set_defaults(run=logits)
-    five.add_argument("--model", type=Path, help="fable-22m, compressed (default: dev/fable-22m)")
-    five.add_argument("--codecs", nargs="*", default=[])
-    five.add_argument("--dtypes", nargs="*", default=[], choices=("float32", "float16", "bfloat16"))
-    five.add_argument("--tokens", type=int, default=256)
-    for verb in (two, three, five):
-        verb.add_argument("--store", default="/tmp/tersor-gpu", help="folder for stores (default: /tmp/tersor-gpu)")
-    four = verbs.add_parser("merge", help=merge.__doc__)
-    four.set_defaults(run=merge)
-    for verb in (one, two, three, four, five):
-        verb.add_argument("out", type=Path)
-    for verb in (one, two, three, five):
-        verb.add_argument("--limit", type=float, default=540.0, help="seconds after which no case is begun")
-    arguments = parser.parse_args()
-    return 1 if arguments.run(arguments) else 0
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """The kernels that a product launches."""
+
+    what: ClassVar[str] = "profile"
+    shape: tuple[int, int]
+    codec: str
+    batch: int
+
+    @property
+    def key(self) -> str:
+        """The case's name in results."""
+        return f"profile|{self.shape[0]}x{self.shape[1]}|{self.codec}|{self.batch}"
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Decoding with an 8B-shaped model in some modes, one after another, a result each.
+
+    Attributes
+    ----------
+    span : int
+        Layers compiled as one.
+    attention : str
+        Of all models alike; see decoder.py.
+    tuned, pdl : bool
+        Inductor tunes its kernels and joins them; launches them early.
+    """
+
+    what: ClassVar[str] = "model"
+    codec: str
+    layers: int = LAYERS
+    span: int = 4
+    modes: tuple[str, ...] = ("compiled", "graph")
+    attention: str = "kernel"
+    tuned: bool = True
+    pdl: bool = True
+
+    @property
+    def key(self) -> str:
+        """The case's name; a compiled result's has the mode too."""
+        settings = [self.attention, *(["tuned"] if self.tuned else []), *(["pdl"] if self.pdl else [])]
+        return f"model|{self.codec}|{self.layers}|{'|'.join(settings)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Encode:
+    """Encoding matrices of one shape, of which a model has `count`."""
+
+    what: ClassVar[str] = "encode"
+    shape: tuple[int, int]
+    count: int
+    codec: str = ENCODED
+    sweeps: int = SWEEPS
+    layers: int = LAYERS
+
+    @property
+    def key(self) -> str:
+        """The case's name in results."""
+        return f"encode|{self.shape[0]}x{self.shape[1]}|{self.codec}|{self.sweeps}"
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodeModel:
+    """Encoding every matrix of a model into a store, for at most some seconds."""
+
+    what: ClassVar[str] = "encode_model"
+    codec: str = ENCODED
+    sweeps: int = SWEEPS
+    layers: int = LAYERS
+    most: float = ENCODE_MOST
+
+    @property
+    def key(self) -> str:
+        """The case's name in results."""
+        return f"encode|model|{self.codec}|{self.sweeps}|{self.layers}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Logits:
+    """Logits of fable-22m on a GPU against the processor's."""
+
+    what: ClassVar[str] = "logits"
+    codec: str
+    dtype: str
+    tokens: int = TOKENS
+
+    @property
+    def key(self) -> str:
+        """The case's name in results."""
+        return f"logits|{self.codec}|{self.dtype}"
+
+
+GpuCase = Ceiling | Hadamard | Product | Model | Encode | EncodeModel | Logits
+
+
+def products(shapes: Sequence[tuple[int, int]], batches: tuple[int, ...]) -> list[Product]:
+    """Return a case a shape and codec."""
+    found = []
+    for shape in shapes:
+        seen: dict[str, int] = {}
+        for codec in CODECS:
+            seen[codec] = seen.get(codec, 0) + 1
+            found.append(Product(shape, codec, "" if seen[codec] == 1 else f"#{seen[codec]}", batches))
+    return found
+
+
+def cases(device: str) -> list[GpuCase]:
+    """Return the cases of the suite `gpu`."""
+    small = device == "cpu"
+    return [Ceiling("copy"), Ceiling("gemm"),
+            *(Hadamard(*size) for size in (SMALL_HADAMARDS if small else HADAMARDS)),
+            *products(SMALL_SHAPES if small else SHAPES, SMALL_BATCHES if small else BATCHES),
+            *(Model(codec) for codec in MODELS),
+            *(Logits(codec, dtype) for codec in LOGITS for dtype in DTYPES),
+            *(Encode(shape, count, sweeps=3 if small else SWEEPS)
+              for shape, count in (SMALL_ENCODE_SHAPES if small else ENCODE_SHAPES).items()),
+            EncodeModel(sweeps=3 if small else SWEEPS)]
+
+
+def profiles(device: str) -> list[Profile]:
+    """Return the cases of the suite `gpu_profile`: apart, since profiling slows what follows."""
+    small = device == "cpu"
+    return [Profile(shape, codec, batch) for shape in (SMALL_SHAPES if small else SHAPES)
+            for codec in dict.fromkeys(CODECS) if codec not in ("bf16", "int4")
+            for batch in (SMALL_BATCHES if small else BATCHES)]

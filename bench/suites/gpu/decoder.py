@@ -8,7 +8,7 @@ Modes, each a CUDA graph where the device is a GPU:
   embedding is one graph; else it stays as it is.
 
 Attention is transformers' "sdpa" or "eager", or, of one token, "grouped": sums of products that the compiler can fuse;
-or "kernel": one kernel (`gpu_attention`).
+or "kernel": one kernel (`attention.py`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache, StaticLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from gpu_run import SkipError, capturable, capture, device
+from bench.suites.gpu.timing import capturable, capture, device
+from bench.worker import SkipError
 
 MODES = ("compiled", "graph", "graph, embedding apart", "eager")
 COMPILED = MODES[0]
@@ -74,7 +75,7 @@ def _sums(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scalin
 
 @torch.library.custom_op("tersor_bench::attend", mutates_args=())
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    """Return what one token attends to; see `gpu_attention.attend`, which is what a GPU does."""
+    """Return what one token attends to; see `attention.attend`, which is what a GPU does."""
     return _sums(query, key, value, mask, scaling).contiguous()
 
 
@@ -86,10 +87,10 @@ def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -
 
 @attend.register_kernel("cuda")
 def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    import gpu_attention
+    from bench.suites.gpu import attention  # needs Triton
 
     with torch.cuda.device(query.device):
-        return gpu_attention.attend(query, key, value, mask, scaling)
+        return attention.attend(query, key, value, mask, scaling)
 
 
 def kernel(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,

@@ -5,71 +5,38 @@ Behind correctness: a line whose result is wrong, or not all written, has no tim
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import gpu_payload
-from gpu_run import Case, Emit, PlainTorch, SetupError, SkipError, device, poisoned, relative, settle, time_calls
+from bench.suite import Result
+from bench.suites.gpu import payload
+from bench.suites.gpu.cases import Ceiling, Hadamard, Product, Profile
+from bench.suites.gpu.timing import PlainTorch, device, poisoned, relative, settle, time_calls
+from bench.worker import Emit, SetupError, SkipError, listed
 from tersor.errors import TersorError
 from tersor.numerics.rotation import Rotation
+from tersor.ops.hadamard import hadamard
 
 BANDWIDTH = 3.0e12  # of the floor: bytes a second
 L2_BYTES = 50 * 10**6
 SETS_BYTES = 4 * L2_BYTES  # at least, of all sets of inputs together
 MOST_SETS = 64
 TOLERANCE = 1e-2  # of bf16 products
-SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192))
-BATCHES = (1, 4, 8, 16, 64, 4096)
-CODECS = ("bf16", "int4", "nf4", "two2x2", "lm2", "rot,lm2", "lm3", "lm4", "rot,lm4", "lm8", "rtn4g128", "pq4x256",
-          "swap1,pq4x16", "lr256(fp16;fp16)", "bf16")
-HADAMARDS = ((8192, 4096), (8192, 14336), (8192, 576), (8192, 8192), (1, 4096), (1, 14336))
-SMALL = {"shapes": ((64, 256), (256, 64)), "batches": (1, 16), "hadamards": ((16, 64), (1, 576))}
 
 
-def setup(options: dict[str, Any]) -> None:
-    """Nothing to prepare."""
-    del options
+def setup() -> None:
+    """Prepare nothing."""
 
 
-def cases(shapes: Sequence[tuple[int, int]], batches: Sequence[int], codecs: Sequence[str]) -> list[Case]:
-    """Return the cases of products, one a shape and codec; a codec that comes twice is measured twice."""
-    found = []
-    for shape in shapes:
-        seen: dict[str, int] = {}
-        for codec in codecs:
-            seen[codec] = seen.get(codec, 0) + 1
-            again = "" if seen[codec] == 1 else f"#{seen[codec]}"
-            found.append({"name": f"{shape[0]}x{shape[1]}|{codec}{again}", "what": "product", "shape": list(shape),
-                          "codec": codec, "again": again, "batches": list(batches)})
-    return found
-
-
-def ceiling_cases() -> list[Case]:
-    """Return the cases that measure what the device can do."""
-    return [{"name": f"ceiling|{what}", "what": what} for what in ("copy", "gemm")]
-
-
-def hadamard_cases(sizes: Sequence[tuple[int, int]]) -> list[Case]:
-    """Return the cases of the Hadamard transform."""
-    return [{"name": f"hadamard|{rows}x{width}", "what": "hadamard", "rows": rows, "width": width}
-            for rows, width in sizes]
-
-
-def profile_cases(shapes: Sequence[tuple[int, int]], batches: Sequence[int], codecs: Sequence[str]) -> list[Case]:
-    """Return the cases that name the kernels a product launches; apart, since profiling slows what follows."""
-    return [{"name": f"profile|{s[0]}x{s[1]}|{codec}|{batch}", "what": "profile", "shape": list(s), "codec": codec,
-             "batch": batch} for s in shapes for codec in dict.fromkeys(codecs) for batch in batches]
-
-
-def run(case: Case, emit: Emit) -> None:
+def run(case: Ceiling | Hadamard | Product | Profile, emit: Emit) -> None:
     """Run a case."""
     if device().type == "cuda":
         torch.cuda.empty_cache()  # memory of graphs that are gone
-    {"product": _product, "copy": _copy, "gemm": _gemm, "hadamard": _hadamard, "profile": _profile}[case["what"]](
+    {"product": _product, "copy": _copy, "gemm": _gemm, "hadamard": _hadamard, "profile": _profile}[case.what](
         case, emit)
 
 
@@ -80,9 +47,9 @@ class Ratios:
         self.bf16: dict[tuple[Any, ...], float] = {}
         self.done: dict[str, list[int]] = {}
 
-    def finish(self, line: dict[str, Any]) -> None:
+    def finish(self, result: Result) -> None:
         """Add the ratio."""
-        case, numbers = line["case"], line["numbers"]
+        case, numbers = result.case, result.numbers
         if case["what"] != "product":
             return
         self.done.setdefault(case["name"], []).append(case["batch"])
@@ -92,21 +59,21 @@ class Ratios:
         if "us" in numbers and place in self.bf16:
             numbers["x_bf16"] = float(f"{self.bf16[place] / numbers['us']:.4g}")
 
-    def retry(self, case: Case, problem: str) -> Case | None:
+    def retry(self, case: Any, problem: str) -> Product | None:
         """Return what is left of a failed case: without graphs where timing failed, else without that batch."""
-        if "SetupError" in problem:
+        if "SetupError" in problem or not isinstance(case, Product):
             return None
-        left = [batch for batch in case.get("batches", ()) if batch not in self.done.get(case["name"], ())]
+        left = tuple(batch for batch in case.batches if batch not in self.done.get(case.key, ()))
         if not left:
             return None
-        if case.get("graph", True) and "time_calls" in problem:
-            return {**case, "batches": left, "graph": False}
-        return {**case, "batches": left[1:], "graph": True} if left[1:] else None
+        if case.graph and "time_calls" in problem:
+            return dataclasses.replace(case, batches=left, graph=False)
+        return dataclasses.replace(case, batches=left[1:], graph=True) if left[1:] else None
 
 
-def _product(case: Case, emit: Emit) -> None:
-    shape, text = (case["shape"][0], case["shape"][1]), case["codec"]
-    source = gpu_payload.operands(text, shape)
+def _product(case: Product, emit: Emit) -> None:
+    shape, text = case.shape, case.codec
+    source = payload.operands(text, shape)
     try:
         held = [next(source)]
     except TersorError as error:
@@ -115,7 +82,7 @@ def _product(case: Case, emit: Emit) -> None:
     most = 3 if device().type == "cpu" else MOST_SETS
     while len(held) < max(3, min(most, math.ceil(SETS_BYTES / first.nbytes))):
         held.append(next(source))
-    for batch in case["batches"]:
+    for batch in case.batches:
         inputs = [_input(batch, shape[1], len(held) * batch + k) for k in range(len(held))]
         moved = first.nbytes + 2 * batch * (shape[0] + shape[1])
         numbers: dict[str, Any] = {"bits": 8 * first.nbytes / (shape[0] * shape[1]), "moved": moved,
@@ -123,18 +90,18 @@ def _product(case: Case, emit: Emit) -> None:
         numbers.update(_checked(first.apply, inputs[0], first.wanted(inputs[0])))
         if not numbers["red"]:
             timing = time_calls([lambda o=o, x=x: o.apply(x) for o, x in zip(held, inputs, strict=True)],
-                                graph=case.get("graph", True))
+                                graph=case.graph)
             numbers.update(timing.numbers())
             numbers.update({"tbs": 1e-12 * moved / timing.seconds, "floor": moved / BANDWIDTH / timing.seconds,
                             "tflops": 2e-12 * batch * shape[0] * shape[1] / timing.seconds})
-        emit(f"product|{shape[0]}x{shape[1]}|{batch}|{text}{case['again']}",
-             {**{k: v for k, v in case.items() if k not in ("batches", "graph")}, "batch": batch}, first.nbytes,
+        told = {name: value for name, value in listed(case).items() if name not in ("batches", "graph")}
+        emit(f"product|{shape[0]}x{shape[1]}|{batch}|{text}{case.again}", {**told, "batch": batch}, first.nbytes,
              numbers)
         del inputs
 
 
 def _input(batch: int, width: int, seed: int) -> Tensor:
-    return torch.randn(batch, width, dtype=torch.bfloat16, device=device(), generator=gpu_payload.generator(seed + 1))
+    return torch.randn(batch, width, dtype=torch.bfloat16, device=device(), generator=payload.generator(seed + 1))
 
 
 def _checked(apply: Any, x: Tensor, wanted: Tensor) -> dict[str, Any]:
@@ -150,25 +117,25 @@ def _checked(apply: Any, x: Tensor, wanted: Tensor) -> dict[str, Any]:
     return {"error": error, "error_poisoned": dirty, "red": not max(error, dirty) <= TOLERANCE, **path.numbers()}
 
 
-def _copy(case: Case, emit: Emit) -> None:
+def _copy(case: Ceiling, emit: Emit) -> None:
     """A copy of a gigabyte: bytes read and written a second."""
     size = 1 << (29 if device().type == "cuda" else 16)
     one = torch.randn(size, dtype=torch.float32, device=device()).to(torch.bfloat16)
     timing = time_calls([lambda: one.clone()] * 3)
-    emit("ceiling|copy", case, 2 * size, {**timing.numbers(), "tbs": 4e-12 * size / timing.seconds})
+    emit(case.key, listed(case), 2 * size, {**timing.numbers(), "tbs": 4e-12 * size / timing.seconds})
 
 
-def _gemm(case: Case, emit: Emit) -> None:
+def _gemm(case: Ceiling, emit: Emit) -> None:
     """A large bf16 product."""
     size = 8192 if device().type == "cuda" else 64
     pairs = [(_input(size, size, 2 * k), _input(size, size, 2 * k + 1)) for k in range(2)]
     timing = time_calls([lambda a=a, b=b: a @ b for a, b in pairs])
-    emit("ceiling|gemm", case, 0, {**timing.numbers(), "tflops": 2e-12 * size**3 / timing.seconds})
+    emit(case.key, listed(case), 0, {**timing.numbers(), "tflops": 2e-12 * size**3 / timing.seconds})
 
 
-def _hadamard(case: Case, emit: Emit) -> None:
+def _hadamard(case: Hadamard, emit: Emit) -> None:
     """The rotation of activations, float32 and bf16, against a copy of them."""
-    rows, width = case["rows"], case["width"]
+    rows, width = case.rows, case.width
     rotation = Rotation(width, 0)
     checked = min(rows, 64)
     for dtype in (torch.float32, torch.bfloat16):
@@ -191,25 +158,20 @@ def _hadamard(case: Case, emit: Emit) -> None:
             timing = time_calls([lambda x=x: _rotated(x, rotation) for x in inputs])
             numbers.update({**timing.numbers(), "copy_us": 1e6 * copy.seconds, "x_copy": timing.seconds / copy.seconds,
                             "tbs": 2e-12 * rows * width * dtype.itemsize / timing.seconds})
-        emit(f"hadamard|{rows}x{width}|{name}", case, 0, numbers)
+        emit(f"{case.key}|{name}", listed(case), 0, numbers)
 
 
 def _rotated(x: Tensor, rotation: Rotation) -> Tensor:
-    """Return activations rotated, in their dtype: by the op, or before there was one in plain torch."""
-    try:
-        from tersor.ops.hadamard import hadamard
-    except ImportError:
-        return rotation.forward(x.to(torch.float32)).to(x.dtype)
+    """Return activations rotated, in their dtype: by the op."""
     return hadamard(x, rotation)
 
 
-def _profile(case: Case, emit: Emit) -> None:
+def _profile(case: Profile, emit: Emit) -> None:
     """Kernels of one product by their own time, and time between the first kernel's start and the last's end."""
     if device().type == "cpu":
         raise SkipError("profiles are of GPUs")
-    shape = case["shape"][0], case["shape"][1]
-    one = next(gpu_payload.operands(case["codec"], shape))
-    x = _input(case["batch"], shape[1], 0)
+    one = next(payload.operands(case.codec, case.shape))
+    x = _input(case.batch, case.shape[1], 0)
     for _ in range(3):
         one.apply(x)
     settle()
@@ -221,7 +183,4 @@ def _profile(case: Case, emit: Emit) -> None:
     kernels = [[event.key[:80], event.count / 5, event.self_device_time_total / 5] for event in events[:8]]
     for name, count, us in kernels:
         print(f"    {us:8.2f} us  {count:5.1f} x  {name}", flush=True)
-    emit(case["name"], case, 0, {"launches": sum(e.count for e in events) / 5, "kernels": kernels})
-
-
-__all__ = ["Ratios", "cases", "ceiling_cases", "hadamard_cases", "profile_cases", "run", "setup"]
+    emit(case.key, listed(case), 0, {"launches": sum(e.count for e in events) / 5, "kernels": kernels})

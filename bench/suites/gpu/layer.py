@@ -1,29 +1,26 @@
 """Times configurations of one vector's products on a GPU where they stand: in a layer of an 8B Llama.
 
-PYTHONPATH=src python bench/gpu_layer.py OUT [--bits 2 4]
-
 A configuration that is best alone may not be so in a layer: there a product begins while the kernel before it ends, and
 the next begins beside it. So a chain of a layer's kernels is timed (rotary embedding and cache left out), product after
-product, each with what was best for those before. One line a configuration goes to OUT/gpu_tilings.jsonl: the time is
-the layer's.
+product, each with what was best for those before. The time of a configuration is the layer's.
 """
 
 from __future__ import annotations
 
-import argparse
 import concurrent.futures
 import dataclasses
 import itertools
 import multiprocessing
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import triton
 from torch import Tensor
 
-import gpu_attention
-from gpu_tilings import DEVICE, DTYPE, PROCESSES, Case, keep, microseconds, problem
+from bench.suite import Result
+from bench.suites.gpu import attention
+from bench.suites.gpu.tiling_cases import Alone
+from bench.suites.gpu.tilings import DEVICE, DTYPE, PROCESSES, microseconds, problem, result, streams
 from tersor.numerics.rotation import Rotation
 from tersor.ops.codebook_linear.launch import choose as kernels
 from tersor.ops.codebook_linear.shapes.one import VectorTiling, vector_fitted
@@ -42,10 +39,10 @@ Matrices = tuple[kernels.Operand, list[Tensor]]
 Job = tuple[int, str, VectorTiling]
 
 
-def case_of(bits: int, slot: str) -> Case:
-    """Return a product as `gpu_tilings` describes it."""
+def case_of(bits: int, slot: str) -> Alone:
+    """Return a product as tilings.py describes it."""
     rows, width = SLOTS[slot]
-    return Case("layer", str(bits), sum(rows), width, rotated=width == WIDTH)
+    return Alone("layer", str(bits), sum(rows), width, rotated=width == WIDTH)
 
 
 def tilings(bits: int, slot: str) -> list[VectorTiling]:
@@ -56,7 +53,7 @@ def tilings(bits: int, slot: str) -> list[VectorTiling]:
             (4, 8, 16), (16, 32), range(1, programs_most + 1), RING_KIB[slot], (1, 2, 16)):
         stages = min(8, room * 1024 // programs // (4 * 32 * warps * height))
         asked = VectorTiling(warps, height, programs, stages, min(early, stages))
-        fits = vector_fitted(asked, case.streams, rotated=case.rotated) if stages else None
+        fits = vector_fitted(asked, streams(case), rotated=case.rotated) if stages else None
         if fits is None or fits.programs != programs or any(count % fits.rows for count in SLOTS[slot][0]):
             continue
         if programs == 1 or -(-case.rows // fits.rows) >= 132 * programs * 2 // 3:
@@ -104,7 +101,7 @@ def chain(layers: list[dict[str, Matrices]], hidden: Tensor, cache: tuple[Tensor
     for layer in layers:
         together = product("qkv", layer["qkv"], hidden, tiling["qkv"])
         query = together[:, : HEADS * SIZE].view(1, HEADS, 1, SIZE)
-        seen = gpu_attention.attend(query, *cache, SIZE**-0.5).view(1, WIDTH)
+        seen = attention.attend(query, *cache, SIZE**-0.5).view(1, WIDTH)
         middle = product("o", layer["o"], seen, tiling["o"], hidden)
         gated = product("gate", layer["gate"], middle, tiling["gate"])
         turned = rotate(gated, Rotation(INNER, 0), False, DTYPE)
@@ -112,8 +109,8 @@ def chain(layers: list[dict[str, Matrices]], hidden: Tensor, cache: tuple[Tensor
     return hidden
 
 
-def sweep(bits: int, good: set[Job], out: Path) -> None:
-    """Time one product's configurations after another's; print and write."""
+def sweep(bits: int, good: set[Job]) -> Iterator[Result]:
+    """Yield the times of one product's configurations after another's."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     shape = 1, GROUPS, PLACES, SIZE
     key, value = (torch.randn(shape, device=DEVICE, dtype=DTYPE, generator=generator) for _ in range(2))
@@ -142,25 +139,16 @@ def sweep(bits: int, good: set[Job], out: Path) -> None:
             if float((chain(layers, hidden, cache, tried).float() - want).norm() / want.norm()) < LIMIT:
                 time = layer_time(tried)
                 found.append((time, dataclasses.astuple(tiling)))
-                keep(out, case_of(bits, slot), tiling, time)
+                yield result(case_of(bits, slot), tiling, time)
         print(f"{bits} bits, {slot}:", [(round(time, 2), numbers) for time, numbers in sorted(found)[:5]], flush=True)
         best[slot] = VectorTiling(*min(found)[1])
 
 
-def main() -> None:
-    """Parse the command line, compile side by side, sweep."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--bits", nargs="+", type=int, choices=(2, 3, 4), default=[2, 4])
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    jobs = [(bits, slot, tiling) for bits in arguments.bits for slot in SLOTS for tiling in tilings(bits, slot)]
+def measure(chosen: Sequence[int]) -> Iterator[Result]:
+    """Compile configurations at chosen bits side by side, then sweep."""
+    jobs = [(bits, slot, tiling) for bits in chosen for slot in SLOTS for tiling in tilings(bits, slot)]
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(PROCESSES, mp_context=spawn) as pool:
         good = {job for job, works in zip(jobs, pool.map(compiles, jobs, chunksize=2), strict=True) if works}
-    for bits in arguments.bits:
-        sweep(bits, good, arguments.out)
-
-
-if __name__ == "__main__":
-    main()
+    for bits in chosen:
+        yield from sweep(bits, good)

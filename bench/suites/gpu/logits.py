@@ -1,6 +1,6 @@
 """Logits of a small trained model on a GPU against the processor's: one compressed store, one text, two devices.
 
-The folder handed in holds fable-22m, compressed by one codec (11 MB at 4 bits travel; the model itself does not).
+The folder dev/fable-22m holds fable-22m, compressed by one codec (11 MB at 4 bits travel; the model itself does not).
 Stores of other codecs are made of what it decodes to. The processor computes in float32, in plain torch.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,34 +17,25 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import common
-import gpu_payload
-from gpu_run import Case, Emit, PlainTorch, SetupError, device, relative, settle
+from bench.places import ROOT, held_out
+from bench.suites.gpu import payload
+from bench.suites.gpu.cases import Logits
+from bench.suites.gpu.model import STORES
+from bench.suites.gpu.timing import PlainTorch, device, relative, settle
+from bench.worker import Emit, SetupError, listed
 from tersor import store
 from tersor.hf.models import quantizer  # noqa: F401 - registers the quantizer
 from tersor.hf.models.matrices import quiet
 from tersor.registry import parse
 
-FOLDER = common.ROOT / "dev" / "fable-22m"
-CODECS = ("rot,lm4", "two2x2", "rtn4g128")
-DTYPES = ("float32", "float16")
-TOKENS = 256
+FOLDER = ROOT / "dev" / "fable-22m"
 SWEEPS = 20  # of two-basis codes: how good they are is of no matter here
 HALF = 2.0**-11  # unit roundoff of float16
 ROUNDINGS = 21  # of a layer, that a number meets in float16: see `bound`
-_FOLDER, _STORES = FOLDER, Path("/tmp/tersor-gpu")
 
 
-def setup(options: dict[str, Any]) -> None:
-    """Take the folder of the model, and that of stores."""
-    global _FOLDER, _STORES
-    _FOLDER, _STORES = Path(options.get("model", _FOLDER)), Path(options.get("store", _STORES))
-
-
-def cases(codecs: Sequence[str], dtypes: Sequence[str], tokens: int) -> list[Case]:
-    """Return the cases."""
-    return [{"name": f"logits|{codec}|{dtype}", "what": "logits", "codec": codec, "dtype": dtype, "tokens": tokens}
-            for codec in codecs for dtype in dtypes]
+def setup() -> None:
+    """Prepare nothing."""
 
 
 def bound(dtype: str, layers: int) -> float:
@@ -59,36 +50,36 @@ def bound(dtype: str, layers: int) -> float:
 
 
 def written(text: str, numbers: dict[str, Any]) -> Path:
-    """Return the store of a codec: the folder handed in, or one made of what that decodes to."""
-    if not (_FOLDER / "config.json").is_file():
-        raise SetupError(f"{_FOLDER}: no compressed model; make it: tersor compress ../shared/data/models/fable-22m "
+    """Return the store of a codec: the folder, or one made of what that decodes to."""
+    if not (FOLDER / "config.json").is_file():
+        raise SetupError(f"{FOLDER}: no compressed model; make it: tersor compress ../shared/data/models/fable-22m "
                          f"{FOLDER} --codec rot,lm4 --rate 4.05 --uncalibrated --evaluation-tokens 0")
-    origin, codec = store.read(_FOLDER), parse(text)
+    origin, codec = store.read(FOLDER), parse(text)
     if {origin.matrix(name).codec for name in origin.matrix_names()} == {codec}:
-        return _FOLDER
-    folder = _STORES / f"logits-{''.join(c if c.isalnum() else '-' for c in text)}"
+        return FOLDER
+    folder = STORES / f"logits-{''.join(c if c.isalnum() else '-' for c in text)}"
     if folder.exists():
         return folder
     began, options = time.perf_counter(), {"sweeps": SWEEPS} if "two" in text else {}
 
-    def payload(entry: store.Entry) -> Mapping[str, Tensor]:
+    def coded(entry: store.Entry) -> Mapping[str, Tensor]:
         if entry.codec is None:
             return {"": origin.plain(entry.name)}
         matrix = origin.matrix(entry.name).decode().to(device())
         return {name: tensor.cpu() for name, tensor in codec.encode(matrix, options=options).tensors.items()}
 
-    listed = [store.Entry(name, entry.shape, entry.dtype, None if entry.codec is None else codec)
+    entries = [store.Entry(name, entry.shape, entry.dtype, None if entry.codec is None else codec)
               for name, entry in origin.entries.items()]
-    files = {file.name: file for file in _FOLDER.glob("*.json") if file.name not in (store.MANIFEST, store.INDEX)}
-    store.write(folder, listed, payload, kind="model", files=files)
+    files = {file.name: file for file in FOLDER.glob("*.json") if file.name not in (store.MANIFEST, store.INDEX)}
+    store.write(folder, entries, coded, kind="model", files=files)
     numbers["encode_s"] = time.perf_counter() - began
     return folder
 
 
 def text_ids(tokens: int) -> Tensor:
     """Return the first tokens of held-out fiction, (1, tokens)."""
-    tokenizer = AutoTokenizer.from_pretrained(_FOLDER)
-    text = (common.TEXTS / "fiction.txt").read_text()[: 16 * tokens]
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+    text = held_out("fiction")[: 16 * tokens]
     return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:tokens])[None]
 
 
@@ -102,15 +93,15 @@ def logits(folder: Path, where: torch.device, dtype: torch.dtype, ids: Tensor) -
     return found.to("cpu", torch.float64)
 
 
-def run(case: Case, emit: Emit) -> None:
+def run(case: Logits, emit: Emit) -> None:
     """Compute the logits on both devices, compare, and also say how far plain torch is on the same GPU."""
     numbers: dict[str, Any] = {}
-    folder = written(case["codec"], numbers)
-    kind, ids = getattr(torch, case["dtype"]), text_ids(case["tokens"])
+    folder = written(case.codec, numbers)
+    kind, ids = getattr(torch, case.dtype), text_ids(case.tokens)
     wanted = logits(folder, torch.device("cpu"), torch.float32, ids)
     with PlainTorch() as path:
         found = logits(folder, device(), kind, ids)
-    with gpu_payload.reference():
+    with payload.reference():
         plain = logits(folder, device(), kind, ids)
     layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
     best = wanted.topk(2).values
@@ -119,6 +110,6 @@ def run(case: Case, emit: Emit) -> None:
                 "error_kernels": relative(found, plain), "most": float((found - wanted).abs().max()),
                 "largest": float(wanted.abs().max()), "margin": float((best[:, 0] - best[:, 1]).median()),
                 "top1": float((found.argmax(-1) == wanted.argmax(-1)).to(torch.float64).mean()),
-                "bound": bound(case["dtype"], layers)}
+                "bound": bound(case.dtype, layers)}
     numbers["red"] = not numbers["error"] <= numbers["bound"]
-    emit(case["name"], case, store.stored_nbytes(folder), numbers)
+    emit(case.key, listed(case), store.stored_nbytes(folder), numbers)

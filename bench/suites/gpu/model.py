@@ -1,16 +1,18 @@
 """Tokens a second of an 8B-shaped Llama of random weights, batch 1: Tersor's stores, bf16, int4, NF4.
 
 Every linear, the head included, is compressed; Tersor also compresses the embedding, peers leave it in bf16. Tersor's
-model comes through `from_pretrained` from a store of random payloads. A decoding step (`gpu_decoder`) is one CUDA graph
+model comes through `from_pretrained` from a store of random payloads. A decoding step (`decoder.py`) is one CUDA graph
 over a static cache: token in, greedy token out; of transformers' kernels, or of what `torch.compile` makes of them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import math
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,10 +22,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-import gpu_payload
-from gpu_decoder import COMPILED, MODES, Decoder, compiler_options
-from gpu_payload import PEERS, Payloads
-from gpu_run import SEED, Case, Emit, PlainTorch, SkipError, device, relative, settle
+from bench.suite import Result
+from bench.suites.gpu import payload
+from bench.suites.gpu.cases import Model
+from bench.suites.gpu.decoder import COMPILED, MODES, Decoder, compiler_options
+from bench.suites.gpu.payload import PEERS, Payloads
+from bench.suites.gpu.timing import SEED, PlainTorch, device, relative, settle
+from bench.worker import Emit, SkipError, listed
 from tersor import store
 from tersor.compiling import backend
 from tersor.contract.codec import Codec, Encoded
@@ -37,31 +42,19 @@ PROMPT, NEW = 16, 128  # tokens
 ROUNDS = 5  # of NEW tokens, timed; the median counts
 TIMED_SECONDS = 2.0  # a round, at most: fewer tokens where a step is slow
 LOGITS_TOLERANCE = 0.1  # kernels against plain torch, both on bf16 activations, after all layers
-_STORES = Path("/tmp/tersor-gpu")
+STORES = Path(tempfile.gettempdir()) / "tersor-gpu"
 
 
-def setup(options: dict[str, Any]) -> None:
-    """Take the folder of stores."""
-    global _STORES
-    _STORES = Path(options.get("store", _STORES))
+def setup() -> None:
+    """Prepare nothing."""
 
 
-def cases(codecs: Sequence[str], layers: int, modes: Sequence[str], span: int, *, attention: str = "kernel",
-          tuned: bool = True, pdl: bool = True) -> list[Case]:
-    """Return the cases, bf16 first: ratios are to it. A case takes its modes one after another, a line each."""
-    ordered = sorted(dict.fromkeys(codecs), key=lambda text: text != "bf16")
-    settings = "|" + "|".join([attention, *(["tuned"] if tuned else []), *(["pdl"] if pdl else [])])
-    return [{"name": f"model|{text}|{layers}{settings}", "codec": text, "layers": layers, "span": span,
-             "modes": list(modes) or ["compiled"], "attention": attention, "tuned": tuned, "pdl": pdl}
-            for text in ordered]
-
-
-def retry(case: Case, problem: str) -> Case | None:
+def retry(case: Model, problem: str) -> Model | None:
     """Return a failed case without its first mode, or in the next one where the capture was at fault."""
-    if len(case["modes"]) > 1:
-        return {**case, "modes": case["modes"][1:]}
-    later = MODES[MODES.index(case["modes"][0]) + 1 :]
-    return {**case, "modes": [later[0]]} if later and "captur" in problem else None
+    if len(case.modes) > 1:
+        return dataclasses.replace(case, modes=case.modes[1:])
+    later = MODES[MODES.index(case.modes[0]) + 1 :]
+    return dataclasses.replace(case, modes=later[:1]) if later and "captur" in problem else None
 
 
 class Ratios:
@@ -70,9 +63,9 @@ class Ratios:
     def __init__(self) -> None:
         self.bf16: dict[tuple[int, str], float] = {}
 
-    def finish(self, line: dict[str, Any]) -> None:
+    def finish(self, result: Result) -> None:
         """Add the ratio."""
-        case, numbers = line["case"], line["numbers"]
+        case, numbers = result.case, result.numbers
         if "tokens_s" not in numbers:
             return
         at = case["layers"], numbers["mode"]
@@ -111,7 +104,7 @@ def companions(made: LlamaConfig) -> dict[str, bytes | Path]:
 
 def place(text: str, layers: int) -> Path:
     """Return the folder of a codec's store."""
-    return _STORES / f"{''.join(c if c.isalnum() else '-' for c in text)}-{layers}"
+    return STORES / f"{''.join(c if c.isalnum() else '-' for c in text)}-{layers}"
 
 
 def written(text: str, layers: int, numbers: dict[str, Any]) -> Path:
@@ -121,14 +114,14 @@ def written(text: str, layers: int, numbers: dict[str, Any]) -> Path:
         return folder
     began, sources = time.perf_counter(), dict[Shape, Payloads]()
 
-    def payload(entry: store.Entry) -> Mapping[str, Tensor]:
+    def drawn(entry: store.Entry) -> Mapping[str, Tensor]:
         if entry.codec is None:
             return {"": torch.ones(entry.shape, dtype=torch.bfloat16)}
         shape = entry.shape[0], entry.shape[1]
         source = sources.setdefault(shape, Payloads(entry.codec, shape))
         return {name: tensor.cpu() for name, tensor in source.draw().tensors.items()}
 
-    store.write(folder, entries(made, parse(text)), payload, kind="model", files=companions(made))
+    store.write(folder, entries(made, parse(text)), drawn, kind="model", files=companions(made))
     numbers["write_s"] = time.perf_counter() - began
     print(f"    store written: {store.stored_nbytes(folder) / 1e9:.2f} GB in {numbers['write_s']:.1f} s", flush=True)
     return folder
@@ -187,54 +180,54 @@ class PeerLinear(nn.Module):
 
 def peer(model: nn.Module, kind: str) -> nn.Module:
     """Put a peer's linear layers into a dense model, one after another; NF4 encodes the weights, int4 draws codes."""
-    random = gpu_payload.generator()
+    random = payload.generator()
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
             shape = module.weight.shape[0], module.weight.shape[1]
-            one = gpu_payload.nf4(module.weight.detach()) if kind == "nf4" else gpu_payload.int4(shape, random)
+            one = payload.nf4(module.weight.detach()) if kind == "nf4" else payload.int4(shape, random)
             model.set_submodule(name, PeerLinear(one.apply, shape, one.nbytes))  # what only `one.rows` holds is dropped
     return model
 
 
-def run(case: Case, emit: Emit) -> None:
+def run(case: Model, emit: Emit) -> None:
     """Make the model, check it, then time it in every mode."""
-    text, layers, attention = case["codec"], case["layers"], case["attention"]
-    options = compiler_options(tuned=case["tuned"], pdl=case["pdl"])
+    text, layers, attention = case.codec, case.layers, case.attention
+    options = compiler_options(tuned=case.tuned, pdl=case.pdl)
     if text in ("int4", "nf4") and device().type == "cpu":
         raise SkipError(f"{text} runs on a GPU only")
     _tidy()
     if device().type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     before = _allocated()
-    common: dict[str, Any] = {}
+    shared: dict[str, Any] = {}
     if text in PEERS:
         model = dense(layers, attention)
         model = model if text == "bf16" else peer(model, text)
     else:
-        model = loaded(written(text, layers, common), common, attention)
+        model = loaded(written(text, layers, shared), shared, attention)
     _tidy()
-    common["resident"], common["stored"] = _allocated() - before, _stored(model)
-    decoder = Decoder(model, case["span"], backend="inductor" if text in PEERS else backend, options=options)
-    prompt = torch.randint(0, model.config.vocab_size, (1, PROMPT), generator=gpu_payload.generator(),
+    shared["resident"], shared["stored"] = _allocated() - before, _stored(model)
+    decoder = Decoder(model, case.span, backend="inductor" if text in PEERS else backend, options=options)
+    prompt = torch.randint(0, model.config.vocab_size, (1, PROMPT), generator=payload.generator(),
                            device=device())
-    common["logits_error"] = 0.0 if text in PEERS else _against_reference(decoder, prompt)
+    shared["logits_error"] = 0.0 if text in PEERS else _against_reference(decoder, prompt)
     decoder.prefill(prompt)
     with PlainTorch() as path:
         eager = _steps(decoder, decoder.whole, 4)
-    common.update(path.numbers())
-    done, left = set[str](), list(case["modes"])
+    shared.update(path.numbers())
+    done, left = set[str](), list(case.modes)
     while left:
-        numbers = {**common, **decoder.prepare(left.pop(0))}
+        numbers = {**shared, **decoder.prepare(left.pop(0))}
         if "not_compiled" in numbers:
-            common["not_compiled"] = numbers["not_compiled"]
+            shared["not_compiled"] = numbers["not_compiled"]
         if numbers["mode"] not in done:
-            _measure({**case, "what": "model"}, emit, decoder, prompt, eager, numbers)
+            _measure(case, emit, decoder, prompt, eager, numbers)
         done.add(numbers["mode"])
     del decoder, model
     shutil.rmtree(place(text, layers), ignore_errors=True)  # a machine's disk need not hold them all
 
 
-def _measure(case: Case, emit: Emit, decoder: Decoder, prompt: Tensor, eager: Sequence[Tensor],
+def _measure(case: Model, emit: Emit, decoder: Decoder, prompt: Tensor, eager: Sequence[Tensor],
              numbers: dict[str, Any]) -> None:
     """Check a prepared step against the logits of plain ones, time it, and emit its line."""
     decoder.prefill(prompt)
@@ -246,8 +239,7 @@ def _measure(case: Case, emit: Emit, decoder: Decoder, prompt: Tensor, eager: Se
         numbers["us_prefill"] = _prefill(decoder, prompt)
     numbers["peak"] = torch.cuda.max_memory_allocated() if device().type == "cuda" else 0
     mode = numbers["mode"]
-    emit(f"{case['name']}|{mode}" if mode == COMPILED else case["name"], {**case, "mode": mode}, numbers["stored"],
-         numbers)
+    emit(f"{case.key}|{mode}" if mode == COMPILED else case.key, listed(case, mode=mode), numbers["stored"], numbers)
 
 
 def _tidy() -> None:
@@ -272,7 +264,7 @@ def _against_reference(decoder: Decoder, prompt: Tensor) -> float:
     """Return how far the prompt's last logits are from those with plain torch in the place of kernels."""
     decoder.prefill(prompt)
     found = decoder.logits.clone()
-    with gpu_payload.reference():
+    with payload.reference():
         decoder.prefill(prompt)
     print(f"    logits: standard deviation {float(found.std()):.3g}", flush=True)
     return relative(found, decoder.logits)

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu_run import SEED, SkipError, device
+from bench.suites.gpu.timing import SEED, device
+from bench.worker import SkipError
 from tersor.contract.codec import Codec, Encoded
+from tersor.ops.dispatch import reference_only
 from tersor.payload.blocks import Shape
 from tersor.payload.layout import TensorSpec
 from tersor.registry import parse
@@ -92,11 +94,6 @@ class Payloads:
 @contextlib.contextmanager
 def reference() -> Iterator[None]:
     """Let Tersor's operations run as plain torch."""
-    try:
-        from tersor.ops.dispatch import reference_only
-    except ImportError:
-        yield
-        return
     with reference_only():
         yield
 

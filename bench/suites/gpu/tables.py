@@ -1,11 +1,13 @@
-"""The tables of the GPU suites; `tables.py` splices them into docs/gpu.md and docs/kv.md."""
+"""The tables of the GPU suite."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-Line = Mapping[str, Any]
+from bench.markdown import table, verdict
+from bench.suite import Line, Table
+
 LARGE = ("14336x4096", "4096x14336")
 SHAPES = ("4096x4096", *LARGE, "28672x8192")
 SPEEDUPS = {"two2x2": 2.2, "lm2": 2.5, "lm3": 2.2, "lm4": 2.0, "rtn4g128": 2.0}  # x bf16, 4096x4096
@@ -19,8 +21,6 @@ MODEL_LEAST = {4: 2.8, 2: 4.0}  # x bf16, tokens a second, by bits
 HADAMARD_MOST = 1.3  # x a copy, 8192 x 4096
 ENCODE_MOST = 300.0  # seconds
 PEERS = {"bf16": "bf16, cuBLAS", "int4": "int4, torch (tinygemm, group 128)", "nf4": "bitsandbytes NF4, block 64"}
-CACHES = {"none": "dense", "static": "dense, static", "klt": "**Tersor** `klt` at {} bits",
-          "quanto": "`QuantizedCache`, quanto {}-bit, axes 0/0"}
 
 
 def label(codec: str) -> str:
@@ -36,7 +36,7 @@ def ceilings(found: Mapping[str, Line]) -> str:
         body.append(["copy of 1 GB, bytes read and written", f"{copy['numbers']['tbs']:.2f} TB/s"])
     if gemm:
         body.append(["bf16 product, 8192 x 8192 x 8192", f"{gemm['numbers']['tflops']:.0f} TFLOP/s"])
-    return _table(["ceiling", "measured"], body)
+    return table(["ceiling", "measured"], body)
 
 
 def target_of(line: Line) -> tuple[str, bool | None]:
@@ -67,8 +67,8 @@ def products(found: Mapping[str, Line]) -> str:
             f"{numbers['us']:.1f}{_how(numbers)}", f"{numbers['tbs']:.2f}",
             f"{100 * numbers['floor']:.0f} %", _ratio(numbers)]
         body.append([f"{case['shape'][0]} x {case['shape'][1]}", label(case["codec"]), f"{numbers['bits']:.3f}",
-                     f"{numbers['moved'] / 1e6:.2f}", *timed, f"{numbers['error']:.4f}", target, _verdict(passed)])
-    return _table(["out x in, batch 1", "codec", "bits an element", "MB moved", "us", "TB/s", "of the floor", "x bf16",
+                     f"{numbers['moved'] / 1e6:.2f}", *timed, f"{numbers['error']:.4f}", target, verdict(passed)])
+    return table(["out x in, batch 1", "codec", "bits an element", "MB moved", "us", "TB/s", "of the floor", "x bf16",
                    "relative error", "target", ""], body)
 
 
@@ -95,8 +95,8 @@ def batches(found: Mapping[str, Line]) -> str:
             target, passed = target_of(line)
             if target and size != 1:
                 verdicts.append(passed)
-        body.append([shape, label(codec), *cells, _verdict(all(verdicts)) if verdicts else ""])
-    return _table(["x bf16 (bf16: time)", "codec", *(f"batch {size}" for size in sizes),
+        body.append([shape, label(codec), *cells, verdict(all(verdicts)) if verdicts else ""])
+    return table(["x bf16 (bf16: time)", "codec", *(f"batch {size}" for size in sizes),
                    "4 bits: 1 at 16 and 64, 0.8 at 4096"], body)
 
 
@@ -110,8 +110,8 @@ def hadamard(found: Mapping[str, Line]) -> str:
                                                               f"{numbers['x_copy']:.2f}"]
         passed = not numbers["red"] and numbers["x_copy"] <= HADAMARD_MOST if judged else None
         body.append([f"{case['rows']} x {case['width']}", numbers["dtype"], *timed, f"{numbers['error']:.2g}",
-                     f"{HADAMARD_MOST:g}" if judged else "", _verdict(passed)])
-    return _table(["activations", "dtype", "us", "copy, us", "x copy", "relative error", "at most", ""], body)
+                     f"{HADAMARD_MOST:g}" if judged else "", verdict(passed)])
+    return table(["activations", "dtype", "us", "copy, us", "x copy", "relative error", "at most", ""], body)
 
 
 def targets(found: Mapping[str, Line]) -> str:
@@ -128,10 +128,10 @@ def targets(found: Mapping[str, Line]) -> str:
             numbers, share = line["numbers"], "floor" in target
             value = f"{100 * numbers['floor']:.0f} %" if share else f"{_ratio(numbers)} x"
             cells.append("**wrong**" if numbers["red"] else f"{value} of {target.replace(' of the floor', '')} "
-                         f"{_verdict(passed)}".replace(" x bf16", " x"))
+                         f"{verdict(passed)}".replace(" x bf16", " x"))
         unit = "speed of bf16" if shape == SHAPES[0] else "of the floor"
         body.append([f"{shape.replace('x', ' x ')}, {unit}", *cells])
-    return _table(["batch 1: reached of asked", *CODES.values()], body)
+    return table(["batch 1: reached of asked", *CODES.values()], body)
 
 
 def others(found: Mapping[str, Line]) -> str:
@@ -141,7 +141,7 @@ def others(found: Mapping[str, Line]) -> str:
     if line:
         passed = not line["numbers"]["red"] and line["numbers"]["x_copy"] <= HADAMARD_MOST
         body.append(["Hadamard, 8192 x 4096 bf16, time of a copy", f"at most {HADAMARD_MOST:g} x",
-                     f"{line['numbers']['x_copy']:.2f} x", _verdict(passed)])
+                     f"{line['numbers']['x_copy']:.2f} x", verdict(passed)])
     for batch, least in BATCH_LEAST.items():
         lines = [line for line in found.values() if line["case"]["what"] == "product"
                  and line["case"]["batch"] == batch and line["case"]["codec"] in FOUR_BITS]
@@ -149,9 +149,9 @@ def others(found: Mapping[str, Line]) -> str:
             ratios = [0.0 if line["numbers"]["red"] else line["numbers"]["x_bf16"] for line in lines]
             shapes = len({_shape(line) for line in lines})
             body.append([f"4 bits, batch {batch}, speed of bf16, {shapes} shapes", f"at least {least:g} x",
-                         f"{min(ratios):.2f} to {max(ratios):.2f} x", _verdict(min(ratios) >= least)])
+                         f"{min(ratios):.2f} to {max(ratios):.2f} x", verdict(min(ratios) >= least)])
     body += [*_model_rows(found), *_logits_rows(found), *_encode_rows(found)]
-    return _table(["", "target", "measured", ""], body)
+    return table(["", "target", "measured", ""], body)
 
 
 def _model_rows(found: Mapping[str, Line]) -> list[list[str]]:
@@ -164,7 +164,7 @@ def _model_rows(found: Mapping[str, Line]) -> list[list[str]]:
                            line["numbers"]["mode"] + _settings(line["case"])) for line in lines), default=(0.0, ""))
         if lines:
             body.append([f"8B-shaped model, {bits} bits, tokens/s of bf16 in the same mode", f"at least {least:g} x",
-                         f"{best:.2f} x ({mode})", _verdict(best >= least)])
+                         f"{best:.2f} x ({mode})", verdict(best >= least)])
     return body
 
 
@@ -178,7 +178,7 @@ def _logits_rows(found: Mapping[str, Line]) -> list[list[str]]:
             numbers = worst["numbers"]
             body.append([f"fable-22m's logits, activations {dtype}, relative error to the processor's",
                          f"at most {numbers['bound']:.2g}", f"{numbers['error']:.2g} (`{worst['case']['codec']}`)",
-                         _verdict(not any(line["numbers"]["red"] for line in lines))])
+                         verdict(not any(line["numbers"]["red"] for line in lines))])
     return body
 
 
@@ -190,7 +190,7 @@ def _encode_rows(found: Mapping[str, Line]) -> list[list[str]]:
         if case["what"] == "encode_model" and not line["key"].startswith("encode|partial"):
             body.append([f"encoding the 8B-shaped model, `{case['codec']}`, {case['sweeps']} sweeps",
                          f"at most {ENCODE_MOST:g} s", f"{numbers['seconds']:.0f} s",
-                         _verdict(not numbers["red"] and numbers["seconds"] <= ENCODE_MOST)])
+                         verdict(not numbers["red"] and numbers["seconds"] <= ENCODE_MOST)])
     return body
 
 
@@ -214,8 +214,8 @@ def model(found: Mapping[str, Line]) -> str:
         body.append([named, how, f"{line['bytes'] / 1e9:.2f}", f"{numbers['resident'] / 1e9:.2f}",
                      *timed, prompt, loading, f"{numbers['logits_error']:.3f}" if numbers["logits_error"] else "",
                      "" if least is None else f"{least:g} x bf16",
-                     _verdict(None if least is None else not numbers["red"] and ratio >= least)])
-    return _table(["8B-shaped Llama, batch 1", "mode", "GB", "resident, GB", "tokens/s", "ms a token", "x bf16",
+                     verdict(None if least is None else not numbers["red"] and ratio >= least)])
+    return table(["8B-shaped Llama, batch 1", "mode", "GB", "resident, GB", "tokens/s", "ms a token", "x bf16",
                    "prompt of 16, ms", "loading (verifying), s", "logits, kernels against plain torch", "target",
                    ""], body)
 
@@ -252,8 +252,8 @@ def encode(found: Mapping[str, Line]) -> str:
         body.append([name, f"`{case['codec']}`, {case['sweeps']} sweeps", f"{seconds:.1f}",
                      f"{numbers['encode_s']:.1f}" if whole else "", f"{numbers['ns_sweep']:.4f}", f"{error:.4f}",
                      f"{ENCODE_MOST:g}" if whole else "",
-                     _verdict(not numbers["red"] and seconds <= ENCODE_MOST if whole and not part else None)])
-    return _table(["matrices", "codec", "seconds", "of encoding alone", "ns a weight and sweep", "relative MSE, worst",
+                     verdict(not numbers["red"] and seconds <= ENCODE_MOST if whole and not part else None)])
+    return table(["matrices", "codec", "seconds", "of encoding alone", "ns a weight and sweep", "relative MSE, worst",
                    "at most, s", ""], body)
 
 
@@ -264,45 +264,11 @@ def logits(found: Mapping[str, Line]) -> str:
         case, numbers = line["case"], line["numbers"]
         plain = " (plain torch)" if "plain" in numbers else ""
         body.append([label(case["codec"]) + plain, case["dtype"], f"{numbers['error']:.2g}", f"{numbers['bound']:.2g}",
-                     _verdict(not numbers["red"]), f"{numbers['error_plain']:.2g}", f"{numbers['error_kernels']:.2g}",
+                     verdict(not numbers["red"]), f"{numbers['error_plain']:.2g}", f"{numbers['error_kernels']:.2g}",
                      f"{numbers['most']:.2g} of {numbers['largest']:.1f}", f"{100 * numbers['top1']:.1f} %"])
-    return _table(["fable-22m, 256 tokens", "activations on the GPU", "relative error", "at most", "",
+    return table(["fable-22m, 256 tokens", "activations on the GPU", "relative error", "at most", "",
                    "of plain torch on the GPU", "kernels against plain torch", "largest error, of the largest logit",
                    "same first choice"], body)
-
-
-def kv(found: Mapping[str, Line]) -> str:
-    """Decoding with caches on a GPU; lines with cuDNN's attention only where there are no others."""
-    body = []
-    timed = [line for line in found.values() if not line["case"]["profile"]]
-    timed = [line for line in timed if not line["case"]["cudnn"]] or timed
-    ordered = sorted(timed, key=lambda line: line["case"]["tokens"])
-    totals = {(line["case"]["method"], line["case"]["tokens"]): _total(line)
-              for line in reversed(ordered) if not line["numbers"]["red"]}
-    for line in ordered:
-        case, numbers = line["case"], line["numbers"]
-        kind, _, bits = case["method"].partition(":")
-        name = CACHES.get(kind, f"**Tersor** `{case['method']}`").format(bits)
-        rate = f"{numbers['rate']:.2f}" if numbers["rate"] else "16"
-        start = [str(case["tokens"]), name, case["attention"], rate, f"{line['bytes'] / 1e6:.0f}"]
-        if numbers["red"]:
-            body.append([*start, "**wrong**", *[""] * 6])
-            continue
-        total = _total(line)
-        ratios = [f"{totals[other, case['tokens']] / total:.2f}" if (other, case["tokens"]) in totals else ""
-                  for other in ("none", "quanto:4", "quanto:2")]
-        profile = found.get(line["key"].replace("gpu|", "gpuprofile|"))
-        kernels = f"{profile['numbers']['kernels_ms']:.2f}" if profile else ""
-        extra = f"{numbers['extra'] / 1e6:.0f}" if "extra" in numbers else ""
-        body.append([*start, f"{numbers['step_ms']:.2f}", kernels, f"{numbers['encode_ms']:.2f}", *ratios, extra])
-    return _table(["tokens", "cache", "attention", "bits an element", "cache, MB", "ms a step", "of it kernels",
-                   "ms a token for encoding", "tokens/s, x dense", "x quanto 4-bit", "x quanto 2-bit",
-                   "a step's extra memory, MB"], body)
-
-
-def _total(line: Line) -> float:
-    """Return milliseconds a token, encoding included."""
-    return line["numbers"]["step_ms"] + line["numbers"]["encode_ms"]
 
 
 def _products(found: Mapping[str, Line]) -> list[Line]:
@@ -326,19 +292,10 @@ def _ratio(numbers: Mapping[str, Any]) -> str:
     return f"{numbers['x_bf16']:.2f}" if "x_bf16" in numbers else ""
 
 
-def _verdict(passed: bool | None) -> str:
-    return "" if passed is None else "pass" if passed else "**fail**"
-
-
-def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(header)} |", f"| --- |{' ---: |' * (len(header) - 1)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in body)])
-
-
-TABLES: Mapping[str, tuple[str, str, Callable[[Mapping[str, Line]], str]]] = {
-    "gpu-ceilings": ("gpu", "ceiling|", ceilings), "gpu-products": ("gpu", "product|", products),
-    "gpu-batches": ("gpu", "product|", batches), "gpu-hadamard": ("gpu", "hadamard|", hadamard),
-    "gpu-targets": ("gpu", "product|", targets), "gpu-model": ("gpu", "model|", model),
-    "gpu-targets-other": ("gpu", "product|hadamard|model|logits|encode|", others),
-    "gpu-logits": ("gpu", "logits|", logits), "gpu-encode": ("gpu", "encode|", encode),
-    "kv-gpu": ("kv_gpu", "gpu|gpuprofile|", kv)}
+TABLES = {
+    "gpu-ceilings": Table(ceilings, ("ceiling",)), "gpu-products": Table(products, ("product",)),
+    "gpu-batches": Table(batches, ("product",)), "gpu-hadamard": Table(hadamard, ("hadamard",)),
+    "gpu-targets": Table(targets, ("product",)), "gpu-model": Table(model, ("model",)),
+    "gpu-targets-other": Table(others, ("product", "hadamard", "model", "logits", "encode")),
+    "gpu-logits": Table(logits, ("logits",)), "gpu-encode": Table(encode, ("encode",)),
+}

@@ -1,7 +1,7 @@
 """Does Kashin quantization reproduce? The published forms beside the control that the paper lacked, at equal bits.
 
-Targets are the figures measured in numpy when the paper was studied. Exit status 1 if one is missed, that is exceeded
-by more than its tolerance; what is better by more than that is called so and explained in docs/codecs/kashin.md.
+Targets are the figures measured in numpy when the paper was studied. One is missed if it is exceeded by more than its
+tolerance; what is better by more than that is called so and explained in docs/codecs/kashin.md.
 
 * `error`: mean over 128 vectors of 4,096 elements of |x - x'|^2 / |x|^2; outliers: 1 % of the columns times 20, which
   gives the study's errors of its plainest methods. On heavy tails and outliers its figures are shown without judgement,
@@ -12,19 +12,17 @@ by more than its tolerance; what is better by more than that is called so and ex
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import common
 import tersor
+from bench.suite import Asked, Result, Section
 from tersor import testing
 from tersor.codecs.bases.kashin import ResidualWarning
 from tersor.codecs.bases.peaks import lloyd
@@ -89,7 +87,7 @@ class Case:
         return f"reproduction|{self.check}|{self.data}|{self.method}"
 
 
-Outcome = tuple[Case, float, dict[str, Any], int]
+Figure = tuple[Case, float, dict[str, Any], int]
 
 
 def relative(matrix: Tensor, decoded: Tensor) -> float:
@@ -120,7 +118,7 @@ def min_max(matrix: Tensor, words: int) -> Tensor:
     return (step * ((groups + peak) / step).round() - peak).reshape(matrix.shape)
 
 
-def measure(matrix: Tensor, method: str, bits: int) -> tuple[float, dict[str, Any], int]:
+def one(matrix: Tensor, method: str, bits: int) -> tuple[float, dict[str, Any], int]:
     """Return the error of a method of the first table, its rate and bytes."""
     if method in (KMEANS, BEST):
         nbytes = matrix.numel() * bits // 8 + 2 * len(matrix) * 2**bits
@@ -136,7 +134,7 @@ def measure(matrix: Tensor, method: str, bits: int) -> tuple[float, dict[str, An
     return relative(matrix, encoded.decode()), numbers, encoded.nbytes
 
 
-def errors() -> Iterator[Outcome]:
+def errors() -> Iterator[Figure]:
     """Yield the first table, and the order that it must show."""
     for column, (data, make) in enumerate(DATA.items()):
         matrix = make((VECTORS, WIDTH), SEED)
@@ -147,7 +145,7 @@ def errors() -> Iterator[Outcome]:
                     continue
                 published = study[bits][column]
                 judged = data == "gaussian" and method in JUDGED
-                value, numbers, nbytes = measure(matrix, method, bits)
+                value, numbers, nbytes = one(matrix, method, bits)
                 found[method] = value
                 yield (Case("error", data, method.format(bits=bits),
                             published if judged else None, TOLERANCE if judged else 0.0, published), value, numbers,
@@ -155,7 +153,7 @@ def errors() -> Iterator[Outcome]:
             yield from orders(data, bits, found)
 
 
-def orders(data: str, bits: int, found: Mapping[str, float]) -> Iterator[Outcome]:
+def orders(data: str, bits: int, found: Mapping[str, float]) -> Iterator[Figure]:
     """Yield whether errors rise as in the study: the control first, on all data; ahead of k-means where it was."""
     claims = [(CONTROL, GREEDY), (CONTROL, FIRST), (CONTROL, FIXED)]
     if data != "gaussian":
@@ -170,11 +168,11 @@ def orders(data: str, bits: int, found: Mapping[str, float]) -> Iterator[Outcome
                {"shown": f"{found[low]:.4f}, {found[high]:.4f}"}, 0)
 
 
-def separate() -> Iterator[Outcome]:
+def separate() -> Iterator[Figure]:
     """Yield separate codebooks, clipping, and one codebook for all vectors, on Gaussian vectors."""
     matrix = testing.gaussian((VECTORS, WIDTH), SEED)
     for method, target in (*SEPARATE.items(), *((text, None) for text in SHARED)):
-        value, numbers, nbytes = measure(matrix, method, 0)
+        value, numbers, nbytes = one(matrix, method, 0)
         yield Case("error", "gaussian", method, target, TOLERANCE if target else 0.0, target), value, numbers, nbytes
 
 
@@ -184,7 +182,7 @@ def outlying(shape: tuple[int, int], seed: int) -> Tensor:
     return testing.outliers(shape, seed) * factor.T
 
 
-def published_form() -> Iterator[Outcome]:
+def published_form() -> Iterator[Figure]:
     """Yield the 2024 paper's matrix form, k-means without it, and k-means after the same Q1 and Q2."""
     makers = {**DATA, "row and column outliers": outlying}
     both = Kronecker(Basis("dense", MATRIX[0], 1), Basis("dense", MATRIX[1], 0))
@@ -211,7 +209,7 @@ def published_form() -> Iterator[Outcome]:
         yield Case("order", f"matrix, {data}", claim, 1.0), float(holds), {"shown": "yes" if holds else "no"}, 0
 
 
-def steps() -> Iterator[Outcome]:
+def steps() -> Iterator[Figure]:
     """Yield steps to two tolerances, by transform."""
     for data, make in DATA.items():
         for kind in ("hadamard", "dct", "butterfly"):
@@ -223,7 +221,7 @@ def steps() -> Iterator[Outcome]:
                             target), most, {}, 0)
 
 
-SECTIONS: Mapping[str, Callable[[], Iterator[Outcome]]] = {
+SECTIONS: Mapping[str, Callable[[], Iterator[Figure]]] = {
     "errors": errors, "separate": separate, "matrix": published_form, "steps": steps}
 
 
@@ -238,26 +236,11 @@ def verdict(case: Case, value: float) -> str:
     return "better" if value < case.target * (1 - case.tolerance) else "pass"
 
 
-def main() -> int:
-    """Run the sections, print every figure and return 1 if one is missed."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", nargs="+", choices=tuple(SECTIONS), default=tuple(SECTIONS))
-    parser.add_argument("--write", action="store_true", help="add lines to results/kashin.jsonl")
-    arguments = parser.parse_args()
-    missed = 0
-    with common.threads(1):
-        for section in arguments.only:
-            for case, value, extra, nbytes in SECTIONS[section]():
-                found = verdict(case, value)
-                missed += found == "fail"
-                if arguments.write:
-                    numbers = {"value": value, "verdict": found, "passed": found != "fail" if found else None, **extra}
-                    common.record("kashin", case, seed=SEED, nbytes=nbytes, numbers=numbers)
-                wanted = "" if case.shown is None else f"{case.shown:g}"
-                print(f"{case.check:<9} {case.data:<28} {case.method:<44} {value:10.5f}  {wanted:<8} {found:<7} "
-                      f"{extra.get('shown', '')}", flush=True)
-    return 1 if missed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def measure(chosen: Sequence[Section], asked: Asked) -> Iterator[Result]:
+    """Yield every figure of the sections."""
+    del asked
+    for section in chosen:
+        for case, value, extra, nbytes in SECTIONS[section.name]():
+            found = verdict(case, value)
+            numbers = {"value": value, "verdict": found, "passed": found != "fail" if found else None, **extra}
+            yield Result.of(case, nbytes, numbers, seed=SEED)

@@ -1,11 +1,13 @@
-"""Tables of the Kashin suite; `tables.py` splices them into the documentation."""
+"""Tables of the Kashin suite; with the study's figures beside."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-Line = Mapping[str, Any]
+from bench.markdown import table, verdict
+from bench.suite import Line, Table
+
 DATA = ("gaussian", "student_t3", "outliers")
 
 
@@ -24,14 +26,14 @@ def reproduction_table(found: Mapping[str, Line]) -> str:
         first = next(iter(lines.values()))
         cells = [_cell(lines[data]) if data in lines else "" for data in DATA]
         body.append([_name(method), f"{first['numbers']['rate']:.3f}", *cells, _verdicts(lines.values())])
-    wide = _table(["relative MSE", "bits per element", "Gaussian", "Student t, 3 d.o.f.", "outlier columns", ""], body)
+    wide = table(["relative MSE", "bits per element", "Gaussian", "Student t, 3 d.o.f.", "outlier columns", ""], body)
     orders = [line for line in rest if line["case"]["check"] == "order"]
     held = sum(bool(line["numbers"]["passed"]) for line in orders)
     rows = [[f"{line['case']['check']}, {line['case']['data']}, {line['case']['method']}", _cell(line),
              _verdicts([line])] for line in rest if line["case"]["check"] != "order"]
     rows.append(["orders of two methods on one kind of data that hold", f"{held} of {len(orders)}",
-                 "pass" if held == len(orders) else "**fail**"])
-    return f"{wide}\n\n{_table(['check', 'measured (study)', ''], rows)}"
+                 verdict(held == len(orders))])
+    return f"{wide}\n\n{table(['check', 'measured (study)', ''], rows)}"
 
 
 def _name(method: str) -> str:
@@ -52,6 +54,4 @@ def _verdicts(lines: Any) -> str:
     return "**fail**" if "fail" in found else "better" if "better" in found else "pass" if found else ""
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(header)} |", f"| --- |{' ---: |' * (len(header) - 1)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+TABLES = {"kashin-reproduction": Table(reproduction_table, ("reproduction",))}

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, QuantizedCache
 
-import kv_models
+from bench.suites.kv import models
+from bench.suites.kv.cases import BLOCK, RESIDUAL, SINK, Method
 from tersor.contract.codec import Codec
 from tersor.errors import BudgetError
 from tersor.families.qet import Preset
@@ -21,58 +21,13 @@ from tersor.hf.kv.cache import CompressedCache
 GROUP = 64
 
 
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """One method; `kind` says whose, `spec` its setting, `bits` what it is called.
-
-    Kinds: `none`; `quanto` and `hqq`, whose setting is bits and the axes of keys and values; `kivi`, `turbo`, `qet`,
-    `fp8` and `free` (Tersor without trained tables), codec strings of keys and values; `klt` and `plan`, a rate.
-    """
-
-    kind: str
-    spec: str
-    bits: float
-
-    @property
-    def name(self) -> str:
-        """Name within result lines."""
-        return f"{self.kind}:{self.spec}"
-
-    @property
-    def ours(self) -> bool:
-        """Tell whether it is a setting of Tersor's own rather than a published form."""
-        return self.kind in ("klt", "plan", "free")
-
-
-def cheap() -> list[Method]:
-    """Return methods that encode fast."""
-    found = [Method("none", "", 32)]
-    for bits in (2, 4):
-        found += [Method("quanto", f"{bits},{axes}", bits) for axes in ("0,0", "-1,0")]
-        found += [Method("hqq", f"{bits},{axes}", bits) for axes in ("1,1", "0,1")]
-    found += [Method("hqq", f"{bits},0,0", bits) for bits in (2, 3, 4)]
-    found += [Method("kivi", f"rtn{levels}g{group}o;rtn{levels}g{group}", bits)
-              for levels, bits in (("L3", 1.5), ("2", 2), ("3", 3), ("4", 4)) for group in (32, 64)]
-    found += [Method("turbo", f"rot,lm{levels};rot,lm{levels}", bits)
-              for levels, bits in (("L3", 1.5), ("2", 2), ("3", 3), ("4", 4))]
-    found.append(Method("fp8", "fp8;fp8", 8))
-    return found + [Method("klt", f"{rate:g}", rate) for rate in kv_models.UNIFORM] + [
-        Method("plan", f"{rate:g}", rate) for rate in kv_models.RATES]
-
-
-def dear() -> list[Method]:
-    """Return methods that encode slowly."""
-    return ([Method("free", f"rot,sym{int(8 * bits)};rot,sym{int(8 * bits)}", bits) for bits in (1.5, 2, 3, 4)]
-            + [Method("qet", "published", bits) for bits in (2, 3, 4)])
-
-
 @functools.cache
 def published(rows: int, dim: int, rate: float) -> str:
     """Return QET as published, fitted to one block of a layer: of all structures the one of least error on noise.
 
     It gets a quarter of a bit more than the nominal rate, as the norms of the rotated codecs take.
     """
-    sample = torch.randn(rows, dim, generator=torch.Generator().manual_seed(kv_models.SEED))
+    sample = torch.randn(rows, dim, generator=torch.Generator().manual_seed(models.SEED))
     best: tuple[float, Codec] | None = None
     for width in (1, 2, 4):
         for layers in (1, 2):
@@ -97,14 +52,14 @@ def empty(method: Method, model: Any, name: str) -> Cache:
     if method.kind in ("quanto", "hqq"):
         bits, key, value = map(int, method.spec.split(","))
         return QuantizedCache(method.kind, config, nbits=bits, axis_key=key, axis_value=value, q_group_size=GROUP,
-                              residual_length=kv_models.RESIDUAL)
-    window = {"residual": kv_models.RESIDUAL, "sink": kv_models.SINK, "block": kv_models.BLOCK}
+                              residual_length=RESIDUAL)
+    window = {"residual": RESIDUAL, "sink": SINK, "block": BLOCK}
     if method.kind in ("klt", "plan"):
-        chosen = kv_models.chosen(name, method.kind)[method.spec]
+        chosen = models.chosen(name, method.kind)[method.spec]
         return CompressedCache(config, chosen.keys, chosen.values, tables=chosen.tables, **window)
     spec = method.spec
     if method.kind == "qet":
-        text = published(config.num_key_value_heads * kv_models.BLOCK, config.head_dim, method.bits)
+        text = published(config.num_key_value_heads * BLOCK, config.head_dim, method.bits)
         spec = f"{text}|{text}"
     keys, values = spec.split("|" if "|" in spec else ";")
     return CompressedCache(config, keys, values, **window)
@@ -148,6 +103,11 @@ def held(cache: Cache) -> dict[str, int]:
             found["half"] += _nbytes((codes,)) + sum(2 * t.numel() for t in scales)
             found["elements"] += elements
     return found
+
+
+def stored(held: Mapping[str, int]) -> int:
+    """Return all bytes of what `held` returned."""
+    return sum(held[name] for name in ("payload", "tables", "recent", "sinks"))
 
 
 def _quantized(side: Any) -> tuple[Tensor, tuple[Tensor, Tensor], int]:

@@ -14,46 +14,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, DynamicCache
+from transformers import DynamicCache
 
-import common
-import evaluate_dense
-import models
+from bench import evaluation
+from bench.models import locate
+from bench.places import CALIBRATION, DOMAINS, MODELS, kept
+from bench.places import held_out as text_of
+from bench.suites.kv.cases import BLOCK, RATES, RESIDUAL, SETUPS, SINK, UNIFORM, Setup
 from tersor.hf.kv.plan import Lab, PlanSettings, _measure, _spend
 from tersor.hf.kv.store import SIDES
 from tersor.payload.blocks import Tables
 from tersor.registry import parse
 
-RESIDUAL, SINK, BLOCK = 128, 4, 64
-CONTINUATION = 256
-CHUNK = 64  # tokens of the continuation a call
-RATES = (1.5, 2.0, 2.25, 3.0, 3.25, 4.0, 4.25)  # of plans
-UNIFORM = (1.0, 1.5, 2.0, 3.0, 4.0)
 SEED = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Setup:
-    """A model and its prompts."""
-
-    name: str
-    prompt: int
-    windows: int  # of each text
-    rungs: tuple[float, ...]
-    scored: int  # tokens of continuation of a trial of the plan
-    count: int  # windows of calibration text that plans are measured on
-    training: int  # further ones, which train tables
-
-    @property
-    def context(self) -> int:
-        """Tokens of a window."""
-        return self.prompt + CONTINUATION
-
-
-SETUPS = {setup.name: setup for setup in (
-    Setup("fable-22m", 768, 3, (0.75, 1, 1.5, 2, 2.5, 3, 4, 5, 6), 256, 2, 8),
-    Setup("smollm2-135m", 1792, 1, (1, 2, 3, 4, 5), 64, 1, 4),
-)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,19 +52,17 @@ class Chosen:
 
 
 @functools.cache
-def load(name: str) -> tuple[Any, Any]:
+def load(name: str, folder: Path = MODELS) -> tuple[Any, Any]:
     """Return the model, float32, and its tokenizer."""
-    path = models.locate(name, models.DEFAULT_MODELS)
-    options = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
-    tokenizer = AutoTokenizer.from_pretrained(path.parent if options else path, **options)
-    return evaluate_dense.load_model(path), tokenizer
+    path = locate(name, folder)
+    return evaluation.load_model(path), evaluation.load_tokenizer(path)
 
 
 def held_out(setup: Setup) -> list[tuple[str, Tensor]]:
     """Return (text, window of token ids (1, context)), windows that do not overlap."""
     tokenizer, found = load(setup.name)[1], []
-    for domain in common.DOMAINS:
-        text = (common.TEXTS / f"{domain}.txt").read_text()
+    for domain in DOMAINS:
+        text = text_of(domain)
         ids = tokenizer(text[: 8 * setup.windows * setup.context], verbose=False)["input_ids"]
         found += [(f"{domain}{k}", torch.tensor([ids[k * setup.context : (k + 1) * setup.context]]))
                   for k in range(setup.windows)]
@@ -106,13 +77,6 @@ def read(model: Any, ids: Tensor) -> DynamicCache:
     return cache
 
 
-def folder() -> Path:
-    """Return the folder of what is kept between runs."""
-    found = common.ROOT / "out" / "kv"
-    found.mkdir(parents=True, exist_ok=True)
-    return found
-
-
 def runs(model: Any) -> str:
     """Return what `klt` calls the model's heads."""
     return f"h{model.config.num_key_value_heads}x{BLOCK}"
@@ -120,9 +84,11 @@ def runs(model: Any) -> str:
 
 @functools.cache
 def chosen(name: str, kind: str) -> Mapping[str, Chosen]:
-    """Return the `klt` settings or the `plan`s of a model by rate, as text; made by `choose`."""
-    kept = torch.load(folder() / f"{name}-{kind}.pt", weights_only=True)
-    return {key: Chosen(*value) for key, value in kept.items()}
+    """Return the `klt` settings or the `plan`s of a model by rate, as text; made once."""
+    file = kept("kv") / f"{name}-{kind}.pt"
+    if not file.is_file():
+        choose(name)
+    return {key: Chosen(*value) for key, value in torch.load(file, weights_only=True).items()}
 
 
 def choose(name: str) -> None:
@@ -130,7 +96,7 @@ def choose(name: str) -> None:
     setup = SETUPS[name]
     model, tokenizer = load(setup.name)
     width = setup.prompt + setup.scored
-    text = (common.ROOT.parent / "shared" / "data" / "text" / "calibration.txt").read_text()
+    text = CALIBRATION.read_text()
     count = setup.count + setup.training
     pieces = [tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"][:width]
               for part in (text[k * len(text) // count :][: 8 * width] for k in range(count))]
@@ -142,17 +108,17 @@ def choose(name: str) -> None:
         codec = parse(f"klt{round(rate * model.config.head_dim / 8)}{runs(model)}")
         held = {(n, SIDES[side]): dict(lab.tables((n, side), codec)) for n, side in lab.places()}
         found[f"{rate:g}"] = (codec.spec(), codec.spec(), held, rate)
-    torch.save(found, folder() / f"{name}-klt.pt")
+    torch.save(found, kept("kv") / f"{name}-klt.pt")
     print("tables written", flush=True)
     found = {}
-    choices = _measure(lab, folder() / f"{setup.name}.trials.jsonl", repr(settings), _progress)
+    choices = _measure(lab, kept("kv") / f"{setup.name}.trials.jsonl", repr(settings), _progress)
     for rate in RATES:
         picks = _spend(choices, lab.elements, rate)
         codecs = {place: pick.codec for place, pick in picks.items()}
         by_layer = [[codecs[n, side].spec() for n in lab.layers] for side in range(2)]
         held = {(n, SIDES[side]): dict(lab.tables((n, side), codec)) for (n, side), codec in codecs.items()}
         found[f"{rate:g}"] = (*by_layer, held, 8 * sum(p.nbytes for p in picks.values()) / lab.elements)
-    torch.save(found, folder() / f"{name}-plan.pt")
+    torch.save(found, kept("kv") / f"{name}-plan.pt")
 
 
 def _progress(what: str, done: int, total: int) -> None:

@@ -9,39 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
-import common
-import kv_methods
-import kv_models
-from kv_methods import Method
+from bench.places import DOMAINS, held_out
+from bench.suite import Asked, Result
+from bench.suites.kv import methods, models
+from bench.suites.kv.cases import SMALL, TOKENS, Needle, method_of
 
-MODEL = "smollm2-135m"
-TOKENS = 1536
 NAMES = ("Alice", "Robert", "Maria", "Henry", "Sophie")
 PROMPTS = 2
-METHODS = (Method("none", "", 32), *(Method("plan", f"{rate:g}", rate) for rate in (4.0, 3.0, 2.0)),
-           *(Method("klt", f"{rate:g}", rate) for rate in (2.0, 1.5, 1.0)),
-           Method("kivi", "rtn2g32o;rtn2g32", 2), Method("kivi", "rtn2g64o;rtn2g64", 2),
-           Method("turbo", "rot,lm2;rot,lm2", 2), Method("quanto", "2,0,0", 2), Method("quanto", "2,-1,0", 2))
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One method."""
-
-    method: str
-    kind: str
-    bits: float
-    tokens: int = TOKENS
-
-    @property
-    def key(self) -> str:
-        """Name of the result line."""
-        return f"needle|{self.method}@{self.bits:g}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +35,8 @@ class Trial:
 
 def prompts(tokenizer: Any) -> list[tuple[torch.Tensor, list[Trial]]]:
     """Return the prompts' ids and their questions; one note in each fifth of the text, sinks and window left out."""
-    texts = [(common.TEXTS / f"{name}.txt").read_text()[40_000:] for name in common.DOMAINS]
-    draw, found = random.Random(kv_models.SEED), []
+    texts = [held_out(name)[40_000:] for name in DOMAINS]
+    draw, found = random.Random(models.SEED), []
 
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -81,35 +60,29 @@ def prompts(tokenizer: Any) -> list[tuple[torch.Tensor, list[Trial]]]:
     return found
 
 
-def run(chosen: str) -> None:
-    model, tokenizer = kv_models.load(MODEL)
-    results: dict[Method, list[dict[str, float]]] = {}
-    held: dict[Method, dict[str, int]] = {}
+@torch.no_grad()
+def measure(cases: Sequence[Needle], asked: Asked) -> Iterator[Result]:
+    """Yield the cases; all methods are asked about a prompt before the next one is read."""
+    model, tokenizer = models.load(SMALL, asked.models)
+    answers: dict[Needle, list[dict[str, float]]] = {}
+    held: dict[Needle, dict[str, int]] = {}
     for ids, trials in prompts(tokenizer):
-        dense = kv_models.read(model, ids)
-        for method in METHODS:
-            if not re.search(chosen, method.name):
-                continue
-            full = kv_methods.fill(kv_methods.empty(method, model, MODEL), dense)
-            held[method] = kv_methods.held(full)
-            for trial in trials:
-                results.setdefault(method, []).append(_ask(model, full, trial))
-            last = results[method][-len(trials):]
-            print(f"{method.name:28} prompt {trials[0].prompt}: "
-                  + " ".join(f"{one['right']:.0f} ({one['logprob']:.2f})" for one in last), flush=True)
-    for method, of in results.items():
-        elements = max(1, held[method]["elements"])
+        dense = models.read(model, ids)
+        for case in cases:
+            full = methods.fill(methods.empty(method_of(case), model, SMALL), dense)
+            held[case] = methods.held(full)
+            answers.setdefault(case, []).extend(_ask(model, full, trial) for trial in trials)
+    for case, of in answers.items():
+        elements = max(1, held[case]["elements"])
         numbers = {"trials": len(of), "right": sum(one["right"] for one in of),
                    "logprob": sum(one["logprob"] for one in of) / len(of),
                    "digits": sum(one["digits"] for one in of) / len(of),
-                   "rate_half": 8 * held[method]["half"] / elements, "each": of}
-        common.record("kv", Case(method.name, method.kind, method.bits), seed=kv_models.SEED,
-                      nbytes=sum(v for k, v in held[method].items() if k in ("payload", "tables", "recent", "sinks")),
-                      numbers=numbers)
+                   "rate_half": 8 * held[case]["half"] / elements, "each": of}
+        yield Result.of(case, methods.stored(held[case]), numbers, seed=models.SEED)
 
 
 def _ask(model: Any, full: Any, trial: Trial) -> dict[str, float]:
-    cache = kv_methods.twin(full)
+    cache = methods.twin(full)
     ids = torch.cat([trial.question, trial.answer], 1)
     logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits.float()
     count = trial.answer.shape[1]

@@ -10,42 +10,22 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import re
 import statistics
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import Cache
 
-import common
-import kv_methods
-import kv_models
-from kv_methods import Method
+from bench.suite import Asked, Result
+from bench.suites.kv import methods, models
+from bench.suites.kv.cases import BLOCK, RESIDUAL, SMALL, Method, Speed, method_of
 from tersor.hf.kv.attention import register_attention
 from tersor.hf.kv.cache import CompressedCache
 from tersor.hf.kv.layer import CompressedCacheLayer
 
-MODEL = "smollm2-135m"
 STEPS = 9
-METHODS = (Method("none", "", 32), Method("quanto", "4,0,0", 4), Method("quanto", "2,0,0", 2),
-           Method("quanto", "4,-1,0", 4), Method("klt", "2", 2), Method("klt", "4", 4), Method("klt", "1.5", 1.5))
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One method after so many tokens."""
-
-    method: str
-    kind: str
-    bits: float
-    tokens: int
-    attention: str
-
-    @property
-    def key(self) -> str:
-        """Name of the result line."""
-        return f"speed|{self.tokens}|{self.method}@{self.bits:g}|{self.attention}"
 
 
 def filled(method: Method, model: Any, tokens: int) -> tuple[Cache, float]:
@@ -53,8 +33,8 @@ def filled(method: Method, model: Any, tokens: int) -> tuple[Cache, float]:
 
     Compressed layers are encoded once and copied into memory of their own.
     """
-    config, cache = model.config, kv_methods.empty(method, model, MODEL)
-    generator = torch.Generator().manual_seed(kv_models.SEED)
+    config, cache = model.config, methods.empty(method, model, SMALL)
+    generator = torch.Generator().manual_seed(models.SEED)
     shape = (1, config.num_key_value_heads, tokens, config.head_dim)
     states = [torch.randn(shape, generator=generator) for _ in range(2)]
     layers: list[Any] = cache.layers
@@ -71,48 +51,47 @@ def filled(method: Method, model: Any, tokens: int) -> tuple[Cache, float]:
             cache.update(states[0].clone(), states[1].clone(), number)
     if isinstance(cache, CompressedCache):
         twin = copy.deepcopy(layers[0])
-        twin.extend(*(s[:, :, : 4 * kv_models.BLOCK] for s in states), lazy=True)  # leaves the streams room
+        twin.extend(*(s[:, :, : 4 * BLOCK] for s in states), lazy=True)  # leaves the streams room
         begin = time.perf_counter()
-        twin.extend(*(s[:, :, : 4 * kv_models.BLOCK] for s in states), lazy=True)
-        share = (time.perf_counter() - begin) / (4 * kv_models.BLOCK)
+        twin.extend(*(s[:, :, : 4 * BLOCK] for s in states), lazy=True)
+        share = (time.perf_counter() - begin) / (4 * BLOCK)
     elif method.kind == "quanto":
-        share = first / kv_models.RESIDUAL
+        share = first / RESIDUAL
     return cache, share * config.num_hidden_layers
 
 
-def run(chosen: str) -> None:
-    model, _ = kv_models.load(MODEL)
-    tersor = register_attention()
-    for tokens in (4096, 8192):
-        runs = [(m, a) for m in METHODS for a in (("sdpa",) if m.kind in ("none", "quanto") else (tersor, "sdpa"))
-                if re.search(chosen, m.name) and not (a == "sdpa" and m.kind == "klt" and m.spec != "2")]
-        caches = {m: filled(m, model, tokens) for m, _ in runs}
-        times: dict[tuple[Method, str], list[float]] = {one: [] for one in runs}
+@torch.no_grad()
+def measure(cases: Sequence[Speed], asked: Asked) -> Iterator[Result]:
+    """Yield the cases by tokens; ratios are to those of the same call."""
+    model, _ = models.load(SMALL, asked.models)
+    register_attention()
+    for tokens in dict.fromkeys(case.tokens for case in cases):
+        own = [case for case in cases if case.tokens == tokens]
+        caches = {method: filled(method, model, tokens) for method in dict.fromkeys(map(method_of, own))}
+        times: dict[Speed, list[float]] = {case: [] for case in own}
         for step in range(STEPS + 1):
-            for method, attention in runs:
-                model.set_attn_implementation(attention)
+            for case in own:
+                model.set_attn_implementation(case.attention)
                 token = torch.tensor([[100 + step]])
                 begin = time.perf_counter()
-                model(input_ids=token, past_key_values=caches[method][0], use_cache=True, logits_to_keep=1)
+                model(input_ids=token, past_key_values=caches[method_of(case)][0], use_cache=True, logits_to_keep=1)
                 if step:
-                    times[method, attention].append(time.perf_counter() - begin)
+                    times[case].append(time.perf_counter() - begin)
         model.set_attn_implementation("sdpa")
-        _record(tokens, times, caches)
-        del caches
+        yield from _results(times, caches)
 
 
-def _record(tokens: int, times: Any, caches: Any) -> None:
-    steady = {one: statistics.median(of) for one, of in times.items()}
-    whole = {one: seconds + caches[one[0]][1] for one, seconds in steady.items()}
-    for (method, attention), seconds in steady.items():
-        held = kv_methods.held(caches[method][0])
-        numbers = {"step_s": seconds, "now_and_then_s": caches[method][1], "least_s": min(times[method, attention]),
+def _results(times: Mapping[Speed, list[float]], caches: Mapping[Method, tuple[Cache, float]]) -> Iterator[Result]:
+    """Yield the results of runs side by side."""
+    steady = {case: statistics.median(of) for case, of in times.items()}
+    whole = {case: seconds + caches[method_of(case)][1] for case, seconds in steady.items()}
+    for case, seconds in steady.items():
+        cache, now_and_then = caches[method_of(case)]
+        held = methods.held(cache)
+        numbers = {"step_s": seconds, "now_and_then_s": now_and_then, "least_s": min(times[case]),
                    "steps": STEPS, "rate_half": 8 * held["half"] / max(1, held["elements"])}
         for other, total in whole.items():
-            if other[0].kind in ("none", "quanto"):
-                numbers[f"x_{other[0].name}"] = total / whole[method, attention]
-                numbers[f"steady_x_{other[0].name}"] = steady[other] / seconds
-        case = Case(method.name, method.kind, method.bits, tokens, attention)
-        common.record("kv", case, seed=kv_models.SEED, numbers=numbers, nbytes=sum(
-            v for k, v in held.items() if k in ("payload", "tables", "recent", "sinks")))
-        print(case.key, {k: round(v, 4) for k, v in numbers.items()}, flush=True)
+            if other.kind in ("none", "quanto"):
+                numbers[f"x_{other.method}"] = total / whole[case]
+                numbers[f"steady_x_{other.method}"] = steady[other] / seconds
+        yield Result.of(case, methods.stored(held), numbers, seed=models.SEED)

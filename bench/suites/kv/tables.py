@@ -1,15 +1,16 @@
-"""The tables of the KV suite; `tables.py` splices them into the documentation."""
+"""The tables of the KV suite."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-Line = Mapping[str, Any]
+from bench.markdown import table, verdict
+from bench.places import DOMAINS
+from bench.suite import Builder, Line, Table
+
 BUDGETS = (1.5, 2, 3, 4)
 OURS = ("klt", "plan", "free")
-TEXTS = ("fiction", "speech", "technical")
 ELEMENTS = {"fable-22m": 6 * 2 * 4 * 64, "smollm2-135m": 30 * 2 * 3 * 64}  # numbers a token
 CLAIM = {"keys": 0.1333, "values": 0.1189}
 
@@ -68,7 +69,7 @@ def rows(found: Mapping[str, Line]) -> list[Row]:
         sums = {name: sum(line["numbers"][name] for line in lines)
                 for name in ("predictions", "divergence", "agreed", "loss")}
         texts = {}
-        for text in TEXTS:
+        for text in DOMAINS:
             of = [line["numbers"] for line in lines if line["case"]["window"].startswith(text)]
             texts[text] = sum(n["divergence"] for n in of) / max(1, sum(n["predictions"] for n in of))
         n = sums["predictions"]
@@ -78,7 +79,7 @@ def rows(found: Mapping[str, Line]) -> list[Row]:
     return sorted(out, key=lambda row: (row.model, row.rate, row.name))
 
 
-def quality(model: str) -> Callable[[Mapping[str, Line]], str]:
+def quality(model: str) -> Builder:
     """Return the table of a model."""
     return lambda found: _quality([row for row in rows(found) if row.model == model])
 
@@ -90,9 +91,9 @@ def _quality(chosen: Sequence[Row]) -> str:
         held = {name: f"{row.held[name] / 1e6:.2f}" for name in ("payload", "tables", "recent", "sinks")}
         body.append([row.name, f"{row.rate:.2f}" if row.rate else "32",
                      f"{row.rate_tables:.2f}" if row.rate else "32", f"{row.kl:.4f}",
-                     *(f"{row.texts[text]:.4f}" for text in TEXTS), f"{row.top1:.3f}", f"{row.perplexity:.2f}",
+                     *(f"{row.texts[text]:.4f}" for text in DOMAINS), f"{row.top1:.3f}", f"{row.perplexity:.2f}",
                      *held.values()])
-    return _table(["cache", "bits an element", "with tables", "KL", *(f"KL, {text}" for text in TEXTS),
+    return table(["cache", "bits an element", "with tables", "KL", *(f"KL, {text}" for text in DOMAINS),
                    "top-1", "perplexity", "payload, MB", "tables, MB", "recent, MB", "sinks, MB"], body)
 
 
@@ -112,7 +113,7 @@ def verdicts(found: Mapping[str, Line]) -> str:
                          f"{sum(one.alone for one in duels)} of {len(duels)}",
                          f"{duels[0].other.name} ({duels[0].other.rate:.2f} bits): {duels[0].other.kl:.4f}",
                          duels[0].best, "never" if pays == float("inf") else f"{pays:,.0f}"])
-    return _table(["model", "bits", "beaten at equal or fewer bytes", "with tables, for one prompt", "the hardest, KL",
+    return table(["model", "bits", "beaten at equal or fewer bytes", "with tables, for one prompt", "the hardest, KL",
                    "Tersor's best within it", "tables pay from, tokens"], body)
 
 
@@ -162,7 +163,7 @@ def needle(found: Mapping[str, Line]) -> str:
                      f"{numbers['rate_half']:.2f}" if numbers["rate_half"] else "32",
                      f"{numbers['right']:.0f} of {numbers['trials']}", f"{numbers['digits']:.3f}",
                      f"{numbers['logprob']:.2f}"])
-    return _table(["planted keys", "bits an element", "found", "tokens right", "log-probability of the key, nats"],
+    return table(["planted keys", "bits an element", "found", "tokens right", "log-probability of the key, nats"],
                   body)
 
 
@@ -174,11 +175,11 @@ def speed(found: Mapping[str, Line]) -> str:
         case, n = line["case"], line["numbers"]
         ratios = [n.get(f"x_{name}", 0.0) for name in ("none:", "quanto:4,0,0", "quanto:2,0,0", "quanto:4,-1,0")]
         judged = case["kind"] == "klt" and case["attention"] == "tersor"
-        marks = ["pass" if ok else "**fail**" for ok in (ratios[0] >= 0.35, min(ratios[1:]) >= 3)]
+        marks = [verdict(ok) for ok in (ratios[0] >= 0.35, min(ratios[1:]) >= 3)]
         body.append([str(case["tokens"]), label(case["kind"], case["method"].partition(":")[2]), case["attention"],
                      f"{1e3 * n['step_s']:.0f}", f"{1e3 * n['now_and_then_s']:.1f}", *(f"{x:.2f}" for x in ratios),
                      *(marks if judged else ("", ""))])
-    return _table(["tokens", "cache", "attention", "ms a step", "ms a token for encoding", "tokens/s, x dense",
+    return table(["tokens", "cache", "attention", "ms a step", "ms a token for encoding", "tokens/s, x dense",
                    "x quanto 4-bit", "x quanto 2-bit", "x quanto 4-bit, axes -1/0", "0.35 x dense", "3 x each quanto"],
                   body)
 
@@ -197,9 +198,12 @@ def claim(found: Mapping[str, Line]) -> str:
             qet, pq = least(("qet", "qet_vanilla")), least(("pq", "faiss:pq", "faiss:opq"))
             body.append([data, f"equal bytes, {bits} bits an element", "", f"{qet:.5f}", f"{pq:.5f}",
                          f"{100 * qet / pq:.0f} %", f"{least(('tersor:qet_plus',)):.5f}"])
-    return _table(["SmolLM2, layer 15", "bytes", "claimed", "QET", "best of PQ and OPQ", "ratio", "`qet_plus`"], body)
+    return table(["SmolLM2, layer 15", "bytes", "claimed", "QET", "best of PQ and OPQ", "ratio", "`qet_plus`"], body)
 
 
-def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(header)} |", f"| --- |{' ---: |' * (len(header) - 1)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in body)])
+TABLES = {
+    **{f"kv-{name}": Table(quality(name), ("quality",)) for name in ("fable-22m", "smollm2-135m")},
+    "kv-verdict": Table(verdicts, ("quality",)),
+    "kv-claim": Table(claim, ("reproduction", "grid"), source="qet"),
+    "kv-needle": Table(needle, ("needle",)), "kv-speed": Table(speed, ("speed",)),
+}

@@ -9,11 +9,11 @@ from functools import cache
 
 import numpy as np
 
-import common
+from bench.places import TEXTS
 
 Array = np.ndarray
 SHAPE = (512, 384)
-OFFICIAL = common.TEXTS / "lplr_official.json"
+OFFICIAL = TEXTS / "lplr_official.json"
 PHANTOM_SIDE = 1000
 
 # the ellipses of the modified Shepp-Logan phantom (Toft 1996): intensity, half axes, centre, turn in degrees

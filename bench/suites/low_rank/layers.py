@@ -1,7 +1,5 @@
 """Low rank on the layers of language models: the error of every linear layer by the paper's protocol, and by ours.
 
-    low_rank_layers.py [--models FOLDER] [--only fable-22m] [--every 4]
-
 LPLR's table (arXiv 2310.11028) has relative Frobenius errors of LLaMA's layers for B = B' = 8 and for 4 at the size of
 a 4-bit quantizer, beside one min-max quantizer a matrix (NQ). Beside them here, at the same bytes: the improved encoder
 (`lplr_plus`) and quantizers that a user would take. All bytes are counted. Mean, spread and worst over the layers.
@@ -9,52 +7,34 @@ a 4-bit quantizer, beside one min-max quantizer a matrix (NQ). Beside them here,
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import common
-import evaluate_dense
-import models
 import tersor
+from bench import evaluation, models
+from bench.suite import Asked, Result
+from bench.suites.low_rank.cases import LayersCase
 from tersor.contract.codec import Codec
 from tersor.families import lplr
 from tersor.payload.blocks import Shape
-from tersor.quality import measure
+from tersor.quality import measure as quality
 
 RATE = 4.0
 SEED = 0
-NAMES = ("fable-22m", "smollm2-135m")
 PUBLISHED = {f"{name} {bits}/{bits}": lplr.LOW_RANK_PRESETS[name].with_bits(bits, bits)
              for bits in (8, 4) for name in ("lplr", "lsvd")}
-FAMILIES = ("nq", "rotated_scalar", "qet_plus", "lplr_plus")
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One method over the layers of a model; `every` n-th layer is measured."""
-
-    model: str
-    method: str
-    every: int
-
-    @property
-    def key(self) -> str:
-        """The case's name in results."""
-        return f"layers|{self.model}|{self.method}"
 
 
 def linears(path: Path, every: int) -> Iterator[Tensor]:
     """Yield the weights (out, in) of every n-th linear layer, embeddings and head left out."""
-    model = evaluate_dense.load_model(path)
+    model = evaluation.load_model(path)
     inner = [m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "head" not in name]
     for layer in inner[::every]:
         yield layer.weight.detach().to(torch.float32)
@@ -69,36 +49,23 @@ def chosen(method: str, shape: Shape) -> tuple[str | Codec, Mapping[str, Any], f
     return method, {}, rate
 
 
-def run(case: Case, layers: list[Tensor]) -> tuple[int, dict[str, Any]]:
+def run(case: LayersCase, layers: list[Tensor]) -> tuple[int, dict[str, Any]]:
     """Return stored bytes, and errors over the layers."""
     errors, nbytes, elements, began = [], 0, 0, time.perf_counter()
     for matrix in layers:
         codec, options, rate = chosen(case.method, (matrix.shape[0], matrix.shape[1]))
         encoded = tersor.compress(matrix, rate, codec, SEED, **options)
-        errors.append(math.sqrt(measure(matrix, encoded).relative_error))
+        errors.append(math.sqrt(quality(matrix, encoded).relative_error))
         nbytes, elements = nbytes + encoded.nbytes, elements + matrix.numel()
     return nbytes, {"mean": statistics.mean(errors), "spread": statistics.pstdev(errors), "worst": max(errors),
                     "layers": len(errors), "rate": 8 * nbytes / elements, "seconds": time.perf_counter() - began}
 
 
-def main() -> None:
-    """Run all cases."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    models.add_models_argument(parser)
-    parser.add_argument("--only", choices=NAMES)
-    parser.add_argument("--every", type=int, default=4)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    for name in NAMES:
-        if arguments.only not in (None, name):
-            continue
-        layers = list(linears(models.locate(name, arguments.models), arguments.every))
-        for method in (*PUBLISHED, *FAMILIES):
-            case = Case(name, method, arguments.every)
-            nbytes, numbers = run(case, layers)
-            common.record("low_rank_layers", case, seed=SEED, nbytes=nbytes, numbers=numbers)
-            print(case.key, common.rounded(numbers), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+def measure(cases: Sequence[LayersCase], asked: Asked) -> Iterator[Result]:
+    """Yield the cases, model by model."""
+    for name, every in dict.fromkeys((case.model, case.every) for case in cases):
+        layers = list(linears(models.locate(name, asked.models), every))
+        for case in cases:
+            if (case.model, case.every) == (name, every):
+                nbytes, numbers = run(case, layers)
+                yield Result.of(case, nbytes, numbers, seed=SEED)

@@ -1,26 +1,20 @@
 """`lplr_plus` against issue 5's targets: the ladder of improvements at 1 and 2 bits, and time and memory.
 
-    lplr_plus.py                      # errors: some minutes
-    lplr_plus.py --only time          # seconds beside LPLR and LSVD at 512 to 2048, one thread
-    lplr_plus.py --only growth        # a file of up to 16384 x 16384 numbers: seconds, and memory beside the file
-
 The step `family` is what users get: `low_rank`, which tries backbones with a low-rank part, low rank and no low rank.
-Exit status 1 if a target is missed. Errors are relative Frobenius errors with every stored byte counted; a target may
-be exceeded by 2 %. `bound` is that of two ideally coded factors: reverse water-filling over components, each of whose
-two vectors has the error 4**-bits, nothing charged for scales; vectors that are not orthogonal may lie below it.
+Errors are relative Frobenius errors with every stored byte counted; a target may be exceeded by 2 %. `bound` is that of
+two ideally coded factors: reverse water-filling over components, each of whose two vectors has the error 4**-bits,
+nothing charged for scales; vectors that are not orthogonal may lie below it. `time`: seconds beside LPLR and LSVD at
+512 to 2048. `growth`: a file of up to 16384 x 16384 numbers: seconds, and memory beside the file.
 """
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import math
 import statistics
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,68 +22,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import common
-import lplr_data
 import tersor
+from bench.places import ROOT
+from bench.suite import Asked, Result
+from bench.suites.low_rank.cases import RANK, TARGETS, Case, Growth, Time, Times
+from bench.suites.low_rank.data import matrix as named
 from tersor.codecs import Allocated, LowRank, Rotated, Scalar
 from tersor.contract.codec import Codec, Encoded
 from tersor.families.low_rank import ladders, most_promising
-from tersor.quality import measure
+from tersor.quality import measure as quality
 from tersor.registry import parse
 
 SEED = 0
 ALLOWANCE = 1.02
-TARGETS: Mapping[int, Mapping[str, float]] = {
-    1: {"exp32": 0.185, "pow1": 0.098, "pow05": 0.509, "lr32n": 0.093, "outl": 0.312, "relu": 0.370, "gauss": 0.600},
-    2: {"exp32": 0.062, "pow1": 0.0585, "pow05": 0.2825, "outl": 0.183, "relu": 0.2275, "gauss": 0.342}}
-STEPS = ("lplr", "basis", "rounds", "allocation", "both", "rotation", "family", "bound")
 UNIFORM_BITS = (2, 3, 4, 5, 6, 8)
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One step of the ladder on one matrix."""
-
-    matrix: str
-    bits: int
-    step: str
-    target: float | None = None
-
-    @property
-    def key(self) -> str:
-        """The case's name in results."""
-        return f"error|{self.matrix}|{self.bits}|{self.step}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Time:
-    """Seconds of one encoder on a square matrix at 1 bit; ratios are to LPLR and LSVD in the same run."""
-
-    side: int
-    method: str
-
-    @property
-    def key(self) -> str:
-        """The case's name in results."""
-        return f"time|{self.side}|{self.method}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Growth:
-    """Seconds and memory on a square matrix in a file, at a fixed rank."""
-
-    side: int
-    rank: int
-    fast: bool
-
-    @property
-    def key(self) -> str:
-        """The case's name in results."""
-        return f"growth|{self.side}|{self.rank}|{'fast' if self.fast else 'full'}"
-
-
 def relative(matrix: Tensor, encoded: Encoded) -> float:
-    return math.sqrt(measure(matrix, encoded).relative_error)
+    return math.sqrt(quality(matrix, encoded).relative_error)
 
 
 def best(matrix: Tensor, choices: list[Codec], **options: Any) -> Encoded:
@@ -153,25 +103,20 @@ def bound(matrix: Tensor, bits: int) -> float:
     return math.sqrt(1 - saved / energies.sum())
 
 
-def errors() -> list[tuple[Any, int, dict[str, Any]]]:
-    lines = []
-    for bits, targets in TARGETS.items():
-        for name, target in targets.items():
-            matrix = torch.from_numpy(lplr_data.matrix(name)).to(torch.float32)
-            least = bound(matrix, bits)
-            for step in STEPS:
-                case = Case(name, bits, step, target if step == "family" else None)
-                began = time.perf_counter()
-                made = None if step == "bound" else encoded(matrix, case)
-                seconds = time.perf_counter() - began
-                error = least if made is None else relative(matrix, made)
-                numbers = {"error": error, "codec": str(made.codec) if made else "", "over_target": error / target,
-                           "rate": made.rate if made else bits, "seconds": seconds,
-                           "above_bound_db": 20 * math.log10(error / least),
-                           "passed": case.target is None or error <= ALLOWANCE * case.target}
-                lines.append((case, made.nbytes if made else 0, numbers))
-                show(case.key, numbers)
-    return lines
+def error(case: Case) -> Result:
+    """Measure one step of the ladder on one matrix."""
+    matrix = torch.from_numpy(named(case.matrix)).to(torch.float32)
+    least = bound(matrix, case.bits)
+    began = time.perf_counter()
+    made = None if case.step == "bound" else encoded(matrix, case)
+    seconds = time.perf_counter() - began
+    found = least if made is None else relative(matrix, made)
+    numbers = {"error": found, "codec": str(made.codec) if made else "",
+               "over_target": found / TARGETS[case.bits][case.matrix],
+               "rate": made.rate if made else case.bits, "seconds": seconds,
+               "above_bound_db": 20 * math.log10(found / least),
+               "passed": case.target is None or found <= ALLOWANCE * case.target}
+    return Result.of(case, made.nbytes if made else 0, numbers, seed=SEED)
 
 
 def spectral(side: int) -> Tensor:
@@ -180,58 +125,48 @@ def spectral(side: int) -> Tensor:
     return (left * (1.0 + torch.arange(side)) ** -0.5) @ right.T
 
 
-def times() -> list[tuple[Any, int, dict[str, Any]]]:
+def times(side: int) -> Iterator[Result]:
     """LPLR and LSVD at 8 bits, rank side / 16; `lplr_plus` at that rank (8 bits too) and at the rank it would take."""
-    lines = []
-    for side in (512, 1024, 2048):
-        matrix, rank, shape = spectral(side), side // 16, (side, side)
-        published = parse(f"lr{rank}(mm8)")
-        equal = LowRank(rank, Allocated(16 * rank - 48), Allocated(16 * rank - 48))
-        plain = [ladder for ladder in ladders() if not ladder.rotated]
-        own = most_promising(matrix, [ladder.fit(shape, side * side // 8) for ladder in plain])
-        runs = {"lplr": (published, {"method": "lplr"}), "lsvd": (published, {"method": "lsvd"}),
-                "fast": (equal, {"fast": True}), "full": (equal, {}), "full, best rank": (own[0], {})}
-        seconds: dict[str, float] = {}
-        for method, (codec, options) in runs.items():
-            made = codec.encode(matrix, options=options)
-            spent = []
-            for _ in range(3 if side < 2048 else 2):
-                began = time.perf_counter()
-                codec.encode(matrix, options=options)
-                spent.append(time.perf_counter() - began)
-            seconds[method] = statistics.median(spent)
-            exact = seconds.get("lsvd", math.inf)
-            limits = {"fast": 6 * seconds["lplr"], "full": exact, "full, best rank": exact}
-            numbers = {"seconds": seconds[method], "over_lplr": seconds[method] / seconds["lplr"],
-                       "over_lsvd": seconds[method] / exact, "codec": str(codec),
-                       "error": relative(matrix, made),
-                       "passed": side < 2048 or seconds[method] <= limits.get(method, math.inf)}
-            lines.append((Time(side, method), made.nbytes, numbers))
-            show(f"time|{side}|{method}", numbers)
-    return lines
+    matrix, rank, shape = spectral(side), side // 16, (side, side)
+    published = parse(f"lr{rank}(mm8)")
+    equal = LowRank(rank, Allocated(16 * rank - 48), Allocated(16 * rank - 48))
+    plain = [ladder for ladder in ladders() if not ladder.rotated]
+    own = most_promising(matrix, [ladder.fit(shape, side * side // 8) for ladder in plain])
+    runs = {"lplr": (published, {"method": "lplr"}), "lsvd": (published, {"method": "lsvd"}),
+            "fast": (equal, {"fast": True}), "full": (equal, {}), "full, best rank": (own[0], {})}
+    seconds: dict[str, float] = {}
+    for method, (codec, options) in runs.items():
+        made = codec.encode(matrix, options=options)
+        spent = []
+        for _ in range(3 if side < 2048 else 2):
+            began = time.perf_counter()
+            codec.encode(matrix, options=options)
+            spent.append(time.perf_counter() - began)
+        seconds[method] = statistics.median(spent)
+        exact = seconds.get("lsvd", math.inf)
+        limits = {"fast": 6 * seconds["lplr"], "full": exact, "full, best rank": exact}
+        numbers = {"seconds": seconds[method], "over_lplr": seconds[method] / seconds["lplr"],
+                   "over_lsvd": seconds[method] / exact, "codec": str(codec), "error": relative(matrix, made),
+                   "passed": side < 2048 or seconds[method] <= limits.get(method, math.inf)}
+        yield Result.of(Time(side, method), made.nbytes, numbers, seed=SEED)
 
 
-def growth(largest: int) -> list[tuple[Any, int, dict[str, Any]]]:
-    """Encode matrices in files at rank 128; memory is what the process holds beside files (RssAnon), at its peak."""
-    lines = []
-    LowRank(128, Allocated(1024), Allocated(1024)).encode(spectral(512))  # codebooks are built once a process
-    with tempfile.TemporaryDirectory(dir=common.ROOT.parent) as folder:
-        for side in (2048, 4096, 8192, 16384):
-            if side > largest:
-                break
+def growth(cases: Sequence[Growth]) -> Iterator[Result]:
+    """Encode matrices in files; memory is what the process holds beside files (RssAnon), at its peak."""
+    codec = LowRank(RANK, Allocated(1024), Allocated(1024))
+    if cases:
+        codec.encode(spectral(512))  # codebooks are built once a process
+    with tempfile.TemporaryDirectory(dir=ROOT.parent) as folder:
+        for side in dict.fromkeys(case.side for case in cases):
             matrix = in_file(Path(folder) / str(side), side)
-            for fast in (True, False):
-                case = Growth(side, 128, fast)
-                codec = LowRank(128, Allocated(1024), Allocated(1024))
+            for case in (case for case in cases if case.side == side):
                 base, seconds, made, peak = watched(
-                    lambda codec=codec, matrix=matrix, fast=fast: codec.encode(matrix, options={"fast": fast}))
-                numbers = {"seconds": seconds, "nanoseconds_ndm": 1e9 * seconds / (side * side * 128),
+                    lambda matrix=matrix, fast=case.fast: codec.encode(matrix, options={"fast": fast}))
+                numbers = {"seconds": seconds, "nanoseconds_ndm": 1e9 * seconds / (side * side * RANK),
                            "extra_megabytes": (peak - base) / 2**20, "matrix_megabytes": side * side * 4 / 2**20,
-                           "floats_n_plus_d_times_m": (peak - base) / 4 / (2 * side * 128), "passed": True}
-                lines.append((case, made.nbytes, numbers))
-                show(case.key, numbers)
+                           "floats_n_plus_d_times_m": (peak - base) / 4 / (2 * side * RANK), "passed": True}
+                yield Result.of(case, made.nbytes, numbers, seed=SEED)
             (Path(folder) / str(side)).unlink()
-    return lines
 
 
 def in_file(path: Path, side: int) -> Tensor:
@@ -269,23 +204,11 @@ def anonymous() -> int:
     return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
 
 
-def show(key: str, numbers: Mapping[str, Any]) -> None:
-    print(f"{'pass' if numbers['passed'] else 'FAIL'}  {key}  {common.rounded(numbers)}", flush=True)
-
-
-def main() -> int:
-    """Run the parts asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("error", "time", "growth"), default="error")
-    parser.add_argument("--largest", type=int, default=16384)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    lines = (errors() if arguments.only == "error" else times() if arguments.only == "time"
-             else growth(arguments.largest))
-    for case, nbytes, numbers in lines:
-        common.record("lplr_plus", case, seed=SEED, nbytes=nbytes, numbers=numbers)
-    return 0 if all(numbers["passed"] for _, _, numbers in lines) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def measure(cases: Sequence[Case | Times | Growth], asked: Asked) -> Iterator[Result]:
+    """Yield the ladder, then times, then growth."""
+    del asked
+    yield from (error(case) for case in cases if isinstance(case, Case))
+    for case in cases:
+        if isinstance(case, Times):
+            yield from times(case.side)
+    yield from growth([case for case in cases if isinstance(case, Growth)])

@@ -1,7 +1,7 @@
 """Does LPLR reproduce? The released code's figures on 98 configurations with its sketches, and on the phantom.
 
-Everything is measured twice: by the transcription in `lplr_published.py` and by Tersor's codecs. Exit status 1 if a
-figure with a target is missed. Errors are relative Frobenius errors.
+Everything is measured twice: by the transcription in `published.py` and by Tersor's codecs. Errors are relative
+Frobenius errors.
 
 * `lplr`, `lplr_ns` (normalize-and-shift): each of ten sketches within .5 %; the value is the worst deviation.
 * `dsvd` within .05 %, `nq` within 1e-5.
@@ -17,18 +17,15 @@ figure with a target is missed. Errors are relative Frobenius errors.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-import common
-import lplr_data
-import lplr_published
+from bench.suite import Asked, Result, Section
+from bench.suites.low_rank import data, published
 from tersor.codecs import LowRank, MinMax, Shifted
 from tersor.codecs.low_rank import published as sketching
 from tersor.codecs.low_rank.low_rank import rank_for
@@ -94,29 +91,29 @@ class Setting:
 
 
 class Transcription:
-    """The methods by `lplr_published.py`."""
+    """The methods by `published.py`."""
 
     name = "transcription"
 
     def lplr(self, s: Setting, sketch: Array) -> tuple[float, float]:
         """Return the error without and with normalize-and-shift."""
-        return self._both(s, lplr_published.lplr(s.single, sketch, *s.bits))
+        return self._both(s, published.lplr(s.single, sketch, *s.bits))
 
     def lsvd(self, s: Setting, turn: Array) -> tuple[float, float]:
         """Return both errors."""
-        return self._both(s, lplr_published.lsvd(s.single, turn, *s.bits))
+        return self._both(s, published.lsvd(s.single, turn, *s.bits))
 
     def dsvd(self, s: Setting) -> tuple[float, float]:
         """Return both errors."""
-        return self._both(s, lplr_published.dsvd(s.matrix, s.rank, *s.bits))
+        return self._both(s, published.dsvd(s.matrix, s.rank, *s.bits))
 
     def nq(self, matrix: Array, bits: int) -> float:
         """Return the error of one quantizer for all."""
-        return lplr_published.error(matrix, lplr_published.quantize(matrix, bits))
+        return published.error(matrix, published.quantize(matrix, bits))
 
     def _both(self, s: Setting, found: Array) -> tuple[float, float]:
-        shifted = lplr_published.normalized(s.matrix, found)
-        return lplr_published.error(s.matrix, found), lplr_published.error(s.matrix, shifted)
+        shifted = published.normalized(s.matrix, found)
+        return published.error(s.matrix, found), published.error(s.matrix, shifted)
 
 
 class Tersor:
@@ -141,7 +138,7 @@ class Tersor:
     def nq(self, matrix: Array, bits: int) -> float:
         """Return the error of one quantizer for all."""
         encoded = MinMax(2**bits).encode(torch.from_numpy(matrix)).check()
-        return lplr_published.error(matrix, encoded.decode().numpy())
+        return published.error(matrix, encoded.decode().numpy())
 
     def _both(self, s: Setting, given: Array,
               factorize: Callable[[LowRank, torch.Tensor], sketching.Factors]) -> tuple[float, float]:
@@ -150,47 +147,47 @@ class Tersor:
         with single_thread(), torch.no_grad():
             encoded = codec.join(*factorize(codec, matrix)).check()
             shifted = Shifted(codec).around(encoded, matrix).check()
-        errors = [lplr_published.error(s.matrix, e.decode().numpy()) for e in (encoded, shifted)]
+        errors = [published.error(s.matrix, e.decode().numpy()) for e in (encoded, shifted)]
         return errors[0], errors[1]
 
 
 IMPLEMENTATIONS = (Transcription(), Tersor())
-Outcome = tuple[LplrCase, float, bool | None, dict[str, Any]]
+Figure = tuple[LplrCase, float, bool | None, dict[str, Any]]
 
 
-def configurations() -> Iterator[Outcome]:
+def configurations() -> Iterator[Figure]:
     """Yield the 98 configurations, each by both implementations."""
-    for line in lplr_data.official():
-        matrix = lplr_data.matrix(line.name)
+    for line in data.official():
+        matrix = data.matrix(line.name)
         setting, bits = Setting(matrix, line.r, (line.b1, line.b2)), f"{line.bpc} {line.b1}/{line.b2}"
         if line.r != rank_for(matrix.shape, line.bpc, line.b1, line.b2):
             raise AssertionError(f"{line.name}, {bits}: rank {line.r} is not that of the published rule")
         for made in IMPLEMENTATIONS:
-            pairs = [made.lplr(setting, lplr_data.sketch(seed, matrix.shape[1], line.r)) for seed in SEEDS]
-            turned = [made.lsvd(setting, lplr_data.sketch(seed, line.r, line.r))[0] for seed in SEEDS]
-            for method, published, found in (("lplr", line.lplr, [p[0] for p in pairs]),
+            pairs = [made.lplr(setting, data.sketch(seed, matrix.shape[1], line.r)) for seed in SEEDS]
+            turned = [made.lsvd(setting, data.sketch(seed, line.r, line.r))[0] for seed in SEEDS]
+            for method, given, found in (("lplr", line.lplr, [p[0] for p in pairs]),
                                              ("lplr_ns", line.lplr_ns, [p[1] for p in pairs]),
                                              ("dsvd", [line.dsvd], [made.dsvd(setting)[0]]),
                                              ("nq", [line.nq], [made.nq(matrix, line.bpc)])):
-                yield _judged(LplrCase(line.name, bits, method, made.name), published, found)
+                yield _judged(LplrCase(line.name, bits, method, made.name), given, found)
             if made.name == "tersor" and bits.endswith("8/8"):
                 fitted = parse(f"std,lm{line.bpc}o").encode(torch.from_numpy(matrix))
                 yield (LplrCase(line.name, bits, "fitted", made.name),
-                       lplr_published.error(matrix, fitted.decode().numpy()), None, {"deviation": 0.0})
+                       published.error(matrix, fitted.decode().numpy()), None, {"deviation": 0.0})
             means = [float(np.mean(line.lsvd))], [float(np.mean(turned))]
             yield _judged(LplrCase(line.name, bits, "lsvd", made.name), *means, judge=line.b2 >= 8)
 
 
-def _judged(case: LplrCase, published: Sequence[float], found: Sequence[float], *, judge: bool = True) -> Outcome:
-    worst = max(abs(f / p - 1) for f, p in zip(found, published, strict=True))
+def _judged(case: LplrCase, given: Sequence[float], found: Sequence[float], *, judge: bool = True) -> Figure:
+    worst = max(abs(f / p - 1) for f, p in zip(found, given, strict=True))
     tolerance = TOLERANCES[case.method]
-    filled = dataclasses.replace(case, target=float(np.mean(published)), tolerance=tolerance)
+    filled = dataclasses.replace(case, target=float(np.mean(given)), tolerance=tolerance)
     return filled, float(np.mean(found)), worst <= tolerance if judge else None, {"deviation": worst}
 
 
-def phantom() -> Iterator[Outcome]:
+def phantom() -> Iterator[Figure]:
     """Yield the rows of the phantom's table, by both implementations; fresh seeds."""
-    image = lplr_data.phantom()
+    image = data.phantom()
     for made in IMPLEMENTATIONS:
         for bits, target in PHANTOM_NQ.items():
             case = LplrCase("phantom", f"{bits}", "nq", made.name, target, 5e-5)
@@ -204,7 +201,7 @@ def phantom() -> Iterator[Outcome]:
             yield _within(LplrCase("phantom", label, "dsvd_ns", made.name, dsvd, spread), shown)
             for method, width, (mean, deviation) in (("lplr", len(image), lplr), ("lsvd", rank, lsvd)):
                 run = made.lplr if method == "lplr" else made.lsvd
-                found = [run(setting, lplr_data.sketch(seed, width, rank))[1] for seed in PHANTOM_SEEDS]
+                found = [run(setting, data.sketch(seed, width, rank))[1] for seed in PHANTOM_SEEDS]
                 own = float(np.std(found, ddof=1))
                 spread = 4 * ((deviation**2 + own**2) / len(found)) ** 0.5 + 5e-4
                 tolerance = 0.01 if (method, label) == ("lplr", "1 4/8") else spread
@@ -214,22 +211,22 @@ def phantom() -> Iterator[Outcome]:
 def turned_dsvd(setting: Setting) -> list[float]:
     """Return the errors of DSVD with normalize-and-shift, for ten draws of the singular vectors' signs."""
     draws = [np.random.default_rng(seed).choice([-1.0, 1.0], setting.rank) for seed in SEEDS]
-    found = [lplr_published.dsvd(setting.matrix, setting.rank, *setting.bits, signs) for signs in draws]
-    return [lplr_published.error(setting.matrix, lplr_published.normalized(setting.matrix, y)) for y in found]
+    found = [published.dsvd(setting.matrix, setting.rank, *setting.bits, signs) for signs in draws]
+    return [published.error(setting.matrix, published.normalized(setting.matrix, y)) for y in found]
 
 
-def _within(case: LplrCase, found: Sequence[float]) -> Outcome:
+def _within(case: LplrCase, found: Sequence[float]) -> Figure:
     value = float(np.mean(found))
     passed = None if case.target is None else abs(value - case.target) <= case.tolerance
     return case, value, passed, {"deviation": float(np.std(found, ddof=1)) if len(found) > 1 else 0.0}
 
 
-SECTIONS: Mapping[str, Callable[[], Iterator[Outcome]]] = {"configurations": configurations, "phantom": phantom}
+SECTIONS: Mapping[str, Callable[[], Iterator[Figure]]] = {"configurations": configurations, "phantom": phantom}
 
 
-def summed(found: Sequence[Outcome]) -> Iterator[tuple[LplrCase, dict[str, Any]]]:
+def summed(found: Sequence[Figure]) -> Iterator[tuple[LplrCase, dict[str, Any]]]:
     """Yield a result line a setting, method and implementation: the errors and targets of all matrices by name."""
-    groups: dict[tuple[bool, str, str, str], list[Outcome]] = {}
+    groups: dict[tuple[bool, str, str, str], list[Figure]] = {}
     for outcome in found:
         case = outcome[0]
         key = case.data == "phantom", case.setting, case.method, case.implementation
@@ -244,28 +241,8 @@ def summed(found: Sequence[Outcome]) -> Iterator[tuple[LplrCase, dict[str, Any]]
                      "passed": all(verdicts) if verdicts else None}
 
 
-def main() -> int:
-    """Run the sections, print a verdict a figure and return 1 if one is missed."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", nargs="+", choices=tuple(SECTIONS), default=tuple(SECTIONS))
-    parser.add_argument("--write", action="store_true", help="add lines to results/lplr.jsonl")
-    arguments = parser.parse_args()
-    missed = judged = 0
-    found: list[Outcome] = []
-    with common.threads(1):
-        for section in arguments.only:
-            for case, value, passed, extra in SECTIONS[section]():
-                found.append((case, value, passed, extra))
-                missed, judged = missed + (passed is False), judged + (passed is not None)
-                wanted = "" if case.target is None else f"{case.target:.4f} within {case.tolerance:g}"
-                verdict = "" if passed is None else "pass" if passed else "FAIL"
-                print(f"{case.data:<8} {case.setting:<6} {case.method:<8} {case.implementation:<14} {value:9.5f}  "
-                      f"{wanted:<24} {extra['deviation']:9.2e} {verdict}", flush=True)
-    for case, numbers in summed(found) if arguments.write else ():
-        common.record("lplr", case, seed=0, nbytes=0, numbers=numbers)
-    print(f"{judged - missed} of {judged} figures with a target are met")
-    return 1 if missed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def measure(chosen: Sequence[Section], asked: Asked) -> Iterator[Result]:
+    """Yield a result a setting, method and implementation of the sections."""
+    del asked
+    found = [figure for section in chosen for figure in SECTIONS[section.name]()]
+    yield from (Result.of(case, 0, numbers) for case, numbers in summed(found))

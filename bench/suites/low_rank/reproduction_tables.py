@@ -1,11 +1,13 @@
-"""Tables of the LPLR suite; `tables.py` splices them into the documentation."""
+"""The table of LPLR's reproduction."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-Line = Mapping[str, Any]
+from bench.markdown import table, verdict
+from bench.suite import Line, Table
+
 MATRICES = ("exp32", "pow1", "pow05", "lr32n", "outl", "relu", "gauss")
 METHODS = {"lplr": "LPLR", "lplr_ns": "LPLR", "lsvd": "LSVD", "lsvd_ns": "LSVD",
            "dsvd": "DSVD", "dsvd_ns": "DSVD", "nq": "NQ", "fitted": "NQ, fitted: `std,lm{}o`"}
@@ -21,17 +23,17 @@ def reproduction_table(found: Mapping[str, Line]) -> str:
         whole = case["method"] in ("nq", "fitted")
         if case["data"] == "matrices" and case["method"] != "lplr_ns" and (widths == "8/8" or not whole):
             body.append([rate, "" if whole else widths, METHODS[case["method"]].format(rate),
-                         *(_cell(numbers, name) for name in MATRICES), _verdict(numbers)])
+                         *(_cell(numbers, name) for name in MATRICES), verdict(numbers["passed"])])
         if case["data"] == "phantom":
             spread = f" ± {numbers['deviation']:.3f}" if numbers["deviation"] else ""
             image.append([rate, widths, METHODS[case["method"]], f"{numbers['errors']['phantom']:.4f}{spread}",
-                          _shown(numbers["targets"]["phantom"]), _verdict(numbers)])
-    wide = _table(["bits", "B/B'", "method", *MATRICES, ""], body)
-    tall = _table(["bits", "B/B'", "phantom", "measured", "released code", ""], image)
+                          _shown(numbers["targets"]["phantom"]), verdict(numbers["passed"])])
+    wide = table(["bits", "B/B'", "method", *MATRICES, ""], body)
+    tall = table(["bits", "B/B'", "phantom", "measured", "released code", ""], image)
     return f"{wide}\n\n{tall}\n\n{_summary(found.values())}"
 
 
-def _summary(lines: Any) -> str:
+def _summary(lines: Iterable[Line]) -> str:
     counts: dict[str, list[bool]] = {}
     for line in lines:
         if line["numbers"]["passed"] is not None:
@@ -50,10 +52,4 @@ def _shown(target: float | None) -> str:
     return "" if target is None else f"{target:.4g}"
 
 
-def _verdict(numbers: Mapping[str, Any]) -> str:
-    return "" if numbers["passed"] is None else "pass" if numbers["passed"] else "**fail**"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(header)} |", f"| --- |{' ---: |' * (len(header) - 1)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+TABLES = {"lplr-reproduction": Table(reproduction_table, ("reproduction",))}

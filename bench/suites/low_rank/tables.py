@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-Line = Mapping[str, Any]
+from bench.markdown import table, verdict
+from bench.suite import Builder, Line, Table
+
 STEPS = {"lplr": "LPLR, the best of six equal widths", "basis": "singular vectors, Lloyd-Max, a scale a component",
          "rounds": "+ alternating rounds and feedback", "allocation": "widths by energy instead, symmetric codebooks",
          "both": "+ rounds and feedback: `lplr_plus`", "rotation": "+ rotation of both sides",
@@ -16,7 +18,7 @@ def _cells(found: Mapping[str, Line], prefix: str) -> dict[tuple[Any, ...], Line
     return {tuple(key.split("|")[1:]): line for key, line in found.items() if key.startswith(f"{prefix}|")}
 
 
-def errors(bits: int) -> Any:
+def errors(bits: int) -> Builder:
     """Return the builder of the table of errors at a rate."""
     def build(found: Mapping[str, Line]) -> str:
         cells = {key: line for key, line in _cells(found, "error").items() if key[1] == str(bits)}
@@ -28,30 +30,30 @@ def errors(bits: int) -> Any:
         body.append(["target", *(f"{line['case']['target']:.4g}{mark}"
                                  for line, mark in zip(final, marks, strict=True))])
         body.append(["chosen", *(f"`{line['numbers']['codec']}`" for line in final)])
-        return _table([f"relative error at {bits} bit{'s' if bits > 1 else ''}", *names], body)
+        return table([f"relative error at {bits} bit{'s' if bits > 1 else ''}", *names], body)
     return build
 
 
 def times(found: Mapping[str, Line]) -> str:
     """Return encoding times beside LPLR and LSVD."""
     body = [[side, method, f"{n['over_lplr']:.2f}", f"{n['over_lsvd']:.2f}", f"{n['error']:.4f}",
-             "pass" if n["passed"] else "**missed**"]
+             verdict(n["passed"], "**missed**")]
             for (side, method), line in _cells(found, "time").items() for n in (line["numbers"],)]
-    return _table(["n = d", "encoder", "time over LPLR", "over LSVD", "error", ""], body)
+    return table(["n = d", "encoder", "time over LPLR", "over LSVD", "error", ""], body)
 
 
 def growth(found: Mapping[str, Line]) -> str:
     """Return time and memory over the side of a matrix in a file."""
     body = [[side, mode, f"{n['nanoseconds_ndm']:.2f}", f"{n['extra_megabytes']:.0f}", f"{n['matrix_megabytes']:.0f}"]
             for (side, _, mode), line in _cells(found, "growth").items() for n in (line["numbers"],)]
-    return _table(["n = d, rank 128", "encoder", "ns per n d m", "MiB beside the file", "MiB of the file"], body)
+    return table(["n = d, rank 128", "encoder", "ns per n d m", "MiB beside the file", "MiB of the file"], body)
 
 
 def layers(found: Mapping[str, Line]) -> str:
     """Return errors over the layers of models."""
     body = [[line["case"]["model"], line["case"]["method"], f"{n['rate']:.3f}", f"{n['mean']:.3f} ± {n['spread']:.3f}",
              f"{n['worst']:.3f}", str(n["layers"])] for line in found.values() for n in (line["numbers"],)]
-    return _table(["model", "method", "bits per element", "relative error", "worst layer", "layers"], body)
+    return table(["model", "method", "bits per element", "relative error", "worst layer", "layers"], body)
 
 
 def models(found: Mapping[str, Line]) -> str:
@@ -59,9 +61,10 @@ def models(found: Mapping[str, Line]) -> str:
     body = [[line["case"]["model"], line["case"]["method"], f"{n['rate']:.3f}", str(line["bytes"]),
              f"{n['results']['all']['perplexity']:.2f}", f"{n['results']['all']['kl']:.4f}"]
             for line in found.values() for n in (line["numbers"],)]
-    return _table(["model", "method", "bits per parameter", "bytes", "perplexity", "KL"], body)
+    return table(["model", "method", "bits per parameter", "bytes", "perplexity", "KL"], body)
 
 
-def _table(header: list[str], body: list[list[str]]) -> str:
-    rule = ["---", *("---:" for _ in header[1:])]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *body))
+PLUS = {**{f"lplr-plus-{bits}": Table(errors(bits), ("error",)) for bits in (1, 2)},
+        "lplr-plus-time": Table(times, ("time",)), "lplr-plus-growth": Table(growth, ("growth",))}
+LAYERS = {"low-rank-layers": Table(layers)}
+MODELS = {"low-rank-models": Table(models)}

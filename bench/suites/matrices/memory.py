@@ -1,12 +1,13 @@
 """Print this process's peak resident bytes: after importing torch alone, or after encoding one Gaussian matrix.
 
-Run by speed.py: `memory.py` or `memory.py CODEC ROWS COLUMNS`.
+speed.py runs `report` in a process of its own.
 """
 
 from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -32,13 +33,10 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def main() -> None:
-    """Encode if asked to, then print the peak."""
+def report(arguments: Sequence[str]) -> None:
+    """Encode if a codec, rows and columns are given, then print the peak."""
     torch.set_num_threads(2)
-    if len(sys.argv) == 4:
-        encode(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    if arguments:
+        encode(arguments[0], int(arguments[1]), int(arguments[2]))
     print(peak_bytes())
 
-
-if __name__ == "__main__":
-    main()

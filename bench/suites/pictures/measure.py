@@ -2,54 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import common
+from bench.places import SHARED
+from bench.suite import Asked, Outcome, Result, Unmeasured
+from bench.suites.pictures.cases import PictureCase
 from tersor import images, store
 from tersor.errors import TersorError
 
 SEED = 0
-FOLDER = common.ROOT.parent / "shared" / "data" / "images"
-FILES = ("kodim05", "kodim13", "kodim23")
-METHODS = ("scalar", "uniform", "qet_plus", "opq", "lplr", "lsvd", "dsvd", "lplr_plus")
-RATES = (1.0, 2.0)
-
-
-@dataclasses.dataclass(frozen=True)
-class PictureCase:
-    """One photograph by one family in one layout.
-
-    Parameters
-    ----------
-    file : str
-    method : str
-        A family.
-    layout : str
-        One of `tersor.images.LAYOUTS`.
-    rate : float
-        Most bits a sample.
-    """
-
-    file: str
-    method: str
-    layout: str
-    rate: float
-
-    @property
-    def key(self) -> str:
-        """The case's name in results."""
-        return f"{self.file}|{self.rate:g}|{self.layout}|{self.method}"
-
-
-CASES = tuple(PictureCase(file, method, layout, rate) for rate in RATES for method in METHODS
-              for layout in images.LAYOUTS for file in FILES)
+FOLDER = SHARED / "images"
 
 
 def run(case: PictureCase, folder: Path) -> dict[str, Any]:
@@ -65,32 +31,14 @@ def run(case: PictureCase, folder: Path) -> dict[str, Any]:
             "codec": " ".join(dict.fromkeys(str(e.codec) for e in encoded.matrices.values()))}
 
 
-def measure(cases: Sequence[PictureCase], *, write: bool) -> Iterator[tuple[PictureCase, dict[str, Any]]]:
-    """Yield each case and its numbers, and record them if asked to."""
+def measure(cases: Sequence[PictureCase], asked: Asked) -> Iterator[Outcome]:
+    """Yield every case."""
+    del asked
     for case in cases:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 numbers = run(case, Path(folder) / "out")
             except TersorError as problem:
-                yield case, {"cannot": str(problem)}
+                yield Unmeasured(case.key, str(problem))
                 continue
-        if write:
-            common.record("pictures", case, seed=SEED, nbytes=numbers["bytes"], numbers=numbers)
-        yield case, numbers
-
-
-def main() -> int:
-    """Run the cases whose key contains any of the words given."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("words", nargs="*", help="run only cases whose key contains one of these")
-    parser.add_argument("--write", action="store_true", help="append to bench/results/pictures.jsonl")
-    arguments = parser.parse_args()
-    chosen = [case for case in CASES if not arguments.words or any(word in case.key for word in arguments.words)]
-    with common.threads(1):
-        for case, numbers in measure(chosen, write=arguments.write):
-            print(case.key, common.rounded(numbers), flush=True)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        yield Result.of(case, numbers["bytes"], numbers, seed=SEED)

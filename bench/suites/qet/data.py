@@ -8,13 +8,12 @@ are shared by all of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import common
-import models
+from bench import evaluation, models
+from bench.places import held_out, kept
 from tersor import testing
 
 SEED = 0
@@ -84,38 +83,26 @@ MATRICES: Mapping[str, Callable[[], Tensor]] = {
 }
 
 
-def cache_folder() -> Path:
-    """Return the folder of cached tensors."""
-    folder = common.ROOT / "out" / "qet"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def key_value_run() -> dict[str, Tensor]:
     """Return keys, unrotated keys and values of one layer, (tokens, heads x head size); cached after the first run."""
     from safetensors.torch import load_file, save_file
 
-    file = cache_folder() / f"smollm2-layer{KV_LAYER}-{KV_WINDOW}.safetensors"
+    file = kept("qet") / f"smollm2-layer{KV_LAYER}-{KV_WINDOW}.safetensors"
     if not file.is_file():
         save_file(_run_smollm2(), file)
     return load_file(file)
 
 
 def _run_smollm2() -> dict[str, Tensor]:
-    from transformers import AutoTokenizer
-
-    import evaluate_dense
-
     path = models.smollm2_gguf()
-    model = evaluate_dense.load_model(path)
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    model, tokenizer = evaluation.load_model(path), evaluation.load_tokenizer(path)
     projected: list[Tensor] = []
     hook = model.model.layers[KV_LAYER].self_attn.k_proj.register_forward_hook(
         lambda _module, _inputs, output: projected.append(output[0]))
     keys, values = [], []
     with torch.no_grad():
         for text in KV_TEXTS:
-            ids = tokenizer((common.TEXTS / f"{text}.txt").read_text(), verbose=False)["input_ids"][:KV_WINDOW]
+            ids = tokenizer(held_out(text), verbose=False)["input_ids"][:KV_WINDOW]
             layer = model.model(torch.tensor([ids]), use_cache=True).past_key_values.layers[KV_LAYER]
             keys.append(_tokens_by_channels(layer.keys))
             values.append(_tokens_by_channels(layer.values))

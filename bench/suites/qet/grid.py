@@ -7,21 +7,19 @@ bits and errors per element hardly depend on the width. The best two are then me
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-import baselines
-import cases
-import common
-import qet_data
-import tables
 import tersor
+from bench import baselines
+from bench.suite import Asked, Outcome, Result, Unmeasured
+from bench.suites.qet.cases import GridCase
+from bench.suites.qet.data import MATRICES
 from tersor.codecs import Scalar, Standardized
 from tersor.contract.codec import Codec
 from tersor.errors import BudgetError
@@ -87,7 +85,7 @@ def _round_trip(matrix: Tensor, codec: Codec) -> baselines.Decoded:
     return baselines.Decoded(encoded.decode(), encoded.nbytes, codec.spec())
 
 
-def quantize(matrix: Tensor, case: cases.GridCase, nbytes: int) -> baselines.Decoded:
+def quantize(matrix: Tensor, case: GridCase, nbytes: int) -> baselines.Decoded:
     """Return the best of a method on a matrix.
 
     Raises
@@ -108,8 +106,8 @@ def quantize(matrix: Tensor, case: cases.GridCase, nbytes: int) -> baselines.Dec
                key=lambda decoded: baselines.relative_error(matrix, decoded.matrix))
 
 
-def run_case(case: cases.GridCase, matrix: Tensor, *, write: bool) -> None:
-    """Measure one method in one cell, print it, and write its line if asked to.
+def one(case: GridCase, matrix: Tensor) -> Result:
+    """Measure one method in one cell.
 
     Raises
     ------
@@ -121,66 +119,23 @@ def run_case(case: cases.GridCase, matrix: Tensor, *, write: bool) -> None:
     try:
         decoded = quantize(matrix, case, budget)
     except baselines.CannotRunError as error:
-        numbers: dict = {"nmse": None, "reason": str(error), "budget": budget}
-        nbytes = 0
-    else:
-        nbytes = decoded.nbytes
-        if nbytes > budget:
-            raise AssertionError(f"{case.key}: {nbytes} bytes, {budget} allowed")
-        relative = baselines.relative_error(matrix, decoded.matrix)
-        wide = matrix.to(torch.float64)
-        nmse = relative * float(wide.square().mean() / wide.var(correction=0))
-        numbers = {"nmse": nmse, "relative_mse": relative, "rate": 8 * nbytes / matrix.numel(), "budget": budget,
-                   "setting": decoded.detail, "seconds": time.perf_counter() - start}
-    if write:
-        common.record("qet", case, seed=SEED, nbytes=nbytes, numbers=numbers)
-    shown = numbers.get("reason") or (f"{numbers['nmse']:.5f}  {numbers['rate']:.4f} bits  "
-                                      f"{numbers['seconds']:6.1f} s  {numbers['setting']}")
-    print(f"{case.data:<17} {case.bits} {case.method:<22} {shown}", flush=True)
+        return Result.of(case, 0, {"nmse": None, "reason": str(error), "budget": budget}, seed=SEED)
+    if decoded.nbytes > budget:
+        raise AssertionError(f"{case.key}: {decoded.nbytes} bytes, {budget} allowed")
+    relative = baselines.relative_error(matrix, decoded.matrix)
+    wide = matrix.to(torch.float64)
+    nmse = relative * float(wide.square().mean() / wide.var(correction=0))
+    numbers: dict[str, Any] = {
+        "nmse": nmse, "relative_mse": relative, "rate": 8 * decoded.nbytes / matrix.numel(), "budget": budget,
+        "setting": decoded.detail, "seconds": time.perf_counter() - start}
+    return Result.of(case, decoded.nbytes, numbers, seed=SEED)
 
 
-def verdict() -> int:
-    """Print how `qet_plus` stands in every measured cell; return the number of missed targets."""
-    cells = tables.grid_cells(common.newest("qet"))
-    print(f"\n{'cell':<20} {'qet_plus':>9} {'best QET':>9} {'house':>9} {'/ QET':>7} {'/ house':>7}")
-    for cell in cells:
-        print(f"{cell.data:<17} {cell.bits:>2} {cell.ours:9.5f} {cell.qet:9.5f} {cell.house:9.5f} "
-              f"{cell.ours / cell.qet:7.3f} {cell.ours / cell.house:7.3f}")
-    lead = sum(cell.ours <= cases.QET_LEAD * cell.qet for cell in cells)
-    strict = sum(cell.ours <= cases.QET_LEAD * cell.best((*cases.GRID_QET, "pq_residual")) for cell in cells)
-    house = sum(cell.ours <= cases.HOUSE_SLACK * cell.house for cell in cells)
-    print(f"at most {cases.QET_LEAD} of the best published form: {lead} of {len(cells)} cells "
-          f"({cases.QET_LEAD_CELLS} wanted; {strict} if QET without swaps counts as a form); "
-          f"at most {cases.HOUSE_SLACK} of the house's best: {house} ({cases.HOUSE_CELLS} wanted)")
-    return (lead < cases.QET_LEAD_CELLS) + (house < cases.HOUSE_CELLS)
-
-
-def main() -> int:
-    """Run the cells and methods asked for, then judge all that was written so far."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=cases.GRID_DATA, default=cases.GRID_DATA, metavar="DATA")
-    parser.add_argument("--bits", nargs="+", type=int, choices=cases.GRID_BITS, default=cases.GRID_BITS)
-    parser.add_argument("--methods", nargs="+", choices=cases.GRID_METHODS, default=cases.GRID_METHODS,
-                        metavar="METHOD", help=", ".join(cases.GRID_METHODS))
-    parser.add_argument("--write", action="store_true", help="add lines to results/qet.jsonl")
-    parser.add_argument("--missing", action="store_true", help="leave out what results/qet.jsonl has")
-    parser.add_argument("--verdict", action="store_true", help="measure nothing")
-    arguments = parser.parse_args()
-    if arguments.verdict:
-        return 1 if verdict() else 0
-    done = common.newest("qet") if arguments.missing else {}
-    chosen = [case for case in cases.GRID_CASES if case.data in arguments.only and case.bits in arguments.bits
-              and case.method in arguments.methods and case.key not in done]
-    with common.threads(1):
-        for data in dict.fromkeys(case.data for case in chosen):
-            matrix = qet_data.MATRICES[data]()
-            for case in (case for case in chosen if case.data == data):
-                if baselines.available(case.method):
-                    run_case(case, matrix, write=arguments.write)
-                else:
-                    print(f"{case.key}: skipped, not available here")
-    return 1 if verdict() else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def measure(cases: Sequence[GridCase], asked: Asked) -> Iterator[Outcome]:
+    """Yield the best of every method in every cell."""
+    del asked
+    for data in dict.fromkeys(case.data for case in cases):
+        matrix = MATRICES[data]()
+        for case in (case for case in cases if case.data == data):
+            yield one(case, matrix) if baselines.available(case.method) else Unmeasured(
+                case.key, "its package is not installed")

@@ -1,7 +1,6 @@
 """Does QET reproduce? The released code's figures at 4x from fp32, by its own accounting, and the theory's constants.
 
-Everything is measured twice: by the transcription in `qet_published.py` and by Tersor's presets. Exit status 1 if a
-figure with a target is missed.
+Everything is measured twice: by the transcription in `published.py` and by Tersor's presets.
 
 * `nmse`, `ratio`, `order`: 8 bits an element, sub-vectors of 4 columns; MSE over variance. `order`: PQ above QET
   without its residual stage, that above QET. OPQ has no target; its rotation does not fit beside a square matrix.
@@ -16,20 +15,17 @@ figure with a target is missed.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-import cases
-import common
-import qet_data
-import qet_published
 import tersor
+from bench.suite import Asked, Result, Section
+from bench.suites.qet import cases, published
+from bench.suites.qet.data import MATRICES
 from tersor import testing
 from tersor.codecs import Dense, Scalar, Swap
 from tersor.errors import BudgetError
@@ -44,13 +40,13 @@ PENALTY_TOLERANCE = 0.03
 VARIANCE_TOLERANCE = 0.01
 Case = cases.ReproductionCase
 Array = np.ndarray
-Outcome = tuple[Case, float, dict[str, Any], int]
+Figure = tuple[Case, float, dict[str, Any], int]
 
 
 def matrices() -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the matrices of the released code's table, cut as there: 192 columns or 2048 rows at most."""
     for name in cases.QET_REPRODUCED:
-        matrix = qet_data.MATRICES[name]()
+        matrix = MATRICES[name]()
         wide = 192 if name == "minilm_wff" else matrix.shape[1]
         yield name, matrix[:2048, :wide].contiguous()
 
@@ -58,8 +54,8 @@ def matrices() -> Iterator[tuple[str, torch.Tensor]]:
 def by_transcription(matrix: torch.Tensor, method: str, nbytes: int) -> tuple[float, int, str]:
     """Return normalized MSE, charged bytes and setting; ValueError if the method cannot run."""
     x = matrix.numpy()
-    result = qet_published.METHODS[method](x, DIM, 8 * nbytes)
-    return qet_published.normalized_error(x, result.decoded), -(-result.bits // 8), f"{result.sizes} codewords"
+    result = published.METHODS[method](x, DIM, 8 * nbytes)
+    return published.normalized_error(x, result.decoded), -(-result.bits // 8), f"{result.sizes} codewords"
 
 
 def by_tersor(matrix: torch.Tensor, method: str, nbytes: int) -> tuple[float, int, str]:
@@ -67,7 +63,7 @@ def by_tersor(matrix: torch.Tensor, method: str, nbytes: int) -> tuple[float, in
     shape = (matrix.shape[0], matrix.shape[1])
     codec = PRESETS[method].with_dim(DIM).from_memory(shape, nbytes)
     decoded = tersor.compress(matrix, codec=codec, seed=SEED).decode()
-    return (qet_published.normalized_error(matrix.numpy(), decoded.numpy()), published_nbytes(codec, shape),
+    return (published.normalized_error(matrix.numpy(), decoded.numpy()), published_nbytes(codec, shape),
             codec.spec())
 
 
@@ -75,7 +71,7 @@ IMPLEMENTATIONS: Mapping[str, Callable[[torch.Tensor, str, int], tuple[float, in
     "transcription": by_transcription, "tersor": by_tersor}
 
 
-def released_code() -> Iterator[Outcome]:
+def released_code() -> Iterator[Figure]:
     """Yield the figures of the released code."""
     for data, matrix in matrices():
         for name, measure in IMPLEMENTATIONS.items():
@@ -102,7 +98,7 @@ def released_code() -> Iterator[Outcome]:
 
 def swapped_by_transcription(matrix: torch.Tensor, layers: int) -> tuple[Array, float]:
     """Return the swapped matrix and the mask bits an element."""
-    swapped, masks = qet_published.tree(matrix.numpy(), layers)
+    swapped, masks = published.tree(matrix.numpy(), layers)
     return swapped, sum(mask.size for mask in masks) / matrix.numel()
 
 
@@ -118,13 +114,13 @@ def swapped_by_tersor(matrix: torch.Tensor, layers: int) -> tuple[Array, float]:
     return encoded.child("inner", inner, shape).decode().numpy(), mask_bits
 
 
-def swaps() -> Iterator[Outcome]:
+def swaps() -> Iterator[Figure]:
     """Yield mask bits and block variances; both implementations must swap alike."""
     matrix = testing.gaussian(SAMPLES, SEED)
     for name, swap in (("transcription", swapped_by_transcription), ("tersor", swapped_by_tersor)):
         for layers, target in cases.QET_BLOCK_VARIANCE.items():
             swapped, mask_bits = swap(matrix, layers)
-            if not np.array_equal(swapped, qet_published.tree(matrix.numpy(), layers)[0]):
+            if not np.array_equal(swapped, published.tree(matrix.numpy(), layers)[0]):
                 raise AssertionError(f"{name}: {layers} layers of swaps differ from the transcription's")
             variance = float(np.mean([block.var() for block in blocks(swapped, layers)]))
             yield Case("mask_bits", "gaussian", f"{layers} layers", name, layers / 2), mask_bits, {}, 0
@@ -174,13 +170,13 @@ def laws() -> Iterator[tuple[str, Array]]:
     yield "uniform", rng.uniform(-2, 2, SAMPLES).astype(np.float32)
 
 
-def penalties() -> Iterator[Outcome]:
+def penalties() -> Iterator[Figure]:
     """Yield the rise of the error at equal total bits, for one to three layers of swaps."""
     for law, sample in laws():
         plain = blocks(sample, 0)
         entropy, (rate, error) = vasicek(plain[0]), entropy_coded(plain, FINE_STEP)
         for layers, target in cases.QET_PENALTY.items():
-            parts = blocks(qet_published.tree(sample, layers)[0], layers)
+            parts = blocks(published.tree(sample, layers)[0], layers)
             spread = float(np.mean([vasicek(part) for part in parts])) - entropy + layers / 2
             yield (Case("penalty", law, f"{layers} layers", "entropy", target, PENALTY_TOLERANCE), 4.0**spread, {}, 0)
             if law == "gaussian":
@@ -189,30 +185,14 @@ def penalties() -> Iterator[Outcome]:
                        {"rate": rate}, 0)
 
 
-SECTIONS: Mapping[str, Callable[[], Iterator[Outcome]]] = {
+SECTIONS: Mapping[str, Callable[[], Iterator[Figure]]] = {
     "released": released_code, "swaps": swaps, "penalties": penalties}
 
 
-def main() -> int:
-    """Run the sections, print every figure and return 1 if one is missed."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", nargs="+", choices=tuple(SECTIONS), default=tuple(SECTIONS))
-    parser.add_argument("--write", action="store_true", help="add lines to results/qet.jsonl")
-    arguments = parser.parse_args()
-    missed = 0
-    with common.threads(1):
-        for section in arguments.only:
-            for case, value, extra, nbytes in SECTIONS[section]():
-                passed = None if case.target is None else abs(value / case.target - 1) <= case.tolerance
-                missed += passed is False
-                if arguments.write:
-                    numbers = {"value": value, "passed": passed, **extra}
-                    common.record("qet", case, seed=SEED, nbytes=nbytes, numbers=numbers)
-                wanted = "" if case.target is None else f"{case.target:g} within {100 * case.tolerance:g} %"
-                print(f"{case.check:<15} {case.data:<13} {case.method:<24} {case.implementation:<14} {value:9.4f}  "
-                      f"{wanted:<18} {'' if passed is None else 'pass' if passed else 'FAIL'}", flush=True)
-    return 1 if missed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def measure(chosen: Sequence[Section], asked: Asked) -> Iterator[Result]:
+    """Yield every figure of the sections."""
+    del asked
+    for section in chosen:
+        for case, value, extra, nbytes in SECTIONS[section.name]():
+            passed = None if case.target is None else abs(value / case.target - 1) <= case.tolerance
+            yield Result.of(case, nbytes, {"value": value, "passed": passed, **extra}, seed=SEED)

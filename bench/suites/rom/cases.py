@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 SOURCES = ("fable-22m", "fable-7m", "smollm2-135m")
@@ -82,24 +82,21 @@ def dense(model: str) -> Case:
     return Case("dense", model, 1.0, "", "original")
 
 
-def ladder(model: str, keeps: tuple[float, ...], calibrations: tuple[str, ...], rungs: tuple[str, ...]) -> list[Case]:
-    """Return the ladder's cases, and first the dense model."""
-    return [dense(model), *(Case("ladder", model, keep, calibration, rung)
-                            for keep in keeps for calibration in calibrations for rung in rungs)]
-
-
-def equal(model: str, bits: tuple[float, ...], methods: tuple[str, ...]) -> list[Case]:
-    """Return the cases at equal bytes, calibrated on the house's text."""
-    return [dense(model), *(Case("equal", model, rate, "house", method) for rate in bits for method in methods)]
-
-
-def cost(model: str, keep: float, method: str, counts: Sequence[int]) -> list[Case]:
-    """Return the cases of the time over the calibration tokens, of one rung."""
-    return [Case("cost", model, count, "house", f"{method} at {keep:g}") for count in counts]
-
-
 def calibration_of(model: str, side: str) -> str:
     """Return the text that `in` or `out` (of domain) names for a model."""
     of_own = "wikitext" if model == "smollm2-135m" else "house"
     other = "house" if of_own == "wikitext" else "wikitext"
     return of_own if side == "in" else other
+
+
+def of_model(model: str) -> list[Case]:
+    """Return the cases of a model: as it is, the ladder, equal bytes on the house's text, and time over sequences."""
+    texts = [calibration_of(model, side) for side in ("in", "out")]
+    return [dense(model),
+            *(Case("ladder", model, keep, text, rung) for keep in KEEPS for text in texts for rung in RUNGS),
+            *(Case("equal", model, rate, "house", method) for rate in BITS for method in EQUAL),
+            *(Case("cost", model, count, "house", "plus_gauge at 0.8") for count in COST_SEQUENCES),
+            Case("cost", model, COST_SEQUENCES[-1], "house", "preset at 0.8")]
+
+
+CASES = tuple(case for model in SOURCES for case in of_model(model))

@@ -1,7 +1,7 @@
 """Texts of the ROM suite and its scores: perplexity and KL against the dense model, BLiMP's minimal pairs.
 
 Two domains. `house`: fiction, speeches and technical documentation, which the fable models were trained on; calibration
-is `calibration.txt`, held out are the three texts of `common.TEXTS`. `wikitext`: WikiText-2, detokenized (`<unk>`
+is `calibration.txt`, held out are the three texts in `bench/data`. `wikitext`: WikiText-2, detokenized (`<unk>`
 stays); calibration is its validation part, held out its test part. A calibration is in domain for its own texts, and
 out of domain for the others. Nothing is tuned on held-out text.
 """
@@ -21,16 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import common
-import evaluate_dense
+from bench import evaluation
+from bench.places import DOMAINS, SHARED, held_out
+from tersor.hf.models.evaluate import Score
 
 CONTEXT = 512
 BATCH_TOKENS = 2048
 TASK_SEED = 0
 START = "<|endoftext|>"  # what stands between documents in both families' training
-SHARED = common.ROOT.parent / "shared" / "data"
 CALIBRATIONS = ("house", "wikitext")
-TEXTS = (*common.DOMAINS, "wikitext")
+TEXTS = (*DOMAINS, "wikitext")
 _REPAIRS = ((r" @([-,.])@ ", r"\1"), (r" ([,.;:!?%)\]}])", r"\1"), (r"([(\[{$£]) ", r"\1"),
             (r" '(s|re|ve|ll|d|m|t)\b", r"'\1"), (r" n't", "n't"),
             (r'" ([^"\n]*?) "', r'"\1"'), (r"' ([^'\n]*?) '", r"'\1'"), (r" – ", "–"),
@@ -60,7 +60,7 @@ def calibration_file(name: str, folder: Path) -> Path:
 
 def windows(tokenizer: Any, tokens: int) -> dict[str, Tensor]:
     """Return the held-out texts as windows (count, CONTEXT), the first `tokens` tokens of each."""
-    held = {domain: (common.TEXTS / f"{domain}.txt").read_text() for domain in common.DOMAINS}
+    held = {domain: held_out(domain) for domain in DOMAINS}
     held["wikitext"] = wikitext("test")
     cut = {}
     for name, text in held.items():
@@ -109,15 +109,15 @@ class Judge:
     @torch.inference_mode()
     def texts_of(self, model: nn.Module) -> dict[str, dict[str, float]]:
         """Return perplexity, KL and top-1 agreement on each text, and on the three of the house together."""
-        sums = {name: evaluate_dense.Sums() for name in self.texts}
+        scores = {name: Score() for name in self.texts}
         for name, text in self.texts.items():
             for batch, hidden in zip(text.split(BATCH_TOKENS // CONTEXT), self.hidden[name], strict=True):
-                reference = evaluate_dense.Reference.of(self.head(hidden)[:, :-1].float())
+                original = self.head(hidden)[:, :-1].float()
                 ids = batch.to(self.device)
                 logits = model(ids, use_cache=False).logits[:, :-1].float()
-                sums[name] += evaluate_dense._sums(logits, ids[:, 1:], reference)
-        house = sum((sums[name] for name in common.DOMAINS), evaluate_dense.Sums())
-        return {**{name: each.numbers() for name, each in sums.items()}, "house": house.numbers()}
+                evaluation.add(scores[name], logits, original, ids[:, 1:])
+        house = evaluation.total(scores[name] for name in DOMAINS)
+        return {name: evaluation.numbers(score) for name, score in {**scores, "house": house}.items()}
 
     def blimp(self, model: nn.Module) -> dict[str, Any]:
         """Return the mean accuracy over the phenomena, its standard error, and the accuracy of each.

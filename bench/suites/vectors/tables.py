@@ -1,25 +1,25 @@
-"""The table of vector sets; `tables.py` shows it."""
+"""The tables of vector sets."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
-Line = Mapping[str, Any]
+from bench.markdown import table
+from bench.suite import Builder, Line, Table
+
 HEADS = ("method", "bytes a vector", "tables included", "recall@10", "relative MSE", "queries/s, batch",
          "queries/s, single", "train, s", "encode, s")
 
 
-def vectors_table(data: str, bits: int) -> Callable[[Mapping[str, Line]], str]:
+def vectors_table(data: str, bits: int) -> Builder:
     """Return the builder of the table of one set at one rate, best recall first."""
     def build(found: Mapping[str, Line]) -> str:
         chosen = [line for line in found.values() if (line["case"]["data"], line["case"]["bits"]) == (data, bits)]
         measured = [line for line in chosen if "recall" in line["numbers"]]
         measured.sort(key=lambda line: -line["numbers"]["recall"])
-        rows = [HEADS, ("---", *("---:" for _ in HEADS[1:])), *(_row(line) for line in measured)]
         failed = [line for line in chosen if "recall" not in line["numbers"]]
         notes = [f"\n{_name(line)}: {line['numbers']['cannot']}." for line in failed]
-        return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), *notes])
+        return "\n".join([table(HEADS, map(_row, measured)), *notes])
     return build
 
 
@@ -38,3 +38,10 @@ def _row(line: Line) -> tuple[str, ...]:
     return (_name(line), f"{numbers['stored_bytes']:.4g}", f"{total:.4g}", f"{numbers['recall']:.3f}",
             f"{numbers['relative_mse']:.4f}", f"{numbers['queries_per_s']:.0f}",
             f"{numbers['single_queries_per_s']:.0f}", f"{numbers['train_s']:.1f}", f"{numbers['encode_s']:.1f}")
+
+
+TABLES = {
+    "vectors-glove-2": Table(vectors_table("glove", 2), ("glove",)),
+    "vectors-glove-4": Table(vectors_table("glove", 4), ("glove",)),
+    "vectors-banking77": Table(vectors_table("banking77", 2), ("banking77",)),
+}
