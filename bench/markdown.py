@@ -40,4 +40,4 @@ def _commits(held: Sequence[Mapping[str, Any]]) -> str:
     if not known:
         return "commit unknown"
     told = f"{'commit' if len(known) == 1 else 'commits'} {', '.join(f'`{one}`' for one in known)}"
-    return f"{told}; of {lost} of {len(held)} lines the commit is unknown" if lost else told
+    return f"{told}, and unknown for {lost} of {len(held)} lines" if lost else told

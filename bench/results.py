@@ -183,10 +183,16 @@ def newest(suite: str) -> dict[str, dict[str, Any]]:
 
 
 def strangers(folder: Path = RESULTS) -> list[str]:
-    """Return what is wrong with result files: lines that name no commit of the history, and do not say so."""
+    """Return what is wrong with result files: lines that name no commit of the history, and do not say so.
+
+    Raises
+    ------
+    RefusedError
+        If there is no history to look them up in.
+    """
     listed = _git("rev-list", "HEAD")
-    if listed is None:
-        raise RefusedError("git is needed to check the commits of result lines")
+    if listed is None or _git("rev-parse", "--is-shallow-repository") == "true":
+        raise RefusedError("commits of result lines are checked against a whole history, which is not here")
     history, found = listed.splitlines(), []
     for file in sorted(folder.glob("*.jsonl")):
         named = {line.get("commit", "") for line in read(file)} - {UNKNOWN}

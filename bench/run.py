@@ -98,7 +98,7 @@ def measured(suite: Suite, words: Iterable[str], arguments: argparse.Namespace) 
 
 def main(given: list[str] | None = None) -> int:
     """Do what the command line asks for."""
-    arguments = parser().parse_args(given)
+    arguments = parser().parse_intermixed_args(given)
     try:
         if arguments.check:
             wrong = results.strangers()

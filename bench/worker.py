@@ -126,12 +126,14 @@ class _Worker:
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                         errors="replace")
         self.heard: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._listen, daemon=True).start()
+        self.listener = threading.Thread(target=self._listen, daemon=True)
+        self.listener.start()
 
     def _listen(self) -> None:
         assert self.process.stdout is not None
         for text in self.process.stdout:
             self.heard.put(text.rstrip("\n"))
+        self.process.stdout.close()
         self.heard.put(None)
 
     def run(self, case: Any, patience: float) -> Iterator[Result]:
@@ -171,6 +173,7 @@ class _Worker:
             self.process.kill()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(timeout=15)
+        self.listener.join(timeout=15)
 
 
 # the worker -----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Write the golden fixture of one codec: what this version's files hold, to be decoded by every later version.
 
-    python tests/golden/write.py "rot,lm3" --shape 6x96
+    python tools/write_golden.py "rot,lm3" --shape 6x96
 
 makes tests/golden/rotated-v1/rot,lm3/ with config.json, input.npy, payload.safetensors and decoded.npy. A fixture is
 evidence: an existing one is never overwritten. After a change of format raise the codec's version and write a new one.
@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from tersor.registry import parse
 from tersor.testing import encode, student_t3
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).resolve().parent.parent / "tests" / "golden"
 
 
 def folder_of(text: str, root: Path = FOLDER) -> Path:

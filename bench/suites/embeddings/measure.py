@@ -23,7 +23,7 @@ from bench.suite import Asked, Outcome, Result, Unmeasured
 from bench.suites.embeddings.cases import EmbeddingCase
 from bench.suites.vectors import measure as vectors
 from tersor.errors import TersorError
-from tersor.vectors import Best
+from tersor.vectors.nearest import Best
 
 SEED, K = 0, 3
 

@@ -23,7 +23,8 @@ from bench.suites.qet.data import MATRICES
 from tersor.codecs import Scalar, Standardized
 from tersor.contract.codec import Codec
 from tersor.errors import BudgetError
-from tersor.families import SCALAR_LEVELS, Ladder
+from tersor.families import Ladder
+from tersor.families.builtin import SCALAR_LEVELS
 from tersor.families.qet import Preset
 from tersor.payload.blocks import Shape
 

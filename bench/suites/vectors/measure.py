@@ -25,7 +25,8 @@ from bench.places import SHARED, kept
 from bench.suite import Asked, Result
 from bench.suites.vectors.cases import VectorCase
 from tersor.errors import TersorError
-from tersor.vectors import Best, Index, index_families
+from tersor.vectors import Index, index_families
+from tersor.vectors.nearest import Best
 
 SEED, K, QUERIES = 0, 10, 1000
 FEW_QUERIES = 20  # that time a search which decodes the set for each
