@@ -11,6 +11,7 @@ BATCHES = (1, 4, 8, 16, 64, 4096)
 CODECS = ("bf16", "int4", "nf4", "two2x2", "lm2", "rot,lm2", "lm3", "lm4", "rot,lm4", "lm8", "rtn4g128", "pq4x256",
           "swap1,pq4x16", "lr256(fp16;fp16)", "bf16")
 HADAMARDS = ((8192, 4096), (8192, 14336), (8192, 576), (8192, 8192), (1, 4096), (1, 14336))
+SMALL_CODECS = tuple(codec.replace("lr256", "lr16") for codec in CODECS)
 SMALL_SHAPES, SMALL_BATCHES, SMALL_HADAMARDS = ((64, 256), (256, 64)), (1, 16), ((16, 64), (1, 576))
 MODELS = ("bf16", "int4", "nf4", "rot,lm4", "rot,lm2", "two2x2")  # bf16 first: ratios are to it
 LAYERS = 32
@@ -160,12 +161,12 @@ class Logits:
 GpuCase = Ceiling | Hadamard | Product | Model | Encode | EncodeModel | Logits
 
 
-def products(shapes: Sequence[tuple[int, int]], batches: tuple[int, ...]) -> list[Product]:
+def products(shapes: Sequence[tuple[int, int]], batches: tuple[int, ...], codecs: Sequence[str]) -> list[Product]:
     """Return a case a shape and codec."""
     found = []
     for shape in shapes:
         seen: dict[str, int] = {}
-        for codec in CODECS:
+        for codec in codecs:
             seen[codec] = seen.get(codec, 0) + 1
             found.append(Product(shape, codec, "" if seen[codec] == 1 else f"#{seen[codec]}", batches))
     return found
@@ -176,7 +177,7 @@ def cases(device: str) -> list[GpuCase]:
     small = device == "cpu"
     return [Ceiling("copy"), Ceiling("gemm"),
             *(Hadamard(*size) for size in (SMALL_HADAMARDS if small else HADAMARDS)),
-            *products(SMALL_SHAPES if small else SHAPES, SMALL_BATCHES if small else BATCHES),
+            *(products(SMALL_SHAPES, SMALL_BATCHES, SMALL_CODECS) if small else products(SHAPES, BATCHES, CODECS)),
             *(Model(codec) for codec in MODELS),
             *(Logits(codec, dtype) for codec in LOGITS for dtype in DTYPES),
             *(Encode(shape, count, sweeps=3 if small else SWEEPS)
@@ -188,5 +189,5 @@ def profiles(device: str) -> list[Profile]:
     """Return the cases of the suite `gpu_profile`: apart, since profiling slows what follows."""
     small = device == "cpu"
     return [Profile(shape, codec, batch) for shape in (SMALL_SHAPES if small else SHAPES)
-            for codec in dict.fromkeys(CODECS) if codec not in ("bf16", "int4")
+            for codec in dict.fromkeys(SMALL_CODECS if small else CODECS) if codec not in ("bf16", "int4")
             for batch in (SMALL_BATCHES if small else BATCHES)]
