@@ -104,7 +104,7 @@ def _model(case: EncodeModel, emit: Emit) -> None:
         state["matrices"] += 1
         over = time.perf_counter() - began > case.most
         if over or state["matrices"] % TOLD == 0:
-            emit(f"encode|partial|{case.codec}|{case.sweeps}", listed(case), 0, {**numbers(), "red": True})
+            emit(f"encode|partial|{case.codec}|{case.sweeps}", listed(case), 0, {**numbers(), "red": over})
         if over:
             raise SkipError(f"{case.most:.0f} s are over, with {100 * state['weights'] / total:.0f} % encoded")
         return held
