@@ -68,6 +68,19 @@ def clean_commit(root: Path = ROOT) -> str:
     return head
 
 
+def check_code(root: Path = ROOT) -> None:
+    """Check that the package is imported from this tree, whose commit lines will name.
+
+    Raises
+    ------
+    RefusedError
+        If it is another one.
+    """
+    found = Path(tersor.__file__ or "")
+    if not found.is_relative_to(root / "src"):
+        raise RefusedError(f"tersor is imported from {found.parent}, not from {root / 'src'}; set PYTHONPATH=src")
+
+
 def digest(root: Path = ROOT) -> str:
     """Return a digest of the code under src/ and bench/: names and bytes of every Python file, data of the package."""
     found = hashlib.sha256()
@@ -120,10 +133,11 @@ class Recorder:
     Raises
     ------
     RefusedError
-        If lines would go to bench/results and no commit holds this tree.
+        If other code was imported, or lines would go to bench/results and no commit holds this tree.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
+        check_code()
         self.folder = folder or RESULTS
         # asked once: a long run keeps the code that it loaded
         self.origin = {"commit": clean_commit()} if folder is None else {"commit": UNKNOWN, "tree": digest()}

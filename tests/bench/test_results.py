@@ -124,6 +124,12 @@ def test_lines_name_commits_of_the_history(tmp_path: Path) -> None:
                                            f"one.jsonl: '{head}+dirty' is no commit of the history"]
 
 
+def test_code_of_another_tree_is_refused(repository: Path) -> None:
+    with pytest.raises(RefusedError, match="tersor is imported from"):
+        results.check_code(repository)
+    results.check_code()
+
+
 def test_digest_changes_with_the_code(repository: Path) -> None:
     before = results.digest(repository)
     (repository / "bench" / "results" / "one.jsonl").write_text("{}\n{}\n")
