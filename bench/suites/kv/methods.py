@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib.util
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -42,6 +43,11 @@ def published(rows: int, dim: int, rate: float) -> str:
                     best = error, codec
     assert best is not None
     return best[1].spec()
+
+
+def available(method: Method) -> bool:
+    """Tell whether the package that a method needs is installed."""
+    return importlib.util.find_spec({"quanto": "optimum", "hqq": "hqq"}.get(method.kind, "torch")) is not None
 
 
 def empty(method: Method, model: Any, name: str) -> Cache:
