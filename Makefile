@@ -27,10 +27,10 @@ slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
 check: $(STAMP)
-	$(BIN)/ruff check src tests bench
+	$(BIN)/ruff check src tests bench tools
 	$(BIN)/pyright
 	$(BIN)/lint-imports
-	$(BIN)/python tests/check_house.py
+	$(BIN)/python tools/check_house.py
 
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

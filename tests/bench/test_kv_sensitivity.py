@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bench.suites.kv.sensitivity import before_rotation, sensitivity
 from torch import Tensor
 
-from kv_sensitivity import before_rotation, sensitivity
 from tersor.codecs import Klt
 from tersor.errors import CodecConfigError
 from tersor.kv import TokenStream, matrices
