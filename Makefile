@@ -1,10 +1,11 @@
-# make demo: the main job on the bundled model. make test: the tests. Everything installs into .venv.
+# make demo: the main job on the bundled model. make test: the tests. make docs: the site, in out/site.
+# Everything installs into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 DEMO := out/fable-7m-3bit
 
-.PHONY: setup demo test check slow bench-setup clean
+.PHONY: setup demo test check docs slow bench-setup clean
 
 setup: $(STAMP)
 
@@ -26,10 +27,13 @@ slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
 check: $(STAMP)
-	$(BIN)/ruff check src tests bench
+	$(BIN)/ruff check src tests bench tools
 	$(BIN)/pyright
 	$(BIN)/lint-imports
-	$(BIN)/python tests/check_house.py
+	$(BIN)/python tools/check_house.py
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench-setup: $(STAMP)
 	bash bench/setup.sh

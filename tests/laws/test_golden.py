@@ -25,7 +25,7 @@ FIXTURES = sorted(path.parent for path in GOLDEN.glob("*/*/config.json"))
 
 @pytest.fixture(scope="module")
 def writer() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("golden_write", GOLDEN / "write.py")
+    spec = importlib.util.spec_from_file_location("write_golden", GOLDEN.parents[1] / "tools" / "write_golden.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

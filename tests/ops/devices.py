@@ -1,17 +1,32 @@
-"""The devices that ops are tested on, and the mark of tests that need a CUDA device."""
+"""The devices that ops are tested on, the mark of tests that need a CUDA device, and cases of each device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import pytest
 import torch
 
+MARKS = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
+CUDA = pytest.param("cuda", marks=MARKS)
+DEVICES = ["cpu", CUDA]
+
 
 def GPU(test: Callable[..., None]) -> Callable[..., None]:
     """Mark a test that needs a CUDA device."""
-    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")(test))
+    for mark in MARKS:
+        test = mark(test)
+    return test
 
 
-DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
-                                                                                    reason="no CUDA device")])]
+def on_devices(names: Sequence[str], *, cpu: Iterable[Sequence[Any]],
+               cuda: Iterable[Sequence[Any]]) -> pytest.MarkDecorator:
+    """Give a test a device and the values of `names`.
+
+    The CPU runs the reference, which knows no forms, tables of special levels or configurations: it gets few values.
+    A kernel is another program for each of them: the GPU gets them all.
+    """
+    params = [pytest.param(device, *values, marks=marks, id="-".join(str(value) for value in (device, *values)))
+              for device, marks, cases in (("cpu", (), cpu), ("cuda", MARKS, cuda)) for values in cases]
+    return pytest.mark.parametrize(("device", *names), params)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -19,13 +18,9 @@ from tersor.ops.annealing import reference
 from tersor.ops.annealing.problem import Draws, Schedule, pick, unit_of
 from tersor.ops.annealing.shapes import factors, tile_of
 from tersor.testing import gaussian, tolerance
+from tests.ops.devices import GPU
 
 DRAWS = 200_000
-
-
-def GPU(test: Callable[..., None]) -> Callable[..., None]:
-    """Mark a test that needs a CUDA device."""
-    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")(test))
 
 
 @pytest.mark.parametrize("levels", [(-0.6, 0.6), (-0.9, 0.0, 0.9), (-1.25, -0.3, 0.3, 1.25)])
@@ -124,12 +119,12 @@ def test_factors_are_the_rotation(width: int) -> None:
 @GPU
 def test_the_kernel_agrees_with_plain_torch(codec: TwoBasis, width: int) -> None:
     """In distortion, on 2^16 numbers or 64 vectors: the mean difference within 4 of its spreads, which is small."""
-    from tersor.ops.annealing import triton
+    from tersor.ops.annealing import launch
 
     count = max(64, 2**16 // width)
     target = gaussian((count, width), 1).cuda()
     ours, plain = (run(sample, codec, target, 100, Draws(0))[2].double().cpu()
-                   for sample in (triton.sample, reference.sample))
+                   for sample in (launch.sample, reference.sample))
     difference = (ours - plain) / plain.mean()
     spread = float(difference.std()) / count**0.5
     assert abs(float(difference.mean())) <= 4 * spread
@@ -140,12 +135,12 @@ def test_the_kernel_agrees_with_plain_torch(codec: TwoBasis, width: int) -> None
 @GPU
 def test_the_kernel_at_other_widths(width: int) -> None:
     """Paley and seeded orthogonal factors, padded rows, the largest tiles: as above, at 2 bits."""
-    from tersor.ops.annealing import triton
+    from tersor.ops.annealing import launch
 
     count, codec = max(64, 2**16 // width), TwoBasis(seed=1)
     target = gaussian((count, width), 1).cuda()
     ours, plain = (run(sample, codec, target, 60, Draws(0))[2].double().cpu()
-                   for sample in (triton.sample, reference.sample))
+                   for sample in (launch.sample, reference.sample))
     difference = (ours - plain) / plain.mean()
     assert abs(float(difference.mean())) <= 4 * float(difference.std()) / count**0.5
 

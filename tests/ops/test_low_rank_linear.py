@@ -8,12 +8,11 @@ from torch import Tensor
 
 from tersor.ops import reference_only
 from tersor.ops.low_rank_linear import low_rank_linear
-from tersor.ops.low_rank_linear.shapes import SUMS, plan_of, refusal
+from tersor.ops.low_rank_linear.shapes import SUMS, division_of, refusal
 from tersor.registry import parse
 from tersor.testing import gaussian, tolerance
+from tests.ops.devices import CUDA, DEVICES, on_devices
 
-GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
-DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(1, 1, 1), (50, 70, 5), (300, 257, 64), (33, 500, 200), (7, 9, 3), (1000, 64, 33), (64, 3000, 130)]
 pytestmark = pytest.mark.usefixtures("poison")
@@ -36,10 +35,9 @@ def error(found: Tensor, x: Tensor, left: Tensor, right: Tensor) -> float:
     return float((found.cpu().double() - expected).norm()) / bound
 
 
-@pytest.mark.parametrize("stored", DTYPES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@on_devices(("dtype", "stored"), cpu=list(zip(DTYPES, DTYPES[1:] + DTYPES[:1], strict=True)),
+            cuda=[(dtype, stored) for dtype in DTYPES for stored in DTYPES])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("device", DEVICES)
 def test_it_is_the_product(device: str, shape: tuple[int, int, int], dtype: torch.dtype, stored: torch.dtype) -> None:
     left, right = factors(shape, stored, device)
     for batch in (1, 2, 3, 8, 9, 40):
@@ -57,7 +55,7 @@ def test_it_is_the_product(device: str, shape: tuple[int, int, int], dtype: torc
 
 
 @pytest.mark.parametrize("shape", [(4096, 4096, 64), (14336, 4096, 256), (4096, 14336, 512)], ids=str)
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("device", [CUDA])
 def test_large(device: str, shape: tuple[int, int, int]) -> None:
     left, right = factors(shape, torch.bfloat16, device)
     for batch in (1, 5, 64):
@@ -67,11 +65,11 @@ def test_large(device: str, shape: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (14336, 4096, 1024), (128_256, 8192, 16)], ids=str)
-def test_plans_cover_everything(shape: tuple[int, int, int]) -> None:
+def test_divisions_cover_everything(shape: tuple[int, int, int]) -> None:
     out, width, rank = shape
-    plan = plan_of(out, width, rank, 132)
-    assert plan.splits * plan.steps * plan.inputs >= width > (plan.splits - 1) * plan.steps * plan.inputs
-    assert plan.splits * rank <= max(SUMS, rank)
+    cut = division_of(out, width, rank, 132)
+    assert cut.splits * cut.steps * cut.inputs >= width > (cut.splits - 1) * cut.steps * cut.inputs
+    assert cut.splits * rank <= max(SUMS, rank)
     assert "float64" in str(refusal(torch.float32, torch.float64))
     assert refusal(*DTYPES) is None
 
@@ -98,7 +96,7 @@ def test_codecs_compiled_whole(device: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 4, 20])
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("device", [CUDA])
 def test_captured_in_a_graph(device: str, batch: int) -> None:
     left, right = factors((300, 512, 64), torch.bfloat16, device)
     x = gaussian((batch, 512), 0).to(device, torch.bfloat16)
@@ -112,7 +110,7 @@ def test_captured_in_a_graph(device: str, batch: int) -> None:
     assert torch.equal(y, low_rank_linear(x, left, right))
 
 
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("device", [CUDA])
 def test_reference_only(device: str) -> None:
     left, right = factors((300, 512, 64), torch.bfloat16, device)
     x = gaussian((3, 512), 0).to(device)

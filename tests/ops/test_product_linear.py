@@ -7,15 +7,14 @@ import torch
 from torch import Tensor
 
 from tersor.ops import reference_only
-from tersor.ops.product_linear import Payload, _op, product_linear, reference
-from tersor.ops.product_linear.shapes import plan_of, radix, refusal
+from tersor.ops.product_linear import Codewords, _op, product_linear, reference
+from tersor.ops.product_linear.shapes import division_of, radix, refusal
 from tersor.payload import packing
 from tersor.payload.layout import radix_word
 from tersor.registry import parse
 from tersor.testing import gaussian, tolerance
+from tests.ops.devices import CUDA, DEVICES, on_devices
 
-GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
-DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # rows, width, words, dim, books (0: one a group), bits of a codebook's integers (16.0: float16, 32.0: float32), layers
 CASES = [
@@ -28,7 +27,7 @@ CASES = [
 pytestmark = pytest.mark.usefixtures("poison")
 
 
-def payload_of(case: tuple[int, int, int, int, int, float, int], device: str = "cpu", seed: int = 0) -> Payload:
+def payload_of(case: tuple[int, int, int, int, int, float, int], device: str = "cpu", seed: int = 0) -> Codewords:
     """Return a random matrix of codewords."""
     rows, width, words, dim, shared, kind, layers = case
     generator = torch.Generator().manual_seed(seed)
@@ -46,10 +45,10 @@ def payload_of(case: tuple[int, int, int, int, int, float, int], device: str = "
         scale, offset = torch.tensor([3.0 / levels], device=device), torch.tensor([-1.4], device=device)
     if layers:
         mask = packing.pack(torch.randint(2, (rows, layers, width // 2), generator=generator), 2).to(device)
-    return Payload(codes.to(device), table.to(device), scale, offset, mask, rows, words, dim, books, levels, layers)
+    return Codewords(codes.to(device), table.to(device), scale, offset, mask, rows, words, dim, books, levels, layers)
 
 
-def defined(payload: Payload, width: int) -> Tensor:
+def defined(payload: Codewords, width: int) -> Tensor:
     """Return W in float64, number by number from its definition."""
     groups = width // payload.dim
     codes = packing.unpack(payload.codes.cpu(), payload.words, 0, payload.rows * groups).long().reshape(-1, groups)
@@ -75,9 +74,9 @@ def error(found: Tensor, x: Tensor, matrix: Tensor) -> float:
     return float((found.cpu().double() - expected).norm()) / bound
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("device", DEVICES)
+@on_devices(("case", "dtype"),
+            cpu=[*((case, torch.float32) for case in CASES), *((CASES[4], dtype) for dtype in DTYPES[1:])],
+            cuda=[(case, dtype) for case in CASES for dtype in DTYPES])
 def test_it_is_the_product(device: str, case: tuple[int, int, int, int, int, float, int], dtype: torch.dtype) -> None:
     payload = payload_of(case, device)
     matrix = defined(payload, case[1])
@@ -95,7 +94,7 @@ def test_it_is_the_product(device: str, case: tuple[int, int, int, int, int, flo
     assert error(product_linear(x[0], payload), x[0], matrix) <= 1
 
 
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("device", [CUDA])
 @pytest.mark.parametrize("case", [(4096, 4096, 256, 4, 0, 16.0, 0), (4096, 4096, 184, 4, 0, 10, 3),
                                   (1024, 14336, 16, 2, 0, 16.0, 1), (5000, 1408, 101, 4, 0, 32.0, 3)], ids=str)
 def test_large(device: str, case: tuple[int, int, int, int, int, float, int]) -> None:
@@ -114,7 +113,7 @@ def test_codes_of_any_number_of_levels(device: str, words: int) -> None:
     codes = torch.randint(words, (64, 32), generator=torch.Generator().manual_seed(words))
     codes[:20], codes[20:30] = words - 1, 0
     table = torch.arange(words, dtype=torch.float32, device=device).reshape(1, words, 1)
-    payload = Payload(packing.pack(codes, words).to(device), table, None, None, None, 64, words, 1, 1)
+    payload = Codewords(packing.pack(codes, words).to(device), table, None, None, None, 64, words, 1, 1)
     found = product_linear(torch.eye(32, device=device), payload)
     assert torch.equal(found.T.long().cpu(), codes)
 
@@ -132,10 +131,10 @@ def test_matrices_that_take_plain_torch() -> None:
 
 @pytest.mark.parametrize("look_up", [False, True])
 @pytest.mark.parametrize(("rows", "groups", "layers"), [(1, 1, 0), (37, 32, 3), (4096, 1024, 0), (128_256, 1024, 1)])
-def test_plans_cover_everything(rows: int, groups: int, layers: int, look_up: bool) -> None:
-    plan = plan_of(rows, groups, layers, look_up=look_up, dim=4, processors=132)
-    assert plan.splits * plan.groups >= groups >> layers > (plan.splits - 1) * plan.groups
-    assert plan.programs * plan.chunk * plan.rows >= rows
+def test_divisions_cover_everything(rows: int, groups: int, layers: int, look_up: bool) -> None:
+    cut = division_of(rows, groups, layers, look_up=look_up, dim=4, processors=132)
+    assert cut.splits * cut.groups >= groups >> layers > (cut.splits - 1) * cut.groups
+    assert cut.programs * cut.chunk * cut.rows >= rows
     assert radix(256) == (8, 1, 1)
     assert radix(300) == (0, *reversed(radix_word(300)))
 
@@ -167,7 +166,7 @@ def test_codecs_compiled_whole(device: str, text: str) -> None:
 
 @pytest.mark.parametrize("case", [(515, 2048, 48, 8, 0, 5, 0), (300, 1024, 184, 4, 0, 10, 3)], ids=str)
 @pytest.mark.parametrize("batch", [1, 4, 20])
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("device", [CUDA])
 def test_captured_in_a_graph(device: str, batch: int, case: tuple[int, int, int, int, int, float, int]) -> None:
     payload, x = payload_of(case, device), gaussian((batch, case[1]), 0).to(device, torch.bfloat16)
     product_linear(x, payload)
@@ -180,7 +179,7 @@ def test_captured_in_a_graph(device: str, batch: int, case: tuple[int, int, int,
     assert torch.equal(y, product_linear(x, payload))
 
 
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("device", [CUDA])
 def test_reference_only(device: str) -> None:
     payload, x = payload_of(CASES[12], device), gaussian((2, 2048), 0).to(device)
     with reference_only():

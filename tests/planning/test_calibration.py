@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from tersor.errors import CorruptStoreError, NonFiniteError
-from tersor.planning.calibration import Calibration, Moments
+from tersor.planning.calibration import Calibration, MomentSum
 from tersor.testing import gaussian
 
 
 def test_moments_equal_float64() -> None:
     x = gaussian((400, 32), 0) * torch.logspace(-2, 2, 32)
-    moments = Moments(32, torch.device("cpu"))
+    moments = MomentSum(32, torch.device("cpu"))
     for part in x.split(37):
         moments.add(part)
     wide = x.double()
@@ -30,7 +30,7 @@ def test_moments_equal_float64() -> None:
 def test_bad_activations_are_named(bad: float) -> None:
     x = gaussian((4, 8), 0)
     x[1, 2] = bad
-    moments = Moments(8, torch.device("cpu"))
+    moments = MomentSum(8, torch.device("cpu"))
     moments.add(x)
     with pytest.raises(NonFiniteError, match=r"layer\.q"):
         moments.mean("layer.q")

@@ -28,7 +28,7 @@ def test_allocate_equals_brute_force(seed: int) -> None:
     rng = random.Random(seed)
     choices = random_choices(rng, 4, 4)
     budget = sum(min(c.nbytes for c in options) for options in choices.values()) + rng.randint(0, 300)
-    nbytes, distortion = cost(plan.allocate(choices, budget))
+    nbytes, distortion = cost(plan.spend(choices, budget))
     every = [(sum(c.nbytes for c in combo), sum(c.distortion for c in combo))
              for combo in itertools.product(*choices.values())]
     best = min(d for n, d in every if n <= budget)
@@ -42,16 +42,16 @@ def test_large_budgets_stay_below_and_close(limit: int, monkeypatch: pytest.Monk
     choices = random_choices(random.Random(1), 120, 8, unit=997)
     least = sum(min(c.nbytes for c in options) for options in choices.values())
     budget = int(1.7 * least)
-    nbytes, _ = cost(plan.allocate(choices, budget))
+    nbytes, _ = cost(plan.spend(choices, budget))
     assert 0.995 * budget <= nbytes <= budget
 
 
 def test_hull_is_within_one_step_of_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     choices = random_choices(random.Random(2), 60, 6)
     budget = 60 * 120
-    _, exact = cost(plan.allocate(choices, budget))
+    _, exact = cost(plan.spend(choices, budget))
     monkeypatch.setattr(plan, "EXACT_LIMIT", 0)
-    _, hull = cost(plan.allocate(choices, budget))
+    _, hull = cost(plan.spend(choices, budget))
     largest_step = max(c.distortion for options in choices.values() for c in options)
     assert exact <= hull + 1e-12 <= exact + largest_step
 
@@ -59,9 +59,9 @@ def test_hull_is_within_one_step_of_exact(monkeypatch: pytest.MonkeyPatch) -> No
 def test_budget_below_the_least_names_it() -> None:
     choices = {"a": [Choice(CODEC, 100, 1.0)], "b": [Choice(CODEC, 50, 1.0), Choice(CODEC, 70, 0.5)]}
     with pytest.raises(BudgetError, match="150") as caught:
-        plan.allocate(choices, 149)
+        plan.spend(choices, 149)
     assert caught.value.least_bytes == 150
-    assert cost(plan.allocate(choices, 150))[0] == 150
+    assert cost(plan.spend(choices, 150))[0] == 150
 
 
 def test_frontier_drops_beaten_choices() -> None:

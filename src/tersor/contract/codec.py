@@ -34,6 +34,11 @@ class Search:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tables: Tables = dataclasses.field(default_factory=dict)
 
+    @property
+    def feedback(self) -> Tensor | None:
+        """The Hessian that steers error feedback, where there is one and feedback is asked for."""
+        return self.hessian if self.options.get("feedback", False) else None
+
     def inner(self, name: str) -> Search:
         """Return the search for the nested codec `name`: tables are those under its prefix."""
         prefix = f"{name}/"

@@ -27,7 +27,7 @@ SLACK = 8  # a full stream grows by an eighth of its blocks
 PROBE = 1e-3  # relative difference, above rounding, that shows a codec to mix the rows of different blocks
 
 
-class Stream:
+class TokenStream:
     """Tokens of one tensor (keys or values) of one attention layer, encoded once, block by block.
 
     Parameters
@@ -190,9 +190,9 @@ class Stream:
             del self._single[whole:]
         return rest
 
-    def copy(self) -> Stream:
+    def copy(self) -> TokenStream:
         """Return an independent stream with the same tokens; blocks are shared until one of the two changes."""
-        twin = Stream(self.codec, self.block, tables=self._given, seed=self.seed, options=self.options)
+        twin = TokenStream(self.codec, self.block, tables=self._given, seed=self.seed, options=self.options)
         twin.batch, twin.heads, twin.dim, twin._blocks = self.batch, self.heads, self.dim, self._blocks
         twin._tables = dict(self._tables)
         twin._payload = {name: t[: self._blocks] for name, t in self._payload.items()}  # no room: appending moves it
@@ -215,7 +215,7 @@ class Stream:
                          "options": self.options}
 
     @classmethod
-    def from_state(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Stream:
+    def from_state(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> TokenStream:
         """Return the stream of a `state`.
 
         Raises

@@ -8,15 +8,32 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from functools import cache
+from typing import Any, Protocol
 
 import torch
 
 CAPABILITY = (9, 0)  # of kernels that are launched early: `griddepcontrol`
 _LOG = logging.getLogger("tersor.ops")
 _REFERENCE = ContextVar("tersor_reference_only", default=False)
+
+
+class Kernel(Protocol):
+    """A jitted function that the host launches: `kernel[grid](*arguments, num_warps=...)`."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]:
+        """Return what launches as many programs."""
+        ...
+
+
+def kernel(jitted: Any) -> Kernel:
+    """Mark a jitted function that the host launches, unlike those that kernels call; it is returned as it is.
+
+    `triton.jit` and `gluon.jit` have no types of their own where Triton is not installed.
+    """
+    return jitted
 
 
 @contextlib.contextmanager

@@ -47,7 +47,7 @@ def frontier(choices: Sequence[Choice]) -> list[Choice]:
     return kept
 
 
-def allocate(choices: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, Choice]:
+def spend(choices: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, Choice]:
     """Pick one choice a matrix so that the bytes stay within `budget` and the distortions sum to the least.
 
     A multiple-choice knapsack: solved by dynamic programming over bytes for up to `EXACT_LIMIT` matrices (exact up to

@@ -3,7 +3,7 @@
 With errors that add up over linears, and rank i of linear l taking `e` off at the cost of `c` parameters, the best
 ranks take the largest `e / c` first, over all linears: reverse water-filling, optimal as long as ratios fall with i.
 Gauge-fixed storage makes later ranks cheaper, and a linear past break-even is better kept dense; both break convexity,
-so those are solved on a grid of ranks by the planner's dynamic program (`tersor.planning.plan.allocate`).
+so those are solved on a grid of ranks by the planner's dynamic program (`tersor.planning.plan.spend`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from tersor.codecs.scalar.dense import Dense
 from tersor.errors import BudgetError, CodecConfigError
 from tersor.payload.blocks import Shape
-from tersor.planning.plan import Choice, allocate
+from tersor.planning.plan import Choice, spend
 
 ALLOCATIONS = ("uniform", "last", "water")
 STORAGES = ("pair", "gauge")
@@ -210,7 +210,7 @@ def _dynamic(linears: Sequence[Linear], most: Sequence[int], chosen: Sequence[bo
         grid: list[int | None] = [*_grid(linear, top)] if one else []
         grids.append({linear.cost(rank, storage): rank for rank in (*grid, None)})
         choices[str(row)] = [Choice(mark, cost, linear.error(rank)) for cost, rank in grids[-1].items()]
-    picks = allocate(choices, budget)
+    picks = spend(choices, budget)
     return [grid[picks[str(row)].nbytes] for row, grid in enumerate(grids)]
 
 

@@ -7,8 +7,9 @@ import itertools
 import pytest
 import torch
 
-from tersor.codecs.bases.peaks import Fit, distortion, lloyd, pairs, sign_sums
+from tersor.codecs.bases.peaks import Fit, distortion, pairs, sign_sums
 from tersor.codecs.bases.splitting import Basis, greedy
+from tersor.numerics.lloyd import lloyd
 from tersor.testing import gaussian
 
 

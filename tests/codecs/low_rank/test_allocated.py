@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tersor.codecs.low_rank.allocated import Allocated
-from tersor.codecs.low_rank.widths import GRADES, MOST, allocate, allocate_both, errors_of, grades, grades_of
+from tersor.codecs.low_rank.widths import GRADES, MOST, allocate_both, errors_of, grades, grades_of, widths_for
 from tersor.codecs.vector import orbits
 from tersor.errors import CodecConfigError, CorruptStoreError
 from tersor.quality import measure
@@ -32,7 +32,7 @@ def test_allocation_is_the_best_of_all(seed: int) -> None:
     costs = (energies * errors_of(choices.reshape(-1)).reshape(choices.shape)).sum(1)
     small = 0
     for total in range(3 * MOST + 1):
-        widths = allocate(energies, total)
+        widths = widths_for(energies, total)
         assert int(widths.sum()) <= total
         room = total if int(widths.max()) < 8 else total - 1
         small += room == total
@@ -43,12 +43,12 @@ def test_allocation_is_the_best_of_all(seed: int) -> None:
 def test_allocation_uses_everything_and_prefers_energy() -> None:
     energies = torch.exp(-torch.arange(40, dtype=torch.float64) / 3)
     for total in (1, 7, 96, 300):
-        widths = allocate(energies, total)
+        widths = widths_for(energies, total)
         assert int(widths.sum()) == total
         assert torch.equal(widths, widths.sort(descending=True).values)
-    assert int(allocate(energies, 10**6).sum()) == 40 * MOST
-    assert not bool(allocate(torch.zeros(5, dtype=torch.float64), 30).any())
-    assert torch.equal(allocate(energies * 1e-30, 96), allocate(energies, 96))
+    assert int(widths_for(energies, 10**6).sum()) == 40 * MOST
+    assert not bool(widths_for(torch.zeros(5, dtype=torch.float64), 30).any())
+    assert torch.equal(widths_for(energies * 1e-30, 96), widths_for(energies, 96))
 
 
 def test_both_factors_drop_the_same_components() -> None:
@@ -57,7 +57,7 @@ def test_both_factors_drop_the_same_components() -> None:
     assert int(left.sum()) <= 150
     assert int(right.sum()) <= 190
     assert torch.equal(left > 0, right > 0)
-    alone = allocate(energies, 150), allocate(energies, 190)
+    alone = widths_for(energies, 150), widths_for(energies, 190)
     joint, apart = (float((energies * (1 - (1 - errors_of(a)) * (1 - errors_of(b)))).sum())
                     for a, b in ((left, right), alone))
     assert joint <= apart
@@ -76,7 +76,7 @@ def test_table_of_errors(width: int, stages: tuple[int, ...], error: float) -> N
 
 def test_columns_have_the_errors_of_their_widths() -> None:
     matrix = falling(2048, 24)
-    widths = allocate(matrix.double().square().sum(0), 96)
+    widths = widths_for(matrix.double().square().sum(0), 96)
     encoded = Allocated(96).encode(matrix)
     errors = (encoded.decode() - matrix).double().square().sum(0) / matrix.double().square().sum(0)
     # a column has 256 vectors: deviations of their errors are below a third of the mean, five of them over sqrt(256)

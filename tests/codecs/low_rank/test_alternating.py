@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tersor.codecs.low_rank.allocated import Allocated
-from tersor.codecs.low_rank.alternating import DAMPING, Settings, alternate
+from tersor.codecs.low_rank.alternating import DAMPING, AlternatingOptions, alternate
 from tersor.codecs.low_rank.factors import BLOCKS, feed, gram_of, solve, sweep
 from tersor.codecs.low_rank.low_rank import LowRank
 from tersor.contract.codec import Encoded, Search
@@ -189,9 +189,9 @@ def test_options_are_checked(options: dict[str, object]) -> None:
 
 
 def test_fast_has_its_own_default() -> None:
-    assert Settings.of({"fast": True}).power_iterations == 1
-    assert Settings.of({"fast": True, "power_iterations": 3}).power_iterations == 3
-    assert Settings.of({}).power_iterations == 2
+    assert AlternatingOptions.of({"fast": True}).power_iterations == 1
+    assert AlternatingOptions.of({"fast": True, "power_iterations": 3}).power_iterations == 3
+    assert AlternatingOptions.of({}).power_iterations == 2
 
 
 def test_rotation_passes_options_and_helps_with_outliers() -> None:

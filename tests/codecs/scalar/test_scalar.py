@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from tersor.codecs import Scalar
-from tersor.codecs.scalar import lloyd_max
-from tersor.codecs.scalar.lloyd_max import fit_scales, gaussian_levels, gaussian_table, lloyd, midpoints, nearest
+from tersor.codecs.scalar.lloyd_max import fit_scales, gaussian_levels, gaussian_table
 from tersor.errors import CodecConfigError
+from tersor.numerics.lloyd import lloyd_sorted, midpoints, nearest
 from tersor.payload.packing import unpack
 from tersor.quality import measure
 from tersor.testing import gaussian, student_t3, tolerance
@@ -126,9 +126,9 @@ def slow_lloyd(values: Tensor, levels: int, rounds: int) -> tuple[list[float], l
 def test_lloyd_equals_slow_reference(levels: int, monkeypatch: pytest.MonkeyPatch) -> None:
     values = student_t3((1, 400), 2)[0]
     for rounds in (1, 2, 5, 20):
-        monkeypatch.setattr(lloyd_max, "LLOYD_ROUNDS", rounds)
+        monkeypatch.setattr("tersor.numerics.lloyd.SORTED_ROUNDS", rounds)
         expected, objective = slow_lloyd(values, levels, rounds)
-        assert lloyd(values, levels).tolist() == pytest.approx(expected, rel=2**-10)  # kept as fp16
+        assert lloyd_sorted(values, levels).tolist() == pytest.approx(expected, rel=2**-10)  # kept as fp16
         assert all(later <= earlier for earlier, later in itertools.pairwise(objective))
 
 
@@ -138,8 +138,8 @@ def test_lloyd_objective_never_rises(levels: int, make: object, monkeypatch: pyt
     values = make((1, 20_000), 2)[0]  # type: ignore[operator]
     before = math.inf
     for rounds in range(0, 30, 3):
-        monkeypatch.setattr(lloyd_max, "LLOYD_ROUNDS", rounds)
-        table = lloyd(values, levels).float()
+        monkeypatch.setattr("tersor.numerics.lloyd.SORTED_ROUNDS", rounds)
+        table = lloyd_sorted(values, levels).float()
         error = values - table[nearest(values, midpoints(table)).long()]
         root = float(error.double().square().mean().sqrt())
         assert root <= before  # the triangle inequality: fp16 moves entries by 2**-11 of the largest
@@ -148,11 +148,11 @@ def test_lloyd_objective_never_rises(levels: int, make: object, monkeypatch: pyt
 
 
 def test_lloyd_of_degenerate_samples() -> None:
-    assert torch.equal(lloyd(torch.zeros(50), 4), torch.zeros(4, dtype=torch.float16))
-    assert torch.equal(lloyd(torch.tensor([3.0]), 2), torch.full((2,), 3.0, dtype=torch.float16))
-    two = lloyd(torch.tensor([1.0, 1.0, 1.0, 2.0]), 2)
+    assert torch.equal(lloyd_sorted(torch.zeros(50), 4), torch.zeros(4, dtype=torch.float16))
+    assert torch.equal(lloyd_sorted(torch.tensor([3.0]), 2), torch.full((2,), 3.0, dtype=torch.float16))
+    two = lloyd_sorted(torch.tensor([1.0, 1.0, 1.0, 2.0]), 2)
     assert two.tolist() == [1.0, 2.0]
-    assert lloyd(torch.tensor([1.0, 5.0, 2.0]), 8).shape == (8,)
+    assert lloyd_sorted(torch.tensor([1.0, 5.0, 2.0]), 8).shape == (8,)
 
 
 def test_fitted_tables_beat_gaussian_ones_on_other_densities() -> None:

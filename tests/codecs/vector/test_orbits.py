@@ -17,7 +17,7 @@ from tersor.codecs.vector import orbits
 from tersor.codecs.vector.orbits import DIM, Orbits
 from tersor.testing import gaussian, tolerance
 
-# relative squared errors on the unit normal, as bench/train_symmetric.py printed them, and Shannon's bound
+# relative squared errors on the unit normal, as tools/train_symmetric.py printed them, and Shannon's bound
 D8 = {8: 0.3162, 12: 0.1692, 16: 0.08595, 20: 0.04374, 24: 0.02213}
 
 TABLES = "8c0bd11c30b029087325656f62a7f49b4600942326a95989b445adc1011b79bb"

@@ -13,13 +13,11 @@ from safetensors.torch import load_file, save_file
 from tersor import store
 from tersor.errors import BudgetError, CodecConfigError, ModelError, NonFiniteError, TersorError, VerificationError
 from tersor.hf import compress_model
-from tersor.hf.compress import encode, run
+from tersor.hf.compress import encode, plan, run, survey
 from tersor.hf.compress.dryrun import estimate
-from tersor.hf.compress.plan import check_plan, make_plan
 from tersor.hf.compress.request import Request
-from tersor.hf.compress.survey import survey
 from tersor.hf.compress.verify import verify
-from tersor.hf.compress.work import work_folder
+from tersor.hf.compress.work import WorkFolder
 from tersor.hf.models.source import open_source
 
 FAST = {"calibrated": False, "evaluation_tokens": 0, "method": "rotated_scalar"}  # no stage asks which family it is
@@ -84,7 +82,7 @@ def test_interrupted_run_resumes_to_the_same_bytes(stage: str, tiny: Callable[[s
     with pytest.raises(KeyboardInterrupt):
         compress_model(tiny("llama"), tmp_path / "out", 3.5, progress=interrupt, **FAST)
     assert not (tmp_path / "out").exists()
-    work = work_folder(tmp_path / "out")
+    work = WorkFolder(tmp_path / "out").path
     seen = {f.name: f.stat().st_mtime_ns for f in (work / "matrices").iterdir()} if stage == "encode" else {}
     lines = (work / "survey.jsonl").read_text()
     stages: list[int] = []
@@ -96,7 +94,7 @@ def test_interrupted_run_resumes_to_the_same_bytes(stage: str, tiny: Callable[[s
 
 
 def test_leftovers_of_a_killed_run_do_not_stop_the_next(tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    work = work_folder(tmp_path / "out")
+    work = WorkFolder(tmp_path / "out").path
     (work / ".output.partial-7").mkdir(parents=True)
     (work / ".output.partial-7" / "model.safetensors").write_bytes(b"half")
     (work / ".calibration.safetensors.partial-7").write_bytes(b"half")
@@ -113,7 +111,7 @@ def test_other_request_does_not_resume(tiny: Callable[[str], Path], tmp_path: Pa
     shutil.rmtree(tmp_path / "out")
     compress_model(tiny("llama"), tmp_path / "out", 3.5, **{**FAST, "method": "uniform"})
     surveyed = [json.loads(line)["codec"] for line in
-                (work_folder(tmp_path / "out") / "survey.jsonl").read_text().splitlines()[1:]]
+                (WorkFolder(tmp_path / "out") / "survey.jsonl").read_text().splitlines()[1:]]
     assert all(codec.startswith(("rtn", "bf16", "fp32")) for codec in surveyed)
 
 
@@ -127,15 +125,15 @@ def test_sensitivities_steer_the_plan(tiny: Callable[[str], Path], tmp_path: Pat
 def test_edited_plan_is_encoded_as_edited(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     source = open_source(tiny("llama"), tmp_path / "s")
     request = Request(60_000)
-    choices = survey(source, None, request, tmp_path / "survey.jsonl")
-    picks = make_plan(source, choices, request, {})
+    choices = survey.run(source, None, request, tmp_path / "survey.jsonl")
+    picks = plan.run(source, choices, request, {})
     from tersor.registry import parse
 
     picks["lm_head.weight"] = parse("bf16")
-    report = encode.encode(encode.Job(source, picks, None, request, {}), tmp_path, tmp_path / "out")
+    report = encode.run(encode.Job(source, picks, None, request, {}), WorkFolder(tmp_path / "out"))
     assert report["lm_head.weight"]["codec"] == "bf16"
     with pytest.raises(CodecConfigError, match="differ"):
-        check_plan(source, {"lm_head.weight": parse("bf16")})
+        plan.check_plan(source, {"lm_head.weight": parse("bf16")})
 
 
 def test_nan_weight_is_named(tiny: Callable[[str], Path], tmp_path: Path) -> None:
@@ -209,25 +207,25 @@ def test_verify_measures_against_the_source(tiny: Callable[[str], Path], tmp_pat
 
 def test_surveys_are_never_mixed_up(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     source, file = open_source(tiny("llama"), tmp_path / "s"), tmp_path / "survey.jsonl"
-    survey(source, None, Request(60_000), file)
+    survey.run(source, None, Request(60_000), file)
     with pytest.raises(CodecConfigError, match="not a survey of this model"):
-        survey(source, None, Request(60_000, seed=7), file)
+        survey.run(source, None, Request(60_000, seed=7), file)
     text = file.read_text()
     file.write_text(text[: len(text) - 40])  # a killed run's last line is run again
-    assert survey(source, None, Request(60_000), file).keys() == source.layout.matrices.keys()
+    assert survey.run(source, None, Request(60_000), file).keys() == source.layout.matrices.keys()
     file.write_text(text.replace('"nbytes": ', '"nbytes": "x", "was": ', 1))
     with pytest.raises(CodecConfigError, match="lacks a number"):
-        survey(source, None, Request(60_000), file)
+        survey.run(source, None, Request(60_000), file)
 
 
 def test_dry_run_writes_nothing(tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    record = estimate(tiny("llama"), tmp_path / "out", 4.0, None, run.Settings(calibrated=False))
+    record = estimate(tiny("llama"), tmp_path / "out", 4.0, None, run.CompressSettings(calibrated=False))
     assert record["bytes"] == int(4.0 * open_source(tiny("llama"), tmp_path).elements / 8)
     assert record["seconds"] > 0
     assert record["peak_memory_bytes"] > 0
     assert not list(tmp_path.iterdir())
     with pytest.raises(BudgetError):
-        estimate(tiny("llama"), tmp_path / "out", 0.2, None, run.Settings(calibrated=False))
+        estimate(tiny("llama"), tmp_path / "out", 0.2, None, run.CompressSettings(calibrated=False))
 
 
 def test_published_methods_run_as_published_on_a_model(tiny: Callable[[str], Path], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from tersor.errors import CodecConfigError
 from tersor.hf.kv import attention
 from tersor.hf.kv.attention import LazyStates, Scores, States, attend, register_attention, tersor_attention
 from tersor.hf.kv.cache import CompressedCache
-from tersor.kv import Stream
+from tersor.kv import TokenStream
 from tersor.registry import parse
 from tersor.testing import tolerance
 from tests.hf.kv.sharp import PROMPT, build, compressed, generate, tokens
@@ -30,7 +30,7 @@ def make(codec: str = "rot,lm3", middle: int = 24, sinks: int = 2, tail: int = 9
     """States whose values are narrower than the keys; the streams hold a block more than the call sees."""
     streams, dense = [], []
     for side, dim in enumerate((DIM, WIDTH)):
-        stream = Stream(parse(codec), 4)
+        stream = TokenStream(parse(codec), 4)
         stream.append(normal(BATCH, HEADS, middle + 4, dim, seed=side))
         streams.append(stream)
         dense.append([normal(BATCH, HEADS, count, dim, seed=10 * count + side).to(dtype) for count in (sinks, tail)])
@@ -197,7 +197,7 @@ def test_decoding_a_token_never_decodes_the_cache(monkeypatch: pytest.MonkeyPatc
     def refuse(*_: Any) -> Tensor:
         raise AssertionError("decoded")
 
-    monkeypatch.setattr(Stream, "decode", refuse)
+    monkeypatch.setattr(TokenStream, "decode", refuse)
     monkeypatch.setattr(States, "dense", lambda self, side: refuse() if self.middle else torch.cat(
         [self.sinks[side], self.tail[side]], 2))
     found = generate(model, compressed(model, "rot,lm3"), ids)

@@ -16,8 +16,8 @@ from tersor.errors import (
 )
 from tersor.hf.kv.attention import register_attention
 from tersor.hf.kv.cache import CompressedCache
-from tersor.hf.kv.layer import CompressedCacheLayer, Side, Window
-from tersor.kv import Stream
+from tersor.hf.kv.layer import CompressedCacheLayer, SideCodec, Window
+from tersor.kv import TokenStream
 from tersor.registry import parse
 from tersor.testing import tolerance
 from tests.hf.kv.sharp import PROMPT, WINDOW, build, close, compressed, generate, tiny, tokens
@@ -85,7 +85,7 @@ def states(count: int, batch: int = 2, seed: int = 0, dim: int = 16) -> tuple[Te
 
 
 def layer(codec: str = "rot,lm3", **settings: Any) -> CompressedCacheLayer:
-    side = Side(parse(codec))
+    side = SideCodec(parse(codec))
     return CompressedCacheLayer(side, side, Window(**{**WINDOW, **settings}))
 
 
@@ -100,7 +100,7 @@ def oracle(codec: str, parts: list[tuple[Tensor, Tensor]], side: int, window: Wi
     assert closed <= before
     seen = whole.clone()
     for first in range(window.sink, window.sink + closed, window.block):
-        stream = Stream(parse(codec), window.block)
+        stream = TokenStream(parse(codec), window.block)
         stream.append(whole[:, :, first : first + window.block])
         seen[:, :, first : first + window.block] = stream.decode()
     return seen

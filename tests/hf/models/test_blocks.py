@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tersor.hf  # noqa: F401 - registers the quantizer
-from tersor.hf.models.blocks import enter, find_blocks, groups, run
+from tersor.hf.models.blocks import enter, find_blocks, run, same_input
 from tersor.hf.models.source import open_source
 
 
@@ -39,6 +39,6 @@ def test_linears_that_read_one_tensor_are_one_group(tiny: Callable[[str], Path])
     blocks = find_blocks(model)
     entry = enter(model, blocks, [(tokens(), None)])[0]
     source = open_source(tiny("qwen2"), tiny("qwen2") / "unused")
-    found = groups(blocks.modules[0], list(blocks.linears(0, source.layout.matrices)), entry.hidden, entry.calls[0])
+    found = same_input(blocks.modules[0], list(blocks.linears(0, source.layout.matrices)), entry.hidden, entry.calls[0])
     assert [[name.rpartition(".")[2] for name in group] for group in found] == [
         ["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]

@@ -350,7 +350,7 @@ def test_the_command(short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     from tersor import cli
 
     def tersor(*words: str) -> int:
-        monkeypatch.setattr("sys.argv", ["tersor", "compress", str(short), *words])
+        monkeypatch.setattr("sys.argv", ["tersor", "reduce", str(short), *words])
         with pytest.raises(SystemExit) as ended:
             cli.main()
         return int(ended.value.code or 0)
@@ -366,7 +366,7 @@ def test_the_command(short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
                            (("--method", "rom", "--keep", ".5", "--rate", "3"), "--rate"),
                            (("--method", "rom_auto", "--keep", ".5"), "equal bytes"),
                            (("--method", "rom", "--storage", "box"), "storage"),
-                           (("--keep", ".5"), "qet_plus"),
+                           (("--method", "qet_plus"), "qet_plus"),
                            (("--method", "rom_plus", "--factor-codec", "nothing"), "nothing")):
         assert tersor(str(tmp_path / "other"), *words) == 2
         assert message in " ".join(capsys.readouterr().err.split())

@@ -132,8 +132,8 @@ class Kashin(Codec):
 
     def search(self, matrix: Tensor, how: Search) -> Encoded:
         """Split all vectors, fit the codebooks and take the nearest pairs; with error feedback when asked for."""
-        if how.hessian is not None and how.options.get("feedback", False) and self.along_outputs:
-            return encode_with_feedback(self.columns(matrix, how), matrix, how.hessian)
+        if how.feedback is not None and self.along_outputs:
+            return encode_with_feedback(self.columns(matrix, how), matrix, how.feedback)
         coder, work = _Coder(self, matrix, how), self._across(matrix)
         return coder.close(shape_of(matrix), [coder.code(work[block]) for block in row_blocks(shape_of(work))])
 

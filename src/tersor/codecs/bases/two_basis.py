@@ -128,8 +128,8 @@ class TwoBasis(Codec):
 
     def search(self, matrix: Tensor, how: Search) -> Encoded:
         """Anneal the codes, then fit levels and scales by least squares; with error feedback when asked for."""
-        if how.hessian is not None and how.options.get("feedback", False) and self.axis == "out":
-            return encode_with_feedback(self.columns(matrix, how), matrix, how.hessian)
+        if how.feedback is not None and self.axis == "out":
+            return encode_with_feedback(self.columns(matrix, how), matrix, how.feedback)
         fit = _Fit(self, matrix, how)
         vectors = matrix.T if self.axis == "out" else matrix
         parts = [fit.choose(vectors[block].to(torch.float32), block) for block in fit.portions()]

@@ -104,8 +104,8 @@ class Sum(Codec):
         rounds = how.options.get("alternations", ALTERNATIONS if self.traits().spectral else 1)
         if not isinstance(rounds, int) or rounds < 1:
             raise CodecConfigError(f"sum: option alternations must be an integer >= 1, found {rounds!r}")
-        if how.hessian is not None and how.options.get("feedback", False) and self.traits().column_wise:
-            return encode_with_feedback(self.columns(matrix, how), matrix, how.hessian)
+        if how.feedback is not None and self.traits().column_wise:
+            return encode_with_feedback(self.columns(matrix, how), matrix, how.feedback)
         return self._alternate(matrix, how, rounds)
 
     def _alternate(self, matrix: Tensor, how: Search, rounds: int) -> Encoded:

@@ -98,7 +98,7 @@ class Weighted:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Side:
+class Factor:
     """One factor: its codec, how the codec searches, and the power of two by which its numbers are stored.
 
     Parameters

@@ -30,7 +30,7 @@ CLIP_FACTORS = tuple(1.0 - 0.04 * i for i in range(16))
 
 @final
 @dataclasses.dataclass(frozen=True)
-class Uniform(MultipliesRotated, Codec):
+class Uniform(MultipliesRotated):
     """`x = scale (code - zero)` with a bf16 scale a group, and an integer zero a group when asymmetric.
 
     A symmetric grid has no zero: its values are the odd multiples of half a step, `zero = (levels - 1) / 2`. Scales are
@@ -78,8 +78,8 @@ class Uniform(MultipliesRotated, Codec):
 
     def search(self, matrix: Tensor, how: Search) -> Encoded:
         """Fit scales and zeros, then round; with error feedback when asked for."""
-        if how.hessian is not None and how.options.get("feedback", False):
-            return encode_with_feedback(self.columns(matrix, how), matrix, how.hessian)
+        if how.feedback is not None:
+            return encode_with_feedback(self.columns(matrix, how), matrix, how.feedback)
         grid, scales, zeros = self._fit(matrix, how)
         inverse = reciprocal(scales)
 
@@ -126,11 +126,6 @@ class Uniform(MultipliesRotated, Codec):
         count = grid.param_shape[0] * grid.param_shape[1]
         zeros = unpack(tensors["zeros"], self.levels, 0, count).reshape(grid.param_shape)
         return self._zero(grid, zeros, rows, zeros.device)
-
-    def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
-        """Multiply by the codes where they are of whole bits; float32 inside, one block of rows dense at a time."""
-        y = self.matmul_rotated(encoded, x, None)
-        return super().matmul(encoded, x) if y is None else y
 
     def matmul_rotated(self, encoded: Encoded, x: Tensor, seed: int | None) -> Tensor | None:
         """Multiply by the codes where they are of whole bits."""

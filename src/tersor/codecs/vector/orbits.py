@@ -216,7 +216,7 @@ def gaussian_bits() -> tuple[int, ...]:
 
 @lru_cache(maxsize=64)
 def gaussian(bits: int, device: torch.device | None = None) -> Orbits:
-    """Return the codebook of at most 2**bits words trained on the unit normal; see bench/train_symmetric.py."""
+    """Return the codebook of at most 2**bits words trained on the unit normal; see tools/train_symmetric.py."""
     if device is not None and device.type != "cpu":
         return gaussian(bits).to(device)
     return build(_data()[f"values{bits}"].astype(np.float32), _data()[f"even{bits}"])

@@ -20,7 +20,7 @@ from tersor.contract.feedback import encode_with_feedback
 from tersor.errors import CodecConfigError, NonFiniteError
 from tersor.numerics.kmeans import ITERATIONS, assign, exponent_of, kmeans, times_power
 from tersor.numerics.linalg import single_thread
-from tersor.ops.product_linear import Payload, product_linear
+from tersor.ops.product_linear import Codewords, product_linear
 from tersor.payload import codes, packing
 from tersor.payload.blocks import Rows, Shape, Tables, row_blocks, shape_of
 from tersor.payload.layout import MAX_LEVELS, Layout, TensorSpec
@@ -111,8 +111,8 @@ class Product(Codec):
 
     def search(self, matrix: Tensor, how: Search) -> Encoded:
         """Fit codebooks, round them as they are stored, then take the nearest codewords."""
-        if how.hessian is not None and how.options.get("feedback", False):
-            return encode_with_feedback(self.columns(matrix, how), matrix, how.hessian)
+        if how.feedback is not None:
+            return encode_with_feedback(self.columns(matrix, how), matrix, how.feedback)
         return self._encoder(matrix, how).run(matrix)
 
     def columns(self, matrix: Tensor, how: Search) -> ColumnEncoder:
@@ -136,10 +136,10 @@ class Product(Codec):
         """Look products of `x` and codewords up for few `x`; else multiply block by block; sums in float32."""
         return product_linear(x, self.payload(encoded.tensors, encoded.shape))
 
-    def payload(self, tensors: Tables, shape: Shape, mask: Tensor | None = None, layers: int = 0) -> Payload:
+    def payload(self, tensors: Tables, shape: Shape, mask: Tensor | None = None, layers: int = 0) -> Codewords:
         """Return what `ops.product_linear` multiplies by, perhaps with masks of swaps around it."""
         books = shape[1] // self.dim if self.scope == "group" else 1
-        return Payload(tensors["codes"], tensors["codebooks"], tensors.get("scale"), tensors.get("offset"), mask,
+        return Codewords(tensors["codes"], tensors["codebooks"], tensors.get("scale"), tensors.get("offset"), mask,
                        shape[0], self.words, self.dim, books, self._levels or 0, layers)
 
     def spec(self) -> str:

@@ -17,12 +17,13 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from tersor.codecs.scalar.lloyd_max import gaussian_table, midpoints, nearest
+from tersor.codecs.scalar.lloyd_max import gaussian_table
 from tersor.codecs.vector import orbits
 from tersor.codecs.vector.orbits import DIM, Orbits
 from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, Traits
 from tersor.contract.feedback import encode_with_feedback
 from tersor.errors import CodecConfigError
+from tersor.numerics.lloyd import midpoints, nearest
 from tersor.payload import codes, packing
 from tersor.payload.blocks import Rows, Shape, row_blocks, shape_of
 from tersor.payload.layout import Layout, TensorSpec
@@ -100,8 +101,8 @@ class Symmetric(Codec):
 
     def search(self, matrix: Tensor, how: Search) -> Encoded:
         """Fit scales and leaders, then take the nearest words; with error feedback when asked for."""
-        if how.hessian is not None and how.options.get("feedback", False):
-            return encode_with_feedback(self.columns(matrix, how), matrix, how.hessian)
+        if how.feedback is not None:
+            return encode_with_feedback(self.columns(matrix, how), matrix, how.feedback)
         return self._fit(matrix, how).close(self)
 
     def columns(self, matrix: Tensor, how: Search) -> ColumnEncoder:

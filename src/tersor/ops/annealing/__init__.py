@@ -24,7 +24,7 @@ def sample(target: Tensor, bases: Bases, schedule: Schedule, draws: Draws) -> Te
     Those of the first follow by minimization, for the best of them given the second are exact.
     """
     if fused(target):
-        from tersor.ops.annealing import triton
+        from tersor.ops.annealing import launch
 
-        return triton.sample(target, bases, schedule, draws)
+        return launch.sample(target, bases, schedule, draws)
     return reference.sample(target, bases, schedule, draws)

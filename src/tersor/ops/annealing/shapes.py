@@ -47,10 +47,10 @@ class Tile:
 def tile_of(width: int) -> Tile | None:
     """Return the tile of a width, or None where the kernel does not take it.
 
-    With m the order of the rotation's first factor (`tersor.numerics.rotation.factor_orders`; 1 for a power of two), `width` is
-    `m 2^k`. The tile has `m 2^i` rows, padded to a power of two, and `2^(k-i)` columns, for the i that pads least, then
-    multiplies least (rows plus columns), then has the fewest columns. The condition is that some i gives at most 128
-    padded rows and 16 to 128 columns: what a multiprocessor holds of a vector and of the factors.
+    With m the order of the rotation's first factor (`tersor.numerics.rotation.factor_orders`; 1 for a power of two),
+    `width` is `m 2^k`. The tile has `m 2^i` rows, padded to a power of two, and `2^(k-i)` columns, for the i that pads
+    least, then multiplies least (rows plus columns), then has the fewest columns. The condition is that some i gives at
+    most 128 padded rows and 16 to 128 columns: what a multiprocessor holds of a vector and of the factors.
     """
     orders = factor_orders(width)
     if orders is None or width < LEAST * 4:

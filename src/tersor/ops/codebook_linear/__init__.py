@@ -10,6 +10,7 @@ from torch import Tensor
 from tersor.errors import CodecConfigError
 from tersor.numerics.rotation import Rotation
 from tersor.ops.codebook_linear import reference
+from tersor.ops.codebook_linear.launch.operand import Around
 from tersor.ops.codebook_linear.shapes.limits import refusal
 from tersor.ops.dispatch import take_reference
 from tersor.ops.hadamard import hadamard
@@ -38,8 +39,8 @@ def codebook_linear(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, zer
         `"any"`; `"symmetric"`, where codes c and 2**bits - 1 - c stand for opposite numbers; `"affine"`, where codes
         stand for evenly spaced numbers. Says nothing new, but kernels are faster for what is more special.
     rotation : int or None
-        Seed, below `tersor.ops.hadamard.SEEDS`, of a rotation of the whole width (`tersor.numerics.rotation`) that `x` goes
-        through first; the kernel for one vector does it on the way.
+        Seed, below `tersor.ops.hadamard.SEEDS`, of a rotation of the whole width (`tersor.numerics.rotation`) that `x`
+        goes through first; the kernel for one vector does it on the way.
     """
     return reference.codebook_linear(_rotated(x, rotation), codes, table, scales, zeros, bits, group).to(x.dtype)
 
@@ -65,7 +66,7 @@ def _(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, zeros: Tensor | N
     if rotation is not None:
         turn = Rotation(x.shape[-1], rotation)
         y = None if zeros is not None else choose.one_vector_linear(x, [codes], table, [scales], bits, form,
-                                                                    choose.Around([turn]))
+                                                                    Around([turn]))
         if y is not None:
             return y
         x = hadamard(x, turn)
@@ -159,13 +160,13 @@ def _(x: Tensor, norm: Tensor | None, codes: Sequence[Tensor], table: Tensor, sc
 
         norm, after = (None if one is None else one.contiguous() for one in (norm, added))
         if rotation is not None:
-            around = choose.Around([Rotation(width, rotation)], norm, eps, after, gated)
+            around = Around([Rotation(width, rotation)], norm, eps, after, gated)
             y = choose.one_vector_linear(x, codes, table, scales, bits, form, around)
             if y is not None:
                 return y
             x, rotation, norm = hadamard(_normed(x, norm, eps), Rotation(width, rotation)), None, None
         x, norm = _normed(x, norm, eps), None
-        y = choose.one_vector_linear(x, codes, table, scales, bits, form, choose.Around(added=after, gated=gated))
+        y = choose.one_vector_linear(x, codes, table, scales, bits, form, Around(added=after, gated=gated))
         if y is not None:
             return y
     return _around(_one_by_one(_normed(x, norm, eps), codes, table, scales, bits, form, rotation), added, gated)

@@ -48,9 +48,9 @@ def _cuda(x: Tensor, width: int, seed: int, inverse: bool, dtype: torch.dtype) -
     rotation = Rotation(width, seed)
     if take_reference("hadamard", refusal(width, x.dtype, dtype), x.device):
         return reference.rotate(x, rotation, inverse, dtype)
-    from tersor.ops.hadamard import triton
+    from tersor.ops.hadamard import launch
 
-    return triton.rotate(x, rotation, inverse, dtype)
+    return launch.rotate(x, rotation, inverse, dtype)
 
 
 def _keep(ctx, inputs, output) -> None:  # noqa: ANN001 - torch names no type for it

@@ -120,10 +120,10 @@ def few_tile(width: int) -> FewTile | None:
 def tile_of(width: int, most: int = NARROW_TILE) -> Tile | None:
     """Return the tile of a width, of about `most` numbers, or None where the kernel does not take it.
 
-    With m the order of the rotation's first factor (`tersor.numerics.rotation.factor_orders`; 1 for a power of two), `width` is
-    `m 2^k`. Powers of two up to 128 are one product. Else the tile has `m 2^i` rows, padded to a power of two, at most
-    128, and 16 to 128 columns; the remaining power of two, at most 4, is parts. The least parts that leave a tile small
-    enough, then the least padding, then the fewest multiplications, then the fewest columns.
+    With m the order of the rotation's first factor (`tersor.numerics.rotation.factor_orders`; 1 for a power of two),
+    `width` is `m 2^k`. Powers of two up to 128 are one product. Else the tile has `m 2^i` rows, padded to a power of
+    two, at most 128, and 16 to 128 columns; the remaining power of two, at most 4, is parts. The least parts that leave
+    a tile small enough, then the least padding, then the fewest multiplications, then the fewest columns.
     """
     orders = factor_orders(width)
     if orders is None:

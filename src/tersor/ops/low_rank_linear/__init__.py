@@ -34,9 +34,9 @@ def _fake(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
 def _cuda(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     if take_reference("low_rank_linear", refusal(x.dtype, left.dtype, right.dtype)):
         return reference.multiply(x, left, right)
-    from tersor.ops.low_rank_linear import triton
+    from tersor.ops.low_rank_linear import launch
 
-    return triton.multiply(x, left, right)
+    return launch.multiply(x, left, right)
 
 
 def _keep(ctx, inputs, output) -> None:  # noqa: ANN001 - torch names no type for it

@@ -20,7 +20,7 @@ def refusal(*dtypes: torch.dtype) -> str | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Division:
     """How the two launches are cut.
 
     Attributes
@@ -44,8 +44,8 @@ class Plan:
     outputs: int
 
 
-def plan_of(outputs: int, inputs: int, rank: int, processors: int) -> Plan:
-    """Return the plan: tiles of 2,048 numbers, and as many programs as fill the device."""
+def division_of(outputs: int, inputs: int, rank: int, processors: int) -> Division:
+    """Return the division: tiles of 2,048 numbers, and as many programs as fill the device."""
     columns = min(128, max(16, 1 << (rank - 1).bit_length()))
     tall = 2048 // columns
     tiles = -(-inputs // tall)
@@ -53,4 +53,4 @@ def plan_of(outputs: int, inputs: int, rank: int, processors: int) -> Plan:
     splits = max(1, min(tiles, SUMS // rank, FULL * processors // across))
     steps = -(-tiles // splits)
     rows = min(MOST_OUTPUTS, max(8, 1 << (-(-outputs // processors) - 1).bit_length()))
-    return Plan(columns, tall, steps, -(-tiles // steps), rows)
+    return Division(columns, tall, steps, -(-tiles // steps), rows)

@@ -9,19 +9,19 @@ from torch import Tensor
 
 from tersor.ops.dispatch import take_reference
 from tersor.ops.product_linear import reference
-from tersor.ops.product_linear.payload import Payload as Payload
+from tersor.ops.product_linear.codewords import Codewords as Codewords
 from tersor.ops.product_linear.shapes import refusal
 
 
-def product_linear(x: Tensor, payload: Payload) -> Tensor:
+def product_linear(x: Tensor, matrix: Codewords) -> Tensor:
     """Return (*batch, rows) in the dtype of `x`, for `x` (*batch, width); sums in float32."""
-    return _op(x, payload.codes, payload.codebooks, payload.scale, payload.offset, payload.mask, payload.sizes)
+    return _op(x, matrix.codes, matrix.codebooks, matrix.scale, matrix.offset, matrix.mask, matrix.sizes)
 
 
 @torch.library.custom_op("tersor::product_linear", mutates_args=())
 def _op(x: Tensor, codes: Tensor, codebooks: Tensor, scale: Tensor | None, offset: Tensor | None, mask: Tensor | None,
         sizes: Sequence[int]) -> Tensor:
-    return reference.multiply(x, Payload(codes, codebooks, scale, offset, mask, *sizes))
+    return reference.multiply(x, Codewords(codes, codebooks, scale, offset, mask, *sizes))
 
 
 @_op.register_fake
@@ -34,18 +34,18 @@ def _fake(x: Tensor, codes: Tensor, codebooks: Tensor, scale: Tensor | None, off
 @_op.register_kernel("cuda")
 def _cuda(x: Tensor, codes: Tensor, codebooks: Tensor, scale: Tensor | None, offset: Tensor | None,
           mask: Tensor | None, sizes: Sequence[int]) -> Tensor:
-    payload = Payload(codes, codebooks, scale, offset, mask, *sizes)
-    if take_reference("product_linear", refusal(payload, x.shape[-1], x.dtype)):
-        return reference.multiply(x, payload)
-    from tersor.ops.product_linear import triton
+    matrix = Codewords(codes, codebooks, scale, offset, mask, *sizes)
+    if take_reference("product_linear", refusal(matrix, x.shape[-1], x.dtype)):
+        return reference.multiply(x, matrix)
+    from tersor.ops.product_linear import launch
 
-    return triton.multiply(x, payload)
+    return launch.multiply(x, matrix)
 
 
 @torch.library.custom_op("tersor::product_linear_back", mutates_args=())
 def _back(incoming: Tensor, codes: Tensor, codebooks: Tensor, scale: Tensor | None, offset: Tensor | None,
           mask: Tensor | None, sizes: Sequence[int], width: int) -> Tensor:
-    return reference.gradient(incoming, Payload(codes, codebooks, scale, offset, mask, *sizes), width)
+    return reference.gradient(incoming, Codewords(codes, codebooks, scale, offset, mask, *sizes), width)
 
 
 @_back.register_fake

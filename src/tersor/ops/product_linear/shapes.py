@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from tersor.ops.product_linear.payload import Payload
+from tersor.ops.product_linear.codewords import Codewords
 from tersor.payload.layout import radix_word
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -20,26 +20,26 @@ EXACT = 11  # bits of integers that float16 holds
 FULL, FULL_LOOK_UP = 4, 2  # programs a multiprocessor: their splits share its first cache
 
 
-def refusal(payload: Payload, width: int, dtype: torch.dtype) -> str | None:
+def refusal(matrix: Codewords, width: int, dtype: torch.dtype) -> str | None:
     """Return why the kernels do not take a matrix, or None."""
-    dim, groups = payload.dim, width // payload.dim
+    dim, groups = matrix.dim, width // matrix.dim
     if dtype not in DTYPES:
         return f"it takes float32, float16 and bfloat16, not {dtype}"
     if dim > MOST_DIM or dim & (dim - 1):
         return f"codewords of {dim} numbers are not of a power of two up to {MOST_DIM}"
-    if payload.layers > MOST_LAYERS:
-        return f"{payload.layers} layers of swaps are above {MOST_LAYERS}"
-    if payload.layers and (groups % (1 << payload.layers) or (width >> payload.layers) % 8):
-        return f"blocks of {width >> payload.layers} after {payload.layers} layers of swaps are no multiple of {dim}, 8"
-    if payload.levels & (payload.levels - 1):
-        return f"codebooks of {payload.levels} levels, no power of two"
-    if payload.books * payload.words * dim >= MOST_BOOK:
-        return f"codebooks of {payload.books * payload.words * dim} numbers are beyond {MOST_BOOK}"
+    if matrix.layers > MOST_LAYERS:
+        return f"{matrix.layers} layers of swaps are above {MOST_LAYERS}"
+    if matrix.layers and (groups % (1 << matrix.layers) or (width >> matrix.layers) % 8):
+        return f"blocks of {width >> matrix.layers} after {matrix.layers} layers of swaps are no multiple of {dim}, 8"
+    if matrix.levels & (matrix.levels - 1):
+        return f"codebooks of {matrix.levels} levels, no power of two"
+    if matrix.books * matrix.words * dim >= MOST_BOOK:
+        return f"codebooks of {matrix.books * matrix.words * dim} numbers are beyond {MOST_BOOK}"
     return None
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Division:
     """How a product is cut.
 
     Attributes
@@ -65,8 +65,8 @@ class Plan:
     warps: int
 
 
-def plan_of(rows: int, groups: int, layers: int, *, look_up: bool, dim: int, processors: int) -> Plan:
-    """Return the plan of a product with few vectors.
+def division_of(rows: int, groups: int, layers: int, *, look_up: bool, dim: int, processors: int) -> Division:
+    """Return how a product is cut with few vectors.
 
     A split's codewords, or products, are what the first cache of a multiprocessor has to hold while rows go by; so a
     program keeps its groups and takes many rows, and there are just enough programs to fill the device.
@@ -79,7 +79,7 @@ def plan_of(rows: int, groups: int, layers: int, *, look_up: bool, dim: int, pro
     wide = min(wide, max(1, 1 << (each - 1).bit_length()))
     splits, tiles = -(-each // wide), -(-rows // tile)
     chunk = max(1, tiles * splits // ((FULL_LOOK_UP if look_up else FULL) * processors))
-    return Plan(tile, wide, splits, chunk, -(-tiles // chunk), 8)
+    return Division(tile, wide, splits, chunk, -(-tiles // chunk), 8)
 
 
 def radix(levels: int) -> tuple[int, int, int]:

@@ -44,9 +44,9 @@ def _(first_x: Tensor, second_x: Tensor, first: Tensor, second: Tensor, levels: 
     sizes = first_levels, second_levels
     if take_reference("sign_linear", _refusal(sizes, (first_x, second_x)), first_x.device):
         return reference.sign_linear(first_x, second_x, first, second, levels, scales, *sizes)
-    from tersor.ops.sign_linear import triton
+    from tersor.ops.sign_linear import launch
 
-    return triton.sign_linear(first_x, second_x, first, second, levels, scales, *sizes)
+    return launch.sign_linear((first_x, second_x), (first, second), levels, scales, sizes)
 
 
 def _refusal(sizes: tuple[int, int], vectors: tuple[Tensor, Tensor]) -> str | None:
@@ -88,10 +88,11 @@ def _(x: Tensor, first: Tensor, second: Tensor, levels: Tensor, scales: Tensor, 
         one = hadamard(x, turns[0], dtype=torch.float32)
         two = hadamard(one, turns[1])
         return reference.sign_linear(one, two, first, second, levels, scales, *sizes).to(x.dtype)
-    from tersor.ops.sign_linear import triton
+    from tersor.ops.sign_linear import launch
 
-    y = triton.rotated_sign_linear(x, first, second, levels, scales, *sizes, turns)
+    y = launch.rotated_sign_linear(x, (first, second), levels, scales, sizes, turns)
     if y is None:
         one = hadamard(x, turns[0], dtype=x.dtype)
-        y = triton.sign_linear(one, hadamard(one, turns[1]), first, second, levels, scales, *sizes, dtype=x.dtype)
+        both = one, hadamard(one, turns[1])
+        y = launch.sign_linear(both, (first, second), levels, scales, sizes, dtype=x.dtype)
     return y

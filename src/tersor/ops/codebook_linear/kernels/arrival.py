@@ -1,10 +1,11 @@
-"""How one vector reaches the programs of `multiply_vector`: waited for, normed, rotated, and as digits in shared memory."""
+"""How one vector reaches the programs of `multiply_vector`: waited for, normed, rotated, as digits in shared memory."""
 
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from tersor.ops.codebook_linear import shapes
 from tersor.ops.codebook_linear.kernels.digits import parts_of
 from tersor.ops.codebook_linear.kernels.planes import (
     BLOCK,
@@ -15,13 +16,11 @@ from tersor.ops.codebook_linear.kernels.planes import (
     plane_words,
     store_planes,
 )
-from tersor.ops.codebook_linear.shapes import limits
-from tersor.ops.codebook_linear.shapes import one as vector_shapes
 
-ACROSS = gl.constexpr(limits.ACROSS)
+ACROSS = gl.constexpr(shapes.one.ACROSS)
 DIGITS = gl.constexpr(4)  # columns of digits: three, and one that is not looked at
-HELD = gl.constexpr(vector_shapes.HELD)
-MAGIC = gl.constexpr(12582912.0)  # 1.5 2^23: added to a number below 2^22, it leaves the nearest integer in the last bits
+HELD = gl.constexpr(shapes.one.HELD)
+MAGIC = gl.constexpr(12582912.0)  # 1.5 2^23: added to a number below 2^22, it leaves its integer in the last bits
 
 
 @gluon.constexpr_function
@@ -88,7 +87,8 @@ def _store(near, numbers, inverse, BITS: gl.constexpr, S: gl.constexpr, WHOLE: g
         is_pure=True, pack=4)
     every = gl.join(gl.join(zero, two), gl.join(one, two))
     if WHOLE:
-        every = every.reshape([WORDS // (S * ACROSS), S, 2, ACROSS // 2, PARTS, 4, DIGITS]).permute([0, 4, 1, 6, 3, 2, 5])
+        every = every.reshape(
+            [WORDS // (S * ACROSS), S, 2, ACROSS // 2, PARTS, 4, DIGITS]).permute([0, 4, 1, 6, 3, 2, 5])
         near.store(every.reshape([WORDS // (S * ACROSS), PARTS, S, DIGITS, 4 * ACROSS]))
     else:
         every = every.reshape([S, 2, ACROSS // 2, PARTS, 4, DIGITS]).permute([3, 0, 5, 2, 1, 4])
@@ -177,8 +177,8 @@ def _ask(x, WIDTH: gl.constexpr, BITS: gl.constexpr, FORM: gl.constexpr, STEPS: 
 
 
 @gluon.jit
-def _bring(x, held, WIDTH: gl.constexpr, BITS: gl.constexpr, FORM: gl.constexpr, BYTES: gl.constexpr, STEPS: gl.constexpr,
-           TOGETHER: gl.constexpr, S: gl.constexpr):
+def _bring(x, held, WIDTH: gl.constexpr, BITS: gl.constexpr, FORM: gl.constexpr, BYTES: gl.constexpr,
+           STEPS: gl.constexpr, TOGETHER: gl.constexpr, S: gl.constexpr):
     # the digits of all numbers in shared memory; (digits, the value of their unit, the sum of the numbers)
     EACH: gl.constexpr = taken(BITS, FORM)
     WORDS: gl.constexpr = _words(BITS, FORM, TOGETHER, S)
@@ -261,8 +261,9 @@ def _bring_rotated(before, signs, eps, WIDTH: gl.constexpr, BITS: gl.constexpr, 
 
 
 @gluon.jit
-def _bring_rotated_twice(before, signs, WIDTH: gl.constexpr, BITS0: gl.constexpr, FORM0: gl.constexpr, STEPS0: gl.constexpr,
-                         BITS1: gl.constexpr, FORM1: gl.constexpr, STEPS1: gl.constexpr, BYTES: gl.constexpr, S: gl.constexpr):
+def _bring_rotated_twice(before, signs, WIDTH: gl.constexpr, BITS0: gl.constexpr, FORM0: gl.constexpr,
+                         STEPS0: gl.constexpr, BITS1: gl.constexpr, FORM1: gl.constexpr, STEPS1: gl.constexpr,
+                         BYTES: gl.constexpr, S: gl.constexpr):
     # the vector rotated once, and once more; one reduction for both, for all warps wait for it
     v = _rotated(before * signs[0], WIDTH, S)
     w = _rotated(v * signs[1], WIDTH, S)
@@ -273,8 +274,9 @@ def _bring_rotated_twice(before, signs, WIDTH: gl.constexpr, BITS0: gl.constexpr
 
 @gluon.jit
 def arrive(x0, signs0, x1, signs1, norm, WIDTH0: gl.constexpr, BITS0: gl.constexpr, FORM0: gl.constexpr,
-           STEPS0: gl.constexpr, TOGETHER0: gl.constexpr, WIDTH1: gl.constexpr, BITS1: gl.constexpr, FORM1: gl.constexpr,
-           STEPS1: gl.constexpr, TOGETHER1: gl.constexpr, ROTATED: gl.constexpr, NORMED: gl.constexpr, S: gl.constexpr):
+           STEPS0: gl.constexpr, TOGETHER0: gl.constexpr, WIDTH1: gl.constexpr, BITS1: gl.constexpr,
+           FORM1: gl.constexpr, STEPS1: gl.constexpr, TOGETHER1: gl.constexpr, ROTATED: gl.constexpr,
+           NORMED: gl.constexpr, S: gl.constexpr):
     """Wait for the vectors; return 0, their numbers as far as lanes hold them, and the signs that they meet.
 
     The 0 is known only after the wait: what the kernel before wrote is read at places to which it was added.
@@ -301,10 +303,10 @@ def arrive(x0, signs0, x1, signs1, norm, WIDTH0: gl.constexpr, BITS0: gl.constex
 
 
 @gluon.jit
-def digest(ready, x0, numbers0, x1, numbers1, signs, eps, WIDTH0: gl.constexpr, BITS0: gl.constexpr, FORM0: gl.constexpr,
-           STEPS0: gl.constexpr, TOGETHER0: gl.constexpr, WIDTH1: gl.constexpr, BITS1: gl.constexpr, FORM1: gl.constexpr,
-           STEPS1: gl.constexpr, TOGETHER1: gl.constexpr, BYTES: gl.constexpr, ROTATED: gl.constexpr, NORMED: gl.constexpr,
-           S: gl.constexpr):
+def digest(ready, x0, numbers0, x1, numbers1, signs, eps, WIDTH0: gl.constexpr, BITS0: gl.constexpr,
+           FORM0: gl.constexpr, STEPS0: gl.constexpr, TOGETHER0: gl.constexpr, WIDTH1: gl.constexpr,
+           BITS1: gl.constexpr, FORM1: gl.constexpr, STEPS1: gl.constexpr, TOGETHER1: gl.constexpr, BYTES: gl.constexpr,
+           ROTATED: gl.constexpr, NORMED: gl.constexpr, S: gl.constexpr):
     """Return of each stream (digits or planes in shared memory, the value of their unit, the sum of the numbers)."""
     if ROTATED and BITS1:
         return _bring_rotated_twice(numbers0[0], signs, WIDTH0, BITS0, FORM0, STEPS0, BITS1, FORM1, STEPS1, BYTES, S)

@@ -23,7 +23,7 @@ def parts_of(bits: int) -> int:
 
 @gluon.constexpr_function
 def sums_of(bits: int) -> int:
-    """Return how many sums of products are kept apart: two of each digit of levels, for a product waits for the last."""
+    """Return how many sums of products are kept apart: two of a digit of levels, for a product waits for the last."""
     return {4: 4, 8: 2}[bits]
 
 
@@ -47,7 +47,8 @@ def _four_bits(word: int) -> str:
     the codes and of the upper half, each in a table of eight, are summed by the tensor cores instead of being merged.
     """
     code = f"${8 + word}"
-    lines = ["{", ".reg .b32 u, s, t;", f"xor.b32 u, {code}, 0x88888888;", f"shr.u32 s, {code}, 16;", "shr.u32 t, u, 16;"]
+    lines = ["{", ".reg .b32 u, s, t;", f"xor.b32 u, {code}, 0x88888888;", f"shr.u32 s, {code}, 16;",
+             "shr.u32 t, u, 16;"]
     for half in range(2):
         lower, upper = (code, "u") if half == 0 else ("s", "t")
         lines += [f"prmt.b32 ${4 * half}, $12, $16, {lower};", f"prmt.b32 ${4 * half + 1}, $20, $24, {upper};",

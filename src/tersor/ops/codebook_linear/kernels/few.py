@@ -1,107 +1,19 @@
-"""Kernels of `codebook_linear`: codes become fragments of the tensor cores in registers.
+"""The kernel of `codebook_linear` for up to 8 vectors, or 16 of two streams: codes become fragments in registers.
 
-`prepare` scales and permutes the vectors once; `multiply_rows` streams the codes through; `decode_rows` rebuilds rows. See
-README.md.
+`prepare` has scaled and permuted the vectors; here the codes stream through. See README.md.
 """
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from tersor.ops.codebook_linear.kernels.fragments import load_table, multiply, total_of
+from tersor.ops.codebook_linear.kernels.fragments import load_table, load_zeros, multiply, take_fragments, total_of
 from tersor.ops.codebook_linear.shapes.limits import TILE
+from tersor.ops.dispatch import kernel
 
 WIDE = gl.constexpr(TILE)
-
-
-@triton.jit
-def _store_bytes(table, lut, BITS: tl.constexpr, MIRRORED: tl.constexpr):
-    # the table's bytes as fp16, four levels a word: 4 words of high bytes, 4 of low ones
-    word = tl.arange(0, 4)
-    high = word * 0
-    low = word * 0
-    for j in tl.static_range(4):
-        level = word * 4 + j
-        if MIRRORED:  # the table holds the upper half of a symmetric one
-            upper = level >= (1 << BITS) // 2
-            half_level = tl.where(upper, level - (1 << BITS) // 2, (1 << BITS) // 2 - 1 - level)
-            number = tl.load(table + half_level, level < (1 << BITS), other=0.0).to(tl.float16)
-            number = tl.where(upper, number, -number)
-        else:
-            number = tl.load(table + level, level < (1 << BITS), other=0.0).to(tl.float16)
-        wide = number.to(tl.int16, bitcast=True).to(tl.int32)
-        high = high | (((wide >> 8) & 255) << (8 * j))
-        low = low | ((wide & 255) << (8 * j))
-    tl.store(lut + word, high)
-    tl.store(lut + 4 + word, low)
-
-
-@triton.jit
-def prepare(x, table, xp, lut, peaks, totals, sums, width, row_step, column_step, part_step, padded,
-            BITS: tl.constexpr, FIELDS: tl.constexpr, MIRRORED: tl.constexpr, RUN: tl.constexpr, UNIT: tl.constexpr,
-            ROW: tl.constexpr):
-    """Vectors as the other operand of `multiply_rows`, with their sums, and the bytes of the table."""
-    # one program: UNIT numbers of one vector, scaled by a power of two so that the largest of all lies in [16, 32)
-    tl.extra.cuda.gdc_launch_dependents()  # what follows may begin to load its codes
-    tl.extra.cuda.gdc_wait()  # what comes before may still write the vectors
-    row = tl.program_id(0)
-    unit = tl.program_id(1)
-    x += row.to(tl.int64) * row_step
-    every = tl.arange(0, ROW)
-    whole = tl.load(x + every, every < width, other=0.0).to(tl.float32)
-    peak = tl.max(tl.abs(whole), 0)
-    exponent = ((peak.to(tl.int32, bitcast=True) >> 23) & 255) - 131  # floor(log2(peak)) - 4
-    exponent = tl.minimum(tl.maximum(exponent, -120), 123)
-    inverse = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
-    inside = tl.arange(0, UNIT)
-    k = unit * UNIT + inside
-    mine = k < padded
-    value = (tl.load(x + k, mine & (k < width), other=0.0).to(tl.float32) * inverse).to(tl.float16)
-    tl.store(sums + row * tl.num_programs(1) + unit, tl.sum(value.to(tl.float32), 0))
-    # where a number meets its code: part and element, as the fragments are laid out
-    if BITS == 3:
-        part, element = (k // 2) % 32, (k // 64) * 2 + k % 2
-    elif BITS == 8 and not FIELDS:
-        part, element = k % 4, k // 4
-    else:
-        CODES: tl.constexpr = 32 // BITS  # of a word
-        code = k % CODES
-        if FIELDS:
-            part, half = code % (CODES // 2), code // (CODES // 2)
-            bit = part * BITS % (10 if BITS < 3 else 8)
-            value = (value.to(tl.float32) * tl.exp2(9.0 - bit.to(tl.float32))).to(tl.float16)
-        elif BITS == 2:
-            part, half = (code % 2) * 4 + code // 4, (code // 2) % 2
-        else:
-            part, half = code // 2, code % 2
-        part += (k // CODES) % 2 * (CODES // 2)
-        element = k // (2 * CODES) * 2 + half
-    if RUN == 4:  # a lane holds elements 4 t to 4 t + 3 of a tile
-        slot = element // 4 * 4 + part % 2 * 2 + element // 2 % 2
-    else:  # 2 t, 2 t + 1 and 2 t + 8, 2 t + 9
-        slot = element // 16 * 16 + part % 2 * 8 + element % 8 // 2 * 2 + element // 8 % 2
-    place = (part // 2).to(tl.int64) * part_step + slot * 2 + element % 2
-    tl.store(xp + place + row * column_step, value, mine)
-    if unit == 0:
-        tl.store(peaks + row, ((127 + exponent) << 23).to(tl.float32, bitcast=True))
-        if FIELDS:
-            tl.store(totals + row, tl.sum((whole * inverse).to(tl.float16).to(tl.float32), 0))
-        if (row == 0) & (not FIELDS):
-            _store_bytes(table, lut, BITS, MIRRORED)
-
-
-@gluon.jit
-def _zeros(zeros, place, BITS: gl.constexpr):
-    # zero points are one packed little-endian stream
-    bit = place * BITS
-    low = gl.load(zeros + bit // 8).to(gl.int32)
-    if 8 % BITS != 0:
-        low = low | (gl.load(zeros + (bit + BITS - 1) // 8).to(gl.int32) << 8)
-    return ((low >> (bit % 8)) & ((1 << BITS) - 1)).to(gl.float32)
 
 
 @gluon.jit
@@ -112,7 +24,8 @@ def _fetch(ring, stage, codes, row, rows, step, wanted, BITS: gl.constexpr, ELEM
     m = gl.minimum(row + gl.arange(0, M, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout))), rows - 1)
     base = codes + m.to(gl.int64)[None, :, None] * (3 * ELEMENTS if BITS == 3 else ELEMENTS)
     warp = gl.arange(0, S, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
-    place = (step * S + warp) * WIDE + gl.arange(0, WIDE, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
+    place = (step * S + warp) * WIDE + gl.arange(0, WIDE,
+                                                 layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
     inside = (place < ELEMENTS) & wanted
     inside = inside & (m[None, :, None] >= 0)
     if BITS == 3:
@@ -125,19 +38,9 @@ def _fetch(ring, stage, codes, row, rows, step, wanted, BITS: gl.constexpr, ELEM
 
 
 @gluon.jit
-def _take(ring, stage, layout: gl.constexpr, BITS: gl.constexpr):
-    # a stage's tiles as fragments, once they are there
-    if BITS == 3:
-        return ring.index(stage * 3).load(layout), ring.index(stage * 3 + 1).load(layout), ring.index(stage * 3 + 2).load(layout)
-    else:
-        first = ring.index(stage).load(layout)
-        return first, first, first
-
-
-@gluon.jit
-def _stream(ring, near, count, codes, xp, lut, table, sums, scales, zeros, row, rows, batch, groups, column_step, part_step,
-            mma: gl.constexpr, BITS: gl.constexpr, ELEMENTS: gl.constexpr, RUN: gl.constexpr, PADDED: gl.constexpr,
-            FORM: gl.constexpr, GROUP: gl.constexpr, ZEROS: gl.constexpr, S: gl.constexpr,
+def _stream(ring, near, count, codes, xp, lut, table, sums, scales, zeros, row, rows, batch, groups, column_step,
+            part_step, mma: gl.constexpr, BITS: gl.constexpr, ELEMENTS: gl.constexpr, RUN: gl.constexpr,
+            PADDED: gl.constexpr, FORM: gl.constexpr, GROUP: gl.constexpr, ZEROS: gl.constexpr, S: gl.constexpr,
             M: gl.constexpr, N: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr):
     # sums [S, M, N] over each warp's share of M rows of codes; `count` steps were taken before
     la: gl.constexpr = gl.DotOperandLayout(0, mma, RUN)
@@ -161,13 +64,13 @@ def _stream(ring, near, count, codes, xp, lut, table, sums, scales, zeros, row, 
             size = gl.load(sums + n * (PADDED // WIDE) + step * S + warp, n < batch, other=0.0)
             scale = gl.load(scales + place).to(gl.float32)
             if ZEROS:
-                zero = _zeros(zeros, place, BITS)
+                zero = load_zeros(zeros, place, BITS)
         index = count + step
         async_copy.wait_group(STAGES - 2)
-        words = _take(ring, index % STAGES, la, BITS)
+        words = take_fragments(ring, index % STAGES, la, BITS)
         ahead = index + STAGES - 1
-        _fetch(ring, ahead % STAGES, codes, (gl.program_id(0) + ahead // STEPS * gl.num_programs(0)) * M, rows, ahead % STEPS,
-               ahead < total, BITS, ELEMENTS, RUN, PADDED, S, M)
+        _fetch(ring, ahead % STAGES, codes, (gl.program_id(0) + ahead // STEPS * gl.num_programs(0)) * M, rows,
+               ahead % STEPS, ahead < total, BITS, ELEMENTS, RUN, PADDED, S, M)
         if GROUP:
             none = gl.zeros([S, M, N], gl.float32, mma)
             part, extra = multiply(none, none, words, others, lut, table, BITS, FORM, lb, COLUMNS)
@@ -198,10 +101,12 @@ def _bring(near, xp, batch, column_step, part_step, PADDED: gl.constexpr, PAIRS:
         pair = gl.arange(0, PAIRS, layout=gl.SliceLayout(1, gl.SliceLayout(2, s1)))[:, None, None, None]
         share = gl.arange(0, S, layout=gl.SliceLayout(0, gl.SliceLayout(2, s1)))[None, :, None, None]
         column = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, gl.SliceLayout(1, s1)))[None, None, :, None]
-        place = share * WIDE + gl.arange(0, WIDE, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, deep))))[None, None, None, :]
+        place = share * WIDE + gl.arange(0, WIDE, layout=gl.SliceLayout(
+            0, gl.SliceLayout(1, gl.SliceLayout(2, deep))))[None, None, None, :]
         for step in gl.static_range(PADDED // (S * WIDE)):
             pointers = xp + pair * part_step + step * (S * WIDE) + column * column_step + place
-            async_copy.async_copy_global_to_shared(near.index(step), pointers, mask=(column < batch) & (place >= 0) & (pair >= 0))
+            async_copy.async_copy_global_to_shared(near.index(step), pointers,
+                                                   mask=(column < batch) & (place >= 0) & (pair >= 0))
         async_copy.commit_group()
 
 
@@ -236,13 +141,15 @@ def _room(ring, STEPS: gl.constexpr, PAIRS: gl.constexpr, S: gl.constexpr, COLUM
     return near, parts
 
 
+@kernel
 @gluon.jit
 def multiply_rows(codes0, xp0, lut0, table0, peaks0, totals0, sums0, codes1, xp1, lut1, table1, peaks1, totals1, sums1,
-                  scales, zeros, out, rows, batch, groups, scale_step, column_step0, part_step0, column_step1, part_step1,
-                  BITS0: gl.constexpr, ELEMENTS0: gl.constexpr, RUN0: gl.constexpr, PADDED0: gl.constexpr,
+                  scales, zeros, out, rows, batch, groups, scale_step, column_step0, part_step0, column_step1,
+                  part_step1, BITS0: gl.constexpr, ELEMENTS0: gl.constexpr, RUN0: gl.constexpr, PADDED0: gl.constexpr,
                   FORM0: gl.constexpr, BITS1: gl.constexpr, ELEMENTS1: gl.constexpr, RUN1: gl.constexpr,
                   PADDED1: gl.constexpr, FORM1: gl.constexpr, GROUP: gl.constexpr, ZEROS: gl.constexpr, S: gl.constexpr,
-                  M: gl.constexpr, N: gl.constexpr, MIRRORED: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr):
+                  M: gl.constexpr, N: gl.constexpr, MIRRORED: gl.constexpr, COLUMNS: gl.constexpr,
+                  STAGES: gl.constexpr):
     """Products of M rows after M rows with N vectors; a program's S warps share each row."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [S, 1, 1], [1, 16, 8])
     STEPS0: gl.constexpr = PADDED0 // (S * WIDE)
@@ -254,9 +161,8 @@ def multiply_rows(codes0, xp0, lut0, table0, peaks0, totals0, sums0, codes1, xp1
     if BITS1:
         ring1 = _begin(codes1, row, rows, BITS1, ELEMENTS1, RUN1, PADDED1, S, M, STAGES)
     # codes are older than the kernel before this one; what that one writes is only read from here on
-    ready = 16 * gl.inline_asm_elementwise(
-        "griddepcontrol.launch_dependents; griddepcontrol.wait; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False,
-        pack=1)
+    ready = 16 * gl.inline_asm_elementwise("griddepcontrol.launch_dependents; griddepcontrol.wait; mov.b32 $0, 0;",
+                                           "=r", [], dtype=gl.int32, is_pure=False, pack=1)
     n = gl.arange(0, N, layout=gl.SliceLayout(0, gl.SliceLayout(0, mma)))[None, :]
     n3 = gl.arange(0, N, layout=gl.SliceLayout(0, gl.SliceLayout(1, mma)))[None, None, :]
     # the sums of the numbers go to one warp's share alone
@@ -279,45 +185,19 @@ def multiply_rows(codes0, xp0, lut0, table0, peaks0, totals0, sums0, codes1, xp1
         place = start + gl.arange(0, M, layout=gl.SliceLayout(1, gl.SliceLayout(0, mma)))[:, None]
         if not GROUP:
             scale = gl.load(scales + place * scale_step, place < rows, other=0.0).to(gl.float32)
-        acc, more = _stream(ring0, parts0, count * STEPS0, codes0, xp0 + ready, lut0, table0, sums0 + ready, scales, zeros,
-                            start, rows, batch, groups, column_step0, part_step0, mma, BITS0, ELEMENTS0, RUN0, PADDED0,
-                            FORM0, GROUP, ZEROS, S, M, N, COLUMNS, STAGES)
+        acc, more = _stream(ring0, parts0, count * STEPS0, codes0, xp0 + ready, lut0, table0, sums0 + ready, scales,
+                            zeros, start, rows, batch, groups, column_step0, part_step0, mma, BITS0, ELEMENTS0, RUN0,
+                            PADDED0, FORM0, GROUP, ZEROS, S, M, N, COLUMNS, STAGES)
         if not GROUP:
             acc = total_of(acc, more, lut0, total0, BITS0, FORM0)
         acc *= peak0
         if BITS1:
             own, more = _stream(ring1, parts1, count * STEPS1, codes1, xp1 + ready, lut1, table1, sums1 + ready, scales,
-                                zeros, start, rows, batch, groups, column_step1, part_step1, mma, BITS1, ELEMENTS1, RUN1,
-                                PADDED1, FORM1, 0, False, S, M, N, COLUMNS, STAGES)
+                                zeros, start, rows, batch, groups, column_step1, part_step1, mma, BITS1, ELEMENTS1,
+                                RUN1, PADDED1, FORM1, 0, False, S, M, N, COLUMNS, STAGES)
             acc += total_of(own, more, lut1, total1, BITS1, FORM1) * peak1
         y = gl.sum(acc, 0)
         if not GROUP:
             y *= scale
         gl.store(out + n.to(gl.int64) * rows + place, y.to(out.dtype.element_ty), (place < rows) & (n < batch))
         count += 1
-
-
-@triton.jit
-def decode_rows(codes, table, scales, zeros, out, first, width, groups, scale_step, count, BITS: tl.constexpr,
-            GROUP: tl.constexpr, ZEROS: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows of numbers from their codes."""
-    # one program: BLOCK numbers, row after row
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < count
-    row = first + place // width
-    bit = (first.to(tl.int64) * width + place) * BITS
-    low = tl.load(codes + bit // 8, inside, other=0).to(tl.int32)
-    if 8 % BITS != 0:
-        low = low | (tl.load(codes + (bit + BITS - 1) // 8, inside, other=0).to(tl.int32) << 8)
-    value = tl.load(table + ((low >> (bit % 8).to(tl.int32)) & ((1 << BITS) - 1)), inside, other=0.0).to(tl.float32)
-    param = row * scale_step
-    if GROUP:
-        param = row * groups + (place % width) // GROUP
-    if ZEROS:
-        point = param * BITS
-        low = tl.load(zeros + point // 8, inside, other=0).to(tl.int32)
-        if 8 % BITS != 0:
-            low = low | (tl.load(zeros + (point + BITS - 1) // 8, inside, other=0).to(tl.int32) << 8)
-        value -= ((low >> (point % 8).to(tl.int32)) & ((1 << BITS) - 1)).to(tl.float32)
-    value *= tl.load(scales + param, inside, other=0.0).to(tl.float32)
-    tl.store(out + place, value.to(out.dtype.element_ty), inside)

@@ -1,7 +1,7 @@
-"""Packed codes to half-precision fragments of the tensor cores, in registers: what the kernels share.
+"""Packed codes to half-precision fragments of the tensor cores, in registers: what kernels of several vectors share.
 
 A fragment register holds two fp16 numbers that meet two neighbouring rows of the other operand. Which two codes share
-one is free, for the other operand is permuted to suit (`prepare` in kernels.py); so codes are never moved, only looked
+one is free, for the other operand is permuted to suit (`prepare` in prepared.py); so codes are never moved, only looked
 up. Blocks take pairs of elements: 2 x 32 bits of a stream, 2 x 96 of 3-bit codes. README.md counts the instructions.
 """
 
@@ -13,13 +13,13 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 
 @gluon.constexpr_function
-def _two_bits(word: int) -> str:
+def two_bits(word: int) -> str:
     """Return PTX: 16 codes of $8 or $9 through the table of bytes $10 (high) and $12 (low) to 8 registers.
 
     Codes 0 2 4 … 14 come first, then 1 3 … 15, for every other code already lies in a nibble of its own.
     """
-    lines = ["{", ".reg .b32 even, odd, sel, hi, lo;", f"and.b32 even, ${8 + word}, 0x33333333;", f"shr.u32 odd, ${8 + word}, 2;",
-             "and.b32 odd, odd, 0x33333333;"]
+    lines = ["{", ".reg .b32 even, odd, sel, hi, lo;", f"and.b32 even, ${8 + word}, 0x33333333;",
+             f"shr.u32 odd, ${8 + word}, 2;", "and.b32 odd, odd, 0x33333333;"]
     for part, source in enumerate(("even", "odd")):
         for half in range(2):
             place = 4 * part + 2 * half
@@ -30,7 +30,7 @@ def _two_bits(word: int) -> str:
 
 
 @gluon.constexpr_function
-def _four_bits(word: int) -> str:
+def four_bits(word: int) -> str:
     """Return PTX: 8 codes of $4 or $5 through the tables of bytes $6 $8 $10 $12 (high) and $14 $16 $18 $20 (low)."""
     lines = ["{", ".reg .b32 sel, top, s, t, a, b, hi, lo;", f"and.b32 sel, ${4 + word}, 0x77777777;",
              f"shr.u32 top, ${4 + word}, 1;",
@@ -45,8 +45,8 @@ def _four_bits(word: int) -> str:
 
 
 @gluon.constexpr_function
-def _four_signed_bits(word: int) -> str:
-    """Return PTX: 8 codes of $4 or $5 through the bytes of eight magnitudes, $6 $8 (high) and $10 $12 (low), and a sign.
+def four_signed_bits(word: int) -> str:
+    """Return PTX: 8 codes of $4 or $5 through bytes of eight magnitudes, $6 $8 (high) and $10 $12 (low), and a sign.
 
     A code of the upper half is positive and counts from the middle; of the lower half its complement does. `prmt` gives
     0xff for a nibble with its top bit set, else the byte 0x80: one bit of that is the sign.
@@ -64,7 +64,7 @@ def _four_signed_bits(word: int) -> str:
 
 
 @gluon.constexpr_function
-def _three_bits(block: int) -> str:
+def three_bits(block: int) -> str:
     """Return PTX: 16 codes, bits 48 `block` and on of $8 … $13, through tables $14 $16 (high) and $18 $20 (low)."""
     words = [f"${8 + word}" for word in range(6)]
     base = 3 * (block // 2)
@@ -86,13 +86,13 @@ def _three_bits(block: int) -> str:
 
 
 @gluon.constexpr_function
-def _field(word: int, bit: int, width: int, shift: int) -> str:
+def keep_field(word: int, bit: int, width: int, shift: int) -> str:
     """Return PTX that keeps `width` bits of both halves of $1 or $2; those from `shift` on come shifted by it."""
     return f"and.b32 $0, ${1 + word}, {65537 * ((1 << width) - 1) << (bit if bit < shift else bit - shift)};"
 
 
 @gluon.constexpr_function
-def _shift(shift: int) -> str:
+def shift_down(shift: int) -> str:
     """Return PTX that shifts."""
     return f"shr.u32 $0, $1, {shift};"
 
@@ -105,7 +105,7 @@ def field_shift(bits: int) -> int:
 
 @gluon.constexpr_function
 def registers(outputs: int, inputs: int) -> str:
-    """Return the constraints of a block with so many 32-bit outputs and inputs; outputs are written before inputs end."""
+    """Return a block's constraints, of so many 32-bit outputs and inputs; outputs are written before inputs end."""
     return ",".join(["=&r"] * outputs + ["r"] * inputs)
 
 
@@ -113,6 +113,27 @@ def registers(outputs: int, inputs: int) -> str:
 def halves(count: int) -> tuple:
     """Return the dtypes of a block's outputs."""
     return (gl.float16,) * count
+
+
+@gluon.jit
+def load_zeros(zeros, place, BITS: gl.constexpr):
+    """Return zero points, which are one packed little-endian stream."""
+    bit = place * BITS
+    low = gl.load(zeros + bit // 8).to(gl.int32)
+    if 8 % BITS != 0:
+        low = low | (gl.load(zeros + (bit + BITS - 1) // 8).to(gl.int32) << 8)
+    return ((low >> (bit % 8)) & ((1 << BITS) - 1)).to(gl.float32)
+
+
+@gluon.jit
+def take_fragments(ring, stage, layout: gl.constexpr, BITS: gl.constexpr):
+    """Return a stage's tiles as fragments, once they are there."""
+    if BITS == 3:
+        return (ring.index(stage * 3).load(layout), ring.index(stage * 3 + 1).load(layout),
+                ring.index(stage * 3 + 2).load(layout))
+    else:
+        first = ring.index(stage).load(layout)
+        return first, first, first
 
 
 @gluon.jit
@@ -141,7 +162,7 @@ def multiply(acc, more, words, others, lut, table, BITS: gl.constexpr, FORM: gl.
              COLUMNS: gl.constexpr):
     """Return `acc` and `more` plus products of elements `words` with the other operand; see `total_of`.
 
-    `others` is where the other operand is, see `_operands`; `lut` is what `load_table` returned; `table` points to the table, for 8-bit codes.
+    `others` is as of `_operands`; `lut` is what `load_table` returned; `table` points to the table, for 8-bit codes.
     """
     first, second, third = words
     if FORM == "affine" or (FORM == "symmetric" and BITS <= 2):
@@ -149,17 +170,19 @@ def multiply(acc, more, words, others, lut, table, BITS: gl.constexpr, FORM: gl.
         TWO: gl.constexpr = FORM == "symmetric" and BITS == 2
         WIDTH: gl.constexpr = 1 if TWO else BITS
         HALF: gl.constexpr = 16 // BITS
-        shifted = gl.inline_asm_elementwise(_shift(SHIFT), "=r,r", [first], dtype=gl.int32, is_pure=True, pack=1)
+        shifted = gl.inline_asm_elementwise(shift_down(SHIFT), "=r,r", [first], dtype=gl.int32, is_pure=True, pack=1)
         for pair in gl.static_range(HALF):  # a code is a subnormal number as it stands: there is no exponent to set
             b0, b1 = _operands(others, pair, lb, COLUMNS)
             for side in gl.static_range(2):
                 source = first if (2 * pair + side) % HALF * BITS < SHIFT else shifted
                 b = b0 if side == 0 else b1
-                a = gl.inline_asm_elementwise(_field(2 * pair // HALF, (2 * pair + side) % HALF * BITS, WIDTH, SHIFT),
+                a = gl.inline_asm_elementwise(keep_field(2 * pair // HALF, (2 * pair + side) % HALF * BITS, WIDTH,
+                                                         SHIFT),
                                               "=r,r,r", [source], dtype=gl.float16, is_pure=True, pack=2)
                 if TWO:
                     acc = mma_v2(a, b, acc)
-                    a = gl.inline_asm_elementwise(_field(2 * pair // HALF, (2 * pair + side) % HALF * BITS + 1, 1, SHIFT),
+                    a = gl.inline_asm_elementwise(keep_field(2 * pair // HALF, (2 * pair + side) % HALF * BITS + 1, 1,
+                                                             SHIFT),
                                                   "=r,r,r", [source], dtype=gl.float16, is_pure=True, pack=2)
                     more = mma_v2(a, b, more)
                 elif side == 0:  # two sums, for a product has to wait for the one before
@@ -168,25 +191,25 @@ def multiply(acc, more, words, others, lut, table, BITS: gl.constexpr, FORM: gl.
                     more = mma_v2(a, b, more)
     elif BITS == 2:
         for word in gl.static_range(2):
-            parts = gl.inline_asm_elementwise(_two_bits(word), registers(8, 6), [first, lut[0], lut[4]], dtype=halves(8),
+            parts = gl.inline_asm_elementwise(two_bits(word), registers(8, 6), [first, lut[0], lut[4]], dtype=halves(8),
                                               is_pure=True, pack=2)
             acc, more = _products(acc, more, parts, others, 4 * word, lb, COLUMNS)
     elif BITS == 3:
         for block in gl.static_range(4):
-            parts = gl.inline_asm_elementwise(_three_bits(block), registers(8, 14),
+            parts = gl.inline_asm_elementwise(three_bits(block), registers(8, 14),
                                               [first, second, third, lut[0], lut[1], lut[4], lut[5]], dtype=halves(8),
                                               is_pure=True, pack=2)
             acc, more = _products(acc, more, parts, others, 4 * block, lb, COLUMNS)
     elif BITS == 4 and FORM == "symmetric":
         for word in gl.static_range(2):
-            parts = gl.inline_asm_elementwise(_four_signed_bits(word), registers(4, 10),
+            parts = gl.inline_asm_elementwise(four_signed_bits(word), registers(4, 10),
                                               [first, lut[2], lut[3], lut[6], lut[7]], dtype=halves(4), is_pure=True,
                                               pack=2)
             acc, more = _products(acc, more, parts, others, 2 * word, lb, COLUMNS)
     elif BITS == 4:
         for word in gl.static_range(2):
             parts = gl.inline_asm_elementwise(
-                _four_bits(word), registers(4, 18),
+                four_bits(word), registers(4, 18),
                 [first, lut[0], lut[1], lut[2], lut[3], lut[4], lut[5], lut[6], lut[7]], dtype=halves(4), is_pure=True,
                 pack=2)
             acc, more = _products(acc, more, parts, others, 2 * word, lb, COLUMNS)

@@ -12,20 +12,22 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from tersor.ops.codebook_linear.kernels.few import _take, _zeros
 from tersor.ops.codebook_linear.kernels.fragments import (
-    _field,
-    _four_bits,
-    _four_signed_bits,
-    _shift,
-    _three_bits,
-    _two_bits,
     field_shift,
+    four_bits,
+    four_signed_bits,
     halves,
+    keep_field,
     load_table,
+    load_zeros,
     registers,
+    shift_down,
+    take_fragments,
+    three_bits,
+    two_bits,
 )
 from tersor.ops.codebook_linear.shapes.limits import TILE
+from tersor.ops.dispatch import kernel
 
 WIDE = gl.constexpr(TILE)
 RUN = gl.constexpr(4)  # neighbouring elements of a lane: 16 bytes of shared memory
@@ -115,12 +117,12 @@ def _field_products(acc, word, near, index, BITS: gl.constexpr, lb: gl.constexpr
     # a code is a subnormal number as it stands: there is no exponent to set
     SHIFT: gl.constexpr = field_shift(BITS)
     HALF: gl.constexpr = 16 // BITS
-    shifted = gl.inline_asm_elementwise(_shift(SHIFT), "=r,r", [word], dtype=gl.int32, is_pure=True, pack=1)
+    shifted = gl.inline_asm_elementwise(shift_down(SHIFT), "=r,r", [word], dtype=gl.int32, is_pure=True, pack=1)
     for pair in gl.static_range(HALF):
         b0, b1 = _operands(near, index + pair, lb)
         for side in gl.static_range(2):
             source = word if (2 * pair + side) % HALF * BITS < SHIFT else shifted
-            a = gl.inline_asm_elementwise(_field(2 * pair // HALF, (2 * pair + side) % HALF * BITS, BITS, SHIFT),
+            a = gl.inline_asm_elementwise(keep_field(2 * pair // HALF, (2 * pair + side) % HALF * BITS, BITS, SHIFT),
                                           "=r,r,r", [source], dtype=gl.float16, is_pure=True, pack=2)
             acc = mma_v2(a, b0 if side == 0 else b1, acc)
     return acc
@@ -134,25 +136,25 @@ def _multiply(acc, words, near, index, lut, table, BITS: gl.constexpr, FORM: gl.
         acc = _field_products(acc, first, near, index, BITS, lb)
     elif BITS == 2:
         for word in gl.static_range(2):
-            parts = gl.inline_asm_elementwise(_two_bits(word), registers(8, 6), [first, lut[0], lut[4]],
+            parts = gl.inline_asm_elementwise(two_bits(word), registers(8, 6), [first, lut[0], lut[4]],
                                               dtype=halves(8), is_pure=True, pack=2)
             acc = _products(acc, parts, near, index + 4 * word, lb)
     elif BITS == 3:
         for block in gl.static_range(4):
-            parts = gl.inline_asm_elementwise(_three_bits(block), registers(8, 14),
+            parts = gl.inline_asm_elementwise(three_bits(block), registers(8, 14),
                                               [first, second, third, lut[0], lut[1], lut[4], lut[5]], dtype=halves(8),
                                               is_pure=True, pack=2)
             acc = _products(acc, parts, near, index + 4 * block, lb)
     elif BITS == 4 and FORM == "symmetric":
         for word in gl.static_range(2):
-            parts = gl.inline_asm_elementwise(_four_signed_bits(word), registers(4, 10),
+            parts = gl.inline_asm_elementwise(four_signed_bits(word), registers(4, 10),
                                               [first, lut[2], lut[3], lut[6], lut[7]], dtype=halves(4), is_pure=True,
                                               pack=2)
             acc = _products(acc, parts, near, index + 2 * word, lb)
     elif BITS == 4:
         for word in gl.static_range(2):
             parts = gl.inline_asm_elementwise(
-                _four_bits(word), registers(4, 18),
+                four_bits(word), registers(4, 18),
                 [first, lut[0], lut[1], lut[2], lut[3], lut[4], lut[5], lut[6], lut[7]], dtype=halves(4), is_pure=True,
                 pack=2)
             acc = _products(acc, parts, near, index + 2 * word, lb)
@@ -177,7 +179,7 @@ def _group_terms(scales, zeros, sums, row, rows, batch, groups, tile, mma: gl.co
     if SUMMED:
         size = gl.load(sums + n * TILES + tile + share, n < batch, other=0.0)
     if ZEROS:
-        zero = _zeros(zeros, place, BITS)
+        zero = load_zeros(zeros, place, BITS)
     return scale, zero, size
 
 
@@ -191,6 +193,7 @@ def _rooms(BITS: gl.constexpr, S: gl.constexpr, M: gl.constexpr, N: gl.constexpr
     return ring, vectors, vectors._reinterpret(gl.int32, [STAGES * _pairs(BITS), S, N, WIDE], flat)
 
 
+@kernel
 @gluon.jit
 def multiply_columns(codes, xp, lut, table, peaks, totals, sums, scales, zeros, out, rows, batch, groups, scale_step,
                      column_step, part_step, BITS: gl.constexpr, ELEMENTS: gl.constexpr, COPY: gl.constexpr,
@@ -219,8 +222,7 @@ def multiply_columns(codes, xp, lut, table, peaks, totals, sums, scales, zeros, 
     for step in gl.static_range(STAGES - 1):
         _fetch_vectors(vectors, step, xp, theirs, begin + step, end, S)
         async_copy.commit_group()
-    # an offset that is zero, for a batch is small, but might be each lane's own: the words come to registers of the
-    # lanes, where `prmt` takes them from; out of uniform registers they were copied anew in every step
+    # zero, for a batch is small, but maybe each lane's own: else `prmt` copies words from uniform registers each step
     lanes = gl.inline_asm_elementwise("{ .reg .b32 t; mov.u32 t, %laneid; mul.lo.u32 $0, t, $1; }", "=r,r",
                                       [batch >> 20], dtype=gl.int32, is_pure=True, pack=1)
     lut = load_table(table, lut + ready + lanes, BITS, FORM, False)
@@ -237,7 +239,7 @@ def multiply_columns(codes, xp, lut, table, peaks, totals, sums, scales, zeros, 
         _fetch_codes(ring, free, codes, own, place, ahead, end, BITS, ELEMENTS, PADDED, S)
         _fetch_vectors(vectors, free, xp, theirs, ahead, end, S)
         async_copy.commit_group()
-        words = _take(ring, stage, la, BITS)
+        words = take_fragments(ring, stage, la, BITS)
         if GROUP:
             none = gl.zeros([S, M, N], gl.float32, mma)
             part = _multiply(none, words, near, stage * PAIRS, lut, table, BITS, FORM, lb)
@@ -251,7 +253,8 @@ def multiply_columns(codes, xp, lut, table, peaks, totals, sums, scales, zeros, 
         free = stage
         stage = gl.where(stage == STAGES - 1, 0, stage + 1)
     async_copy.wait_group(0)  # copies of nothing write zeros, and the sum over the shares takes the same memory
-    _finish(acc, lut, peaks + ready, totals + ready, scales, out, row, rows, batch, scale_step, mma, FORM, GROUP, S, M, N)
+    _finish(acc, lut, peaks + ready, totals + ready, scales, out, row, rows, batch, scale_step, mma, FORM, GROUP, S, M,
+            N)
 
 
 @gluon.jit
@@ -274,6 +277,7 @@ def _finish(acc, lut, peaks, totals, scales, out, row, rows, batch, scale_step, 
     gl.store(out + line + place, y.to(out.dtype.element_ty), (place < rows) & (n < batch))
 
 
+@kernel
 @triton.jit
 def sum_parts(parts, out, count, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     """Write the sum of PARTS arrays of `count` numbers each, in their order."""

@@ -1,6 +1,7 @@
 """The kernel of `codebook_linear` for one vector: exact integer products with digits or bits of its numbers.
 
-A program keeps the digits in shared memory and walks over its rows; codes reach shared memory ahead of it. See README.md.
+A program keeps the digits in shared memory and walks over its rows; codes reach shared memory ahead of it. See
+README.md.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
+from tersor.ops.codebook_linear import shapes
 from tersor.ops.codebook_linear.kernels.arrival import ACROSS, DIGITS, arrive, digest
 from tersor.ops.codebook_linear.kernels.digits import load_levels, multiply_digits, parts_of, sums_of, weigh
 from tersor.ops.codebook_linear.kernels.planes import (
@@ -19,7 +21,7 @@ from tersor.ops.codebook_linear.kernels.planes import (
     take_codes,
     weigh_planes,
 )
-from tersor.ops.codebook_linear.shapes import limits
+from tersor.ops.dispatch import kernel
 
 
 @gluon.constexpr_function
@@ -44,7 +46,7 @@ def _doubled(warps: int):
 @gluon.constexpr_function
 def _codes_of(bits: int) -> int:
     """Return the codes of a word, of three words of 3-bit codes."""
-    return limits.CODES[bits]
+    return shapes.limits.CODES[bits]
 
 
 @gluon.jit
@@ -74,11 +76,11 @@ def _later(row, rows, tiles, GATED: gl.constexpr, M: gl.constexpr):
 def _fetch(ring, stage, matrices, starts, row, rows, step, wanted, BITS: gl.constexpr, WORDS: gl.constexpr,
            WHOLE: gl.constexpr, S: gl.constexpr, M: gl.constexpr):
     # start to copy a step of M rows to a stage of the ring
-    # three copies share the sectors of 3-bit codes: of 8 bytes, which go through the L1 cache, and soon one after another
+    # three copies share the sectors of 3-bit codes: of 8 bytes, through the L1 cache, and soon one after another
     TIMES: gl.constexpr = 3 if BITS == 3 else 1
     BLOCK: gl.constexpr = rows_together(BITS, M)
-    layout: gl.constexpr = gl.BlockedLayout([1, 1, 2] if BITS == 3 else [1, 1, 4], [1, 2, 16] if BITS == 3 else [1, 4, 8],
-                                            [S, 1, 1], [2, 1, 0])
+    layout: gl.constexpr = gl.BlockedLayout([1, 1, 2] if BITS == 3 else [1, 1, 4],
+                                            [1, 2, 16] if BITS == 3 else [1, 4, 8], [S, 1, 1], [2, 1, 0])
     warp = gl.arange(0, S, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
     place = warp * ACROSS + gl.arange(0, ACROSS, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
     inside = wanted & (place >= 0)
@@ -142,8 +144,9 @@ def _under_way(steps0: int, steps1: int, stages: int) -> int:
 @gluon.jit
 def _stream(ring, digits, stage, codes, starts, units, tables, row, rows, BITS: gl.constexpr, FORM: gl.constexpr,
             BYTES: gl.constexpr, WORDS: gl.constexpr, STEPS: gl.constexpr, TOGETHER: gl.constexpr, GATED: gl.constexpr,
-            SECOND: gl.constexpr, WHOLE: gl.constexpr, S: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr, WAITS: gl.constexpr):
-    # products [S, M] of M rows, of which each warp has a share, whose first step is in `stage`; and the stage after them
+            SECOND: gl.constexpr, WHOLE: gl.constexpr, S: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr,
+            WAITS: gl.constexpr):
+    # products [S, M] of M rows, of which each warp has a share; the first step is in `stage`. And the stage after them
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [S, 1, 1], [1, 16, 8])
     if in_planes(BITS, FORM):
         sums = no_sums(BITS, FORM, BYTES, S, M)
@@ -183,13 +186,14 @@ def _summed(parts, offset, scale):
     return gl.convert_layout(gl.sum(parts, 0) + offset, scale.type.layout) * scale
 
 
+@kernel
 @gluon.jit
 def multiply_vector(x0, codes0, table0, signs0, x1, codes1, table1, signs1, scales, starts, norm, eps, added, out, rows,
                     scale_step, WIDTH0: gl.constexpr, BITS0: gl.constexpr, FORM0: gl.constexpr, WIDTH1: gl.constexpr,
                     BITS1: gl.constexpr, FORM1: gl.constexpr, TOGETHER0: gl.constexpr, TOGETHER1: gl.constexpr,
-                    BYTES: gl.constexpr, MIRRORED: gl.constexpr, ROTATED: gl.constexpr, NORMED: gl.constexpr, ADDS: gl.constexpr,
-                    GATED: gl.constexpr, WHOLE: gl.constexpr, S: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr,
-                    EARLY: gl.constexpr):
+                    BYTES: gl.constexpr, MIRRORED: gl.constexpr, ROTATED: gl.constexpr, NORMED: gl.constexpr,
+                    ADDS: gl.constexpr, GATED: gl.constexpr, WHOLE: gl.constexpr, S: gl.constexpr, M: gl.constexpr,
+                    STAGES: gl.constexpr, EARLY: gl.constexpr):
     """The product of M rows after M rows with a vector, of one stream or the sum of two; S warps share each row.
 
     Codes and scales are tuples: of one matrix, or of several whose rows follow one another; all but the first begin at
@@ -214,12 +218,12 @@ def multiply_vector(x0, codes0, table0, signs0, x1, codes1, table1, signs1, scal
     low0, units0, tables0 = load_levels(table0, BITS0, FORM0, MIRRORED)
     if BITS1:
         low1, units1, tables1 = load_levels(table1, BITS1, FORM1, MIRRORED)
-    ready, numbers0, numbers1, signs = arrive(x0, signs0, x1, signs1, norm, WIDTH0, BITS0, FORM0, STEPS0, TOGETHER0, WIDTH1,
-                                              BITS1, FORM1, STEPS1, TOGETHER1, ROTATED, NORMED, S)
-    _fill(ring0, codes0, ring1, codes1, starts, row, rows, ASKED, STAGES, RUN, BITS0, WORDS0, STEPS0, BITS1, WORDS1, STEPS1,
-          GATED, WHOLE, S, M)
-    near0, near1 = digest(ready, x0, numbers0, x1, numbers1, signs, eps, WIDTH0, BITS0, FORM0, STEPS0, TOGETHER0, WIDTH1,
-                          BITS1, FORM1, STEPS1, TOGETHER1, BYTES, ROTATED, NORMED, S)
+    ready, numbers0, numbers1, signs = arrive(x0, signs0, x1, signs1, norm, WIDTH0, BITS0, FORM0, STEPS0, TOGETHER0,
+                                              WIDTH1, BITS1, FORM1, STEPS1, TOGETHER1, ROTATED, NORMED, S)
+    _fill(ring0, codes0, ring1, codes1, starts, row, rows, ASKED, STAGES, RUN, BITS0, WORDS0, STEPS0, BITS1, WORDS1,
+          STEPS1, GATED, WHOLE, S, M)
+    near0, near1 = digest(ready, x0, numbers0, x1, numbers1, signs, eps, WIDTH0, BITS0, FORM0, STEPS0, TOGETHER0,
+                          WIDTH1, BITS1, FORM1, STEPS1, TOGETHER1, BYTES, ROTATED, NORMED, S)
     digits0, unit0, sum0 = near0
     digits1, unit1, sum1 = near1
     offset = low0 * sum0 + low1 * sum1 if BITS1 else low0 * sum0
@@ -229,18 +233,18 @@ def multiply_vector(x0, codes0, table0, signs0, x1, codes1, table1, signs1, scal
         scale = _scale(scales, starts, start, m, rows, scale_step)
         if ADDS:
             other = gl.load(added + ready + start + m, start + m < rows, other=0.0).to(gl.float32)
-        total, stage0 = _stream(ring0, digits0, stage0, codes0, starts, units0, tables0, start, rows, BITS0, FORM0, BYTES, WORDS0,
-                                STEPS0, TOGETHER0, GATED, 0, WHOLE, S, M, STAGES, WAITS)
+        total, stage0 = _stream(ring0, digits0, stage0, codes0, starts, units0, tables0, start, rows, BITS0, FORM0,
+                                BYTES, WORDS0, STEPS0, TOGETHER0, GATED, 0, WHOLE, S, M, STAGES, WAITS)
         if BITS1:
-            other_total, stage1 = _stream(ring1, digits1, stage1, codes1, starts, units1, tables1, start, rows, BITS1, FORM1, BYTES,
-                                          WORDS1, STEPS1, TOGETHER1, False, 0, WHOLE, S, M, STAGES, WAITS)
+            other_total, stage1 = _stream(ring1, digits1, stage1, codes1, starts, units1, tables1, start, rows, BITS1,
+                                          FORM1, BYTES, WORDS1, STEPS1, TOGETHER1, False, 0, WHOLE, S, M, STAGES, WAITS)
             y = _summed(total * unit0 + other_total * unit1, offset, scale)
         else:
             y = _summed(total * unit0, offset, scale)
         if GATED:
             scale = _scale(scales, starts, start + rows, m, 2 * rows, scale_step)
-            total, stage0 = _stream(ring0, digits0, stage0, codes0, starts, units0, tables0, start, rows, BITS0, FORM0, BYTES,
-                                    WORDS0, STEPS0, TOGETHER0, GATED, 1, WHOLE, S, M, STAGES, WAITS)
+            total, stage0 = _stream(ring0, digits0, stage0, codes0, starts, units0, tables0, start, rows, BITS0, FORM0,
+                                    BYTES, WORDS0, STEPS0, TOGETHER0, GATED, 1, WHOLE, S, M, STAGES, WAITS)
             y = y / (1.0 + gl.exp(-y)) * _summed(total * unit0, offset, scale)
         y = y + other if ADDS else y
         gl.store(out + start + m, y.to(out.dtype.element_ty), start + m < rows)

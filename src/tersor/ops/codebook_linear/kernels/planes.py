@@ -1,7 +1,7 @@
 """One vector times codes of 1 to 4 bits on the binary tensor cores: bits of codes against bits of numbers.
 
-A block of 32 codes is turned into words that hold one bit of each code, a code's level is a sum over exclusive ors of its
-bits, and `mma.m16n8k256` counts where these and the bit planes of the vector, eight in its eight columns, are both set.
+A block of 32 codes is turned into words that hold one bit of each code. A code's level is a sum over exclusive ors of
+its bits. `mma.m16n8k256` counts where these and the bit planes of the vector, eight in its eight columns, are both set.
 Sums are exact integers. Which code of a block meets which bit of a word is free, as long as the vector's planes are
 written to suit, so codes are never sorted. README.md counts the instructions.
 """
@@ -11,8 +11,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from tersor.ops.codebook_linear import shapes
 from tersor.ops.codebook_linear.kernels.fragments import registers
-from tersor.ops.codebook_linear.shapes import one as vector_shapes
 
 PLANES = gl.constexpr(8)  # of a byte of numbers: the columns of a product
 BLOCK = gl.constexpr(32)  # codes that meet a word of each plane
@@ -21,25 +21,25 @@ BLOCK = gl.constexpr(32)  # codes that meet a word of each plane
 @gluon.constexpr_function
 def in_planes(bits: int, form: str) -> bool:
     """Tell whether codes are multiplied here, and not in `digits.py`."""
-    return (bits, form) in vector_shapes.IN_PLANES
+    return (bits, form) in shapes.one.IN_PLANES
 
 
 @gluon.constexpr_function
 def plane_words(bits: int) -> int:
     """Return the words of one plane that a warp's words of codes give in a step."""
-    return vector_shapes.PLANE_WORDS[bits]
+    return shapes.one.PLANE_WORDS[bits]
 
 
 @gluon.constexpr_function
 def groups_of(bits: int, count: int) -> int:
     """Return how many groups of planes so many bytes are."""
-    return -(-count // vector_shapes.BYTES_TOGETHER[bits])
+    return -(-count // shapes.one.BYTES_TOGETHER[bits])
 
 
 @gluon.constexpr_function
 def near_words(bits: int) -> int:
     """Return the words of a plane, or of those that lie together, that a warp takes in a step."""
-    return vector_shapes.PLANE_WORDS[bits] * vector_shapes.BYTES_TOGETHER[bits]
+    return shapes.one.PLANE_WORDS[bits] * shapes.one.BYTES_TOGETHER[bits]
 
 
 @gluon.constexpr_function
@@ -88,8 +88,8 @@ def _swapped(one: str, other: str, low: str, high: str, count: int, mask: str) -
 def _planes_of_codes(bits: int, words: list[str], name: str) -> list[str]:
     """Return PTX: `bits` words of 32 codes to as many planes {name}1, {name}2, {name}4, {name}8, by masks and shifts.
 
-    The bit `place` of a plane comes from word `place % bits`, so words need not be shifted by more than a code. 3-bit codes
-    cross words: 32 is 2 modulo 3, so the places of a bit in the three words fill one word without gaps.
+    The bit `place` of a plane comes from word `place % bits`, so words need not be shifted by more than a code. 3-bit
+    codes cross words: 32 is 2 modulo 3, so the places of a bit in the three words fill one word without gaps.
     """
     if bits == 1:
         return [f"mov.b32 {name}1, {words[0]};"]
@@ -138,7 +138,8 @@ def _products(bits: int, form: str, count: int) -> str:
                 start = first if pair else before + first
                 out, acc = (", ".join(f"${begin + place}" for place in range(4)) for begin in (first, start))
                 b = ", ".join(f"${planes + places * byte + 2 * pair + place}" for place in range(2))
-                lines.append(f"mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc {{{out}}}, {{{a}}}, {{{b}}}, {{{acc}}};")
+                lines.append("mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc "
+                             f"{{{out}}}, {{{a}}}, {{{b}}}, {{{acc}}};")
     return "\n".join([*lines, "}"])
 
 
@@ -167,12 +168,13 @@ def _quad(warps: int):
 
 @gluon.constexpr_function
 def _tile(warps: int, rows: int, words: int):
-    """Return the layout of [warps, rows, words] in which lane 4 r + c holds rows r, r + 8, … and words 4 c … 4 c + 3, …."""
+    """Return the layout of [warps, rows, words]: lane 4 r + c holds rows r, r + 8, … and words 4 c … 4 c + 3, …."""
     more = [[0, 0, 16]] if words == 32 else []
     more += [[0, 8 << bit, 0] for bit in range((rows // 8).bit_length() - 1)]
     return gl.DistributedLinearLayout(
         reg_bases=[[0, 0, 1], [0, 0, 2], *more], lane_bases=[[0, 0, 4], [0, 0, 8], [0, 1, 0], [0, 2, 0], [0, 4, 0]],
-        warp_bases=[[1 << bit, 0, 0] for bit in range(warps.bit_length() - 1)], block_bases=[], shape=[warps, rows, words])
+        warp_bases=[[1 << bit, 0, 0] for bit in range(warps.bit_length() - 1)], block_bases=[],
+        shape=[warps, rows, words])
 
 
 @gluon.jit
@@ -279,7 +281,8 @@ def weigh_planes(sums, units, BITS: gl.constexpr, FORM: gl.constexpr, BYTES: gl.
             else:
                 low = _columns(of[0] + (of[1] << 8), S)
                 weight = gl.where(plane == 6, -64, 1 << plane)
-                near = gl.sum(low << plane, 2).to(gl.float32) + gl.sum(_columns(of[2], S) * weight, 2).to(gl.float32) * 65536.0
+                near = gl.sum(low << plane,
+                              2).to(gl.float32) + gl.sum(_columns(of[2], S) * weight, 2).to(gl.float32) * 65536.0
             total += near * units[term]
         tiles = tiles + (total,)
     if M == 16:
@@ -298,7 +301,7 @@ def _columns(quads, S: gl.constexpr):
 
 @gluon.jit
 def load_units(levels, BITS: gl.constexpr, FORM: gl.constexpr):
-    """Return what each term counts, of the levels of all codes: -2 Σ level (-1)^(bits in common with the set) / 2^bits."""
+    """Return what each term counts, of all levels: -2 Σ level (-1)^(bits in common with the set) / 2^bits."""
     units = ()
     for term in gl.static_range(terms_of(BITS, FORM)):
         unit = 0.0
@@ -318,7 +321,8 @@ def _transposed(bits: int, count: int) -> str:
     Three bytes hold integers plus 2^22.
     """
     lines = ["{", ".reg .b32 a, b, c, d;"]
-    lines += [f".reg .b32 {', '.join(f'x{byte}_{row}_{stage}' for row in range(8) for stage in range(3))};" for byte in range(3)]
+    lines += [f".reg .b32 {', '.join(f'x{byte}_{row}_{stage}' for row in range(8) for stage in range(3))};"
+              for byte in range(3)]
     for row in range(8):  # four numbers' bytes to a word for each byte
         one, two, three, four = (f"${32 + _met(bits, 8 * byte + row)}" for byte in range(4))
         lines += [f"prmt.b32 a, {one}, {two}, 0x5140;", f"prmt.b32 b, {three}, {four}, 0x5140;",

@@ -8,15 +8,15 @@ from collections.abc import Sequence
 import torch
 
 from tersor.ops.codebook_linear.shapes.limits import (
-    ACROSS,
     BITS,
     CODES,
     MULTIPROCESSOR_BYTES,
     REGISTERS,
     WIDEST,
-    nearest,
+    nearest_shape,
 )
 
+ACROSS = 32  # words of a row that a warp takes at a time, for one vector
 PROGRAM_BYTES = 3072  # of shared memory that a program needs besides rings and digits
 # by bits, of codes that are met as bit planes: words of a plane that 32 words of codes give (96 of 3-bit codes), and
 # bytes of a number whose planes lie together in shared memory, so that a lane's four words do
@@ -176,4 +176,4 @@ def vector_tiling_for(streams: Sequence[VectorStream], rows: int, *, rotated: bo
     known = ROTATED_CONFIGURATIONS if rotated else VECTOR_CONFIGURATIONS
     alike = [key for key in known if key[0] == len(streams)]
     measured = known[min(alike, key=lambda key: abs(key[1] - bits))]
-    return measured[nearest(measured, rows, width)]
+    return measured[nearest_shape(measured, rows, width)]

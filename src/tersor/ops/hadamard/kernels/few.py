@@ -12,6 +12,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
+from tersor.ops.dispatch import kernel
+
 TOGETHER = gl.constexpr(3)  # bits of a place that a thread reads together: 16 bytes of 16-bit numbers
 
 
@@ -141,6 +143,7 @@ def _announce():
                               is_pure=False, pack=1)
 
 
+@kernel
 @gluon.jit
 def rotate_few(x, out, left, signs, scale, N1: gl.constexpr, P1: gl.constexpr, G: gl.constexpr, M: gl.constexpr,
                S: gl.constexpr, INVERSE: gl.constexpr, PIECES: gl.constexpr):

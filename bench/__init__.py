@@ -1,0 +1,1 @@
+"""Benchmarks: suites of cases, result lines, and the tables made of them; not part of the package."""

@@ -1,0 +1,43 @@
+"""Cases of the suite `kv_gpu`: decoding with caches on a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+
+METHODS = ("none", "static", "klt:2", "klt:4", "rot,lm2", "rot,lm4", "quanto:2", "quanto:4", "none")
+CONTEXTS = (8192, 32768)
+ATTENTIONS = ("tersor", "sdpa")  # that Tersor's caches are read with
+PROFILED = ("none", "klt:2", "klt:4", "rot,lm4", "quanto:4")
+
+
+@dataclasses.dataclass(frozen=True)
+class Caching:
+    """One cache after so many tokens; a method that comes twice has `again`, which shows the spread."""
+
+    method: str
+    tokens: int
+    attention: str
+    again: str = ""
+    profile: bool = False
+
+    @property
+    def key(self) -> str:
+        """The case's name in results."""
+        kind = "gpuprofile" if self.profile else "gpu"
+        return f"{kind}|{self.tokens}|{self.method}{self.again}|{self.attention}"
+
+
+def cases(device: str) -> list[Caching]:
+    """Return the cases; profiles last: once the profiler is there, launches are slower."""
+    found = []
+    for tokens in CONTEXTS:
+        seen: dict[str, int] = {}
+        for method in METHODS:
+            seen[method] = seen.get(method, 0) + 1
+            again = "" if seen[method] == 1 else f"#{seen[method]}"
+            ours = method not in ("none", "static") and not method.startswith("quanto")
+            found += [Caching(method, tokens, attention, again) for attention in (ATTENTIONS if ours else ("sdpa",))]
+    if device == "cpu":
+        return found
+    return found + [dataclasses.replace(case, profile=True) for case in found
+                    if case.method in PROFILED and not case.again]

@@ -1,0 +1,48 @@
+"""The table of caches on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from bench.markdown import table
+from bench.suite import Line, Table
+
+CACHES = {"none": "dense", "static": "dense, static", "klt": "**Tersor** `klt` at {} bits",
+          "quanto": "`QuantizedCache`, quanto {}-bit, axes 0/0"}
+
+
+def kv(found: Mapping[str, Line]) -> str:
+    """Decoding with caches on a GPU; lines with cuDNN's attention only where there are no others."""
+    body = []
+    timed = [line for line in found.values() if not line["case"]["profile"]]
+    timed = [line for line in timed if not line["case"]["cudnn"]] or timed
+    ordered = sorted(timed, key=lambda line: line["case"]["tokens"])
+    totals = {(line["case"]["method"], line["case"]["tokens"]): _total(line)
+              for line in reversed(ordered) if not line["numbers"]["red"]}
+    for line in ordered:
+        case, numbers = line["case"], line["numbers"]
+        kind, _, bits = case["method"].partition(":")
+        name = CACHES.get(kind, f"**Tersor** `{case['method']}`").format(bits)
+        rate = f"{numbers['rate']:.2f}" if numbers["rate"] else "16"
+        start = [str(case["tokens"]), name, case["attention"], rate, f"{line['bytes'] / 1e6:.0f}"]
+        if numbers["red"]:
+            body.append([*start, "**wrong**", *[""] * 6])
+            continue
+        total = _total(line)
+        ratios = [f"{totals[other, case['tokens']] / total:.2f}" if (other, case["tokens"]) in totals else ""
+                  for other in ("none", "quanto:4", "quanto:2")]
+        profile = found.get(line["key"].replace("gpu|", "gpuprofile|"))
+        kernels = f"{profile['numbers']['kernels_ms']:.2f}" if profile else ""
+        extra = f"{numbers['extra'] / 1e6:.0f}" if "extra" in numbers else ""
+        body.append([*start, f"{numbers['step_ms']:.2f}", kernels, f"{numbers['encode_ms']:.2f}", *ratios, extra])
+    return table(["tokens", "cache", "attention", "bits an element", "cache, MB", "ms a step", "of it kernels",
+                   "ms a token for encoding", "tokens/s, x dense", "x quanto 4-bit", "x quanto 2-bit",
+                   "a step's extra memory, MB"], body)
+
+
+def _total(line: Line) -> float:
+    """Return milliseconds a token, encoding included."""
+    return line["numbers"]["step_ms"] + line["numbers"]["encode_ms"]
+
+
+TABLES = {"kv-gpu": Table(kv, ("gpu", "gpuprofile"))}

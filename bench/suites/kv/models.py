@@ -1,0 +1,126 @@
+"""The models of the KV suite, their prompts, and what is chosen for them on calibration text: `klt` tables and plans.
+
+Plans are made as `tersor kv-plan` makes them, one measurement for all rates; the trials and the chosen tables are kept
+in `out/kv`, which git ignores. SmolLM2's trials score 64 tokens of continuation rather than a quarter of the context.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from bench import evaluation
+from bench.models import locate
+from bench.places import CALIBRATION, DOMAINS, MODELS, kept
+from bench.places import held_out as text_of
+from bench.suites.kv.cases import BLOCK, RATES, RESIDUAL, SETUPS, SINK, UNIFORM, Setup
+from tersor.hf.kv.plan import Lab, PlanSettings, _measure, _spend
+from tersor.hf.kv.store import SIDES
+from tersor.payload.blocks import Tables
+from tersor.registry import parse
+
+SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(PlanSettings):
+    """A plan's settings with a continuation of its own length."""
+
+    scored: int = 0
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of the prompt."""
+        return self.context - self.scored
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """Codec strings of keys and values, for all layers or by layer, and their tables."""
+
+    keys: Any
+    values: Any
+    tables: Mapping[tuple[int, str], Tables]
+    rate: float
+
+
+@functools.cache
+def load(name: str, folder: Path = MODELS) -> tuple[Any, Any]:
+    """Return the model, float32, and its tokenizer."""
+    path = locate(name, folder)
+    return evaluation.load_model(path), evaluation.load_tokenizer(path)
+
+
+def held_out(setup: Setup) -> list[tuple[str, Tensor]]:
+    """Return (text, window of token ids (1, context)), windows that do not overlap."""
+    tokenizer, found = load(setup.name)[1], []
+    for domain in DOMAINS:
+        text = text_of(domain)
+        ids = tokenizer(text[: 8 * setup.windows * setup.context], verbose=False)["input_ids"]
+        found += [(f"{domain}{k}", torch.tensor([ids[k * setup.context : (k + 1) * setup.context]]))
+                  for k in range(setup.windows)]
+    assert all(ids.shape[1] == setup.context for _, ids in found)
+    return found
+
+
+def read(model: Any, ids: Tensor) -> DynamicCache:
+    """Return the dense cache of a prompt, read in one call."""
+    cache = DynamicCache(config=model.config)
+    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache
+
+
+def runs(model: Any) -> str:
+    """Return what `klt` calls the model's heads."""
+    return f"h{model.config.num_key_value_heads}x{BLOCK}"
+
+
+@functools.cache
+def chosen(name: str, kind: str) -> Mapping[str, Chosen]:
+    """Return the `klt` settings or the `plan`s of a model by rate, as text; made once."""
+    file = kept("kv") / f"{name}-{kind}.pt"
+    if not file.is_file():
+        choose(name)
+    return {key: Chosen(*value) for key, value in torch.load(file, weights_only=True).items()}
+
+
+def choose(name: str) -> None:
+    """Train the tables of uniform settings, and make the plans."""
+    setup = SETUPS[name]
+    model, tokenizer = load(setup.name)
+    width = setup.prompt + setup.scored
+    text = CALIBRATION.read_text()
+    count = setup.count + setup.training
+    pieces = [tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"][:width]
+              for part in (text[k * len(text) // count :][: 8 * width] for k in range(count))]
+    settings = Settings(tuple(f"klt{{bytes:{rate}}}{{runs}}" for rate in setup.rungs), width, setup.count,
+                        setup.training, RESIDUAL, SINK, BLOCK, SEED, setup.scored)
+    lab = Lab(model, torch.tensor(pieces), settings)
+    found: dict[str, tuple[Any, ...]] = {}
+    for rate in UNIFORM:
+        codec = parse(f"klt{round(rate * model.config.head_dim / 8)}{runs(model)}")
+        held = {(n, SIDES[side]): dict(lab.tables((n, side), codec)) for n, side in lab.places()}
+        found[f"{rate:g}"] = (codec.spec(), codec.spec(), held, rate)
+    torch.save(found, kept("kv") / f"{name}-klt.pt")
+    print("tables written", flush=True)
+    found = {}
+    choices = _measure(lab, kept("kv") / f"{setup.name}.trials.jsonl", repr(settings), _progress)
+    for rate in RATES:
+        picks = _spend(choices, lab.elements, rate)
+        codecs = {place: pick.codec for place, pick in picks.items()}
+        by_layer = [[codecs[n, side].spec() for n in lab.layers] for side in range(2)]
+        held = {(n, SIDES[side]): dict(lab.tables((n, side), codec)) for (n, side), codec in codecs.items()}
+        found[f"{rate:g}"] = (*by_layer, held, 8 * sum(p.nbytes for p in picks.values()) / lab.elements)
+    torch.save(found, kept("kv") / f"{name}-plan.pt")
+
+
+def _progress(what: str, done: int, total: int) -> None:
+    if done % 20 == 0:
+        print(what, done, "of", total, flush=True)

@@ -1,0 +1,42 @@
+"""Cases of vector sets: methods at nominally so many bits a number."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+
+@dataclasses.dataclass(frozen=True)
+class VectorCase:
+    """One method on one set, of nominally so many bits a number.
+
+    Parameters
+    ----------
+    data : str
+        `"glove"` or `"banking77"`.
+    bits : int
+    method : str
+        `"tersor:"` and a codec or a family (at `bits`), or `"faiss:"` and a factory string.
+    """
+
+    data: str
+    bits: int
+    method: str
+
+    @property
+    def key(self) -> str:
+        """The case's name in results."""
+        return f"{self.data}|{self.bits}|{self.method}"
+
+
+METHODS: Mapping[tuple[str, int], tuple[str, ...]] = {
+    ("glove", 2): ("tersor:qet_plus", "tersor:rot,sym14", "tersor:pq", "tersor:pq5x1024t", "tersor:opq", "tersor:rq",
+                   "tersor:rotated_scalar", "faiss:PQ10x8np", "faiss:PQ10x9np", "faiss:PQ10x10np", "faiss:PQ25x4np",
+                   "faiss:OPQ10,PQ10x9np", "faiss:RQ12x8", "faiss:LSQ12x8"),
+    ("glove", 4): ("tersor:qet_plus", "tersor:pq", "tersor:opq", "tersor:rq", "tersor:rotated_scalar",
+                   "faiss:PQ25x8np", "faiss:OPQ25,PQ25x8np", "faiss:RQ25x8", "faiss:SQ4", "faiss:RaBitQ"),
+    ("banking77", 2): ("tersor:qet_plus", "tersor:rot,sym16", "tersor:pq", "tersor:opq", "tersor:rq",
+                       "tersor:rotated_scalar", "tersor:rot,lm2", "faiss:PQ96x8np", "faiss:OPQ96,PQ96x8np",
+                       "faiss:RaBitQ"),
+}
+CASES = tuple(VectorCase(data, bits, method) for (data, bits), methods in METHODS.items() for method in methods)
