@@ -17,7 +17,8 @@ from tersor.codecs.vector.orbits import DIM
 from tersor.errors import CodecConfigError
 
 # By width in half bits: the bits of the symmetric codebooks of 8 numbers that follow one another, the second for what
-# the first leaves, or of 8 scalars; and their relative error on Gaussian numbers (tests/codecs/test_allocated.py).
+# the first leaves, or of 8 scalars; and their relative error on Gaussian numbers
+# (tests/codecs/low_rank/test_allocated.py).
 GRADES: tuple[tuple[int, tuple[int, ...], float], ...] = (
     (0, (), 1.0), (1, (4,), 0.6032), (2, (8,), 0.3160), (3, (12,), 0.1691), (4, (16,), 0.08625), (5, (20,), 0.04392),
     (6, (24,), 0.02220), (7, (28,), 0.01119), (8, (32,), 0.00573), (9, (20, 16), 0.00410), (10, (24, 16), 0.00206),
