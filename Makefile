@@ -1,10 +1,11 @@
-# make demo: the main job on the bundled model. make test: the tests. Everything installs into .venv.
+# make demo: the main job on the bundled model. make test: the tests. make docs: the site, in out/site.
+# Everything installs into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 DEMO := out/fable-7m-3bit
 
-.PHONY: setup demo test check slow bench-setup clean
+.PHONY: setup demo test check docs slow bench-setup clean
 
 setup: $(STAMP)
 
@@ -17,8 +18,10 @@ demo: $(STAMP)
 	rm -rf $(DEMO) $(DEMO).work
 	$(BIN)/tersor compress examples/fable-7m $(DEMO) --rate 3
 
+# two processes of one thread each; a file stays whole, so that what its tests share is made once; in the order of the
+# folders, which has the long files first
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
@@ -28,6 +31,9 @@ check: $(STAMP)
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/python tests/check_house.py
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench-setup: $(STAMP)
 	bash bench/setup.sh

@@ -27,9 +27,9 @@ import common
 import tersor
 from tersor import testing
 from tersor.codecs.bases.kashin import ResidualWarning
-from tersor.codecs.bases.peaks import lloyd
 from tersor.codecs.bases.splitting import Basis, Kronecker, greedy
 from tersor.numerics.kmeans import assign, kmeans
+from tersor.numerics.lloyd import lloyd
 
 SEED = 0
 VECTORS, WIDTH = 128, 4096

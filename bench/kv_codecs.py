@@ -27,7 +27,7 @@ from tersor.contract.codec import Codec
 from tersor.errors import BudgetError
 from tersor.families import FAMILIES
 from tersor.families.qet import Preset
-from tersor.kv import Stream, matrices
+from tersor.kv import TokenStream, matrices
 from tersor.payload.blocks import Tables
 from tersor.registry import parse
 
@@ -213,10 +213,10 @@ class Layer:
         metric = {"keys": self.felt.metric, "unrotated": self.before, "values": None}[name]
         return codec.fit(samples, metric=metric, weights=flat, seed=SEED)
 
-    def coded(self, text: str, name: str, trained: str) -> tuple[Tensor, Stream, float]:
+    def coded(self, text: str, name: str, trained: str) -> tuple[Tensor, TokenStream, float]:
         """Return states with the encoded part decoded (keys rotated), the stream, and seconds of encoding."""
         codec = parse(text)
-        stream = Stream(codec, BLOCK, tables=self.tables(codec, name, trained), seed=SEED)
+        stream = TokenStream(codec, BLOCK, tables=self.tables(codec, name, trained), seed=SEED)
         start = time.perf_counter()
         stream.append(self.held[name][:, :, ENCODED])
         seconds = time.perf_counter() - start
@@ -298,7 +298,7 @@ def run_speed(chosen: str) -> None:
             if chosen not in case.key:
                 continue
             codec = parse(text)
-            stream = Stream(codec, BLOCK, tables=codec.train(matrices(keys[:, :, :2048], BLOCK)))
+            stream = TokenStream(codec, BLOCK, tables=codec.train(matrices(keys[:, :, :2048], BLOCK)))
             stream.append(keys)
             scale = 1e9 / keys.numel()
             numbers = {

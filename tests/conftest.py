@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
+
+from tests.fable import shorten
 
 settings.register_profile("tersor", derandomize=True, deadline=None)  # the same examples every time, on any machine
 settings.load_profile("tersor")
@@ -44,3 +47,9 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
     for name in ("new_empty",):
         monkeypatch.setattr(torch.Tensor, name, _poisoned(getattr(torch.Tensor, name)))
+
+
+@pytest.fixture(scope="session")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model with two of its six layers; never damaged, so one serves all tests of a process."""
+    return shorten(tmp_path_factory.mktemp("short") / "model")

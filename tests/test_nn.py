@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tersor.contract.codec import Encoded
-from tersor.nn import CompressedEmbedding, CompressedLinear, Payload, TiedLinear, WeightView
+from tersor.nn import Buffers, CompressedEmbedding, CompressedLinear, TiedLinear, WeightView
 from tersor.registry import parse
 from tersor.testing import gaussian, tolerance
 
@@ -53,7 +53,7 @@ def view_of(encodeds: list[Encoded], shape: tuple[int, ...], *, transposed: bool
     owner = nn.Module()
     payloads = []
     for i, e in enumerate(encodeds):
-        payload = Payload(owner, f"w/{i}", e.codec, e.shape)
+        payload = Buffers(owner, f"w/{i}", e.codec, e.shape)
         payload.register("cpu")
         filled(owner, e, f"w/{i}")
         payloads.append(payload)

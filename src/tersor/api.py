@@ -88,7 +88,7 @@ def compress(matrix: Tensor | np.ndarray, rate: float | None = None, codec: str 
     matrix = as_matrix(matrix)
     shape = (matrix.shape[0], matrix.shape[1])
     if rate is not None and not (isinstance(rate, (int, float)) and math.isfinite(rate) and rate > 0):
-        raise BudgetError(f"rate must be a positive number of bits per element, found {rate!r}", 0.0)
+        raise BudgetError(f"rate must be a positive number of bits per element, found {rate!r}")
     defaults: Mapping[str, Any] = {}
     if isinstance(codec, str) and codec in families():
         defaults = options(codec)
@@ -110,7 +110,7 @@ def _concrete(codec: str | Codec, shape: tuple[int, int], rate: float | None) ->
     concrete = parse(codec) if isinstance(codec, str) else codec
     if rate is not None and concrete.rate(shape) > rate:
         raise BudgetError(f"codec '{concrete}' needs {concrete.rate(shape):.4g} bits per element on shape {shape}, "
-                          f"above the rate {rate:g}; raise the rate or name a family", concrete.rate(shape))
+                          f"above the rate {rate:g}; raise the rate or name a family", concrete.nbytes(shape))
     return concrete
 
 

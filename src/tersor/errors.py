@@ -41,12 +41,13 @@ class BudgetError(TersorError, ValueError):
 
     Attributes
     ----------
-    least : float
-        The least reachable budget, in the unit asked for (bits per element, or bytes).
+    least_bytes : int or None
+        The least reachable budget in bytes, of what the message speaks of: a matrix, the code of one vector, a cache or
+        a model with all its files. None where what was asked for is no budget at all.
     """
 
-    def __init__(self, message: str, least: float) -> None:
-        self.least = least
+    def __init__(self, message: str, least_bytes: int | None = None) -> None:
+        self.least_bytes = least_bytes
         super().__init__(message)
 
 

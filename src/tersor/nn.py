@@ -21,7 +21,7 @@ SharedTables: TypeAlias = Mapping[str, tuple[nn.Module, str]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Payload:
+class Buffers:
     """Where an encoded matrix lives: buffers `prefix/…` of a module; shared tables in buffers of the whole model.
 
     Parameters
@@ -72,7 +72,7 @@ class CompressedLinear(nn.Module):
     dtype : torch.dtype
         Of the bias, and of `weight` when some code asks for it.
     shared : mapping or None
-        Where shared tables live; see `Payload`.
+        Where shared tables live; see `Buffers`.
     transposed : bool
         Whether the parameter that was replaced held the transpose (GPT-2's Conv1D).
     """
@@ -83,7 +83,7 @@ class CompressedLinear(nn.Module):
         super().__init__()
         self.bias: nn.Parameter | None
         self.in_features, self.out_features = shape[1], shape[0]
-        self._payload = Payload(self, "weight", codec, shape, shared or {})
+        self._payload = Buffers(self, "weight", codec, shape, shared or {})
         self._payload.register(device)
         self._view = WeightView([self._payload], torch.Size(shape[::-1] if transposed else shape), dtype,
                                 transposed=transposed)
@@ -121,7 +121,7 @@ class CompressedEmbedding(nn.Module):
                  shared: SharedTables | None = None) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim, self._dtype = shape[0], shape[1], dtype
-        self._payload = Payload(self, "weight", codec, shape, shared or {})
+        self._payload = Buffers(self, "weight", codec, shape, shared or {})
         self._payload.register(device)
         self._view = WeightView([self._payload], torch.Size(shape), dtype)
 
@@ -162,7 +162,7 @@ class WeightView:
 
     Parameters
     ----------
-    payloads : sequence of Payload
+    payloads : sequence of Buffers
         One a slice; a single one for a plain matrix.
     shape : torch.Size
         Of the parameter that was replaced.
@@ -173,7 +173,7 @@ class WeightView:
 
     _is_hf_initialized = True  # transformers' mark for parameters that a checkpoint filled
 
-    def __init__(self, payloads: Sequence[Payload], shape: torch.Size, dtype: torch.dtype, *,
+    def __init__(self, payloads: Sequence[Buffers], shape: torch.Size, dtype: torch.dtype, *,
                  transposed: bool = False) -> None:
         self.payloads, self.shape, self.dtype, self.transposed = tuple(payloads), shape, dtype, transposed
 

@@ -18,9 +18,7 @@ from tersor.contract.codec import Codec
 from tersor.errors import CodecConfigError, UnknownCodecError
 
 ENTRY_POINTS = "tersor.codecs"
-EXAMPLES = ("lm3", "fit4g128", "tab2", "rtn4g64", "rtn3s", "rot,lm3", "rotboth@7,lm2", "sum(rot,lm2;rtn2g64)",
-            "rows9(lm3;lm2)", "rot,sym16", "std,sym16m", "swap3,pq4x256", "opq,pq4x256",
-            "kashin4", "two2x2", "mm8", "lr64(lm4o;lm4o)", "ns,lr64(mm8)", "bf16", "and the like (README, docs/codecs)")
+EXAMPLES = (*(cls.examples[0] for cls in BUILT_IN), "and the like (README, docs/codecs)")
 
 
 @lru_cache(maxsize=1)

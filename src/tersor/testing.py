@@ -7,11 +7,14 @@ framework. Every matrix maker has its own generator; the global ones are never t
 from __future__ import annotations
 
 import json
+import pickle
 import random
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -104,13 +107,32 @@ def _expect(holds: bool, codec: Codec, message: str) -> None:
         raise AssertionError(f"codec '{codec.spec()}': {message}")
 
 
-def _same_bytes(a: Encoded, b: Encoded) -> bool:
-    return digest(a.tensors) == digest(b.tensors)
+@dataclass(frozen=True, eq=False)
+class Specimen:
+    """A codec, a matrix, and what the codec makes of it: encoded once for all laws that only look at the result."""
+
+    codec: Codec
+    matrix: Tensor
+
+    @cached_property
+    def encoded(self) -> Encoded:
+        """The encoding of a copy of the matrix, so that `matrix` itself is first encoded where a law watches it."""
+        return encode(self.codec, self.matrix.clone())
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the payload, from before any law read it."""
+        return digest(self.encoded.tensors)
+
+    @property
+    def shape(self) -> Shape:
+        """(out, in) of the matrix."""
+        return (self.matrix.shape[0], self.matrix.shape[1])
 
 
-def law_config(codec: Codec, matrix: Tensor) -> None:
+def law_config(specimen: Specimen) -> None:
     """Check that the configuration survives JSON and the factory string parses to an equal codec."""
-    del matrix
+    codec = specimen.codec
     text = json.dumps(codec.to_config(), allow_nan=False)
     rebuilt = from_config(json.loads(text))
     _expect(rebuilt == codec and hash(rebuilt) == hash(codec), codec, f"configuration {text} gives {rebuilt!r}")
@@ -119,10 +141,10 @@ def law_config(codec: Codec, matrix: Tensor) -> None:
     _expect(parse(codec.spec()).spec() == codec.spec(), codec, "factory string is not a fixed point of parsing")
 
 
-def law_payload(codec: Codec, matrix: Tensor) -> None:
+def law_payload(specimen: Specimen) -> None:
     """Check that the payload is what the layout declares, and that the predicted size is the measured one."""
-    shape = (matrix.shape[0], matrix.shape[1])
-    layout, encoded = codec.layout(shape), encode(codec, matrix)
+    codec, shape, encoded = specimen.codec, specimen.shape, specimen.encoded
+    layout = codec.layout(shape)
     _expect(encoded.shape == shape and encoded.codec == codec, codec, f"encoded as {encoded.shape}, {encoded.codec!r}")
     _expect(set(encoded.tensors) == set(layout), codec, f"layout {sorted(layout)}, payload {sorted(encoded.tensors)}")
     for name, spec in layout.items():
@@ -134,47 +156,46 @@ def law_payload(codec: Codec, matrix: Tensor) -> None:
     measured = sum(t.numel() * t.element_size() for t in encoded.tensors.values())
     _expect(codec.nbytes(shape) == measured == encoded.nbytes, codec,
             f"predicted {codec.nbytes(shape)} bytes, reported {encoded.nbytes}, measured {measured}")
-    _expect(codec.rate(shape) == encoded.rate == 8.0 * measured / matrix.numel(), codec,
+    _expect(codec.rate(shape) == encoded.rate == 8.0 * measured / specimen.matrix.numel(), codec,
             f"predicted {codec.rate(shape)} bits per element, measured {encoded.rate}")
 
 
-def _global_generators() -> dict[str, str]:
-    """Return the states of the global generators, by library, spelled out."""
-    with np.printoptions(threshold=10**6):
-        numpy_state = repr(np.random.get_state())
-    torch_state = str(torch.random.get_rng_state().tolist())
-    return {"torch": torch_state, "NumPy": numpy_state, "random": repr(random.getstate())}
+def _global_generators() -> dict[str, Any]:
+    """Return the states of the global generators, by library."""
+    return {"torch": bytes(torch.random.get_rng_state().numpy()), "NumPy": pickle.dumps(np.random.get_state()),
+            "random": random.getstate()}
 
 
-def law_determinism(codec: Codec, matrix: Tensor) -> None:
+def law_determinism(specimen: Specimen) -> None:
     """Check: same seed, same bytes; the input, the global generators and the number of threads are left alone."""
+    codec, matrix, first = specimen.codec, specimen.matrix, specimen.digest
     kept = matrix.clone()
     before = _global_generators()
     threads = torch.get_num_threads()
-    first = encode(codec, matrix)
+    again = encode(codec, matrix)
     for name, state in _global_generators().items():
         _expect(state == before[name], codec, f"encode moved {name}'s global generator")
     _expect(torch.get_num_threads() == threads, codec, "encode changed the number of threads")
     _expect(torch.equal(kept, matrix), codec, "encode changed its input")
-    _expect(_same_bytes(first, encode(codec, kept)), codec, "the same seed gave other bytes")
+    _expect(first == digest(again.tensors), codec, "the same seed gave other bytes")
 
 
-def law_threads(codec: Codec, matrix: Tensor) -> None:
-    """Check that one and two threads give the same bytes, and that the setting is restored."""
-    before, found = torch.get_num_threads(), []
+def law_threads(specimen: Specimen) -> None:
+    """Check that another number of threads gives the same bytes, and that the setting is restored."""
+    codec, first, before = specimen.codec, specimen.digest, torch.get_num_threads()
+    other = 2 if before == 1 else 1
     try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            found.append(encode(codec, matrix))
-            _expect(torch.get_num_threads() == threads, codec, "encode changed the number of threads")
+        torch.set_num_threads(other)
+        found = encode(codec, specimen.matrix)
+        _expect(torch.get_num_threads() == other, codec, "encode changed the number of threads")
     finally:
         torch.set_num_threads(before)
-    _expect(_same_bytes(found[0], found[1]), codec, "two threads give other bytes than one")
+    _expect(first == digest(found.tensors), codec, "two threads give other bytes than one")
 
 
-def law_decode(codec: Codec, matrix: Tensor) -> None:
+def law_decode(specimen: Specimen) -> None:
     """Check that decoding gives finite float32 of the right shape, and that zero decodes to exactly zero."""
-    decoded = encode(codec, matrix).decode()
+    codec, matrix, decoded = specimen.codec, specimen.matrix, specimen.encoded.decode()
     _expect(decoded.dtype == torch.float32 and decoded.shape == matrix.shape, codec,
             f"decoded to {decoded.dtype} {tuple(decoded.shape)}")
     _expect(bool(torch.isfinite(decoded).all()), codec, "decoded to NaN or infinity")
@@ -182,8 +203,9 @@ def law_decode(codec: Codec, matrix: Tensor) -> None:
     _expect(not bool(zero.any()), codec, f"the zero matrix decodes to magnitudes up to {float(zero.abs().max())}")
 
 
-def law_errors(codec: Codec, matrix: Tensor) -> None:
+def law_errors(specimen: Specimen) -> None:
     """Check that bad input raises a typed error."""
+    codec, matrix = specimen.codec, specimen.matrix
     for bad in (float("nan"), float("inf")):
         broken = matrix.clone()
         broken[-1, -1] = bad
@@ -210,9 +232,9 @@ def _rounding(matrix: Tensor, terms: int, dtype: torch.dtype = torch.float32) ->
     return tolerance(dtype, terms) * float(matrix.double().norm()) + spacing * terms * matrix.numel() ** 0.5
 
 
-def law_rows(codec: Codec, matrix: Tensor) -> None:
+def law_rows(specimen: Specimen) -> None:
     """Check that `decode_rows` and `gather` agree with `decode`."""
-    encoded = encode(codec, matrix)
+    codec, matrix, encoded = specimen.codec, specimen.matrix, specimen.encoded
     decoded, count, terms = encoded.decode(), matrix.shape[0], sum(matrix.shape)
     bound = _rounding(decoded, terms)
     for start, stop in {(0, count), (count // 3, count // 2 + 1), (count - 1, count), (0, 0)}:
@@ -229,9 +251,9 @@ def law_rows(codec: Codec, matrix: Tensor) -> None:
                 f"gather of {tuple(chosen.shape)} gives {tuple(rows.shape)}, {error:.3g} from decode")
 
 
-def law_matmul(codec: Codec, matrix: Tensor) -> None:
+def law_matmul(specimen: Specimen) -> None:
     """Check that `matmul(x) = x @ decode().T` for one vector, a batch and a batch of batches; float32 and bfloat16."""
-    encoded = encode(codec, matrix)
+    codec, matrix, encoded = specimen.codec, specimen.matrix, specimen.encoded
     decoded, width = encoded.decode().double(), matrix.shape[1]
     for batch in ((), (3,), (2, 3)):
         for dtype in (torch.float32, torch.bfloat16):
@@ -244,21 +266,28 @@ def law_matmul(codec: Codec, matrix: Tensor) -> None:
             _expect(error <= bound, codec, f"matmul of {dtype} {tuple(x.shape)} is {error:.3g} > {bound:.3g} off")
 
 
-def law_store(codec: Codec, matrix: Tensor) -> None:
+def law_store(specimen: Specimen) -> None:
     """Check that what is saved loads with the same bytes and decodes to the same bits."""
-    encoded = encode(codec, matrix)
+    codec, encoded = specimen.codec, specimen.encoded
     with tempfile.TemporaryDirectory() as folder:
         api.save(Path(folder) / "store", encoded)
         loaded = api.load(Path(folder) / "store")
         assert isinstance(loaded, Encoded)
         _expect(loaded.codec == codec and loaded.shape == encoded.shape, codec, f"loaded as {loaded.codec!r}")
-        _expect(_same_bytes(encoded, loaded), codec, "loaded bytes differ from those saved")
+        _expect(specimen.digest == digest(loaded.tensors), codec, "loaded bytes differ from those saved")
         _expect(torch.equal(encoded.decode(), loaded.decode()), codec, "loaded matrix decodes otherwise")
 
 
-LAWS: Mapping[str, Callable[[Codec, Tensor], None]] = MappingProxyType({
+def law_reading(specimen: Specimen) -> None:
+    """Check that the payload is as it was encoded, after all that the other laws read of it."""
+    _expect(specimen.digest == digest(specimen.encoded.tensors), specimen.codec,
+            "decoding or multiplying changed the payload")
+
+
+LAWS: Mapping[str, Callable[[Specimen], None]] = MappingProxyType({
     "config": law_config, "payload": law_payload, "determinism": law_determinism, "threads": law_threads,
-    "decode": law_decode, "errors": law_errors, "rows": law_rows, "matmul": law_matmul, "store": law_store,
+    "decode": law_decode, "errors": law_errors, "rows": law_rows, "matmul": law_matmul,
+    "reading": law_reading, "store": law_store,
 })
 
 
@@ -313,8 +342,8 @@ def check_codec(codec: Codec, shape: Shape = (24, 64), *, matrix: Tensor | None 
     AssertionError
         At the first law that does not hold.
     """
-    tried = gaussian(shape) if matrix is None else matrix
+    specimen = Specimen(codec, gaussian(shape) if matrix is None else matrix)
     for law in LAWS.values():
-        law(codec, tried)
+        law(specimen)
     if fresh_process:
-        check_fresh_process({"matrix": encode(codec, tried)})
+        check_fresh_process({"matrix": specimen.encoded})

@@ -9,7 +9,7 @@ from torch import Tensor
 from kv_sensitivity import before_rotation, sensitivity
 from tersor.codecs import Klt
 from tersor.errors import CodecConfigError
-from tersor.kv import Stream, matrices
+from tersor.kv import TokenStream, matrices
 from tersor.testing import gaussian
 
 BATCH, HEADS, BLOCK, DIM = 2, 3, 16, 32
@@ -84,7 +84,7 @@ def test_training_for_attention_lowers_its_error() -> None:
     queries, held, values = layer(20)
     for tables in (codec.train(matrices(keys, BLOCK)),
                    codec.fit(matrices(keys, BLOCK), metric=felt.metric, weights=weights)):
-        made = Stream(codec, BLOCK, tables=tables)
+        made = TokenStream(codec, BLOCK, tables=tables)
         made.append(held)
         exact = (queries @ held.mT / DIM**0.5).softmax(-1) @ values
         errors.append(float(((made.scores(queries) / DIM**0.5).softmax(-1) @ values - exact).norm() / exact.norm()))

@@ -13,7 +13,7 @@ from torch.nn import functional
 from tersor import compiling
 from tersor.compiling.products import fuse_products
 from tests.compiling.stacking import MANY, ONE, WIDTH, K, Q, drawn, matrix, model_of, stacked, times
-from tests.hf.test_compile import IDS
+from tests.hf.models.test_compile import IDS
 
 inductor = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
 

@@ -28,7 +28,7 @@ from tests.compiling.stacking import (
     stacked,
     times,
 )
-from tests.hf.test_compile import IDS
+from tests.hf.models.test_compile import IDS
 
 ONE_ID = IDS[:1, :1]
 STATES = drawn((4, WIDTH), 12) + 3

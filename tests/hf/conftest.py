@@ -8,10 +8,7 @@ import pytest
 from tersor.hf.compress import run
 from tersor.hf.compress.verify import verify
 from tersor.hf.models.source import open_source
-from tests.hf.models import save_tiny
-
-ROOT = Path(__file__).parent.parent.parent
-FABLE = ROOT / "examples" / "fable-7m"
+from tests.hf.tiny import save_tiny
 
 
 @pytest.fixture(scope="session")

@@ -6,9 +6,19 @@ import sys
 
 import typer
 
-from tersor.cli import image, kv, models, stores
-from tersor.cli.base import app
+from tersor.cli.image import image
+from tersor.cli.kv import kv_plan
+from tersor.cli.models import calibrate, compress, evaluate, families, plan, survey
+from tersor.cli.reduce import reduce
+from tersor.cli.stores import decode, encode, inspect, verify
 from tersor.errors import TersorError
+
+VERBS = (compress, evaluate, verify, inspect, decode, encode, image, kv_plan, reduce, calibrate, survey, plan, families)
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+                  help="Tersor makes matrices terse: models and matrices in the fewest bytes for the least error.")
+for verb in VERBS:
+    app.command()(verb)
 
 
 def main() -> None:
@@ -24,6 +34,3 @@ def main() -> None:
 def _fail(error: BaseException, code: int) -> None:
     typer.echo(f"tersor: {' '.join(str(error).split()) or type(error).__name__}", err=True)
     sys.exit(code)
-
-
-__all__ = ["app", "image", "kv", "main", "models", "stores"]

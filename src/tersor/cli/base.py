@@ -1,4 +1,4 @@
-"""What the commands share: the app, its option types, printing, progress bars and new files."""
+"""What the commands share: option types, printing, progress bars and new files."""
 
 from __future__ import annotations
 
@@ -18,12 +18,10 @@ from tersor.errors import BudgetError, CodecConfigError
 from tersor.files import whole
 from tersor.planning.calibration import Calibration
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
-                  help="Tersor makes matrices terse: models and matrices in the fewest bytes for the least error.")
 out, err = Console(), Console(stderr=True)
 
 Src = Annotated[Path, typer.Argument(help="a transformers model directory, or a .gguf file")]
-Out = Annotated[Path, typer.Argument(help="output directory; must not exist")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="output directory; must not exist")]
 Rate = Annotated[float | None, typer.Option(help="bits per element, everything stored counted")]
 Size = Annotated[str | None, typer.Option(help="size on disk instead of a rate: 5MB, 900kB, 2GB (1 MB = 10^6 bytes)")]
 Method = Annotated[str, typer.Option(help="a family (see `tersor families`)")]
@@ -34,6 +32,11 @@ Device = Annotated[str, typer.Option(help="cpu or cuda")]
 OptionTexts = Annotated[list[str] | None, typer.Option("--option", help="encoder option, name=value; repeatable")]
 Sensitivities = Annotated[Path | None, typer.Option(help="JSON: matrix name to weight of its relative distortion")]
 Calib = Annotated[Path | None, typer.Option("--calib", help="file written by `tersor calibrate`")]
+CalibrationText = Annotated[Path | None, typer.Option("--calibration", help="calibration text; default: packaged")]
+HeldoutText = Annotated[Path | None, typer.Option("--text", help="held-out text; default: packaged")]
+Tokens = Annotated[int, typer.Option(help="calibration tokens")]
+EvaluationTokens = Annotated[int, typer.Option(help="evaluation tokens; 0: none")]
+Resume = Annotated[bool, typer.Option("--resume/--no-resume")]
 Context = Annotated[int, typer.Option(help="window length in tokens")]
 
 
@@ -47,7 +50,7 @@ def parse_size(text: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMG]?)B?\s*", text)
     if not match:
-        raise BudgetError(f"size '{text}': expected a number and a unit, such as 5MB, 900kB, 2GB or 123456", 0.0)
+        raise BudgetError(f"size '{text}': expected a number and a unit, such as 5MB, 900kB, 2GB or 123456")
     return int(float(match[1]) * {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9}[match[2]])
 
 
@@ -130,10 +133,10 @@ def refuse_existing(path: Path) -> None:
 
 def open_source(src: Path, output: Path) -> Any:
     """Return the source model of a command that writes `output`."""
-    from tersor.hf.compress.work import work_folder
+    from tersor.hf.compress.work import WorkFolder
     from tersor.hf.models import source
 
-    return source.open_source(src, work_folder(output) / "staged")
+    return source.open_source(src, WorkFolder(output) / "staged")
 
 
 def read_calibration(path: Path | None) -> Calibration | None:

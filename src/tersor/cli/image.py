@@ -14,7 +14,6 @@ from tersor.cli.base import (
     Out,
     Seed,
     Size,
-    app,
     emit,
     err,
     parse_options,
@@ -25,7 +24,6 @@ from tersor.cli.base import (
 from tersor.cli.report import image_html
 
 
-@app.command()
 def image(src: Annotated[Path, typer.Argument(metavar="PNG", help="gray or colour, with or without alpha")],
           output: Out,
           rate: Annotated[float | None, typer.Option(help="bits per sample, everything stored counted")] = None,

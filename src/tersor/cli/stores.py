@@ -24,7 +24,6 @@ from tersor.cli.base import (
     OptionTexts,
     Rate,
     Seed,
-    app,
     emit,
     open_source,
     out,
@@ -39,7 +38,6 @@ from tersor.planning import plan as planning
 from tersor.quality import measure
 
 
-@app.command()
 def encode(src: Annotated[Path, typer.Argument(help="a model directory or .gguf with --plan; or MATRIX.npy")],
            output: Annotated[Path | None, typer.Argument(metavar="OUT")] = None,
            plan_file: Annotated[Path | None, typer.Option("--plan", help="plan.json, for models")] = None,
@@ -55,10 +53,10 @@ def encode(src: Annotated[Path, typer.Argument(help="a model directory or .gguf 
         record = _encode_matrix(src, target, rate, "auto" if codec is None else codec, seed, parse_options(option))
         emit(record, as_json, str(target))
         return
-    from tersor.hf.compress import encode as pipeline
-    from tersor.hf.compress import run
+    from tersor.hf.compress import encode as stage
     from tersor.hf.compress.request import Request, check_device, provenance
-    from tersor.hf.compress.work import claim, work_folder
+    from tersor.hf.compress.run import conclude
+    from tersor.hf.compress.work import WorkFolder
 
     if plan_file is None or rate is not None or codec is not None:
         raise ModelError("encoding a model takes --plan, and no --rate or --codec; make a plan with 'tersor plan', or "
@@ -68,11 +66,12 @@ def encode(src: Annotated[Path, typer.Argument(help="a model directory or .gguf 
     source, calibration = open_source(src, target), read_calibration(calib)
     request = Request(source.nbytes, "plan", seed, parse_options(option))
     record = provenance(source, calibration, request, tersor.__version__)
-    work = claim(work_folder(target.resolve()))
+    job, work = stage.Job(source, picks, calibration, request, record), WorkFolder(target).claim()
     with Bars() as progress:
-        report = pipeline.encode(pipeline.Job(source, picks, calibration, request, record), work, work / "output",
-                                 device=device, progress=progress)
-    emit(run.finish(source, report, record, work, target), as_json, str(target))
+        matrices = stage.run(job, work, device=device, progress=progress)
+    summary = conclude(job, matrices, work)["summary"]
+    work.finish("matrices")
+    emit(summary, as_json, str(target))
 
 
 def open_npy(path: Path) -> np.ndarray:
@@ -103,7 +102,6 @@ def _encode_matrix(src: Path, target: Path, rate: float | None, codec: str, seed
             "bytes_on_disk": store.stored_nbytes(target)}
 
 
-@app.command()
 def inspect(path: Annotated[Path, typer.Argument(metavar="OUT")], as_json: AsJson = False) -> None:
     """Show what a compressed directory holds: codecs, shapes, bytes."""
     opened = store.read(path)
@@ -123,7 +121,6 @@ def inspect(path: Annotated[Path, typer.Argument(metavar="OUT")], as_json: AsJso
     emit(record, as_json, str(path))
 
 
-@app.command()
 def verify(path: Annotated[Path, typer.Argument(metavar="OUT")],
            against: Annotated[Path | None, typer.Option(help="the original: errors are measured again")] = None,
            as_json: AsJson = False) -> None:
@@ -135,7 +132,6 @@ def verify(path: Annotated[Path, typer.Argument(metavar="OUT")],
     emit(record, as_json, f"verified: {path}")
 
 
-@app.command()
 def decode(path: Annotated[Path, typer.Argument(metavar="OUT")],
            to: Annotated[Path, typer.Option(help="a directory for a model, a .npy for a matrix, a .png for an image")],
            as_json: AsJson = False) -> None:

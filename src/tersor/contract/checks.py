@@ -31,3 +31,13 @@ def check_matrix(matrix: Tensor, name: str = "matrix") -> None:
     for block in row_blocks(tuple(matrix.shape)):
         if not bool(torch.isfinite(matrix[block].to(torch.float32)).all()):
             raise NonFiniteError(f"{name}: holds NaN, infinity or numbers beyond float32; repair it before encoding")
+
+
+def check_hessian(hessian: Tensor | None, width: int) -> None:
+    """Raise a typed error unless `hessian` is None or finite and (width, width)."""
+    if hessian is None:
+        return
+    if tuple(hessian.shape) != (width, width):
+        raise CodecConfigError(f"the Hessian must be (in, in) = {(width, width)}, found {tuple(hessian.shape)}")
+    if not bool(torch.isfinite(hessian).all()):
+        raise NonFiniteError("the Hessian holds NaN or infinity; calibrate again")

@@ -16,7 +16,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tersor.contract.checks import HUGE, check_matrix, check_tensor
+from tersor.contract.checks import HUGE, check_hessian, check_matrix, check_tensor
+from tersor.contract.coordinates import Coordinates
+from tersor.contract.derived import Derived
 from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
 from tersor.numerics.linalg import single_thread
 from tersor.payload.blocks import Rows, Shape, Tables, row_blocks
@@ -31,6 +33,11 @@ class Search:
     seed: int = 0
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tables: Tables = dataclasses.field(default_factory=dict)
+
+    @property
+    def feedback(self) -> Tensor | None:
+        """The Hessian that steers error feedback, where there is one and feedback is asked for."""
+        return self.hessian if self.options.get("feedback", False) else None
 
     def inner(self, name: str) -> Search:
         """Return the search for the nested codec `name`: tables are those under its prefix."""
@@ -57,8 +64,33 @@ class ColumnEncoder(abc.ABC):
         """Return the encoded matrix once every column has been given."""
 
 
-class Codec(abc.ABC):
+@dataclasses.dataclass(frozen=True)
+class Traits:
+    """What generic code asks of a codec.
+
+    Attributes
+    ----------
+    column_wise : bool
+        Whether `Codec.columns` is there, which error feedback needs.
+    spectral : bool
+        Whether the error follows from the spectrum of the whole matrix, as of a low-rank code. Then a sample of rows
+        says little about it, and a sum encodes it anew once the other stages are known.
+    mixes_rows : bool
+        Whether a decoded row depends on the codes of others, so that no row decodes alone.
+    runs : (int, int) or None
+        (heads, rows) where runs of so many rows are coded as of different heads, in turn; None: all rows alike.
+    """
+
+    column_wise: bool = False
+    spectral: bool = False
+    mixes_rows: bool = False
+    runs: Shape | None = None
+
+
+class Codec(Derived, abc.ABC):
     """A fully specified method. Children are final frozen dataclasses with at most eight fields.
+
+    Five methods make a codec: `layout`, `search`, `decode_rows`, `spec` and `from_spec`. The others have defaults.
 
     Class attributes
     ----------------
@@ -70,12 +102,12 @@ class Codec(abc.ABC):
         Regular expression of the codec's head in a factory string such as `"rot,lm3"`.
     own_options : frozenset of str
         Encoder options that this class reads.
+    own_traits : Traits
+        Of every codec of this class; see `traits`.
     """
 
-    id: ClassVar[str]
-    version: ClassVar[int] = 1
     grammar: ClassVar[str]
-    own_options: ClassVar[frozenset[str]] = frozenset()
+    own_traits: ClassVar[Traits] = Traits()
 
     @abc.abstractmethod
     def layout(self, shape: Shape) -> Layout:
@@ -90,40 +122,6 @@ class Codec(abc.ABC):
         """Return decoded rows, float32 (k, in), for a slice of rows or an int64 index (k,)."""
 
     @abc.abstractmethod
-    def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
-        """Return `x @ decode().T` for `x` of shape (*batch, in) without rebuilding the whole matrix."""
-
-    def matmul_rotated(self, encoded: Encoded, x: Tensor, seed: int | None) -> Tensor | None:
-        """Return `matmul` of `x` rotated by `Rotation(in, seed)` (None: as it is) where one op does both, else None."""
-        del encoded, x, seed
-        return None
-
-    def coordinates(self, encoded: Encoded, rows: Rows) -> Tensor:
-        """Return float32 (k, n), of which the decoded rows are an affine image; by default the decoded rows.
-
-        Attention meets many rows with few vectors: `into` takes those to coordinates, once, instead of every row back.
-        For `x` of shape (..., heads, q, in), row `r` of a head and `c` its coordinates, `x · r = into(x) · c +
-        x · offset`; and for weights w, `Σ w r = out_of(Σ w c) + (Σ w) offset`. Only maps that depend on the head need
-        that axis; others take any (..., in).
-        """
-        return self.decode_rows(encoded, rows)
-
-    def into(self, encoded: Encoded, x: Tensor) -> Tensor:
-        """Return vectors (..., in) as what products with coordinates need, (..., n); see `coordinates`."""
-        del encoded
-        return x
-
-    def out_of(self, encoded: Encoded, y: Tensor) -> Tensor:
-        """Return sums of coordinates (..., n) as sums of rows less their offsets, (..., in); see `coordinates`."""
-        del encoded
-        return y
-
-    def offset(self, encoded: Encoded) -> Tensor | None:
-        """Return what is added to every row, broadcastable to (..., heads, 1, in), or None; see `coordinates`."""
-        del encoded
-        return None
-
-    @abc.abstractmethod
     def spec(self) -> str:
         """Return the factory string; `registry.parse(codec.spec()) == codec`."""
 
@@ -132,27 +130,25 @@ class Codec(abc.ABC):
     def from_spec(cls, match: re.Match[str], parts: Sequence[Codec]) -> Codec:
         """Build the codec from a match of `grammar` and the codecs nested in it."""
 
-    def children(self) -> Mapping[str, Codec]:
-        """Return nested codecs by name, in order."""
-        return MappingProxyType({})
+    def decode(self, encoded: Encoded) -> Tensor:
+        """Return the matrix, float32 (out, in)."""
+        device = next(iter(encoded.tensors.values())).device
+        out = torch.empty(encoded.shape, dtype=torch.float32, device=device)
+        for block in row_blocks(encoded.shape):
+            out[block] = self.decode_rows(encoded, block)
+        return out
 
-    @property
-    def column_wise(self) -> bool:
-        """Whether `columns` is there, which error feedback needs."""
-        return False
+    def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
+        """Return `x @ decode().T` for `x` (*batch, in), one block of rows dense at a time, float32 inside."""
+        wide = x.to(torch.float32)
+        out = torch.empty(*x.shape[:-1], encoded.shape[0], dtype=x.dtype, device=x.device)
+        for block in row_blocks(encoded.shape):
+            out[..., block] = (wide @ self.decode_rows(encoded, block).T).to(x.dtype)
+        return out
 
-    @property
-    def runs(self) -> Shape | None:
-        """(heads, rows) where runs of so many rows are coded as of different heads, in turn; None: all rows alike."""
-        return next((child.runs for child in self.children().values() if child.runs), None)
-
-    @property
-    def spectral(self) -> bool:
-        """Whether the error follows from the spectrum of the whole matrix, as of a low-rank code.
-
-        Then a sample of rows says little about it, and a sum encodes it anew once the other stages are known.
-        """
-        return any(child.spectral for child in self.children().values())
+    def coordinates(self, encoded: Encoded) -> Coordinates:
+        """Return the coordinates in which attention meets the rows; by default the decoded rows."""
+        return Coordinates(encoded)
 
     def columns(self, matrix: Tensor, how: Search) -> ColumnEncoder:
         """Return an encoder over column blocks of `matrix` (out, in).
@@ -169,6 +165,13 @@ class Codec(abc.ABC):
         """Train the tables of `layout` that are marked shared, from sample matrices; empty where there are none."""
         del samples, seed
         return MappingProxyType({})
+
+    def traits(self) -> Traits:
+        """Return the traits of this codec: those of its class, and what its children pass on."""
+        own, inner = self.own_traits, [child.traits() for child in self.children().values()]
+        return Traits(own.column_wise, own.spectral or any(one.spectral for one in inner),
+                      own.mixes_rows or any(one.mixes_rows for one in inner),
+                      next((one.runs for one in inner if one.runs), own.runs))
 
     def encode(self, matrix: Tensor, *, hessian: Tensor | None = None, seed: int = 0,
                options: Mapping[str, Any] | None = None, tables: Tables | None = None) -> Encoded:
@@ -195,11 +198,7 @@ class Codec(abc.ABC):
             If shape, dtype, Hessian or options do not fit.
         """
         check_matrix(matrix)
-        if hessian is not None and tuple(hessian.shape) != (matrix.shape[1], matrix.shape[1]):
-            raise CodecConfigError(f"the Hessian must be (in, in) = {(matrix.shape[1],) * 2}, "
-                                   f"found {tuple(hessian.shape)}")
-        if hessian is not None and not bool(torch.isfinite(hessian).all()):
-            raise NonFiniteError("the Hessian holds NaN or infinity; calibrate again")
+        check_hessian(hessian, matrix.shape[1])
         unknown = set(options or {}) - self.option_names()
         if unknown:
             known = ", ".join(sorted(self.option_names())) or "none"
@@ -212,37 +211,8 @@ class Codec(abc.ABC):
                                      "overflows float32; scale the matrix down before encoding")
             return encoded
 
-    def option_names(self) -> frozenset[str]:
-        """Return the encoder options that this codec and its children read."""
-        return self.own_options.union(*(c.option_names() for c in self.children().values()))
-
-    def decode(self, encoded: Encoded) -> Tensor:
-        """Return the matrix, float32 (out, in)."""
-        return decode_by_blocks(self, encoded)
-
-    def nbytes(self, shape: Shape) -> int:
-        """Return the stored bytes for a matrix of `shape`, shared tables included; from the layout."""
-        return sum(spec.nbytes for spec in self.layout(shape).values())
-
-    def rate(self, shape: Shape) -> float:
-        """Return bits per element, everything stored counted."""
-        return 8.0 * self.nbytes(shape) / max(1, shape[0] * shape[1])
-
-    def to_config(self) -> dict[str, Any]:
-        """Return the JSON-able configuration; `registry.from_config` is the inverse."""
-        fields = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
-        return {"id": self.id, "version": self.version, **fields}
-
     def __str__(self) -> str:
         return self.spec()
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Codec):
-        return value.to_config()
-    if isinstance(value, tuple):
-        return [_plain(v) for v in value]
-    return value
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -318,21 +288,3 @@ class Encoded:
         for key, spec in layout.items():
             check_tensor(f"{name}/{key}", self.tensors[key], spec)
         return self
-
-
-def decode_by_blocks(codec: Codec, encoded: Encoded) -> Tensor:
-    """Decode a matrix by blocks of rows."""
-    device = next(iter(encoded.tensors.values())).device
-    out = torch.empty(encoded.shape, dtype=torch.float32, device=device)
-    for block in row_blocks(encoded.shape):
-        out[block] = codec.decode_rows(encoded, block)
-    return out
-
-
-def matmul_by_blocks(codec: Codec, encoded: Encoded, x: Tensor) -> Tensor:
-    """Return `x @ decode().T` with one block of rows dense at a time; float32 inside."""
-    wide = x.to(torch.float32)
-    out = torch.empty(*x.shape[:-1], encoded.shape[0], dtype=x.dtype, device=x.device)
-    for block in row_blocks(encoded.shape):
-        out[..., block] = (wide @ codec.decode_rows(encoded, block).T).to(x.dtype)
-    return out

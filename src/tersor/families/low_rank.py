@@ -1,8 +1,12 @@
-"""The family `lplr_plus`: from a byte budget to a rank and to widths of the components of both factors.
+"""Families of low rank: from a byte budget to a rank and to widths of the components of both factors.
 
 The best rank depends on the spectrum: many coarse components where it is flat, few fine ones where it falls off. A
-ladder has one mean width; a family holds several, and `most_promising` keeps the one that the singular values of a
+ladder has one mean width; `lplr_plus` holds several, and `most_promising` keeps the one that the singular values of a
 matrix favour.
+
+`low_rank` adds quantized backbones with a low-rank code beside them, the shape of CALDERA (Saha, Sagan, Srivastava,
+Goldsmith, Pilanci, NeurIPS 2024, arXiv 2405.18886) with the codecs of the house in both places; `Sum` alternates
+between the two. Whether it pays depends on the spectrum: a plan, or `compress`, compares it with either part alone.
 """
 
 from __future__ import annotations
@@ -10,26 +14,27 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from tersor.codecs import Allocated, LowRank, Rotated
+from tersor.codecs import Allocated, LowRank, Rotated, Sum
 from tersor.codecs.low_rank.alternating import DAMPING, OVERSAMPLE, POWER_ITERATIONS
 from tersor.codecs.low_rank.factors import Weighted
 from tersor.codecs.low_rank.published import SKETCH, generator_of
 from tersor.codecs.low_rank.widths import MOST, allocate_both, errors_of
 from tersor.contract.codec import Codec
-from tersor.errors import BudgetError
+from tersor.families.ladder import Budgeted, most, too_few
 from tersor.numerics.linalg import single_thread
 from tersor.payload.blocks import Shape
 
 WIDTHS = (1.6, 2.1, 2.8, 3.8, 6.0)  # mean bits of a component's numbers; between them the error hardly changes
-RATES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
+SHARES = (1 / 16, 1 / 4)  # of a backbone's bytes that a survey tries to spend on the low-rank part
 
 
 @dataclasses.dataclass(frozen=True)
-class LowRankLadder:
+class LowRankLadder(Budgeted):
     """`lrM(alT;alT)`, or `rotboth,lrM(…)`, for any budget.
 
     Parameters
@@ -38,13 +43,13 @@ class LowRankLadder:
         Mean bits of the components' numbers, from which the rank follows; more where the rank has reached its limit.
     rotated : bool
         Behind a rotation of both sides, for matrices with outliers.
-    planned : bool
-        Whether a whole model's plan may use it.
     """
 
     width: float
     rotated: bool = False
-    planned: bool = False
+    planned: bool = dataclasses.field(default=False, kw_only=True)
+
+    rates: ClassVar[tuple[float, ...]] = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 
     def fit(self, shape: Shape, nbytes: int) -> Codec:
         """Return the codec that stores a matrix of `shape` in at most `nbytes`, within a digit a row of them.
@@ -56,19 +61,11 @@ class LowRankLadder:
         """
         least = self._codec(1, (1, 1))
         if least.nbytes(shape) > nbytes:
-            raise BudgetError(f"{nbytes} bytes ({8 * nbytes / math.prod(shape):.4g} bits per element) are too few for "
-                              f"a matrix of shape {shape}: '{least}' needs {least.nbytes(shape)} bytes "
-                              f"({least.rate(shape):.4g})", least.rate(shape))
+            raise too_few(least, shape, nbytes)
         side = 2 * (2 + 0.5)  # scales and widths of a component
         wanted = max(math.floor(nbytes / (sum(_digits(shape)) * 2.0 * self.width + side)),
                      math.ceil(nbytes / (sum(_digits(shape)) * MOST + side)))  # fewer could not use all bytes
         return self._filled(shape, nbytes, max(1, min(wanted, *shape)))
-
-    def rungs(self, shape: Shape) -> Sequence[Codec]:
-        """Return the distinct codecs for those of `RATES` that can be met, cheapest first."""
-        budgets = [math.floor(rate * math.prod(shape) / 8) for rate in RATES]
-        least = self._codec(1, (1, 1)).nbytes(shape)
-        return list(dict.fromkeys(self.fit(shape, nbytes) for nbytes in budgets if nbytes >= least))
 
     def _filled(self, shape: Shape, nbytes: int, rank: int) -> Codec:
         """Give out what `nbytes` leaves: as much to R as to L and `rank log2(out / in)` half bits more.
@@ -89,6 +86,47 @@ class LowRankLadder:
     def _codec(self, rank: int, totals: tuple[int, int]) -> Codec:
         codec = LowRank(rank, Allocated(totals[0]), Allocated(totals[1]))
         return Rotated(codec, "both") if self.rotated else codec
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneLadder(Budgeted):
+    """`sum(lrR(alT;alT);backbone)`: the budget beyond the backbone buys rank.
+
+    Parameters
+    ----------
+    backbone : Codec
+    width : float
+        Mean bits of a number of the factors, in halves; each component gets its own by its energy.
+    """
+
+    backbone: Codec
+    width: float = 2.5
+
+    def codec(self, rank: int, total: int | None = None) -> Sum:
+        """Return the codec of a rank; `total` half bits an entry, summed over components, default by the mean width."""
+        factor = Allocated(round(2 * self.width * rank) if total is None else total)
+        return Sum((LowRank(rank, factor, factor), self.backbone))
+
+    def fit(self, shape: Shape, nbytes: int) -> Codec:
+        """Return the codec of the highest rank that stores a matrix of `shape` in at most `nbytes`.
+
+        Raises
+        ------
+        BudgetError
+            If the backbone and one component need more; see `too_few`.
+        """
+        least = self.codec(1)
+        if least.nbytes(shape) > nbytes:
+            raise too_few(least, shape, nbytes)
+        rank = most(min(shape), lambda rank: self.codec(rank).nbytes(shape), nbytes)
+        return self.codec(rank, most(MOST * rank, lambda total: self.codec(rank, total).nbytes(shape), nbytes))
+
+    def rungs(self, shape: Shape) -> Sequence[Codec]:
+        """Return the codecs that spend `SHARES` of the backbone's bytes on the low-rank part, cheapest first."""
+        alone = self.backbone.nbytes(shape)
+        budgets = [alone + math.floor(share * alone) for share in SHARES]
+        return tuple(dict.fromkeys(self.fit(shape, nbytes) for nbytes in budgets
+                                   if self.codec(1).nbytes(shape) <= nbytes))
 
 
 def ladders() -> tuple[LowRankLadder, ...]:

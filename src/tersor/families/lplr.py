@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -16,7 +16,7 @@ from tersor.codecs import LowRank, MinMax
 from tersor.codecs.low_rank.low_rank import rank_for
 from tersor.contract.codec import Codec
 from tersor.errors import BudgetError, CodecConfigError
-from tersor.families.ladder import RATES, most
+from tersor.families.ladder import Budgeted, most, too_few
 from tersor.payload.blocks import Shape
 from tersor.payload.layout import MAX_LEVELS
 
@@ -25,7 +25,7 @@ NQ_LEVELS = (*range(2, 257), *(2**bits for bits in range(9, MOST_BITS + 1)))
 
 
 @dataclasses.dataclass(frozen=True)
-class LowRankPreset:
+class LowRankPreset(Budgeted):
     """Factors of one rank behind min-max quantizers, by a published method.
 
     Parameters
@@ -47,11 +47,6 @@ class LowRankPreset:
             _check_bits(self.name, name, getattr(self, name))
 
     @property
-    def planned(self) -> bool:
-        """True: a whole model's plan may use it."""
-        return True
-
-    @property
     def options(self) -> Mapping[str, Any]:
         """Encoder options without which it is another method."""
         return MappingProxyType({"method": self.method})
@@ -70,13 +65,14 @@ class LowRankPreset:
         Raises
         ------
         BudgetError
-            If not one component fits; `least` is in bits per element.
+            If not one component fits.
         """
         rank = rank_for(shape, rate, self.left_bits, self.right_bits)
         if rank < 1:
-            least = (shape[0] * self.left_bits + shape[1] * self.right_bits) / math.prod(shape)
+            least = shape[0] * self.left_bits + shape[1] * self.right_bits
             raise BudgetError(f"preset '{self.name}': rate {rate:g} is too low for a matrix of shape {shape}: one "
-                              f"component takes {least:.4g} bits per element by the published rule", least)
+                              f"component takes {least / math.prod(shape):.4g} bits per element by the published rule",
+                              math.ceil(least / 8))
         return self.codec(min(rank, *shape))
 
     def fit(self, shape: Shape, nbytes: int) -> Codec:
@@ -85,19 +81,15 @@ class LowRankPreset:
         Raises
         ------
         BudgetError
-            If rank 1 needs more; `least` is in bits per element.
+            If rank 1 needs more.
         """
         if self.codec(1).nbytes(shape) > nbytes:
-            raise _too_few(self.name, self.codec(1), shape, nbytes)
+            raise too_few(self.codec(1), shape, nbytes)
         return self.codec(most(min(shape), lambda rank: self.codec(rank).nbytes(shape), nbytes))
-
-    def rungs(self, shape: Shape) -> Sequence[Codec]:
-        """Return the distinct codecs that `fit` gives at the reachable ones of `RATES`, cheapest first."""
-        return _rungs(self.fit, shape)
 
 
 @dataclasses.dataclass(frozen=True)
-class NaivePreset:
+class NaivePreset(Budgeted):
     """NQ: one min-max quantizer for the whole matrix.
 
     The paper has whole bits. `fit` also takes numbers of levels between, because the 8 bytes of the range put 2**b
@@ -105,11 +97,6 @@ class NaivePreset:
     """
 
     name: str = "nq"
-
-    @property
-    def planned(self) -> bool:
-        """True: a whole model's plan may use it."""
-        return True
 
     @property
     def options(self) -> Mapping[str, Any]:
@@ -135,38 +122,18 @@ class NaivePreset:
         Raises
         ------
         BudgetError
-            If two levels need more; `least` is in bits per element.
+            If two levels need more.
         """
         found = [levels for levels in NQ_LEVELS if MinMax(levels).nbytes(shape) <= nbytes]
         if not found:
-            raise _too_few(self.name, MinMax(2), shape, nbytes)
+            raise too_few(MinMax(2), shape, nbytes)
         return MinMax(found[-1])
-
-    def rungs(self, shape: Shape) -> Sequence[Codec]:
-        """Return the distinct codecs that `fit` gives at the reachable ones of `RATES`, cheapest first."""
-        return _rungs(self.fit, shape)
 
 
 def _check_bits(preset: str, name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST_BITS:
         raise CodecConfigError(f"preset '{preset}': {name} must be a whole number of bits in [1, {MOST_BITS}], found "
                                f"{value!r}")
-
-
-def _too_few(name: str, least: Codec, shape: Shape, nbytes: int) -> BudgetError:
-    return BudgetError(f"{nbytes} bytes ({8 * nbytes / math.prod(shape):.4g} bits per element) are too few for a "
-                       f"matrix of shape {shape}: the least of preset '{name}', '{least}', needs "
-                       f"{least.nbytes(shape)} bytes ({least.rate(shape):.4g})", least.rate(shape))
-
-
-def _rungs(fit: Callable[[Shape, int], Codec], shape: Shape) -> Sequence[Codec]:
-    found = []
-    for rate in RATES:
-        try:
-            found.append(fit(shape, math.floor(rate * math.prod(shape) / 8)))
-        except BudgetError:
-            continue  # this rate lies below the least of this shape; the next may not
-    return tuple(dict.fromkeys(found))
 
 
 LOW_RANK_PRESETS: Mapping[str, LowRankPreset | NaivePreset] = MappingProxyType({

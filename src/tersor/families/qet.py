@@ -15,7 +15,7 @@ from types import MappingProxyType
 from tersor.codecs import LearnedRotation, Product, Sum, Swap
 from tersor.contract.codec import Codec
 from tersor.errors import BudgetError, CodecConfigError
-from tersor.families.ladder import RATES, most
+from tersor.families.ladder import Budgeted, most, too_few
 from tersor.payload.blocks import Shape
 from tersor.payload.layout import MAX_LEVELS
 
@@ -23,7 +23,7 @@ ROTATION_BITS = 32  # the published charge for an entry of OPQ's rotation
 
 
 @dataclasses.dataclass(frozen=True)
-class Preset:
+class Preset(Budgeted):
     """A published structure: stages of product quantization, each perhaps behind layers of swaps.
 
     Parameters
@@ -60,11 +60,6 @@ class Preset:
         if not isinstance(self.dim, int) or self.dim < 1:
             raise CodecConfigError(f"preset '{self.name}': dim must be a positive integer, found {self.dim!r}")
 
-    @property
-    def planned(self) -> bool:
-        """True: a whole model's plan may use it."""
-        return True
-
     def with_dim(self, dim: int) -> Preset:
         """Return the same structure with another number of columns a code."""
         return dataclasses.replace(self, dim=dim)
@@ -92,7 +87,8 @@ class Preset:
         Raises
         ------
         BudgetError
-            If a stage cannot have two words; `least` is in bytes. (The released code asks k-means for 0 clusters.)
+            If a stage cannot have two words; `least_bytes` are by that rule. (The released code asks k-means for 0
+            clusters.)
         """
         self.codec(shape, (2,) * len(self.layers))
         fixed = self._fixed_bits(shape)
@@ -103,7 +99,7 @@ class Preset:
         if min(words) < 2:
             raise BudgetError(f"preset '{self.name}': {nbytes} bytes are too few for a matrix of shape {shape} by the "
                               f"published rule: two words a stage need {least} bytes, of which masks and rotation "
-                              f"take {math.ceil(fixed / 8)}", float(least))
+                              f"take {math.ceil(fixed / 8)}", least)
         return self.codec(shape, words)
 
     def fit(self, shape: Shape, nbytes: int) -> Codec:
@@ -115,13 +111,11 @@ class Preset:
         Raises
         ------
         BudgetError
-            If two words a stage need more; `least` is in bits per element.
+            If two words a stage need more; see `too_few`.
         """
         least = self.codec(shape, (2,) * len(self.layers))
         if least.nbytes(shape) > nbytes:
-            raise BudgetError(f"{nbytes} bytes ({8 * nbytes / math.prod(shape):.4g} bits per element) are too few for "
-                              f"a matrix of shape {shape}: the least of preset '{self.name}', '{least}', needs "
-                              f"{least.nbytes(shape)} bytes ({least.rate(shape):.4g})", least.rate(shape))
+            raise too_few(least, shape, nbytes)
         minima = [self._tables(shape, i, 2) for i in range(len(self.layers))]
         fixed = least.nbytes(shape) - sum(minima)
         left, words = nbytes - fixed, []
@@ -133,16 +127,6 @@ class Preset:
                                       lambda count, i=i: self._tables(shape, i, count), ceiling))
             left -= self._tables(shape, i, words[i])
         return self.codec(shape, tuple(words))
-
-    def rungs(self, shape: Shape) -> tuple[Codec, ...]:
-        """Return the distinct codecs that `fit` gives at the reachable ones of `RATES`, cheapest first."""
-        found = []
-        for rate in RATES:
-            try:
-                found.append(self.fit(shape, math.floor(rate * math.prod(shape) / 8)))
-            except BudgetError:
-                continue  # this rate lies below the least of this shape; the next may not
-        return tuple(dict.fromkeys(found))
 
     def _dim(self, width: int, layers: int) -> int:
         if width % self.dim == 0:

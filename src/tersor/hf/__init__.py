@@ -1,6 +1,6 @@
 """transformers integration: importing this registers Tersor's quantizer, so that `from_pretrained` can load models."""
 
-from tersor.hf.compress.run import Settings, compress_model
+from tersor.hf.compress.run import CompressSettings, compress_model
 from tersor.hf.compress.verify import verify
 from tersor.hf.kv.attention import register_attention
 from tersor.hf.kv.cache import CompressedCache
@@ -8,5 +8,5 @@ from tersor.hf.kv.plan import PlanSettings, plan_cache
 from tersor.hf.models.evaluate import evaluate
 from tersor.hf.models.quantizer import TersorConfig, TersorQuantizer
 
-__all__ = ["CompressedCache", "PlanSettings", "Settings", "TersorConfig", "TersorQuantizer", "compress_model",
+__all__ = ["CompressSettings", "CompressedCache", "PlanSettings", "TersorConfig", "TersorQuantizer", "compress_model",
            "evaluate", "plan_cache", "register_attention", "verify"]

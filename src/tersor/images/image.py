@@ -74,9 +74,9 @@ def encode(source: str | Path | np.ndarray | Image, rate: float | None = None, c
     if channels not in LAYOUTS:
         raise CodecConfigError(f"channels: expected one of {', '.join(LAYOUTS)}, found {channels!r}")
     if rate is not None and size is not None:
-        raise BudgetError("give a rate or a size, not both", 0.0)
+        raise BudgetError("give a rate or a size, not both")
     if rate is not None and not (math.isfinite(rate) and rate > 0):
-        raise BudgetError(f"rate must be a positive number of bits per sample, found {rate!r}", 0.0)
+        raise BudgetError(f"rate must be a positive number of bits per sample, found {rate!r}")
     if rate is None and size is None and codec in families():
         rate = DEFAULT_RATE
     samples = image.samples
@@ -98,7 +98,7 @@ def _encode(matrices: Mapping[str, Tensor], blank: EncodedImage, budget: int | N
         least = _stored(blank, dict.fromkeys(blank.header.shapes(), chosen))
         if budget is not None and least > budget:
             raise BudgetError(f"image: codec '{chosen}' takes {least} bytes with headers and manifest, above the "
-                              f"budget of {budget}; raise it or name a family", float(least))
+                              f"budget of {budget}; raise it or name a family", least)
         return {name: api.compress(m, None, chosen, seed, **encoder) for name, m in matrices.items()}
     assert budget is not None
     total, elements = budget, sum(m.numel() for m in matrices.values())
@@ -121,7 +121,7 @@ def _overhead(blank: EncodedImage, family: str, shares: Mapping[str, int], budge
             found = candidates(family, shape, shares[name])
         except BudgetError as error:
             raise BudgetError(f"image: of {budget} bytes {bare} or more are headers and manifest, and the rest is too "
-                              f"little: {error}", error.least) from error
+                              f"little: {error}", error.least_bytes) from error
         total += max(_stored(blank, {name: codec}) - bare - codec.nbytes(shape) for codec in found)
     return total
 

@@ -1,5 +1,5 @@
 """Tokens of keys or values, encoded once, block by block; knows no models."""
 
-from tersor.kv.stream import Stream, matrices
+from tersor.kv.stream import TokenStream, matrices
 
-__all__ = ["Stream", "matrices"]
+__all__ = ["TokenStream", "matrices"]

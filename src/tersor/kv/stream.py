@@ -2,7 +2,7 @@
 
 A block of states (batch, heads, block, dim) is laid out head-major as a matrix of batch x heads x block rows. Payloads
 of equal blocks lie side by side, so that one call decodes many blocks. Scores and mixes take the queries and the
-weighted sums through a codec's transform, instead of every token back through it (see `Codec.coordinates`).
+weighted sums through a codec's transform, instead of every token back through it (`Coordinates`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tersor.contract.codec import Codec, Encoded
+from tersor.contract.coordinates import Coordinates
 from tersor.errors import CodecConfigError, CorruptStoreError
 from tersor.payload import packing
 from tersor.payload.blocks import Shape, Tables
@@ -26,7 +27,7 @@ SLACK = 8  # a full stream grows by an eighth of its blocks
 PROBE = 1e-3  # relative difference, above rounding, that shows a codec to mix the rows of different blocks
 
 
-class Stream:
+class TokenStream:
     """Tokens of one tensor (keys or values) of one attention layer, encoded once, block by block.
 
     Parameters
@@ -94,9 +95,9 @@ class Stream:
         batch, heads, tokens, dim = states.shape
         if not self._blocks:
             self.batch, self.heads, self.dim = batch, heads, dim
-            if self.codec.runs not in (None, (heads, self.block)):
+            if self.codec.traits().runs not in (None, (heads, self.block)):
                 raise CodecConfigError(f"kv: codec '{self.codec}' is for (heads, tokens of a block) = "
-                                       f"{self.codec.runs}, the states have {(heads, self.block)}")
+                                       f"{self.codec.traits().runs}, the states have {(heads, self.block)}")
             self._payload, self._single = {}, None if self._stackable() else []
         elif (batch, heads, dim) != (self.batch, self.heads, self.dim):
             raise CodecConfigError(f"kv: states of batch {batch}, {heads} heads and dimension {dim} do not continue "
@@ -125,7 +126,8 @@ class Stream:
         start, stop = self._range(start, stop)
         self._check("queries", queries, self.dim)
         wide = queries.to(torch.float32)
-        near, shift = self._into(wide), self._offset()
+        to = self._coordinates()
+        near, shift = (wide, None) if to is None else (to.into(wide), to.offset())
         out = torch.empty(*queries.shape[:3], stop - start, dtype=torch.float32, device=queries.device)
         for low, high, first, last in self._chunked(start, stop):
             found = near @ self._blockwise(low, high).transpose(-1, -2)  # (blocks, batch, heads, q, block)
@@ -150,7 +152,8 @@ class Stream:
             total = found if total is None else total.add_(found)
         if total is None:
             return torch.zeros(*weights.shape[:3], self.dim, dtype=torch.float32, device=weights.device)
-        out, shift = total if self._single is not None else self.codec.out_of(self._view(0, 1), total), self._offset()
+        near = self._coordinates()
+        out, shift = (total, None) if near is None else (near.out_of(total), near.offset())
         return out if shift is None else out + wide.sum(-1, keepdim=True) * shift
 
     def chunks(self, elements: int | None = None) -> Iterator[tuple[int, int]]:
@@ -187,9 +190,9 @@ class Stream:
             del self._single[whole:]
         return rest
 
-    def copy(self) -> Stream:
+    def copy(self) -> TokenStream:
         """Return an independent stream with the same tokens; blocks are shared until one of the two changes."""
-        twin = Stream(self.codec, self.block, tables=self._given, seed=self.seed, options=self.options)
+        twin = TokenStream(self.codec, self.block, tables=self._given, seed=self.seed, options=self.options)
         twin.batch, twin.heads, twin.dim, twin._blocks = self.batch, self.heads, self.dim, self._blocks
         twin._tables = dict(self._tables)
         twin._payload = {name: t[: self._blocks] for name, t in self._payload.items()}  # no room: appending moves it
@@ -212,7 +215,7 @@ class Stream:
                          "options": self.options}
 
     @classmethod
-    def from_state(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Stream:
+    def from_state(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> TokenStream:
         """Return the stream of a `state`.
 
         Raises
@@ -319,18 +322,16 @@ class Stream:
             rows = torch.stack([one.decode() for row in self._single[low:high] for one in row])
         else:
             view = self._view(low, high)
-            read = self.codec.coordinates if coordinates else self.codec.decode_rows
-            rows = read(view, slice(0, view.shape[0]))
+            every = slice(0, view.shape[0])
+            rows = self.codec.coordinates(view).rows(every) if coordinates else self.codec.decode_rows(view, every)
         return rows.reshape(high - low, self.batch, self.heads, self.block, -1)
 
     def _join(self, blocks: Tensor) -> Tensor:
         return blocks.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
-    def _into(self, x: Tensor) -> Tensor:
-        return x if self._single is not None or not self._blocks else self.codec.into(self._view(0, 1), x)
-
-    def _offset(self) -> Tensor | None:
-        return None if self._single is not None or not self._blocks else self.codec.offset(self._view(0, 1))
+    def _coordinates(self) -> Coordinates | None:
+        """Return the coordinates of blocks that lie side by side; their maps are those of any block."""
+        return None if self._single is not None or not self._blocks else self.codec.coordinates(self._view(0, 1))
 
     def _stackable(self) -> bool:
         """Tell whether payloads of blocks, side by side, are the payload of the blocks as one matrix."""

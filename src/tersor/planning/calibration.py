@@ -17,7 +17,7 @@ from tersor.files import save_tensors
 _CHECK = 1e-3  # largest relative gap tolerated between the float32 trace and a float64 sum of squares
 
 
-class Moments:
+class MomentSum:
     """Streamed `E[x xᵀ]` of vectors of `width` elements, accumulated in float32, checked in float64."""
 
     def __init__(self, width: int, device: torch.device) -> None:
@@ -98,3 +98,9 @@ class Calibration:
                 return cls(hessians, int(record["tokens"]), str(record["source"]), dict(record["fisher"]))
         except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
             raise CorruptStoreError(f"{path}: no calibration file written by 'tersor calibrate': {error}") from error
+
+
+def hessian_of(calibration: Calibration | None, name: str, device: str) -> Tensor | None:
+    """Return a matrix's Hessian on `device`, if it was calibrated."""
+    hessian = None if calibration is None else calibration.hessians.get(name)
+    return None if hessian is None else hessian.to(device)

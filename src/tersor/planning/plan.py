@@ -47,7 +47,7 @@ def frontier(choices: Sequence[Choice]) -> list[Choice]:
     return kept
 
 
-def allocate(choices: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, Choice]:
+def spend(choices: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, Choice]:
     """Pick one choice a matrix so that the bytes stay within `budget` and the distortions sum to the least.
 
     A multiple-choice knapsack: solved by dynamic programming over bytes for up to `EXACT_LIMIT` matrices (exact up to
@@ -57,7 +57,7 @@ def allocate(choices: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, 
     Raises
     ------
     BudgetError
-        If the cheapest choices together exceed the budget; `least` is in bytes.
+        If the cheapest choices together exceed the budget; `least_bytes` are those of the cheapest choices.
     """
     names = list(choices)
     fronts = [frontier(choices[name]) for name in names]
@@ -65,7 +65,7 @@ def allocate(choices: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, 
         raise CodecConfigError("every matrix needs at least one choice; run the survey again")
     least = sum(front[0].nbytes for front in fronts)
     if least > budget:
-        raise BudgetError(f"the budget of {budget} bytes is below the least reachable {least} bytes", float(least))
+        raise BudgetError(f"the budget of {budget} bytes is below the least reachable {least} bytes", least)
     picks = _dynamic(fronts, budget - least) if len(fronts) <= EXACT_LIMIT else _hull_greedy(fronts, budget - least)
     _spend_rest(fronts, picks, budget)
     return {name: front[pick] for name, front, pick in zip(names, fronts, picks, strict=True)}

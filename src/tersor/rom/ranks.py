@@ -3,7 +3,7 @@
 With errors that add up over linears, and rank i of linear l taking `e` off at the cost of `c` parameters, the best
 ranks take the largest `e / c` first, over all linears: reverse water-filling, optimal as long as ratios fall with i.
 Gauge-fixed storage makes later ranks cheaper, and a linear past break-even is better kept dense; both break convexity,
-so those are solved on a grid of ranks by the planner's dynamic program (`tersor.planning.plan.allocate`).
+so those are solved on a grid of ranks by the planner's dynamic program (`tersor.planning.plan.spend`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from tersor.codecs.scalar.dense import Dense
 from tersor.errors import BudgetError, CodecConfigError
 from tersor.payload.blocks import Shape
-from tersor.planning.plan import Choice, allocate
+from tersor.planning.plan import Choice, spend
 
 ALLOCATIONS = ("uniform", "last", "water")
 STORAGES = ("pair", "gauge")
@@ -122,7 +122,7 @@ def ranks_for(linears: Sequence[Linear], keep: float, allocation: str, storage: 
     least = sum(linear.cost(1 if one else None, storage) for linear, one in zip(linears, chosen, strict=True))
     if least > budget:
         raise BudgetError(f"keep {keep:.4g} of {total} parameters cannot be reached: rank 1 everywhere takes "
-                          f"{least / total:.4g}", least / total)
+                          f"{least / total:.4g}")
     if allocation == "water":
         return _fill(linears, _dynamic(linears, most, chosen, budget, storage), most, budget, storage)
     ranks = _share(linears, most, chosen, budget, storage)
@@ -133,7 +133,7 @@ def check_keep(keep: float) -> None:
     """Raise `BudgetError` unless `keep` lies in (0, 1]."""
     if not 0 < keep <= 1:
         raise BudgetError("keep is the share of the linears' parameters that stays, above 0 and at most 1; found "
-                          f"{keep}", 0.0)
+                          f"{keep}")
 
 
 def blocks_reduced(keep: float, blocks: int) -> int:
@@ -210,7 +210,7 @@ def _dynamic(linears: Sequence[Linear], most: Sequence[int], chosen: Sequence[bo
         grid: list[int | None] = [*_grid(linear, top)] if one else []
         grids.append({linear.cost(rank, storage): rank for rank in (*grid, None)})
         choices[str(row)] = [Choice(mark, cost, linear.error(rank)) for cost, rank in grids[-1].items()]
-    picks = allocate(choices, budget)
+    picks = spend(choices, budget)
     return [grid[picks[str(row)].nbytes] for row, grid in enumerate(grids)]
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from tersor.codecs import Dense, LearnedRotation, Product, Sum
+from tersor.codecs import LearnedRotation, Product, Sum
 from tersor.contract.codec import Codec
 from tersor.errors import BudgetError, CodecConfigError, UnknownCodecError
-from tersor.families import AUTO, FAMILIES, Ladder
+from tersor.families import AUTO, FAMILIES
 from tersor.payload.layout import packed_nbytes
 from tersor.registry import parse
 from tersor.vectors.rowwise import COUNTS, check_rowwise, code_size
@@ -23,10 +23,9 @@ WIDE_GAIN = 0.1  # bits an element that a doubled sub-vector is worth when a rat
 
 def index_families() -> tuple[str, ...]:
     """Return the families that hold row-wise codecs besides dense ones."""
-    ladders = [name for name, group in FAMILIES.items()
-               if any(_is_rowwise(one.at(step)) for one in group if isinstance(one, Ladder)
-                      for step in one.steps if not isinstance(step, Dense))]
-    return (*ladders, *TRAINED)
+    rowwise = [name for name, ladders in FAMILIES.items()
+               if any(_is_rowwise(codec) for ladder in ladders for codec in ladder.fixed())]
+    return (*rowwise, *TRAINED)
 
 
 def _is_rowwise(codec: Codec) -> bool:
@@ -56,7 +55,7 @@ def choose(dim: int, codec: str | Codec, rate: float | None) -> Codec:
         If the codec is not row-wise or does not admit the width, or the name is unknown.
     """
     if rate is not None and not (isinstance(rate, (int, float)) and 0 < rate <= MAX_RATE):
-        raise BudgetError(f"rate must be a number of bits per element in (0, {MAX_RATE:g}], found {rate!r}", 0.0)
+        raise BudgetError(f"rate must be a number of bits per element in (0, {MAX_RATE:g}], found {rate!r}")
     if not isinstance(codec, (str, Codec)):
         raise CodecConfigError(f"codec: expected a family, a codec string or a Codec, found {type(codec).__name__}")
     if isinstance(codec, str) and codec in (AUTO, *FAMILIES) and codec not in index_families():
@@ -68,7 +67,7 @@ def choose(dim: int, codec: str | Codec, rate: float | None) -> Codec:
     size = code_size(concrete, dim)
     if rate is not None and 8 * size > rate * dim:
         raise BudgetError(f"codec '{concrete}' needs {size} bytes a vector of {dim} numbers, {8 * size / dim:.4g} bits "
-                          f"per element, above the rate {rate:g}; raise the rate or name a family", 8 * size / dim)
+                          f"per element, above the rate {rate:g}; raise the rate or name a family", size)
     return concrete
 
 
@@ -83,14 +82,14 @@ def _of_family(family: str, dim: int, nbytes: int) -> Codec:
         least = min(members, key=lambda codec: code_size(codec, dim))
         size = code_size(least, dim)
         raise BudgetError(f"{nbytes} bytes a vector are too few for vectors of {dim} numbers: the least of '{family}', "
-                          f"'{least}', needs {size}, {8 * size / dim:.4g} bits per element", 8 * size / dim)
+                          f"'{least}', needs {size}, {8 * size / dim:.4g} bits per element", size)
     return max(affordable, key=lambda codec: codec.nbytes((COUNTS[-1], dim)))  # of equals the first
 
 
 def _rungs(family: str, dim: int) -> list[Codec]:
     found = []
-    for ladder in FAMILIES[family]:
-        for codec in ladder.rungs((1, dim)) if isinstance(ladder, Ladder) else ():
+    for ladder in (one for one in FAMILIES[family] if one.fixed()):
+        for codec in ladder.rungs((1, dim)):
             try:
                 check_rowwise(codec, dim)
             except CodecConfigError:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from tersor.codecs import Rotated
 from tersor.contract.codec import Codec, Encoded
 from tersor.errors import CodecConfigError
 from tersor.payload import packing
@@ -24,8 +22,7 @@ def check_rowwise(codec: Codec, dim: int) -> None:
     A third-party codec whose layout has this form must also encode each row by itself.
     """
     hint = f"for vectors use a codec that encodes each row by itself, such as {_examples(dim)}"
-    mixing = [part for part in _walk(codec) if isinstance(part, Rotated) and part.side != "in"]
-    if mixing:
+    if codec.traits().mixes_rows:
         raise CodecConfigError(f"codec '{codec}' rotates across rows; {hint}")
     try:
         single = codec.layout((1, dim))
@@ -109,12 +106,6 @@ def from_bytes(codes: Tensor, codec: Codec, dim: int, tables: Tables) -> Encoded
         found = packing.unpack(wide.reshape(-1), spec.levels, 0, len(codes) * whole)
         rows[name] = found.reshape(-1, whole)[:, : spec.numel]
     return packed(rows, codec, dim, tables)
-
-
-def _walk(codec: Codec) -> Iterator[Codec]:
-    yield codec
-    for child in codec.children().values():
-        yield from _walk(child)
 
 
 def _examples(dim: int) -> str:

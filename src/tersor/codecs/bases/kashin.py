@@ -20,7 +20,7 @@ from torch import Tensor
 from tersor.codecs.bases.peaks import SAMPLE, Fit, pairs
 from tersor.codecs.bases.splitting import Basis, Kronecker, Orthogonal, Split, clipping, greedy
 from tersor.codecs.scalar.tokens import levels_token, parse_levels
-from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, decode_by_blocks
+from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, Traits
 from tersor.contract.feedback import encode_with_feedback
 from tersor.errors import CodecConfigError, NonFiniteError
 from tersor.numerics.kmeans import assign, exponent_of, times_power
@@ -93,6 +93,7 @@ class Kashin(Codec):
     id: ClassVar[str] = "kashin"
     grammar: ClassVar[str] = (r"kashin(?P<levels>\d+|L\d+)(?P<separate>s?)(?P<shared>c?)(?P<matrix>m?)"
                               r"(?P<method>u|lv|)(?P<transform>dct|bfly|dense|)(?P<axis>o?)(?:@(?P<seed>\d+))?")
+    examples: ClassVar[tuple[str, ...]] = ("kashin4", "kashinL9sudct", "kashin3cbfly", "kashin2mdense", "kashin4co@2")
     own_options: ClassVar[frozenset[str]] = frozenset(OPTIONS)
 
     def __post_init__(self) -> None:
@@ -131,8 +132,8 @@ class Kashin(Codec):
 
     def search(self, matrix: Tensor, how: Search) -> Encoded:
         """Split all vectors, fit the codebooks and take the nearest pairs; with error feedback when asked for."""
-        if how.hessian is not None and how.options.get("feedback", False) and self.column_wise:
-            return encode_with_feedback(self.columns(matrix, how), matrix, how.hessian)
+        if how.feedback is not None and self.along_outputs:
+            return encode_with_feedback(self.columns(matrix, how), matrix, how.feedback)
         coder, work = _Coder(self, matrix, how), self._across(matrix)
         return coder.close(shape_of(matrix), [coder.code(work[block]) for block in row_blocks(shape_of(work))])
 
@@ -142,19 +143,23 @@ class Kashin(Codec):
         return self.codebook == "separate"
 
     @property
-    def column_wise(self) -> bool:
-        """Whether vectors run along the outputs."""
+    def along_outputs(self) -> bool:
+        """Whether vectors are columns."""
         return self.form == "vector" and self.axis == "out"
+
+    def traits(self) -> Traits:
+        """Return that columns are coded by themselves where vectors are columns."""
+        return Traits(column_wise=self.along_outputs)
 
     def columns(self, matrix: Tensor, how: Search) -> ColumnEncoder:
         """Return a column encoder; a shared codebook is fitted on `matrix`."""
-        return _Columns(self, matrix, how) if self.column_wise else super().columns(matrix, how)
+        return _Columns(self, matrix, how) if self.along_outputs else super().columns(matrix, how)
 
     def decode(self, encoded: Encoded) -> Tensor:
         """Look both parts up and turn the second one back, by blocks."""
         basis_out, basis_in = self._bases(encoded.shape)
         if basis_out is None:
-            return decode_by_blocks(self, encoded)
+            return super().decode(encoded)
         table = pairs(encoded.tensors["codebook"], separate=self.separate)
         turned = torch.empty(encoded.shape, dtype=torch.float32, device=table.device)
         for block in row_blocks(encoded.shape):
@@ -184,7 +189,7 @@ class Kashin(Codec):
         exponent = exponent_of(scales)  # subnormal and huge scales are applied last
         scales = times_power(scales, -exponent)
         wide = x.to(torch.float32)
-        if self.column_wise:
+        if self.along_outputs:
             wide = wide * scales
         turned = wide if basis_in is None else basis_in.forward(wide)
         parts = torch.empty(2, *x.shape[:-1], encoded.shape[0], dtype=torch.float32, device=x.device)
@@ -192,7 +197,7 @@ class Kashin(Codec):
             first, second = self._look_up(table, encoded, block)
             parts[0, ..., block], parts[1, ..., block] = wide @ first.T, turned @ second.T
         y = parts[0] + (parts[1] if basis_out is None else basis_out.inverse(parts[1]))
-        if not self.column_wise:
+        if not self.along_outputs:
             y = y * scales
         return times_power(y, exponent).to(x.dtype)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tersor.numerics.kmeans import assign, kmeans
+from tersor.numerics.lloyd import lloyd
 
 SAMPLE = 1 << 18  # points of a book that it is fitted on
 
@@ -102,24 +103,6 @@ def sign_sums(leading: Tensor, words: int) -> Tensor:
     place = torch.arange(words, device=leading.device).unsqueeze(1)
     signs = 1.0 - 2.0 * (place >> torch.arange(count, device=leading.device) & 1).to(torch.float32)
     return signs @ leading[:, :count]
-
-
-def lloyd(points: Tensor, centroids: Tensor, rounds: int) -> Tensor:
-    """Return centroids (books, words, dim) after Lloyd iterations; those that lose all points stay where they are."""
-    books, words, dim = centroids.shape
-    first = torch.arange(books, device=points.device).unsqueeze(1) * words
-    before: Tensor | None = None
-    for _ in range(rounds):
-        chosen = assign(points, centroids)
-        if before is not None and torch.equal(chosen, before):
-            break
-        before, place = chosen, (chosen + first).reshape(-1)
-        sums = torch.zeros(books * words, dim, dtype=torch.float32, device=points.device)
-        sums.index_add_(0, place, points.reshape(-1, dim))
-        count = torch.bincount(place, minlength=books * words).unsqueeze(1)
-        means = torch.where(count > 0, sums / count.clamp_min(1), centroids.reshape(-1, dim))
-        centroids = means.reshape(books, words, dim)
-    return centroids
 
 
 def distortion(points: Tensor, centroids: Tensor) -> Tensor:

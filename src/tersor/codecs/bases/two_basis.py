@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tersor.codecs.bases.anneal import anneal, fit_levels, standard_levels
-from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, decode_by_blocks
+from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, Traits
 from tersor.contract.feedback import encode_with_feedback
 from tersor.errors import CodecConfigError
 from tersor.numerics import rng
@@ -100,6 +100,7 @@ class TwoBasis(Codec):
     id: ClassVar[str] = "two_basis"
     grammar: ClassVar[str] = (r"two(?P<first>\d+)x(?P<second>\d+)(?P<half>h?)(?P<scale>m?)(?P<axis>o?)"
                               r"(?:@(?P<seed>\d+))?")
+    examples: ClassVar[tuple[str, ...]] = ("two2x2", "two3x2m", "two4x2@3", "two2x2h", "two2x2o")
     own_options: ClassVar[frozenset[str]] = frozenset({"sweeps", "hot", "cold", "feedback", "block"})
 
     def __post_init__(self) -> None:
@@ -127,17 +128,16 @@ class TwoBasis(Codec):
 
     def search(self, matrix: Tensor, how: Search) -> Encoded:
         """Anneal the codes, then fit levels and scales by least squares; with error feedback when asked for."""
-        if how.hessian is not None and how.options.get("feedback", False) and self.axis == "out":
-            return encode_with_feedback(self.columns(matrix, how), matrix, how.hessian)
+        if how.feedback is not None and self.axis == "out":
+            return encode_with_feedback(self.columns(matrix, how), matrix, how.feedback)
         fit = _Fit(self, matrix, how)
         vectors = matrix.T if self.axis == "out" else matrix
         parts = [fit.choose(vectors[block].to(torch.float32), block) for block in fit.portions()]
         return fit.close(torch.cat([s for s, _ in parts]), torch.cat([t for _, t in parts]))
 
-    @property
-    def column_wise(self) -> bool:
-        """Whether vectors are columns."""
-        return self.axis == "out"
+    def traits(self) -> Traits:
+        """Return that columns are coded by themselves where vectors are columns."""
+        return Traits(column_wise=self.axis == "out")
 
     def columns(self, matrix: Tensor, how: Search) -> ColumnEncoder:
         """Return a column encoder (axis out) with scales and levels fitted on `matrix`."""
@@ -156,7 +156,7 @@ class TwoBasis(Codec):
         """Return the matrix, by blocks of vectors."""
         if self.axis == "out":
             return self._across(encoded, slice(0, encoded.shape[0]))
-        return decode_by_blocks(self, encoded)
+        return super().decode(encoded)
 
     def _across(self, encoded: Encoded, rows: Rows) -> Tensor:
         """Return rows of a matrix whose vectors are columns."""

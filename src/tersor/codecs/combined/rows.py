@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar, final
 
 import torch
@@ -43,6 +43,8 @@ class MixedRows(Codec):
 
     id: ClassVar[str] = "rows"
     grammar: ClassVar[str] = r"(?P<order>rows|head)(?P<count>\d+)\("
+    examples: ClassVar[tuple[str, ...]] = ("rows2(lm3;lm2)", "head2(lm3;lm2)", "rows1(tab3;rtn2)",
+                                           "rows2(rows1(bf16;lm4);lm2)")
 
     def __post_init__(self) -> None:
         if not (isinstance(self.first, Codec) and isinstance(self.second, Codec)):
@@ -51,10 +53,6 @@ class MixedRows(Codec):
             raise CodecConfigError(f"rows: count must be a positive integer, found {self.count!r}")
         if self.order not in ORDERS:
             raise CodecConfigError(f"rows: order must be one of {sorted(ORDERS)}, found {self.order!r}")
-
-    def children(self) -> Mapping[str, Codec]:
-        """Return both codecs."""
-        return {"first": self.first, "second": self.second}
 
     def layout(self, shape: Shape) -> Layout:
         """Return the packed mask, if there is one, and both layouts."""

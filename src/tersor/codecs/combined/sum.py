@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
-from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search
+from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, Traits
 from tersor.contract.feedback import encode_with_feedback
 from tersor.contract.nesting import nest, nest_tensors
 from tersor.errors import CodecConfigError
@@ -49,6 +49,9 @@ class Sum(Codec):
 
     id: ClassVar[str] = "sum"
     grammar: ClassVar[str] = r"sum\("
+    examples: ClassVar[tuple[str, ...]] = ("sum(rot,lm2;rtn2g64)", "sum(rtn2s;fit2;bf16)", "sum(rot,lm2;tab2)",
+                                           "sum(swap1,pq2x4b10;pq2x4b10)", "sum(sym16;sym8)",
+                                           "sum(lr2(al20;al21);rot,lm1)", "sum(lr2(lm3o;lm3o);lm2)")
     own_options: ClassVar[frozenset[str]] = frozenset({"feedback", "alternations"})
 
     def __post_init__(self) -> None:
@@ -56,10 +59,6 @@ class Sum(Codec):
             raise CodecConfigError(f"sum: stages must be a tuple of codecs, found {self.stages!r}")
         if len(self.stages) < 2:
             raise CodecConfigError(f"sum: needs at least two stages, found {len(self.stages)}")
-
-    def children(self) -> Mapping[str, Codec]:
-        """Return the stages, named by their position."""
-        return {str(i): stage for i, stage in enumerate(self.stages)}
 
     def layout(self, shape: Shape) -> Layout:
         """Return every stage's layout under `0/`, `1/` and so on."""
@@ -80,14 +79,13 @@ class Sum(Codec):
                     residuals = [r - stage.encode(r, seed=seed, tables=own).decode() for r in residuals]
         return tables
 
-    @property
-    def column_wise(self) -> bool:
-        """Whether every stage is."""
-        return all(stage.column_wise for stage in self.stages)
+    def traits(self) -> Traits:
+        """Return the stages': column-wise where all are."""
+        return dataclasses.replace(super().traits(), column_wise=all(s.traits().column_wise for s in self.stages))
 
     def columns(self, matrix: Tensor, how: Search) -> ColumnEncoder:
         """Return a column encoder: each block through all stages, whose parameters fit plain residuals."""
-        if not self.column_wise:
+        if not self.traits().column_wise:
             return super().columns(matrix, how)
         plain = dataclasses.replace(how, hessian=None)
         encoders: list[ColumnEncoder] = []
@@ -103,11 +101,11 @@ class Sum(Codec):
         Where a stage is not column-wise only a last one has feedback, if any: that of an earlier stage enlarges what
         the next has to encode.
         """
-        rounds = how.options.get("alternations", ALTERNATIONS if self.spectral else 1)
+        rounds = how.options.get("alternations", ALTERNATIONS if self.traits().spectral else 1)
         if not isinstance(rounds, int) or rounds < 1:
             raise CodecConfigError(f"sum: option alternations must be an integer >= 1, found {rounds!r}")
-        if how.hessian is not None and how.options.get("feedback", False) and self.column_wise:
-            return encode_with_feedback(self.columns(matrix, how), matrix, how.hessian)
+        if how.feedback is not None and self.traits().column_wise:
+            return encode_with_feedback(self.columns(matrix, how), matrix, how.feedback)
         return self._alternate(matrix, how, rounds)
 
     def _alternate(self, matrix: Tensor, how: Search, rounds: int) -> Encoded:
@@ -134,7 +132,7 @@ class Sum(Codec):
     def _how(self, name: str, how: Search) -> Search:
         """Return a stage's search; no error feedback but in the last one."""
         inner = how.inner(name)
-        if int(name) + 1 == len(self.stages) and self.spectral:
+        if int(name) + 1 == len(self.stages) and self.traits().spectral:
             return inner
         return dataclasses.replace(inner, options={**how.options, "feedback": False})
 

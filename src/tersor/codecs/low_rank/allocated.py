@@ -16,14 +16,15 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from tersor.codecs.low_rank.widths import GRADES, MOST, allocate, grades_of, widths_table
-from tersor.codecs.scalar.lloyd_max import gaussian_table, midpoints, nearest
+from tersor.codecs.low_rank.widths import GRADES, MOST, grades_of, widths_for, widths_table
+from tersor.codecs.scalar.lloyd_max import gaussian_table
 from tersor.codecs.vector import orbits
 from tersor.codecs.vector.orbits import DIM
 from tersor.contract.checks import check_matrix
-from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, matmul_by_blocks
+from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, Traits
 from tersor.contract.feedback import encode_with_feedback
 from tersor.errors import CodecConfigError, CorruptStoreError
+from tersor.numerics.lloyd import midpoints, nearest
 from tersor.payload import codes, packing
 from tersor.payload.blocks import Rows, Shape, shape_of
 from tersor.payload.layout import Layout, TensorSpec
@@ -56,6 +57,8 @@ class Allocated(Codec):
 
     id: ClassVar[str] = "allocated"
     grammar: ClassVar[str] = r"al(?P<total>\d+)"
+    examples: ClassVar[tuple[str, ...]] = ("al96",)
+    own_traits: ClassVar[Traits] = Traits(column_wise=True)
     own_options: ClassVar[frozenset[str]] = frozenset({"widths", "feedback"})
 
     def __post_init__(self) -> None:
@@ -73,16 +76,11 @@ class Allocated(Codec):
 
     def search(self, matrix: Tensor, how: Search) -> Encoded:
         """Allocate, then code every column with its codebook; with error feedback when asked for."""
-        if how.hessian is not None and how.options.get("feedback", False):
-            return encode_with_feedback(self.columns(matrix, how), matrix, how.hessian)
+        if how.feedback is not None:
+            return encode_with_feedback(self.columns(matrix, how), matrix, how.feedback)
         encoder = self.columns(matrix, how)
         encoder.block(0, matrix.to(torch.float32))
         return encoder.finish()
-
-    @property
-    def column_wise(self) -> bool:
-        """True."""
-        return True
 
     def columns(self, matrix: Tensor, how: Search) -> ColumnEncoder:
         """Return a column encoder with the widths allocated beforehand; scales fit what it is given."""
@@ -110,10 +108,6 @@ class Allocated(Codec):
             return flat[rows.start % DIM :][: rows.stop - rows.start]
         return words[torch.arange(len(index), device=device), :, index % DIM]
 
-    def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
-        """Multiply block by block in float32."""
-        return matmul_by_blocks(self, encoded, x)
-
     def spec(self) -> str:
         """Return for example `al96`."""
         return f"al{self.total}"
@@ -129,7 +123,7 @@ class Allocated(Codec):
         if "widths" not in how.options:
             peak = float(matrix.abs().max()) or 1.0
             energies = torch.stack([(column.to(torch.float64) / peak).square().sum() for column in matrix.T]).cpu()
-            return grades_of(allocate(energies, self.total))
+            return grades_of(widths_for(energies, self.total))
         found = torch.as_tensor(how.options["widths"], dtype=torch.int64).cpu()
         if tuple(found.shape) != (matrix.shape[1],) or int(found.sum()) > self.total:
             raise CodecConfigError(f"allocated: option widths must hold {matrix.shape[1]} numbers that sum to at most "

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tersor.codecs.low_rank import published
-from tersor.codecs.low_rank.factors import Side, Weighted, gram_of
+from tersor.codecs.low_rank.factors import Factor, Weighted, gram_of
 from tersor.codecs.low_rank.published import Factored
 from tersor.codecs.low_rank.widths import allocate_both
 from tersor.contract.checks import check_matrix
@@ -32,7 +32,7 @@ DAMPING = 0.01  # of the Hessian's mean diagonal: the start must not be large wh
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class AlternatingOptions:
     """Encoder options.
 
     Parameters
@@ -61,7 +61,7 @@ class Settings:
                 raise CodecConfigError(f"low_rank: option {name} must be an integer >= {least}, found {value!r}")
 
     @classmethod
-    def of(cls, options: Mapping[str, Any]) -> Settings:
+    def of(cls, options: Mapping[str, Any]) -> AlternatingOptions:
         """Pick the settings out of an encoder's options."""
         given: dict[str, Any] = {name: options[name] for name in OPTIONS & set(options)}
         if given.get("fast") is True:
@@ -79,9 +79,9 @@ def alternate(codec: Factored, matrix: Tensor, how: Search) -> tuple[Encoded, En
     matrix : Tensor
         Finite; any float dtype and device, perhaps backed by a file larger than memory.
     how : Search
-        Options: those of `Settings` and of the factors' codecs. With a Hessian the loss is `tr(E H Eᵀ)`.
+        Options: those of `AlternatingOptions` and of the factors' codecs. With a Hessian the loss is `tr(E H Eᵀ)`.
     """
-    settings = Settings.of(how.options)
+    settings = AlternatingOptions.of(how.options)
     check_matrix(matrix)  # a rotation around the codec may have overflowed
     target = Weighted.of(matrix, how.hessian, DAMPING)
     start = target.spectrum(codec.rank, settings.oversample, settings.power_iterations,
@@ -100,7 +100,7 @@ def alternate(codec: Factored, matrix: Tensor, how: Search) -> tuple[Encoded, En
 class _State:
     """Both factors as encoded last, and the best pair so far."""
 
-    def __init__(self, target: Weighted, left: Side, right: Side, start: Tensor) -> None:
+    def __init__(self, target: Weighted, left: Factor, right: Factor, start: Tensor) -> None:
         self._target, self._left_side, self._right_side = target, left, right
         self._right, self._r = right.plain(start)
         self._l: Tensor | None = None
@@ -139,7 +139,7 @@ class _State:
 
 
 def _sides(codec: Factored, target: Weighted, start: tuple[Tensor, Tensor, Tensor],
-           how: Search) -> tuple[Side, Side]:
+           how: Search) -> tuple[Factor, Factor]:
     """Return both sides, the searches holding widths where both codecs allocate."""
     searches, powers = published.inner_searches(how), published.exponents(target.operator)
     totals = _total(codec.left), _total(codec.right)
@@ -149,7 +149,7 @@ def _sides(codec: Factored, target: Weighted, start: tuple[Tensor, Tensor, Tenso
         widths = allocate_both(energies, (totals[0], totals[1]))
         searches = tuple(dataclasses.replace(search, options={**search.options, "widths": tuple(chosen.tolist())})
                          for search, chosen in zip(searches, widths, strict=True))
-    return Side(codec.left, searches[0], powers[0]), Side(codec.right, searches[1], powers[1])
+    return Factor(codec.left, searches[0], powers[0]), Factor(codec.right, searches[1], powers[1])
 
 
 def _total(codec: Codec) -> int | None:

@@ -98,7 +98,7 @@ class Weighted:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Side:
+class Factor:
     """One factor: its codec, how the codec searches, and the power of two by which its numbers are stored.
 
     Parameters
@@ -131,7 +131,7 @@ class Side:
             An earlier solution, decoded: each component is chosen anew given all others. Without one, components are
             chosen from first to last, those still to come free to make up for the error of those before.
         """
-        if not self.codec.column_wise:
+        if not self.codec.traits().column_wise:
             return self.plain(solve(product, gram))
         best = solve(product, gram) if before is None else step(before, product, gram)
         encoder = self.codec.columns(self._stored(best), self.how)

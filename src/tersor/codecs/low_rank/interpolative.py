@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tersor.codecs.low_rank.pivots import interpolate
-from tersor.contract.codec import Codec, Encoded, Search
+from tersor.contract.codec import Codec, Encoded, Search, Traits
 from tersor.contract.nesting import nest, nest_tensors
 from tersor.errors import CodecConfigError
 from tersor.numerics.linalg import single_thread
@@ -50,6 +50,8 @@ class Interpolative(Codec):
 
     id: ClassVar[str] = "interpolative"
     grammar: ClassVar[str] = r"id(?P<rank>\d+)(?P<axis>c?)\("
+    examples: ClassVar[tuple[str, ...]] = ("id3(fp32;fp32)", "id8c(bf16;lm4)", "id1(lm3;rot,lm3)", "id2c(tab3;mm8)")
+    own_traits: ClassVar[Traits] = Traits(spectral=True)
 
     def __post_init__(self) -> None:
         if not (isinstance(self.left, Codec) and isinstance(self.right, Codec)):
@@ -58,15 +60,6 @@ class Interpolative(Codec):
             raise CodecConfigError(f"interpolative: rank must be an integer of at least 1, found {self.rank!r}")
         if self.axis not in AXES:
             raise CodecConfigError(f"interpolative: axis must be one of {AXES}, found {self.axis!r}")
-
-    def children(self) -> Mapping[str, Codec]:
-        """Return both codecs."""
-        return {"left": self.left, "right": self.right}
-
-    @property
-    def spectral(self) -> bool:
-        """True."""
-        return True
 
     def layout(self, shape: Shape) -> Layout:
         """Return `chosen`, a bit a row (column), and the factors' layouts; no coefficients where all are chosen."""

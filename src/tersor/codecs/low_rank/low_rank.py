@@ -18,7 +18,7 @@ from torch import Tensor
 from tersor.codecs.low_rank import alternating, published
 from tersor.codecs.low_rank.published import Factors
 from tersor.codecs.scalar.dense import Dense
-from tersor.contract.codec import Codec, Encoded, Search
+from tersor.contract.codec import Codec, Encoded, Search, Traits
 from tersor.contract.nesting import nest, nest_tensors
 from tersor.errors import CodecConfigError
 from tersor.numerics.linalg import single_thread
@@ -57,6 +57,9 @@ class LowRank(Codec):
 
     id: ClassVar[str] = "low_rank"
     grammar: ClassVar[str] = r"lr(?P<rank>\d+)\("
+    examples: ClassVar[tuple[str, ...]] = ("lr3(al40;al37)", "lr3(lm4o;lm4o)", "lr8(mm8;mm8)", "lr1(fp32;fp32)",
+                                           "lr2(rot,lm3;tab3)")
+    own_traits: ClassVar[Traits] = Traits(spectral=True)
     own_options: ClassVar[frozenset[str]] = published.OPTIONS | alternating.OPTIONS | {"method"}
 
     def __post_init__(self) -> None:
@@ -64,15 +67,6 @@ class LowRank(Codec):
             raise CodecConfigError(f"low_rank: left and right must be codecs, found {self.left!r} and {self.right!r}")
         if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
             raise CodecConfigError(f"low_rank: rank must be an integer of at least 1, found {self.rank!r}")
-
-    def children(self) -> Mapping[str, Codec]:
-        """Return both codecs."""
-        return {"left": self.left, "right": self.right}
-
-    @property
-    def spectral(self) -> bool:
-        """True."""
-        return True
 
     def layout(self, shape: Shape) -> Layout:
         """Return the layouts of L under `left/` and of R under `right/`."""

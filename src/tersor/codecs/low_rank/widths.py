@@ -32,7 +32,7 @@ def grades() -> tuple[int, ...]:
     return tuple(width for width, _, _ in GRADES)
 
 
-def allocate(energies: Tensor, total: int) -> Tensor:
+def widths_for(energies: Tensor, total: int) -> Tensor:
     """Return a width for each column, int64 (columns,) of `grades()`, of sum at most `total`.
 
     Greedy on the lower convex hull of the table of errors, the steepest step first: the least sum of energy times
@@ -77,12 +77,12 @@ def allocate_both(energies: tuple[Tensor, Tensor], totals: tuple[int, int]) -> t
         What a relative error of 1 in a component of the left and of the right factor costs: both the squared singular
         values, unless a Hessian tells the sides apart.
     totals : (int, int)
-        As in `allocate`.
+        As in `widths_for`.
     """
-    left = right = allocate(energies[1], totals[1])
+    left = right = widths_for(energies[1], totals[1])
     for _ in range(ROUNDS):
-        left = allocate(energies[0] * (1.0 - errors_of(right)), totals[0])
-        right = allocate(energies[1] * (1.0 - errors_of(left)), totals[1])
+        left = widths_for(energies[0] * (1.0 - errors_of(right)), totals[0])
+        right = widths_for(energies[1] * (1.0 - errors_of(left)), totals[1])
     return left, right
 
 

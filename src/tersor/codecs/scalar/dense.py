@@ -11,7 +11,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from tersor.contract.codec import Codec, Encoded, Search, matmul_by_blocks
+from tersor.contract.codec import Codec, Encoded, Search
 from tersor.errors import CodecConfigError, NonFiniteError
 from tersor.payload.blocks import Rows, Shape, shape_of
 from tersor.payload.layout import Layout, TensorSpec
@@ -34,6 +34,7 @@ class Dense(Codec):
 
     id: ClassVar[str] = "dense"
     grammar: ClassVar[str] = r"(?P<dtype>bf16|fp16|fp32|fp8)"
+    examples: ClassVar[tuple[str, ...]] = ("bf16", "fp32", "fp8")
 
     def __post_init__(self) -> None:
         if self.dtype not in (*DTYPES, "fp8"):
@@ -71,10 +72,6 @@ class Dense(Codec):
             found = _fp8_numbers().to(values.device).index_select(0, values.reshape(-1).to(torch.int32))
             return found.reshape(values.shape).mul_(scales.unsqueeze(1))
         return encoded.tensors["values"][rows].to(torch.float32)
-
-    def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
-        """Multiply block by block in float32."""
-        return matmul_by_blocks(self, encoded, x)
 
     def spec(self) -> str:
         """Return the dtype's name."""

@@ -19,11 +19,13 @@ from torch import Tensor
 
 from tersor.codecs.scalar.columns import ScalarColumns
 from tersor.codecs.scalar.tokens import check_fields, group_token, levels_token, parse_levels
-from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, matmul_by_blocks
+from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, Traits
 from tersor.contract.feedback import encode_with_feedback
+from tersor.contract.rotating import MultipliesRotated
 from tersor.errors import CodecConfigError
 from tersor.numerics.constants import constant
 from tersor.numerics.linalg import single_thread
+from tersor.numerics.lloyd import lloyd_sorted, midpoints, nearest
 from tersor.ops.codebook_linear import codebook_linear
 from tersor.payload import codes
 from tersor.payload.blocks import Rows, Shape, Tables, shape_of
@@ -34,12 +36,11 @@ from tersor.payload.scales import bounded, reciprocal, rms
 CODEBOOKS = {"gaussian": "lm", "fitted": "fit", "shared": "tab"}
 REFITS = 3  # default least-squares refits of the scales
 SAMPLE = 1 << 18  # elements that a codebook is fitted on
-LLOYD_ROUNDS = 60
 
 
 @final
 @dataclasses.dataclass(frozen=True)
-class Scalar(Codec):
+class Scalar(MultipliesRotated):
     """`x = scale table[code]` with a bf16 scale a group, refitted by least squares.
 
     Parameters
@@ -69,6 +70,9 @@ class Scalar(Codec):
 
     id: ClassVar[str] = "scalar"
     grammar: ClassVar[str] = r"(?P<codebook>lm|fit|tab)(?P<levels>\d+|L\d+)(?:g(?P<group>\d+))?(?P<axis>o?)"
+    examples: ClassVar[tuple[str, ...]] = ("lm3", "lm1", "lmL6o", "lm4g16", "lmL181", "fit4g128", "fitL3", "tab3",
+                                           "tab2g32o")
+    own_traits: ClassVar[Traits] = Traits(column_wise=True)
     own_options: ClassVar[frozenset[str]] = frozenset({"refits", "feedback"})
 
     def __post_init__(self) -> None:
@@ -96,12 +100,12 @@ class Scalar(Codec):
             normalized = [self._normalized(sample) for sample in samples]
             if not normalized:
                 raise CodecConfigError("scalar: training a shared table needs at least one sample matrix, found none")
-            return {"table": lloyd(torch.cat(normalized), self.levels)}
+            return {"table": lloyd_sorted(torch.cat(normalized), self.levels)}
 
     def search(self, matrix: Tensor, how: Search) -> Encoded:
         """Fit table and scales, then take the nearest entries; with error feedback when asked for."""
-        if how.hessian is not None and how.options.get("feedback", False):
-            return encode_with_feedback(self.columns(matrix, how), matrix, how.hessian)
+        if how.feedback is not None:
+            return encode_with_feedback(self.columns(matrix, how), matrix, how.feedback)
         grid, table, scales = self._fit(matrix, how)
         edges, inverse = midpoints(table), reciprocal(scales)
 
@@ -109,11 +113,6 @@ class Scalar(Codec):
             return nearest(matrix[rows].to(torch.float32) * grid.expand(inverse, rows), edges)
 
         return self._close(grid.shape, codes.write(grid.shape, self.levels, matrix.device, assign), scales, table)
-
-    @property
-    def column_wise(self) -> bool:
-        """True."""
-        return True
 
     def columns(self, matrix: Tensor, how: Search) -> ColumnEncoder:
         """Return a column encoder with table and scales fitted on `matrix`."""
@@ -138,11 +137,6 @@ class Scalar(Codec):
         table = self._table(encoded.tensors)
         chosen = codes.read(encoded.tensors["codes"], encoded.shape, self.levels, rows)
         return table[chosen.to(torch.int32)].mul_(scales)
-
-    def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
-        """Multiply by the codes where they are of whole bits; float32 inside, one block of rows dense at a time."""
-        y = self.matmul_rotated(encoded, x, None)
-        return matmul_by_blocks(self, encoded, x) if y is None else y
 
     def matmul_rotated(self, encoded: Encoded, x: Tensor, seed: int | None) -> Tensor | None:
         """Multiply by the codes where they are of whole bits."""
@@ -179,7 +173,7 @@ class Scalar(Codec):
                 raise CodecConfigError(f"codec '{self.spec()}' needs its shared table: tables=codec.train(samples)")
             table = how.tables["table"].to(torch.float32)
         elif self.codebook == "fitted":
-            table = lloyd(self._normalized(matrix), self.levels).to(torch.float32)
+            table = lloyd_sorted(self._normalized(matrix), self.levels).to(torch.float32)
         else:
             table = gaussian_table(self.levels)
         table = table.to(matrix.device)
@@ -232,21 +226,6 @@ def _table_on(levels: int, device: torch.device) -> Tensor:
     return gaussian_table(levels).to(device)
 
 
-def midpoints(table: Tensor) -> Tensor:
-    """Return the decision thresholds of an ascending table, (levels - 1,)."""
-    return (table[1:] + table[:-1]) / 2
-
-
-def nearest(values: Tensor, edges: Tensor) -> Tensor:
-    """Return the index of the nearest entry, uint8 of the shape of `values`."""
-    if edges.numel() > 15:
-        return torch.bucketize(values.contiguous(), edges, out_int32=True).to(torch.uint8)
-    chosen = torch.zeros(values.shape, dtype=torch.uint8, device=values.device)
-    for edge in edges.tolist():  # for few levels, comparisons beat a search
-        chosen += values > edge
-    return chosen
-
-
 def fit_scales(groups: Tensor, table: Tensor, refits: int) -> Tensor:
     """Return least-squares scales, bf16 (lines, groups), for groups (lines, groups, width)."""
     scales, edges = rms(groups), midpoints(table)
@@ -258,19 +237,3 @@ def fit_scales(groups: Tensor, table: Tensor, refits: int) -> Tensor:
         refit = (entries * normal).sum(-1) / torch.where(power > 0, power, torch.ones_like(power))
         factor = torch.where((power > 0) & (refit > 0), refit, factor)
     return bounded(scales * factor)
-
-
-def lloyd(values: Tensor, levels: int) -> Tensor:
-    """Return a 1-D codebook fitted by Lloyd's algorithm, fp16 (levels,), ascending; values are 1-D float32."""
-    ordered = values.cpu().sort().values
-    total = torch.cat([torch.zeros(1, dtype=torch.float64), ordered.to(torch.float64).cumsum(0)])
-    spread = (torch.arange(levels, dtype=torch.float64) + 0.5) / levels * (ordered.numel() - 1)
-    table = ordered[spread.to(torch.int64)].to(torch.float64)
-    for _ in range(LLOYD_ROUNDS):
-        cuts = torch.searchsorted(ordered, midpoints(table).to(torch.float32), right=True)
-        ends = torch.cat([torch.zeros(1, dtype=torch.int64), cuts, torch.tensor([ordered.numel()])])
-        count = ends[1:] - ends[:-1]
-        means = (total[ends[1:]] - total[ends[:-1]]) / count.clamp_min(1)
-        table = torch.where(count > 0, means, table)
-    limit = torch.finfo(torch.float16).max
-    return table.clamp(-limit, limit).to(torch.float16).sort().values

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tersor.codecs.scalar.columns import ScalarColumns
 from tersor.codecs.scalar.tokens import levels_token, parse_levels
-from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, matmul_by_blocks
+from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, Traits
 from tersor.errors import CodecConfigError
 from tersor.payload import codes
 from tersor.payload.blocks import Rows, Shape, shape_of
@@ -47,6 +47,8 @@ class MinMax(Codec):
 
     id: ClassVar[str] = "minmax"
     grammar: ClassVar[str] = r"mm(?P<levels>\d+|L\d+)"
+    examples: ClassVar[tuple[str, ...]] = ("mm4", "mmL5", "mm9")
+    own_traits: ClassVar[Traits] = Traits(column_wise=True)
     own_options: ClassVar[frozenset[str]] = frozenset({"rounding"})
 
     def __post_init__(self) -> None:
@@ -63,11 +65,6 @@ class MinMax(Codec):
         packed = codes.write(shape, self.levels, matrix.device, lambda rows: assign(matrix[rows]))
         return Encoded(self, shape, {"codes": packed, "range": bounds})
 
-    @property
-    def column_wise(self) -> bool:
-        """True."""
-        return True
-
     def columns(self, matrix: Tensor, how: Search) -> ColumnEncoder:
         """Return a column encoder with the range of `matrix`; what error feedback drives beyond it is clipped."""
         shape, bounds, assign = self._fit(matrix, how)
@@ -81,10 +78,6 @@ class MinMax(Codec):
         """Look the levels up."""
         chosen = codes.read(encoded.tensors["codes"], encoded.shape, self.levels, rows)
         return self._table(encoded.tensors["range"])[chosen.to(torch.int32)]
-
-    def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
-        """Multiply block by block in float32."""
-        return matmul_by_blocks(self, encoded, x)
 
     def spec(self) -> str:
         """Return for example `mm8` (256 levels) or `mmL5`."""

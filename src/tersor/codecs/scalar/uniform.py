@@ -12,8 +12,9 @@ from torch import Tensor
 
 from tersor.codecs.scalar.columns import ScalarColumns
 from tersor.codecs.scalar.tokens import check_fields, group_token, levels_token, parse_levels
-from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, matmul_by_blocks
+from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, Traits
 from tersor.contract.feedback import encode_with_feedback
+from tersor.contract.rotating import MultipliesRotated
 from tersor.errors import CodecConfigError
 from tersor.numerics.constants import constant
 from tersor.ops.codebook_linear import codebook_linear
@@ -29,7 +30,7 @@ CLIP_FACTORS = tuple(1.0 - 0.04 * i for i in range(16))
 
 @final
 @dataclasses.dataclass(frozen=True)
-class Uniform(Codec):
+class Uniform(MultipliesRotated):
     """`x = scale (code - zero)` with a bf16 scale a group, and an integer zero a group when asymmetric.
 
     A symmetric grid has no zero: its values are the odd multiples of half a step, `zero = (levels - 1) / 2`. Scales are
@@ -60,6 +61,8 @@ class Uniform(Codec):
 
     id: ClassVar[str] = "uniform"
     grammar: ClassVar[str] = r"rtn(?P<levels>\d+|L\d+)(?P<symmetric>s?)(?:g(?P<group>\d+))?(?P<axis>o?)"
+    examples: ClassVar[tuple[str, ...]] = ("rtn4g64", "rtn3s", "rtn1g32", "rtnL5g32o", "rtn8")
+    own_traits: ClassVar[Traits] = Traits(column_wise=True)
     own_options: ClassVar[frozenset[str]] = frozenset({"clip", "feedback"})
 
     def __post_init__(self) -> None:
@@ -75,8 +78,8 @@ class Uniform(Codec):
 
     def search(self, matrix: Tensor, how: Search) -> Encoded:
         """Fit scales and zeros, then round; with error feedback when asked for."""
-        if how.hessian is not None and how.options.get("feedback", False):
-            return encode_with_feedback(self.columns(matrix, how), matrix, how.hessian)
+        if how.feedback is not None:
+            return encode_with_feedback(self.columns(matrix, how), matrix, how.feedback)
         grid, scales, zeros = self._fit(matrix, how)
         inverse = reciprocal(scales)
 
@@ -86,11 +89,6 @@ class Uniform(Codec):
 
         packed = codes.write(grid.shape, self.levels, matrix.device, assign)
         return self._close(grid.shape, packed, scales, zeros)
-
-    @property
-    def column_wise(self) -> bool:
-        """True."""
-        return True
 
     def columns(self, matrix: Tensor, how: Search) -> ColumnEncoder:
         """Return a column encoder with scales and zeros fitted on `matrix`."""
@@ -128,11 +126,6 @@ class Uniform(Codec):
         count = grid.param_shape[0] * grid.param_shape[1]
         zeros = unpack(tensors["zeros"], self.levels, 0, count).reshape(grid.param_shape)
         return self._zero(grid, zeros, rows, zeros.device)
-
-    def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
-        """Multiply by the codes where they are of whole bits; float32 inside, one block of rows dense at a time."""
-        y = self.matmul_rotated(encoded, x, None)
-        return matmul_by_blocks(self, encoded, x) if y is None else y
 
     def matmul_rotated(self, encoded: Encoded, x: Tensor, seed: int | None) -> Tensor | None:
         """Multiply by the codes where they are of whole bits."""

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from tersor.contract.codec import Codec, Encoded, Search
-from tersor.contract.nesting import nest, nest_tensors
+from tersor.contract.nesting import nest_tensors
+from tersor.contract.wrapper import Wrapped
 from tersor.errors import CodecConfigError, NonFiniteError
 from tersor.numerics.kmeans import exponent_of, times_power
 from tersor.numerics.linalg import single_thread
@@ -31,7 +32,7 @@ MAX_WIDTH = 4096  # a singular value decomposition a round, and in x in stored n
 
 @final
 @dataclasses.dataclass(frozen=True)
-class LearnedRotation(Codec):
+class LearnedRotation(Wrapped):
     """`W = inner R` with a stored orthogonal R (in, in).
 
     The inner codec encodes `W Rᵀ` with the R that is stored, and decoding multiplies by the same. Rounded to fp16, R is
@@ -53,29 +54,24 @@ class LearnedRotation(Codec):
         `"identity"` (default), `"random"` or `"pca"`: principal axes first.
     """
 
-    inner: Codec
     precision: str = "fp16"
     trained: bool = False
 
     id: ClassVar[str] = "learned_rotation"
     grammar: ClassVar[str] = r"opq(?P<precision>f32)?(?P<trained>t)?,"
+    examples: ClassVar[tuple[str, ...]] = ("opq,pq2x4", "opqf32t,pq2x4t", "opq,pq2x4t")
     own_options: ClassVar[frozenset[str]] = frozenset({"rounds", "rotation_init"})
 
     def __post_init__(self) -> None:
-        if not isinstance(self.inner, Codec):
-            raise CodecConfigError(f"learned_rotation: inner must be a codec, found {self.inner!r}")
+        super().__post_init__()
         if self.precision not in PRECISIONS:
             raise CodecConfigError(f"learned_rotation: precision must be one of {sorted(PRECISIONS)}, found "
                                    f"{self.precision!r}")
         if not isinstance(self.trained, bool):
             raise CodecConfigError(f"learned_rotation: trained must be true or false, found {self.trained!r}")
 
-    def children(self) -> Mapping[str, Codec]:
-        """Return the inner codec."""
-        return {"inner": self.inner}
-
-    def layout(self, shape: Shape) -> Layout:
-        """Return `rotation` (in, in) and the inner codec's layout under `inner/`.
+    def own(self, shape: Shape) -> Layout:
+        """Return `rotation`, (in, in).
 
         Raises
         ------
@@ -85,8 +81,7 @@ class LearnedRotation(Codec):
         if shape[1] > MAX_WIDTH:
             raise CodecConfigError(f"codec '{self.spec()}': a learned rotation of {shape[1]} inputs is refused, at "
                                    f"most {MAX_WIDTH}; use the seeded rotation 'rot,{self.inner.spec()}'")
-        rotation = TensorSpec((shape[1], shape[1]), PRECISIONS[self.precision][1], shared=self.trained)
-        return {"rotation": rotation, **nest("inner", self.inner.layout(shape))}
+        return {"rotation": TensorSpec((shape[1], shape[1]), PRECISIONS[self.precision][1], shared=self.trained)}
 
     def train(self, samples: Iterable[Tensor], *, seed: int = 0) -> Tables:
         """Learn the shared rotation from the samples, if it is one, then train the inner codec on rotated samples."""
@@ -101,38 +96,36 @@ class LearnedRotation(Codec):
             tables = self.inner.train([_rotate(sample, rotation) for sample in kept], seed=seed)
             return {"rotation": rotation, **nest_tensors("inner", tables)}
 
-    def search(self, matrix: Tensor, how: Search) -> Encoded:
-        """Learn the rotation, round it as it is stored, then encode the rotated matrix with the inner codec."""
-        shape = shape_of(matrix)
-        layout = self.layout(shape)
+    def change(self, matrix: Tensor, how: Search) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Learn the rotation, or take the shared one, round it as it is stored, and rotate."""
         if not self.trained:
             rotation = self._learn([matrix], how)
         elif "rotation" not in how.tables:
             raise CodecConfigError(f"codec '{self.spec()}' needs its shared rotation: tables=codec.train(samples)")
         else:
             rotation = how.tables["rotation"].to(matrix.device)
-        if tuple(rotation.shape) != layout["rotation"].shape:
+        if rotation.shape[0] != matrix.shape[1]:
             raise CodecConfigError(f"codec '{self.spec()}': the rotation was trained on a width of "
-                                   f"{rotation.shape[0]}, the matrix has {shape[1]}")
-        encoded = self.inner.search(_rotate(matrix, rotation), _carried(how, rotation))
-        return Encoded(self, shape, {"rotation": rotation, **nest_tensors("inner", encoded.tensors)})
+                                   f"{rotation.shape[0]}, the matrix has {matrix.shape[1]}")
+        return _rotate(matrix, rotation), {"rotation": rotation}
 
-    def decode(self, encoded: Encoded) -> Tensor:
-        """Decode the inner matrix and rotate it back, by blocks."""
-        out = self.inner.decode(self._child(encoded))
-        rotation = encoded.tensors["rotation"].to(torch.float32)
-        for block in row_blocks(encoded.shape):
-            out[block] = out[block] @ rotation
-        return out
+    def carry(self, how: Search, own: Mapping[str, Tensor]) -> Search:
+        """Return the inner search: its Hessian is `R H Rᵀ`."""
+        inner = super().carry(how, own)
+        if how.hessian is None:
+            return inner
+        wide = own["rotation"].to(torch.float32)
+        return dataclasses.replace(inner, hessian=wide @ how.hessian.to(torch.float32) @ wide.T)
 
-    def decode_rows(self, encoded: Encoded, rows: Rows) -> Tensor:
-        """Decode inner rows and rotate them back."""
-        return self.inner.decode_rows(self._child(encoded), rows) @ encoded.tensors["rotation"].to(torch.float32)
+    def undo(self, inner: Tensor, encoded: Encoded, rows: Rows) -> Tensor:
+        """Rotate rows back."""
+        del rows
+        return inner @ encoded.tensors["rotation"].to(torch.float32)
 
     def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
         """Rotate the activations and multiply by the inner matrix."""
         rotated = x.to(torch.float32) @ encoded.tensors["rotation"].to(torch.float32).T
-        return self.inner.matmul(self._child(encoded), rotated).to(x.dtype)
+        return self.inner.matmul(self.child(encoded), rotated).to(x.dtype)
 
     def spec(self) -> str:
         """Return for example `opq,pq4x256`, `opqf32,pq4x256` or `opqt,pq4x256t` (shared rotation and codebooks)."""
@@ -142,9 +135,6 @@ class LearnedRotation(Codec):
     def from_spec(cls, match: re.Match[str], parts: Sequence[Codec]) -> Codec:
         """Parse `opq` strings; see `spec`."""
         return cls(parts[0], "fp32" if match["precision"] else "fp16", bool(match["trained"]))
-
-    def _child(self, encoded: Encoded) -> Encoded:
-        return encoded.child("inner", self.inner, encoded.shape)
 
     def _learn(self, samples: Sequence[Tensor], how: Search, *, train: bool = False) -> Tensor:
         """Return the rotation, as stored, that leaves the least squared error, unweighted, after any round.
@@ -202,12 +192,3 @@ def _rotate(matrix: Tensor, rotation: Tensor) -> Tensor:
         if not bool(torch.isfinite(out[block]).all()):
             raise NonFiniteError("the rotated matrix overflows float32; scale the matrix down before encoding")
     return out
-
-
-def _carried(how: Search, rotation: Tensor) -> Search:
-    """Return the inner search: its Hessian is `R H Rᵀ`."""
-    inner = how.inner("inner")
-    if how.hessian is None:
-        return inner
-    wide = rotation.to(torch.float32)
-    return dataclasses.replace(inner, hessian=wide @ how.hessian.to(torch.float32) @ wide.T)

@@ -8,27 +8,27 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
-from tersor.contract.codec import Codec, Encoded, Search
-from tersor.contract.nesting import nest, nest_tensors
+from tersor.contract.codec import Codec, Encoded, Search, Traits
+from tersor.contract.coordinates import Coordinates
+from tersor.contract.rotating import MultipliesRotated
+from tersor.contract.wrapper import Wrapped
 from tersor.errors import CodecConfigError
-from tersor.numerics.linalg import single_thread
 from tersor.numerics.rotation import Rotation
 from tersor.ops.hadamard import SEEDS, hadamard
-from tersor.payload.blocks import Rows, Shape, Tables, row_blocks, shape_of
-from tersor.payload.layout import Layout
+from tersor.payload.blocks import Rows, row_blocks, shape_of
 
 SIDES = {"in": "rot", "out": "rotout", "both": "rotboth"}
 
 
 @final
 @dataclasses.dataclass(frozen=True)
-class Rotated(Codec):
+class Rotated(Wrapped):
     """`W = R_outᵀ inner R_in` with either rotation, or both.
 
     Parameters
@@ -41,47 +41,55 @@ class Rotated(Codec):
         Seed of the rotations; a field, because decoding regenerates them.
     """
 
-    inner: Codec
     side: str = "in"
     seed: int = 0
 
     id: ClassVar[str] = "rotated"
     grammar: ClassVar[str] = r"rot(?P<side>out|both)?(?:@(?P<seed>\d+))?,"
+    examples: ClassVar[tuple[str, ...]] = ("rot,lm3", "rotout,lm2", "rotboth@7,lm2", "rot,rtn2g64",
+                                           "rotboth,rotout@3,lm2", "rot,rows3(lm3;lm2)", "rot,pq2x4mt", "rot,sym16o",
+                                           "rot,kashin2lv", "rotboth,lr2(al20;al21)", "rot,klt3")
 
     def __post_init__(self) -> None:
-        if not isinstance(self.inner, Codec):
-            raise CodecConfigError(f"rotated: inner must be a codec, found {self.inner!r}")
+        super().__post_init__()
         if self.side not in SIDES:
             raise CodecConfigError(f"rotated: side must be one of {sorted(SIDES)}, found {self.side!r}")
         if not isinstance(self.seed, int) or self.seed < 0:
             raise CodecConfigError(f"rotated: seed must be an integer >= 0, found {self.seed!r}")
 
-    def children(self) -> Mapping[str, Codec]:
-        """Return the inner codec."""
-        return {"inner": self.inner}
+    def traits(self) -> Traits:
+        """Return the inner codec's, and whether a rotation of the outputs mixes rows."""
+        passed_on = super().traits()
+        return dataclasses.replace(passed_on, mixes_rows=passed_on.mixes_rows or self.side != "in")
 
-    def layout(self, shape: Shape) -> Layout:
-        """Return the inner codec's layout under `inner/`."""
-        return nest("inner", self.inner.layout(shape))
+    def change(self, matrix: Tensor, how: Search) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Rotate; nothing is stored, because decoding regenerates the rotation."""
+        del how
+        shape = shape_of(matrix)
+        out = torch.empty(shape, dtype=torch.float32, device=matrix.device)
+        for block in row_blocks(shape):
+            part = matrix[block].to(torch.float32)
+            out[block] = part if self.side == "out" else self._in(shape[1]).forward(part)
+        if self.side != "in":
+            for block in row_blocks((shape[1], shape[0])):
+                out[:, block] = self._out(shape[0]).forward(out[:, block].T.contiguous()).T
+        return out, {}
 
-    def train(self, samples: Iterable[Tensor], *, seed: int = 0) -> Tables:
-        """Train the inner codec on rotated samples."""
-        with single_thread(), torch.no_grad():
-            return nest_tensors("inner", self.inner.train((self._rotate(s) for s in samples), seed=seed))
+    def carry(self, how: Search, own: Mapping[str, Tensor]) -> Search:
+        """Rotate the Hessian, which belongs to the inputs."""
+        inner = super().carry(how, own)
+        if how.hessian is None or self.side == "out":
+            return inner
+        return dataclasses.replace(inner, hessian=self._in(how.hessian.shape[0]).conjugate(how.hessian))
 
-    def search(self, matrix: Tensor, how: Search) -> Encoded:
-        """Rotate matrix and Hessian, then encode with the inner codec."""
-        hessian = how.hessian
-        if hessian is not None and self.side != "out":
-            hessian = self._in(matrix.shape[1]).conjugate(hessian)
-        inner = how.inner("inner")
-        inner = dataclasses.replace(inner, hessian=hessian)
-        encoded = self.inner.search(self._rotate(matrix), inner)
-        return Encoded(self, shape_of(matrix), nest_tensors("inner", encoded.tensors))
+    def undo(self, inner: Tensor, encoded: Encoded, rows: Rows) -> Tensor:
+        """Rotate rows back; for rotated inputs."""
+        del rows
+        return hadamard(inner, self._in(encoded.shape[1]), inverse=True)
 
     def decode(self, encoded: Encoded) -> Tensor:
         """Decode the inner matrix and rotate it back, by blocks."""
-        out = self.inner.decode(self._child(encoded))
+        out = self.inner.decode(self.child(encoded))
         if self.side != "out":
             rotation = self._in(encoded.shape[1])
             for block in row_blocks(encoded.shape):
@@ -94,33 +102,13 @@ class Rotated(Codec):
 
     def decode_rows(self, encoded: Encoded, rows: Rows) -> Tensor:
         """Decode rows alone when rotated on the input side only; else decode all and choose."""
-        if self.side != "in":
-            return self.decode(encoded)[rows]
-        turned = self.inner.decode_rows(self._child(encoded), rows)
-        return hadamard(turned, self._in(encoded.shape[1]), inverse=True)
+        return super().decode_rows(encoded, rows) if self.side == "in" else self.decode(encoded)[rows]
 
-    def coordinates(self, encoded: Encoded, rows: Rows) -> Tensor:
+    def coordinates(self, encoded: Encoded) -> Coordinates:
         """Return the inner codec's coordinates, never rotated back; decoded rows where outputs are rotated."""
         if self.side != "in":
-            return self.decode_rows(encoded, rows)
-        return self.inner.coordinates(self._child(encoded), rows)
-
-    def into(self, encoded: Encoded, x: Tensor) -> Tensor:
-        """Rotate."""
-        if self.side != "in":
-            return x
-        return self.inner.into(self._child(encoded), self._in(encoded.shape[1]).forward(x))
-
-    def out_of(self, encoded: Encoded, y: Tensor) -> Tensor:
-        """Rotate back."""
-        if self.side != "in":
-            return y
-        return self._in(encoded.shape[1]).inverse(self.inner.out_of(self._child(encoded), y))
-
-    def offset(self, encoded: Encoded) -> Tensor | None:
-        """Return the inner codec's offset, rotated back."""
-        inner = self.inner.offset(self._child(encoded)) if self.side == "in" else None
-        return None if inner is None else self._in(encoded.shape[1]).inverse(inner)
+            return super().coordinates(encoded)
+        return _Turned(encoded, self.inner.coordinates(self.child(encoded)), self._in(encoded.shape[1]))
 
     def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
         """Rotate the activations, multiply by the inner matrix, rotate the outputs back.
@@ -128,8 +116,9 @@ class Rotated(Codec):
         The inner codec sees float32; on CUDA vectors of 16 bits keep theirs, which its kernels multiply faster.
         """
         kind = x.dtype if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) else torch.float32
-        turn, child = self._in(encoded.shape[1]), self._child(encoded)
-        y = self.inner.matmul_rotated(child, x, turn.seed) if self.side != "out" and turn.seed < SEEDS else None
+        turn, child, y = self._in(encoded.shape[1]), self.child(encoded), None
+        if isinstance(self.inner, MultipliesRotated) and self.side != "out" and turn.seed < SEEDS:
+            y = self.inner.matmul_rotated(child, x, turn.seed)
         if y is None:
             y = self.inner.matmul(child, x.to(kind) if self.side == "out" else hadamard(x, turn, dtype=kind))
         if self.side != "in":
@@ -151,16 +140,27 @@ class Rotated(Codec):
     def _out(self, width: int) -> Rotation:
         return Rotation(width, 2 * self.seed + 1)
 
-    def _child(self, encoded: Encoded) -> Encoded:
-        return encoded.child("inner", self.inner, encoded.shape)
 
-    def _rotate(self, matrix: Tensor) -> Tensor:
-        shape = shape_of(matrix)
-        out = torch.empty(shape, dtype=torch.float32, device=matrix.device)
-        for block in row_blocks(shape):
-            part = matrix[block].to(torch.float32)
-            out[block] = part if self.side == "out" else self._in(shape[1]).forward(part)
-        if self.side != "in":
-            for block in row_blocks((shape[1], shape[0])):
-                out[:, block] = self._out(shape[0]).forward(out[:, block].T.contiguous()).T
-        return out
+class _Turned(Coordinates):
+    """The coordinates of the inner matrix, met by rotated vectors."""
+
+    def __init__(self, encoded: Encoded, inner: Coordinates, rotation: Rotation) -> None:
+        super().__init__(encoded)
+        self._inner, self._rotation = inner, rotation
+
+    def rows(self, rows: Rows) -> Tensor:
+        """Return the inner coordinates."""
+        return self._inner.rows(rows)
+
+    def into(self, x: Tensor) -> Tensor:
+        """Rotate."""
+        return self._inner.into(self._rotation.forward(x))
+
+    def out_of(self, y: Tensor) -> Tensor:
+        """Rotate back."""
+        return self._rotation.inverse(self._inner.out_of(y))
+
+    def offset(self) -> Tensor | None:
+        """Return the inner offset, rotated back."""
+        inner = self._inner.offset()
+        return None if inner is None else self._rotation.inverse(inner)

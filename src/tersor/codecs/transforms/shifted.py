@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
-from tersor.contract.codec import Codec, Encoded, Search
-from tersor.contract.nesting import nest, nest_tensors
-from tersor.errors import CodecConfigError
-from tersor.payload.blocks import Rows, Shape, Tables, row_blocks
+from tersor.contract.codec import Encoded, Search
+from tersor.contract.wrapper import Wrapped
+from tersor.payload.blocks import Rows, Shape
 from tersor.payload.layout import Layout, TensorSpec
 
 SUM_FLOATS = 1 << 20  # numbers summed at a time; fixed, because the order of a sum may show in its last bit
@@ -26,36 +24,32 @@ DEGENERATE = 1e-12  # share of the decoded energy beyond its mean, below which r
 
 @final
 @dataclasses.dataclass(frozen=True)
-class Shifted(Codec):
+class Shifted(Wrapped):
     """`W = α inner + β`, two fp32 numbers a matrix, by least squares on the decoded inner matrix.
 
     Under a Hessian the squares are weighed by it. Where the inner matrix is constant, α is 1 and β the mean left over.
 
-    Parameters
-    ----------
-    inner : Codec
     """
-
-    inner: Codec
 
     id: ClassVar[str] = "shifted"
     grammar: ClassVar[str] = r"ns,"
+    examples: ClassVar[tuple[str, ...]] = ("ns,mm1", "ns,lm2", "ns,lr2(mm4;mm8)")
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.inner, Codec):
-            raise CodecConfigError(f"shifted: inner must be a codec, found {self.inner!r}")
+    def own(self, shape: Shape) -> Layout:
+        """Return `affine`, which is α and β."""
+        del shape
+        return {"affine": TensorSpec((2,), torch.float32)}
 
-    def children(self) -> Mapping[str, Codec]:
-        """Return the inner codec."""
-        return {"inner": self.inner}
+    def change(self, matrix: Tensor, how: Search) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Leave the matrix as it is; α and β follow from what the inner codec makes of it."""
+        del how
+        return matrix, {}
 
-    def layout(self, shape: Shape) -> Layout:
-        """Return `affine`, which is α and β, and the inner codec's layout under `inner/`."""
-        return {"affine": TensorSpec((2,), torch.float32), **nest("inner", self.inner.layout(shape))}
-
-    def train(self, samples: Iterable[Tensor], *, seed: int = 0) -> Tables:
-        """Train the inner codec."""
-        return nest_tensors("inner", self.inner.train(samples, seed=seed))
+    def undo(self, inner: Tensor, encoded: Encoded, rows: Rows) -> Tensor:
+        """Scale and shift."""
+        del rows
+        factor, shift = encoded.tensors["affine"]
+        return inner * factor + shift
 
     def search(self, matrix: Tensor, how: Search) -> Encoded:
         """Encode with the inner codec, then fit α and β."""
@@ -64,42 +58,18 @@ class Shifted(Codec):
     def around(self, inner: Encoded, matrix: Tensor, hessian: Tensor | None = None) -> Encoded:
         """Return the encoded matrix made of `inner` and the α and β that fit it to `matrix` (out, in) best."""
         affine = torch.tensor(fit(matrix, inner.decode(), hessian), dtype=torch.float32, device=matrix.device)
-        return Encoded(self, inner.shape, {"affine": affine, **nest_tensors("inner", inner.tensors)})
-
-    def decode(self, encoded: Encoded) -> Tensor:
-        """Decode the inner matrix, then scale and shift, by blocks."""
-        out = self.inner.decode(self._child(encoded))
-        for block in row_blocks(encoded.shape):
-            out[block] = self._apply(out[block], encoded)
-        return out
-
-    def decode_rows(self, encoded: Encoded, rows: Rows) -> Tensor:
-        """Decode inner rows, then scale and shift."""
-        return self._apply(self.inner.decode_rows(self._child(encoded), rows), encoded)
+        return self.close({"affine": affine}, inner)
 
     def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
         """Return α times the inner product, plus β times the sum of the activations."""
         factor, shift = encoded.tensors["affine"]
         wide = x.to(torch.float32)
-        product = self.inner.matmul(self._child(encoded), wide)
+        product = self.inner.matmul(self.child(encoded), wide)
         return (product * factor + wide.sum(-1, keepdim=True) * shift).to(x.dtype)
 
     def spec(self) -> str:
         """Return for example `ns,lr64(mm8;mm8)`."""
         return f"ns,{self.inner.spec()}"
-
-    @classmethod
-    def from_spec(cls, match: re.Match[str], parts: Sequence[Codec]) -> Codec:
-        """Parse `ns,…`."""
-        del match
-        return cls(parts[0])
-
-    def _child(self, encoded: Encoded) -> Encoded:
-        return encoded.child("inner", self.inner, encoded.shape)
-
-    def _apply(self, rows: Tensor, encoded: Encoded) -> Tensor:
-        factor, shift = encoded.tensors["affine"]
-        return rows * factor + shift
 
 
 def fit(matrix: Tensor, decoded: Tensor, hessian: Tensor | None = None) -> tuple[float, float]:

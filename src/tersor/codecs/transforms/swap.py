@@ -8,27 +8,26 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
 from tersor.codecs.vector.product import Product
-from tersor.contract.codec import Codec, Encoded, Search, matmul_by_blocks
-from tersor.contract.nesting import nest, nest_tensors
+from tersor.contract.codec import Codec, Encoded, Search
+from tersor.contract.wrapper import Wrapped
 from tersor.errors import CodecConfigError
-from tersor.numerics.linalg import single_thread
 from tersor.ops.product_linear import product_linear
 from tersor.ops.product_linear.reference import unswap
 from tersor.payload import codes, packing
-from tersor.payload.blocks import Rows, Shape, Tables, row_blocks, shape_of
+from tersor.payload.blocks import Rows, Shape, row_blocks, shape_of
 from tersor.payload.layout import Layout, TensorSpec
 
 
 @final
 @dataclasses.dataclass(frozen=True)
-class Swap(Codec):
+class Swap(Wrapped):
     """`layers` of swaps, then the inner codec; `layers / 2` bits per element for the masks.
 
     Parameters
@@ -39,24 +38,19 @@ class Swap(Codec):
         `2**layers` elements first, their maxima last.
     """
 
-    inner: Codec
     layers: int
 
     id: ClassVar[str] = "swap"
     grammar: ClassVar[str] = r"swap(?P<layers>\d{1,9}),"
+    examples: ClassVar[tuple[str, ...]] = ("swap1,lm3", "swap2,pq2x3", "swap1,rows2(lm3;lm2)")
 
     def __post_init__(self) -> None:
-        if not isinstance(self.inner, Codec):
-            raise CodecConfigError(f"swap: inner must be a codec, found {self.inner!r}")
+        super().__post_init__()
         if not isinstance(self.layers, int) or self.layers < 1:
             raise CodecConfigError(f"swap: layers must be a positive integer, found {self.layers!r}")
 
-    def children(self) -> Mapping[str, Codec]:
-        """Return the inner codec."""
-        return {"inner": self.inner}
-
-    def layout(self, shape: Shape) -> Layout:
-        """Return the packed `mask`, a row after the other, and the inner codec's layout under `inner/`.
+    def own(self, shape: Shape) -> Layout:
+        """Return the packed `mask`, a row after the other.
 
         Raises
         ------
@@ -67,32 +61,27 @@ class Swap(Codec):
         if self.layers > most:
             raise CodecConfigError(f"codec '{self.spec()}': {self.layers} layers of swaps need a width divisible by "
                                    f"2**{self.layers}; a width of {shape[1]} admits at most {most}")
-        mask = TensorSpec((shape[0], self.layers, shape[1] // 2), levels=2)
-        return {"mask": mask, **nest("inner", self.inner.layout(shape))}
+        return {"mask": TensorSpec((shape[0], self.layers, shape[1] // 2), levels=2)}
 
-    def train(self, samples: Iterable[Tensor], *, seed: int = 0) -> Tables:
-        """Train the inner codec on swapped samples."""
-        with single_thread(), torch.no_grad():
-            return nest_tensors("inner", self.inner.train((self._swap(s)[0] for s in samples), seed=seed))
-
-    def search(self, matrix: Tensor, how: Search) -> Encoded:
-        """Swap, then encode with the inner codec; without the Hessian, as every row has its own order of inputs."""
+    def change(self, matrix: Tensor, how: Search) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Swap; the masks say which pairs were."""
+        del how
         shape = shape_of(matrix)
-        self.layout(shape)
-        swapped, mask = self._swap(matrix)
-        encoded = self.inner.search(swapped, dataclasses.replace(how.inner("inner"), hessian=None))
-        return Encoded(self, shape, {"mask": packing.pack(mask, 2), **nest_tensors("inner", encoded.tensors)})
+        out = torch.empty(shape, dtype=torch.float32, device=matrix.device)
+        mask = torch.empty(shape[0], self.layers, shape[1] // 2, dtype=torch.uint8, device=matrix.device)
+        for block in row_blocks(shape):
+            out[block], mask[block] = swap(matrix[block].to(torch.float32), self.layers)
+        return out, {"mask": packing.pack(mask, 2)}
 
-    def decode(self, encoded: Encoded) -> Tensor:
-        """Decode the inner matrix and undo the swaps, by blocks."""
-        out = self.inner.decode(self._child(encoded))
-        for block in row_blocks(encoded.shape):
-            out[block] = unswap(out[block], self._mask(encoded, block))
-        return out
+    def carry(self, how: Search, own: Mapping[str, Tensor]) -> Search:
+        """Leave the Hessian behind, as every row has its own order of inputs."""
+        return dataclasses.replace(super().carry(how, own), hessian=None)
 
-    def decode_rows(self, encoded: Encoded, rows: Rows) -> Tensor:
-        """Decode inner rows and undo their swaps."""
-        return unswap(self.inner.decode_rows(self._child(encoded), rows), self._mask(encoded, rows))
+    def undo(self, inner: Tensor, encoded: Encoded, rows: Rows) -> Tensor:
+        """Undo the swaps of rows."""
+        half = encoded.shape[1] // 2
+        flat = codes.read(encoded.tensors["mask"], (encoded.shape[0], self.layers * half), 2, rows)
+        return unswap(inner, flat.reshape(-1, self.layers, half) == 1)
 
     def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
         """Multiply block by block in float32: each row has its own order, so products cannot be looked up.
@@ -100,9 +89,9 @@ class Swap(Codec):
         A product codec's codewords are swapped back as they are found.
         """
         if isinstance(self.inner, Product):
-            tensors = self._child(encoded).tensors
+            tensors = self.child(encoded).tensors
             return product_linear(x, self.inner.payload(tensors, encoded.shape, encoded.tensors["mask"], self.layers))
-        return matmul_by_blocks(self, encoded, x)
+        return super().matmul(encoded, x)
 
     def spec(self) -> str:
         """Return for example `swap3,pq4x256`."""
@@ -112,24 +101,6 @@ class Swap(Codec):
     def from_spec(cls, match: re.Match[str], parts: Sequence[Codec]) -> Codec:
         """Parse `swap` strings; see `spec`."""
         return cls(parts[0], int(match["layers"]))
-
-    def _child(self, encoded: Encoded) -> Encoded:
-        return encoded.child("inner", self.inner, encoded.shape)
-
-    def _mask(self, encoded: Encoded, rows: Rows) -> Tensor:
-        """Return the masks of `rows`, bool (k, layers, in / 2)."""
-        half = encoded.shape[1] // 2
-        flat = codes.read(encoded.tensors["mask"], (encoded.shape[0], self.layers * half), 2, rows)
-        return flat.reshape(-1, self.layers, half) == 1
-
-    def _swap(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the swapped matrix, float32 (out, in), and its masks, uint8 (out, layers, in / 2)."""
-        shape = shape_of(matrix)
-        out = torch.empty(shape, dtype=torch.float32, device=matrix.device)
-        mask = torch.empty(shape[0], self.layers, shape[1] // 2, dtype=torch.uint8, device=matrix.device)
-        for block in row_blocks(shape):
-            out[block], mask[block] = swap(matrix[block].to(torch.float32), self.layers)
-        return out, mask
 
 
 def swap(rows: Tensor, layers: int) -> tuple[Tensor, Tensor]:

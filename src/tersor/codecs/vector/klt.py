@@ -28,7 +28,8 @@ from tersor.codecs.vector.components import (
     water_fill,
     words_of,
 )
-from tersor.contract.codec import Codec, Encoded, Search, matmul_by_blocks
+from tersor.contract.codec import Codec, Encoded, Search, Traits
+from tersor.contract.coordinates import Coordinates
 from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
 from tersor.numerics.kmeans import assign
 from tersor.numerics.linalg import single_thread
@@ -64,6 +65,7 @@ class Klt(Codec):
 
     id: ClassVar[str] = "klt"
     grammar: ClassVar[str] = r"klt(?P<bytes>\d{1,6})(?P<sized>s?)(?:h(?P<heads>\d{1,6})x(?P<block>\d{1,9}))?"
+    examples: ClassVar[tuple[str, ...]] = ("klt3", "klt4h2x5", "klt4sh2x5")
 
     def __post_init__(self) -> None:
         for name in ("row_bytes", "heads", "block"):
@@ -75,10 +77,9 @@ class Klt(Codec):
         if self.heads == 1 and self.block != 1:
             raise CodecConfigError(f"klt: with one head, block must be 1, found {self.block}")
 
-    @property
-    def runs(self) -> Shape | None:
-        """(heads, block), or None with one head; see `Codec`."""
-        return (self.heads, self.block) if self.heads > 1 else None
+    def traits(self) -> Traits:
+        """Return that runs of `block` rows are of different heads, where there are several."""
+        return Traits(runs=(self.heads, self.block) if self.heads > 1 else None)
 
     def layout(self, shape: Shape) -> Layout:
         """Return `codes` and the shared `mean`, `basis`, `scale`, `parts` (components of each byte) and `words`.
@@ -179,8 +180,8 @@ class Klt(Codec):
 
     def decode_rows(self, encoded: Encoded, rows: Rows) -> Tensor:
         """Return the components' sums of basis vectors, and the mean."""
-        found = self.coordinates(encoded, rows)
-        maps, mean = self._maps(encoded), encoded.tensors["mean"]
+        found = self.coordinates(encoded).rows(rows)
+        maps, mean = _book(encoded.tensors).maps, encoded.tensors["mean"]
         if self.heads == 1:
             return torch.addmm(mean[0], found, maps[0])
         period = self.heads * self.block
@@ -194,27 +195,9 @@ class Klt(Codec):
             out[mine] = torch.addmm(mean[h], found[mine], maps[h])
         return out
 
-    def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
-        """Multiply block by block in float32."""
-        return matmul_by_blocks(self, encoded, x)
-
-    def coordinates(self, encoded: Encoded, rows: Rows) -> Tensor:
-        """Return the codewords, padded to quads: (k, n)."""
-        codes = encoded.tensors["codes"][rows]
-        found = _book(encoded.tensors).decode(codes[:, : self._words])
-        return found.mul_(sizes(codes[:, self._words]).unsqueeze(1)) if self.sized else found
-
-    def into(self, encoded: Encoded, x: Tensor) -> Tensor:
-        """Multiply by every head's scaled basis: (..., heads, q, in) to (..., heads, q, n)."""
-        return x @ self._maps(encoded).mT
-
-    def out_of(self, encoded: Encoded, y: Tensor) -> Tensor:
-        """Multiply by every head's scaled basis: (..., heads, q, n) to (..., heads, q, in)."""
-        return y @ self._maps(encoded)
-
-    def offset(self, encoded: Encoded) -> Tensor | None:
-        """Return the means, (heads, 1, in)."""
-        return encoded.tensors["mean"].unsqueeze(1)
+    def coordinates(self, encoded: Encoded) -> Coordinates:
+        """Return the codewords, padded to quads."""
+        return _Words(self, encoded)
 
     def spec(self) -> str:
         """Return for example `klt16`, `klt16s` (sized), or `klt16h3x128`: 3 heads in runs of 128 rows."""
@@ -240,10 +223,6 @@ class Klt(Codec):
         index = torch.arange(rows.start, rows.stop, device=device) if isinstance(rows, slice) else rows.to(device)
         return index // self.block % self.heads
 
-    def _maps(self, encoded: Encoded) -> Tensor:
-        """Return (heads, n, in): what coordinates are multiplied by; rows of zeros for padding."""
-        return _book(encoded.tensors).maps
-
     def _collect(self, samples: list[Tensor], weights: list[Tensor] | None) -> tuple[list[Tensor], list[Tensor]]:
         """Return all rows of each head, and their weights, float64."""
         widths = {sample.shape[1] for sample in samples}
@@ -261,6 +240,33 @@ class Klt(Codec):
             if not bool(torch.isfinite(rows[-1]).all() and torch.isfinite(mass[-1]).all()):
                 raise NonFiniteError(f"codec '{self.spec()}': samples or weights hold NaN or infinity")
         return rows, mass
+
+
+class _Words(Coordinates):
+    """Codewords as coordinates: vectors meet the scaled basis of their head, and rows add its mean."""
+
+    def __init__(self, codec: Klt, encoded: Encoded) -> None:
+        super().__init__(encoded)
+        self._codec, self._book = codec, _book(encoded.tensors)
+
+    def rows(self, rows: Rows) -> Tensor:
+        """Return the codewords, (k, n)."""
+        words = self._codec.row_bytes - self._codec.sized
+        codes = self.encoded.tensors["codes"][rows]
+        found = self._book.decode(codes[:, :words])
+        return found.mul_(sizes(codes[:, words]).unsqueeze(1)) if self._codec.sized else found
+
+    def into(self, x: Tensor) -> Tensor:
+        """Multiply by every head's scaled basis: (..., heads, q, in) to (..., heads, q, n)."""
+        return x @ self._book.maps.mT
+
+    def out_of(self, y: Tensor) -> Tensor:
+        """Multiply by every head's scaled basis: (..., heads, q, n) to (..., heads, q, in)."""
+        return y @ self._book.maps
+
+    def offset(self) -> Tensor | None:
+        """Return the means, (heads, 1, in)."""
+        return self.encoded.tensors["mean"].unsqueeze(1)
 
 
 class _Book:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
-from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search
+from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, Traits
 from tersor.contract.feedback import encode_with_feedback
 from tersor.errors import CodecConfigError, NonFiniteError
 from tersor.numerics.kmeans import ITERATIONS, assign, exponent_of, kmeans, times_power
@@ -68,6 +68,8 @@ class Product(Codec):
     id: ClassVar[str] = "product"
     grammar: ClassVar[str] = (r"pq(?P<dim>\d{1,9})x(?P<words>\d{1,9})(?:(?P<fp32>f32)|b(?P<bits>\d{1,2}))?"
                               r"(?P<scope>m)?(?P<trained>t)?")
+    examples: ClassVar[tuple[str, ...]] = ("pq2x4", "pq2x5b10m", "pq1x3f32", "pq2x4t")
+    own_traits: ClassVar[Traits] = Traits(column_wise=True)
     own_options: ClassVar[frozenset[str]] = frozenset({"iterations", "init", "samples", "batch", "engine", "feedback"})
 
     def __post_init__(self) -> None:
@@ -109,14 +111,9 @@ class Product(Codec):
 
     def search(self, matrix: Tensor, how: Search) -> Encoded:
         """Fit codebooks, round them as they are stored, then take the nearest codewords."""
-        if how.hessian is not None and how.options.get("feedback", False):
-            return encode_with_feedback(self.columns(matrix, how), matrix, how.hessian)
+        if how.feedback is not None:
+            return encode_with_feedback(self.columns(matrix, how), matrix, how.feedback)
         return self._encoder(matrix, how).run(matrix)
-
-    @property
-    def column_wise(self) -> bool:
-        """True."""
-        return True
 
     def columns(self, matrix: Tensor, how: Search) -> ColumnEncoder:
         """Return a column encoder, `dim` columns wide, with codebooks fitted on `matrix`."""

@@ -17,12 +17,13 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from tersor.codecs.scalar.lloyd_max import gaussian_table, midpoints, nearest
+from tersor.codecs.scalar.lloyd_max import gaussian_table
 from tersor.codecs.vector import orbits
 from tersor.codecs.vector.orbits import DIM, Orbits
-from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, matmul_by_blocks
+from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, Traits
 from tersor.contract.feedback import encode_with_feedback
 from tersor.errors import CodecConfigError
+from tersor.numerics.lloyd import midpoints, nearest
 from tersor.payload import codes, packing
 from tersor.payload.blocks import Rows, Shape, row_blocks, shape_of
 from tersor.payload.layout import Layout, TensorSpec
@@ -69,6 +70,8 @@ class Symmetric(Codec):
 
     id: ClassVar[str] = "symmetric"
     grammar: ClassVar[str] = r"sym(?P<bits>\d+)(?P<fitted>f?)(?P<scale>[cm]?)(?P<axis>o?)"
+    examples: ClassVar[tuple[str, ...]] = ("sym16", "sym12f", "sym24co", "sym20m")
+    own_traits: ClassVar[Traits] = Traits(column_wise=True)
     own_options: ClassVar[frozenset[str]] = frozenset({"refits", "feedback"})
 
     def __post_init__(self) -> None:
@@ -98,14 +101,9 @@ class Symmetric(Codec):
 
     def search(self, matrix: Tensor, how: Search) -> Encoded:
         """Fit scales and leaders, then take the nearest words; with error feedback when asked for."""
-        if how.hessian is not None and how.options.get("feedback", False):
-            return encode_with_feedback(self.columns(matrix, how), matrix, how.hessian)
+        if how.feedback is not None:
+            return encode_with_feedback(self.columns(matrix, how), matrix, how.feedback)
         return self._fit(matrix, how).close(self)
-
-    @property
-    def column_wise(self) -> bool:
-        """True."""
-        return True
 
     def columns(self, matrix: Tensor, how: Search) -> ColumnEncoder:
         """Return a column encoder with scales and leaders fitted on `matrix`."""
@@ -159,10 +157,6 @@ class Symmetric(Codec):
                                index[~inside] - whole)
             result[~inside] = self._tail_table(result)[found.to(torch.int32)]
         return result
-
-    def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
-        """Multiply block by block in float32."""
-        return matmul_by_blocks(self, encoded, x)
 
     def spec(self) -> str:
         """Return for example `sym16`, `sym24f` (fitted), `sym16m` (one scale), `sym16co` (column scales, along out)."""

@@ -1,4 +1,4 @@
-"""Collect `E[x xᵀ]` of every matrix's inputs by running calibration text through the dense model."""
+"""Stage 1: collect `E[x xᵀ]` of every matrix's inputs by running calibration text through the dense model."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from tersor.hf.compress import calibrate as calibrating
 from tersor.hf.compress.request import Progress, Sampling, no_progress
 from tersor.hf.compress.sensitivity import fisher_traces
 from tersor.hf.models.matrices import Matrix, walk
 from tersor.hf.models.source import Source, load_dense
-from tersor.hf.models.text import check_context, read_text, read_tokenizer, text_source, token_ids, windows
-from tersor.planning.calibration import Calibration, Moments
+from tersor.hf.models.text import read_ids, text_source, windows
+from tersor.planning.calibration import Calibration, MomentSum
 
 BATCH = 8
 SIBLINGS = 4  # inputs remembered while a batch runs: siblings follow one another, and inputs are large
@@ -35,7 +34,7 @@ class Collector:
     def __init__(self, model: PreTrainedModel) -> None:
         layout = walk(model)
         tied = {origin: target for target, origin in layout.tied.items()}
-        self.moments: dict[str, Moments] = {}
+        self.moments: dict[str, MomentSum] = {}
         self.mask: Tensor | None = None
         self._leader: dict[str, str] = {}
         self._seen: deque[tuple[Tensor, str]] = deque(maxlen=SIBLINGS)
@@ -66,7 +65,7 @@ class Collector:
         if self._leader[name] != name:
             return
         self._seen.append((x, name))
-        moments = self.moments.setdefault(name, Moments(matrix.shape[1], x.device))
+        moments = self.moments.setdefault(name, MomentSum(matrix.shape[1], x.device))
         rows = x.detach().reshape(-1, x.shape[-1])
         if self.mask is not None and self.mask.numel() == rows.shape[0]:
             rows = rows[self.mask.reshape(-1).bool()]
@@ -115,13 +114,11 @@ def collect(model: PreTrainedModel, batches: Iterator[tuple[Tensor, Tensor | Non
     return Calibration(collector.close(), tokens, source)
 
 
-def calibrate(source: Source, text: Path, output: Path, sampling: Sampling | None = None, *, device: str = "cpu",
-              progress: Progress = no_progress) -> Calibration:
+def run(source: Source, text: Path, output: Path, sampling: Sampling | None = None, *, device: str = "cpu",
+        progress: Progress = no_progress) -> Calibration:
     """Run calibration text through the dense model; write moments and Fisher traces to `output`."""
     how = sampling or Sampling()
-    check_context(source.config, how.context)
-    ids = token_ids(read_tokenizer(source.folder), read_text(text), how.context, how.tokens, str(text))
-    sequences = windows(ids, how.context)
+    sequences = windows(read_ids(source, text, how.context, how.tokens), how.context)
     chosen = sequences[:: max(1, sequences.numel() // how.fisher_tokens)] if how.fisher_tokens else sequences[:0]
     total = sequences.numel() + 3 * chosen.numel()
     done = 0
@@ -133,8 +130,8 @@ def calibrate(source: Source, text: Path, output: Path, sampling: Sampling | Non
 
     step(0)
     model = load_dense(source, device)
-    parts = ((batch, None) for batch in sequences.split(calibrating.BATCH))
-    result = calibrating.collect(model, parts, text_source(text), step)
+    parts = ((batch, None) for batch in sequences.split(BATCH))
+    result = collect(model, parts, text_source(text), step)
     if len(chosen):
         traces = fisher_traces(model, chosen, how.seed, lambda count: step(3 * count))
         result = dataclasses.replace(result, fisher=traces)

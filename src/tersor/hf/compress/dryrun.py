@@ -12,16 +12,17 @@ from tersor.hf.compress import survey
 from tersor.hf.compress.method import check_options, rungs
 from tersor.hf.compress.plan import least_error, predict
 from tersor.hf.compress.request import Request, budget_bytes, check_device, provenance
-from tersor.hf.compress.run import Settings
-from tersor.hf.compress.work import work_folder
+from tersor.hf.compress.run import CompressSettings
+from tersor.hf.compress.work import WorkFolder
 from tersor.hf.models.source import open_source
-from tersor.planning import plan as planning
+from tersor.planning.plan import check_weights
 
 _INTERPRETER = 600 * 10**6  # Python with torch and transformers
 _PASSES = {True: 3.0, False: 1.0}  # encode with feedback, and its measurement, in units of a plain trial
 
 
-def estimate(src: Path, output: Path, rate: float | None, size: int | None, settings: Settings) -> dict[str, Any]:
+def estimate(src: Path, output: Path, rate: float | None, size: int | None,
+             settings: CompressSettings) -> dict[str, Any]:
     """Encode the matrix of median size once and scale up; reads nothing else and writes no output.
 
     Returns
@@ -35,12 +36,12 @@ def estimate(src: Path, output: Path, rate: float | None, size: int | None, sett
     BudgetError
         If the budget cannot be met.
     """
-    source = open_source(src, work_folder(output) / "staged")
+    source = open_source(src, WorkFolder(output) / "staged")
     request = Request(budget_bytes(source, rate, size), settings.method, settings.seed, settings.options,
-                               settings.sensitivities)
+                      settings.sensitivities)
     check_device(settings.device)
     check_options(request)
-    planning.check_weights(list(source.layout.matrices), request.sensitivities)
+    check_weights(list(source.layout.matrices), request.sensitivities)
     if request.budget >= source.nbytes:
         return {"bytes": source.nbytes, "bytes_original": source.original_nbytes, "copied": True, "seconds": 0.0}
     matrices = sorted(source.layout.matrices.values(), key=lambda m: m.shape[0] * m.shape[1])
@@ -69,7 +70,7 @@ def estimate(src: Path, output: Path, rate: float | None, size: int | None, sett
             "seconds": surveying + encoding + forward}
 
 
-def _forward_seconds(elements: int, settings: Settings) -> float:
+def _forward_seconds(elements: int, settings: CompressSettings) -> float:
     """Scale a timed matrix product to the forward and backward passes of calibration and evaluation."""
     side = torch.ones(1024, 1024, device=settings.device)
     began = time.perf_counter()

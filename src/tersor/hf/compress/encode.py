@@ -16,12 +16,13 @@ from torch import Tensor
 from tersor import store
 from tersor.contract.codec import Codec, Encoded
 from tersor.errors import CorruptStoreError
-from tersor.files import save_tensors, whole
+from tersor.files import save_tensors
 from tersor.hf.compress.method import fixed_options
 from tersor.hf.compress.plan import check_plan, entries
 from tersor.hf.compress.request import Progress, Request, no_progress
-from tersor.hf.models.source import Source, hessian_of, read_matrix
-from tersor.planning.calibration import Calibration
+from tersor.hf.compress.work import WorkFolder
+from tersor.hf.models.source import Source, read_matrix
+from tersor.planning.calibration import Calibration, hessian_of
 from tersor.quality import measure
 
 
@@ -47,9 +48,8 @@ class Job:
     provenance: Mapping[str, Any]
 
 
-def encode(job: Job, work: Path, output: Path, *, device: str = "cpu",
-           progress: Progress = no_progress) -> dict[str, Any]:
-    """Encode one matrix at a time into `work`, then assemble the store at `output`; return the per-matrix report.
+def run(job: Job, work: WorkFolder, *, device: str = "cpu", progress: Progress = no_progress) -> dict[str, Any]:
+    """Encode one matrix at a time into the work folder, then write the store there as `output`; return the report.
 
     A killed run continues from the last finished matrix, and gives the same bytes as an unbroken one.
     """
@@ -68,7 +68,7 @@ def encode(job: Job, work: Path, output: Path, *, device: str = "cpu",
         stamp = _stamp(job.provenance, name, codec, options)
         found = _finished(files[name], stamp)
         if found is None:
-            dense, hessian = read_matrix(source, matrix, device), hessian_of(calibration, matrix, device)
+            dense, hessian = read_matrix(source, matrix, device), hessian_of(calibration, matrix.name, device)
             encoded, found = encode_matrix(dense, codec, hessian, request.seed, options, name)
             del dense
             _keep(files[name], encoded, stamp, found)
@@ -81,7 +81,8 @@ def encode(job: Job, work: Path, output: Path, *, device: str = "cpu",
     def payload(entry: store.Entry) -> Mapping[str, Tensor]:
         return {"": source.tensor(entry.name)} if entry.codec is None else read_payload(files[entry.name])
 
-    store.write(output, entries(source, picks), payload, kind="model", provenance=job.provenance,
+    shutil.rmtree(work / "output", ignore_errors=True)  # of a run that was killed before it was verified
+    store.write(work / "output", entries(source, picks), payload, kind="model", provenance=job.provenance,
                 files=companions)
     return report
 
@@ -127,9 +128,3 @@ def read_payload(file: Path) -> dict[str, Tensor]:
             return {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as error:
         raise CorruptStoreError(f"{file}: damaged work file; delete it and run again: {error}") from error
-
-
-def copy_dense(source: Source, output: Path) -> None:
-    """Copy the dense model as it is, for budgets that it already meets; atomic."""
-    with whole(output) as partial:
-        shutil.copytree(source.folder, partial)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,15 +11,14 @@ from tersor.errors import BudgetError, CodecConfigError
 from tersor.hf.compress.method import ladders, rungs
 from tersor.hf.compress.request import Request, provenance
 from tersor.hf.models.source import Source
-from tersor.planning import plan as planning
 from tersor.planning.calibration import Calibration
-from tersor.planning.plan import Choice
+from tersor.planning.plan import Choice, spend
 
 _SLACK = 64  # bytes kept back for the last digits of offsets
 
 
-def make_plan(source: Source, choices: Mapping[str, Sequence[Choice]], request: Request,
-              provenance: Mapping[str, Any]) -> dict[str, Codec]:
+def run(source: Source, choices: Mapping[str, Sequence[Choice]], request: Request,
+        provenance: Mapping[str, Any]) -> dict[str, Codec]:
     """Spend the budget: allocate rungs, then raise one matrix between two rungs with what is left over.
 
     Raises
@@ -35,9 +33,9 @@ def make_plan(source: Source, choices: Mapping[str, Sequence[Choice]], request: 
                                                             for n, c in picks.items())
         spare = request.budget - overhead - _SLACK
         try:
-            chosen = planning.allocate(choices, spare)
+            chosen = spend(choices, spare)
         except BudgetError as error:
-            raise least_error(source, request, math.ceil(error.least) + overhead + _SLACK) from error
+            raise least_error(source, request, (error.least_bytes or 0) + overhead + _SLACK) from error
         picks = {name: choice.codec for name, choice in chosen.items()}
         payload = sum(choice.nbytes for choice in chosen.values())
         if predict(source, picks, provenance) <= request.budget:
@@ -86,7 +84,7 @@ def entries(source: Source, picks: Mapping[str, Codec]) -> list[store.Entry]:
 
 
 def _dtype(source: Source, name: str) -> str:
-    return str(source.dtype(name)).removeprefix("torch.")
+    return str(source.dtypes[name]).removeprefix("torch.")
 
 
 def predict(source: Source, picks: Mapping[str, Codec], provenance: Mapping[str, Any]) -> int:
@@ -110,4 +108,4 @@ def least_error(source: Source, request: Request, least: int) -> BudgetError:
     asked = 8 * request.budget / source.elements
     return BudgetError(f"{request.budget} bytes ({asked:.4g} bits per parameter) are too few: "
                        f"'{request.method}' needs at least {least} bytes ({rate:.4g} bits per parameter) for this "
-                       "model", rate)
+                       "model", least)

@@ -84,7 +84,7 @@ def check_device(device: str) -> None:
 def provenance(source: Source, calibration: Calibration | None, request: Request, version: str) -> dict[str, Any]:
     """Return what the manifest says of how the model was made; no clocks, no paths."""
     seen = None if calibration is None else {"tokens": calibration.tokens, "source": calibration.source}
-    return {"tersor": version, "source_sha256": source.fingerprint(), "budget_bytes": request.budget,
+    return {"tersor": version, "source_sha256": source.fingerprint, "budget_bytes": request.budget,
             "method": request.method, "seed": request.seed, "options": dict(request.options), "calibration": seen}
 
 
@@ -97,10 +97,10 @@ def budget_bytes(source: Source, rate: float | None, size: int | None) -> int:
         Unless exactly one is given, and positive.
     """
     if (rate is None) == (size is None):
-        raise BudgetError("give either a rate or a size", 0.0)
+        raise BudgetError("give either a rate or a size")
     if rate is not None and not 0 < rate <= 64:
-        raise BudgetError(f"the rate must lie between 0 and 64 bits per parameter, found {rate}", 0.0)
+        raise BudgetError(f"the rate must lie between 0 and 64 bits per parameter, found {rate}")
     budget = size if size is not None else int((rate or 0.0) * source.elements / 8)
     if budget <= 0:
-        raise BudgetError(f"the budget must be positive, found {rate if size is None else size}", 0.0)
+        raise BudgetError(f"the budget must be positive, found {rate if size is None else size}")
     return budget

@@ -1,11 +1,9 @@
-"""Survey: what each rung of a ladder costs and saves on each matrix of a model."""
+"""Stage 2: what each rung of a ladder costs and saves on each matrix of a model."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,23 +11,22 @@ from typing import Any
 import torch
 
 from tersor.contract.codec import Codec
-from tersor.errors import CodecConfigError
 from tersor.hf.compress import sensitivity
 from tersor.hf.compress.method import check_options, fixed_options, rungs
 from tersor.hf.compress.request import Progress, Request, no_progress
 from tersor.hf.models.matrices import Matrix
-from tersor.hf.models.source import Source, hessian_of, read_matrix
+from tersor.hf.models.source import Source, read_matrix
 from tersor.numerics.linalg import single_thread
-from tersor.planning import plan as planning
-from tersor.planning.calibration import Calibration
-from tersor.planning.plan import Choice
+from tersor.planning.calibration import Calibration, hessian_of
+from tersor.planning.plan import Choice, check_weights
+from tersor.planning.trials import Trials
 from tersor.quality import measure
 
 SURVEY_ELEMENTS = 1 << 16  # elements of a matrix that a trial encodes
 
 
-def survey(source: Source, calibration: Calibration | None, request: Request, output: Path, *, device: str = "cpu",
-           progress: Progress = no_progress) -> dict[str, list[Choice]]:
+def run(source: Source, calibration: Calibration | None, request: Request, output: Path, *, device: str = "cpu",
+        progress: Progress = no_progress) -> dict[str, list[Choice]]:
     """Encode every matrix with every rung near the budget; one JSON line a trial in `output`, resumed if there.
 
     The cost of a choice is its relative distortion times the matrix's weight: what the request says, else the Fisher
@@ -37,70 +34,33 @@ def survey(source: Source, calibration: Calibration | None, request: Request, ou
     rungs of a matrix by about the same factor, and large matrices are tried on evenly spaced rows only; but where one
     of the rungs is spectral (low rank), neither shortcut is fair: all of them take every row, and feedback if wanted.
     """
-    given = planning.check_weights(list(source.layout.matrices), request.sensitivities)
+    given = check_weights(list(source.layout.matrices), request.sensitivities)
     check_options(request)
-    mark = survey_mark(source, calibration, request)
-    done = _read_survey(output, mark)
-    rate = 8 * request.budget / source.elements
-    matrices = source.layout.matrices
-    choices: dict[str, list[Choice]] = {name: [] for name in matrices}
-    with output.open("a") as handle:
-        if not output.stat().st_size:
-            handle.write(json.dumps({"survey": mark}) + "\n")
-        for number, (name, matrix) in enumerate(matrices.items()):
-            progress("survey", number, len(matrices))
-            tried = rungs(request.method, matrix.shape, rate)
-            missing = [codec for codec in tried if (name, codec.spec()) not in done]
-            whole = any(codec.spectral for codec in tried)
-            found = trials(source, matrix, missing, calibration, request, device, whole=whole) if missing else ()
-            for record in found:
-                done[name, record["codec"]] = record
-                handle.write(json.dumps(record) + "\n")
-                handle.flush()
-            for codec in tried:
-                record = done[name, codec.spec()]
-                cost = record["distortion"] * given.get(name, record["weight"])
-                choices[name].append(Choice(codec, record["nbytes"], cost))
+    known = open_trials(source, calibration, request, output)
+    rate, matrices = 8 * request.budget / source.elements, source.layout.matrices
+    choices: dict[str, list[Choice]] = {}
+    for number, (name, matrix) in enumerate(matrices.items()):
+        progress("survey", number, len(matrices))
+        tried = rungs(request.method, matrix.shape, rate)
+        missing = [codec for codec in tried if known.find(name, codec.spec()) is None]
+        whole = any(codec.traits().spectral for codec in tried)
+        for record in trials(source, matrix, missing, calibration, request, device, whole=whole) if missing else ():
+            known.add(record)
+        found = [(codec, known.find(name, codec.spec()) or {}) for codec in tried]
+        choices[name] = [Choice(codec, line["nbytes"], line["distortion"] * given.get(name, line["weight"]))
+                         for codec, line in found]
     progress("survey", len(matrices), len(matrices))
     return choices
 
 
-def survey_mark(source: Source, calibration: Calibration | None, request: Request) -> str:
-    """Return what a survey's figures depend on, as a digest: its first line, so that files are never mixed up."""
+def open_trials(source: Source, calibration: Calibration | None, request: Request, path: Path) -> Trials:
+    """Open a survey's file; its mark is a digest of what its figures depend on."""
     seen = None if calibration is None else [calibration.source, calibration.tokens, sorted(calibration.fisher.items())]
-    facts = [source.fingerprint(), seen, request.seed, sorted(request.options.items())]
-    return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
-
-
-def _read_survey(path: Path, mark: str) -> dict[tuple[str, str], dict[str, Any]]:
-    """Read a survey's lines; a last line that a killed run cut short is dropped, and its trial is run again."""
-    if not path.exists() or not path.stat().st_size:
-        return {}
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    records = [_line(path, line) for line in whole.decode("utf-8", "replace").splitlines()]
-    if not records or records[0] != {"survey": mark}:
-        raise CodecConfigError(f"{path}: not a survey of this model with this calibration, seed and options; name "
-                               "another file, or give the --calib, --seed and --option that 'tersor survey' was given")
-    if len(whole) < len(data):
-        os.truncate(path, len(whole))
-    done: dict[tuple[str, str], dict[str, Any]] = {}
-    for record in records[1:]:
-        numbers = [record.get(key) for key in ("nbytes", "distortion", "weight")]
-        if not all(isinstance(n, (int, float)) and math.isfinite(n) and n >= 0 for n in numbers):
-            raise CodecConfigError(f"{path}: a line lacks a number: {str(record)[:100]}; run the survey again")
-        done[str(record.get("matrix")), str(record.get("codec"))] = record
-    return done
-
-
-def _line(path: Path, line: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise CodecConfigError(f"{path}: not a survey: '{line[:60]}' is no JSON") from error
-    if not isinstance(record, dict):
-        raise CodecConfigError(f"{path}: not a survey: '{line[:60]}' is no JSON object")
-    return record
+    facts = [source.fingerprint, seen, request.seed, sorted(request.options.items())]
+    mark = hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
+    return Trials(path, "survey", mark, key=("matrix", "codec"), numbers=("nbytes", "distortion", "weight"),
+                  hint="this model with this calibration, seed and options; name another file, or give the --calib, "
+                       "--seed and --option that 'tersor survey' was given")
 
 
 def trials(source: Source, matrix: Matrix, codecs: Sequence[Codec], calibration: Calibration | None, request: Request,
@@ -111,7 +71,7 @@ def trials(source: Source, matrix: Matrix, codecs: Sequence[Codec], calibration:
     """
     dense = read_matrix(source, matrix, device)
     dense = dense[:: 1 if whole else max(1, dense.numel() // SURVEY_ELEMENTS)].to(torch.float32)
-    hessian = hessian_of(calibration, matrix, device)
+    hessian = hessian_of(calibration, matrix.name, device)
     trace = None if calibration is None else calibration.fisher.get(matrix.name)
     elements = matrix.shape[0] * matrix.shape[1]
     with single_thread():  # the plan follows from these figures, so they must not depend on the threads

@@ -14,7 +14,7 @@ from tersor import store
 from tersor.errors import CorruptStoreError, VerificationError
 from tersor.hf.compress.request import Progress, no_progress
 from tersor.hf.compress.work import REPORT
-from tersor.hf.models.matrices import Layout, empty_model, read_config, walk
+from tersor.hf.models.matrices import Parts, empty_model, read_config, walk
 from tersor.hf.models.source import Source
 from tersor.quality import measure
 
@@ -76,7 +76,7 @@ def _check_coverage(path: Path, opened: store.Store) -> None:
         raise VerificationError(f"{path}: {len(odd)} tensors are missing, extra or misshapen, such as {odd[:3]}")
 
 
-def biases_added(layout: Layout, opened: store.Store) -> dict[str, tuple[int, ...]]:
+def biases_added(layout: Parts, opened: store.Store) -> dict[str, tuple[int, ...]]:
     """Return the biases of linears that a store says reduction has added or changed, with their shapes."""
     listed = opened.manifest["provenance"].get("biases", [])
     shapes = {f"{m.parameter.rpartition('.')[0]}.bias": (m.shape[0],) for m in layout.matrices.values()

@@ -19,7 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tersor.errors import CodecConfigError
-from tersor.kv import Stream
+from tersor.kv import TokenStream
 
 NAME = "tersor"
 PART_TOKENS = 512  # dense tokens taken at a time
@@ -38,7 +38,7 @@ class States:
     ----------
     sinks, tail : (Tensor, Tensor)
         Dense first and last tokens, keys and values, each (batch, heads, tokens, dim) in the model's dtype.
-    streams : (Stream, Stream) or None
+    streams : (TokenStream, TokenStream) or None
         The compressed tokens between them.
     middle : int
         How many tokens of the streams this call sees; blocks that it closes itself come later.
@@ -46,7 +46,7 @@ class States:
 
     sinks: Pair
     tail: Pair
-    streams: tuple[Stream, Stream] | None = None
+    streams: tuple[TokenStream, TokenStream] | None = None
     middle: int = 0
 
     @property
@@ -301,11 +301,11 @@ def _parts(states: States, queries: int) -> Iterator[tuple[int, int, Product, Pr
     yield from _dense_parts(states.tail, first + states.middle)
 
 
-def _scores(stream: Stream, start: int, stop: int) -> Product:
+def _scores(stream: TokenStream, start: int, stop: int) -> Product:
     return lambda queries: stream.scores(queries, start, stop)
 
 
-def _mixture(stream: Stream, start: int, stop: int) -> Product:
+def _mixture(stream: TokenStream, start: int, stop: int) -> Product:
     return lambda weights: stream.mix(weights, start, stop)
 
 

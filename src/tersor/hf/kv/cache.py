@@ -21,7 +21,7 @@ from tersor.contract.codec import Codec
 from tersor.errors import CodecConfigError, ModelError
 from tersor.hf.kv import store
 from tersor.hf.kv.attention import NAME, Pair
-from tersor.hf.kv.layer import CacheReport, CompressedCacheLayer, Side, Window, nbytes_of
+from tersor.hf.kv.layer import CacheReport, CompressedCacheLayer, SideCodec, Window, nbytes_of
 from tersor.hf.kv.plan import KVPlan, read_plan
 from tersor.hf.kv.store import SIDES
 from tersor.payload.blocks import Tables
@@ -75,7 +75,7 @@ class CompressedCache(Cache):
         for number, (layer, *codecs) in enumerate(zip(layers, keys, values, strict=True)):
             if type(layer) is not DynamicLayer or number in skipped or None in codecs:
                 continue
-            sides = [Side(codec, (tables or {}).get((number, name), {}))
+            sides = [SideCodec(codec, (tables or {}).get((number, name), {}))
                      for name, codec in zip(SIDES, codecs, strict=True) if codec is not None]
             layers[number] = CompressedCacheLayer(sides[0], sides[1], self.window, f"layer {number}")
         super().__init__(layers=layers)

@@ -15,7 +15,7 @@ from tersor.contract.codec import Codec
 from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
 from tersor.hf.kv.attention import Pair, States
 from tersor.hf.kv.store import SIDES, LayerState
-from tersor.kv import Stream
+from tersor.kv import TokenStream
 from tersor.payload.blocks import Tables
 
 
@@ -45,17 +45,17 @@ class Window:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Side:
+class SideCodec:
     """How the keys or the values of one layer are encoded."""
 
     codec: Codec
     tables: Tables = dataclasses.field(default_factory=dict)
     seed: int = 0
 
-    def stream(self, block: int, device: torch.device) -> Stream:
+    def stream(self, block: int, device: torch.device) -> TokenStream:
         """Return an empty stream."""
         tables = {name: table.to(device) for name, table in self.tables.items()}
-        return Stream(self.codec, block, tables=tables, seed=self.seed)
+        return TokenStream(self.codec, block, tables=tables, seed=self.seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +108,7 @@ class CompressedCacheLayer(CacheLayerMixin):
         The recent tokens, (batch, heads, tokens, dim) in the model's dtype; None before the first use.
     sinks : (Tensor, Tensor)
         The first tokens, likewise.
-    streams : (Stream, Stream)
+    streams : (TokenStream, TokenStream)
         The tokens between them, encoded.
     lazy : bool
         Whether `update` returns tensors that decode only where attention does not work on the compressed blocks.
@@ -117,7 +117,7 @@ class CompressedCacheLayer(CacheLayerMixin):
     is_croppable = True
     is_sliding = False
 
-    def __init__(self, key: Side, value: Side, window: Window, name: str = "layer") -> None:
+    def __init__(self, key: SideCodec, value: SideCodec, window: Window, name: str = "layer") -> None:
         super().__init__()
         self.sides, self.window, self.name = (key, value), window, name
         self.lazy = False
@@ -127,7 +127,7 @@ class CompressedCacheLayer(CacheLayerMixin):
         """Forget all tokens."""
         self.keys = self.values = None
         self.sinks: Pair | None = None
-        self.streams: tuple[Stream, Stream] | None = None
+        self.streams: tuple[TokenStream, TokenStream] | None = None
         self.is_initialized = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -194,7 +194,7 @@ class CompressedCacheLayer(CacheLayerMixin):
             return key_states, value_states
         return seen.lazy() if lazy and middle else (seen.dense(0), seen.dense(1))
 
-    def _held(self) -> tuple[Tensor, Tensor, Pair, tuple[Stream, Stream]]:
+    def _held(self) -> tuple[Tensor, Tensor, Pair, tuple[TokenStream, TokenStream]]:
         assert self.keys is not None
         assert self.values is not None
         assert self.sinks is not None
@@ -310,7 +310,7 @@ class CompressedCacheLayer(CacheLayerMixin):
         moved = []
         for stream in streams:
             tensors, meta = stream.state()
-            moved.append(Stream.from_state({k: t.to(device) for k, t in tensors.items()}, meta))
+            moved.append(TokenStream.from_state({k: t.to(device) for k, t in tensors.items()}, meta))
         self.streams = moved[0], moved[1]
 
     def report(self) -> CacheReport:
@@ -335,9 +335,9 @@ class CompressedCacheLayer(CacheLayerMixin):
     @classmethod
     def restore(cls, state: LayerState, window: Window, name: str) -> CompressedCacheLayer:
         """Return the layer of a `state`."""
-        key, value = (Stream.from_state(state.under(f"stream/{side}"), state.meta[side]) for side in SIDES)
+        key, value = (TokenStream.from_state(state.under(f"stream/{side}"), state.meta[side]) for side in SIDES)
         streams = key, value
-        sides = [Side(stream.codec, state.under(f"stream/{side}/tables"), stream.seed)
+        sides = [SideCodec(stream.codec, state.under(f"stream/{side}/tables"), stream.seed)
                  for side, stream in zip(SIDES, streams, strict=True)]
         layer = cls(sides[0], sides[1], window, name)
         keys, values, key_sinks, value_sinks = (state.tensors[k] for k in ("key", "value", "sink/key", "sink/value"))
@@ -359,4 +359,4 @@ def _uncompiled(layer: CompressedCacheLayer, key_states: Tensor, value_states: T
     return layer.extend(key_states, value_states, lazy)
 
 
-__all__ = ["CacheReport", "CompressedCacheLayer", "Side", "Window", "nbytes_of"]
+__all__ = ["CacheReport", "CompressedCacheLayer", "SideCodec", "Window", "nbytes_of"]

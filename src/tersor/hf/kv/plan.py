@@ -13,7 +13,7 @@ import copy
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,12 @@ from tersor.hf.kv.observe import Notes, observe
 from tersor.hf.kv.store import SIDES, damaged, fields_of
 from tersor.hf.models.evaluate import Score
 from tersor.hf.models.source import Source, load_dense
-from tersor.hf.models.text import check_context, read_text, read_tokenizer, text_source, token_ids, windows
-from tersor.kv import Stream, matrices
+from tersor.hf.models.text import read_ids, text_source, windows
+from tersor.kv import TokenStream, matrices
 from tersor.numerics.linalg import single_thread
 from tersor.payload.blocks import Tables
-from tersor.planning.plan import Choice, allocate
+from tersor.planning.plan import Choice, spend
+from tersor.planning.trials import Trials
 from tersor.registry import parse
 from tersor.store.manifest import file_digest
 
@@ -166,14 +167,14 @@ def plan_cache(source: Source, text: Path, rate: float, out: Path, settings: Pla
     if settings.middle.start == settings.middle.stop or not settings.ladder or settings.count < 1:
         raise ModelError(f"a prompt of {settings.prompt} tokens holds no block of {settings.block} between "
                          f"{settings.sink} sinks and {settings.residual} recent tokens; raise the context")
-    check_context(source.config, settings.context)
-    ids = token_ids(read_tokenizer(source.folder), read_text(text), settings.context,
-                    (settings.count + settings.training) * settings.context, str(text))
+    ids = read_ids(source, text, settings.context, (settings.count + settings.training) * settings.context)
     with single_thread(), torch.no_grad():  # plans must not depend on the number of threads
         lab = Lab(load_dense(source, device), windows(ids, settings.context), settings)
-        key = hashlib.sha256(json.dumps([source.fingerprint(), text_source(text), dataclasses.asdict(settings)])
-                             .encode()).hexdigest()
-        choices = _measure(lab, out.with_name(f"{out.stem}.trials.jsonl"), key, progress)
+        facts = json.dumps([source.fingerprint, text_source(text), dataclasses.asdict(settings)])
+        known = Trials(out.with_name(f"{out.stem}.trials.jsonl"), "trials", hashlib.sha256(facts.encode()).hexdigest(),
+                       key=("layer", "side", "codec"), numbers=("nbytes", "kl"),
+                       hint="this model with this text and these settings; name another plan")
+        choices = _measure(lab, known, progress)
         picks = _spend(choices, lab.elements, rate)
         chosen = {place: pick.codec for place, pick in picks.items()}
         score = lab.score(chosen)
@@ -185,7 +186,7 @@ def plan_cache(source: Source, text: Path, rate: float, out: Path, settings: Pla
                            "kl": score.kl / score.positions, "top1": score.agreed / score.positions,
                            "kl_sum": sum(p.distortion for p in picks.values()), "positions": score.positions},
               "asked": {"rate": rate, **dataclasses.asdict(settings)},
-              "provenance": {"tersor": tersor.__version__, "source": source.fingerprint(), "text": text_source(text)}}
+              "provenance": {"tersor": tersor.__version__, "source": source.fingerprint, "text": text_source(text)}}
     write_json(out, record)
     return record
 
@@ -273,7 +274,7 @@ class Lab:
 
     def encode(self, place: Place, codec: Codec) -> tuple[Tensor, int]:
         """Return one side of one layer as the cache would decode it, and the bytes of its payload."""
-        stream = Stream(codec, self.settings.block, tables=self.tables(place, codec), seed=self.settings.seed)
+        stream = TokenStream(codec, self.settings.block, tables=self.tables(place, codec), seed=self.settings.seed)
         middle = self._middle(self._cache, place)
         try:
             stream.append(middle)
@@ -313,53 +314,37 @@ class _Bytes:
         return str(max(1, min(self._dim, round(float(rate) * self._dim / 8))))
 
 
-def _measure(lab: Lab, file: Path, key: str, progress: Progress | None) -> dict[Place, list[Choice]]:
-    """Return every choice of every place; known ones come from `file`, new ones go there."""
-    known = {(t["layer"], t["side"], t["codec"]): t for t in _trials(file) if t.get("key") == key}
+def _measure(lab: Lab, known: Trials, progress: Progress | None) -> dict[Place, list[Choice]]:
+    """Return every choice of every place; what is not known yet is measured."""
     choices: dict[Place, list[Choice]] = {}
     ladders = {place: lab.ladder(place) for place in lab.places()}
     done, total = 0, sum(map(len, ladders.values()))
-    cut = file.is_file() and not file.read_bytes().endswith(b"\n")
-    with file.open("a", encoding="utf-8") as handle:
-        handle.write("\n" if cut else "")
-        for place, codecs in ladders.items():
-            for codec in codecs:
-                name = (place[0], SIDES[place[1]], codec.spec())
-                if name not in known:
-                    states, nbytes = lab.encode(place, codec)
-                    score = lab.score({place: codec}, states)
-                    known[name] = {"key": key, "layer": name[0], "side": name[1], "codec": name[2], "nbytes": nbytes,
-                                   "kl": score.kl / score.positions}
-                    handle.write(json.dumps(known[name]) + "\n")
-                    handle.flush()
-                trial = known[name]
-                choices.setdefault(place, []).append(Choice(codec, trial["nbytes"], max(0.0, trial["kl"])))
-                done += 1
-                if progress is not None:
-                    progress("kv-plan", done, total)
+    for place, codecs in ladders.items():
+        for codec in codecs:
+            name = (place[0], SIDES[place[1]], codec.spec())
+            trial = known.find(*name) or known.add(_trial(lab, place, codec))
+            choices.setdefault(place, []).append(Choice(codec, trial["nbytes"], trial["kl"]))
+            done += 1
+            if progress is not None:
+                progress("kv-plan", done, total)
     return choices
 
 
-def _trials(file: Path) -> Iterator[dict[str, Any]]:
-    """Yield the trials of a file; a last line that was cut is left out."""
-    if not file.is_file():
-        return
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict) and {"layer", "side", "codec", "nbytes", "kl"} <= set(record):
-            yield record
+def _trial(lab: Lab, place: Place, codec: Codec) -> dict[str, Any]:
+    """Encode one side of one layer and measure what it costs."""
+    states, nbytes = lab.encode(place, codec)
+    score = lab.score({place: codec}, states)
+    return {"layer": place[0], "side": SIDES[place[1]], "codec": codec.spec(), "nbytes": nbytes,
+            "kl": max(0.0, score.kl / score.positions)}  # rounding may leave a little less than nothing
 
 
 def _spend(choices: Mapping[Place, list[Choice]], elements: int, rate: float) -> dict[Place, Choice]:
     try:
-        picks = allocate({str(place): found for place, found in choices.items()}, int(rate * elements / 8))
+        picks = spend({str(place): found for place, found in choices.items()}, int(rate * elements / 8))
     except BudgetError as error:
-        least = 8 * error.least / elements
+        least = 8 * (error.least_bytes or 0) / elements
         raise BudgetError(f"a rate of {rate:g} bits per element is below the least that the ladder reaches, "
-                          f"{least:.3f}; raise it, or give a ladder with lower rungs", least) from error
+                          f"{least:.3f}; raise it, or give a ladder with lower rungs", error.least_bytes) from error
     return {place: picks[str(place)] for place in choices}
 
 

@@ -76,7 +76,7 @@ class Call:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Entry:
+class BlockInput:
     """One batch at the entrance of the first block, and every block's call.
 
     Attributes
@@ -95,7 +95,7 @@ class Entry:
 
 
 @torch.no_grad()
-def enter(model: PreTrainedModel, blocks: Blocks, batches: Sequence[tuple[Tensor, Tensor | None]]) -> list[Entry]:
+def enter(model: PreTrainedModel, blocks: Blocks, batches: Sequence[tuple[Tensor, Tensor | None]]) -> list[BlockInput]:
     """Run token ids (batch, length), and masks or None, up to the first block; record every block's call."""
     found = []
     with _noting(blocks) as notes:
@@ -107,7 +107,7 @@ def enter(model: PreTrainedModel, blocks: Blocks, batches: Sequence[tuple[Tensor
                 raise ModelError(f"this model ran {len(notes)} of its {len(blocks.modules)} blocks; reduction needs "
                                  "one pass through all, in order")
             hidden = notes[0][0]
-            found.append(Entry(hidden.to(torch.float32), tuple(call for _, call in notes), mask))
+            found.append(BlockInput(hidden.to(torch.float32), tuple(call for _, call in notes), mask))
     return found
 
 
@@ -170,7 +170,8 @@ def inputs_of(block: nn.Module, name: str, hidden: Tensor, call: Call) -> Tensor
 
 
 @torch.no_grad()
-def observe(block: nn.Module, names: Sequence[str], hidden: Tensor, call: Call) -> tuple[dict[str, Tensor], Tensor]:
+def inputs_and_output(block: nn.Module, names: Sequence[str], hidden: Tensor,
+                      call: Call) -> tuple[dict[str, Tensor], Tensor]:
     """Run a block; return what each of its linears `names` reads, and the block's output activations."""
     seen: dict[str, Tensor] = {}
 
@@ -189,7 +190,7 @@ def observe(block: nn.Module, names: Sequence[str], hidden: Tensor, call: Call) 
 
 
 @torch.no_grad()
-def groups(block: nn.Module, names: Sequence[str], hidden: Tensor, call: Call) -> list[list[str]]:
+def same_input(block: nn.Module, names: Sequence[str], hidden: Tensor, call: Call) -> list[list[str]]:
     """Return the linears of a block in order of use, those that read one and the same tensor together.
 
     A linear that some tokens do not pass (an expert beside others) is left out.

@@ -14,6 +14,7 @@ from tersor import store
 from tersor.errors import CodecConfigError
 from tersor.files import save_tensors, whole
 from tersor.hf.models.matrices import Matrix, empty_model, read_config, walk
+from tersor.hf.models.source import Source
 
 SHARD_BYTES = 4 * 10**9
 
@@ -85,3 +86,9 @@ def _write_companions(opened: store.Store, folder: Path) -> None:
             (folder / name).write_text(json.dumps(config, indent=1))
         else:
             shutil.copyfile(opened.path / name, folder / name)
+
+
+def copy_dense(source: Source, output: Path) -> None:
+    """Copy the dense model as it is, for budgets that it already meets; atomic."""
+    with whole(output) as partial:
+        shutil.copytree(source.folder, partial)

@@ -23,7 +23,7 @@ from tersor import store
 from tersor.errors import ModelError, NonFiniteError
 from tersor.hf.models.matrices import quiet
 from tersor.hf.models.source import Source, load_dense
-from tersor.hf.models.text import check_context, read_text, read_tokenizer, text_source, token_ids
+from tersor.hf.models.text import read_ids, text_source
 
 BATCH_TOKENS = 4096  # tokens run at a time
 LOGIT_ELEMENTS = 1 << 24  # logits compared at a time
@@ -136,8 +136,7 @@ def evaluate(path: Path, source: Source, text: Path, *, context: int = 512, stri
     opened = store.read(path)
     if opened.kind != "model":
         raise ModelError(f"{path}: holds a {opened.kind}, no model; evaluation needs a compressed model")
-    check_context(source.config, context)
-    ids = token_ids(read_tokenizer(source.folder), read_text(text), context, tokens, str(text))
+    ids = read_ids(source, text, context, tokens)
     model, original = load_compressed(path, device), load_dense(source, device)
     score = compare(model, original, ids, context, stride,
                     None if progress is None else lambda done, total: progress("evaluate", done, total))

@@ -50,7 +50,7 @@ class Matrix:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Layout:
+class Parts:
     """What a model is made of: its matrices, and everything else that a checkpoint stores.
 
     Attributes
@@ -125,7 +125,7 @@ def _line(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:300] or type(error).__name__
 
 
-def walk(model: PreTrainedModel) -> Layout:
+def walk(model: PreTrainedModel) -> Parts:
     """Sort every stored tensor of a (meta) model into matrices, plain tensors and tied names."""
     tied = dict(model.all_tied_weights_keys)
     owners = {f"{name}.{key}" if name else key: (module, key) for name, module in model.named_modules()
@@ -139,7 +139,7 @@ def walk(model: PreTrainedModel) -> Layout:
         if not found:
             plain[name] = tensor.shape
         matrices.update({m.name: m for m in found})
-    return Layout(matrices, plain, tied)
+    return Parts(matrices, plain, tied)
 
 
 def _matrices(name: str, tensor: Tensor, owner: nn.Module | None, key: str) -> list[Matrix]:

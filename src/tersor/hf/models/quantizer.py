@@ -15,7 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from tersor import store
 from tersor.errors import CorruptStoreError
 from tersor.hf.models.matrices import Matrix, walk
-from tersor.nn import CompressedEmbedding, CompressedLinear, Payload, TiedLinear, WeightView
+from tersor.nn import Buffers, CompressedEmbedding, CompressedLinear, TiedLinear, WeightView
 
 METHOD = "tersor"
 
@@ -97,7 +97,7 @@ def _replace(model: PreTrainedModel, parameter: str, matrices: list[Matrix], ope
         model.set_submodule(path, CompressedEmbedding(codecs[0], shape, dtype=old.dtype, shared=tables[0]))
         return
     del owner._parameters[key]
-    payloads = [Payload(owner, f"{key}/{m.index}" if m.index is not None else key, codec, m.shape, shared)
+    payloads = [Buffers(owner, f"{key}/{m.index}" if m.index is not None else key, codec, m.shape, shared)
                 for m, codec, shared in zip(matrices, codecs, tables, strict=True)]
     for payload in payloads:
         payload.register("meta")

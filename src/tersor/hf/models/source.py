@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import shutil
@@ -19,8 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, 
 from tersor.contract.checks import check_matrix
 from tersor.errors import ModelError
 from tersor.files import save_tensors
-from tersor.hf.models.matrices import Layout, Matrix, empty_model, quiet, read_config, walk
-from tersor.planning.calibration import Calibration
+from tersor.hf.models.matrices import Matrix, Parts, empty_model, quiet, read_config, walk
 from tersor.store import INDEX, MANIFEST
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -39,7 +39,7 @@ class Source:
     folder : Path
         Directory that holds configuration and safetensors: `path`, or where it was staged.
     config : PretrainedConfig
-    layout : Layout
+    layout : Parts
     locations : mapping of str to (Path, str)
         File and key of every stored tensor.
     """
@@ -47,7 +47,7 @@ class Source:
     path: Path
     folder: Path
     config: PretrainedConfig
-    layout: Layout
+    layout: Parts
     locations: Mapping[str, tuple[Path, str]]
 
     def tensor(self, name: str) -> Tensor:
@@ -64,15 +64,15 @@ class Source:
                 return handle.get_slice(key)[matrix.index]
             return matrix.take(handle.get_tensor(key))
 
-    def dtype(self, name: str) -> torch.dtype:
-        """Return a tensor's stored dtype."""
-        file, key = self.locations[name]
-        with safe_open(file, framework="pt") as handle:
-            part = handle.get_slice(key)
-            name = part.get_dtype()
-            if name in _FLOATS:
-                return _FLOATS[name]
-            return handle.get_tensor(key).dtype
+    @functools.cached_property
+    def dtypes(self) -> Mapping[str, torch.dtype]:
+        """The stored dtype of every tensor; looked up once."""
+        found = {}
+        for name, (file, key) in self.locations.items():
+            with safe_open(file, framework="pt") as handle:
+                kind = handle.get_slice(key).get_dtype()
+                found[name] = _FLOATS[kind] if kind in _FLOATS else handle.get_tensor(key).dtype
+        return found
 
     @property
     def nbytes(self) -> int:
@@ -90,8 +90,9 @@ class Source:
         matrices = sum(m.shape[0] * m.shape[1] for m in self.layout.matrices.values())
         return matrices + sum(size.numel() for size in self.layout.plain.values())
 
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """Return a SHA-256 over configuration and weights."""
+        """SHA-256 over configuration and weights; read once."""
         sha = hashlib.sha256((self.folder / "config.json").read_bytes())
         for file in sorted({file for file, _ in self.locations.values()}):
             with file.open("rb") as handle:
@@ -166,7 +167,7 @@ def _locate(folder: Path) -> dict[str, tuple[Path, str]]:
     return locations
 
 
-def _resolve(layout: Layout, found: Mapping[str, tuple[Path, str]],
+def _resolve(layout: Parts, found: Mapping[str, tuple[Path, str]],
              prefix: str) -> dict[str, tuple[Path, str]] | None:
     """Find every stored tensor, with or without the base model's prefix; None if one is not there as such."""
     located = {}
@@ -239,9 +240,3 @@ def read_matrix(source: Source, matrix: Matrix, device: str) -> Tensor:
     tensor = source.matrix(matrix).to(device)
     check_matrix(tensor, matrix.name)
     return tensor
-
-
-def hessian_of(calibration: Calibration | None, matrix: Matrix, device: str) -> Tensor | None:
-    """Return a matrix's Hessian on `device`, if it was calibrated."""
-    hessian = None if calibration is None else calibration.hessians.get(matrix.name)
-    return None if hessian is None else hessian.to(device)

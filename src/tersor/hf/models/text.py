@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from tersor.errors import ModelError
+
+if TYPE_CHECKING:
+    from tersor.hf.models.source import Source
 
 
 def default_calibration() -> Path:
@@ -83,6 +87,19 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, context: int, limit
         raise ModelError(f"{name}: {ids.numel()} tokens are fewer than one context of {context}; give a longer text or "
                          "a shorter --context")
     return ids
+
+
+def read_ids(source: Source, path: Path, context: int, limit: int | None) -> Tensor:
+    """Return the token ids of a text file by a source's own tokenizer, int64 (tokens,), at most `limit`.
+
+    Raises
+    ------
+    ModelError
+        If the text or the tokenizer cannot be read, the text is shorter than one context, or a context longer than the
+        model's positions.
+    """
+    check_context(source.config, context)
+    return token_ids(read_tokenizer(source.folder), read_text(path), context, limit, str(path))
 
 
 def windows(ids: Tensor, context: int) -> Tensor:

@@ -13,6 +13,7 @@ from tersor import store
 from tersor.contract.codec import Codec
 from tersor.errors import BudgetError
 from tersor.files import write_json
+from tersor.hf.compress.work import REPORT, WorkFolder
 from tersor.hf.models.matrices import Matrix
 from tersor.hf.rom.block import Done, Task, bias_name, load_block
 from tersor.quality import measure
@@ -56,7 +57,7 @@ def added(task: Task, ranks: Ranks) -> dict[str, str]:
 
 
 def _dtype(task: Task, name: str) -> str:
-    return str(task.source.dtype(name)).removeprefix("torch.")
+    return str(task.source.dtypes[name]).removeprefix("torch.")
 
 
 def largest_keep(task: Task, linears: Mapping[str, Linear], record: Mapping[str, Any], size: int) -> float:
@@ -80,7 +81,7 @@ def largest_keep(task: Task, linears: Mapping[str, Linear], record: Mapping[str,
     low = min(1.0, sum(linear.cost(1, task.recipe.storage) for linear in linears.values()) * 1.01 / total)
     if nbytes(low) > size:
         raise BudgetError(f"{size} bytes are too few: what is not reduced, and rank 1 of everything else, takes "
-                          f"{nbytes(low)} bytes", float(nbytes(low)))
+                          f"{nbytes(low)} bytes", nbytes(low))
     high = 1.0 if task.recipe.backbone is None else _CORRECTION
     if nbytes(high) <= size:
         return high
@@ -110,8 +111,8 @@ def macs_per_token(task: Task, ranks: Ranks) -> int:
     return total
 
 
-def assemble(task: Task, ranks: dict[str, int | None], record: Mapping[str, Any], stamp: str, work: Path,
-             report_name: str) -> dict[str, Any]:
+def assemble(task: Task, ranks: dict[str, int | None], record: Mapping[str, Any], stamp: str,
+             work: WorkFolder) -> dict[str, Any]:
     """Write the store from the finished blocks to `work/output`; return the report."""
     source = task.source
     done = [load_block(work / "blocks" / f"{i:04d}.safetensors", stamp) for i in range(len(task.blocks.modules))]
@@ -140,8 +141,8 @@ def assemble(task: Task, ranks: dict[str, int | None], record: Mapping[str, Any]
     store.write(work / "output", listed, payload, kind="model", provenance=provenance, files=files)
     report = summary(task, ranks, record, store.stored_nbytes(work / "output"))
     ordered = {entry.name: lines[entry.name] for entry in listed if entry.name in lines}
-    write_json(work / "output" / report_name, {"summary": {**report, "method": "reduction"}, "matrices": ordered,
-                                               "provenance": provenance})
+    write_json(work / "output" / REPORT, {"summary": {**report, "method": "reduction"}, "matrices": ordered,
+                                           "provenance": provenance})
     return {**report, "layers": ordered}
 
 

@@ -21,7 +21,7 @@ from tersor.codecs.scalar.dense import Dense
 from tersor.contract.codec import Encoded
 from tersor.contract.nesting import nest_tensors
 from tersor.files import save_tensors
-from tersor.hf.models.blocks import Blocks, Entry, groups, inputs_of, observe, run
+from tersor.hf.models.blocks import BlockInput, Blocks, inputs_and_output, inputs_of, run, same_input
 from tersor.hf.models.matrices import Matrix
 from tersor.hf.models.source import Source
 from tersor.hf.rom.recipe import Recipe
@@ -61,7 +61,7 @@ class Task:
 
     def dense(self, parameter: str) -> Dense:
         """Return the codec that keeps a parameter in the source's dtype."""
-        return Dense(DTYPES[self.source.dtype(parameter)])
+        return Dense(DTYPES[self.source.dtypes[parameter]])
 
     def gradient(self, matrix: Matrix) -> Tensor | None:
         """Return the second moment of the gradient at a linear's outputs, (out, out), or its trace, ()."""
@@ -77,7 +77,7 @@ class Task:
 
 
 @dataclasses.dataclass
-class Stream:
+class Activations:
     """Activations at a block's entrance, one tensor a batch (batch, length, width), of both models.
 
     Attributes
@@ -98,7 +98,7 @@ class Stream:
     ahead: list[Tensor] = dataclasses.field(default_factory=list)
 
     @classmethod
-    def of(cls, entries: Sequence[Entry]) -> Stream:
+    def of(cls, entries: Sequence[BlockInput]) -> Activations:
         """Return both streams at the first block, where they are one."""
         hidden = [entry.hidden for entry in entries]
         return cls(hidden, list(hidden))
@@ -115,17 +115,17 @@ def weight_of(module: nn.Module, matrix: Matrix) -> Tensor:
 
 
 @torch.no_grad()
-def survey(task: Task, entries: Sequence[Entry], step: Callable[[int], None]) -> dict[str, Linear]:
+def survey(task: Task, entries: Sequence[BlockInput], step: Callable[[int], None]) -> dict[str, Linear]:
     """Return for every linear, by matrix name, the errors of all ranks on the original model's activations."""
     found: dict[str, Linear] = {}
     hidden = [entry.hidden for entry in entries]
     for number, block in enumerate(task.blocks.modules):
         members = task.linears(number)
         calls = [entry.calls[number] for entry in entries]
-        together = groups(block, list(members), hidden[0], calls[0]) if members else []
+        together = same_input(block, list(members), hidden[0], calls[0]) if members else []
         sums = {group[0]: Sums(members[group[0]].shape[1]) for group in together}
         for position, (call, entry) in enumerate(zip(calls, entries, strict=True)):
-            seen, hidden[position] = observe(block, list(sums), hidden[position], call)
+            seen, hidden[position] = inputs_and_output(block, list(sums), hidden[position], call)
             for name, total in sums.items():
                 total.add(seen[name], mask=entry.mask)
         for group in together:
@@ -176,15 +176,15 @@ class Done:
 
 
 @torch.no_grad()
-def reduce_block(task: Task, number: int, stream: Stream, entries: Sequence[Entry], ranks: Mapping[str, int | None],
-                 step: Callable[[int], None]) -> tuple[nn.Module, Done]:
+def reduce_block(task: Task, number: int, stream: Activations, entries: Sequence[BlockInput],
+                 ranks: Mapping[str, int | None], step: Callable[[int], None]) -> tuple[nn.Module, Done]:
     """Reduce the linears of one block in the order of use; return the reduced block and what to store of it."""
     block = task.blocks.modules[number]
     reduced = copy.deepcopy(block)
     members = task.linears(number)
     done = Done({}, {}, {})
     stream.seen = {}
-    names = groups(block, list(members), stream.reduced[0], entries[0].calls[number]) if members else []
+    names = same_input(block, list(members), stream.reduced[0], entries[0].calls[number]) if members else []
     names += [[name] for name in members if not any(name in group for group in names)]
     changed = not stream.same
     if task.recipe.anchored and (changed or task.recipe.backbone or any(ranks[m.name] for m in members.values())):
@@ -205,21 +205,22 @@ def reduce_block(task: Task, number: int, stream: Stream, entries: Sequence[Entr
     return reduced, done
 
 
-def _observe(block: nn.Module, names: Sequence[str], number: int, stream: Stream, entries: Sequence[Entry]) -> None:
+def _observe(block: nn.Module, names: Sequence[str], number: int, stream: Activations,
+             entries: Sequence[BlockInput]) -> None:
     """Run the original block, once: keep what its linears read, in 16 bits, and what it hands on.
 
     Kept inputs are most of the memory. Rounding them moves the target by less than tokens do that were not read.
     """
     stream.seen, stream.ahead = {name: [] for name in names}, []
     for hidden, entry in zip(stream.original, entries, strict=True):
-        seen, given = observe(block, names, hidden, entry.calls[number])
+        seen, given = inputs_and_output(block, names, hidden, entry.calls[number])
         stream.ahead.append(given)
         for name in names:
             stream.seen[name].append(seen[name].to(torch.bfloat16))
 
 
-def _moments(task: Task, reduced: nn.Module, name: str, number: int, stream: Stream, entries: Sequence[Entry], *,
-             crossed: bool) -> Moments:
+def _moments(task: Task, reduced: nn.Module, name: str, number: int, stream: Activations,
+             entries: Sequence[BlockInput], *, crossed: bool) -> Moments:
     """Return the moments of what the linear `name` reads in the reduced model, and against the original one's."""
     width = task.linears(number)[name].shape[1]
     if task.recipe.target == "weights" and not task.recipe.bias:
@@ -254,7 +255,7 @@ def _reduce_linear(task: Task, module: nn.Module, matrix: Matrix, moments: Momen
         found = reduce(weight, moments, aim, task.gradient(matrix) if task.recipe.curvature else None)
         encoded, fresh = encode_reduced(found, rank, task.recipe.storage, task.recipe.codec(dense), moments, task.seed)
     if fresh is not None:
-        kind = task.source.dtype(bias_name(matrix) if has else matrix.parameter)
+        kind = task.source.dtypes[bias_name(matrix) if has else matrix.parameter]
         total = (fresh if bias is None else fresh + bias.detach().to(torch.float64)).to(kind)
         done.biases[bias_name(matrix)] = total
         module._parameters["bias"] = nn.Parameter(total.to(torch.float32), requires_grad=False)
@@ -269,7 +270,7 @@ def _reduce_linear(task: Task, module: nn.Module, matrix: Matrix, moments: Momen
 
 
 @torch.no_grad()
-def advance(task: Task, number: int, reduced: nn.Module, stream: Stream, entries: Sequence[Entry], *,
+def advance(task: Task, number: int, reduced: nn.Module, stream: Activations, entries: Sequence[BlockInput], *,
             changed: bool) -> None:
     """Move both streams through a block, in place; the original one only where it is needed."""
     block = task.blocks.modules[number]

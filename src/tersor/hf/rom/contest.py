@@ -69,7 +69,7 @@ def compress_best(source: str | Path, output: str | Path, size: int, *, reading:
                        "macs_per_token": reports[name].get("macs_per_token")}
     scores = {name: line["kl"] for name, line in found.items() if "kl" in line}
     if not scores:
-        raise BudgetError(f"{size} bytes are too few for every way: {found}", 0.0)
+        raise BudgetError(f"{size} bytes are too few for every way: {found}")
     won = min(scores, key=scores.__getitem__)
     write_json(folder / won / RESULT, {"won": won, "contest": found})
     (folder / won).rename(target)

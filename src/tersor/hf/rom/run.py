@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,29 +18,20 @@ import tersor
 from tersor.errors import BudgetError, ModelError
 from tersor.files import save_tensors, write_json
 from tersor.hf.compress.request import Progress, no_progress
-from tersor.hf.compress.run import verify_in_fresh_process
-from tersor.hf.compress.work import REPORT, claim, peak_memory, work_folder
+from tersor.hf.compress.verify import verify_in_fresh_process
+from tersor.hf.compress.work import WorkFolder, peak_memory
 from tersor.hf.models.blocks import enter, find_blocks
 from tersor.hf.models.source import Source, load_dense, open_source
-from tersor.hf.models.text import (
-    check_context,
-    default_calibration,
-    read_text,
-    read_tokenizer,
-    text_source,
-    token_ids,
-    windows,
-)
+from tersor.hf.models.text import default_calibration, read_ids, text_source, windows
 from tersor.hf.rom import block
 from tersor.hf.rom.assemble import assemble, largest_keep
-from tersor.hf.rom.block import Stream, Task
+from tersor.hf.rom.block import Activations, Task
 from tersor.hf.rom.gradients import output_gradients
 from tersor.hf.rom.recipe import PRESETS, Recipe, recipe_of
 from tersor.rom.ranks import Linear, check_keep, ranks_for
 
 BATCH_TOKENS = 2048  # tokens run at a time
 SURVEY_SEQUENCES = 128  # sequences that the errors of all ranks are measured on
-RESUMED = ("fingerprint", "blocks", "ranks.json", "gradients.safetensors")
 GRADIENT_SEQUENCES = 32  # sequences that gradients are taken on
 
 
@@ -80,11 +70,9 @@ class Reading:
         ModelError
             If the text is shorter than one window, or windows are longer than the model's positions.
         """
-        check_context(source.config, self.length)
         if self.sequences < 1:
             raise ModelError(f"calibration needs at least one sequence, found {self.sequences}")
-        every = windows(token_ids(read_tokenizer(source.folder), read_text(self.text), self.length, None,
-                                  str(self.text)), self.length)
+        every = windows(read_ids(source, self.text, self.length, None), self.length)
         generator = torch.Generator().manual_seed(self.seed)
         chosen = torch.randperm(len(every), generator=generator)[: self.sequences].sort().values
         return every[chosen]
@@ -125,27 +113,25 @@ def reduce_model(source: str | Path, output: str | Path, keep: float | None = No
     TersorError
         Its subclasses; FileExistsError if the output exists.
     """
-    began, chosen, target = time.perf_counter(), recipe_of(recipe), Path(output).resolve()
+    began, chosen = time.perf_counter(), recipe_of(recipe)
     reads = dataclasses.replace(reading or Reading(), **changes)
-    if target.exists():
-        raise FileExistsError(f"{target} exists; remove it or name another output")
     if keep is not None and size is not None:
-        raise BudgetError("give either keep or a size", 0.0)
+        raise BudgetError("give either keep or a size")
     keep = 0.8 if keep is None and size is None else keep
     if keep is not None:
         check_keep(keep)
-    work = claim(work_folder(target))
+    work = WorkFolder(Path(output)).claim()
     opened = open_source(Path(source), work / "staged")
     ids = reads.ids(opened)
     record = _record(opened, chosen, keep, size, ids, reads)
     stamp = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-    _prepare(work, stamp, resume=reads.resume)
+    work.stamp(stamp, resume=reads.resume)
+    (work / "blocks").mkdir(exist_ok=True)
     report = _reduce(opened, chosen, ids, record, stamp, work, progress)
     verify_in_fresh_process(work / "output", opened.folder)
     report["seconds"] = time.perf_counter() - began
     report["peak_memory_bytes"] = peak_memory()
-    (work / "output").rename(target)
-    shutil.rmtree(work, ignore_errors=True)
+    work.finish()
     return report
 
 
@@ -153,23 +139,11 @@ def _record(source: Source, recipe: Recipe, keep: float | None, size: int | None
             reads: Reading) -> dict[str, Any]:
     """Return what the manifest says of how the model was made, which is also what a resumed run must share."""
     seen = {"tokens": ids.numel(), "length": reads.length, "source": text_source(reads.text)}
-    return {"tersor": tersor.__version__, "source_sha256": source.fingerprint(), "method": "reduction",
+    return {"tersor": tersor.__version__, "source_sha256": source.fingerprint, "method": "reduction",
             "recipe": recipe.to_json(), "keep": keep, "size": size, "seed": reads.seed, "calibration": seen}
 
 
-def _prepare(work: Path, stamp: str, *, resume: bool) -> None:
-    """Make the work folder; empty it unless it was left by a run with the same stamp."""
-    mark = work / "fingerprint"
-    same = resume and mark.is_file() and mark.read_text() == stamp
-    work.mkdir(parents=True, exist_ok=True)
-    for child in list(work.iterdir()):  # `claim` has made sure that these are ours
-        if child.name != "staged" and not (same and child.name in RESUMED):
-            shutil.rmtree(child) if child.is_dir() else child.unlink()
-    (work / "blocks").mkdir(exist_ok=True)
-    mark.write_text(stamp)
-
-
-def _reduce(source: Source, recipe: Recipe, ids: Tensor, record: dict[str, Any], stamp: str, work: Path,
+def _reduce(source: Source, recipe: Recipe, ids: Tensor, record: dict[str, Any], stamp: str, work: WorkFolder,
             progress: Progress) -> dict[str, Any]:
     model = load_dense(source)
     task = Task(source, find_blocks(model), recipe, work / "gradients.safetensors", int(record["seed"]))
@@ -182,7 +156,8 @@ def _reduce(source: Source, recipe: Recipe, ids: Tensor, record: dict[str, Any],
     count = max(1, BATCH_TOKENS // ids.shape[1])
     needed = recipe.target != "weights" or recipe.bias
     entries = enter(model, task.blocks, [(batch, None) for batch in (ids if needed else ids[:1]).split(count)])
-    stream, total, finished = Stream.of(entries), sum(len(task.linears(i)) for i in range(len(task.blocks.modules))), 0
+    stream, finished = Activations.of(entries), 0
+    total = sum(len(task.linears(i)) for i in range(len(task.blocks.modules)))
     entries = [dataclasses.replace(entry, hidden=entry.hidden[:0].clone()) for entry in entries]  # the stream has them
 
     def step(number: int) -> None:
@@ -206,7 +181,7 @@ def _reduce(source: Source, recipe: Recipe, ids: Tensor, record: dict[str, Any],
         for parameter in task.blocks.modules[number].parameters():
             parameter.data = torch.empty(0)  # a block is done with once both streams have passed it
     del model, stream, entries
-    return assemble(task, ranks, record, stamp, work, REPORT)
+    return assemble(task, ranks, record, stamp, work)
 
 
 def _linears(task: Task) -> dict[str, Linear]:
@@ -225,7 +200,7 @@ def _check_tokens(task: Task, linears: Mapping[str, Linear], ranks: Sequence[int
                          "longer text, or more --tokens")
 
 
-def _ranks(model: Any, task: Task, linears: Mapping[str, Linear], ids: Tensor, record: dict[str, Any], work: Path,
+def _ranks(model: Any, task: Task, linears: Mapping[str, Linear], ids: Tensor, record: dict[str, Any], work: WorkFolder,
            progress: Progress) -> dict[str, int | None]:
     """Return the rank of every linear; measured errors of all ranks where the allocation asks for them."""
     file = work / "ranks.json"

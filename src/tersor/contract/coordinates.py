@@ -1,0 +1,46 @@
+"""Coordinates: numbers of which the decoded rows are an affine image.
+
+Attention meets many rows with few vectors, so it takes the vectors to coordinates, once, instead of every row back.
+For `x` of shape (..., heads, q, in), row `r` of a head and `c` its coordinates, `x · r = into(x) · c + x · offset`; and
+for weights w, `Σ w r = out_of(Σ w c) + (Σ w) offset`. Only maps that depend on the head need that axis; others take any
+(..., in).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from tersor.payload.blocks import Rows
+
+if TYPE_CHECKING:
+    from tersor.contract.codec import Encoded
+
+
+class Coordinates:
+    """The coordinates of one encoded matrix: here the decoded rows themselves.
+
+    Parameters
+    ----------
+    encoded : Encoded
+    """
+
+    def __init__(self, encoded: Encoded) -> None:
+        self.encoded = encoded
+
+    def rows(self, rows: Rows) -> Tensor:
+        """Return the coordinates of `rows`, float32 (k, n)."""
+        return self.encoded.codec.decode_rows(self.encoded, rows)
+
+    def into(self, x: Tensor) -> Tensor:
+        """Return vectors (..., in) as what products with coordinates need, (..., n)."""
+        return x
+
+    def out_of(self, y: Tensor) -> Tensor:
+        """Return sums of coordinates (..., n) as sums of rows less their offsets, (..., in)."""
+        return y
+
+    def offset(self) -> Tensor | None:
+        """Return what is added to every row, broadcastable to (..., heads, 1, in), or None."""
+        return None

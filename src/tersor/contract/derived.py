@@ -1,0 +1,62 @@
+"""What follows from a codec's fields, layout and children; nothing here is overridden."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from tersor.payload.blocks import Shape
+from tersor.payload.layout import Layout
+
+if TYPE_CHECKING:
+    from tersor.contract.codec import Codec
+
+
+class Derived:
+    """The part of every codec that no codec writes: nested codecs, options, bytes, configuration."""
+
+    id: ClassVar[str]
+    version: ClassVar[int] = 1
+    own_options: ClassVar[frozenset[str]] = frozenset()
+
+    def children(self) -> Mapping[str, Codec]:
+        """Return nested codecs in order, named as their field, or by their position in a field's tuple."""
+        found: dict[str, Any] = {}
+        for name, value in self._fields().items():
+            if isinstance(value, Derived):
+                found[name] = value
+            elif isinstance(value, tuple):
+                found |= {str(place): part for place, part in enumerate(value) if isinstance(part, Derived)}
+        return found
+
+    def option_names(self) -> frozenset[str]:
+        """Return the encoder options that this codec and its children read."""
+        return self.own_options.union(*(child.option_names() for child in self.children().values()))
+
+    def layout(self, shape: Shape) -> Layout:
+        """See `Codec.layout`."""
+        raise NotImplementedError
+
+    def nbytes(self, shape: Shape) -> int:
+        """Return the stored bytes for a matrix of `shape`, shared tables included; from the layout."""
+        return sum(spec.nbytes for spec in self.layout(shape).values())
+
+    def rate(self, shape: Shape) -> float:
+        """Return bits per element, everything stored counted."""
+        return 8.0 * self.nbytes(shape) / max(1, shape[0] * shape[1])
+
+    def to_config(self) -> dict[str, Any]:
+        """Return the JSON-able configuration; `registry.from_config` is the inverse."""
+        return {"id": self.id, "version": self.version, **{k: _plain(v) for k, v in self._fields().items()}}
+
+    def _fields(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Derived):
+        return value.to_config()
+    if isinstance(value, tuple):
+        return [_plain(part) for part in value]
+    return value

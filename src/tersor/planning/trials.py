@@ -1,0 +1,84 @@
+"""Trials: what was measured, one JSON line each, in a file from which a killed run goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tersor.errors import CodecConfigError
+
+
+class Trials:
+    """The trials of one job; a trial is known by the fields of its `key`.
+
+    The first line is a mark, a digest of all that the figures depend on, so that files are never mixed up. A last line
+    that a killed run cut short is dropped.
+
+    Parameters
+    ----------
+    path : Path
+    what : str
+        What the file is, as its first line and messages say: `"survey"`.
+    mark : str
+    key : tuple of str
+        Fields that together name a trial.
+    numbers : tuple of str
+        Fields that must be finite and not negative.
+    hint : str
+        What to do about a file of another mark.
+
+    Raises
+    ------
+    CodecConfigError
+        If the file bears another mark, or a line is no trial.
+    """
+
+    def __init__(self, path: Path, what: str, mark: str, *, key: tuple[str, ...], numbers: tuple[str, ...],
+                 hint: str) -> None:
+        self.path, self._what, self._mark = path, what, mark
+        self._key, self._numbers = key, numbers
+        self._known: dict[tuple[Any, ...], dict[str, Any]] = {}
+        self._begun = path.exists() and path.stat().st_size > 0
+        if self._begun:
+            self._read(hint)
+
+    def find(self, *key: Any) -> Mapping[str, Any] | None:
+        """Return the trial of this key, or None."""
+        return self._known.get(key)
+
+    def add(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Write a trial to the file and return it."""
+        lines = [record] if self._begun else [{self._what: self._mark}, record]
+        with self.path.open("a", encoding="utf-8") as handle:
+            handle.write("".join(json.dumps(line) + "\n" for line in lines))
+        self._begun = True
+        self._known[tuple(record[name] for name in self._key)] = dict(record)
+        return record
+
+    def _read(self, hint: str) -> None:
+        data = self.path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        records = [self._line(line) for line in whole.decode("utf-8", "replace").splitlines()]
+        if not records or records[0] != {self._what: self._mark}:
+            raise CodecConfigError(f"{self.path}: not a {self._what} of {hint}")
+        if len(whole) < len(data):
+            os.truncate(self.path, len(whole))
+        for record in records[1:]:
+            numbers = [record.get(name) for name in self._numbers]
+            if not all(isinstance(n, (int, float)) and math.isfinite(n) and n >= 0 for n in numbers):
+                raise CodecConfigError(f"{self.path}: a line lacks a number: {str(record)[:100]}; run the "
+                                       f"{self._what} again")
+            self._known[tuple(record.get(name) for name in self._key)] = record
+
+    def _line(self, line: str) -> dict[str, Any]:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise CodecConfigError(f"{self.path}: not a {self._what}: '{line[:60]}' is no JSON") from error
+        if not isinstance(record, dict):
+            raise CodecConfigError(f"{self.path}: not a {self._what}: '{line[:60]}' is no JSON object")
+        return record

@@ -1,0 +1,57 @@
+"""Streamed moments against float64, and the calibration file."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tersor.errors import CorruptStoreError, NonFiniteError
+from tersor.planning.calibration import Calibration, MomentSum
+from tersor.testing import gaussian
+
+
+def test_moments_equal_float64() -> None:
+    x = gaussian((400, 32), 0) * torch.logspace(-2, 2, 32)
+    moments = MomentSum(32, torch.device("cpu"))
+    for part in x.split(37):
+        moments.add(part)
+    wide = x.double()
+    expected = wide.T @ wide / 400
+    got = moments.mean("m")
+    # each entry is a float32 sum of 400 products: error at most 400 eps of the product of the columns' norms
+    norms = wide.norm(dim=0)
+    bound = 400 * torch.finfo(torch.float32).eps * torch.outer(norms, norms) / 400
+    assert bool(((got.double() - expected).abs() <= bound).all())
+    assert torch.equal(got, got.T)
+    assert moments.count == 400
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+def test_bad_activations_are_named(bad: float) -> None:
+    x = gaussian((4, 8), 0)
+    x[1, 2] = bad
+    moments = MomentSum(8, torch.device("cpu"))
+    moments.add(x)
+    with pytest.raises(NonFiniteError, match=r"layer\.q"):
+        moments.mean("layer.q")
+
+
+def test_file_keeps_sharing_and_provenance(tmp_path: Path) -> None:
+    h = gaussian((8, 8), 1)
+    h = h @ h.T
+    saved = Calibration({"q": h, "k": h, "o": 2 * h}, 1024, "text sha256:0", {"q": 0.5})
+    saved.save(tmp_path / "c.safetensors")
+    loaded = Calibration.load(tmp_path / "c.safetensors")
+    assert loaded.tokens == 1024
+    assert loaded.source == "text sha256:0"
+    assert loaded.fisher == {"q": 0.5}
+    assert loaded.hessians["q"].data_ptr() == loaded.hessians["k"].data_ptr()
+    assert torch.equal(loaded.hessians["o"], 2 * h)
+    assert (tmp_path / "c.safetensors").stat().st_size < 2 * 8 * 8 * 4 + 1000
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"no")
+    for name in ("x", "missing"):
+        with pytest.raises(CorruptStoreError, match="calibrate"):
+            Calibration.load(tmp_path / name)
