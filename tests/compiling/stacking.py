@@ -12,8 +12,8 @@ from torch import Tensor, fx
 
 from tersor.compiling.products import FUSED, fuse_products
 from tersor.ops.codebook_linear import codebook_linear
-from tests.hf.tiny import save_tiny
 from tests.hf.models.test_compile import compressed
+from tests.hf.tiny import save_tiny
 
 WIDTH = 512
 ONE, MANY = (1, 1, WIDTH), (2, 3, WIDTH)

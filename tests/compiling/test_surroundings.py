@@ -26,8 +26,8 @@ from tests.compiling.stacking import (
     stacked,
     times,
 )
-from tests.hf.tiny import save_tiny
 from tests.hf.models.test_compile import IDS, compressed
+from tests.hf.tiny import save_tiny
 
 THIRD, ROW = matrix(WIDTH, 10), matrix(1, 11)
 
