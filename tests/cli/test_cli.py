@@ -73,9 +73,9 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def compressed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    out = tmp_path_factory.mktemp("fable") / "out"
-    return out, as_json("compress", FABLE, out, "--rate", 3, "--tokens", 4096, "--evaluation-tokens", 1024)
+def compressed(short: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("short") / "out"
+    return out, as_json("compress", short, out, "--rate", 3, "--tokens", 4096, "--evaluation-tokens", 1024)
 
 
 def test_compress_meets_the_budget_and_reports(compressed: tuple[Path, dict[str, Any]]) -> None:
@@ -93,16 +93,16 @@ def test_compress_meets_the_budget_and_reports(compressed: tuple[Path, dict[str,
     assert not list(out.glob("*.html"))  # beside the model, not in it
 
 
-def test_inspect_verify_evaluate_decode(compressed: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_inspect_verify_evaluate_decode(short: Path, compressed: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     out, report = compressed
     shown = as_json("inspect", out)
     assert shown["bytes"] == report["bytes"]
-    assert len(shown["entries"]) == 43 + 13
-    assert as_json("verify", out, "--against", FABLE)["matrices"] == 43
-    scores = as_json("evaluate", out, "--against", FABLE, "--tokens", 1024)
+    assert len(shown["entries"]) == 15 + 5
+    assert as_json("verify", out, "--against", short)["matrices"] == 15
+    scores = as_json("evaluate", out, "--against", short, "--tokens", 1024)
     assert scores["kl"] == pytest.approx(report["kl"], rel=1e-4)
     tersor("decode", out, "--to", tmp_path / "dense")
-    assert (tmp_path / "dense" / "model.safetensors").stat().st_size > 13_000_000
+    assert (tmp_path / "dense" / "model.safetensors").stat().st_size > 7_300_000
 
 
 def test_the_installed_command(matrix: Path, tmp_path: Path) -> None:

@@ -33,3 +33,8 @@ def save_tiny(name: str, folder: Path, dtype: torch.dtype = torch.float32, **cha
                 parameter.data.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     return folder
+
+
+def load_original(path: Path) -> torch.nn.Module:
+    """Return the dense model in a folder, in float32, ready to compute."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()

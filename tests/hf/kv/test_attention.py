@@ -15,7 +15,7 @@ from tersor.hf.kv.cache import CompressedCache
 from tersor.kv import TokenStream
 from tersor.registry import parse
 from tersor.testing import tolerance
-from tests.hf.kv.test_cache import PROMPT, build, compressed, generate, tokens
+from tests.hf.kv.sharp import PROMPT, build, compressed, generate, tokens
 
 BATCH, HEADS, GROUPS, DIM, WIDTH = 2, 3, 2, 16, 8
 CODECS = ("rot,lm3", "fp32", "rtn4g8", "sum(rot,lm2;rtn2g8)")

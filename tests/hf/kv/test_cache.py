@@ -1,23 +1,17 @@
 """The compressed cache inside transformers: lossless codecs change nothing, lossy ones what an explicit oracle says."""
 
 import copy
-import json
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from tersor.errors import (
     CodecConfigError,
-    CorruptStoreError,
-    ModelError,
     NonFiniteError,
-    TersorError,
     UnknownCodecError,
 )
 from tersor.hf.kv.attention import register_attention
@@ -25,76 +19,8 @@ from tersor.hf.kv.cache import CompressedCache
 from tersor.hf.kv.layer import CompressedCacheLayer, SideCodec, Window
 from tersor.kv import TokenStream
 from tersor.registry import parse
-from tersor.store.manifest import body_digest
 from tersor.testing import tolerance
-from tests.hf.tiny import ARCHITECTURES
-
-NAMES = ("llama", "qwen2", "gemma3_text", "gpt2")
-WINDOW = {"residual": 8, "sink": 2, "block": 4}
-PROMPT = 45
-VOCABULARY = 128
-
-
-def build(name: str, **fields: Any) -> PreTrainedModel:
-    """A tiny random model whose distributions are sharp enough that ties do not decide a token."""
-    settings = {**ARCHITECTURES[name], **fields}
-    if name == "gemma3_text":
-        settings["layer_types"] = ["sliding_attention", "full_attention"]
-        settings["sliding_window"] = 16
-    config = AutoConfig.for_model(settings.pop("model_type", name), **settings)
-    config.bos_token_id = config.eos_token_id = None
-    config.pad_token_id = 0
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-        for parameter in model.parameters():
-            parameter.data.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
-
-
-MODELS: dict[str, PreTrainedModel] = {}
-
-
-@pytest.fixture(params=NAMES)
-def model(request: pytest.FixtureRequest) -> PreTrainedModel:
-    return tiny(request.param)
-
-
-@pytest.fixture(params=["sdpa", "tersor"])
-def attention(request: pytest.FixtureRequest) -> str:
-    register_attention()
-    return request.param
-
-
-def tiny(name: str, attention: str = "sdpa") -> PreTrainedModel:
-    if name not in MODELS:
-        MODELS[name] = build(name)
-    MODELS[name].set_attn_implementation(attention)
-    return MODELS[name]
-
-
-def tokens(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randint(1, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def compressed(model: PreTrainedModel, codec: str = "fp32", **settings: Any) -> CompressedCache:
-    return CompressedCache(model.config, key=codec, value=codec, **{**WINDOW, **settings})
-
-
-def generate(model: PreTrainedModel, cache: Cache | None, ids: Tensor, new: int = 20, **settings: Any) -> Any:
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        return model.generate(ids, attention_mask=settings.pop("attention_mask", torch.ones_like(ids)),
-                              past_key_values=cache, max_new_tokens=new, return_dict_in_generate=True,
-                              output_logits=True, pad_token_id=0, **{"do_sample": False, **settings})
-
-
-def close(ours: Any, theirs: Any) -> None:
-    """The same tokens, and logits equal up to the order of float32 sums of a few hundred numbers in each layer."""
-    assert torch.equal(ours.sequences, theirs.sequences)
-    for one, other in zip(ours.logits, theirs.logits, strict=True):
-        assert float((one - other).norm()) <= 16 * tolerance(torch.float32, 256) * float(other.norm())
-
+from tests.hf.kv.sharp import PROMPT, WINDOW, build, close, compressed, generate, tiny, tokens
 
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {}, "sample": {"do_sample": True, "top_k": 20}, "beam": {"num_beams": 3, "num_return_sequences": 2},
@@ -317,75 +243,6 @@ def test_the_report_is_the_bytes_of_the_tensors() -> None:
     window = native._sliding_window_tensor
     assert report.native == native.keys.nbytes + native.values.nbytes + window.nbytes
     assert report.total == report.payload + report.recent + report.sinks + report.native
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_saved_caches_continue_as_if_nothing_had_happened(name: str, tmp_path: Path, attention: str) -> None:
-    model = tiny(name, attention)
-    cache = compressed(model, "rot,lm3", skip_layers=(0,))
-    start = generate(model, cache, tokens(2, PROMPT), new=10)
-    cache.save(tmp_path / "cache")
-    ids = torch.cat([start.sequences, tokens(2, 9, seed=2)], 1)
-    loaded = CompressedCache.load(tmp_path / "cache", model.config)
-    assert loaded.report() == cache.report()
-    expected = generate(model, cache, ids)
-    found = generate(model, loaded, ids)
-    assert torch.equal(found.sequences, expected.sequences)
-    assert all(torch.equal(a, b) for a, b in zip(found.logits, expected.logits, strict=True))
-    with pytest.raises(FileExistsError):
-        cache.save(tmp_path / "cache")
-
-
-def test_a_cache_of_another_model_says_what_differs(tmp_path: Path) -> None:
-    model = tiny("llama")
-    cache = compressed(model)
-    with pytest.raises(ModelError, match="empty"):
-        cache.save(tmp_path / "cache")
-    generate(model, cache, tokens(1, PROMPT))
-    cache.save(tmp_path / "cache")
-    other = copy.deepcopy(model.config)
-    other.num_hidden_layers, other.num_key_value_heads = 3, 4
-    with pytest.raises(ModelError, match=r"num_hidden_layers 2 \(here 3\); num_key_value_heads 2 \(here 4\)"):
-        CompressedCache.load(tmp_path / "cache", other)
-
-
-def test_damaged_and_foreign_directories(tmp_path: Path) -> None:
-    model = tiny("llama")
-    cache = compressed(model)
-    generate(model, cache, tokens(1, PROMPT))
-    cache.save(tmp_path / "cache")
-    file = tmp_path / "cache" / "model.safetensors"
-    data = bytearray(file.read_bytes())
-    data[-3] ^= 1
-    file.write_bytes(data)
-    with pytest.raises(CorruptStoreError, match="SHA-256"):
-        CompressedCache.load(tmp_path / "cache", model.config)
-    file.write_bytes(data[:-1])
-    with pytest.raises(CorruptStoreError):
-        CompressedCache.load(tmp_path / "cache", model.config)
-    with pytest.raises(CorruptStoreError):
-        CompressedCache.load(tmp_path / "nothing", model.config)
-
-
-@pytest.mark.parametrize("break_it", [
-    lambda r: r.pop("settings"), lambda r: r["settings"].update(block=3), lambda r: r["layers"].pop(),
-    lambda r: r["layers"][0]["meta"]["key"].update(blocks=999), lambda r: r["layers"][0]["meta"].pop("value"),
-    lambda r: r["layers"][0]["tensors"].update(key="0/sink/value2"), lambda r: r.update(version=2),
-    lambda r: r["layers"][0]["meta"]["value"]["codec"].update(id="no such"), lambda r: r.update(layers=7),
-    lambda r: r["layers"][0]["tensors"].update({"sink/key": "0/stream/key/blocks/values"}),
-])
-def test_unsound_records_are_typed_errors(tmp_path: Path, break_it: Callable[[Any], Any]) -> None:
-    model = tiny("llama")
-    cache = compressed(model)
-    generate(model, cache, tokens(1, PROMPT))
-    cache.save(tmp_path / "cache")
-    manifest = tmp_path / "cache" / "tersor.json"
-    record = json.loads(manifest.read_text())
-    break_it(record["provenance"]["kv_cache"])
-    record.pop("sha256")
-    manifest.write_text(json.dumps({**record, "sha256": body_digest(record)}))
-    with pytest.raises(TersorError):
-        CompressedCache.load(tmp_path / "cache", model.config)
 
 
 def test_bad_settings() -> None:

@@ -21,7 +21,7 @@ from tersor.hf.models.source import Source, load_dense, open_source
 from tersor.hf.models.text import default_calibration
 from tersor.registry import parse
 from tersor.testing import tolerance
-from tests.hf.kv.test_cache import tiny, tokens
+from tests.hf.kv.sharp import tiny, tokens
 
 SETTINGS = PlanSettings(("rot,lm2", "rot,lm3", "rot,lm5"),
                         context=96, count=2, training=2, residual=16, sink=2, block=8)

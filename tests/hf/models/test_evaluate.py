@@ -21,7 +21,7 @@ from tersor.hf.models.text import (
     token_ids,
 )
 from tests.fable import FABLE
-from tests.hf.models.test_models import load_original
+from tests.hf.tiny import load_original
 
 IDS = torch.randint(0, 128, (70,), generator=torch.Generator().manual_seed(3))
 

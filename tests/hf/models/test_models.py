@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from tersor import store
 from tersor.hf import compress_model
@@ -13,7 +12,7 @@ from tersor.hf.models.dense import write_dense
 from tersor.hf.models.evaluate import load_compressed, resident_bytes
 from tersor.hf.models.matrices import empty_model, read_config, walk
 from tersor.nn import CompressedLinear
-from tests.hf.tiny import ARCHITECTURES
+from tests.hf.tiny import ARCHITECTURES, load_original, save_tiny
 
 IDS = torch.randint(0, 128, (2, 17), generator=torch.Generator().manual_seed(1))
 FAST = {"calibrated": False, "evaluation_tokens": 0}
@@ -39,10 +38,6 @@ def test_round_trip(name: str, tiny: Callable[[str], Path], tmp_path: Path) -> N
     assert torch.equal(generated, dense.generate(IDS[:1], max_new_tokens=4, do_sample=False, pad_token_id=0))
 
 
-def load_original(path: Path) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-
-
 def test_embedding_head_and_experts_are_matrices(tiny: Callable[[str], Path]) -> None:
     tied = walk(empty_model(read_config(tiny("llama_tied"))))
     assert tied.tied == {"lm_head.weight": "model.embed_tokens.weight"}
@@ -57,8 +52,6 @@ def test_embedding_head_and_experts_are_matrices(tiny: Callable[[str], Path]) ->
 
 @pytest.mark.usefixtures("verified_here")
 def test_bfloat16_source_and_lossless_codec(tmp_path: Path) -> None:
-    from tests.hf.tiny import save_tiny
-
     source = save_tiny("llama", tmp_path / "m", torch.bfloat16)
     compress_model(source, tmp_path / "out", 15.99, method="rtn8g64", **FAST)
     model = load_compressed(tmp_path / "out")
