@@ -19,8 +19,12 @@ from bench.suite import Asked, Outcome, RefusedError, Result
 from bench.suites.gpu.tiling_cases import KINDS, ROWS, VECTOR, WIDE, Alone, InLayer
 from tersor.numerics.rotation import Rotation
 from tersor.ops.codebook_linear.launch import choose as kernels
-from tersor.ops.codebook_linear.launch.many import multiply_wide
-from tersor.ops.codebook_linear.shapes.limits import Tiling, WideTiling
+from tersor.ops.codebook_linear.launch.decoded import by_decoding
+from tersor.ops.codebook_linear.launch.many import multiply_many_into
+from tersor.ops.codebook_linear.launch.one import multiply_one_into
+from tersor.ops.codebook_linear.launch.operand import Around, Operand
+from tersor.ops.codebook_linear.shapes.few import Tiling
+from tersor.ops.codebook_linear.shapes.many import ManyTiling
 from tersor.ops.codebook_linear.shapes.one import (
     VectorStream,
     VectorTiling,
@@ -36,8 +40,8 @@ SET_BYTES = 160e6  # of the matrices that a graph walks over: more than the L2 h
 LIMIT = 5e-3  # relative error of bf16 results
 PROCESSES = 12
 
-AnyTiling = Tiling | VectorTiling | WideTiling
-Problem = tuple[list[kernels.Operand], torch.Tensor, torch.Tensor | None]
+AnyTiling = Tiling | VectorTiling | ManyTiling
+Problem = tuple[list[Operand], torch.Tensor, torch.Tensor | None]
 
 
 def streams(case: Alone) -> list[VectorStream]:
@@ -56,7 +60,7 @@ def tilings(case: Alone) -> list[AnyTiling]:
     if case.kernel == "rows":
         return [Tiling(*numbers) for numbers in ROWS]
     if case.kernel == "wide":
-        return [WideTiling(*numbers) for numbers in WIDE[case.batch]]
+        return [ManyTiling(*numbers) for numbers in WIDE[case.batch]]
     asked = [VectorTiling(*numbers) for numbers in VECTOR[case.kind]]
     fitted = [vector_fitted(tiling, streams(case), rotated=case.rotated) for tiling in asked]
     return [tiling for tiling in dict.fromkeys(fitted) if tiling is not None]
@@ -77,7 +81,7 @@ def problem(case: Alone, seed: int) -> Problem:
         half = torch.rand(2**bits // 2, device=DEVICE, generator=generator).sort().values
         whole = torch.arange(2**bits, device=DEVICE) * 0.25 - 1 if form == "affine" else mirrored(half, 2**bits)
         packed = codes(case.rows * case.width * bits // 8)
-        operands.append(kernels.Operand(x, packed, half if len(widths) > 1 else whole, bits,
+        operands.append(Operand(x, packed, half if len(widths) > 1 else whole, bits,
                                         known_form(bits, form)))
     scales = (torch.rand(case.rows, groups, device=DEVICE, generator=generator) + 0.5).to(torch.bfloat16)
     return operands, scales, codes(case.rows * groups * widths[0] // 8) if groups > 1 else None
@@ -88,9 +92,9 @@ def product(case: Alone, tiling: AnyTiling, given: Problem, out: torch.Tensor) -
     operands, scales, zeros = given
     if isinstance(tiling, VectorTiling):
         turns = rotations(case)
-        return lambda: kernels.multiply_one_into(out, operands, [scales], tiling, kernels.Around(turns))
-    if isinstance(tiling, WideTiling):
-        return lambda: multiply_wide(out, operands[0], scales, zeros, case.group, tiling)
+        return lambda: multiply_one_into(out, operands, [scales], tiling, Around(turns))
+    if isinstance(tiling, ManyTiling):
+        return lambda: multiply_many_into(out, operands[0], scales, zeros, case.group, tiling)
     return lambda: kernels.multiply_into(out, operands, scales, zeros, case.group, tiling)
 
 
@@ -103,7 +107,7 @@ def decoded(case: Alone, given: Problem) -> torch.Tensor:
         # a second operand meets its own vector, or what the first met, rotated again
         x = rotations(case)[place].forward(x.cpu()).to(DEVICE) if case.rotated else operand.x.float()
         table = operand.table if len(operands) == 1 else mirrored(operand.table, 2**operand.bits)
-        total += kernels.by_decoding(dataclasses.replace(operand, x=x, table=table), scales, zeros, case.group)
+        total += by_decoding(dataclasses.replace(operand, x=x, table=table), scales, zeros, case.group)
     return total
 
 

@@ -24,7 +24,7 @@ from tersor.contract.codec import Codec
 from tersor.errors import BudgetError
 from tersor.families import FAMILIES
 from tersor.families.qet import Preset
-from tersor.kv import Stream, matrices
+from tersor.kv import TokenStream, matrices
 from tersor.registry import parse
 
 
@@ -74,7 +74,7 @@ def quality(cases: Sequence[Trained]) -> Iterator[Result]:
         yield Result.of(case, sum(row[1].nbytes + row[2].nbytes for row in rows), numbers, seed=SEED)
 
 
-def in_layer(case: Trained, layer: Layer) -> tuple[dict[str, float], Stream, Stream, float]:
+def in_layer(case: Trained, layer: Layer) -> tuple[dict[str, float], TokenStream, TokenStream, float]:
     """Return errors of keys, values and outputs, both streams, and seconds of encoding."""
     exact = layer.outputs(layer.held["keys"], layer.held["values"])
     keys, of_keys, seconds = layer.coded(case.keys, "keys" if case.rotated else "unrotated", case.trained)
@@ -109,7 +109,7 @@ def speed(cases: Sequence[Timed]) -> Iterator[Result]:
         weights = torch.rand(1, HEADS, QUERIES // HEADS, tokens, generator=generator)
         for case in (case for case in cases if case.tokens == tokens):
             codec = parse(case.codec)
-            stream = Stream(codec, BLOCK, tables=codec.train(matrices(keys[:, :, :2048], BLOCK)))
+            stream = TokenStream(codec, BLOCK, tables=codec.train(matrices(keys[:, :, :2048], BLOCK)))
             stream.append(keys)
             scale = 1e9 / keys.numel()
             numbers = {

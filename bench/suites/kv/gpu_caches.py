@@ -18,7 +18,7 @@ from bench.worker import SetupError
 from tersor.hf.kv.cache import CompressedCache
 from tersor.hf.kv.layer import CompressedCacheLayer
 from tersor.hf.kv.store import SIDES, LayerState
-from tersor.kv import Stream, matrices
+from tersor.kv import TokenStream, matrices
 from tersor.payload.blocks import Tables
 from tersor.registry import parse
 
@@ -173,7 +173,7 @@ def _against_processor(layer: Any, keys: Tensor, values: Tensor) -> dict[str, An
     inside = slice(SINK, SINK + layer.streams[0].tokens)
     for side, stream, given in zip(SIDES, layer.streams, (keys, values), strict=True):
         tensors, meta = stream.state()
-        twin = Stream.from_state({name: t.cpu() for name, t in tensors.items()}, meta)
+        twin = TokenStream.from_state({name: t.cpu() for name, t in tensors.items()}, meta)
         here = stream.decode()
         found[f"{side}_decode_error"] = relative(here.cpu(), twin.decode())
         found[f"{side}_error"] = relative(here, given[:, :, inside])

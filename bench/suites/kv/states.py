@@ -19,7 +19,7 @@ from bench.places import held_out, kept
 from bench.suites.kv.sensitivity import Sensitivity, before_rotation, sensitivity
 from tersor.codecs import Klt
 from tersor.contract.codec import Codec
-from tersor.kv import Stream, matrices
+from tersor.kv import TokenStream, matrices
 from tersor.payload.blocks import Tables
 from tersor.registry import parse
 
@@ -109,10 +109,10 @@ class Layer:
         metric = {"keys": self.felt.metric, "unrotated": self.before, "values": None}[name]
         return codec.fit(samples, metric=metric, weights=flat, seed=SEED)
 
-    def coded(self, text: str, name: str, trained: str) -> tuple[Tensor, Stream, float]:
+    def coded(self, text: str, name: str, trained: str) -> tuple[Tensor, TokenStream, float]:
         """Return states with the encoded part decoded (keys rotated), the stream, and seconds of encoding."""
         codec = parse(text)
-        stream = Stream(codec, BLOCK, tables=self.tables(codec, name, trained), seed=SEED)
+        stream = TokenStream(codec, BLOCK, tables=self.tables(codec, name, trained), seed=SEED)
         start = time.perf_counter()
         stream.append(self.held[name][:, :, ENCODED])
         seconds = time.perf_counter() - start

@@ -21,10 +21,10 @@ from tersor import store
 from tersor.codecs import Rotated, Symmetric
 from tersor.contract.codec import Codec
 from tersor.families import candidates
-from tersor.families.backbone import BackboneLadder
-from tersor.hf.compress import encode
-from tersor.hf.compress.calibrate import calibrate
+from tersor.families.low_rank import BackboneLadder
+from tersor.hf.compress import calibrate, encode
 from tersor.hf.compress.request import Request, Sampling, provenance
+from tersor.hf.compress.work import WorkFolder
 from tersor.hf.models.source import open_source
 from tersor.hf.models.text import default_calibration
 from tersor.payload.blocks import Shape
@@ -50,15 +50,15 @@ def one_model(cases: Sequence[ModelCase], path: Path, device: str) -> Iterator[R
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = open_source(path, folder / "staged")
-        calibration = calibrate(source, default_calibration(), folder / "calibration.safetensors",
-                                Sampling(CALIBRATION, 0), device=device)
+        calibration = calibrate.run(source, default_calibration(), folder / "calibration.safetensors",
+                                    Sampling(CALIBRATION, 0), device=device)
         for number, case in enumerate(cases):
             began, request = time.perf_counter(), Request(source.nbytes, "plan", SEED)
             picks = {one: chosen(case, matrix.shape) for one, matrix in source.layout.matrices.items()}
             record = provenance(source, calibration, request, tersor.__version__)
-            output = folder / str(number)
-            encode.encode(encode.Job(source, picks, calibration, request, record), folder / f"{number}.work", output,
-                          device=device)
+            work = WorkFolder(folder / str(number))
+            encode.run(encode.Job(source, picks, calibration, request, record), work, device=device)
+            output = work / "output"
             seconds, nbytes = time.perf_counter() - began, store.stored_nbytes(output)
             results = evaluation.compare(original, {"": evaluation.load_model(output)}, texts)[""]
             yield Result.of(case, nbytes, {"rate": 8 * nbytes / elements, "seconds": seconds, "results": results},

@@ -25,11 +25,11 @@ from bench import evaluation, models
 from bench.suite import Asked, Result
 from bench.suites.two_basis.cases import LanguageCase, Matrices, MatrixCase
 from tersor import store
-from tersor.hf.compress.calibrate import calibrate
-from tersor.hf.compress.encode import Job
-from tersor.hf.compress.encode import encode as encode_all
+from tersor.hf.compress import calibrate
+from tersor.hf.compress import encode as stage
 from tersor.hf.compress.method import fixed_options
 from tersor.hf.compress.request import Request, Sampling, provenance
+from tersor.hf.compress.work import WorkFolder
 from tersor.hf.models.source import Source, open_source
 from tersor.hf.models.text import default_calibration
 from tersor.planning.calibration import Calibration
@@ -88,11 +88,12 @@ def encode(source: Source, calibration: Calibration, case: LanguageCase, folder:
     codec = parse(case.method)
     wanted = {"sweeps": case.sweeps, "block": case.block} if case.sweeps else {}
     request = Request(source.nbytes, case.method, SEED, fixed_options(codec, wanted, calibrated=True))
-    job = Job(source, dict.fromkeys(source.layout.matrices, codec), calibration, request,
-              provenance(source, calibration, request, tersor.__version__))
+    job = stage.Job(source, dict.fromkeys(source.layout.matrices, codec), calibration, request,
+                    provenance(source, calibration, request, tersor.__version__))
     began = time.perf_counter()
-    encode_all(job, folder, folder / "output", device=case.device)
-    return folder / "output", time.perf_counter() - began
+    work = WorkFolder(folder)
+    stage.run(job, work, device=case.device)
+    return work / "output", time.perf_counter() - began
 
 
 @torch.no_grad()
@@ -111,8 +112,8 @@ def one_model(cases: Sequence[LanguageCase], path: Path, device: str) -> Iterato
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         source = open_source(path, root / "staged")
-        calibration = calibrate(source, default_calibration(), root / "calibration.safetensors",
-                                         Sampling(fisher_tokens=0), device=device)
+        calibration = calibrate.run(source, default_calibration(), root / "calibration.safetensors",
+                                    Sampling(fisher_tokens=0), device=device)
         texts = {key: text.to(device) for key, text in evaluation.windows(source.folder, TOKENS).items()}
         original = evaluation.load_model(source.folder).to(device)
         for number, case in enumerate(cases):

@@ -42,22 +42,23 @@ def _pick(rest, tiny, levels, inverse, COUNT: tl.constexpr):
         slope = -2.0 * inverse * (high - low)
         odds = _exp2(slope * rest - slope * (0.5 * (low + high)))
         return tl.where(tiny * odds + tiny < 0.0078125, high, low)
-    least = (rest - tl.load(levels)) * (rest - tl.load(levels))
-    for j in tl.static_range(1, COUNT):
-        gap = rest - tl.load(levels + j)
-        least = tl.minimum(least, gap * gap)
-    total = tl.zeros_like(rest)
-    for j in tl.static_range(COUNT):
-        gap = rest - tl.load(levels + j)
-        total += _exp2((least - gap * gap) * inverse)
-    bar = tiny * 128.0 * total
-    seen = tl.zeros_like(rest)
-    value = tl.zeros_like(rest) + tl.load(levels)
-    for j in tl.static_range(1, COUNT):
-        gap = rest - tl.load(levels + j - 1)
-        seen += _exp2((least - gap * gap) * inverse)
-        value = tl.where(bar > seen, tl.load(levels + j), value)
-    return value
+    else:
+        least = (rest - tl.load(levels)) * (rest - tl.load(levels))
+        for j in tl.static_range(1, COUNT):
+            gap = rest - tl.load(levels + j)
+            least = tl.minimum(least, gap * gap)
+        total = tl.zeros_like(rest)
+        for j in tl.static_range(COUNT):
+            gap = rest - tl.load(levels + j)
+            total += _exp2((least - gap * gap) * inverse)
+        bar = tiny * 128.0 * total
+        seen = tl.zeros_like(rest)
+        value = tl.zeros_like(rest) + tl.load(levels)
+        for j in tl.static_range(1, COUNT):
+            gap = rest - tl.load(levels + j - 1)
+            seen += _exp2((least - gap * gap) * inverse)
+            value = tl.where(bar > seen, tl.load(levels + j), value)
+        return value
 
 
 @kernel

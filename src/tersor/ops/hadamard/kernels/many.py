@@ -26,14 +26,15 @@ def _fetch(x, signs, step, count, part, N1: tl.constexpr, P1: tl.constexpr, G: t
     offset = start[:, None] + tl.arange(0, N2)[None, :]
     if G == 1:
         return tl.load(x + offset, inside, other=0.0)
-    total = tl.zeros([VECTORS * P1, N2], tl.float32)
-    for g in tl.static_range(G):
-        piece = tl.load(x + offset + g * N2, inside, other=0.0).to(tl.float32)
-        if not INVERSE:
-            piece *= tl.load(signs + place + g * N2, (i < N1)[:, None], other=0.0).to(tl.float32)
-        both = part & g
-        total += tl.where(((both >> 1) ^ both) & 1 == 1, -piece, piece)
-    return total
+    else:
+        total = tl.zeros([VECTORS * P1, N2], tl.float32)
+        for g in tl.static_range(G):
+            piece = tl.load(x + offset + g * N2, inside, other=0.0).to(tl.float32)
+            if not INVERSE:
+                piece *= tl.load(signs + place + g * N2, (i < N1)[:, None], other=0.0).to(tl.float32)
+            both = part & g
+            total += tl.where(((both >> 1) ^ both) & 1 == 1, -piece, piece)
+        return total
 
 
 @triton.jit
