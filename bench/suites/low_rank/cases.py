@@ -10,7 +10,7 @@ TARGETS: Mapping[int, Mapping[str, float]] = {
     2: {"exp32": 0.062, "pow1": 0.0585, "pow05": 0.2825, "outl": 0.183, "relu": 0.2275, "gauss": 0.342}}
 STEPS = ("lplr", "basis", "rounds", "allocation", "both", "rotation", "family", "bound")
 SIDES, GROWN, RANK = (512, 1024, 2048), (2048, 4096, 8192, 16384), 128
-NAMES, EVERY = ("fable-22m", "smollm2-135m"), 4
+NAMES, EVERY = ("fable-22m", "smollm2-135m"), 8
 PUBLISHED = tuple(f"{name} {bits}/{bits}" for bits in (8, 4) for name in ("lplr", "lsvd"))
 FAMILIES = ("nq", "rotated_scalar", "qet_plus", "lplr_plus")
 RATES = (2.1, 2.2, 2.4)
