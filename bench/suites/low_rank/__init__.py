@@ -8,7 +8,7 @@ SUITES = (
           deferred("bench.suites.low_rank.reproduction"), reproduction_tables.TABLES),
     Suite("lplr_plus", "the ladder of improvements, some minutes; time; growth", always(cases.PLUS),
           deferred("bench.suites.low_rank.plus"), tables.PLUS),
-    Suite("low_rank_layers", "every 4th linear layer of two models at 4 bits", always(cases.LAYERS),
+    Suite("low_rank_layers", "every 8th or 16th linear layer of two models at 4 bits", always(cases.LAYERS),
           deferred("bench.suites.low_rank.layers"), tables.LAYERS, ("transformers",)),
     Suite("low_rank_models", "a low-rank part beside a quantized backbone", always(cases.MODELS),
           deferred("bench.suites.low_rank.models"), tables.MODELS, ("transformers",)),

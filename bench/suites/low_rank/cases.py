@@ -10,7 +10,7 @@ TARGETS: Mapping[int, Mapping[str, float]] = {
     2: {"exp32": 0.062, "pow1": 0.0585, "pow05": 0.2825, "outl": 0.183, "relu": 0.2275, "gauss": 0.342}}
 STEPS = ("lplr", "basis", "rounds", "allocation", "both", "rotation", "family", "bound")
 SIDES, GROWN, RANK = (512, 1024, 2048), (2048, 4096, 8192, 16384), 128
-NAMES, EVERY = ("fable-22m", "smollm2-135m"), 4
+EVERY = {"fable-22m": 8, "smollm2-135m": 16}  # n-th layer is measured
 PUBLISHED = tuple(f"{name} {bits}/{bits}" for bits in (8, 4) for name in ("lplr", "lsvd"))
 FAMILIES = ("nq", "rotated_scalar", "qet_plus", "lplr_plus")
 RATES = (2.1, 2.2, 2.4)
@@ -77,7 +77,7 @@ class LayersCase:
 
     model: str
     method: str
-    every: int = EVERY
+    every: int
 
     @property
     def key(self) -> str:
@@ -102,7 +102,7 @@ class ModelCase:
 PLUS = (*(Case(name, bits, step, target if step == "family" else None) for bits, targets in TARGETS.items()
           for name, target in targets.items() for step in STEPS),
         *(Times(side) for side in SIDES), *(Growth(side, RANK, fast) for side in GROWN for fast in (True, False)))
-LAYERS = tuple(LayersCase(name, method) for name in NAMES for method in (*PUBLISHED, *FAMILIES))
+LAYERS = tuple(LayersCase(name, method, every) for name, every in EVERY.items() for method in (*PUBLISHED, *FAMILIES))
 MODELS = tuple(case for name in ("fable-7m", "fable-22m") for case in (
     ModelCase(name, "rot,sym16", 2.0),
     *(ModelCase(name, method, rate) for rate in RATES for method in ("qet_plus", *BACKBONES))))

@@ -22,7 +22,8 @@ CODECS = {1.5: ("two2x2ho", "rot,two2x2ho", "rot,lmL3", "rot,sym12", "kashinL3c"
           2.0: ("two2x2o", "rot,two2x2o", "rot,lm2", "rot,sym16", "kashin2c"),
           2.6: ("two3x2o", "rot,two3x2o", "rot,lmL6", "rot,sym20", "kashinL6c"),
           3.0: ("two4x2o", "rot,two4x2o", "rot,lm3", "rot,sym24", "kashin3c")}
-SWEEPS, BLOCK = 1000, 8  # of real matrices and models; columns that feedback hands over together
+LARGER = {1.5: ("two2x2ho", "rot,lmL3"), 2.0: ("two2x2o", "rot,two2x2o", "rot,lm2")}  # of SmolLM2
+SWEEPS, BLOCK, LARGER_BLOCK = 1000, 8, 16  # of real matrices and models; columns that feedback hands over together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,8 +153,10 @@ class Matrices:
 def real(device: str) -> list[Matrices | LanguageCase]:
     """Return the cases of real matrices, and of models by nominal bits."""
     found: list[Matrices | LanguageCase] = [Matrices(name, device) for name in ("fable-22m", "smollm2-135m", "minilm")]
-    return found + [LanguageCase("fable-22m", bits, method, device, *((SWEEPS, BLOCK) if "two" in method else ()))
-                    for bits, methods in CODECS.items() for method in methods]
+    for model, codecs, block in (("fable-22m", CODECS, BLOCK), ("smollm2-135m", LARGER, LARGER_BLOCK)):
+        found += [LanguageCase(model, bits, method, device, *((SWEEPS, block) if "two" in method else ()))
+                  for bits, methods in codecs.items() for method in methods]
+    return found
 
 
 def cases(device: str) -> list[Case | Feedback | Speed | Matrices | LanguageCase]:
