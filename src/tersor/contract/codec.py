@@ -102,11 +102,14 @@ class Codec(Derived, abc.ABC):
         Regular expression of the codec's head in a factory string such as `"rot,lm3"`.
     own_options : frozenset of str
         Encoder options that this class reads.
+    examples : tuple of str
+        Factory strings that messages show and that the shared laws are tried on; the first is the plainest.
     own_traits : Traits
         Of every codec of this class; see `traits`.
     """
 
     grammar: ClassVar[str]
+    examples: ClassVar[tuple[str, ...]] = ()
     own_traits: ClassVar[Traits] = Traits()
 
     @abc.abstractmethod
