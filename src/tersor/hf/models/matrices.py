@@ -121,6 +121,14 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
                          f"{_line(error)}") from error
 
 
+def check_class(path: Path, config: PretrainedConfig, model: PreTrainedModel) -> None:
+    """Raise `ModelError` unless the model is of the class that config.json names: no part is left out or invented."""
+    named = (config.architectures or [type(model).__name__])[0]
+    if named != type(model).__name__:
+        raise ModelError(f"{path}: config.json names a {named}; as a causal language model it would be a "
+                         f"{type(model).__name__}, which has other parameters; only causal language models are taken")
+
+
 def _line(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:300] or type(error).__name__
 

@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from tersor.contract.checks import check_matrix
 from tersor.errors import ModelError
 from tersor.files import save_tensors
-from tersor.hf.models.matrices import Matrix, Parts, empty_model, quiet, read_config, walk
+from tersor.hf.models import checkpoint
+from tersor.hf.models.matrices import Matrix, Parts, check_class, empty_model, quiet, read_config, walk
 from tersor.store import INDEX, MANIFEST
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 _OWN_FILES = ("config.json", MANIFEST, "tersor-report.json")
-_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,7 +71,7 @@ class Source:
         for name, (file, key) in self.locations.items():
             with safe_open(file, framework="pt") as handle:
                 kind = handle.get_slice(key).get_dtype()
-                found[name] = _FLOATS[kind] if kind in _FLOATS else handle.get_tensor(key).dtype
+                found[name] = checkpoint.FLOATS[kind] if kind in checkpoint.FLOATS else handle.get_tensor(key).dtype
         return found
 
     @property
@@ -151,52 +151,10 @@ def _open_folder(path: Path, folder: Path) -> Source | None:
     """Open a folder whose safetensors hold the model's own parameters; None where they need converting."""
     config = read_config(folder)
     model = empty_model(config)
+    check_class(path, config, model)
     layout = walk(model)
-    locations = _resolve(layout, _locate(folder), model.base_model_prefix)
+    locations = checkpoint.account(folder, model, layout)
     return None if locations is None else Source(path, folder, config, layout, locations)
-
-
-def _locate(folder: Path) -> dict[str, tuple[Path, str]]:
-    locations: dict[str, tuple[Path, str]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as handle:
-                locations.update({key: (file, key) for key in handle.keys()})  # noqa: SIM118 - not a dict
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{file}: damaged or no safetensors file: {error}") from error
-    return locations
-
-
-def _resolve(layout: Parts, found: Mapping[str, tuple[Path, str]],
-             prefix: str) -> dict[str, tuple[Path, str]] | None:
-    """Find every stored tensor, with or without the base model's prefix; None if one is not there as such."""
-    located = {}
-    for name in layout.parameters:
-        short = name.removeprefix(f"{prefix}.") if prefix else name
-        place = found.get(name) or found.get(short)
-        if place is None:
-            return None
-        expected = layout.plain.get(name)
-        with safe_open(place[0], framework="pt") as handle:
-            shape = tuple(handle.get_slice(place[1]).get_shape())
-        if expected is not None and shape != tuple(expected):
-            raise ModelError(f"{place[0]}: '{place[1]}' has shape {shape}, but config.json makes it {tuple(expected)}")
-        located[name] = place
-    for matrix in layout.matrices.values():
-        if matrix.index in (None, 0):
-            _check_shape(matrix, located[matrix.parameter])
-    return located
-
-
-def _check_shape(matrix: Matrix, place: tuple[Path, str]) -> None:
-    with safe_open(place[0], framework="pt") as handle:
-        part = handle.get_slice(place[1])
-        shape, dtype = tuple(part.get_shape())[-2:], part.get_dtype()
-    expected = matrix.shape[::-1] if matrix.kind == "conv1d" else matrix.shape
-    if shape != expected:
-        raise ModelError(f"{place[0]}: '{place[1]}' has shape {shape}, but config.json makes it {expected}")
-    if dtype not in _FLOATS:
-        raise ModelError(f"{place[0]}: '{place[1]}' has dtype {dtype}; supported: {sorted(_FLOATS)}")
 
 
 def _stage(path: Path, staging: Path) -> Path:
@@ -205,13 +163,14 @@ def _stage(path: Path, staging: Path) -> Path:
     extra = {"gguf_file": gguf, "dtype": torch.float32} if gguf else {"dtype": "auto"}
     try:
         with quiet():
-            model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **extra)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True,
+                                                               output_loading_info=True, **extra)
     except (ValueError, OSError, KeyError, RuntimeError, ImportError, TypeError, struct.error) as error:
         raise ModelError(f"{path}: transformers cannot load this checkpoint: {str(error).strip()[:300]}") from error
+    model, told = loaded
+    tensors = checkpoint.converted(path, model, told)
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    tied = set(model.all_tied_weights_keys)
-    tensors = {k: t.contiguous() for k, t in model.state_dict().items() if k not in tied}
     save_tensors(tensors, staging / "model.safetensors")
     config = model.config.to_dict()
     config.pop("quantization_config", None)
