@@ -176,11 +176,17 @@ def _stages(source: Source, request: Request, settings: CompressSettings, work: 
     nbytes = store.stored_nbytes(work / "output")
     if nbytes > request.budget:
         raise TersorError(f"internal: wrote {nbytes} bytes for a budget of {request.budget}")
-    return conclude(job, matrices, work)
+    return conclude(job, matrices, work, {"budget": request.budget, "method": request.method})
 
 
-def conclude(job: encode.Job, matrices: Mapping[str, Any], work: WorkFolder) -> dict[str, Any]:
+def conclude(job: encode.Job, matrices: Mapping[str, Any], work: WorkFolder,
+             asked: Mapping[str, Any]) -> dict[str, Any]:
     """Write the report beside what was encoded, and verify both in a new process; return the report.
+
+    Parameters
+    ----------
+    asked : mapping
+        What the user gave besides a plan, for the summary: the budget and the method.
 
     Raises
     ------
@@ -188,8 +194,8 @@ def conclude(job: encode.Job, matrices: Mapping[str, Any], work: WorkFolder) -> 
         If the output is not what was encoded.
     """
     source, nbytes = job.source, store.stored_nbytes(work / "output")
-    summary = {"bytes": nbytes, "budget": job.request.budget, "rate": 8 * nbytes / source.elements,
-               "parameters": source.elements, "bytes_original": source.original_nbytes, "method": job.request.method}
+    summary = {"bytes": nbytes, **asked, "rate": 8 * nbytes / source.elements, "parameters": source.elements,
+               "bytes_original": source.original_nbytes}
     report = {"summary": summary, "matrices": matrices, "provenance": job.provenance}
     write_json(work / "output" / REPORT, report)
     verify_in_fresh_process(work / "output", source.folder)
