@@ -31,10 +31,10 @@ from tersor.hf.compress.request import (
     provenance,
 )
 from tersor.hf.compress.verify import verify_in_fresh_process
-from tersor.hf.compress.work import REPORT, WorkFolder, peak_memory
+from tersor.hf.compress.work import WorkFolder, peak_memory
 from tersor.hf.models.dense import copy_dense
 from tersor.hf.models.evaluate import evaluate
-from tersor.hf.models.source import Source, open_source, read_matrix
+from tersor.hf.models.source import REPORT, Source, open_source, read_matrix
 from tersor.hf.models.text import default_calibration, default_heldout, read_ids, text_source
 from tersor.planning.calibration import Calibration
 from tersor.planning.plan import check_weights, to_json

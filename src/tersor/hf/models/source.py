@@ -23,8 +23,9 @@ from tersor.files import save_tensors
 from tersor.hf.models.matrices import Matrix, Parts, empty_model, quiet, read_config, walk
 from tersor.store import FORMAT_VERSION, INDEX, MANIFEST
 
+REPORT = "tersor-report.json"  # what a compressed model says of its matrices
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-_OWN_FILES = ("config.json", MANIFEST, "tersor-report.json")
+_OWN_FILES = ("config.json", MANIFEST, REPORT)
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 

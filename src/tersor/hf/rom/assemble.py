@@ -11,8 +11,9 @@ from tersor import store
 from tersor.contract.codec import Codec
 from tersor.errors import BudgetError
 from tersor.files import write_json
-from tersor.hf.compress.work import REPORT, WorkFolder
+from tersor.hf.compress.work import WorkFolder
 from tersor.hf.models.matrices import Matrix
+from tersor.hf.models.source import REPORT
 from tersor.hf.rom.block import Done, Task, bias_name, load_block
 from tersor.quality import measure
 from tersor.registry import parse
