@@ -8,7 +8,6 @@ PEER_NAMES = {"nf4": "bitsandbytes NF4, block", "hqq": "HQQ", "quanto": "quanto"
               "faiss": "FAISS"}
 
 
-
 def label(method: str) -> str:
     """Return how a table names a method."""
     head, _, rest = method.partition(":")

@@ -24,7 +24,7 @@ def cost(picks: dict[str, Choice]) -> tuple[int, float]:
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_allocate_equals_brute_force(seed: int) -> None:
+def test_spending_equals_brute_force(seed: int) -> None:
     rng = random.Random(seed)
     choices = random_choices(rng, 4, 4)
     budget = sum(min(c.nbytes for c in options) for options in choices.values()) + rng.randint(0, 300)

@@ -21,7 +21,7 @@ from bench.models import locate
 from bench.places import CALIBRATION, DOMAINS, MODELS, kept
 from bench.places import held_out as text_of
 from bench.suites.kv.cases import BLOCK, RATES, RESIDUAL, SETUPS, SINK, UNIFORM, Setup
-from tersor.hf.kv.plan import Lab, PlanSettings, _measure, _spend
+from tersor.hf.kv.plan import Lab, PlanSettings, _measure, _spend, open_trials
 from tersor.hf.kv.store import SIDES
 from tersor.payload.blocks import Tables
 from tersor.registry import parse
@@ -111,7 +111,7 @@ def choose(name: str) -> None:
     torch.save(found, kept("kv") / f"{name}-klt.pt")
     print("tables written", flush=True)
     found = {}
-    choices = _measure(lab, kept("kv") / f"{setup.name}.trials.jsonl", repr(settings), _progress)
+    choices = _measure(lab, open_trials(kept("kv") / f"{setup.name}.trials.jsonl", repr(settings)), _progress)
     for rate in RATES:
         picks = _spend(choices, lab.elements, rate)
         codecs = {place: pick.codec for place, pick in picks.items()}

@@ -39,4 +39,3 @@ def report(arguments: Sequence[str]) -> None:
     if arguments:
         encode(arguments[0], int(arguments[1]), int(arguments[2]))
     print(peak_bytes())
-

@@ -17,7 +17,6 @@ HALVED, WITHIN, SECONDS, PEAK, DEFAULT_SEQUENCES = 2.0, 0.005, 900, 3e9, 512
 TARGETED = ("plus_allocated", "plus_gauge", "preset_allocated", "preset")
 
 
-
 def _ladder(found: Mapping[str, Line], model: str, keep: float, calibration: str, rung: str) -> Line | None:
     line = found.get(Case("ladder", model, keep, calibration, rung).key)
     return None if line is None or "refused" in line["numbers"] else line["numbers"]

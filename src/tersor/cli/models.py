@@ -39,7 +39,7 @@ from tersor.cli.base import (
 from tersor.cli.reduce import REDUCTIONS
 from tersor.errors import CodecConfigError, ModelError
 from tersor.families import DEFAULT
-from tersor.planning import plan as planning
+from tersor.planning.plan import to_json
 
 
 def read_weights(path: Path | None) -> dict[str, float]:
@@ -152,7 +152,7 @@ def plan(src: Src, survey_file: Annotated[Path, typer.Argument(metavar="SURVEY")
         raise ModelError(f"{survey_file}: no such file; make it with 'tersor survey'")
     choices = survey.run(source, calibration, request, survey_file)
     picks = stage.run(source, choices, request, record)
-    write_json(output, planning.to_json(picks))
+    write_json(output, to_json(picks))
     emit({"budget": budget, "bytes": stage.predict(source, picks, record), "file": str(output)}, as_json, "plan")
 
 

@@ -34,7 +34,7 @@ from tersor.cli.base import (
     write_new,
 )
 from tersor.errors import CodecConfigError, ModelError
-from tersor.planning import plan as planning
+from tersor.planning.plan import from_json
 from tersor.quality import measure
 
 
@@ -62,14 +62,14 @@ def encode(src: Annotated[Path, typer.Argument(help="a model directory or .gguf 
         raise ModelError("encoding a model takes --plan, and no --rate or --codec; make a plan with 'tersor plan', or "
                          "use 'tersor compress'")
     check_device(device)
-    picks = planning.from_json(read_json(plan_file))
+    picks = from_json(read_json(plan_file))
     source, calibration = open_source(src, target), read_calibration(calib)
     request = Request(source.nbytes, "plan", seed, parse_options(option))
     record = provenance(source, calibration, request, tersor.__version__)
     job, work = stage.Job(source, picks, calibration, request, record), WorkFolder(target).claim()
     with Bars() as progress:
         matrices = stage.run(job, work, device=device, progress=progress)
-    summary = conclude(job, matrices, work)["summary"]
+    summary = conclude(job, matrices, work, {})["summary"]
     work.finish("matrices")
     emit(summary, as_json, str(target))
 

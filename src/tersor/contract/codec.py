@@ -1,4 +1,4 @@
-"""The contract: what a codec is, what an encoded matrix is, and how codecs nest.
+"""The contract: what a codec is, and what an encoded matrix is.
 
 A codec is a frozen dataclass whose fields are all that decoding needs. An encoded matrix is a linear operator:
 `decode()` rebuilds the matrix, `matmul(x)` applies it. Payload tensors are declared once, by `Codec.layout`.

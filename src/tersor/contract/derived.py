@@ -1,4 +1,4 @@
-"""What follows from a codec's fields, layout and children; nothing here is overridden."""
+"""What follows from a codec's fields, layout and children; only `layout` is overridden."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Images: a PNG as matrices in a store, and back."""
 
 from tersor.images.encoded import EncodedImage
-from tersor.images.header import LAYOUTS
+from tersor.images.header import LAYOUTS, Header
 from tersor.images.image import DEFAULT, compare, decode, encode, is_image, load, pictures
 from tersor.images.png import Image, ImageError, from_array, read, to_png
 
-__all__ = ["DEFAULT", "LAYOUTS", "EncodedImage", "Image", "ImageError", "compare", "decode", "encode", "from_array",
-           "is_image", "load", "pictures", "read", "to_png"]
+__all__ = ["DEFAULT", "LAYOUTS", "EncodedImage", "Header", "Image", "ImageError", "compare", "decode", "encode",
+           "from_array", "is_image", "load", "pictures", "read", "to_png"]

@@ -204,7 +204,3 @@ def pictures(original: Image, decoded: Image) -> dict[str, bytes]:
     shown = {f"original{seen}": true, f"decoded{seen}": found,
              f"difference x {gain}{seen}": np.minimum(difference * gain, peak).astype(true.dtype)}
     return {title: to_png(Image(samples, original.bits)) for title, samples in shown.items()}
-
-
-__all__ = ["LAYOUTS", "EncodedImage", "Header", "Image", "ImageError", "compare", "decode", "encode", "from_array",
-           "is_image", "load", "pictures", "read", "to_png"]

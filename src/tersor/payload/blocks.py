@@ -1,4 +1,4 @@
-"""Matrices by blocks of rows: how dense temporaries stay bounded."""
+"""Shapes, rows and tables of matrices; and blocks of rows, by which dense temporaries stay bounded."""
 
 from __future__ import annotations
 

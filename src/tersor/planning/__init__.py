@@ -1,1 +1,1 @@
-"""One budget over many matrices, and what calibration saw of them."""
+"""One budget over many matrices; what calibration saw of them, and what was measured."""

@@ -29,12 +29,14 @@ class Trials:
     numbers : tuple of str
         Fields that must be finite and not negative.
     hint : str
-        What to do about a file of another mark.
+        Of what the trials are, and what to do about a file of others.
 
     Raises
     ------
     CodecConfigError
         If the file bears another mark, or a line is no trial.
+    OSError
+        If the file cannot be written, before anything is measured.
     """
 
     def __init__(self, path: Path, what: str, mark: str, *, key: tuple[str, ...], numbers: tuple[str, ...],
@@ -45,6 +47,8 @@ class Trials:
         self._begun = path.exists() and path.stat().st_size > 0
         if self._begun:
             self._read(hint)
+        else:
+            path.touch()
 
     def find(self, *key: Any) -> Mapping[str, Any] | None:
         """Return the trial of this key, or None."""
@@ -72,7 +76,11 @@ class Trials:
             if not all(isinstance(n, (int, float)) and math.isfinite(n) and n >= 0 for n in numbers):
                 raise CodecConfigError(f"{self.path}: a line lacks a number: {str(record)[:100]}; run the "
                                        f"{self._what} again")
-            self._known[tuple(record.get(name) for name in self._key)] = record
+            key = tuple(record.get(name) for name in self._key)
+            if not all(isinstance(part, (str, int)) for part in key):
+                raise CodecConfigError(f"{self.path}: a line does not say what was tried: {str(record)[:100]}; run the "
+                                       f"{self._what} again")
+            self._known[key] = record
 
     def _line(self, line: str) -> dict[str, Any]:
         try:

@@ -20,7 +20,6 @@ from tersor.registry import from_config
 from tersor.store.manifest import (
     DTYPES,
     FORMAT_VERSION,
-    INDEX,
     KINDS,
     MANIFEST,
     STORED_NAMES,
@@ -28,9 +27,7 @@ from tersor.store.manifest import (
     body_digest,
     digest,
     file_digest,
-    predict_nbytes,
 )
-from tersor.store.writing import stored_nbytes, write
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -225,7 +222,3 @@ def _check_shard(file: Path, specs: Mapping[str, TensorSpec]) -> None:
 def params(store: Store) -> int:
     """Return the number of parameters the store stands for."""
     return sum(math.prod(entry.shape) for entry in store.entries.values())
-
-
-__all__ = ["DTYPES", "FORMAT_VERSION", "INDEX", "MANIFEST", "Entry", "Store", "params", "predict_nbytes", "read",
-           "stored_nbytes", "write"]

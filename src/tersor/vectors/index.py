@@ -20,7 +20,7 @@ from tersor.contract.codec import Codec, Encoded
 from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
 from tersor.payload.blocks import Tables, row_blocks
 from tersor.vectors import rowwise
-from tersor.vectors.choice import choose, index_families
+from tersor.vectors.choice import choose
 from tersor.vectors.nearest import WORST, Best
 
 METRICS = ("l2", "ip", "cosine")
@@ -341,6 +341,3 @@ class Index:
                 scores.mul_(torch.where(power > 0, power.rsqrt(), torch.zeros_like(power)))
             best.offer(scores, first)
         return (norms - 2 * best.scores).clamp_min_(0) if metric == "l2" else best.scores, best.ids
-
-
-__all__ = ["Best", "Index", "index_families"]

@@ -48,7 +48,7 @@ class LowRank(Codec):
     sketch, nonzeros, power_iterations, orthonormalize
         Of the published methods; see `tersor.codecs.low_rank.published.Sketching`.
     rounds, power_iterations, oversample, fast
-        Of `"alternating"`; see `tersor.codecs.low_rank.alternating.Settings`.
+        Of `"alternating"`; see `tersor.codecs.low_rank.alternating.AlternatingOptions`.
     """
 
     rank: int

@@ -104,7 +104,7 @@ class LearnedRotation(Wrapped):
             raise CodecConfigError(f"codec '{self.spec()}' needs its shared rotation: tables=codec.train(samples)")
         else:
             rotation = how.tables["rotation"].to(matrix.device)
-        if rotation.shape[0] != matrix.shape[1]:
+        if tuple(rotation.shape) != (matrix.shape[1], matrix.shape[1]):
             raise CodecConfigError(f"codec '{self.spec()}': the rotation was trained on a width of "
                                    f"{rotation.shape[0]}, the matrix has {matrix.shape[1]}")
         return _rotate(matrix, rotation), {"rotation": rotation}

@@ -28,7 +28,6 @@ class Shifted(Wrapped):
     """`W = α inner + β`, two fp32 numbers a matrix, by least squares on the decoded inner matrix.
 
     Under a Hessian the squares are weighed by it. Where the inner matrix is constant, α is 1 and β the mean left over.
-
     """
 
     id: ClassVar[str] = "shifted"

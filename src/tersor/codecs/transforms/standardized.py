@@ -27,7 +27,6 @@ class Standardized(Wrapped):
 
     The scale is the root mean square of what the stored mean leaves over, 1 where that is 0: a column of equal numbers
     decodes to their bf16 value plus what the inner codec makes of the rest.
-
     """
 
     id: ClassVar[str] = "standardized"

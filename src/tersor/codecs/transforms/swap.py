@@ -118,4 +118,3 @@ def swap(rows: Tensor, layers: int) -> tuple[Tensor, Tensor]:
         # where, not minimum: a permutation keeps the sign of a zero
         rows = torch.stack([torch.where(less, even, odd), torch.where(less, odd, even)], 2).reshape(count, width)
     return rows, masks
-

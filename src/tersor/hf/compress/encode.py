@@ -74,16 +74,13 @@ def run(job: Job, work: WorkFolder, *, device: str = "cpu", progress: Progress =
             _keep(files[name], encoded, stamp, found)
         report[name] = found
     progress("encode", len(picks), len(picks))
-    config = source.config_json()
-    config["quantization_config"] = {"quant_method": "tersor", "format_version": store.FORMAT_VERSION}
-    companions: dict[str, bytes | Path] = {"config.json": json.dumps(config, indent=1).encode(), **source.companions()}
 
     def payload(entry: store.Entry) -> Mapping[str, Tensor]:
         return {"": source.tensor(entry.name)} if entry.codec is None else read_payload(files[entry.name])
 
     shutil.rmtree(work / "output", ignore_errors=True)  # of a run that was killed before it was verified
     store.write(work / "output", entries(source, picks), payload, kind="model", provenance=job.provenance,
-                files=companions)
+                files=source.stored_files())
     return report
 
 

@@ -1,4 +1,4 @@
-"""What the user asks for: a budget and a method, and how much text to read; and how progress is told."""
+"""What the user asks for (budget, method, text to read), what the manifest says of it, and how progress is told."""
 
 from __future__ import annotations
 

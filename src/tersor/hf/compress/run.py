@@ -31,10 +31,10 @@ from tersor.hf.compress.request import (
     provenance,
 )
 from tersor.hf.compress.verify import verify_in_fresh_process
-from tersor.hf.compress.work import REPORT, WorkFolder, peak_memory
+from tersor.hf.compress.work import WorkFolder, peak_memory
 from tersor.hf.models.dense import copy_dense
 from tersor.hf.models.evaluate import evaluate
-from tersor.hf.models.source import Source, open_source, read_matrix
+from tersor.hf.models.source import REPORT, Source, open_source, read_matrix
 from tersor.hf.models.text import default_calibration, default_heldout, read_ids, text_source
 from tersor.planning.calibration import Calibration
 from tersor.planning.plan import check_weights, to_json
@@ -176,11 +176,17 @@ def _stages(source: Source, request: Request, settings: CompressSettings, work: 
     nbytes = store.stored_nbytes(work / "output")
     if nbytes > request.budget:
         raise TersorError(f"internal: wrote {nbytes} bytes for a budget of {request.budget}")
-    return conclude(job, matrices, work)
+    return conclude(job, matrices, work, {"budget": request.budget, "method": request.method})
 
 
-def conclude(job: encode.Job, matrices: Mapping[str, Any], work: WorkFolder) -> dict[str, Any]:
+def conclude(job: encode.Job, matrices: Mapping[str, Any], work: WorkFolder,
+             asked: Mapping[str, Any]) -> dict[str, Any]:
     """Write the report beside what was encoded, and verify both in a new process; return the report.
+
+    Parameters
+    ----------
+    asked : mapping
+        What the user gave besides a plan, for the summary: the budget and the method.
 
     Raises
     ------
@@ -188,8 +194,8 @@ def conclude(job: encode.Job, matrices: Mapping[str, Any], work: WorkFolder) -> 
         If the output is not what was encoded.
     """
     source, nbytes = job.source, store.stored_nbytes(work / "output")
-    summary = {"bytes": nbytes, "budget": job.request.budget, "rate": 8 * nbytes / source.elements,
-               "parameters": source.elements, "bytes_original": source.original_nbytes, "method": job.request.method}
+    summary = {"bytes": nbytes, **asked, "rate": 8 * nbytes / source.elements, "parameters": source.elements,
+               "bytes_original": source.original_nbytes}
     report = {"summary": summary, "matrices": matrices, "provenance": job.provenance}
     write_json(work / "output" / REPORT, report)
     verify_in_fresh_process(work / "output", source.folder)

@@ -13,9 +13,8 @@ import torch
 from tersor import store
 from tersor.errors import CorruptStoreError, VerificationError
 from tersor.hf.compress.request import Progress, no_progress
-from tersor.hf.compress.work import REPORT
 from tersor.hf.models.matrices import Parts, empty_model, read_config, walk
-from tersor.hf.models.source import Source
+from tersor.hf.models.source import REPORT, Source
 from tersor.quality import measure
 
 # the encoder and the verifier compute one error from the same numbers; only the order of float32 sums may differ

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from tersor.files import finished_name
 
-REPORT = "tersor-report.json"
 NAMES = ("staged", "fingerprint", "calibration.safetensors", "survey.jsonl", "plan.json", "matrices", "output",
          "blocks", "ranks.json", "gradients.safetensors")
 

@@ -168,12 +168,10 @@ def plan_cache(source: Source, text: Path, rate: float, out: Path, settings: Pla
         raise ModelError(f"a prompt of {settings.prompt} tokens holds no block of {settings.block} between "
                          f"{settings.sink} sinks and {settings.residual} recent tokens; raise the context")
     ids = read_ids(source, text, settings.context, (settings.count + settings.training) * settings.context)
+    known = open_trials(out.with_name(f"{out.stem}.trials.jsonl"), source.fingerprint, text_source(text),
+                        dataclasses.asdict(settings))
     with single_thread(), torch.no_grad():  # plans must not depend on the number of threads
         lab = Lab(load_dense(source, device), windows(ids, settings.context), settings)
-        facts = json.dumps([source.fingerprint, text_source(text), dataclasses.asdict(settings)])
-        known = Trials(out.with_name(f"{out.stem}.trials.jsonl"), "trials", hashlib.sha256(facts.encode()).hexdigest(),
-                       key=("layer", "side", "codec"), numbers=("nbytes", "kl"),
-                       hint="this model with this text and these settings; name another plan")
         choices = _measure(lab, known, progress)
         picks = _spend(choices, lab.elements, rate)
         chosen = {place: pick.codec for place, pick in picks.items()}
@@ -312,6 +310,13 @@ class _Bytes:
 
     def __format__(self, rate: str) -> str:
         return str(max(1, min(self._dim, round(float(rate) * self._dim / 8))))
+
+
+def open_trials(path: Path, *facts: Any) -> Trials:
+    """Open a file of trials; its mark is a digest of the `facts` that its figures depend on."""
+    mark = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return Trials(path, "measurement", mark, key=("layer", "side", "codec"), numbers=("nbytes", "kl"),
+                  hint="this model with this text and these settings; remove it, or name another plan")
 
 
 def _measure(lab: Lab, known: Trials, progress: Progress | None) -> dict[Place, list[Choice]]:

@@ -22,10 +22,11 @@ from tersor.errors import ModelError
 from tersor.files import save_tensors
 from tersor.hf.models import checkpoint
 from tersor.hf.models.matrices import Matrix, Parts, check_class, empty_model, quiet, read_config, walk
-from tersor.store import INDEX, MANIFEST
+from tersor.store import FORMAT_VERSION, INDEX, MANIFEST
 
+REPORT = "tersor-report.json"  # what a compressed model says of its matrices
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-_OWN_FILES = ("config.json", MANIFEST, "tersor-report.json")
+_OWN_FILES = ("config.json", MANIFEST, REPORT)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -109,6 +110,12 @@ class Source:
         return {f.name: f for f in sorted(self.folder.iterdir())
                 if f.is_file() and f.suffix not in _WEIGHT_SUFFIXES and f.name not in skip
                 and not f.name.endswith(".index.json") and not f.name.startswith(".")}
+
+    def stored_files(self) -> dict[str, bytes | Path]:
+        """Return what lies beside the shards of a compressed model: a configuration that says so, and companions."""
+        config = self.config_json()
+        config["quantization_config"] = {"quant_method": "tersor", "format_version": FORMAT_VERSION}
+        return {"config.json": json.dumps(config, indent=1).encode(), **self.companions()}
 
 
 def open_source(path: Path, staging: Path) -> Source:

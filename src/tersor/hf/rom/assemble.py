@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -13,8 +11,9 @@ from tersor import store
 from tersor.contract.codec import Codec
 from tersor.errors import BudgetError
 from tersor.files import write_json
-from tersor.hf.compress.work import REPORT, WorkFolder
+from tersor.hf.compress.work import WorkFolder
 from tersor.hf.models.matrices import Matrix
+from tersor.hf.models.source import REPORT
 from tersor.hf.rom.block import Done, Task, bias_name, load_block
 from tersor.quality import measure
 from tersor.registry import parse
@@ -121,9 +120,6 @@ def assemble(task: Task, ranks: dict[str, int | None], record: Mapping[str, Any]
     lines = {name: line for block in blocks for name, line in block.lines.items()}
     encoded = {name: found for block in blocks for name, found in block.encoded.items()}
     listed = entries(task, ranks, {name: found.codec for name, found in encoded.items()})
-    config = source.config_json()
-    config["quantization_config"] = {"quant_method": "tersor", "format_version": store.FORMAT_VERSION}
-    files: dict[str, bytes | Path] = {"config.json": json.dumps(config, indent=1).encode(), **source.companions()}
     provenance = {**record, "biases": sorted(biases)}
 
     def payload(entry: store.Entry) -> Mapping[str, Tensor]:
@@ -138,7 +134,8 @@ def assemble(task: Task, ranks: dict[str, int | None], record: Mapping[str, Any]
                                  "rate": found.rate, "relative_error": error, "rank": None}
         return found.tensors
 
-    store.write(work / "output", listed, payload, kind="model", provenance=provenance, files=files)
+    store.write(work / "output", listed, payload, kind="model", provenance=provenance,
+                files=source.stored_files())
     report = summary(task, ranks, record, store.stored_nbytes(work / "output"))
     ordered = {entry.name: lines[entry.name] for entry in listed if entry.name in lines}
     write_json(work / "output" / REPORT, {"summary": {**report, "method": "reduction"}, "matrices": ordered,

@@ -170,4 +170,3 @@ def _(x: Tensor, norm: Tensor | None, codes: Sequence[Tensor], table: Tensor, sc
         if y is not None:
             return y
     return _around(_one_by_one(_normed(x, norm, eps), codes, table, scales, bits, form, rotation), added, gated)
-

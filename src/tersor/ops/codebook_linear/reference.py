@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tersor.payload import codes as reading
 from tersor.payload import packing
 from tersor.payload.blocks import row_blocks
+from tersor.payload.codes import read
 from tersor.payload.groups import Grid
 
 
@@ -15,7 +15,7 @@ def decoded(codes: Tensor, table: Tensor, scales: Tensor, zeros: Tensor | None, 
             group: int, rows: slice) -> Tensor:
     """Return the decoded rows, float32 (k, width); see `codebook_linear`."""
     grid = Grid(shape, group, "in")
-    values = table.to(torch.float32)[reading.read(codes, shape, 2**bits, rows).to(torch.int32)]
+    values = table.to(torch.float32)[read(codes, shape, 2**bits, rows).to(torch.int32)]
     if zeros is not None:
         count = shape[0] * grid.param_shape[1]
         points = packing.unpack(zeros, 2**bits, 0, count).reshape(grid.param_shape).to(torch.float32)

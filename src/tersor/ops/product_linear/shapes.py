@@ -88,4 +88,3 @@ def radix(levels: int) -> tuple[int, int, int]:
         return levels.bit_length() - 1, 1, 1
     nbytes, digits = radix_word(levels)
     return 0, digits, nbytes
-
