@@ -117,7 +117,8 @@ class TokenStream:
         start, stop = self._range(start, stop)
         out = torch.empty(self.batch, self.heads, stop - start, self.dim, dtype=torch.float32, device=self._device)
         for low, high, first, last in self._chunked(start, stop):
-            rows = self._join(self._blockwise(low, high, coordinates=False))
+            blocks = self._blockwise(low, high, coordinates=False)
+            rows = blocks.permute(1, 2, 0, 3, 4).flatten(2, 3)
             out[:, :, first - start : last - start] = rows[:, :, first - low * self.block : last - low * self.block]
         return out
 
@@ -325,9 +326,6 @@ class TokenStream:
             every = slice(0, view.shape[0])
             rows = self.codec.coordinates(view).rows(every) if coordinates else self.codec.decode_rows(view, every)
         return rows.reshape(high - low, self.batch, self.heads, self.block, -1)
-
-    def _join(self, blocks: Tensor) -> Tensor:
-        return blocks.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
     def _coordinates(self) -> Coordinates | None:
         """Return the coordinates of blocks that lie side by side; their maps are those of any block."""
