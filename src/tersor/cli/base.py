@@ -23,9 +23,10 @@ out, err = Console(), Console(stderr=True)
 Src = Annotated[Path, typer.Argument(help="a transformers model directory, or a .gguf file")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="output directory; must not exist")]
 Rate = Annotated[float | None, typer.Option(help="bits per element, everything stored counted")]
-Size = Annotated[str | None, typer.Option(help="size on disk instead of a rate: 5MB, 900kB, 2GB (1 MB = 10^6 bytes)")]
+Size = Annotated[str | None, typer.Option(help="size on disk: 5MB, 900kB, 2GB (1 MB = 10^6 bytes)")]
 Method = Annotated[str, typer.Option(help="a family (see `tersor families`)")]
-CodecText = Annotated[str | None, typer.Option("--codec", help="a codec string, such as rot,lm3 or rtn4g64")]
+CodecText = Annotated[str | None, typer.Option("--codec", help="a codec string, such as rot,lm3 or rtn4g64; of a "
+                                               "matrix also a family")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 Seed = Annotated[int, typer.Option(help="seed of the encoder's search")]
 Device = Annotated[str, typer.Option(help="cpu or cuda")]
@@ -74,7 +75,7 @@ class Bars:
     def __init__(self) -> None:
         columns = (TextColumn("{task.description:<10}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
                    TimeElapsedColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=err, transient=not err.is_terminal)
+        self._progress = Progress(*columns, console=err, disable=not err.is_terminal)
         self._tasks: dict[str, Any] = {}
 
     def __enter__(self) -> Callable[[str, int, int], None]:

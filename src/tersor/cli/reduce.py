@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
+import tempfile
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+import tersor
 from tersor.cli.base import (
     AsJson,
     Bars,
@@ -24,7 +26,7 @@ from tersor.cli.base import (
     out,
     parse_size,
 )
-from tersor.errors import CodecConfigError
+from tersor.errors import CodecConfigError, UnknownCodecError
 
 CONTEST = "rom_auto"
 REDUCTIONS = ("svd", "asvd", "rom_released", "rom", "rom_plus", CONTEST)
@@ -46,15 +48,21 @@ def reduce(src: Src, output: Out,
     """Reduce a model's linears to low rank, to a share of their parameters or to a size; then evaluate it."""
     from tersor.hf.models.evaluate import evaluate
     from tersor.hf.models.source import open_source
-    from tersor.hf.models.text import default_heldout
+    from tersor.hf.models.text import default_heldout, read_ids
     from tersor.hf.rom.contest import compress_best
     from tersor.hf.rom.run import Reading, reduce_model
 
     changes = {"allocation": allocation, "storage": storage, "factor_codec": factor_codec, "bias": bias}
     given = {name: value for name, value in changes.items() if value is not None}
-    nbytes = None if size is None else parse_size(size)
+    _check(method, window)
+    nbytes, heldout = None if size is None else parse_size(size), text or default_heldout()
     reading = Reading(calibration, max(1, tokens // window), window, seed, resume)
-    with Bars() as progress:
+    beside = output.resolve().parent
+    beside.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=beside) as staging, Bars() as progress:
+        source = open_source(src, Path(staging) / "staged")
+        if evaluation_tokens:
+            read_ids(source, heldout, context, evaluation_tokens)  # refused before the work, not after it
         if method == CONTEST:
             if nbytes is None or keep is not None or given:
                 raise CodecConfigError(f"method '{CONTEST}' compares at equal bytes: give --size, and none of the "
@@ -64,13 +72,22 @@ def reduce(src: Src, output: Out,
             report = reduce_model(src, output, keep, _recipe(method, given), size=nbytes, reading=reading,
                                   progress=progress)
         if evaluation_tokens:
-            source = open_source(src, output.with_name(f"{output.name}.staged"))
-            report.update(evaluate(output, source, text or default_heldout(), context=context, tokens=evaluation_tokens,
+            report.update(evaluate(output, source, heldout, context=context, tokens=evaluation_tokens,
                                    progress=progress))
-    shutil.rmtree(output.with_name(f"{output.name}.staged"), ignore_errors=True)
     report.pop("layers", None)  # in the output's own report
     _tell(report.get("contest", {}), as_json=as_json)
     emit(report, as_json, f"{src} → {output}")
+
+
+def _check(method: str, window: int) -> None:
+    """Raise a typed error unless the method is a reduction and windows have at least two tokens."""
+    if method in tersor.families():
+        raise CodecConfigError(f"'{method}' is a family of codecs, not a reduction: tersor compress SRC OUT --method "
+                               f"{method}")
+    if method not in REDUCTIONS:
+        raise UnknownCodecError(method, REDUCTIONS, "reduction")
+    if window < 2:
+        raise CodecConfigError(f"--window: expected at least 2 tokens, found {window}")
 
 
 def _recipe(preset: str, changes: dict[str, Any]) -> Any:

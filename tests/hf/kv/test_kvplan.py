@@ -222,3 +222,12 @@ def test_ladders_are_filled_in(source: Source) -> None:
 
 def test_what_is_encoded_of_a_prompt() -> None:
     assert SETTINGS.middle == slice(2, 50)
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_rate_that_is_none_is_refused_before_the_work(rate: float, source: Source, tmp_path: Path) -> None:
+    with pytest.raises(BudgetError, match="positive number of bits"):
+        plan_cache(source, default_calibration(), rate, tmp_path / "kv.json", SETTINGS)
+    with pytest.raises(ModelError, match="at least one window, found 0"):
+        plan_cache(source, default_calibration(), 2.0, tmp_path / "kv.json", replace(SETTINGS, count=0))
+    assert not list(tmp_path.iterdir())

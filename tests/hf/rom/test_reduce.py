@@ -366,7 +366,8 @@ def test_the_command(short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
                            (("--method", "rom", "--keep", ".5", "--rate", "3"), "--rate"),
                            (("--method", "rom_auto", "--keep", ".5"), "equal bytes"),
                            (("--method", "rom", "--storage", "box"), "storage"),
-                           (("--method", "qet_plus"), "qet_plus"),
+                           (("--method", "qet_plus"), "tersor compress"), (("--method", "rum"), "rom_auto"),
+                           (("--window", "0"), "at least 2 tokens"), (("--context", "0"), "context"),
                            (("--method", "rom_plus", "--factor-codec", "nothing"), "nothing")):
         assert tersor(str(tmp_path / "other"), *words) == 2
         assert message in " ".join(capsys.readouterr().err.split())

@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -159,12 +160,16 @@ def plan_cache(source: Source, text: Path, rate: float, out: Path, settings: Pla
     Raises
     ------
     BudgetError
-        If the rate is below the least that the ladder reaches.
+        If the rate is no positive number, or below the least that the ladder reaches.
     ModelError
         If the text or the context is too short for one block, or no layer can be compressed.
     """
     settings = settings or PlanSettings()
-    if settings.middle.start == settings.middle.stop or not settings.ladder or settings.count < 1:
+    if not (math.isfinite(rate) and rate > 0):
+        raise BudgetError(f"the rate must be a positive number of bits per element, found {rate}")
+    if settings.count < 1:
+        raise ModelError(f"a plan is measured on at least one window, found {settings.count}")
+    if settings.middle.start == settings.middle.stop or not settings.ladder:
         raise ModelError(f"a prompt of {settings.prompt} tokens holds no block of {settings.block} between "
                          f"{settings.sink} sinks and {settings.residual} recent tokens; raise the context")
     ids = read_ids(source, text, settings.context, (settings.count + settings.training) * settings.context)
