@@ -53,3 +53,14 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled model with two of its six layers; never damaged, so one serves all tests of a process."""
     return shorten(tmp_path_factory.mktemp("short") / "model")
+
+
+@pytest.fixture
+def verified_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the same verification in this process: starting another takes seconds. `test_cli.py` starts one."""
+    from tersor.hf.compress import run
+    from tersor.hf.compress.verify import verify
+    from tersor.hf.models.source import open_source
+
+    monkeypatch.setattr(run, "verify_in_fresh_process",
+                        lambda path, against: verify(path, open_source(against, path / "unused")))

@@ -75,16 +75,16 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def compressed(short: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     out = tmp_path_factory.mktemp("short") / "out"
-    return out, as_json("compress", short, out, "--rate", 3, "--tokens", 4096, "--evaluation-tokens", 1024)
+    return out, as_json("compress", short, out, "--rate", 2, "--tokens", 2048, "--evaluation-tokens", 1024)
 
 
 def test_compress_meets_the_budget_and_reports(compressed: tuple[Path, dict[str, Any]]) -> None:
     out, report = compressed
     on_disk = sum(f.stat().st_size for f in out.iterdir() if f.suffix == ".safetensors" or f.name == "tersor.json")
     assert report["bytes"] == on_disk
-    assert 0.995 * 3 <= 8 * on_disk / report["parameters"] <= 3
+    assert 0.995 * 2 <= 8 * on_disk / report["parameters"] <= 2
     assert {"perplexity", "kl", "top1", "bytes", "rate"} <= set(report)
-    assert 0 < report["kl"] < 0.6
+    assert 0 < report["kl"] < 1.2  # at 2 bits; the original, a third of whose layers are left, is no good model itself
     assert report["perplexity"] > report["perplexity_original"] > 1
     page = Path(report["report"]).read_text()
     assert "model.layers.0.mlp.up_proj.weight" in page
@@ -131,6 +131,7 @@ def test_damage_exits_3(compressed: tuple[Path, dict[str, Any]], tmp_path: Path)
     fails("verify", copy, code=3, says="SHA-256")
 
 
+@pytest.mark.usefixtures("verified_here")
 def test_stages_one_by_one(short: Path, tmp_path: Path) -> None:
     survey, plan, out = tmp_path / "survey.jsonl", tmp_path / "plan.json", tmp_path / "out"
     family = ("--method", "rotated_scalar")  # the default family's search is run by `compress`, above

@@ -28,6 +28,7 @@ def commands(code: str) -> list[list[str]]:
     return found
 
 
+@pytest.mark.usefixtures("verified_here")
 @pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
 def test_guides_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
