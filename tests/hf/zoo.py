@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers as T  # noqa: N812 - a table of classes
+import transformers as T
 from torch import Tensor
 
 V = 96
 TEXT = {"input_ids": torch.arange(2 * 12).reshape(2, 12) % V}
 PAIR = {**TEXT, "decoder_input_ids": torch.arange(2 * 6).reshape(2, 6) % V}
 PIXELS = {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)}
-SOUND = {"input_features": torch.linspace(-1, 1, 2 * 16 * 40).reshape(2, 16, 40), "decoder_input_ids": PAIR["decoder_input_ids"]}
+SOUND = {"input_features": torch.linspace(-1, 1, 2 * 16 * 40).reshape(2, 16, 40),
+         "decoder_input_ids": PAIR["decoder_input_ids"]}
 WAVE = {"input_values": torch.linspace(-1, 1, 2 * 800).reshape(2, 800)}
 
 ROPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -80,7 +81,8 @@ ZOO: dict[str, Made] = {
                                                         expert_layer_period=2, expert_layer_offset=1, mamba_d_state=8,
                                                         mamba_dt_rank=8, use_mamba_kernels=False), TEXT),
     "zamba2": ("Zamba2ForCausalLM", lambda: T.Zamba2Config(
-        **ROPE, mamba_d_state=8, n_mamba_heads=2, mamba_headdim=32, mamba_ngroups=1, layers_block_type=["mamba", "hybrid"],
+        **ROPE, mamba_d_state=8, n_mamba_heads=2, mamba_headdim=32, mamba_ngroups=1,
+        layers_block_type=["mamba", "hybrid"],
         num_mem_blocks=1, use_mem_rope=False), TEXT),
     "rwkv": ("RwkvForCausalLM", lambda: T.RwkvConfig(hidden_size=32, num_hidden_layers=2, vocab_size=V,
                                                      context_length=64, attention_hidden_size=32), TEXT),
@@ -97,7 +99,8 @@ ZOO: dict[str, Made] = {
     "marian": ("MarianMTModel", lambda: T.MarianConfig(**SEQ), PAIR),
     "pegasus": ("PegasusForConditionalGeneration", lambda: T.PegasusConfig(**SEQ), PAIR),
     "whisper": ("WhisperForConditionalGeneration", lambda: T.WhisperConfig(
-        **{**SEQ, "max_source_positions": 20, "max_target_positions": 32}, num_mel_bins=16, bos_token_id=1, eos_token_id=2,
+        **{**SEQ, "max_source_positions": 20, "max_target_positions": 32}, num_mel_bins=16,
+        bos_token_id=1, eos_token_id=2,
         begin_suppress_tokens=None, suppress_tokens=None), SOUND),
     "llava": ("LlavaForConditionalGeneration", _llava, TEXT),
     "qwen2-vl": ("Qwen2VLForConditionalGeneration", _qwen_vl, TEXT),
@@ -107,13 +110,14 @@ ZOO: dict[str, Made] = {
              {**TEXT, **PIXELS}),
     "vit": ("ViTForImageClassification", lambda: T.ViTConfig(**VISION, num_labels=3), PIXELS),
     "wav2vec2": ("Wav2Vec2ForCTC", lambda: T.Wav2Vec2Config(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=V, conv_dim=(16, 16),
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=V,
+        conv_dim=(16, 16),
         conv_stride=(5, 2), conv_kernel=(10, 3), num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2), WAVE),
 }
 
 
 def make(name: str, vocab: int | None = None) -> Any:
-    """Return a model of the zoo: weights that bfloat16 holds exactly, norms and biases that are not all ones or zeros."""
+    """Return a model of the zoo: weights that bfloat16 holds exactly, norms and biases not all ones or zeros."""
     named, config, _ = ZOO[name]
     made = config()
     if vocab is not None:

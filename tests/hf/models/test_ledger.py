@@ -149,7 +149,8 @@ def test_a_tokenizer_that_changes_between_kill_and_resume_starts_anew(tmp_path: 
 
 
 @pytest.mark.usefixtures("verified_here")
-@pytest.mark.parametrize(("name", "keys"), [("bert", {"output_error", "output_cosine"}), ("bert-masked", {"kl", "top1"}),
+@pytest.mark.parametrize(("name", "keys"), [("bert", {"output_error", "output_cosine"}),
+                                            ("bert-masked", {"kl", "top1"}),
                                             ("llama-reranker", {"output_error"}), ("llama-classifier", {"kl", "top1"}),
                                             ("bart", {"kl"}), ("llama-base", {"output_error"})])
 def test_other_classes_are_calibrated_and_evaluated_on_text(name: str, keys: set[str], short: Path,
@@ -159,8 +160,8 @@ def test_other_classes_are_calibrated_and_evaluated_on_text(name: str, keys: set
     zoo.save(name, tmp_path / "src", vocab=8192)
     for file in short.glob("*token*"):
         shutil.copy(file, tmp_path / "src")
-    report = compress_model(tmp_path / "src", tmp_path / "out", rate=12, method="rtn8", evaluation_tokens=64, context=32,
-                            sampling=Sampling(tokens=128, fisher_tokens=64, context=32))
+    report = compress_model(tmp_path / "src", tmp_path / "out", rate=12, method="rtn8", evaluation_tokens=64,
+                            context=32, sampling=Sampling(tokens=128, fisher_tokens=64, context=32))
     found = report["evaluation"]
     assert keys <= set(found)
     assert "perplexity" not in found
@@ -169,5 +170,5 @@ def test_other_classes_are_calibrated_and_evaluated_on_text(name: str, keys: set
 
 def test_sound_has_no_text(tmp_path: Path) -> None:
     zoo.save("whisper", tmp_path / "src")
-    with pytest.raises(ModelError, match="reads 'input_features', not text.*--uncalibrated"):
+    with pytest.raises(ModelError, match="reads 'input_features', not text, so"):
         compress_model(tmp_path / "src", tmp_path / "out", rate=8)

@@ -115,7 +115,8 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
     Returns
     -------
     dict
-        The report: `summary`, `matrices` by name, `ledger` by the checkpoint's key, `evaluation`, `provenance`; or `copied` and `summary` where the
+        The report: `summary`, `matrices` by name, `ledger` by the checkpoint's key, `evaluation`, `provenance`; or
+        `copied` and `summary` where the
         budget admits the original.
 
     Raises
@@ -163,7 +164,8 @@ def _check(source: Source, request: Request, settings: CompressSettings) -> None
 def _mark(source: Source, request: Request, settings: CompressSettings) -> str:
     """Return a digest of all that the stages' files depend on."""
     seen = text_source(settings.text_seen) if settings.calibrated else None
-    facts = [tersor.__version__, source.fingerprint, source.companion_digests, source.ledger.summary(), dataclasses.asdict(request), seen,
+    facts = [tersor.__version__, source.fingerprint, source.companion_digests, source.ledger.summary(),
+             dataclasses.asdict(request), seen,
              dataclasses.asdict(settings.sampling)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -14,7 +14,7 @@ from tersor import store
 from tersor.errors import CorruptStoreError, VerificationError
 from tersor.hf.compress.request import Progress, no_progress
 from tersor.hf.models.ledger import CARRIED, check_entries, check_source
-from tersor.hf.models.matrices import Parts, empty_model, makes_alike, read_config, unsaved, walk
+from tersor.hf.models.matrices import Parts, empty_model, made_anew, read_config, walk
 from tersor.hf.models.source import REPORT, Source, made_from
 from tersor.quality import measure
 
@@ -71,17 +71,15 @@ def verify(path: Path, source: Source | None = None, progress: Progress = no_pro
 
 def _check_coverage(path: Path, opened: store.Store) -> None:
     model = empty_model(read_config(path))
-    layout, found = walk(model), {name: entry.shape for name, entry in opened.entries.items()}
-    kept = {m.parameter for m in layout.matrices.values() if opened.is_plain(m.parameter)}
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    expected = {name: matrix.shape for name, matrix in layout.matrices.items() if matrix.parameter not in kept}
-    expected.update({name: shapes[name] for name in (*kept, *layout.plain)})
-    expected.update({name: shape for name, shape in biases_added(layout, opened).items() if name not in expected})
-    for name in (unsaved(model) & set(layout.parameters)) - set(found):
-        if makes_alike(model, name):
-            expected.pop(name, None)
-    for name in _carried(opened):
-        expected.setdefault(name, found.get(name, ()))
+    found = {name: entry.shape for name, entry in opened.entries.items()}
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    layout = walk(model)
+    layout = layout.without(made_anew(model, set(layout.plain) - set(found)))
+    layout = layout.keeping([name for name in layout.parameters if opened.is_plain(name)], shapes)
+    expected: dict[str, tuple[int, ...]] = {name: matrix.shape for name, matrix in layout.matrices.items()}
+    expected |= {name: tuple(size) for name, size in layout.plain.items()}
+    expected |= {name: shape for name, shape in biases_added(layout, opened).items() if name not in expected}
+    expected |= {name: found.get(name, ()) for name in _carried(opened)}
     if expected != found:
         odd = sorted({n for n in set(expected) | set(found) if expected.get(n) != found.get(n)})
         raise VerificationError(f"{path}: {len(odd)} tensors are missing, extra or misshapen, such as {odd[:3]}")

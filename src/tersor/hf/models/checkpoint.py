@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tersor.errors import ModelError
-from tersor.hf.models.matrices import Matrix, Parts, makes_alike, unsaved
+from tersor.hf.models.matrices import Matrix, Parts, made_anew
 from tersor.store.manifest import INDEX, STORED_NAMES
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -105,17 +105,12 @@ def account(folder: Path, model: PreTrainedModel, layout: Parts) -> Account | No
         If a shape or dtype is not the class's, or a tied parameter has numbers of its own; names it.
     """
     found, prefix = locate(folder), model.base_model_prefix
-    located: dict[str, Place] = {}
-    made: set[str] = set()
-    for name in layout.parameters:
-        place = next((found[key] for key in spellings(name, prefix) if key in found), None)
-        if place is not None:
-            located[name] = place
-        elif name in unsaved(model) and makes_alike(model, name):
-            made.add(name)
-        else:
-            return None
-    layout = layout.without(made)
+    located = {name: found[key] for name in layout.parameters
+               for key in reversed(spellings(name, prefix)) if key in found}
+    absent = set(layout.parameters) - set(located)
+    if absent != made_anew(model, absent):
+        return None
+    layout = layout.without(absent)
     _check_shapes(layout, located)
     used = {place.key for place in located.values()}
     return _sort({key: place for key, place in found.items() if key not in used}, located, model, layout)
@@ -136,8 +131,8 @@ def _sort(left: Mapping[str, Place], located: Mapping[str, Place], model: PreTra
         source = next((layout.tied[name] for name in names if name in layout.tied), None)
         if source is not None:
             if not torch.equal(read(place), read(located[source])):
-                raise ModelError(f"{place.file}: holds a '{key}' of its own, but config.json ties it to '{source}'; set "
-                                 "tie_word_embeddings to what the model was trained with")
+                raise ModelError(f"{place.file}: holds a '{key}' of its own, but config.json ties it to '{source}'; "
+                                 "set tie_word_embeddings to what the model was trained with")
             tied[key] = source
         elif names & made:
             remade[key] = place

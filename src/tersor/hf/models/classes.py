@@ -27,11 +27,10 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     """
     named = (config.architectures or [None])[0]
     if named is None:
-        found = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-        if found is None:
-            raise ModelError(f"config.json names no class in 'architectures', and '{config.model_type}' is no causal "
-                             "language model; name the class")
-        return found
+        named = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    if named is None:
+        raise ModelError(f"config.json names no class in 'architectures', and '{config.model_type}' is no causal "
+                         "language model; name the class")
     found = getattr(transformers, str(named), None)
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise ModelError(f"config.json names the class '{named}', which transformers {transformers.__version__} lacks; "
@@ -56,8 +55,8 @@ def takes_text(kind: type[PreTrainedModel]) -> bool:
 def check_text(kind: type[PreTrainedModel]) -> None:
     """Raise `ModelError` unless a class reads token ids, so that text can calibrate or evaluate it."""
     if not takes_text(kind):
-        raise ModelError(f"a {kind.__name__} reads '{kind.main_input_name}', not text, so text can neither calibrate nor "
-                         "evaluate it; give --uncalibrated and --evaluation-tokens 0")
+        raise ModelError(f"a {kind.__name__} reads '{kind.main_input_name}', not text, so text can neither calibrate "
+                         "nor evaluate it; give --uncalibrated and --evaluation-tokens 0")
 
 
 def check_language_model(config: PretrainedConfig, verb: str) -> None:
@@ -95,5 +94,5 @@ def run(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[Tensor, bool
     One logit alone, as rerankers give, is a score, and no logit of a distribution.
     """
     outputs = model(**inputs)
-    logits = outputs["logits"] if "logits" in outputs else None
+    logits = outputs.get("logits")
     return (outputs[0], False) if logits is None else (logits, logits.shape[-1] > 1)

@@ -152,8 +152,9 @@ def evaluate(path: Path, source: Source, text: Path, *, context: int = 512, stri
     Returns
     -------
     dict
-        Flat: `perplexity`, `perplexity_original`, `kl`, `top1` (or `output_error`, `output_cosine`), `bytes`, `bytes_original`, `rate`,
-        `resident_bytes`, `tokens_per_second`, `tokens_per_second_original`, `context`, `stride`, `tokens`, `text`.
+        Flat: `perplexity`, `perplexity_original`, `kl`, `top1` (or `output_error`, `output_cosine`), `bytes`,
+        `bytes_original`, `rate`, `resident_bytes`, `tokens_per_second`, `tokens_per_second_original`, `context`,
+        `stride`, `tokens`, `text`.
 
     Raises
     ------
@@ -169,8 +170,8 @@ def evaluate(path: Path, source: Source, text: Path, *, context: int = 512, stri
     if opened.kind != "model":
         raise ModelError(f"{path}: holds a {opened.kind}, no model; evaluation needs a compressed model")
     if not made_from(opened.manifest["provenance"], source):
-        raise ModelError(f"{path} was not made from {source.path}: its manifest names a source of other bytes; give the "
-                         "model that it was made from")
+        raise ModelError(f"{path} was not made from {source.path}: its manifest names a source of other bytes; give "
+                         "the model that it was made from")
     check_text(model_class(source.config))
     ids = read_ids(source, text, context, tokens)
     model, original = load_compressed(path, device), load_dense(source, device)

@@ -8,7 +8,7 @@ import dataclasses
 import fnmatch
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterator, Mapping, Set
 from pathlib import Path
 
 import torch
@@ -84,28 +84,31 @@ class Parts:
         return Parts({name: m for name, m in self.matrices.items() if m.parameter not in names},
                      {name: size for name, size in self.plain.items() if name not in names}, self.tied)
 
-    def keeping(self, patterns: Sequence[str], shapes: Mapping[str, torch.Size]) -> Parts:
-        """Return these parts with the parameters that a shell pattern matches left as they are.
+    def matching(self, pattern: str) -> list[str]:
+        """Return the parameters of matrices that a shell pattern matches.
+
+        Raises
+        ------
+        ModelError
+            If there is none.
+        """
+        found = [name for name in self.parameters if name not in self.plain and fnmatch.fnmatchcase(name, pattern)]
+        if not found:
+            raise ModelError(f"--dense '{pattern}' matches no matrix of the model; names look like "
+                             f"'{next(iter(self.matrices), 'model.layers.0.mlp.up_proj.weight')}'")
+        return found
+
+    def keeping(self, names: Collection[str], shapes: Mapping[str, torch.Size]) -> Parts:
+        """Return these parts with the matrices of some parameters left as they are.
 
         Parameters
         ----------
         shapes : mapping of str to torch.Size
             Of the parameters.
-
-        Raises
-        ------
-        ModelError
-            If a pattern matches no matrix.
         """
-        kept: set[str] = set()
-        for pattern in patterns:
-            found = {m.parameter for m in self.matrices.values() if fnmatch.fnmatchcase(m.parameter, pattern)}
-            if not found:
-                raise ModelError(f"--dense '{pattern}' matches no matrix of the model; names look like "
-                                 f"'{next(iter(self.matrices), 'model.layers.0.mlp.up_proj.weight')}'")
-            kept |= found
-        left = {name: m for name, m in self.matrices.items() if m.parameter not in kept}
-        return Parts(left, {**{name: shapes[name] for name in self.parameters if name in kept}, **self.plain}, self.tied)
+        matrices = {name: matrix for name, matrix in self.matrices.items() if matrix.parameter not in names}
+        kept = {name: shapes[name] for name in self.parameters if name in names}
+        return Parts(matrices, {**kept, **self.plain}, self.tied)
 
 
 @contextlib.contextmanager
@@ -168,7 +171,12 @@ def unsaved(model: PreTrainedModel) -> set[str]:
         model.all_tied_weights_keys)
 
 
-def makes_alike(model: PreTrainedModel, name: str) -> bool:
+def made_anew(model: PreTrainedModel, absent: Collection[str]) -> set[str]:
+    """Return those parameters, of some that a checkpoint lacks, that the class makes by itself and always alike."""
+    return {name for name in unsaved(model) & set(absent) if _makes_alike(model, name)}
+
+
+def _makes_alike(model: PreTrainedModel, name: str) -> bool:
     """Return whether a class makes a parameter of a (meta) model the same way every time: it is not drawn at random."""
     path, _, key = name.rpartition(".")
     made = []

@@ -116,7 +116,7 @@ class Source:
 
     @functools.cached_property
     def fingerprints(self) -> Mapping[str, str]:
-        """What the manifest says of the source: its fingerprint, and that of the converted checkpoint if there is one."""
+        """What the manifest says of the source: its fingerprint, and that of what it was converted to, if it was."""
         found = {"source_sha256": self.fingerprint}
         if self.folder != self.path:
             found["converted_sha256"] = _digest([self.folder / "config.json", *self._files])
@@ -229,7 +229,8 @@ def _asked(layout: Parts, account: Account, dense: Sequence[str],
            leave_out: Sequence[str]) -> tuple[Parts, dict[str, str]]:
     """Return the parts as the user wants them, extra tensors among them, and the reasons for those left out."""
     layout = layout.without(set(layout.parameters) - set(account.located))  # what the class makes by itself
-    layout = layout.keeping(dense, {name: torch.Size(place.shape) for name, place in account.located.items()})
+    kept = {name for pattern in dense for name in layout.matching(pattern)}
+    layout = layout.keeping(kept, {name: torch.Size(place.shape) for name, place in account.located.items()})
     left_out = {key: f"asked for by --leave-out {pattern}" for pattern in leave_out
                 for key in account.matching(pattern)}
     carried = {key: torch.Size(place.shape) for key, place in account.extra.items() if key not in left_out}
