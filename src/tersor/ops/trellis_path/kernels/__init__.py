@@ -1,0 +1,1 @@
+"""Device code of the best path through a trellis."""
