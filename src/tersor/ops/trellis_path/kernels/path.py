@@ -43,16 +43,28 @@ def _forward(metric, x, step, choices, l0, l1, l2, l3, STATES: tl.constexpr, STR
 
 
 @triton.jit
+def _before(state, choices, MEMORY: tl.constexpr, SHIFT: tl.constexpr):
+    # the state before a step, from the state after it and what its group chose
+    group = state >> SHIFT
+    return group + (tl.load(choices + group).to(tl.int32) << (MEMORY - SHIFT))
+
+
+@triton.jit
 def _backward(state, step, out, choices, STORE: tl.constexpr, STRIDE: tl.constexpr, MEMORY: tl.constexpr,
               PERIOD: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr):
     # from the state after one period of steps to that before it
     for q in tl.static_range(PERIOD):
-        p: tl.constexpr = PERIOD - 1 - q
-        shift: tl.constexpr = S0 if p == 0 else S1 if p == 1 else S2 if p == 2 else S3
         if STORE:
-            tl.store(out + p, state)
-        group = state >> shift
-        state = group + (tl.load(choices + (step + p) * STRIDE + group).to(tl.int32) << (MEMORY - shift))
+            tl.store(out + (PERIOD - 1 - q), state)
+        place = choices + (step + (PERIOD - 1 - q)) * STRIDE
+        if PERIOD - 1 - q == 0:
+            state = _before(state, place, MEMORY, S0)
+        elif PERIOD - 1 - q == 1:
+            state = _before(state, place, MEMORY, S1)
+        elif PERIOD - 1 - q == 2:
+            state = _before(state, place, MEMORY, S2)
+        else:
+            state = _before(state, place, MEMORY, S3)
     return state
 
 
