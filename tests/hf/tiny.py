@@ -1,9 +1,14 @@
 """Tiny random models of several architectures; the seed is fixed and torch's global generator is put back."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from tersor.store.manifest import body_digest, dump
 
 BASE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "vocab_size": 128, "max_position_embeddings": 128, "head_dim": 16}
@@ -38,3 +43,12 @@ def save_tiny(name: str, folder: Path, dtype: torch.dtype = torch.float32, **cha
 def load_original(path: Path) -> torch.nn.Module:
     """Return the dense model in a folder, in float32, ready to compute."""
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def resigned(out: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    """Change a manifest as somebody would who knows how it is signed."""
+    manifest = json.loads((out / "tersor.json").read_text())
+    manifest.pop("sha256")
+    change(manifest)
+    (out / "tersor.json").write_bytes(dump({**manifest, "sha256": body_digest(manifest)}))
+    return out

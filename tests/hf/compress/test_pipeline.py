@@ -19,6 +19,7 @@ from tersor.hf.compress.request import Request
 from tersor.hf.compress.verify import verify
 from tersor.hf.compress.work import WorkFolder
 from tersor.hf.models.source import open_source
+from tests.hf.tiny import resigned
 
 FAST = {"calibrated": False, "evaluation_tokens": 0, "method": "rotated_scalar"}  # no stage asks which family it is
 pytestmark = pytest.mark.usefixtures("verified_here")
@@ -201,8 +202,12 @@ def test_verify_measures_against_the_source(tiny: Callable[[str], Path], tmp_pat
     assert verify(tmp_path / "out", source)["worst_relative_error"] > 0
     other = copy_of(tiny("llama"), tmp_path / "other")
     edit_weights(other, lambda t: t["model.layers.0.self_attn.q_proj.weight"].mul_(1.1))
-    with pytest.raises(VerificationError, match="q_proj"):
-        verify(tmp_path / "out", open_source(other, tmp_path / "s"))
+    changed = open_source(other, tmp_path / "s")
+    with pytest.raises(VerificationError, match="was not made from"):
+        verify(tmp_path / "out", changed)
+    resigned(tmp_path / "out", lambda manifest: manifest["provenance"].update(changed.fingerprints))
+    with pytest.raises(VerificationError, match="q_proj"):  # a store that lies about its source is found out
+        verify(tmp_path / "out", changed)
 
 
 def test_surveys_are_never_mixed_up(tiny: Callable[[str], Path], tmp_path: Path) -> None:

@@ -74,7 +74,9 @@ def _check_coverage(path: Path, opened: store.Store) -> None:
     found = {name: entry.shape for name, entry in opened.entries.items()}
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     layout = walk(model)
-    layout = layout.without(made_anew(model, set(layout.plain) - set(found)))
+    absent = {m.parameter for m in layout.matrices.values()} | set(layout.plain)
+    absent -= {name.partition("/")[0] for name in found}
+    layout = layout.without(made_anew(model, absent))
     layout = layout.keeping([name for name in layout.parameters if opened.is_plain(name)], shapes)
     expected: dict[str, tuple[int, ...]] = {name: matrix.shape for name, matrix in layout.matrices.items()}
     expected |= {name: tuple(size) for name, size in layout.plain.items()}
