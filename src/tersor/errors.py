@@ -63,3 +63,7 @@ class VerificationError(TersorError):
 
 class ModelError(TersorError, ValueError):
     """A source that is no usable model: missing, empty, or of a kind Tersor cannot read."""
+
+
+class ReadOnlyError(TersorError, TypeError):
+    """Code would change an encoded weight, which can only be read."""

@@ -87,35 +87,52 @@ def _replace(model: PreTrainedModel, parameter: str, matrices: list[Matrix], ope
     codecs = [codec for m in matrices if (codec := opened.entries[m.name].codec) is not None]
     tables = [{tensor: (model, stored) for tensor, stored in opened.shared_links(m.name).items()} for m in matrices]
     kind, shape = matrices[0].kind, matrices[0].shape
-    if kind in ("linear", "conv1d"):
+    if kind == "conv1d" or (kind == "linear" and type(owner) is nn.Linear):
         bias = owner.bias is not None or f"{path}.bias" in opened.entries  # reduction may add one
-        new = CompressedLinear(codecs[0], shape, bias=bias, dtype=old.dtype, shared=tables[0],
-                               transposed=kind == "conv1d")
-        model.set_submodule(path, new)
+        _swap(model, owner, CompressedLinear(codecs[0], shape, bias=bias, dtype=old.dtype, shared=tables[0],
+                                             transposed=kind == "conv1d"))
         return
-    if kind == "embedding":
-        model.set_submodule(path, CompressedEmbedding(codecs[0], shape, dtype=old.dtype, shared=tables[0]))
+    if kind == "embedding" and type(owner) is nn.Embedding and owner.max_norm is None:
+        _swap(model, owner, CompressedEmbedding(codecs[0], shape, dtype=old.dtype, shared=tables[0]))
         return
-    del owner._parameters[key]
     payloads = [Buffers(owner, f"{key}/{m.index}" if m.index is not None else key, codec, m.shape, shared)
                 for m, codec, shared in zip(matrices, codecs, tables, strict=True)]
     for payload in payloads:
         payload.register("meta")
-    owner.__dict__[key] = WeightView(payloads, old.shape, old.dtype)
+    _stand_in(owner, key, WeightView(payloads, old.shape, old.dtype))
+    if f"{path}.bias" in opened.entries and owner._parameters.get("bias", old) is None:  # reduction may add one
+        owner.register_parameter("bias", nn.Parameter(old.new_empty(shape[0]), requires_grad=False))
+
+
+def _swap(model: PreTrainedModel, old: nn.Module, new: nn.Module) -> None:
+    """Put a module in another's place, wherever that one is held; what code may ask the old one stays answerable."""
+    for name, value in vars(old).items():
+        if not name.startswith("_") and name not in vars(new):
+            setattr(new, name, value)
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if child is old:
+                module._modules[name] = new
+
+
+def _stand_in(owner: nn.Module, key: str, view: WeightView) -> None:
+    """Let a module's own code compute with a stand-in."""
+    del owner._parameters[key]
+    owner.__dict__[key] = view
 
 
 def _tie(model: PreTrainedModel, target: str, origin: str) -> None:
-    """Let the head use the embedding's payload; tell transformers that there is nothing left to tie."""
+    """Let a module use another one's payload; tell transformers that there is nothing left to tie."""
     model.all_tied_weights_keys.pop(target)
     path, _, key = target.rpartition(".")
-    owner = model.get_submodule(path)
-    embedding = model.get_submodule(origin.rpartition(".")[0])
-    view = embedding.weight if isinstance(embedding, CompressedEmbedding) else embedding.__dict__["weight"]
-    if isinstance(owner, nn.Linear) and type(owner).forward is nn.Linear.forward:
-        model.set_submodule(path, TiedLinear(view, owner.bias))
+    source, _, source_key = origin.rpartition(".")
+    owner, view = model.get_submodule(path), vars(model.get_submodule(source))[source_key]
+    if vars(owner).get(key) is view:
+        return  # the module itself is shared, and has been replaced
+    if type(owner) is nn.Linear and not view.transposed:
+        _swap(model, owner, TiedLinear(view, owner.bias))
         return
-    del owner._parameters[key]
-    owner.__dict__[key] = view
+    _stand_in(owner, key, view)
 
 
 __all__ = ["TersorConfig", "TersorQuantizer", "install"]
