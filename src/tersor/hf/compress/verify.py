@@ -12,6 +12,7 @@ import torch
 
 from tersor import store
 from tersor.errors import CorruptStoreError, VerificationError
+from tersor.hf.compress.proof import prove
 from tersor.hf.compress.request import Progress, no_progress
 from tersor.hf.models.matrices import Parts, empty_model, read_config, walk
 from tersor.hf.models.source import REPORT, Source
@@ -22,20 +23,27 @@ AGREEMENT = 1e-3
 FLOOR = 1e-12
 
 
-def verify(path: Path, source: Source | None = None, progress: Progress = no_progress) -> dict[str, Any]:
-    """Verify a store; for a model, also that it covers the model, and, with a source, every tensor's error.
+def verify(path: Path, source: Source | None = None, progress: Progress = no_progress, *,
+           proven: bool = True) -> dict[str, Any]:
+    """Verify a store; for a model, also that it covers the model and computes, and, with a source, every error.
+
+    Parameters
+    ----------
+    proven : bool
+        Whether a model is loaded and run once beside its decoded weights; False where it is about to be run anyway.
 
     Returns
     -------
     dict
-        `matrices`, `plain`, `bytes`, `kind`, `against` and `worst_relative_error`.
+        `matrices`, `plain`, `bytes`, `kind`, `against`, `worst_relative_error` and `proof` (see `prove`).
 
     Raises
     ------
     CorruptStoreError
         If bytes are not what was written.
     VerificationError
-        If tensors are missing, decode to NaN, or err more than the encoder recorded.
+        If tensors are missing, decode to NaN, or err more than the encoder recorded, or if the model, loaded, does not
+        compute what its weights decode to.
     """
     opened = store.read(path)
     opened.verify()
@@ -59,10 +67,11 @@ def verify(path: Path, source: Source | None = None, progress: Progress = no_pro
         worst = max(worst, found)
     if source is not None:
         _check_plain(path, opened, source)
+    proof = prove(path, opened) if opened.kind == "model" and proven else None
     progress("verify", len(names), len(names))
     return {"matrices": len(names), "plain": len(opened.entries) - len(names), "bytes": store.stored_nbytes(path),
             "kind": opened.kind, "against": None if source is None else str(source.path),
-            "worst_relative_error": None if source is None else worst}
+            "worst_relative_error": None if source is None else worst, "proof": proof}
 
 
 def _check_coverage(path: Path, opened: store.Store) -> None:
