@@ -100,6 +100,16 @@ def shard_names(count: int) -> list[str]:
     return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
+def sentinel(entries: Sequence[Entry], kind: str) -> str | None:
+    """Return the key of the empty tensor that a model carries under the name of a parameter it replaces.
+
+    A transformers that does not know Tersor finds the parameter misshapen, and raises; without it, it would fill all
+    that it misses with random numbers.
+    """
+    encoded = [entry.name for entry in entries if entry.codec is not None]
+    return encoded[0].partition("/")[0] if encoded and kind == "model" else None
+
+
 def build(entries: Sequence[Entry], kind: str, provenance: Mapping[str, Any], digests: Mapping[str, str],
           shared: Mapping[str, Mapping[str, str]], files: Mapping[str, str]) -> dict[str, Any]:
     """Return the manifest: what is stored where, by which codec, with which digests."""
@@ -119,7 +129,8 @@ def build(entries: Sequence[Entry], kind: str, provenance: Mapping[str, Any], di
             if entry.name in shared:
                 record["shared"] = dict(shared[entry.name])
             matrices[entry.name] = record
-    body = {"format": "tersor", "format_version": FORMAT_VERSION, "kind": kind,
+    guard = sentinel(entries, kind)
+    body = {"format": "tersor", "format_version": FORMAT_VERSION, "kind": kind, **({"sentinel": guard} if guard else {}),
             "codecs": [codec.to_config() for codec in codecs], "matrices": matrices, "plain": plain, "shards": names,
             "files": dict(files), "provenance": dict(provenance)}
     return {**body, "sha256": body_digest(body)}
@@ -149,6 +160,8 @@ def predict_nbytes(entries: Sequence[Entry], kind: str, provenance: Mapping[str,
     digests = {entry.name: blank for entry in entries}
     manifest = build(entries, kind, provenance, digests, links, dict.fromkeys(files, blank))
     total = len(dump(manifest)) + sum(shared_specs.values())
+    guard = manifest.get("sentinel")
+    total += len(dump({guard: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}})) if guard else 0
     shards = split(entries)
     for group in shards:
         nbytes = sum(entry.nbytes for entry in group)
@@ -156,7 +169,7 @@ def predict_nbytes(entries: Sequence[Entry], kind: str, provenance: Mapping[str,
                   for e in group for t, s in e.layout().items() if not s.shared}
         total += nbytes + len(dump(header)) + 48
     if len(shards) > 1:
-        total += len(dump(index(shards, 0))) + 24
+        total += len(dump(index(shards, 0))) + 24 + len(dump({guard: shard_names(len(shards))[0]}))
     return total
 
 

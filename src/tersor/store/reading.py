@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -84,6 +85,11 @@ class Store:
             else:
                 self.matrix(name)
 
+    @property
+    def sentinel(self) -> str | None:
+        """Key of the empty tensor that keeps others from loading the model; None in older stores."""
+        return self.manifest.get("sentinel")
+
     def record(self, entry: Entry) -> Mapping[str, Any]:
         """Return the manifest's record of an entry."""
         return self.manifest["plain" if entry.codec is None else "matrices"][entry.name]
@@ -149,6 +155,8 @@ def read(path: Path) -> Store:
 
 def _checkmanifest(manifest: Mapping[str, Any]) -> None:
     """Raise `CorruptStoreError` unless kind, file names, shapes, dtypes and shard numbers are of the right form."""
+    if not isinstance(manifest.get("sentinel", ""), str):
+        raise CorruptStoreError(f"{MANIFEST}: sentinel must be a key, found {manifest['sentinel']!r}")
     if manifest["kind"] not in KINDS:
         raise CorruptStoreError(f"{MANIFEST}: kind must be one of {KINDS}, found {manifest['kind']!r}")
     for name in (*manifest["shards"], *manifest["files"]):
@@ -187,6 +195,8 @@ def _check_shards(store: Store) -> None:
             shared = spec.shared
             shard = names[-1] if shared else names[record.get("shard", 0)]
             expected[shard][record["shared"][tensor] if shared else entry.key(tensor)] = spec
+    if store.sentinel is not None:
+        expected[names[0]].setdefault(store.sentinel, TensorSpec((0,), torch.float32))
     extra = {f.name for f in store.path.glob("*.safetensors")} - set(names)
     if extra:
         raise CorruptStoreError(f"{store.path}: files that the manifest does not name: {sorted(extra)}")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tersor.contract.checks import check_tensor
@@ -20,6 +21,7 @@ from tersor.store.manifest import (
     digest,
     dump,
     file_digest,
+    sentinel,
     shard_names,
     split,
 )
@@ -70,7 +72,7 @@ def _write_into(folder: Path, entries: Sequence[Entry], payload: Callable[[Entry
     digests: dict[str, str] = {}
     shared: dict[str, dict[str, str]] = {}
     tables: dict[str, Tensor] = {}
-    shards = split(entries)
+    shards, guard = split(entries), sentinel(entries, kind)
     weight_map, total = {}, 0
     for number, (name, group) in enumerate(zip(shard_names(len(shards)), shards, strict=True)):
         tensors: dict[str, Tensor] = {}
@@ -89,6 +91,8 @@ def _write_into(folder: Path, entries: Sequence[Entry], payload: Callable[[Entry
                     tensors[entry.key(tensor)] = held[tensor].contiguous()
         if number == len(shards) - 1:
             tensors.update(tables)
+        if number == 0 and guard:
+            tensors[guard] = torch.empty(0)
         save_tensors(_apart(tensors), folder / name)
         weight_map.update(dict.fromkeys(tensors, name))
         total += sum(t.numel() * t.element_size() for t in tensors.values())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -18,6 +20,7 @@ from tersor.hf.models.matrices import Matrix, walk
 from tersor.nn import Buffers, CompressedEmbedding, CompressedLinear, TiedLinear, WeightView
 
 METHOD = "tersor"
+EMPTY = "dtype_of_encoded_weights"
 
 
 @register_quantization_config(METHOD)
@@ -76,8 +79,21 @@ def install(model: PreTrainedModel, opened: store.Store) -> None:
     for target, origin in layout.tied.items():
         if origin in by_parameter:
             _tie(model, target, origin)
+    if not any(parameter.is_floating_point() for parameter in model.parameters()):
+        _remember_dtype(model)
+    if opened.sentinel is not None:  # it has done its duty: whoever gets here knows the format
+        passed = model._keys_to_ignore_on_load_unexpected
+        model._keys_to_ignore_on_load_unexpected = {*(passed or ()), f"^{re.escape(opened.sentinel)}$"}
     if any(m.kind == "stack" for group in by_parameter.values() for m in group):
         model.set_experts_implementation("eager")  # the other implementations want all experts dense at once
+
+
+def _remember_dtype(model: PreTrainedModel) -> None:
+    """Keep an empty parameter where all others are encoded: transformers asks the first one for dtype and device."""
+    dtype = next(value.dtype for module in model.modules() for value in vars(module).values()
+                 if isinstance(value, WeightView))
+    model.register_parameter(EMPTY, nn.Parameter(torch.empty(0, dtype=dtype, device="meta"), requires_grad=False))
+    model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), f"^{EMPTY}$"}
 
 
 def _replace(model: PreTrainedModel, parameter: str, matrices: list[Matrix], opened: store.Store) -> None:
