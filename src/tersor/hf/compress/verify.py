@@ -28,7 +28,8 @@ def verify(path: Path, source: Source | None = None, progress: Progress = no_pro
     Returns
     -------
     dict
-        `matrices`, `plain`, `bytes`, `kind`, `against` and `worst_relative_error`.
+        `matrices`, `plain`, `bytes`, `kind`, `against`, `worst_relative_error`, and `changed`: companions such as the
+        tokenizer that were edited since, of which a warning tells.
 
     Raises
     ------
@@ -38,7 +39,7 @@ def verify(path: Path, source: Source | None = None, progress: Progress = no_pro
         If tensors are missing, decode to NaN, or err more than the encoder recorded.
     """
     opened = store.read(path)
-    opened.verify()
+    changed = opened.verify()
     if opened.kind == "model":
         _check_coverage(path, opened)
     recorded = _recorded(path)
@@ -62,7 +63,7 @@ def verify(path: Path, source: Source | None = None, progress: Progress = no_pro
     progress("verify", len(names), len(names))
     return {"matrices": len(names), "plain": len(opened.entries) - len(names), "bytes": store.stored_nbytes(path),
             "kind": opened.kind, "against": None if source is None else str(source.path),
-            "worst_relative_error": None if source is None else worst}
+            "worst_relative_error": None if source is None else worst, "changed": changed}
 
 
 def _check_coverage(path: Path, opened: store.Store) -> None:
