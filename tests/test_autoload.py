@@ -83,7 +83,7 @@ def test_without_tersor_it_is_refused(out: Path, monkeypatch: pytest.MonkeyPatch
 
 
 ARMED = """
-import contextlib, importlib.machinery, sys, threading, time  # torch has these
+import contextlib, importlib.machinery, sys, threading, time, typing  # torch has these
 began = time.process_time()
 import tersor_autoload
 tersor_autoload.arm()

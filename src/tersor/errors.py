@@ -67,3 +67,19 @@ class ModelError(TersorError, ValueError):
 
 class ReadOnlyError(TersorError, TypeError):
     """Code would change an encoded weight, which can only be read."""
+
+
+class BusyError(TersorError):
+    """An output that another run is writing at this moment."""
+
+
+class TersorWarning(UserWarning):
+    """Base of every warning that Tersor gives on purpose."""
+
+
+class ChangedFileWarning(TersorWarning):
+    """A companion of a compressed model, such as its tokenizer, that is not as it was written; weights are."""
+
+
+class DamagedWorkWarning(TersorWarning):
+    """A file of an unfinished run that is not as it was written; what it held is made again."""

@@ -6,13 +6,13 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tersor.contract.codec import Codec
+from tersor.files import digest as digest
+from tersor.files import file_digest as file_digest
 from tersor.payload.layout import Layout, TensorSpec
 
 FORMAT_VERSION = 1
@@ -61,23 +61,6 @@ class Entry:
     def nbytes(self) -> int:
         """Bytes of the tensors that belong to this entry alone."""
         return sum(spec.nbytes for spec in self.layout().values() if not spec.shared)
-
-
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return the hex SHA-256 of named tensors: names, dtypes, shapes and bytes, in the order of names."""
-    sha = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        sha.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        if tensor.numel():
-            sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return sha.hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """Return the hex SHA-256 of a file."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def split(entries: Sequence[Entry]) -> list[list[Entry]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from tersor.contract.codec import Encoded
 from tersor.errors import CorruptStoreError, TersorError, UnknownCodecError
 from tersor.payload.layout import TensorSpec
 from tersor.registry import from_config
+from tersor.store.beside import check_beside, check_files, check_index
 from tersor.store.manifest import (
     DTYPES,
     FORMAT_VERSION,
@@ -27,8 +28,9 @@ from tersor.store.manifest import (
     Entry,
     body_digest,
     digest,
-    file_digest,
 )
+
+OPEN_SHARDS = 2  # kept open at a time: the one that is read, and the last, which has the shared tables
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,6 +50,7 @@ class Store:
     kind: str
     entries: Mapping[str, Entry]
     manifest: Mapping[str, Any]
+    _handles: dict[Path, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def matrix_names(self) -> list[str]:
         """Return the names of the encoded matrices, in storage order."""
@@ -67,23 +70,34 @@ class Store:
         """Return which of a matrix's tensors are shared tables: tensor to shard key."""
         return self.record(self.entries[name]).get("shared", {})
 
-    def verify(self) -> None:
-        """Read and verify every tensor and file.
+    def verify(self, *, complete: bool = True) -> list[str]:
+        """Read and verify every tensor and file; return the companions that were edited, of which a warning tells.
+
+        Parameters
+        ----------
+        complete : bool
+            False: files that are absent have not been fetched, and are passed over; tensors never are.
 
         Raises
         ------
         CorruptStoreError
-            At the first that differs; names it.
+            At the first that differs and must not; names it.
         """
-        for name, expected in self.manifest["files"].items():
-            file = self.path / name
-            if not file.is_file() or file_digest(file) != expected:
-                raise CorruptStoreError(f"{file}: missing or changed since it was written; restore it")
+        changed = check_files(self.path, self.manifest, complete=complete)
         for name, entry in self.entries.items():
             if entry.codec is None:
                 self.plain(name)
             else:
                 self.matrix(name)
+        return changed
+
+    def check_loaded(self, files: Iterable[str | Path]) -> None:
+        """Raise `CorruptStoreError` unless a loader is about to read exactly the shards of this store."""
+        found, shards = {Path(file).absolute() for file in files}, self.manifest["shards"]
+        odd = found ^ {(self.path / shard).absolute() for shard in shards}
+        if odd:
+            raise CorruptStoreError(f"{self.path}: the loader reads other files than the manifest names, such as "
+                                    f"{min(odd)}; load without options that choose files")
 
     @property
     def sentinel(self) -> str | None:
@@ -102,17 +116,29 @@ class Store:
         tensors = {}
         for tensor, spec in entry.layout().items():
             file, key = (last, links[tensor]) if spec.shared else (shard, entry.key(tensor))
-            tensors[tensor] = _load(file, key, spec)
+            tensors[tensor] = _load(self._opened(file), file, key, spec)
         if digest(tensors) != record["sha256"]:
             raise CorruptStoreError(f"{shard}: '{entry.name}' differs from what was written (SHA-256); the file is "
                                     "damaged, fetch or write it again")
         return tensors
 
+    def _opened(self, file: Path) -> Any:
+        """Return an open shard; the last ones used are kept, because opening reads what the shard says of all."""
+        handle = self._handles.pop(file, None)
+        if handle is None:
+            try:
+                handle = safe_open(file, framework="pt")
+            except (SafetensorError, OSError, ValueError) as error:
+                raise CorruptStoreError(f"{file}: cannot be opened: {error}") from error
+        self._handles[file] = handle
+        for old in list(self._handles)[:-OPEN_SHARDS]:
+            self._handles.pop(old, None)
+        return handle
 
-def _load(file: Path, key: str, spec: TensorSpec) -> Tensor:
+
+def _load(handle: Any, file: Path, key: str, spec: TensorSpec) -> Tensor:
     try:
-        with safe_open(file, framework="pt") as handle:
-            tensor = handle.get_tensor(key)
+        tensor = handle.get_tensor(key)
     except (SafetensorError, OSError, ValueError) as error:
         raise CorruptStoreError(f"{file}: cannot read '{key}': {error}") from error
     check_tensor(key, tensor, spec)
@@ -197,9 +223,10 @@ def _check_shards(store: Store) -> None:
             expected[shard][record["shared"][tensor] if shared else entry.key(tensor)] = spec
     if store.sentinel is not None:
         expected[names[0]].setdefault(store.sentinel, TensorSpec((0,), torch.float32))
-    extra = {f.name for f in store.path.glob("*.safetensors")} - set(names)
-    if extra:
-        raise CorruptStoreError(f"{store.path}: files that the manifest does not name: {sorted(extra)}")
+    check_beside(store.path, store.manifest)
+    if len(names) > 1:
+        check_index(store.path, {key: name for name, specs in expected.items() for key in specs},
+                    sum(spec.nbytes for specs in expected.values() for spec in specs.values()))
     for name, specs in expected.items():
         _check_shard(store.path / Path(name).name, specs)
 

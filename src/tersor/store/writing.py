@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tersor.contract.checks import check_tensor
 from tersor.errors import CorruptStoreError, TersorError
-from tersor.files import save_tensors, sync, whole
+from tersor.files import exclusive, save_tensors, sync, whole
 from tersor.store.manifest import (
     INDEX,
     MANIFEST,
@@ -27,6 +27,7 @@ from tersor.store.manifest import (
 )
 
 
+@exclusive("path")
 def write(path: Path, entries: Sequence[Entry], payload: Callable[[Entry], Mapping[str, Tensor]], *, kind: str,
           provenance: Mapping[str, Any] | None = None, files: Mapping[str, bytes | Path] | None = None) -> None:
     """Write a store to the new directory `path`; it appears whole or not at all.

@@ -18,7 +18,7 @@ import tersor
 from tersor import store
 from tersor.errors import TersorError
 from tersor.families import DEFAULT
-from tersor.files import write_json
+from tersor.files import exclusive, write_json
 from tersor.hf.compress import calibrate, encode, plan, survey
 from tersor.hf.compress.method import check_options
 from tersor.hf.compress.request import (
@@ -86,6 +86,7 @@ class CompressSettings:
         return self.text or default_heldout()
 
 
+@exclusive("output")
 def compress_model(source: str | Path, output: str | Path, rate: float | None = None, *, size: int | None = None,
                    settings: CompressSettings | None = None, progress: Progress = no_progress,
                    **changes: Any) -> dict[str, Any]:
@@ -164,9 +165,10 @@ def _stages(source: Source, request: Request, settings: CompressSettings, work: 
     device, calibration = settings.device, None
     if settings.calibrated:
         file = work / "calibration.safetensors"
-        if not file.exists():
+        calibration = calibrate.finished(file)
+        if calibration is None:
             calibrate.run(source, settings.text_seen, file, settings.sampling, device=device, progress=progress)
-        calibration = Calibration.load(file)
+            calibration = Calibration.load(file)
     choices = survey.run(source, calibration, request, work / "survey.jsonl", device=device, progress=progress)
     record = provenance(source, calibration, request, tersor.__version__)
     picks = plan.run(source, choices, request, record)

@@ -35,7 +35,8 @@ def verify(path: Path, source: Source | None = None, progress: Progress = no_pro
     Returns
     -------
     dict
-        `matrices`, `plain`, `bytes`, `kind`, `against`, `worst_relative_error` and `proof` (see `prove`).
+        `matrices`, `plain`, `bytes`, `kind`, `against`, `worst_relative_error`, `changed`: companions such as the
+        tokenizer that were edited since, of which a warning tells; and `proof`: see `prove`.
 
     Raises
     ------
@@ -46,7 +47,7 @@ def verify(path: Path, source: Source | None = None, progress: Progress = no_pro
         compute what its weights decode to.
     """
     opened = store.read(path)
-    opened.verify()
+    changed = opened.verify()
     if opened.kind == "model":
         _check_coverage(path, opened)
     recorded = _recorded(path)
@@ -71,7 +72,7 @@ def verify(path: Path, source: Source | None = None, progress: Progress = no_pro
     progress("verify", len(names), len(names))
     return {"matrices": len(names), "plain": len(opened.entries) - len(names), "bytes": store.stored_nbytes(path),
             "kind": opened.kind, "against": None if source is None else str(source.path),
-            "worst_relative_error": None if source is None else worst, "proof": proof}
+            "worst_relative_error": None if source is None else worst, "changed": changed, "proof": proof}
 
 
 def _check_coverage(path: Path, opened: store.Store) -> None:

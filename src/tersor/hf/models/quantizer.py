@@ -49,8 +49,10 @@ class TersorQuantizer(HfQuantizer):
         return False
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        opened = store.read(Path(kwargs["checkpoint_files"][0]).parent)
-        opened.verify()
+        folder = Path(kwargs["checkpoint_files"][0]).parent
+        opened = store.read(folder)
+        opened.check_loaded(kwargs["checkpoint_files"])
+        opened.verify(complete=folder.parent.name != "snapshots")  # of a hub's cache, which holds what was asked for
         install(model, opened)
         return model
 
