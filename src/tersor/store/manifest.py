@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import hashlib
 import json
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -129,6 +131,11 @@ def dump(value: Any) -> bytes:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
 
 
+def pack(manifest: Mapping[str, Any]) -> str:
+    """Return a manifest as text of few bytes."""
+    return base64.b85encode(zlib.compress(dump(manifest), 9)).decode()
+
+
 def predict_nbytes(entries: Sequence[Entry], kind: str, provenance: Mapping[str, Any], files: Iterable[str]) -> int:
     """Return an upper bound, tight to about ten bytes a tensor, on shards, manifest, index; shared tables included."""
     blank = "0" * 64
@@ -140,11 +147,13 @@ def predict_nbytes(entries: Sequence[Entry], kind: str, provenance: Mapping[str,
                 key = f"shared/{blank[:16]}/{tensor}"
                 links.setdefault(entry.name, {})[tensor] = key
                 shared_specs[f"{entry.codec}|{key}"] = spec.nbytes + 200
-    digests = {entry.name: blank for entry in entries}
-    manifest = build(entries, kind, provenance, digests, links, dict.fromkeys(files, blank))
+    digests = {entry.name: body_digest({"": entry.name}) for entry in entries}  # no digest packs as well as zeros do
+    manifest = build(entries, kind, provenance, digests, links, {name: body_digest({"": name}) for name in files})
     total = len(dump(manifest)) + sum(shared_specs.values())
     guard = manifest.get("sentinel")
-    total += len(dump({guard: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}})) if guard else 0
+    if guard:
+        total += len(dump({guard: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}))
+        total += len(pack({**manifest, "sha256": body_digest({})})) + 32 + 2 * len(entries)
     shards = split(entries)
     for group in shards:
         nbytes = sum(entry.nbytes for entry in group)

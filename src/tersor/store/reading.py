@@ -19,6 +19,7 @@ from tersor.errors import CorruptStoreError, TersorError, UnknownCodecError
 from tersor.payload.layout import TensorSpec
 from tersor.registry import from_config
 from tersor.store.beside import check_beside, check_files, check_index
+from tersor.store.embedded import embedded, manifest_of
 from tersor.store.manifest import (
     DTYPES,
     FORMAT_VERSION,
@@ -83,6 +84,10 @@ class Store:
         CorruptStoreError
             At the first that differs and must not; names it.
         """
+        copy = embedded(self.path / self.manifest["shards"][-1])
+        if copy is not None and copy != self.manifest:
+            raise CorruptStoreError(f"{self.path}: the manifest differs from its copy in the last shard; fetch or write "
+                                    "both again")
         changed = check_files(self.path, self.manifest, complete=complete)
         for name, entry in self.entries.items():
             if entry.codec is None:
@@ -156,10 +161,8 @@ def read(path: Path) -> Store:
         If the format version, or a codec or its version, is newer than this installation.
     """
     file = path / MANIFEST
-    if not file.is_file():
-        raise CorruptStoreError(f"{path}: no {MANIFEST}; expected a directory written by tersor")
     try:
-        manifest = json.loads(file.read_bytes())
+        manifest = manifest_of(path)
         if not isinstance(manifest, dict) or manifest.get("format") != "tersor":
             raise CorruptStoreError(f"{file}: not a tersor manifest")
         version = manifest["format_version"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tersor import store
@@ -50,11 +52,25 @@ class TersorQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         folder = Path(kwargs["checkpoint_files"][0]).parent
+        _fetch_manifest(folder, model.config.name_or_path)
         opened = store.read(folder)
         opened.check_loaded(kwargs["checkpoint_files"])
         opened.verify(complete=folder.parent.name != "snapshots")  # of a hub's cache, which holds what was asked for
         install(model, opened)
         return model
+
+
+def _fetch_manifest(folder: Path, name: str) -> None:
+    """Fetch the manifest into a hub's cache: transformers fetches configuration and shards only.
+
+    Where it cannot be fetched, the copy in the last shard serves.
+    """
+    if (folder / store.MANIFEST).is_file() or "snapshots" not in folder.parts:
+        return
+    at = len(folder.parts) - 1 - folder.parts[::-1].index("snapshots")
+    with contextlib.suppress(OSError, ValueError):  # not reachable, or a folder of the cache that was named as such
+        cached_file(name, store.MANIFEST, cache_dir=Path(*folder.parts[:at - 1]), revision=folder.parts[at + 1],
+                    subfolder="/".join(folder.parts[at + 2:]))
 
 
 def install(model: PreTrainedModel, opened: store.Store) -> None:
