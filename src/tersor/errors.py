@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class TersorError(Exception):
     """Base of every error that Tersor raises on purpose."""
@@ -66,7 +68,19 @@ class ModelError(TersorError, ValueError):
 
 
 class ReadOnlyError(TersorError, TypeError):
-    """Code would change an encoded weight, which can only be read."""
+    """Code would change an encoded weight, which can only be read.
+
+    Attributes
+    ----------
+    wanted : str
+        The function that would.
+    weight : object
+        The stand-in for the weight.
+    """
+
+    def __init__(self, message: str, wanted: str = "", weight: Any = None) -> None:
+        self.wanted, self.weight = wanted, weight
+        super().__init__(message)
 
 
 class BusyError(TersorError):

@@ -277,13 +277,16 @@ def _refuse_change(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], *,
     """Raise `ReadOnlyError` for a function that would write to a stand-in, or wants its memory."""
     name = getattr(func, "__name__", str(func))
     if func in _MEMORY:
-        raise ReadOnlyError(f"'{name}' wants a weight's memory, but an encoded weight has none; take .data, a copy")
+        raise ReadOnlyError(f"'{name}' wants a weight's memory, but an encoded weight has none; take .data, a copy",
+                            name, next((value for value in (*args, *kwargs.values()) if isinstance(value, WeightView)),
+                                       None))
     changes = changes or name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
     target = args[0] if args else kwargs.get("tensor", kwargs.get("input"))
     harmless = name in ("requires_grad_", "__set__") and len(args) == 2 and args[1] is False
-    if (changes and isinstance(target, WeightView) and not harmless) or isinstance(kwargs.get("out"), WeightView):
+    target = kwargs["out"] if isinstance(kwargs.get("out"), WeightView) else target if changes and not harmless else None
+    if isinstance(target, WeightView):
         raise ReadOnlyError(f"'{name}' would change a weight, but an encoded weight can only be read; change a copy, "
-                            "such as weight.data.clone()")
+                            "such as weight.data.clone()", name, target)
 
 
 def _encoded(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

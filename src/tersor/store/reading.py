@@ -57,6 +57,10 @@ class Store:
         """Return the names of the encoded matrices, in storage order."""
         return [name for name, entry in self.entries.items() if entry.codec is not None]
 
+    def plain_names(self) -> list[str]:
+        """Return the names of the tensors stored as they are, in storage order."""
+        return [name for name, entry in self.entries.items() if entry.codec is None]
+
     def matrix(self, name: str) -> Encoded:
         """Return an encoded matrix, verified."""
         entry = self.entries[name]

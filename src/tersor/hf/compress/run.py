@@ -140,6 +140,7 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
 def _check(source: Source, request: Request, settings: CompressSettings) -> None:
     """Refuse before any work what would fail after it."""
     check_device(settings.device)
+    source.tried.check()
     check_options(request)
     check_weights(list(source.layout.matrices), request.sensitivities)
     plan.check_reachable(source, None, request, tersor.__version__)
@@ -198,7 +199,8 @@ def conclude(job: encode.Job, matrices: Mapping[str, Any], work: WorkFolder,
     source, nbytes = job.source, store.stored_nbytes(work / "output")
     summary = {"bytes": nbytes, **asked, "rate": 8 * nbytes / source.elements, "parameters": source.elements,
                "bytes_original": source.original_nbytes}
-    report = {"summary": summary, "matrices": matrices, "provenance": job.provenance}
+    report = {"summary": summary, "matrices": matrices, "provenance": job.provenance,
+              "left_dense": {name: f"its module calls {said} on it" for name, said in source.tried.dense.items()}}
     write_json(work / "output" / REPORT, report)
     verify_in_fresh_process(work / "output", source.folder)
     return report

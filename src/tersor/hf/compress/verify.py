@@ -76,7 +76,7 @@ def verify(path: Path, source: Source | None = None, progress: Progress = no_pro
 
 
 def _check_coverage(path: Path, opened: store.Store) -> None:
-    layout = walk(empty_model(read_config(path)))
+    layout = walk(empty_model(read_config(path))).leaving(opened.plain_names())
     expected = {**{n: m.shape for n, m in layout.matrices.items()}, **{n: tuple(s) for n, s in layout.plain.items()}}
     found = {name: entry.shape for name, entry in opened.entries.items()}
     expected.update({name: shape for name, shape in biases_added(layout, opened).items() if name not in expected})

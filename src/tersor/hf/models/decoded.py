@@ -25,7 +25,7 @@ def decoded_model(opened: store.Store, like: PreTrainedModel, *, whole: bool = F
     whole : bool
         Hold all weights at once; needed where a model computes with the weights of a block outside of it.
     """
-    model = empty_model(read_config(opened.path)).eval()
+    model = empty_model(read_config(opened.path)).to("meta").eval()  # some classes make weights on no device but the CPU
     weights = _Weights(model, opened, like)
     inside: set[int] = set()
     for block in () if whole else _blocks(model):
@@ -52,7 +52,7 @@ class _Weights:
 
     def __init__(self, model: PreTrainedModel, opened: store.Store, like: PreTrainedModel) -> None:
         self.opened, self.like = opened, like
-        layout = walk(model)
+        layout = walk(model).leaving(opened.plain_names())
         self.matrices: dict[str, list[Matrix]] = defaultdict(list)
         for matrix in layout.matrices.values():
             self.matrices[matrix.parameter].append(matrix)

@@ -28,7 +28,7 @@ def write_dense(opened: store.Store, to: Path) -> None:
         If the store holds biases that reduction has added and the architecture has no place for.
     """
     opened.verify()
-    layout = walk(empty_model(read_config(opened.path)))
+    layout = walk(empty_model(read_config(opened.path))).leaving(opened.plain_names())
     odd = sorted(set(opened.entries) - set(layout.matrices) - set(layout.plain))
     if odd:
         raise CodecConfigError(f"{opened.path}: holds biases that this architecture has no place for ({odd[0]}, …), so "

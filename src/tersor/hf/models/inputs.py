@@ -41,7 +41,7 @@ def example_inputs(model: PreTrainedModel, seed: int = 0) -> dict[str, Any]:
         If it runs on none that can be made from its configuration; carries what it said to the first.
     """
     first: str | None = None
-    for inputs in _candidates(model, seed):
+    for inputs in candidates(model, seed):
         try:
             if run(model, inputs):
                 return inputs
@@ -51,7 +51,7 @@ def example_inputs(model: PreTrainedModel, seed: int = 0) -> dict[str, Any]:
                      f"{first or 'it takes no input that is known'}")
 
 
-def _candidates(model: PreTrainedModel, seed: int) -> Iterator[dict[str, Any]]:
+def candidates(model: PreTrainedModel, seed: int) -> Iterator[dict[str, Any]]:
     """Yield inputs to try, the plainest first."""
     taken = inspect.signature(model.forward).parameters
     drawn = torch.Generator().manual_seed(seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -65,6 +65,17 @@ class Parts:
     matrices: Mapping[str, Matrix]
     plain: Mapping[str, torch.Size]
     tied: Mapping[str, str]
+
+    def leaving(self, dense: Iterable[str]) -> Parts:
+        """Return the same parts with the matrices of some parameters among what is stored as it is."""
+        kept = set(dense)
+        shapes: dict[str, torch.Size] = {}
+        for m in self.matrices.values():
+            if m.parameter in kept:
+                shape = m.shape[::-1] if m.kind == "conv1d" else m.shape
+                shapes[m.parameter] = torch.Size(shape if m.index is None else (m.index + 1, *shape))
+        matrices = {name: m for name, m in self.matrices.items() if m.parameter not in kept}
+        return Parts(matrices, {**self.plain, **shapes}, self.tied)
 
     @property
     def parameters(self) -> list[str]:

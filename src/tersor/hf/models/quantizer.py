@@ -50,6 +50,11 @@ class TersorQuantizer(HfQuantizer):
         """Tell transformers not to save: copy the directory instead."""
         return False
 
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
+        """Tell transformers to rename and merge nothing: what is stored has the names of the class that it is loaded as."""
+        del weight_conversions, model
+        return []
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         folder = Path(kwargs["checkpoint_files"][0]).parent
         _fetch_manifest(folder, model.config.name_or_path)
@@ -81,7 +86,7 @@ def install(model: PreTrainedModel, opened: store.Store) -> None:
     CorruptStoreError
         If the store's matrices and the model's do not agree.
     """
-    layout = walk(model)
+    layout = walk(model).leaving(opened.plain_names())
     by_parameter: dict[str, list[Matrix]] = defaultdict(list)
     for name in opened.matrix_names():
         matrix = layout.matrices.get(name)

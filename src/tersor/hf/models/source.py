@@ -22,6 +22,7 @@ from tersor.errors import ModelError
 from tersor.files import save_tensors
 from tersor.hf.models import checkpoint
 from tersor.hf.models.matrices import Matrix, Parts, check_class, empty_model, quiet, read_config, walk
+from tersor.hf.models.trial import Trial, trial
 from tersor.store import FORMAT_VERSION, INDEX, MANIFEST
 
 REPORT = "tersor-report.json"  # what a compressed model says of its matrices
@@ -43,6 +44,8 @@ class Source:
     layout : Parts
     locations : mapping of str to (Path, str)
         File and key of every stored tensor.
+    tried : Trial
+        Whether the class computes with encoded weights, and which of them must stay dense.
     """
 
     path: Path
@@ -50,6 +53,7 @@ class Source:
     config: PretrainedConfig
     layout: Parts
     locations: Mapping[str, tuple[Path, str]]
+    tried: Trial
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor in its own dtype."""
@@ -159,9 +163,9 @@ def _open_folder(path: Path, folder: Path) -> Source | None:
     config = read_config(folder)
     model = empty_model(config)
     check_class(path, config, model)
-    layout = walk(model)
+    layout, tried = walk(model), trial(config)
     locations = checkpoint.account(folder, model, layout)
-    return None if locations is None else Source(path, folder, config, layout, locations)
+    return None if locations is None else Source(path, folder, config, layout.leaving(tried.dense), locations, tried)
 
 
 def _stage(path: Path, staging: Path) -> Path:
