@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tersor.files import exclusive
 from tersor.hf.compress import survey
 from tersor.hf.compress.method import check_options, rungs
 from tersor.hf.compress.plan import least_error, predict
@@ -21,6 +22,7 @@ _INTERPRETER = 600 * 10**6  # Python with torch and transformers
 _PASSES = {True: 3.0, False: 1.0}  # encode with feedback, and its measurement, in units of a plain trial
 
 
+@exclusive("output")
 def estimate(src: Path, output: Path, rate: float | None, size: int | None,
              settings: CompressSettings) -> dict[str, Any]:
     """Encode the matrix of median size once and scale up; reads nothing else and writes no output.

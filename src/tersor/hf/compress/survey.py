@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tersor.contract.codec import Codec
+from tersor.files import exclusive
 from tersor.hf.compress import sensitivity
 from tersor.hf.compress.method import check_options, fixed_options, rungs
 from tersor.hf.compress.request import Progress, Request, no_progress
@@ -25,6 +26,7 @@ from tersor.quality import measure
 SURVEY_ELEMENTS = 1 << 16  # elements of a matrix that a trial encodes
 
 
+@exclusive("output")
 def run(source: Source, calibration: Calibration | None, request: Request, output: Path, *, device: str = "cpu",
         progress: Progress = no_progress) -> dict[str, list[Choice]]:
     """Encode every matrix with every rung near the budget; one JSON line a trial in `output`, resumed if there.

@@ -28,7 +28,7 @@ import tersor
 from tersor.codecs.vector.klt import Klt
 from tersor.contract.codec import Codec
 from tersor.errors import BudgetError, CodecConfigError, CorruptStoreError, ModelError
-from tersor.files import save_tensors, write_json
+from tersor.files import exclusive, save_tensors, write_json
 from tersor.hf.kv.observe import Notes, observe
 from tersor.hf.kv.store import SIDES, damaged, fields_of
 from tersor.hf.models.classes import check_language_model
@@ -142,6 +142,7 @@ def _read_tables(file: Path, sha256: str) -> dict[tuple[int, str], dict[str, Ten
     return tables
 
 
+@exclusive("out")
 def plan_cache(source: Source, text: Path, rate: float, out: Path, settings: PlanSettings | None = None, *,
                device: str = "cpu", progress: Progress | None = None) -> dict[str, Any]:
     """Measure, plan, and write the plan to `out` (JSON), its tables beside it as `<name>.safetensors`.
