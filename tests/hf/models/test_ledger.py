@@ -22,7 +22,7 @@ from tersor.hf.models.source import load_dense, open_source
 from tests.hf import zoo
 from tests.hf.tiny import resigned, save_tiny
 
-LOSSLESS: dict[str, Any] = {"rate": 28, "method": "bf16", "calibrated": False, "evaluation_tokens": 0}
+LOSSLESS: dict[str, Any] = {"rate": 30, "method": "bf16", "calibrated": False, "evaluation_tokens": 0}
 
 
 @pytest.mark.usefixtures("verified_here")
