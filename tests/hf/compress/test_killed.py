@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tersor.errors import DamagedWorkWarning, TersorError
 from tersor.hf.compress import checkpoint, run
@@ -29,17 +31,23 @@ COMMAND = [sys.executable, "-m", "tersor", "compress"]
 OPTIONS = ["--codec", "rot,lm3", "--rate", "6", "--tokens", "1024", "--context", "64", "--evaluation-tokens", "0"]
 FILES = ("model.safetensors", "tersor.json", "config.json")
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model, in a form that has to be staged."""
-    import torch
-    from safetensors.torch import load_file
-
-    folder = save_tiny("llama", tmp_path_factory.mktemp("killed") / "model")
+def staged(folder: Path, layers: int) -> Path:
+    """Write a tiny model, in a form that has to be staged."""
+    save_tiny("llama", folder, num_hidden_layers=layers)
     save_tokenizer(folder)
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     return folder
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return staged(tmp_path_factory.mktemp("killed") / "model", 2)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return staged(tmp_path_factory.mktemp("killed") / "small", 1)
 
 
 @pytest.fixture(scope="module")
@@ -165,16 +173,16 @@ def damage_and_resume(job: Job, source: Path, folder: Path, taken: list[Path], t
 STAGES = {"calibrate": 0.8, "survey": 0.5, "encode": 0.5}
 
 
-def test_kill_9_three_times(forks: Forks, source: Path, tmp_path: Path) -> None:
-    assert kill_and_resume(forks, compress, source, tmp_path, 3, 0) >= 2
+def test_kill_9_three_times(forks: Forks, small: Path, tmp_path: Path) -> None:
+    assert kill_and_resume(forks, compress, small, tmp_path, 3, 0) >= 2
 
 
-def test_ten_damages(source: Path, tmp_path: Path) -> None:
-    taken = snapshots(compress, source, tmp_path, STAGES)
+def test_ten_damages(small: Path, tmp_path: Path) -> None:
+    taken = snapshots(compress, small, tmp_path, STAGES)
     kinds = {file.relative_to(folder).parts[0] for folder in taken for file in folder.rglob("*") if file.is_file()}
     assert kinds == {"staged", "fingerprint", "calibration.safetensors", "calibration.safetensors.moments",
                      "calibration.safetensors.fisher", "survey.jsonl", "plan.json", "matrices"}
-    counts = damage_and_resume(compress, source, tmp_path, taken, 10, 0)
+    counts = damage_and_resume(compress, small, tmp_path, taken, 10, 0)
     assert sum(counts.values()) == 10
     assert sum(number for what, number in counts.items() if "said so" in what or "refused" in what) >= 5, counts
 
