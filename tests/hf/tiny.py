@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tersor.store.manifest import body_digest, dump
 
@@ -52,3 +55,10 @@ def resigned(out: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
     change(manifest)
     (out / "tersor.json").write_bytes(dump({**manifest, "sha256": body_digest(manifest)}))
     return out
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of one token an ASCII character, which the tiny models' 128 words are enough for."""
+    words = Tokenizer(WordLevel({chr(code): code for code in range(128)}, unk_token="?"))
+    words.pre_tokenizer = Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(folder)

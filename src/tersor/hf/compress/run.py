@@ -132,8 +132,14 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
                       chosen.sensitivities)
     if request.budget >= opened.nbytes:
         copy_dense(opened, work.target)
-        return {"copied": True, "summary": {"bytes": opened.nbytes, "budget": request.budget}}
-    _check(opened, request, chosen)
+        summary = {"bytes": opened.nbytes, "budget": request.budget}
+        work.clear("staged")
+        return {"copied": True, "summary": summary}
+    try:
+        _check(opened, request, chosen)
+    except TersorError:
+        work.clear("staged")
+        raise
     work.stamp(_mark(opened, request, chosen), resume=chosen.resume)
     report = _stages(opened, request, chosen, work, progress)
     if chosen.evaluation_tokens:
