@@ -15,7 +15,7 @@ from torch import Tensor
 from tersor import store
 from tersor.contract.checks import check_matrix
 from tersor.contract.codec import Codec, Encoded
-from tersor.errors import BudgetError, CodecConfigError, CorruptStoreError
+from tersor.errors import BudgetError, CodecConfigError, CorruptStoreError, UnknownCodecError
 from tersor.families import candidates, families, options
 from tersor.families.low_rank import most_promising
 from tersor.quality import measure
@@ -103,11 +103,27 @@ def compress(matrix: Tensor | np.ndarray, rate: float | None = None, codec: str 
     return _best(matrix, choices, seed, hessian, {**defaults, **encoder})
 
 
+def parse_codec(text: str) -> Codec:
+    """Return the codec of a string that is no family.
+
+    Raises
+    ------
+    UnknownCodecError
+        If no codec understands it; a family may have been meant.
+    CodecConfigError
+        If it is malformed.
+    """
+    try:
+        return parse(text)
+    except UnknownCodecError as error:
+        raise UnknownCodecError(error.name, (*families(), *error.known), "family or codec string") from error
+
+
 def _concrete(codec: str | Codec, shape: tuple[int, int], rate: float | None) -> Codec:
     """Return the codec that is meant, if it stays within the rate."""
     if not isinstance(codec, (str, Codec)):
         raise CodecConfigError(f"codec: expected a family, a codec string or a Codec, found {type(codec).__name__}")
-    concrete = parse(codec) if isinstance(codec, str) else codec
+    concrete = parse_codec(codec) if isinstance(codec, str) else codec
     if rate is not None and concrete.rate(shape) > rate:
         raise BudgetError(f"codec '{concrete}' needs {concrete.rate(shape):.4g} bits per element on shape {shape}, "
                           f"above the rate {rate:g}; raise the rate or name a family", concrete.nbytes(shape))
@@ -164,4 +180,4 @@ def load(path: str | Path) -> Encoded | dict[str, Encoded]:
     return matrices[_BARE] if opened.kind == "matrix" else matrices
 
 
-__all__ = ["as_matrix", "compress", "load", "save"]
+__all__ = ["as_matrix", "compress", "load", "parse_codec", "save"]

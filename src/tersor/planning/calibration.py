@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tersor.errors import CorruptStoreError, NonFiniteError
+from tersor.errors import CorruptStoreError, NonFiniteError, NotAStoreError
 from tersor.files import save_tensors
 
 _CHECK = 1e-3  # largest relative gap tolerated between the float32 trace and a float64 sum of squares
@@ -87,17 +87,28 @@ class Calibration:
 
         Raises
         ------
+        NotAStoreError
+            If the file is missing, or is no calibration.
         CorruptStoreError
-            If the file is missing or no calibration.
+            If it is one, but damaged.
         """
+        what = f"{path}: expected a file written by 'tersor calibrate'"
         try:
             with safe_open(path, framework="pt") as handle:
-                record = json.loads((handle.metadata() or {})["tersor"])
+                meta = handle.metadata() or {}
+                if "tersor" not in meta:
+                    raise NotAStoreError(f"{what}, found other tensors")
+                record = json.loads(meta["tersor"])
                 tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 - not a dict
                 hessians = {name: tensors[key] for name, key in record["names"].items()}
                 return cls(hessians, int(record["tokens"]), str(record["source"]), dict(record["fisher"]))
-        except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-            raise CorruptStoreError(f"{path}: no calibration file written by 'tersor calibrate': {error}") from error
+        except CorruptStoreError:
+            raise
+        except (SafetensorError, OSError) as error:
+            raise NotAStoreError(f"{what}: {error}") from error
+        except (LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise CorruptStoreError(f"{path}: a damaged calibration: {type(error).__name__}: {error}; calibrate "
+                                    "again") from error
 
 
 def hessian_of(calibration: Calibration | None, name: str, device: str) -> Tensor | None:

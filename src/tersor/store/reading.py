@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tersor.contract.checks import check_tensor
 from tersor.contract.codec import Encoded
-from tersor.errors import CorruptStoreError, TersorError, UnknownCodecError
+from tersor.errors import CorruptStoreError, NotAStoreError, TersorError, UnknownCodecError
 from tersor.payload.layout import TensorSpec
 from tersor.registry import from_config
 from tersor.store.manifest import (
@@ -125,7 +125,7 @@ def read(path: Path) -> Store:
     """
     file = path / MANIFEST
     if not file.is_file():
-        raise CorruptStoreError(f"{path}: no {MANIFEST}; expected a directory written by tersor")
+        raise _absent(path)
     try:
         manifest = json.loads(file.read_bytes())
         if not isinstance(manifest, dict) or manifest.get("format") != "tersor":
@@ -145,6 +145,21 @@ def read(path: Path) -> Store:
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
         raise CorruptStoreError(f"{file}: damaged manifest: {type(error).__name__}: {error}") from error
     return store
+
+
+def _absent(path: Path) -> CorruptStoreError:
+    """Return the error of a path without a manifest: a wrong path, or a compressed model that has lost it."""
+    if not path.exists():
+        return NotAStoreError(f"{path}: no such directory; expected one written by tersor, with {MANIFEST}")
+    try:
+        config = json.loads((path / "config.json").read_bytes())
+        lost = config["quantization_config"]["quant_method"] == "tersor"
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        lost = False
+    if lost:
+        return CorruptStoreError(f"{path}: config.json says that tersor compressed this model, but {MANIFEST} is "
+                                 "missing; fetch or write it again")
+    return NotAStoreError(f"{path}: no {MANIFEST}; expected a directory written by tersor")
 
 
 def _checkmanifest(manifest: Mapping[str, Any]) -> None:
@@ -196,7 +211,8 @@ def _check_shards(store: Store) -> None:
 
 def _check_shard(file: Path, specs: Mapping[str, TensorSpec]) -> None:
     if not file.is_file():
-        raise CorruptStoreError(f"{file}: missing")
+        raise CorruptStoreError(f"{file}: missing; the manifest names it as a part of the store, so fetch or write it "
+                                "again")
     try:
         with safe_open(file, framework="pt") as handle:
             found = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 - not a dict
