@@ -243,8 +243,11 @@ def decode(path: Annotated[Path, typer.Argument(metavar="OUT", help="what Tersor
         write_new(to, lambda handle: handle.write(content))
     elif opened.kind == "matrix":
         _check_target(to, opened, to.suffix == ".npy", "a .npy file")
-        decoded = opened.matrix(opened.matrix_names()[0]).decode().numpy()
-        write_new(to, lambda handle: np.save(handle, decoded))
+        loaded = tersor.load(path)
+        assert isinstance(loaded, tersor.Encoded), "a store of kind matrix"
+        decoded = loaded.decode()
+        array = (decoded.float() if decoded.dtype == torch.bfloat16 else decoded).numpy()  # NumPy has no bfloat16
+        write_new(to, lambda handle: np.save(handle, array))
     elif opened.kind == "model":
         from tersor.hf.models.dense import write_dense
 

@@ -13,10 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from tersor.contract.checks import HUGE, check_hessian, check_matrix, check_tensor
+from tersor.contract.checks import HUGE, check_hessian, check_matrix, check_tensor, from_numpy, like
 from tersor.contract.coordinates import Coordinates
 from tersor.contract.derived import Derived
 from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
@@ -229,36 +230,85 @@ class Encoded:
         (out, in).
     tensors : mapping of str to Tensor
         The payload, exactly what `codec.layout(shape)` declares.
+    dtype : torch.dtype
+        Of decoded rows. `tersor.compress` and `tersor.load` set that of the original; codecs compute in float32.
+    numpy : bool
+        Whether decoding returns NumPy arrays. `tersor.compress` sets it where the matrix was one; it is not stored.
     """
 
     codec: Codec
     shape: Shape
     tensors: Mapping[str, Tensor]
+    dtype: torch.dtype = torch.float32
+    numpy: bool = False
+
+    __array_ufunc__ = None  # so that NumPy leaves `x @ encoded.T` to us
+
+    def __repr__(self) -> str:
+        return (f"Encoded('{self.codec}', {self.shape[0]}x{self.shape[1]}, {self.nbytes} bytes, "
+                f"{self.rate:.4g} bits per element)")
+
+    def to(self, device: str | torch.device) -> Encoded:
+        """Return the same encoded matrix with its payload on a device."""
+        return dataclasses.replace(self, tensors={name: t.to(device) for name, t in self.tensors.items()})
+
+    @property
+    def device(self) -> torch.device:
+        """Where the payload lies."""
+        return next(iter(self.tensors.values())).device
+
+    @property
+    def T(self) -> Transposed:
+        """The transpose, for `x @ encoded.T`."""
+        return Transposed(self)
+
+    def __matmul__(self, x: Any) -> Any:
+        """Return `decode() @ x`: (in,) to (out,), and (*batch, in, n) to (*batch, out, n)."""
+        if not isinstance(x, (Tensor, np.ndarray)):
+            return NotImplemented
+        if x.ndim < 2:
+            return self.matmul(x)
+        if x.shape[-2] != self.shape[1]:
+            raise CodecConfigError(f"encoded @ x needs x of shape (..., {self.shape[1]}, n), found {tuple(x.shape)}")
+        return self.matmul(x.swapaxes(-1, -2)).swapaxes(-1, -2)
 
     def decode(self) -> Tensor:
-        """Return the matrix, float32 (out, in)."""
-        return self.codec.decode(self)
+        """Return the matrix (out, in), in `dtype`: a tensor, or an array where `numpy` is set."""
+        return self._given(self.codec.decode(self))
 
     def decode_rows(self, start: int, stop: int) -> Tensor:
-        """Return rows `start` to `stop`, float32 (stop - start, in)."""
+        """Return rows `start` to `stop`, (stop - start, in), as `decode` returns them."""
         if not 0 <= start <= stop <= self.shape[0]:
             raise CodecConfigError(f"rows {start} to {stop} do not lie within the {self.shape[0]} rows of the matrix")
-        return self.codec.decode_rows(self, slice(start, stop))
+        return self._given(self.codec.decode_rows(self, slice(start, stop)))
 
-    def gather(self, index: Tensor) -> Tensor:
-        """Return the rows named by the int64 tensor `index` (any shape): float32 (*index.shape, in)."""
+    def _given(self, rows: Tensor) -> Any:
+        """Return decoded rows in the form of the matrix that went in."""
+        kept = rows.to(self.dtype)
+        return kept.cpu().numpy() if self.numpy else kept
+
+    def gather(self, index: Tensor | np.ndarray) -> Any:
+        """Return the rows named by integers `index` (any shape): (*index.shape, in), in `dtype`.
+
+        An array of NumPy gives one, and a tensor a tensor.
+        """
+        given, index = index, _tensor(index, "index")
+        if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+            raise CodecConfigError(f"gather needs integers, found {index.dtype}")
         flat = index.reshape(-1).to(torch.int64)
         checked = not (index.is_cuda or torch.compiler.is_compiling())  # a check would wait for the device
         if checked and flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < self.shape[0]:
             raise CodecConfigError(f"rows {int(flat.min())}..{int(flat.max())} do not lie within the {self.shape[0]} "
                                    "rows of the matrix")
-        return self.codec.decode_rows(self, flat).reshape(*index.shape, self.shape[1])
+        return like(given, self.codec.decode_rows(self, flat).to(self.dtype).reshape(*index.shape, self.shape[1]))
 
-    def matmul(self, x: Tensor) -> Tensor:
-        """Return `x @ decode().T`: (*batch, in) to (*batch, out), in the dtype of `x`."""
-        if x.shape[-1] != self.shape[1]:
-            raise CodecConfigError(f"matmul needs x of shape (..., {self.shape[1]}), found {tuple(x.shape)}")
-        return self.codec.matmul(self, x)
+    def matmul(self, x: Tensor | np.ndarray) -> Any:
+        """Return `x @ decode().T`: (*batch, in) to (*batch, out), in the dtype of `x`; an array gives an array."""
+        given, x = x, _tensor(x, "x")
+        if not x.ndim or x.shape[-1] != self.shape[1] or not x.is_floating_point():
+            raise CodecConfigError(f"matmul needs floats x of shape (..., {self.shape[1]}), found {x.dtype} "
+                                   f"{tuple(x.shape)}")
+        return like(given, self.codec.matmul(self, x))
 
     @property
     def nbytes(self) -> int:
@@ -291,3 +341,36 @@ class Encoded:
         for key, spec in layout.items():
             check_tensor(f"{name}/{key}", self.tensors[key], spec)
         return self
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Transposed:
+    """`encoded.T`, which stands on the right of a product: `x @ encoded.T` is `encoded.matmul(x)`.
+
+    Parameters
+    ----------
+    T : Encoded
+        What it is the transpose of.
+    """
+
+    T: Encoded
+
+    __array_ufunc__ = None
+
+    @property
+    def shape(self) -> Shape:
+        """(in, out)."""
+        return self.T.shape[1], self.T.shape[0]
+
+    def __rmatmul__(self, x: Any) -> Any:
+        """Return `x @ decode().T`."""
+        return self.T.matmul(x)
+
+
+def _tensor(given: Any, name: str) -> Tensor:
+    """Return a tensor, or an array as one."""
+    if isinstance(given, Tensor):
+        return given
+    if isinstance(given, np.ndarray):
+        return from_numpy(given, name)
+    raise CodecConfigError(f"{name}: expected a torch tensor or a NumPy array, found {type(given).__name__}")
