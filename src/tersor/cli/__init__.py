@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import tersor
-from tersor.cli.funnel import USAGE, Funnel, Verb
+from tersor.cli.funnel import INTERRUPTED, USAGE, Funnel, Verb
 from tersor.cli.image import image
 from tersor.cli.kv import kv_plan
 from tersor.cli.models import calibrate, compress, evaluate, families, plan, survey
@@ -50,4 +50,7 @@ for verb in VERBS:
 def main() -> None:
     """Run the tool; whatever goes wrong is one line on stderr."""
     with Funnel():
-        sys.exit(app(prog_name="tersor", standalone_mode=False))
+        code = app(prog_name="tersor", standalone_mode=False)
+        if code == INTERRUPTED:  # typer has kept the interruption to itself
+            raise KeyboardInterrupt
+        sys.exit(code)

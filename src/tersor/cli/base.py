@@ -26,6 +26,12 @@ MOST_SEED = 2**63 - 1
 
 Src = Annotated[Path, typer.Argument(metavar="SRC", help="a transformers model directory, or a .gguf file")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="output directory; must not exist")]
+
+
+def _text(path: Path | None) -> Path | None:
+    return None if path is None else existing(path, "a UTF-8 text file")
+
+
 RATE = "bits per element, everything stored counted"
 SIZE = "size on disk: 5MB, 900kB, 2GiB (1 MB = 10^6 bytes, 1 MiB = 2^20 bytes)"
 Rate = Annotated[float | None, typer.Option(help=RATE)]
@@ -35,9 +41,9 @@ CODEC = "a family (see `tersor families`), or a codec string such as rot,lm3 or 
 Codec = Annotated[str, typer.Option("--codec", help=CODEC, autocompletion=families)]
 Calib = Annotated[Path | None, typer.Option("--calibration", help="file written by `tersor calibrate`")]
 CalibrationText = Annotated[Path | None, typer.Option("--calibration-text", help="text to calibrate on",
-                                                      show_default="packaged")]
+                                                      show_default="packaged", callback=_text)]
 HeldoutText = Annotated[Path | None, typer.Option("--text", help="held-out text to evaluate on",
-                                                  show_default="packaged")]
+                                                  show_default="packaged", callback=_text)]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object, with exact numbers")]
 Seed = Annotated[int, typer.Option(min=0, max=MOST_SEED, help="seed of the encoder's search")]
 Device = Annotated[str, typer.Option(help="cpu or cuda")]

@@ -70,17 +70,16 @@ def readable(record: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _is_size(key: str) -> bool:
-    return key in ("bytes", "budget") or key.startswith("bytes_") or key.endswith("_bytes")
+    return key == "budget" or "bytes" in key.split("_")
 
 
 def _label(key: str) -> str:
-    if key in ("bits_per_pixel", "bytes_on_disk"):
-        return {"bytes_on_disk": "size on disk"}.get(key, key.replace("_", " "))
-    if key.startswith("bytes_"):
-        return f"{key.removeprefix('bytes_').replace('_', ' ')} size"
-    words = key.removesuffix("_bytes").replace("_", " ")
-    return {"bytes": "size", "rate": "bits per element", "seconds": "time", "top1": "same top token",
-            "kl": "KL to the original"}.get(words, words)
+    """Return a key in words: what it measures stands last, unless something is said of it."""
+    words = ["size" if word == "bytes" else "time" if word == "seconds" else word for word in key.split("_")]
+    if words[0] in ("size", "time") and words[1:2] != ["on"]:
+        words = [*words[1:], words[0]]
+    label = " ".join(words)
+    return {"rate": "bits per element", "top1": "same top token", "kl": "KL to the original"}.get(label, label)
 
 
 def _text(key: str, value: Any) -> str:

@@ -168,6 +168,7 @@ def evaluate(path: Annotated[Path, typer.Argument(metavar="OUT", help="a compres
     from tersor.hf.models.evaluate import evaluate as run_evaluation
     from tersor.hf.models.text import default_heldout
 
+    existing(path, "a model compressed by tersor")
     with Bars() as progress:
         record = run_evaluation(path, open_source(against, path), text or default_heldout(), context=context,
                                 stride=stride, tokens=tokens, device=device, progress=progress)

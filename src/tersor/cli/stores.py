@@ -237,12 +237,12 @@ def decode(path: Annotated[Path, typer.Argument(metavar="OUT", help="what Tersor
     refuse_existing(to)
     opened = store.read(existing(path, "a directory written by tersor"))
     if images.is_image(opened):
-        _check_target(to, opened, to.suffix in (".png", ".npy"), "a .png or a .npy file")
+        _check_target(to, opened, to.suffix in (".png", ".npy"), "the name of a .png or a .npy")
         encoded = images.load(path)
         content = images.to_png(encoded.image()) if to.suffix == ".png" else _npy(images.decode(encoded))
         write_new(to, lambda handle: handle.write(content))
     elif opened.kind == "matrix":
-        _check_target(to, opened, to.suffix == ".npy", "a .npy file")
+        _check_target(to, opened, to.suffix == ".npy", "the name of a .npy")
         loaded = tersor.load(path)
         assert isinstance(loaded, tersor.Encoded), "a store of kind matrix"
         decoded = loaded.decode()
@@ -251,7 +251,7 @@ def decode(path: Annotated[Path, typer.Argument(metavar="OUT", help="what Tersor
     elif opened.kind == "model":
         from tersor.hf.models.dense import write_dense
 
-        _check_target(to, opened, to.suffix.lower() not in FILES, "a transformers directory, so no file's name")
+        _check_target(to, opened, to.suffix.lower() not in FILES, "the name of a new directory")
         write_dense(opened, to)
     elif opened.kind == "cache":
         raise CodecConfigError(f"{path}: holds a KV cache, which only its model can read; use CompressedCache.load")
@@ -262,7 +262,7 @@ def decode(path: Annotated[Path, typer.Argument(metavar="OUT", help="what Tersor
 
 def _check_target(to: Path, opened: store.Store, sound: bool, expected: str) -> None:
     if not sound:
-        raise CodecConfigError(f"--to {to}: {opened.path} holds {_held(opened)}, which becomes {expected}; name that")
+        raise CodecConfigError(f"--to: {opened.path} holds {_held(opened)}, so expected {expected}, found '{to}'")
 
 
 def _npy(array: np.ndarray) -> bytes:

@@ -137,6 +137,7 @@ class Lines:
         self._say, self._lock, self._ended = say, threading.Lock(), threading.Event()
         self._stage, self._done, self._total = "", 0, 0
         self._began = self._told = time.monotonic()
+        self._ended_at: float | None = None
         self._thread: threading.Thread | None = None
 
     def start(self, every: float) -> None:
@@ -157,7 +158,7 @@ class Lines:
             if fresh:
                 self._stage, self._began = stage, now
             finished = done >= total and self._done < self._total and not fresh
-            self._done, self._total = done, total
+            self._done, self._total, self._ended_at = done, total, now if done >= total else None
             if fresh or (finished and now - self._began >= 1):
                 self._tell(now)
 
@@ -171,6 +172,8 @@ class Lines:
     def _tell(self, now: float) -> None:
         self._told, elapsed = now, now - self._began
         text = f"{self._stage}: {self._done} of {self._total}"
+        if self._ended_at is not None and now > self._ended_at:
+            text = f"after {self._stage}"
         if elapsed >= 1:
             text += f", {seconds_text(elapsed)}"
         if 0 < self._done < self._total and elapsed >= 1:

@@ -68,7 +68,9 @@ class Trials:
         whole = data[: data.rfind(b"\n") + 1]
         records = [self._line(line) for line in whole.decode("utf-8", "replace").splitlines()]
         if not records or records[0] != {self._what: self._mark}:
-            raise CodecConfigError(f"{self.path}: not a {self._what} of {hint}")
+            other = records and self._what in records[0]
+            raise CodecConfigError(f"{self.path}: not a {self._what} of {hint}"
+                                   f"{'; found one of another model, text or settings' if other else ''}")
         if len(whole) < len(data):
             os.truncate(self.path, len(whole))
         for record in records[1:]:
