@@ -51,6 +51,11 @@ OptionTexts = Annotated[list[str] | None, typer.Option("--option", metavar="NAME
                                                        help="encoder option; repeatable")]
 Sensitivities = Annotated[Path | None, typer.Option(help="JSON: matrix name to weight of its relative distortion",
                                                     show_default="from the calibration")]
+Dense = Annotated[list[str] | None, typer.Option(
+    "--dense", metavar="PATTERN", help="leave the parameters that this shell pattern matches as they are; repeatable")]
+LeaveOut = Annotated[list[str] | None, typer.Option(
+    "--leave-out", metavar="PATTERN", help="leave out tensors that no parameter takes, which are carried along "
+    "otherwise; repeatable")]
 Tokens = Annotated[int, typer.Option(min=1, help="calibration tokens")]
 EvaluationTokens = Annotated[int, typer.Option(min=0, help="evaluation tokens; 0: none")]
 Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="go on with what a killed run has finished")]

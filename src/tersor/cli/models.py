@@ -17,9 +17,11 @@ from tersor.cli.base import (
     CalibrationText,
     Codec,
     Context,
+    Dense,
     Device,
     EvaluationTokens,
     HeldoutText,
+    LeaveOut,
     OptionTexts,
     Out,
     Resume,
@@ -69,7 +71,8 @@ def compress(src: Src, output: Out, rate: BudgetRate = None, size: Size = None, 
                                                       help="weigh errors by what text shows of the inputs")] = True,
              text: HeldoutText = None, tokens: Tokens = 65536, evaluation_tokens: EvaluationTokens = 8192,
              context: Context = 512, seed: Seed = 0, device: Device = "cpu", option: OptionTexts = None,
-             sensitivities: Sensitivities = None, resume: Resume = True,
+             sensitivities: Sensitivities = None, dense: Dense = None, leave_out: LeaveOut = None,
+             resume: Resume = True,
              dry_run: Annotated[bool, typer.Option("--dry-run", help="estimate bytes, memory and time only")] = False,
              as_json: AsJson = False) -> None:
     """Compress a model to a budget. Calibrates, surveys, plans, encodes, verifies and evaluates."""
@@ -83,7 +86,8 @@ def compress(src: Src, output: Out, rate: BudgetRate = None, size: Size = None, 
     existing_model(src)
     settings = run.CompressSettings(
         codec, calibration, calibrated, text, Sampling(tokens, context=context, seed=seed),
-        evaluation_tokens, context, seed, device, resume, parse_options(option), read_weights(sensitivities))
+        evaluation_tokens, context, seed, device, resume, parse_options(option), read_weights(sensitivities),
+        tuple(dense or ()), tuple(leave_out or ()))
     nbytes = None if size is None else parse_size(size)
     rate = 3.0 if rate is None and nbytes is None else rate
     if dry_run:
