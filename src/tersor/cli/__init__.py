@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -14,7 +15,7 @@ from tersor.cli.kv import kv_plan
 from tersor.cli.models import calibrate, compress, evaluate, families, plan, survey
 from tersor.cli.reduce import reduce
 from tersor.cli.stores import decode, encode, inspect, verify
-from tersor.cli.telling import LogFile, Quiet, Verbose, set_voice, spoken
+from tersor.cli.telling import LogFile, Quiet, Verbose, set_voice, spoken, tell_warning
 
 VERBS = (compress, evaluate, verify, inspect, decode, encode, image, kv_plan, reduce, calibrate, survey, plan, families)
 
@@ -49,7 +50,8 @@ for verb in VERBS:
 
 def main() -> None:
     """Run the tool; whatever goes wrong is one line on stderr."""
-    with Funnel():
+    with warnings.catch_warnings(), Funnel():
+        warnings.showwarning = tell_warning
         code = app(prog_name="tersor", standalone_mode=False)
         if code == INTERRUPTED:  # typer has kept the interruption to itself
             raise KeyboardInterrupt

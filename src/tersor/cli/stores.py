@@ -72,29 +72,34 @@ def encode(src: Annotated[Path, typer.Argument(metavar="SRC",
             raise CodecConfigError("--plan, --calibration and --device are for models; a matrix takes --codec, --rate "
                                    "and --option")
         record = _encode_matrix(src, target, rate, "auto" if codec is None else codec, seed, parse_options(option))
-        emit(record, as_json, f"{src} → {target}")
-        return
-    if src.is_file() and src.suffix != ".gguf":
+    elif src.is_file() and src.suffix != ".gguf":
         raise CodecConfigError(f"{src}: expected {expected}, found a {src.suffix or 'nameless'} file")
+    else:
+        if plan_file is None or rate is not None or codec is not None:
+            raise ModelError("encoding a model takes --plan, and no --rate or --codec; make a plan with "
+                             "'tersor plan', or use 'tersor compress'")
+        record = _encode_model(src, target, plan_file, calib, seed, device, parse_options(option))
+    emit(record, as_json, f"{src} → {target}")
+
+
+def _encode_model(src: Path, target: Path, plan_file: Path, calib: Path | None, seed: int, device: str,
+                  options: dict[str, Any]) -> dict[str, Any]:
     from tersor.hf.compress import encode as stage
     from tersor.hf.compress.request import Request, check_device, provenance
     from tersor.hf.compress.run import conclude
     from tersor.hf.compress.work import WorkFolder
 
-    if plan_file is None or rate is not None or codec is not None:
-        raise ModelError("encoding a model takes --plan, and no --rate or --codec; make a plan with 'tersor plan', or "
-                         "use 'tersor compress'")
     check_device(device)
     picks = from_json(read_json(plan_file))
     source, calibration = open_source(src, target), read_calibration(calib)
-    request = Request(source.nbytes, "plan", seed, parse_options(option))
+    request = Request(source.nbytes, "plan", seed, options)
     record = provenance(source, calibration, request, tersor.__version__)
     job, work = stage.Job(source, picks, calibration, request, record), WorkFolder(target).claim()
     with Bars() as progress:
         matrices = stage.run(job, work, device=device, progress=progress)
     summary = conclude(job, matrices, work, {})["summary"]
     work.finish("matrices")
-    emit(summary, as_json, f"{src} → {target}")
+    return summary
 
 
 def open_npy(path: Path) -> np.ndarray:

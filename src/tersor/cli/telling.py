@@ -73,6 +73,12 @@ def set_voice(quiet: bool, verbose: bool, log_file: Path | None) -> None:
     voice.log(f"tersor {' '.join(sys.argv[1:])}")  # a log that cannot be written is refused before any work
 
 
+def tell_warning(message: Warning | str, category: type[Warning], *place: Any) -> None:
+    """Print a warning without the place in the code, which says nothing to a user."""
+    del category, place
+    VOICE.get().say(f"warning: {' '.join(str(message).split())}")
+
+
 def spoken(verb: Callable[..., None]) -> Callable[..., None]:
     """Return a verb that also takes `--quiet`, `--verbose` and `--log-file`."""
 

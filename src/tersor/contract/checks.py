@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,11 +31,6 @@ def from_numpy(array: np.ndarray, name: str = "matrix") -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(native)).reshape(array.shape)
     except TypeError as error:
         raise CodecConfigError(f"{name}: expected an array of numbers that torch has, found {array.dtype}") from error
-
-
-def like(given: Any, found: Tensor) -> Any:
-    """Return what was computed as what was given is: an array for an array, else the tensor."""
-    return found.cpu().numpy() if isinstance(given, np.ndarray) else found
 
 
 def check_tensor(name: str, tensor: Tensor, spec: TensorSpec) -> None:

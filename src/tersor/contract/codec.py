@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tersor.contract.checks import HUGE, check_hessian, check_matrix, check_tensor, from_numpy, like
+from tersor.contract.checks import HUGE, check_hessian, check_matrix, check_tensor
 from tersor.contract.coordinates import Coordinates
 from tersor.contract.derived import Derived
+from tersor.contract.operator import Operator, as_tensor, like
 from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
 from tersor.numerics.linalg import single_thread
 from tersor.payload.blocks import Rows, Shape, Tables, row_blocks
@@ -219,8 +220,8 @@ class Codec(Derived, abc.ABC):
         return self.spec()
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Encoded:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Encoded(Operator):
     """A compressed matrix: a linear operator made of a codec and its payload.
 
     Parameters
@@ -242,57 +243,22 @@ class Encoded:
     dtype: torch.dtype = torch.float32
     numpy: bool = False
 
-    __array_ufunc__ = None  # so that NumPy leaves `x @ encoded.T` to us
-
-    def __repr__(self) -> str:
-        return (f"Encoded('{self.codec}', {self.shape[0]}x{self.shape[1]}, {self.nbytes} bytes, "
-                f"{self.rate:.4g} bits per element)")
-
-    def to(self, device: str | torch.device) -> Encoded:
-        """Return the same encoded matrix with its payload on a device."""
-        return dataclasses.replace(self, tensors={name: t.to(device) for name, t in self.tensors.items()})
-
-    @property
-    def device(self) -> torch.device:
-        """Where the payload lies."""
-        return next(iter(self.tensors.values())).device
-
-    @property
-    def T(self) -> Transposed:
-        """The transpose, for `x @ encoded.T`."""
-        return Transposed(self)
-
-    def __matmul__(self, x: Any) -> Any:
-        """Return `decode() @ x`: (in,) to (out,), and (*batch, in, n) to (*batch, out, n)."""
-        if not isinstance(x, (Tensor, np.ndarray)):
-            return NotImplemented
-        if x.ndim < 2:
-            return self.matmul(x)
-        if x.shape[-2] != self.shape[1]:
-            raise CodecConfigError(f"encoded @ x needs x of shape (..., {self.shape[1]}, n), found {tuple(x.shape)}")
-        return self.matmul(x.swapaxes(-1, -2)).swapaxes(-1, -2)
-
     def decode(self) -> Tensor:
         """Return the matrix (out, in), in `dtype`: a tensor, or an array where `numpy` is set."""
-        return self._given(self.codec.decode(self))
+        return self.as_given(self.codec.decode(self))
 
     def decode_rows(self, start: int, stop: int) -> Tensor:
         """Return rows `start` to `stop`, (stop - start, in), as `decode` returns them."""
         if not 0 <= start <= stop <= self.shape[0]:
             raise CodecConfigError(f"rows {start} to {stop} do not lie within the {self.shape[0]} rows of the matrix")
-        return self._given(self.codec.decode_rows(self, slice(start, stop)))
-
-    def _given(self, rows: Tensor) -> Any:
-        """Return decoded rows in the form of the matrix that went in."""
-        kept = rows.to(self.dtype)
-        return kept.cpu().numpy() if self.numpy else kept
+        return self.as_given(self.codec.decode_rows(self, slice(start, stop)))
 
     def gather(self, index: Tensor | np.ndarray) -> Any:
         """Return the rows named by integers `index` (any shape): (*index.shape, in), in `dtype`.
 
         An array of NumPy gives one, and a tensor a tensor.
         """
-        given, index = index, _tensor(index, "index")
+        given, index = index, as_tensor(index, "index")
         if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
             raise CodecConfigError(f"gather needs integers, found {index.dtype}")
         flat = index.reshape(-1).to(torch.int64)
@@ -304,7 +270,7 @@ class Encoded:
 
     def matmul(self, x: Tensor | np.ndarray) -> Any:
         """Return `x @ decode().T`: (*batch, in) to (*batch, out), in the dtype of `x`; an array gives an array."""
-        given, x = x, _tensor(x, "x")
+        given, x = x, as_tensor(x, "x")
         if not x.ndim or x.shape[-1] != self.shape[1] or not x.is_floating_point():
             raise CodecConfigError(f"matmul needs floats x of shape (..., {self.shape[1]}), found {x.dtype} "
                                    f"{tuple(x.shape)}")
@@ -341,36 +307,3 @@ class Encoded:
         for key, spec in layout.items():
             check_tensor(f"{name}/{key}", self.tensors[key], spec)
         return self
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Transposed:
-    """`encoded.T`, which stands on the right of a product: `x @ encoded.T` is `encoded.matmul(x)`.
-
-    Parameters
-    ----------
-    T : Encoded
-        What it is the transpose of.
-    """
-
-    T: Encoded
-
-    __array_ufunc__ = None
-
-    @property
-    def shape(self) -> Shape:
-        """(in, out)."""
-        return self.T.shape[1], self.T.shape[0]
-
-    def __rmatmul__(self, x: Any) -> Any:
-        """Return `x @ decode().T`."""
-        return self.T.matmul(x)
-
-
-def _tensor(given: Any, name: str) -> Tensor:
-    """Return a tensor, or an array as one."""
-    if isinstance(given, Tensor):
-        return given
-    if isinstance(given, np.ndarray):
-        return from_numpy(given, name)
-    raise CodecConfigError(f"{name}: expected a torch tensor or a NumPy array, found {type(given).__name__}")

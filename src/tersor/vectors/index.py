@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from tersor import api
-from tersor.contract.checks import like
 from tersor.contract.codec import Codec, Encoded
+from tersor.contract.operator import like
 from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
 from tersor.payload.blocks import Tables, row_blocks
 from tersor.vectors import rowwise
