@@ -92,12 +92,23 @@ def test_former_names_are_taken_and_never_both() -> None:
     (("kv-plan", FABLE, "k", "--ladder", "nothere"), "no such file"),
     (("compress", FABLE.with_name("fable-7n"), "o"), "did you mean"),
     (("survey", FABLE, "s", "--calib", FABLE / "config.json"), "expected a file written by"),
+    (("encode", FABLE, "o.npy"), "expected the name of a new directory"),
+    (("image", "a.png", "b.png"), "expected the name of a new directory"),
     (("compress", FABLE, "o", "--rate", "3", "--size", "3MB"), "expected either a rate or a size, found both")])
 def test_wrong_paths_and_inputs_exit_2(arguments: tuple[object, ...], says: str, tmp_path: Path,
                                        monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     fails(*arguments, says=says)
     assert not list(tmp_path.iterdir())
+
+
+def test_files_of_others_are_not_overwritten(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.json"
+    mine.write_text('{"mine": 1}')
+    fails("calibrate", FABLE, mine, says="exists")
+    fails("plan", FABLE, tmp_path / "survey.jsonl", mine, says="exists")
+    fails("kv-plan", FABLE, mine, says="no KV plan")
+    assert mine.read_text() == '{"mine": 1}'
 
 
 def test_a_near_name_in_the_folder_is_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

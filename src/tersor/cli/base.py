@@ -22,10 +22,26 @@ from tersor.planning.calibration import Calibration
 
 out = Console()
 WIDE = 10_000  # columns where nobody looks: whole names, however long
+FILES = (".npy", ".npz", ".png", ".pt", ".pth", ".bin", ".safetensors", ".gguf", ".json", ".zip", ".jpg", ".jpeg")
 MOST_SEED = 2**63 - 1
 
 Src = Annotated[Path, typer.Argument(metavar="SRC", help="a transformers model directory, or a .gguf file")]
-Out = Annotated[Path, typer.Argument(metavar="OUT", help="output directory; must not exist")]
+
+
+def directory(path: Path | None) -> Path | None:
+    """Return the path of a directory to be written, unless it has the name of a file.
+
+    Raises
+    ------
+    CodecConfigError
+        If it has.
+    """
+    if path is not None and path.suffix.lower() in FILES:
+        raise CodecConfigError(f"OUT: expected the name of a new directory, found '{path}'")
+    return path
+
+
+Out = Annotated[Path, typer.Argument(metavar="OUT", callback=directory, help="output directory; must not exist")]
 
 
 def _text(path: Path | None) -> Path | None:

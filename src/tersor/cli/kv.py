@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -44,9 +45,11 @@ def kv_plan(src: Src, output: Annotated[Path, typer.Argument(metavar="PLAN", hel
             block: Annotated[int, typer.Option(min=1, help="tokens encoded at a time")] = 64,
             seed: Seed = 0, device: Device = "cpu", as_json: AsJson = False) -> None:
     """Choose codecs for a KV cache by measured KL. Keys and values of every layer have their own."""
-    from tersor.hf.kv.plan import LADDER, PlanSettings, plan_cache
+    from tersor.hf.kv.plan import FORMAT, LADDER, PlanSettings, plan_cache
     from tersor.hf.models.text import default_calibration
 
+    if output.exists() and FORMAT not in json.dumps(read_json(output)):
+        raise FileExistsError(f"{output} exists, and is no KV plan; remove it or name another output")
     settings = PlanSettings(read_ladder(ladder, LADDER), context, windows, training, residual, sink, block, seed)
     with Bars() as progress:
         record = plan_cache(open_source(src, output), text or default_calibration(), rate, output, settings,

@@ -36,6 +36,7 @@ from tersor.cli.base import (
     parse_options,
     read_calibration,
     read_json,
+    refuse_existing,
 )
 from tersor.cli.figures import parse_size
 from tersor.cli.funnel import existing
@@ -115,6 +116,7 @@ def calibrate(src: Src, output: Annotated[Path, typer.Argument(metavar="CALIB", 
     from tersor.hf.compress.request import Sampling
     from tersor.hf.models.text import default_calibration
 
+    refuse_existing(output)
     with Bars() as progress:
         found = stage.run(open_source(src, output), text or default_calibration(), output,
                           Sampling(tokens, fisher_tokens, context, seed), device=device, progress=progress)
@@ -137,7 +139,7 @@ def survey(src: Src, output: Annotated[Path, typer.Argument(metavar="SURVEY", he
 
 
 def plan(src: Src, survey_file: Annotated[Path, typer.Argument(metavar="SURVEY")],
-         output: Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json to write; edit it if you like")],
+         output: Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json to write; edit it then if you like")],
          rate: BudgetRate = None, size: Size = None, calib: Calib = None, codec: Codec = DEFAULT,
          seed: Seed = 0, option: OptionTexts = None, sensitivities: Sensitivities = None,
          as_json: AsJson = False) -> None:
@@ -147,6 +149,7 @@ def plan(src: Src, survey_file: Annotated[Path, typer.Argument(metavar="SURVEY")
     from tersor.hf.compress import survey
     from tersor.hf.compress.request import Request, budget_bytes, provenance
 
+    refuse_existing(output)
     source = open_source(src, output)
     nbytes = None if size is None else parse_size(size)
     budget = budget_bytes(source, 3.0 if rate is None and nbytes is None else rate, nbytes)

@@ -22,12 +22,14 @@ from tersor import images, store
 from tersor.api import as_matrix
 from tersor.cli.base import (
     CODEC,
+    FILES,
     RATE,
     AsJson,
     Calib,
     Device,
     OptionTexts,
     Seed,
+    directory,
     emit,
     open_source,
     parse_options,
@@ -46,12 +48,11 @@ from tersor.planning.plan import from_json
 from tersor.quality import measure
 from tersor.registry import from_config
 
-FILES = (".npy", ".npz", ".png", ".pt", ".pth", ".bin", ".safetensors", ".gguf", ".json", ".zip", ".jpg", ".jpeg")
-
 
 def encode(src: Annotated[Path, typer.Argument(metavar="SRC",
                                              help="a model directory or .gguf with --plan; or MATRIX.npy")],
            output: Annotated[Path | None, typer.Argument(metavar="OUT", show_default="SRC with .tersor",
+                                                         callback=directory,
                                                          help="output directory; must not exist")] = None,
            plan_file: Annotated[Path | None, typer.Option("--plan", help="plan.json, for models")] = None,
            calib: Calib = None,
