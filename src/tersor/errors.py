@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
+
+LISTED = 180  # most characters of the names that a message lists
 
 
 class TersorError(Exception):
@@ -19,13 +22,21 @@ class UnknownCodecError(TersorError, LookupError):
     name : str
         What was asked for.
     known : tuple of str
-        What could have been asked for.
+        What could have been asked for; the message has the nearest, or else the first few.
     """
 
     def __init__(self, name: str, known: tuple[str, ...], what: str = "codec") -> None:
         self.name = name
         self.known = known
-        super().__init__(f"unknown {what} '{name}'; known: {', '.join(known)}")
+        super().__init__(f"unknown {what} '{name if len(name) <= 60 else name[:60] + '…'}'; {_near(name, known)}")
+
+
+def _near(name: str, known: tuple[str, ...]) -> str:
+    found = difflib.get_close_matches(name, known, 2)
+    if found:
+        return f"did you mean {' or '.join(repr(one) for one in found)}?"
+    count = sum(len(", ".join(known[: i + 1])) <= LISTED for i in range(len(known)))
+    return f"known: {', '.join(known[:count])}{f' and {len(known) - count} more' if count < len(known) else ''}"
 
 
 class CodecConfigError(TersorError, ValueError):
@@ -36,6 +47,12 @@ class CorruptStoreError(TersorError, ValueError):
     """Stored bytes that are not what the manifest or the codec's layout promises."""
 
     exit_code = 3
+
+
+class NotAStoreError(CorruptStoreError):
+    """A path at which there is nothing that Tersor wrote: a wrong path, rather than damage."""
+
+    exit_code = 2
 
 
 class BudgetError(TersorError, ValueError):

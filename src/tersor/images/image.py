@@ -30,7 +30,6 @@ from tersor.families import candidates, families
 from tersor.images.encoded import EncodedImage
 from tersor.images.header import LAYOUTS, OFFSETS, RECORD, Header
 from tersor.images.png import Image, ImageError, from_array, read, to_png
-from tersor.registry import parse
 from tersor.store.manifest import Entry, predict_nbytes
 
 DEFAULT = "lplr_plus"  # on patches; docs/images.md compares the families
@@ -74,7 +73,7 @@ def encode(source: str | Path | np.ndarray | Image, rate: float | None = None, c
     if channels not in LAYOUTS:
         raise CodecConfigError(f"channels: expected one of {', '.join(LAYOUTS)}, found {channels!r}")
     if rate is not None and size is not None:
-        raise BudgetError("give a rate or a size, not both")
+        raise BudgetError(f"image: expected a rate or a size, not both; found {rate} bits per sample and {size} bytes")
     if rate is not None and not (math.isfinite(rate) and rate > 0):
         raise BudgetError(f"rate must be a positive number of bits per sample, found {rate!r}")
     if rate is None and size is None and codec in families():
@@ -94,7 +93,7 @@ def _encode(matrices: Mapping[str, Tensor], blank: EncodedImage, budget: int | N
             encoder: Mapping[str, Any]) -> dict[str, Encoded]:
     """Encode the matrices such that the store takes at most `budget` bytes."""
     if isinstance(codec, Codec) or codec not in families():
-        chosen = parse(codec) if isinstance(codec, str) else codec
+        chosen = api.parse_codec(codec) if isinstance(codec, str) else codec
         least = _stored(blank, dict.fromkeys(blank.header.shapes(), chosen))
         if budget is not None and least > budget:
             raise BudgetError(f"image: codec '{chosen}' takes {least} bytes with headers and manifest, above the "

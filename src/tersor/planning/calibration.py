@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from tersor.errors import CorruptStoreError, NonFiniteError
+from tersor.errors import CorruptStoreError, NonFiniteError, NotAStoreError
 from tersor.files import load_sealed, save_sealed, seal_of
 
 _CHECK = 1e-3  # largest relative gap tolerated between the float32 trace and a float64 sum of squares
@@ -98,17 +99,24 @@ class Calibration:
 
         Raises
         ------
+        NotAStoreError
+            If the file is missing, or is no calibration.
         CorruptStoreError
-            If the file is missing, no calibration, or not as it was written.
+            If it is one, but not as it was written.
         """
+        what = f"{path}: expected a file written by 'tersor calibrate'"
+        try:
+            sealed = seal_of(path)
+        except (SafetensorError, OSError) as error:
+            raise NotAStoreError(f"{what}: {error}") from error
+        except (LookupError, ValueError, TypeError, RecursionError) as error:
+            raise NotAStoreError(f"{what}, found other tensors") from error
         try:
             tensors, record = load_sealed(path)
             hessians = {name: tensors[key] for name, key in record["names"].items()}
-            return cls(hessians, int(record["tokens"]), str(record["source"]), dict(record["fisher"]),
-                       seal_of(path))
+            return cls(hessians, int(record["tokens"]), str(record["source"]), dict(record["fisher"]), sealed)
         except (CorruptStoreError, LookupError, AttributeError, ValueError, TypeError) as error:
-            raise CorruptStoreError(f"{path}: no calibration file as 'tersor calibrate' writes it, so write it again: "
-                                    f"{error}") from error
+            raise CorruptStoreError(f"{path}: a damaged calibration, so calibrate again: {error}") from error
 
 
 def hessian_of(calibration: Calibration | None, name: str, device: str) -> Tensor | None:

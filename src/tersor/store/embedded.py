@@ -6,13 +6,12 @@ import base64
 import binascii
 import json
 import zlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from tersor.errors import CorruptStoreError
+from tersor.errors import CorruptStoreError, NotAStoreError
 from tersor.files import finished_name
 from tersor.store.manifest import MANIFEST
 
@@ -59,14 +58,33 @@ def manifest_of(path: Path) -> Any:
 
     Raises
     ------
-    CorruptStoreError
+    NotAStoreError
         If there is neither.
+    CorruptStoreError
+        If config.json says that this is a compressed model, and there is neither.
     """
     file = path / MANIFEST
     if file.is_file():
         return json.loads(file.read_bytes())
+    if not path.exists():
+        raise _absent(path)
     shards = sorted(shard for shard in path.glob("*.safetensors") if finished_name(shard.name) == shard.name)
     found = embedded(shards[-1]) if shards else None
     if found is None:
-        raise CorruptStoreError(f"{path}: no {MANIFEST}; expected a directory written by tersor")
+        raise _absent(path)
     return found
+
+
+def _absent(path: Path) -> CorruptStoreError:
+    """Return the error of a path without a manifest: a wrong path, or a compressed model that has lost it."""
+    if not path.exists():
+        return NotAStoreError(f"{path}: no such directory; expected one written by tersor, with {MANIFEST}")
+    try:
+        config = json.loads((path / "config.json").read_bytes())
+        lost = config["quantization_config"]["quant_method"] == "tersor"
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        lost = False
+    if lost:
+        return CorruptStoreError(f"{path}: config.json says that tersor compressed this model, but {MANIFEST} is "
+                                 "missing; fetch or write it again")
+    return NotAStoreError(f"{path}: no {MANIFEST}; expected a directory written by tersor")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -240,7 +239,8 @@ def _check_shards(store: Store) -> None:
 
 def _check_shard(file: Path, specs: Mapping[str, TensorSpec]) -> None:
     if not file.is_file():
-        raise CorruptStoreError(f"{file}: missing")
+        raise CorruptStoreError(f"{file}: missing; the manifest names it as a part of the store, so fetch or write it "
+                                "again")
     try:
         with safe_open(file, framework="pt") as handle:
             found = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 - not a dict

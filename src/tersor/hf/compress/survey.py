@@ -62,8 +62,8 @@ def open_trials(source: Source, calibration: Calibration | None, request: Reques
     facts = [source.fingerprint, seen, request.seed, sorted(request.options.items())]
     mark = hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
     return Trials(path, "survey", mark, key=("matrix", "codec"), numbers=("nbytes", "distortion", "weight"),
-                  hint="this model with this calibration, seed and options; name another file, or give the --calib, "
-                       "--seed and --option that 'tersor survey' was given")
+                  hint="this model with this calibration, seed and options; name another file, or give the "
+                       "--calibration, --seed and --option that 'tersor survey' was given")
 
 
 def trials(source: Source, matrix: Matrix, codecs: Sequence[Codec], calibration: Calibration | None, request: Request,

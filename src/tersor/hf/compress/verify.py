@@ -145,7 +145,7 @@ def verify_in_fresh_process(path: Path, against: Path) -> None:
     VerificationError
         If it fails; carries its message.
     """
-    command = [sys.executable, "-m", "tersor", "verify", str(path), "--against", str(against), "--json"]
+    command = [sys.executable, "-m", "tersor", "--quiet", "verify", str(path), "--against", str(against), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise VerificationError(done.stderr.strip() or f"{path}: verification ended with status {done.returncode}")

@@ -72,8 +72,8 @@ class _Weights:
                     module._parameters[key] = nn.Parameter(self._decoded(module, key), requires_grad=False)
 
     def _stored(self, name: str) -> bool:
-        return name in self.opened.entries or name in self.matrices and all(
-            matrix.name in self.opened.entries for matrix in self.matrices[name])
+        return name in self.opened.entries or (name in self.matrices and all(
+            matrix.name in self.opened.entries for matrix in self.matrices[name]))
 
     def filling(self, block: nn.Module) -> Callable[..., None]:
         """Return a hook that fills a block."""

@@ -125,7 +125,7 @@ def reduce_model(source: str | Path, output: str | Path, keep: float | None = No
     began, chosen = time.perf_counter(), recipe_of(recipe)
     reads = dataclasses.replace(reading or Reading(), **changes)
     if keep is not None and size is not None:
-        raise BudgetError("give either keep or a size")
+        raise BudgetError(f"budget: expected either keep or a size, found both, {keep} and {size} bytes")
     keep = 0.8 if keep is None and size is None else keep
     if keep is not None:
         check_keep(keep)
