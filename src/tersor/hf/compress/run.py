@@ -19,7 +19,7 @@ from tersor import store
 from tersor.errors import TersorError
 from tersor.families import DEFAULT
 from tersor.files import write_json
-from tersor.hf.compress import calibrate, encode, plan, survey
+from tersor.hf.compress import calibrate, card, encode, plan, survey
 from tersor.hf.compress.method import check_options
 from tersor.hf.compress.request import (
     Progress,
@@ -34,6 +34,7 @@ from tersor.hf.compress.verify import verify_in_fresh_process
 from tersor.hf.compress.work import WorkFolder, peak_memory
 from tersor.hf.models.dense import copy_dense
 from tersor.hf.models.evaluate import evaluate
+from tersor.hf.models.samples import samples
 from tersor.hf.models.source import REPORT, Source, open_source, read_matrix
 from tersor.hf.models.text import default_calibration, default_heldout, read_ids, text_source
 from tersor.planning.calibration import Calibration
@@ -60,6 +61,10 @@ class CompressSettings:
         Tokens to evaluate on; 0 skips the evaluation.
     context : int
         Window length of the evaluation, in tokens.
+    samples : int
+        Prompts of the held-out text that both models continue, for the report; none without an evaluation.
+    base_model : str or None
+        The original's name on a hub, for the model card; None: as its configuration says, if it does.
     """
 
     method: str = DEFAULT
@@ -74,6 +79,14 @@ class CompressSettings:
     resume: bool = True
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     sensitivities: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    samples: int = 0
+    base_model: str | None = None
+
+    def changed(self) -> dict[str, Any]:
+        """Return the fields that are not their defaults."""
+        default = CompressSettings()
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)
+                if getattr(self, field.name) != getattr(default, field.name)}
 
     @property
     def text_seen(self) -> Path:
@@ -107,8 +120,8 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
     Returns
     -------
     dict
-        The report: `summary`, `matrices` by name, `evaluation`, `provenance`; or `copied` and `summary` where the
-        budget admits the original.
+        The report: `summary`, `matrices` by name, `evaluation`, `samples`, `provenance`; or `copied` and `summary`
+        where the budget admits the original.
 
     Raises
     ------
@@ -116,6 +129,7 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
         Its subclasses; FileExistsError if the output exists.
     """
     chosen, began = dataclasses.replace(settings or CompressSettings(), **changes), time.perf_counter()
+    card.check_name(chosen.base_model)
     work = WorkFolder(Path(output)).claim()
     opened = open_source(Path(source), work / "staged")
     request = Request(budget_bytes(opened, rate, size), chosen.method, chosen.seed, chosen.options,
@@ -129,9 +143,15 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
     if chosen.evaluation_tokens:
         report["evaluation"] = evaluate(work / "output", opened, chosen.heldout, context=chosen.context,
                                         tokens=chosen.evaluation_tokens, device=chosen.device, progress=progress)
+        if chosen.samples:
+            report["samples"] = samples(work / "output", opened, chosen.heldout, chosen.samples, device=chosen.device,
+                                        progress=progress)
     report["summary"]["seconds"] = time.perf_counter() - began
     report["summary"]["peak_memory_bytes"] = peak_memory()
     write_json(work / "output" / REPORT, report)
+    asked = f"--rate {rate:g}" if size is None else f"--size {size}"
+    card.write_card(work / "output", report, card.base_of(opened, chosen.base_model),
+                    card.command(request, asked, chosen.changed()))
     work.finish("matrices", "staged")
     return report
 
@@ -198,5 +218,6 @@ def conclude(job: encode.Job, matrices: Mapping[str, Any], work: WorkFolder,
                "bytes_original": source.original_nbytes}
     report = {"summary": summary, "matrices": matrices, "provenance": job.provenance}
     write_json(work / "output" / REPORT, report)
+    card.write_card(work / "output", report, card.base_of(source))
     verify_in_fresh_process(work / "output", source.folder)
     return report
