@@ -35,11 +35,10 @@ def meet(matrices: Mapping[str, Tensor], blank: EncodedImage, budget: int | None
     BudgetError
         If it cannot be met; names the least.
     """
-    concrete = isinstance(codec, Codec) or codec not in families()
     bare = stored(blank, {})
     if budget is not None and bare > budget:
         raise BudgetError(f"image: headers and manifest alone take {bare} bytes, above the budget of {budget}", bare)
-    if concrete:
+    if isinstance(codec, Codec) or codec not in families():
         chosen = parse(codec) if isinstance(codec, str) else codec
         least = stored(blank, dict.fromkeys(blank.header.shapes(), chosen))
         if budget is not None and least > budget:
