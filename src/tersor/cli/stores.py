@@ -33,6 +33,7 @@ from tersor.cli.base import (
     refuse_existing,
     write_new,
 )
+from tersor.contract.derived import package_nbytes
 from tersor.errors import CodecConfigError, ModelError
 from tersor.planning.plan import from_json
 from tersor.quality import measure
@@ -112,6 +113,7 @@ def inspect(path: Annotated[Path, typer.Argument(metavar="OUT")], as_json: AsJso
     record = {"kind": opened.kind, "bytes": nbytes, "parameters": elements, "rate": 8 * nbytes / elements,
               "format_version": opened.manifest["format_version"], "provenance": opened.manifest["provenance"],
               "entries": rows}
+    record["package_bytes"] = package_nbytes(e.codec for e in opened.entries.values() if e.codec is not None)
     if not as_json:
         table = Table("name", "shape", "codec", "bytes", "bits/element")
         for row in rows:

@@ -233,6 +233,9 @@ def _figures(report: Mapping[str, Any]) -> str:
     if scores:
         lines += ["", f"Measured on {scores['tokens']:,} tokens of {scores['text'].split(' ')[0]}, in windows of "
                       f"{scores['context']}."]
+    if summary.get("package_bytes"):
+        lines += ["", f"Decoding also reads {summary['package_bytes']:,} bytes of tables that come with Tersor, in no "
+                      "figure above."]
     if matrices:
         errors = {name: line["relative_error"] for name, line in matrices.items()}
         worst = max(errors, key=lambda name: errors[name])

@@ -16,6 +16,7 @@ from typing import Any
 
 import tersor
 from tersor import store
+from tersor.contract.derived import package_nbytes
 from tersor.errors import TersorError
 from tersor.families import DEFAULT
 from tersor.files import write_json
@@ -216,6 +217,7 @@ def conclude(job: encode.Job, matrices: Mapping[str, Any], work: WorkFolder,
     source, nbytes = job.source, store.stored_nbytes(work / "output")
     summary = {"bytes": nbytes, **asked, "rate": 8 * nbytes / source.elements, "parameters": source.elements,
                "bytes_original": source.original_nbytes}
+    summary["package_bytes"] = package_nbytes(job.picks.values())
     report = {"summary": summary, "matrices": matrices, "provenance": job.provenance}
     write_json(work / "output" / REPORT, report)
     card.write_card(work / "output", report, card.base_of(source))
