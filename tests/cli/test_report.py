@@ -19,7 +19,8 @@ def report_of(layers: int) -> dict[str, Any]:
     matrices = {name: {**line, "relative_error": 0.04 + number / 1e5} for number, name in enumerate(
         ["model.embed_tokens.weight", *names])}
     return {"matrices": matrices, "summary": {"bytes": 10**7, "bytes_original": 8 * 10**7, "rate": 2.0},
-            "evaluation": {"kl": 0.5}, "provenance": {"method": "<auto>"},
+            "evaluation": {"kl": 0.5}, "ledger": {"a.weight": {"fate": "compressed", "bytes": 1000}, "b": {
+                "fate": "tied", "bytes": 24, "note": "<a.weight>"}}, "provenance": {"method": "<auto>"},
             "samples": [{"prompt": "Once <b>", "original": "upon & on", "compressed": "upon", "agree": 1}]}
 
 
@@ -31,7 +32,9 @@ def test_a_page_is_light_and_well_formed(layers: int, most: int, tmp_path: Path)
     tree = ElementTree.fromstring(text.removeprefix("<!DOCTYPE html>\n"))
     assert tree.find("body/p").text == "It is <small>."
     assert [h.text for h in tree.iter("h2")] == ["Bits and error, layer by layer", "Size by part", "How both go on",
-                                                 "How to load it", "Figures", "Matrices", "Provenance"]
+                                                 "How to load it", "Figures",
+                                                 "What became of the checkpoint's tensors", "Matrices", "Provenance"]
+    assert next(tree.iter("li")).text == "b: tied <a.weight>"
     assert not any(word in text for word in ("<script", "src=", "href=", "@import", "url("))  # self-contained
     rows = [row for table in tree.iter("table") for row in table.iter("tr")]
     assert any(row[0].text == f"model.layers.{layers - 1}.mlp.down_proj.weight" for row in rows)

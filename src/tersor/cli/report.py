@@ -73,7 +73,7 @@ def write_html(report: Mapping[str, Any], path: Path, lead: str, load: str) -> P
             _maps(report["matrices"]), "<h2>Size by part</h2>", _sizes(report),
             _samples(report.get("samples", ())), f"<h2>How to load it</h2><pre>{html.escape(load)}</pre>",
             "<h2>Figures</h2>", _table({**report["summary"], **report.get("evaluation", {})}),
-            "<h2>Matrices</h2>", _matrix_table(report["matrices"]),
+            _ledger(report.get("ledger", {})), "<h2>Matrices</h2>", _matrix_table(report["matrices"]),
             "<h2>Provenance</h2>", _table(report.get("provenance", {}))]
     with whole(path) as partial:
         partial.write_text(_page("Tersor report", body), encoding="utf-8")
@@ -170,6 +170,23 @@ def _sizes(report: Mapping[str, Any]) -> str:
     sizes["norms, biases, headers, manifest"] = max(0, total - sum(sizes.values()))
     told = {name: f"{size:,} bytes, {100 * size / max(1, total):.1f} %" for name, size in sizes.items()}
     return f'<div class="wide">{bars("Bytes by part", sizes, told)}</div>'
+
+
+def _ledger(ledger: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return what became of the checkpoint's tensors: sums by fate, and by name those that are not simply stored."""
+    if not ledger:
+        return ""
+    fates: dict[str, list[int]] = defaultdict(list)
+    for line in ledger.values():
+        fates[line["fate"]].append(line["bytes"])
+    rows = "".join(f"<tr><td>{html.escape(fate)}</td><td>{len(sizes):,}</td><td>{sum(sizes):,}</td></tr>"
+                   for fate, sizes in fates.items())
+    named = "".join(f"<li>{html.escape(name)}: {html.escape(' '.join((line['fate'], line.get('note', ''))))}</li>"
+                    for name, line in ledger.items() if line["fate"] not in ("compressed", "kept"))
+    listed = f"<details><summary>Those neither compressed nor kept</summary><ul>{named}</ul></details>" if named else ""
+    head = "".join(f'<th scope="col">{title}</th>' for title in ("fate", "tensors", "bytes in the checkpoint"))
+    return ("<h2>What became of the checkpoint's tensors</h2>"
+            f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>{listed}")
 
 
 def _samples(samples: Sequence[Mapping[str, Any]]) -> str:

@@ -110,3 +110,22 @@ def test_a_checkout_tells_its_commit(tmp_path: Path) -> None:
     (tmp_path / "refs/heads").mkdir(parents=True)
     (tmp_path / "refs/heads/main").write_text("a" * 40 + "\n")
     assert card._checkout_commit(tmp_path) == "a" * 40
+
+
+def test_other_classes_are_loaded_by_their_own_and_told_by_their_own_figures(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BertModel"]}))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    code = card.loading(tmp_path)
+    assert "from transformers import BertModel\n" in code
+    assert "AutoTokenizer" not in code
+    base = {"summary": {"bytes": 1000, "bytes_original": 4000, "rate": 8.0, "parameters": 1000}, "matrices": {},
+            "provenance": {"source_sha256": "0" * 64}}
+    told = {"tokens": 100, "text": "t.txt sha256:0", "context": 10}
+    output = {**base, "evaluation": {**told, "output_error": 0.25, "output_cosine": 0.9}}
+    assert card.headline(output).endswith("; the relative squared error of its output is 0.25.")
+    labels = {**base, "evaluation": {**told, "kl": 0.5, "top1": 0.875}}
+    assert card.headline(labels).endswith("0.5 nats, and its most likely answer is the original's in 87.5 %.")
+    for report in (output, labels, base):
+        text = card.card(report, card.Base(None, "BertModel", {}, True), code, None)
+        assert ("perplexity" not in text)
+        assert text.startswith("---\nbase_model_relation: quantized\n")

@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
 import tersor
 from tersor.errors import CodecConfigError
 from tersor.families import families
@@ -105,12 +107,17 @@ def headline(report: Mapping[str, Any]) -> str:
             f"{summary['rate']:.2f} bits per parameter")
     if not scores:
         return f"{text}; how close it is to the original was not evaluated."
+    if "output_error" in scores:
+        return f"{text}; the relative squared error of its output is {scores['output_error']:.3g}."
+    if "perplexity" not in scores:
+        return (f"{text}; its KL to the original is {scores['kl']:.3g} nats, and its most likely answer is the "
+                f"original's in {100 * scores['top1']:.1f} %.")
     return (f"{text}; its KL to the original is {scores['kl']:.3g} nats a token, and its perplexity "
             f"{scores['perplexity']:.2f} instead of {scores['perplexity_original']:.2f}.")
 
 
 def loading(folder: Path, name: str = ".") -> str:
-    """Return Python that loads the compressed model in a folder, and lets it write where it can.
+    """Return Python that loads the compressed model in a folder, by the class of its original, and lets it write.
 
     Parameters
     ----------
@@ -118,11 +125,12 @@ def loading(folder: Path, name: str = ".") -> str:
         The folder as the reader's Python finds it.
     """
     architecture = _architecture(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    writes = architecture.endswith(("ForCausalLM", "LMHeadModel")) and any(folder.glob("tokenizer*"))
+    causal = architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    kind, writes = "AutoModelForCausalLM" if causal else architecture, causal and any(folder.glob("tokenizer*"))
     lines = ["import tersor.hf  # tells transformers about the format",
-             f"from transformers import AutoModelForCausalLM{', AutoTokenizer' if writes else ''}", "",
+             f"from transformers import {kind}{', AutoTokenizer' if writes else ''}", "",
              f"folder = {json.dumps(name)}  # where this model lies",
-             "model = AutoModelForCausalLM.from_pretrained(folder)"]
+             f"model = {kind}.from_pretrained(folder)"]
     if writes:
         lines += ["tokenizer = AutoTokenizer.from_pretrained(folder)",
                   'ids = tokenizer("Once upon a time", return_tensors="pt").input_ids',
@@ -152,6 +160,8 @@ def command(request: Request, budget: str, changed: Mapping[str, Any]) -> str:
         if field in changed:
             value = changed[field]
             words += [flag, value.name if isinstance(value, Path) else str(value)]
+    for field, flag in (("dense", "--dense"), ("leave_out", "--leave-out")):
+        words += [word for pattern in changed.get(field, ()) for word in (flag, pattern)]
     defaults = family_options(request.method) if known else {}
     for name, value in request.options.items():
         if name not in defaults or defaults[name] != value:
@@ -220,14 +230,17 @@ def _scalar(value: str) -> str:
 
 
 def _figures(report: Mapping[str, Any]) -> str:
-    summary, scores, matrices = report["summary"], report.get("evaluation"), report["matrices"]
+    summary, scores, matrices = report["summary"], report.get("evaluation", {}), report["matrices"]
     original = summary["bytes_original"]
     rows = [("bytes", f"{original:,}", f"{summary['bytes']:,}"),
             ("bits per parameter", f"{8 * original / summary['parameters']:.3f}", f"{summary['rate']:.3f}")]
-    if scores:
-        rows += [("perplexity", f"{scores['perplexity_original']:.3f}", f"{scores['perplexity']:.3f}"),
-                 ("KL to the original, nats a token", "0", f"{scores['kl']:.4g}"),
-                 ("most likely token agrees", "100 %", f"{100 * scores['top1']:.1f} %")]
+    if "perplexity" in scores:
+        rows += [("perplexity", f"{scores['perplexity_original']:.3f}", f"{scores['perplexity']:.3f}")]
+    if "kl" in scores:
+        rows += [("KL to the original, nats", "0", f"{scores['kl']:.4g}"),
+                 ("most likely answer agrees", "100 %", f"{100 * scores['top1']:.1f} %")]
+    if "output_error" in scores:
+        rows += [("relative squared error of the output", "0", f"{scores['output_error']:.4g}")]
     lines = ["| | original | compressed |", "| --- | ---: | ---: |"]
     lines += [f"| {name} | {before} | {after} |" for name, before, after in rows]
     if scores:

@@ -17,7 +17,7 @@ from typing import Any
 import tersor
 from tersor import store
 from tersor.contract.derived import package_nbytes
-from tersor.errors import TersorError
+from tersor.errors import ModelError, TersorError
 from tersor.families import DEFAULT
 from tersor.files import write_json
 from tersor.hf.compress import calibrate, card, encode, plan, survey
@@ -33,6 +33,7 @@ from tersor.hf.compress.request import (
 )
 from tersor.hf.compress.verify import verify_in_fresh_process
 from tersor.hf.compress.work import WorkFolder, peak_memory
+from tersor.hf.models.classes import check_text, model_class
 from tersor.hf.models.dense import copy_dense
 from tersor.hf.models.evaluate import evaluate
 from tersor.hf.models.samples import samples
@@ -40,6 +41,7 @@ from tersor.hf.models.source import REPORT, Source, open_source, read_matrix
 from tersor.hf.models.text import default_calibration, default_heldout, read_ids, text_source
 from tersor.planning.calibration import Calibration
 from tersor.planning.plan import check_weights, to_json
+from tersor.store.manifest import file_digest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +64,10 @@ class CompressSettings:
         Tokens to evaluate on; 0 skips the evaluation.
     context : int
         Window length of the evaluation, in tokens.
+    dense : tuple of str
+        Shell patterns of parameters that stay as they are, such as a vision tower's.
+    leave_out : tuple of str
+        Shell patterns of tensors to leave out, among those that no parameter of the class takes.
     samples : int
         Prompts of the held-out text that both models continue, for the report; none without an evaluation.
     base_model : str or None
@@ -80,6 +86,8 @@ class CompressSettings:
     resume: bool = True
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     sensitivities: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    dense: tuple[str, ...] = ()
+    leave_out: tuple[str, ...] = ()
     samples: int = 0
     base_model: str | None = None
 
@@ -103,7 +111,7 @@ class CompressSettings:
 def compress_model(source: str | Path, output: str | Path, rate: float | None = None, *, size: int | None = None,
                    settings: CompressSettings | None = None, progress: Progress = no_progress,
                    **changes: Any) -> dict[str, Any]:
-    """Compress a transformers causal language model to a byte budget, verify it, and evaluate it.
+    """Compress a transformers model to a byte budget, verify it, and evaluate it.
 
     Parameters
     ----------
@@ -121,8 +129,8 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
     Returns
     -------
     dict
-        The report: `summary`, `matrices` by name, `evaluation`, `samples`, `provenance`; or `copied` and `summary`
-        where the budget admits the original.
+        The report: `summary`, `matrices` by name, `ledger` by the checkpoint's key, `evaluation`, `samples`,
+        `provenance`; or `copied` and `summary` where the budget admits the original.
 
     Raises
     ------
@@ -132,7 +140,7 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
     chosen, began = dataclasses.replace(settings or CompressSettings(), **changes), time.perf_counter()
     card.check_name(chosen.base_model)
     work = WorkFolder(Path(output)).claim()
-    opened = open_source(Path(source), work / "staged")
+    opened = open_source(Path(source), work / "staged", dense=chosen.dense, leave_out=chosen.leave_out)
     request = Request(budget_bytes(opened, rate, size), chosen.method, chosen.seed, chosen.options,
                       chosen.sensitivities)
     if request.budget >= opened.nbytes:
@@ -159,6 +167,8 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
 
 def _check(source: Source, request: Request, settings: CompressSettings) -> None:
     """Refuse before any work what would fail after it."""
+    if settings.calibrated or settings.evaluation_tokens:
+        check_text(model_class(source.config))
     check_device(settings.device)
     check_options(request)
     check_weights(list(source.layout.matrices), request.sensitivities)
@@ -174,7 +184,8 @@ def _check(source: Source, request: Request, settings: CompressSettings) -> None
 def _mark(source: Source, request: Request, settings: CompressSettings) -> str:
     """Return a digest of all that the stages' files depend on."""
     seen = text_source(settings.text_seen) if settings.calibrated else None
-    facts = [tersor.__version__, source.fingerprint, dataclasses.asdict(request), seen,
+    facts = [tersor.__version__, source.fingerprint, source.companion_digests, source.ledger.summary(),
+             dataclasses.asdict(request), seen,
              dataclasses.asdict(settings.sampling)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -200,6 +211,14 @@ def _stages(source: Source, request: Request, settings: CompressSettings, work: 
     return conclude(job, matrices, work, {"budget": request.budget, "method": request.method})
 
 
+def _check_companions(source: Source, output: Path) -> None:
+    """Raise `ModelError` if a companion was changed between opening the source and copying it."""
+    source.check_unchanged()
+    odd = [name for name, expected in source.companion_digests.items() if file_digest(output / name) != expected]
+    if odd:
+        raise ModelError(f"{source.path}: {odd} changed while the model was compressed; run again")
+
+
 def conclude(job: encode.Job, matrices: Mapping[str, Any], work: WorkFolder,
              asked: Mapping[str, Any]) -> dict[str, Any]:
     """Write the report beside what was encoded, and verify both in a new process; return the report.
@@ -218,7 +237,8 @@ def conclude(job: encode.Job, matrices: Mapping[str, Any], work: WorkFolder,
     summary = {"bytes": nbytes, **asked, "rate": 8 * nbytes / source.elements, "parameters": source.elements,
                "bytes_original": source.original_nbytes}
     summary["package_bytes"] = package_nbytes(job.picks.values())
-    report = {"summary": summary, "matrices": matrices, "provenance": job.provenance}
+    report = {"summary": summary, "matrices": matrices, "ledger": source.ledger.report(), "provenance": job.provenance}
+    _check_companions(source, work / "output")
     write_json(work / "output" / REPORT, report)
     card.write_card(work / "output", report, card.base_of(source))
     verify_in_fresh_process(work / "output", source.folder)

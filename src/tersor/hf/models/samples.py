@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tersor.hf.models.classes import model_class, predicts_next_token
 from tersor.hf.models.evaluate import load_compressed
 from tersor.hf.models.matrices import quiet
 from tersor.hf.models.source import Source, load_dense
@@ -29,8 +30,10 @@ def samples(path: Path, source: Source, text: Path, count: int, *, device: str =
     -------
     list of dict
         `prompt`, `original`, `compressed`, and `agree`, the number of first new tokens that are the same. Empty where
-        the original does not generate, has too few positions, or the text no paragraph that is long enough.
+        the original does not write, has too few positions, or the text no paragraph that is long enough.
     """
+    if not predicts_next_token(model_class(source.config)):
+        return []
     tokenizer = read_tokenizer(source.folder)
     ids = prompts(tokenizer, read_text(text), count)
     positions = getattr(source.config.get_text_config(), "max_position_embeddings", None)
