@@ -60,7 +60,7 @@ class MixedRows(Codec):
         mask = {"mask": TensorSpec((shape[0],), levels=2)} if self.order == "energy" else {}
         return {**mask, **nest("first", self.first.layout(shapes[0])), **nest("second", self.second.layout(shapes[1]))}
 
-    def train(self, samples: Iterable[Tensor], *, seed: int = 0) -> Tables:
+    def learn(self, samples: Iterable[Tensor], *, seed: int = 0) -> Tables:
         """Train both codecs on whole samples."""
         kept = list(samples)
         return {**nest_tensors("first", self.first.train(kept, seed=seed)),

@@ -17,12 +17,12 @@ from tersor.codecs.low_rank.pivots import interpolate
 from tersor.contract.codec import Codec, Encoded, Search, Traits
 from tersor.contract.nesting import nest, nest_tensors
 from tersor.errors import CodecConfigError
-from tersor.numerics.linalg import single_thread
 from tersor.payload.blocks import Rows, Shape, Tables, row_blocks, shape_of
 from tersor.payload.layout import Layout, TensorSpec
 from tersor.payload.packing import pack, unpack
 
 AXES = ("rows", "columns")
+NOISE = 2.0**-46  # of the largest entry of a factor: what float64 sums of thousands of terms are wrong by
 
 
 @final
@@ -69,7 +69,7 @@ class Interpolative(Codec):
                    if 0 not in shapes[name]}
         return {"chosen": chosen, **{key: spec for one in factors.values() for key, spec in one.items()}}
 
-    def train(self, samples: Iterable[Tensor], *, seed: int = 0) -> Tables:
+    def learn(self, samples: Iterable[Tensor], *, seed: int = 0) -> Tables:
         """Train each codec that has shared tables on the factors of the samples."""
         tables: dict[str, Tensor] = {}
         wanted = [name for name, codec in self.children().items() if codec.train is not Codec.train]
@@ -157,12 +157,13 @@ class Interpolative(Codec):
 
     def _split(self, matrix: Tensor, hessian: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the chosen rows (columns) and the factors, float32, of the matrix truncated to the rank."""
-        with single_thread():
-            peak = float(matrix.abs().max())
-            scale = peak if peak > 0 else 1.0
-            wide = matrix.to(torch.float64) / scale
-            left, right = truncate(wide, self.rank, hessian)
-            chosen, parts = take_apart(left, right, self.axis)
+        peak = float(matrix.abs().max())
+        scale = peak if peak > 0 else 1.0
+        wide = matrix.to(torch.float64) / scale
+        left, right = truncate(wide, self.rank, hessian)
+        chosen, parts = take_apart(left, right, self.axis)
+        for part in parts.values():  # what rounding leaves of zeros is no row, nor a column, for a codec to scale up
+            part[part.abs() < NOISE * (part.abs().amax() if part.numel() else 0.0)] = 0.0
         factor = "right" if self.axis == "rows" else "left"
         parts[factor] = parts[factor] * scale
         return chosen, {name: part.to(torch.float32) for name, part in parts.items()}

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tersor.hf.models.matrices import walk
-from tersor.numerics.linalg import single_thread
+from tersor.numerics.settings import pinned
 
 
 def sampled_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -48,7 +48,7 @@ def fisher_traces(model: PreTrainedModel, sequences: Tensor, seed: int,
     generator = torch.Generator().manual_seed(seed)
     totals = dict.fromkeys(matrices, 0.0)
     for ids in sequences:
-        with single_thread():  # the plan follows from these sums, so their order must not depend on the threads
+        with pinned(gradients=True):  # the plan follows from these sums, so their order must not depend on the threads
             model.zero_grad(set_to_none=True)
             sampled_loss(model(input_ids=ids[None].to(model.device), use_cache=False).logits, generator).backward()
             for name, matrix in matrices.items():
