@@ -102,6 +102,14 @@ class MixedRows(Codec):
             out[..., taken] = child.codec.matmul(child, x)
         return out
 
+    def matmul_transposed(self, encoded: Encoded, y: Tensor) -> Tensor:
+        """Multiply each part by the outputs that it has."""
+        in_first, _ = self._places(encoded)
+        wide = y.to(torch.float32)
+        first, second = (child.codec.matmul_transposed(child, wide[..., taken])
+                         for child, taken in zip(self._parts(encoded), (in_first, ~in_first), strict=True))
+        return (first + second).to(y.dtype)
+
     def spec(self) -> str:
         """Return for example `rows128(lm3;lm2)`, or `head128(lm3;lm2)` without a mask."""
         return f"{ORDERS[self.order]}{self.count}({self.first.spec()};{self.second.spec()})"

@@ -145,6 +145,12 @@ class Sum(Codec):
         return _total([stage.matmul(encoded.child(name, stage, encoded.shape), wide)
                        for name, stage in self.children().items()]).to(x.dtype)
 
+    def matmul_transposed(self, encoded: Encoded, y: Tensor) -> Tensor:
+        """Return the sum of the stages' products."""
+        wide = y.to(torch.float32)
+        return _total([stage.matmul_transposed(encoded.child(name, stage, encoded.shape), wide)
+                       for name, stage in self.children().items()]).to(y.dtype)
+
     def spec(self) -> str:
         """Return for example `sum(rot,lm2;rtn2g64)`."""
         return f"sum({';'.join(stage.spec() for stage in self.stages)})"

@@ -123,16 +123,35 @@ class Interpolative(Codec):
         if self.axis == "columns":
             inner = wide[..., chosen]
             if right is not None:
-                inner = inner + right.matmul(wide[..., others])
+                inner = inner + self.right.matmul(right, wide[..., others])
             assert left is not None
-            return left.matmul(inner).to(x.dtype)
+            return self.left.matmul(left, inner).to(x.dtype)
         assert right is not None
-        inner = right.matmul(wide)
+        inner = self.right.matmul(right, wide)
         out = torch.empty(*x.shape[:-1], encoded.shape[0], dtype=torch.float32, device=x.device)
         out[..., chosen] = inner
         if left is not None:
-            out[..., others] = left.matmul(inner)
+            out[..., others] = self.left.matmul(left, inner)
         return out.to(x.dtype)
+
+    def matmul_transposed(self, encoded: Encoded, y: Tensor) -> Tensor:
+        """Return `y @ W`, in as many multiplications."""
+        chosen, others = self._sides(encoded)
+        wide = y.to(torch.float32)
+        left, right = (self._part(encoded, name) for name in ("left", "right"))
+        if self.axis == "rows":
+            assert right is not None
+            inner = wide[..., chosen]
+            if left is not None:
+                inner = inner + self.left.matmul_transposed(left, wide[..., others])
+            return self.right.matmul_transposed(right, inner).to(y.dtype)
+        assert left is not None
+        inner = self.left.matmul_transposed(left, wide)
+        out = torch.empty(*y.shape[:-1], encoded.shape[1], dtype=torch.float32, device=y.device)
+        out[..., chosen] = inner
+        if right is not None:
+            out[..., others] = self.right.matmul_transposed(right, inner)
+        return out.to(y.dtype)
 
     def spec(self) -> str:
         """Return for example `id24(bf16;bf16)`, or `id24c(bf16;bf16)` for columns."""

@@ -124,6 +124,12 @@ class LowRank(Codec):
             inner += wide[..., block] @ self.right.decode_rows(right, block)
         return self.left.matmul(left, inner).to(x.dtype)
 
+    def matmul_transposed(self, encoded: Encoded, y: Tensor) -> Tensor:
+        """Return `(y L) Rᵀ`."""
+        left, right = self.factors(encoded)
+        inner = self.left.matmul_transposed(left, y.to(torch.float32))
+        return self.right.matmul(right, inner).to(y.dtype)
+
     def factors(self, encoded: Encoded) -> Factors:
         """Return the encoded L, (out, rank), and R, (in, rank)."""
         shapes = self._shapes(encoded.shape)

@@ -125,6 +125,11 @@ class LearnedRotation(Wrapped):
         rotated = x.to(torch.float32) @ encoded.tensors["rotation"].to(torch.float32).T
         return self.inner.matmul(self.child(encoded), rotated).to(x.dtype)
 
+    def matmul_transposed(self, encoded: Encoded, y: Tensor) -> Tensor:
+        """Multiply by the transposed inner matrix and rotate back."""
+        product = self.inner.matmul_transposed(self.child(encoded), y.to(torch.float32))
+        return (product @ encoded.tensors["rotation"].to(torch.float32)).to(y.dtype)
+
     def spec(self) -> str:
         """Return for example `opq,pq4x256`, `opqf32,pq4x256` or `opqt,pq4x256t` (shared rotation and codebooks)."""
         return f"opq{PRECISIONS[self.precision][0]}{'t' if self.trained else ''},{self.inner.spec()}"

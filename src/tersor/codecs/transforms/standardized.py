@@ -75,6 +75,13 @@ class Standardized(Wrapped):
         scale, mean = (encoded.tensors[name].to(torch.float32) for name in ("scale", "mean"))
         return (self.inner.matmul(self.child(encoded), wide * scale) + (wide @ mean).unsqueeze(-1)).to(x.dtype)
 
+    def matmul_transposed(self, encoded: Encoded, y: Tensor) -> Tensor:
+        """Multiply by the transposed inner matrix, scale, and add the means times the sum of the outputs."""
+        wide = y.to(torch.float32)
+        scale, mean = (encoded.tensors[name].to(torch.float32) for name in ("scale", "mean"))
+        product = self.inner.matmul_transposed(self.child(encoded), wide)
+        return (product * scale + wide.sum(-1, keepdim=True) * mean).to(y.dtype)
+
     def spec(self) -> str:
         """Return for example `std,lm3`."""
         return f"std,{self.inner.spec()}"
