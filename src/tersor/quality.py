@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tersor.contract.codec import Encoded
+from tersor.numerics.settings import steadily
 from tersor.payload.blocks import row_blocks
 
 DB_PER_BIT = 20.0 * math.log10(2.0)  # 6.02 dB: what one bit is worth on Gaussian noise, D(R) = 4**-R
@@ -48,6 +49,10 @@ def measure(matrix: Tensor, encoded: Encoded, hessian: Tensor | None = None) -> 
 
     Codecs that cannot decode rows alone are decoded whole, once.
     """
+    return steadily(lambda: _measure(matrix, encoded, hessian), threads=False)  # choices follow from these figures
+
+
+def _measure(matrix: Tensor, encoded: Encoded, hessian: Tensor | None) -> Quality:
     decoded = encoded.decode()
     noise = signal = weighted_noise = weighted_signal = 0.0
     scale = _power_of_two(matrix)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
@@ -153,7 +153,16 @@ def test_modes_of_this_thread_are_held() -> None:
 
 HOSTILE: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "inference": torch.inference_mode, "gradients": torch.enable_grad, "meta": lambda: torch.device("meta"),
-    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16)}
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16), "deterministic": lambda: deterministic()}
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("codec", ["lr8(mm8;mm8)", "rot,lm3", "pq4x16t", "std,sym16"])
