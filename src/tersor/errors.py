@@ -71,7 +71,11 @@ class BudgetError(TersorError, ValueError):
 
 
 class NonFiniteError(TersorError, ValueError):
-    """NaN or infinity where finite numbers are needed; the message names the tensor."""
+    """NaN or infinity where finite numbers are needed, or numbers beyond what can be stored; names the tensor."""
+
+
+class UnsteadyError(TersorError, RuntimeError):
+    """Settings of the process that steer results, changed by another thread while they were held."""
 
 
 class VerificationError(TersorError):
