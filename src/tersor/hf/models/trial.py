@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from tersor import store
 from tersor.contract.codec import Codec, Encoded, Search
 from tersor.errors import ModelError, ReadOnlyError
-from tersor.hf.models.inputs import REFUSALS, candidates, run
+from tersor.hf.models.inputs import REFUSALS, candidates, run, unheard
 from tersor.hf.models.matrices import empty_model, walk
 from tersor.hf.models.quantizer import install
 from tersor.nn import Buffers, WeightView
@@ -153,15 +153,27 @@ def _zeros(value: Tensor) -> Tensor:
 
 def _first_unfit(model: PreTrainedModel, names: Mapping[int, str]) -> tuple[str | None, str, bool]:
     """Return the first parameter that cannot be encoded, why, and whether the model ran to its end."""
+    unfit, said, ran, inputs = _pass(model, names)
+    for name in unheard(model, inputs) if ran else ():
+        part = model.get_submodule(name)
+        assert isinstance(part, PreTrainedModel)
+        unfit, reason, _, _ = _pass(part, names)
+        if unfit is not None:
+            return unfit, reason, False
+    return unfit, said, ran
+
+
+def _pass(model: PreTrainedModel, names: Mapping[int, str]) -> tuple[str | None, str, bool, Mapping[str, Any]]:
+    """Return the same of one pass, and its inputs."""
     first = "it takes no input that is known"
     for number, inputs in enumerate(candidates(model, 0)):
         try:
             if run(model, inputs):
-                return None, "", True
+                return None, "", True, inputs
         except ReadOnlyError as error:
             if error.weight is not None:
-                return names[id(error.weight.payloads[0])], error.wanted, False
+                return names[id(error.weight.payloads[0])], error.wanted, False, inputs
         except REFUSALS as error:
             if not number:
                 first = f"{type(error).__name__}: {str(error).strip()[:200]}"
-    return None, first, False
+    return None, first, False, {}
