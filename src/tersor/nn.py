@@ -265,7 +265,7 @@ _FACTS = _getters("shape", "dtype", "ndim", "layout", "requires_grad", "grad", "
     Tensor.storage_offset, Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous, Tensor.__len__,
     Tensor.__hash__, torch.is_floating_point, torch.is_complex, torch.numel}
 _PLACES = _getters("device", "is_cuda", "is_cpu", "is_meta", "is_xpu", "is_mps") | {Tensor.get_device}
-_MEMORY = {Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage, Tensor.__dlpack__}
+MEMORY = {Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage, Tensor.__dlpack__}
 _TRANSPOSES = _getters("T", "mT", "H", "mH") | {Tensor.t, torch.t, Tensor.adjoint, torch.adjoint}
 _SWAPS = {Tensor.transpose, torch.transpose, Tensor.swapaxes, torch.swapaxes, Tensor.swapdims, torch.swapdims}
 _PRODUCTS = {Tensor.matmul, torch.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}
@@ -276,7 +276,7 @@ _IN_PLACE = {"__set__", "__delete__", "__setitem__", "__iadd__", "__isub__", "__
 def _refuse_change(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], *, changes: bool = False) -> None:
     """Raise `ReadOnlyError` for a function that would write to a stand-in, or wants its memory."""
     name = getattr(func, "__name__", str(func))
-    if func in _MEMORY:
+    if func in MEMORY:
         raise ReadOnlyError(f"'{name}' wants a weight's memory, but an encoded weight has none; take .data, a copy",
                             name, next((value for value in (*args, *kwargs.values()) if isinstance(value, WeightView)),
                                        None))

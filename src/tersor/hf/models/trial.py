@@ -22,7 +22,7 @@ from tersor.errors import ModelError, ReadOnlyError
 from tersor.hf.models.inputs import REFUSALS, candidates, run, unheard
 from tersor.hf.models.matrices import empty_model, walk
 from tersor.hf.models.quantizer import install
-from tersor.nn import Buffers, WeightView
+from tersor.nn import MEMORY, Buffers, WeightView
 from tersor.payload.blocks import Rows, Shape
 from tersor.payload.layout import Layout, TensorSpec
 
@@ -68,7 +68,7 @@ class Blank(Codec):
 
 
 class Scratch(WeightView):
-    """Stands for a weight that stays dense: it may be written to, which changes nothing."""
+    """Stands for a weight that stays dense: it may be written to, which changes nothing, and has memory when asked."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Sequence[type], args: Sequence[Any] = (),
@@ -77,9 +77,12 @@ class Scratch(WeightView):
         try:
             return super().__torch_function__(func, types, args, kwargs)
         except ReadOnlyError as error:
-            if isinstance(error.weight, Scratch):
-                return args[0] if args else None
-            raise
+            if not isinstance(error.weight, Scratch):
+                raise
+            if func in MEMORY:
+                error.weight.__dict__["memory"] = error.weight.decode().contiguous()
+                return func(error.weight.__dict__["memory"])
+            return args[0] if args else None
 
 
 @dataclasses.dataclass(frozen=True)
