@@ -164,6 +164,12 @@ def load_sealed(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, record
 
 
+def seal_of(path: Path) -> str:
+    """Return the digest that a file of `save_sealed` carries; it is `load_sealed` that compares it."""
+    with safe_open(path, framework="pt") as handle:
+        return str(json.loads(handle.metadata()["sealed"])["sha256"])
+
+
 def write_sealed_json(path: Path, value: Any) -> None:
     """Write a value as JSON with its digest; see `read_sealed_json`."""
     write_json(path, {"sha256": seal(value), "value": value})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
@@ -32,6 +33,11 @@ Seed = Annotated[int, typer.Option(help="seed of the encoder's search")]
 Device = Annotated[str, typer.Option(help="cpu or cuda")]
 OptionTexts = Annotated[list[str] | None, typer.Option("--option", help="encoder option, name=value; repeatable")]
 Sensitivities = Annotated[Path | None, typer.Option(help="JSON: matrix name to weight of its relative distortion")]
+Dense = Annotated[list[str] | None, typer.Option(
+    "--dense", metavar="PATTERN", help="leave the parameters that this shell pattern matches as they are; repeatable")]
+LeaveOut = Annotated[list[str] | None, typer.Option(
+    "--leave-out", metavar="PATTERN", help="leave out tensors that no parameter takes, which are carried along "
+    "otherwise; repeatable")]
 Calib = Annotated[Path | None, typer.Option("--calib", help="file written by `tersor calibrate`")]
 CalibrationText = Annotated[Path | None, typer.Option("--calibration", help="calibration text; default: packaged")]
 HeldoutText = Annotated[Path | None, typer.Option("--text", help="held-out text; default: packaged")]
@@ -133,11 +139,15 @@ def refuse_existing(path: Path) -> None:
 
 
 def open_source(src: Path, output: Path) -> Any:
-    """Return the source model of a command that writes `output`."""
+    """Return the source model of a command that writes `output`; what is staged for it goes when it does."""
     from tersor.hf.compress.work import WorkFolder
     from tersor.hf.models import source
 
-    return source.open_source(src, WorkFolder(output) / "staged")
+    work = WorkFolder(output)
+    found = source.open_source(src, work / "staged")
+    if found.folder == work / "staged":
+        weakref.finalize(found, work.clear, "staged")
+    return found
 
 
 def read_calibration(path: Path | None) -> Calibration | None:

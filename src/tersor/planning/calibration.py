@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tersor.errors import CorruptStoreError, NonFiniteError
-from tersor.files import load_sealed, save_sealed
+from tersor.files import load_sealed, save_sealed, seal_of
 
 _CHECK = 1e-3  # largest relative gap tolerated between the float32 trace and a float64 sum of squares
 
@@ -70,12 +70,15 @@ class Calibration:
         Where the text came from, and its SHA-256.
     fisher : mapping of str to float
         Trace of the Fisher information of each matrix, a token; empty where it was not measured.
+    sha256 : str
+        Of all of it, where it was read from a file: what was made with one calibration is never mixed with another's.
     """
 
     hessians: Mapping[str, Tensor]
     tokens: int
     source: str
     fisher: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    sha256: str = ""
 
     def save(self, path: Path) -> None:
         """Write to a safetensors file with a digest of all of it; shared moments once; atomic."""
@@ -101,7 +104,8 @@ class Calibration:
         try:
             tensors, record = load_sealed(path)
             hessians = {name: tensors[key] for name, key in record["names"].items()}
-            return cls(hessians, int(record["tokens"]), str(record["source"]), dict(record["fisher"]))
+            return cls(hessians, int(record["tokens"]), str(record["source"]), dict(record["fisher"]),
+                       seal_of(path))
         except (CorruptStoreError, LookupError, AttributeError, ValueError, TypeError) as error:
             raise CorruptStoreError(f"{path}: no calibration file as 'tersor calibrate' writes it, so write it again: "
                                     f"{error}") from error

@@ -20,6 +20,7 @@ from tersor.files import exclusive, seal, tell_damaged
 from tersor.hf.compress.checkpoint import Checkpoint, checkpoints
 from tersor.hf.compress.request import Progress, Sampling, no_progress
 from tersor.hf.compress.sensitivity import Traces, fisher_traces
+from tersor.hf.models.classes import check_text, feed, model_class
 from tersor.hf.models.matrices import Matrix, walk
 from tersor.hf.models.source import Source, load_dense
 from tersor.hf.models.text import read_ids, text_source, windows
@@ -130,8 +131,7 @@ def collect(model: PreTrainedModel, batches: Iterable[tuple[Tensor, Tensor | Non
         _call(step, tokens)
     for ids, mask in itertools.islice(batches, batches_done, None):
         collector.start(mask)
-        model(input_ids=ids.to(model.device), attention_mask=None if mask is None else mask.to(model.device),
-              use_cache=False)
+        model(**feed(model, ids, mask))
         done = int(ids.numel() if mask is None else mask.sum())
         tokens, batches_done = tokens + done, batches_done + 1
         if checkpoint is not None and checkpoint.due():
@@ -171,6 +171,7 @@ def run(source: Source, text: Path, output: Path, sampling: Sampling | None = No
     Partial sums are saved beside it every 30 seconds or so; a killed run goes on from them to the same bytes.
     """
     how = sampling or Sampling()
+    check_text(model_class(source.config))
     sequences = windows(read_ids(source, text, how.context, how.tokens), how.context)
     chosen = sequences[:: max(1, sequences.numel() // how.fisher_tokens)] if how.fisher_tokens else sequences[:0]
     total = sequences.numel() + 3 * chosen.numel()

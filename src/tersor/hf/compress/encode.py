@@ -64,7 +64,7 @@ def run(job: Job, work: WorkFolder, *, device: str = "cpu", progress: Progress =
         matrix = source.layout.matrices[name]
         known = calibration is not None and name in calibration.hessians
         options = fixed_options(codec, request.options, calibrated=known)
-        stamp = _stamp(job.provenance, name, codec, options)
+        stamp = _stamp(job, name, codec, options)
         found = _finished(files[name], stamp)
         if found is None:
             dense, hessian = read_matrix(source, matrix, device), hessian_of(calibration, matrix.name, device)
@@ -83,8 +83,9 @@ def run(job: Job, work: WorkFolder, *, device: str = "cpu", progress: Progress =
     return report
 
 
-def _stamp(record: Mapping[str, Any], name: str, codec: Codec, options: Mapping[str, Any]) -> str:
-    text = json.dumps([dict(record), name, codec.spec(), codec.version, dict(options)], sort_keys=True)
+def _stamp(job: Job, name: str, codec: Codec, options: Mapping[str, Any]) -> str:
+    seen = None if job.calibration is None else job.calibration.sha256
+    text = json.dumps([dict(job.provenance), seen, name, codec.spec(), codec.version, dict(options)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

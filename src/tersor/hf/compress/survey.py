@@ -57,7 +57,8 @@ def run(source: Source, calibration: Calibration | None, request: Request, outpu
 
 def open_trials(source: Source, calibration: Calibration | None, request: Request, path: Path) -> Trials:
     """Open a survey's file; its mark is a digest of what its figures depend on."""
-    seen = None if calibration is None else [calibration.source, calibration.tokens, sorted(calibration.fisher.items())]
+    seen = None if calibration is None else [calibration.sha256, calibration.source, calibration.tokens,
+                                               sorted(calibration.fisher.items())]
     facts = [source.fingerprint, seen, request.seed, sorted(request.options.items())]
     mark = hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
     return Trials(path, "survey", mark, key=("matrix", "codec"), numbers=("nbytes", "distortion", "weight"),

@@ -81,6 +81,10 @@ class WorkFolder:
             Names of folders; none: all there is.
         """
         (self / "output").rename(self.target)
+        self.clear(*spent)
+
+    def clear(self, *spent: str) -> None:
+        """Remove folders by name (none: all there is), and the work folder itself if nothing is left."""
         for place in [self / name for name in spent] or [self.path]:
             shutil.rmtree(place, ignore_errors=True)
         with contextlib.suppress(OSError):  # not empty, or gone

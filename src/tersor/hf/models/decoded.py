@@ -71,6 +71,10 @@ class _Weights:
                 if parameter is not None and parameter.is_meta:
                     module._parameters[key] = nn.Parameter(self._decoded(module, key), requires_grad=False)
 
+    def _stored(self, name: str) -> bool:
+        return name in self.opened.entries or name in self.matrices and all(
+            matrix.name in self.opened.entries for matrix in self.matrices[name])
+
     def filling(self, block: nn.Module) -> Callable[..., None]:
         """Return a hook that fills a block."""
         def hook(*called: Any) -> None:
@@ -93,7 +97,10 @@ class _Weights:
         own = f"{path}.{key}" if path else key
         name = self.tied.get(own, own)
         owner = self.like.get_submodule(path)
-        dtype = (owner._parameters.get(key) if owner._parameters.get(key) is not None else vars(owner)[key]).dtype
+        loaded = owner._parameters.get(key)
+        dtype = (vars(owner)[key] if loaded is None else loaded).dtype
+        if loaded is not None and not self._stored(name):
+            return loaded.detach().clone()  # made by the class itself
         if name in self.opened.entries and self.opened.entries[name].codec is None:
             return self.opened.plain(name).to(dtype)
         decoded = [self.opened.matrix(m.name).decode().to(dtype) for m in self.matrices[name]]
