@@ -104,9 +104,10 @@ def install(model: PreTrainedModel, opened: store.Store) -> None:
             _tie(model, target, origin)
     if not any(parameter.is_floating_point() for parameter in model.parameters()):
         _remember_dtype(model)
-    if opened.sentinel is not None:  # it has done its duty: whoever gets here knows the format
-        passed = model._keys_to_ignore_on_load_unexpected
-        model._keys_to_ignore_on_load_unexpected = {*(passed or ()), f"^{re.escape(opened.sentinel)}$"}
+    # what no parameter takes was carried along on purpose; the sentinel has done its duty
+    passed = (set(opened.plain_names()) | {opened.sentinel}) - set(model.state_dict())
+    model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()),
+                                                *(f"^{re.escape(name)}$" for name in passed if name)}
     if any(m.kind == "stack" for group in by_parameter.values() for m in group):
         model.set_experts_implementation("eager")  # the other implementations want all experts dense at once
 
