@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import tersor
-from tests.hf.tiny import save_tiny
 from tersor.hf import compress_model
+from tests.hf.tiny import save_tiny
 
 SRC = Path(tersor.__file__).parents[1]
 LOAD = """

@@ -116,8 +116,9 @@ def stand_in(transposed: bool = False) -> tuple[WeightView, torch.Tensor]:
 
 ASKED = {  # what code asks a weight, and how the answer is to be had from the dense one
     "T": lambda w: w.T, "mT": lambda w: w.mT, "t": lambda w: w.t(), "transpose": lambda w: w.transpose(0, 1),
-    "data": lambda w: w.data, "detach": lambda w: w.detach(), "clone": lambda w: w.clone(), "float": lambda w: w.float(),
-    "to": lambda w: w.to(torch.float64), "rows": lambda w: w[2:5], "row": lambda w: w[3], "mask": lambda w: w[w > 0],
+    "data": lambda w: w.data, "detach": lambda w: w.detach(), "clone": lambda w: w.clone(),
+    "float": lambda w: w.float(), "to": lambda w: w.to(torch.float64), "rows": lambda w: w[2:5], "row": lambda w: w[3],
+    "mask": lambda w: w[w > 0],
     "add": lambda w: w + 1, "radd": lambda w: 1 + w, "neg": lambda w: -w, "pow": lambda w: w**2, "lt": lambda w: w < 0,
     "abs": abs, "sum": lambda w: w.sum(0), "norm": torch.linalg.norm, "chunk": lambda w: w.chunk(2)[1],
     "cat": lambda w: torch.cat([w, w]), "stack": lambda w: torch.stack((w, w), dim=1),
@@ -150,8 +151,8 @@ def test_the_stand_in_answers_as_a_tensor(asked: str, transposed: bool) -> None:
     torch.testing.assert_close(found + 0 if isinstance(found, WeightView) else found, want, rtol=1e-5, atol=1e-4)
 
 
-FACTS = ["shape", "dtype", "device", "ndim", "requires_grad", "grad", "is_cuda", "is_meta", "is_leaf", "layout", "itemsize",
-         "nbytes", "is_sparse"]
+FACTS = ["shape", "dtype", "device", "ndim", "requires_grad", "grad", "is_cuda", "is_meta", "is_leaf", "layout",
+         "itemsize", "nbytes", "is_sparse"]
 CALLS = ["size", "dim", "numel", "element_size", "is_floating_point", "is_complex", "__len__", "get_device", "stride"]
 
 
@@ -169,9 +170,10 @@ def test_facts_need_no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("change", [
-    lambda w: w.mul_(2), lambda w: w.copy_(torch.ones(SHAPE)), lambda w: nn.init.normal_(w), lambda w: w.__setitem__(0, 1),
-    lambda w: torch.mul(torch.ones(SHAPE), 2, out=w), lambda w: w.__iadd__(1), lambda w: setattr(w, "data", torch.ones(1)),
-    lambda w: w.requires_grad_(), lambda w: w.T.zero_(), lambda w: w.data_ptr(), lambda w: torch.zero_(w)])
+    lambda w: w.mul_(2), lambda w: w.copy_(torch.ones(SHAPE)), lambda w: nn.init.normal_(w),
+    lambda w: w.__setitem__(0, 1), lambda w: torch.mul(torch.ones(SHAPE), 2, out=w), lambda w: w.__iadd__(1),
+    lambda w: setattr(w, "data", torch.ones(1)), lambda w: w.requires_grad_(), lambda w: w.T.zero_(),
+    lambda w: w.data_ptr(), lambda w: torch.zero_(w)])
 def test_what_would_change_it_is_refused(change: Callable[[WeightView], object]) -> None:
     view, dense = stand_in()
     with pytest.raises(ReadOnlyError, match="encoded weight"):

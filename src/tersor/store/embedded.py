@@ -6,7 +6,6 @@ import base64
 import binascii
 import json
 import zlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 

@@ -33,7 +33,7 @@ def test_weights_that_are_written_to_stay_dense() -> None:
 class Fused(nn.Linear):
     """Hands its weight's memory to code that is no torch."""
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - torch's name
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         assert self.weight.data_ptr()
         return super().forward(input)
 

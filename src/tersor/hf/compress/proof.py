@@ -47,7 +47,7 @@ def prove(path: Path, opened: store.Store | None = None) -> dict[str, Any]:
     opened = opened or store.read(path)
     own = type(empty_model(read_config(path)))
     model = load(own, path, torch.float32)
-    found = math.inf
+    found = bound = math.inf
     for seed, at_once in ATTEMPTS:
         dense, inputs, whole = _dense(path, opened, model, seed, whole=at_once)
         wanted = run(dense, inputs)
@@ -55,8 +55,8 @@ def prove(path: Path, opened: store.Store | None = None) -> dict[str, Any]:
         if found <= bound:
             break
     else:
-        raise VerificationError(f"{path}: a loaded {own.__name__} is off by {found:.3g} from the model that its weights "
-                                f"decode to; rounding explains {bound:.3g}; do not use it, and report this")
+        raise VerificationError(f"{path}: a loaded {own.__name__} is off by {found:.3g} from the model that its "
+                                f"weights decode to; rounding explains {bound:.3g}; do not use it, and report this")
     parts = _prove_parts(path, model, dense, inputs)
     del model, dense
     _own_dtype(path, opened, own, inputs, wanted, whole=whole)
@@ -116,8 +116,9 @@ def _prove_parts(path: Path, model: PreTrainedModel, dense: PreTrainedModel,
             continue
         off, bound = distance(_run(path, part, given), run(wanted_of, given)), _bound(dense, torch.float32)
         if off > bound:
-            raise VerificationError(f"{path}: a loaded {type(part).__name__}, '{name}', is off by {off:.3g} from what its "
-                                    f"weights decode to; rounding explains {bound:.3g}; do not use it, and report this")
+            raise VerificationError(f"{path}: a loaded {type(part).__name__}, '{name}', is off by {off:.3g} from what "
+                                    f"its weights decode to; rounding explains {bound:.3g}; do not use it, and report "
+                                    "this")
         parts[name] = off
     return parts
 
@@ -150,8 +151,8 @@ def _own_dtype(path: Path, opened: store.Store, own: type[PreTrainedModel], inpu
         return  # the dense model does not run in this dtype here either
     found = distance(_run(path, model, cast), wanted)
     if found > max(_bound(dense, model.dtype), 2 * usual):
-        raise VerificationError(f"{path}: in {model.dtype}, a loaded {own.__name__} is off by {found:.3g} from the model "
-                                f"that its weights decode to, the dense one in that dtype by {usual:.3g}")
+        raise VerificationError(f"{path}: in {model.dtype}, a loaded {own.__name__} is off by {found:.3g} from the "
+                                f"model that its weights decode to, the dense one in that dtype by {usual:.3g}")
 
 
 def _run(path: Path, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -25,7 +25,8 @@ def decoded_model(opened: store.Store, like: PreTrainedModel, *, whole: bool = F
     whole : bool
         Hold all weights at once; needed where a model computes with the weights of a block outside of it.
     """
-    model = empty_model(read_config(opened.path)).to("meta").eval()  # some classes make weights on no device but the CPU
+    made: Any = empty_model(read_config(opened.path))
+    model: PreTrainedModel = made.to("meta").eval()  # some classes make weights on the CPU, whatever they are told
     weights = _Weights(model, opened, like)
     inside: set[int] = set()
     for block in () if whole else _blocks(model):
@@ -72,8 +73,8 @@ class _Weights:
                     module._parameters[key] = nn.Parameter(self._decoded(module, key), requires_grad=False)
 
     def _stored(self, name: str) -> bool:
-        return name in self.opened.entries or name in self.matrices and all(
-            matrix.name in self.opened.entries for matrix in self.matrices[name])
+        return name in self.opened.entries or (name in self.matrices and all(
+            matrix.name in self.opened.entries for matrix in self.matrices[name]))
 
     def filling(self, block: nn.Module) -> Callable[..., None]:
         """Return a hook that fills a block."""

@@ -52,7 +52,7 @@ def example_inputs(model: PreTrainedModel, seed: int = 0) -> dict[str, Any]:
 
 
 def unheard(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[str]:
-    """Return the models inside a model that a pass does not call, outermost only: a vision tower, where text is read."""
+    """Return the models inside a model that a pass does not call, outermost only: a vision tower where text is read."""
     inner = {name: part for name, part in model.named_modules() if name and isinstance(part, PreTrainedModel)}
     called: set[int] = set()
     hooks = [part.register_forward_pre_hook(lambda part, _: called.add(id(part))) for part in inner.values()]

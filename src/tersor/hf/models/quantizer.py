@@ -50,14 +50,14 @@ class TersorQuantizer(HfQuantizer):
         """Tell transformers not to save: copy the directory instead."""
         return False
 
-    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
-        """Tell transformers to rename and merge nothing: what is stored has the names of the class that it is loaded as."""
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """Tell transformers to rename and merge nothing: what is stored has the names of the class itself."""
         del weight_conversions, model
         return []
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         folder = Path(kwargs["checkpoint_files"][0]).parent
-        _fetch_manifest(folder, model.config.name_or_path)
+        _fetch_manifest(folder, model.config.name_or_path or "")
         opened = store.read(folder)
         opened.check_loaded(kwargs["checkpoint_files"])
         opened.verify(complete=folder.parent.name != "snapshots")  # of a hub's cache, which holds what was asked for
