@@ -88,7 +88,7 @@ class ModelError(TersorError, ValueError):
     """A source that is no usable model: missing, empty, or of a kind Tersor cannot read."""
 
 
-class ReadOnlyError(TersorError, TypeError):
+class ReadOnlyError(TersorError, RuntimeError):
     """Code would change an encoded weight, which can only be read.
 
     Attributes
