@@ -15,7 +15,6 @@ from tersor.images.encoded import EncodedImage
 from tersor.images.header import RECORD
 from tersor.payload.blocks import Shape
 from tersor.quality import measure
-from tersor.registry import parse
 from tersor.store.manifest import Entry, predict_nbytes
 
 
@@ -39,7 +38,7 @@ def meet(matrices: Mapping[str, Tensor], blank: EncodedImage, budget: int | None
     if budget is not None and bare > budget:
         raise BudgetError(f"image: headers and manifest alone take {bare} bytes, above the budget of {budget}", bare)
     if isinstance(codec, Codec) or codec not in families():
-        chosen = parse(codec) if isinstance(codec, str) else codec
+        chosen = api.parse_codec(codec) if isinstance(codec, str) else codec
         least = stored(blank, dict.fromkeys(blank.header.shapes(), chosen))
         if budget is not None and least > budget:
             raise BudgetError(f"image: codec '{chosen}' takes {least} bytes with headers and manifest, above the "

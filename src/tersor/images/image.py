@@ -77,7 +77,7 @@ def encode(source: str | Path | np.ndarray | Image, rate: float | None = None, c
     if channels not in LAYOUTS:
         raise CodecConfigError(f"channels: expected one of {', '.join(LAYOUTS)}, found {channels!r}")
     if rate is not None and size is not None:
-        raise BudgetError("give a rate or a size, not both")
+        raise BudgetError(f"image: expected a rate or a size, not both; found {rate} bits per sample and {size} bytes")
     if rate is not None and not (math.isfinite(rate) and rate > 0):
         raise BudgetError(f"rate must be a positive number of bits per sample, found {rate!r}")
     if rate is None and size is None and codec in families():

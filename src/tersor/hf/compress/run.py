@@ -19,7 +19,7 @@ from tersor import store
 from tersor.contract.derived import package_nbytes
 from tersor.errors import ModelError, TersorError
 from tersor.families import DEFAULT
-from tersor.files import write_json
+from tersor.files import exclusive, write_json
 from tersor.hf.compress import calibrate, card, encode, plan, survey
 from tersor.hf.compress.method import check_options
 from tersor.hf.compress.request import (
@@ -108,6 +108,7 @@ class CompressSettings:
         return self.text or default_heldout()
 
 
+@exclusive("output")
 def compress_model(source: str | Path, output: str | Path, rate: float | None = None, *, size: int | None = None,
                    settings: CompressSettings | None = None, progress: Progress = no_progress,
                    **changes: Any) -> dict[str, Any]:
@@ -145,8 +146,14 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
                       chosen.sensitivities)
     if request.budget >= opened.nbytes:
         copy_dense(opened, work.target)
-        return {"copied": True, "summary": {"bytes": opened.nbytes, "budget": request.budget}}
-    _check(opened, request, chosen)
+        summary = {"bytes": opened.nbytes, "budget": request.budget}
+        work.clear("staged")
+        return {"copied": True, "summary": summary}
+    try:
+        _check(opened, request, chosen)
+    except TersorError:
+        work.clear("staged")
+        raise
     work.stamp(_mark(opened, request, chosen), resume=chosen.resume)
     report = _stages(opened, request, chosen, work, progress)
     if chosen.evaluation_tokens:
@@ -170,6 +177,7 @@ def _check(source: Source, request: Request, settings: CompressSettings) -> None
     if settings.calibrated or settings.evaluation_tokens:
         check_text(model_class(source.config))
     check_device(settings.device)
+    source.tried.check()
     check_options(request)
     check_weights(list(source.layout.matrices), request.sensitivities)
     plan.check_reachable(source, None, request, tersor.__version__)
@@ -196,9 +204,10 @@ def _stages(source: Source, request: Request, settings: CompressSettings, work: 
     device, calibration = settings.device, None
     if settings.calibrated:
         file = work / "calibration.safetensors"
-        if not file.exists():
+        calibration = calibrate.finished(file)
+        if calibration is None:
             calibrate.run(source, settings.text_seen, file, settings.sampling, device=device, progress=progress)
-        calibration = Calibration.load(file)
+            calibration = Calibration.load(file)
     choices = survey.run(source, calibration, request, work / "survey.jsonl", device=device, progress=progress)
     record = provenance(source, calibration, request, tersor.__version__)
     picks = plan.run(source, choices, request, record)
@@ -237,7 +246,9 @@ def conclude(job: encode.Job, matrices: Mapping[str, Any], work: WorkFolder,
     summary = {"bytes": nbytes, **asked, "rate": 8 * nbytes / source.elements, "parameters": source.elements,
                "bytes_original": source.original_nbytes}
     summary["package_bytes"] = package_nbytes(job.picks.values())
-    report = {"summary": summary, "matrices": matrices, "ledger": source.ledger.report(), "provenance": job.provenance}
+    report = {"summary": summary, "matrices": matrices, "ledger": source.ledger.report(),
+              "left_dense": {name: f"its module calls {said} on it" for name, said in source.tried.dense.items()},
+              "provenance": job.provenance}
     _check_companions(source, work / "output")
     write_json(work / "output" / REPORT, report)
     card.write_card(work / "output", report, card.base_of(source))
