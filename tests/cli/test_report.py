@@ -20,7 +20,7 @@ def report_of(layers: int) -> dict[str, Any]:
         ["model.embed_tokens.weight", *names])}
     return {"matrices": matrices, "summary": {"bytes": 10**7, "bytes_original": 8 * 10**7, "rate": 2.0},
             "evaluation": {"kl": 0.5}, "ledger": {"a.weight": {"fate": "compressed", "bytes": 1000}, "b": {
-                "fate": "tied", "bytes": 24, "note": "<a.weight>"}}, "provenance": {"method": "<auto>"},
+                "fate": "tied", "bytes": 24, "note": "<a.weight>"}}, "left_dense": {"c": "its module calls cat on it"}, "provenance": {"method": "<auto>"},
             "samples": [{"prompt": "Once <b>", "original": "upon & on", "compressed": "upon", "agree": 1}]}
 
 
@@ -34,7 +34,8 @@ def test_a_page_is_light_and_well_formed(layers: int, most: int, tmp_path: Path)
     assert [h.text for h in tree.iter("h2")] == ["Bits and error, layer by layer", "Size by part", "How both go on",
                                                  "How to load it", "Figures",
                                                  "What became of the checkpoint's tensors", "Matrices", "Provenance"]
-    assert next(tree.iter("li")).text == "b: tied <a.weight>"
+    assert [item.text for item in tree.iter("li")] == ["b: tied <a.weight>",
+                                                       "c: left dense, because its module calls cat on it"]
     assert not any(word in text for word in ("<script", "src=", "href=", "@import", "url("))  # self-contained
     rows = [row for table in tree.iter("table") for row in table.iter("tr")]
     assert any(row[0].text == f"model.layers.{layers - 1}.mlp.down_proj.weight" for row in rows)

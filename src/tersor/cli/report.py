@@ -73,7 +73,7 @@ def write_html(report: Mapping[str, Any], path: Path, lead: str, load: str) -> P
             _maps(report["matrices"]), "<h2>Size by part</h2>", _sizes(report),
             _samples(report.get("samples", ())), f"<h2>How to load it</h2><pre>{html.escape(load)}</pre>",
             "<h2>Figures</h2>", _table({**report["summary"], **report.get("evaluation", {})}),
-            _ledger(report.get("ledger", {})), "<h2>Matrices</h2>", _matrix_table(report["matrices"]),
+            _ledger(report.get("ledger", {}), report.get("left_dense", {})), "<h2>Matrices</h2>", _matrix_table(report["matrices"]),
             "<h2>Provenance</h2>", _table(report.get("provenance", {}))]
     with whole(path) as partial:
         partial.write_text(_page("Tersor report", body), encoding="utf-8")
@@ -172,7 +172,7 @@ def _sizes(report: Mapping[str, Any]) -> str:
     return f'<div class="wide">{bars("Bytes by part", sizes, told)}</div>'
 
 
-def _ledger(ledger: Mapping[str, Mapping[str, Any]]) -> str:
+def _ledger(ledger: Mapping[str, Mapping[str, Any]], left_dense: Mapping[str, str]) -> str:
     """Return what became of the checkpoint's tensors: sums by fate, and by name those that are not simply stored."""
     if not ledger:
         return ""
@@ -181,9 +181,11 @@ def _ledger(ledger: Mapping[str, Mapping[str, Any]]) -> str:
         fates[line["fate"]].append(line["bytes"])
     rows = "".join(f"<tr><td>{html.escape(fate)}</td><td>{len(sizes):,}</td><td>{sum(sizes):,}</td></tr>"
                    for fate, sizes in fates.items())
-    named = "".join(f"<li>{html.escape(name)}: {html.escape(' '.join((line['fate'], line.get('note', ''))))}</li>"
-                    for name, line in ledger.items() if line["fate"] not in ("compressed", "kept"))
-    listed = f"<details><summary>Those neither compressed nor kept</summary><ul>{named}</ul></details>" if named else ""
+    told = {name: f"{line['fate']} {line.get('note', '')}".strip() for name, line in ledger.items()
+            if line["fate"] not in ("compressed", "kept")}
+    told |= {name: f"left dense, because {why}" for name, why in left_dense.items()}
+    named = "".join(f"<li>{html.escape(name)}: {html.escape(why)}</li>" for name, why in told.items())
+    listed = f"<details><summary>Those that are a case apart</summary><ul>{named}</ul></details>" if named else ""
     head = "".join(f'<th scope="col">{title}</th>' for title in ("fate", "tensors", "bytes in the checkpoint"))
     return ("<h2>What became of the checkpoint's tensors</h2>"
             f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>{listed}")

@@ -28,7 +28,7 @@ CARD = "README.md"
 CARRIED = ("license", "license_name", "license_link", "pipeline_tag")  # of the base's front matter
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FRONT_MATTER = 65536  # characters of the base's card that are looked at
-FLAGS = {"calibration": "--calibration", "text": "--text", "evaluation_tokens": "--evaluation-tokens",
+FLAGS = {"calibration": "--calibration-text", "text": "--text", "evaluation_tokens": "--evaluation-tokens",
          "context": "--context", "seed": "--seed", "device": "--device", "base_model": "--base-model"}
 
 
@@ -151,7 +151,7 @@ def command(request: Request, budget: str, changed: Mapping[str, Any]) -> str:
     words = ["tersor", "compress", "MODEL", "OUT", *budget.split()]
     known = request.method in families()
     if "method" in changed:
-        words += ["--method" if known else "--codec", request.method]
+        words += ["--codec", request.method]
     if not changed.get("calibrated", True):
         words.append("--uncalibrated")
     if "sampling" in changed and changed["sampling"].tokens != Sampling.tokens:
