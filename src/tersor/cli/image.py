@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -43,7 +44,8 @@ def image(src: Annotated[Path, typer.Argument(metavar="PNG", help="gray or colou
     original = images.read(src)
     if original.converted:
         VOICE.get().say(f"{src}: {original.converted}")
-    encoded = images.encode(original, rate, codec, size=nbytes, channels=channels, seed=seed, **parse_options(option))
+    unread = dataclasses.replace(original, png_bytes=None)  # what there is to say of the PNG is said below, once
+    encoded = images.encode(unread, rate, codec, size=nbytes, channels=channels, seed=seed, **parse_options(option))
     on_disk = encoded.save(output)
     decoded = images.load(output).image()
     height, width = original.samples.shape[:2]
@@ -54,6 +56,10 @@ def image(src: Annotated[Path, typer.Argument(metavar="PNG", help="gray or colou
               "png_bytes": src.stat().st_size, "report": str(page)}
     if original.converted:
         record["converted"] = original.converted
+    told = images.remark(original, on_disk)
+    if told:
+        VOICE.get().say(f"{src}: {told}")
+        record["remark"] = told
     content = image_html(record, images.pictures(original, decoded)).encode()
     write_new(page, lambda handle: handle.write(content))
     emit(record, as_json, f"{src} → {output}")

@@ -76,11 +76,13 @@ def compress(src: Src, output: Out, rate: BudgetRate = None, size: Size = None, 
              context: Context = 512, seed: Seed = 0, device: Device = "cpu", option: OptionTexts = None,
              sensitivities: Sensitivities = None, dense: Dense = None, leave_out: LeaveOut = None,
              resume: Resume = True,
+             samples: Annotated[int, typer.Option(help="sample generations in the report; 0: none")] = 3,
+             base_model: Annotated[str | None, typer.Option(help="OWNER/NAME of the original, for the card")] = None,
              dry_run: Annotated[bool, typer.Option("--dry-run", help="estimate bytes, memory and time only")] = False,
              as_json: AsJson = False) -> None:
     """Compress a model to a budget. Calibrates, surveys, plans, encodes, verifies and evaluates."""
     from tersor.cli.report import write_html
-    from tersor.hf.compress import dryrun, run
+    from tersor.hf.compress import card, dryrun, run
     from tersor.hf.compress.request import Sampling
 
     if codec in REDUCTIONS:
@@ -90,7 +92,7 @@ def compress(src: Src, output: Out, rate: BudgetRate = None, size: Size = None, 
     settings = run.CompressSettings(
         codec, calibration, calibrated, text, Sampling(tokens, context=context, seed=seed),
         evaluation_tokens, context, seed, device, resume, parse_options(option), read_weights(sensitivities),
-        tuple(dense or ()), tuple(leave_out or ()))
+        tuple(dense or ()), tuple(leave_out or ()), samples, base_model)
     nbytes = None if size is None else parse_size(size)
     rate = 3.0 if rate is None and nbytes is None else rate
     if dry_run:
@@ -103,7 +105,8 @@ def compress(src: Src, output: Out, rate: BudgetRate = None, size: Size = None, 
                         f"({report['summary']['bytes']} bytes): copied it as it is")
         emit(report["summary"], as_json, str(output))
         return
-    page = write_html(report, output.with_name(f"{output.name}.report.html"))
+    page = write_html(report, output.with_name(f"{output.name}.report.html"), card.headline(report),
+                      card.loading(output, output.name))
     record = {**report["summary"], **report.get("evaluation", {}), "report": str(page)}
     emit(record, as_json, f"{src} → {output}")
 

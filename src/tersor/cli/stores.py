@@ -44,6 +44,7 @@ from tersor.cli.base import (
 from tersor.cli.figures import count_text, size_text
 from tersor.cli.funnel import existing
 from tersor.cli.telling import Bars
+from tersor.contract.derived import package_nbytes
 from tersor.errors import CodecConfigError, CorruptStoreError, ModelError, TersorError
 from tersor.families import families
 from tersor.files import exclusive, locked
@@ -158,6 +159,7 @@ def inspect(path: Annotated[Path, typer.Argument(metavar="OUT", help="what Terso
     record = {"kind": opened.kind, "bytes": nbytes, "parameters": elements, "rate": 8 * nbytes / max(1, elements),
               "format_version": opened.manifest["format_version"], "provenance": opened.manifest["provenance"],
               "kinds": kinds, "entries": rows}
+    record["package_bytes"] = package_nbytes(e.codec for e in opened.entries.values() if e.codec is not None)
     if opened.kind == "cache":  # elements of a cache's entries are bytes of codes, not numbers that they stand for
         for key in ("parameters", "rate"):
             record.pop(key)
