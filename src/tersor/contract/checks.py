@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +15,23 @@ from tersor.payload.layout import TensorSpec
 HUGE = 2.0**100  # beyond this magnitude float32 arithmetic may overflow, so an encoder's result is checked
 SMALL = 2.0**-96  # below this magnitude scales may fall under float32's normal numbers; the result is checked as well
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def from_numpy(array: np.ndarray, name: str = "matrix") -> Tensor:
+    """Return an array as a tensor: nothing copied unless its order or its bytes are not those of torch.
+
+    Raises
+    ------
+    CodecConfigError
+        If torch has no such dtype.
+    """
+    native = array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+    try:
+        with warnings.catch_warnings():  # of arrays that cannot be written, such as mapped files: no codec writes to it
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.from_numpy(np.ascontiguousarray(native)).reshape(array.shape)
+    except TypeError as error:
+        raise CodecConfigError(f"{name}: expected an array of numbers that torch has, found {array.dtype}") from error
 
 
 def check_tensor(name: str, tensor: Tensor, spec: TensorSpec) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from tersor.contract.checks import HUGE, SMALL, check_hessian, check_matrix, che
 from tersor.contract.coordinates import Coordinates
 from tersor.contract.derived import Derived
 from tersor.contract.gradient import product, recorded
+from tersor.contract.operator import Operator, as_tensor, like
 from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
 from tersor.numerics.kmeans import exponent_of, times_power
 from tersor.numerics.settings import pinned, steadily
@@ -267,8 +269,8 @@ def _checked(sample: Tensor) -> Tensor:
     return sample.detach()
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Encoded:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Encoded(Operator):
     """A compressed matrix: a linear operator made of a codec and its payload.
 
     Parameters
@@ -278,36 +280,54 @@ class Encoded:
         (out, in).
     tensors : mapping of str to Tensor
         The payload, exactly what `codec.layout(shape)` declares.
+    dtype : torch.dtype
+        Of decoded rows. `tersor.compress` and `tersor.load` set that of the original; codecs compute in float32.
+    numpy : bool
+        Whether decoding returns NumPy arrays. `tersor.compress` sets it where the matrix was one; it is not stored.
     """
 
     codec: Codec
     shape: Shape
     tensors: Mapping[str, Tensor]
+    dtype: torch.dtype = torch.float32
+    numpy: bool = False
 
     def decode(self) -> Tensor:
-        """Return the matrix, float32 (out, in)."""
-        return _steady(lambda: self.codec.decode(self))
+        """Return the matrix (out, in), in `dtype`: a tensor, or an array where `numpy` is set."""
+        return self.as_given(_steady(lambda: self.codec.decode(self)))
 
     def decode_rows(self, start: int, stop: int) -> Tensor:
-        """Return rows `start` to `stop`, float32 (stop - start, in)."""
+        """Return rows `start` to `stop`, (stop - start, in), as `decode` returns them."""
         if not 0 <= start <= stop <= self.shape[0]:
             raise CodecConfigError(f"rows {start} to {stop} do not lie within the {self.shape[0]} rows of the matrix")
-        return _steady(lambda: self.codec.decode_rows(self, slice(start, stop)))
+        return self.as_given(_steady(lambda: self.codec.decode_rows(self, slice(start, stop))))
 
-    def gather(self, index: Tensor) -> Tensor:
-        """Return the rows named by the int64 tensor `index` (any shape): float32 (*index.shape, in)."""
+    def gather(self, index: Tensor | np.ndarray) -> Any:
+        """Return the rows named by integers `index` (any shape): (*index.shape, in), in `dtype`.
+
+        An array of NumPy gives one, and a tensor a tensor.
+        """
+        given, index = index, as_tensor(index, "index")
+        if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+            raise CodecConfigError(f"gather needs integers, found {index.dtype}")
         flat = index.reshape(-1).to(torch.int64)
         checked = not (index.is_cuda or torch.compiler.is_compiling())  # a check would wait for the device
         if checked and flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < self.shape[0]:
             raise CodecConfigError(f"rows {int(flat.min())}..{int(flat.max())} do not lie within the {self.shape[0]} "
                                    "rows of the matrix")
-        return _steady(lambda: self.codec.decode_rows(self, flat)).reshape(*index.shape, self.shape[1])
+        found = _steady(lambda: self.codec.decode_rows(self, flat)).to(self.dtype)
+        return like(given, found.reshape(*index.shape, self.shape[1]))
 
-    def matmul(self, x: Tensor) -> Tensor:
-        """Return `x @ decode().T`: (*batch, in) to (*batch, out), in the dtype of `x`; differentiable in `x`."""
-        if x.shape[-1] != self.shape[1]:
-            raise CodecConfigError(f"matmul needs x of shape (..., {self.shape[1]}), found {tuple(x.shape)}")
-        return product(self, x) if recorded(x) else self.codec.matmul(self, x)
+    def matmul(self, x: Tensor | np.ndarray) -> Any:
+        """Return `x @ decode().T`: (*batch, in) to (*batch, out), in the dtype of `x`; an array gives an array.
+
+        Differentiable in `x`.
+        """
+        given, x = x, as_tensor(x, "x")
+        if not x.ndim or x.shape[-1] != self.shape[1] or not x.is_floating_point():
+            raise CodecConfigError(f"matmul needs floats x of shape (..., {self.shape[1]}), found {x.dtype} "
+                                   f"{tuple(x.shape)}")
+        return like(given, product(self, x) if recorded(x) else self.codec.matmul(self, x))
 
     @property
     def nbytes(self) -> int:

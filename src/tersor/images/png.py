@@ -40,11 +40,14 @@ class Image:
         1, 2, 4, 8 or 16 bits a sample; fewer than 8 only for gray.
     converted : str
         What reading changed, in words; empty if nothing.
+    png_bytes : int or None
+        Bytes of the file that it was read from.
     """
 
     samples: np.ndarray
     bits: int
     converted: str = ""
+    png_bytes: int | None = None
 
     @property
     def mode(self) -> str:
@@ -92,7 +95,8 @@ def read(path: str | Path) -> Image:
         samples = np.empty((height, width * info["planes"]), dtype)
         for place, row in enumerate(rows):
             samples[place] = np.frombuffer(row, dtype)
-        return _direct(samples.reshape(height, width, -1), info, path)
+        direct = _direct(samples.reshape(height, width, -1), info, path)
+        return dataclasses.replace(direct, png_bytes=len(data))
     except (png.Error, EOFError, zlib.error, struct.error, UnicodeDecodeError) as error:
         raise ImageError(f"{path}: a damaged or truncated PNG: {error or type(error).__name__}") from error
 

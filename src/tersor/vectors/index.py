@@ -23,6 +23,7 @@ from torch import Tensor
 
 from tersor import api
 from tersor.contract.codec import Codec, Encoded
+from tersor.contract.operator import like
 from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
 from tersor.payload.blocks import Tables
 from tersor.vectors import rowwise
@@ -164,7 +165,7 @@ class Index:
                 raise CodecConfigError("index: it was trained anew while vectors were encoded; add them again")
             self._held = self._held.plus(added, self._rows)
 
-    def search(self, queries: Tensor | np.ndarray, k: SupportsIndex = 10, metric: str = "l2") -> tuple[Tensor, Tensor]:
+    def search(self, queries: Tensor | np.ndarray, k: SupportsIndex = 10, metric: str = "l2") -> tuple[Any, Any]:
         """Return the k best vectors of each query.
 
         The first search by L2 or cosine keeps the norms of the decoded vectors: 4 bytes a vector in memory, not stored.
@@ -179,7 +180,7 @@ class Index:
 
         Returns
         -------
-        distances, ids : Tensor
+        distances, ids : Tensor, or ndarray where the queries are one
             float32 and int64 (q, k). Of equal scores the lower id comes first. Where k exceeds `ntotal`, the id is -1
             and the distance the largest float32 (the lowest, descending).
 
@@ -190,7 +191,7 @@ class Index:
         NonFiniteError
             If a query holds NaN, infinity or numbers beyond 2**50.
         """
-        queries = self._vectors(queries).to(torch.float32)
+        given, queries = queries, self._vectors(queries).to(torch.float32)
         held, k = self._held, _integer(k, "k", 1)
         if not held.blocks:
             raise CodecConfigError("index: it is empty; add vectors before searching")
@@ -202,10 +203,11 @@ class Index:
         missing = (0, k - most)
         distances = torch.nn.functional.pad(torch.cat([c[0] for c in chunks]), missing,
                                             value=WORST if metric == "l2" else -WORST)
-        return distances, torch.nn.functional.pad(torch.cat([c[1] for c in chunks]), missing, value=-1)
+        ids = torch.nn.functional.pad(torch.cat([c[1] for c in chunks]), missing, value=-1)
+        return like(given, distances), like(given, ids)
 
-    def reconstruct(self, ids: Tensor | np.ndarray | Sequence[int] | int) -> Tensor:
-        """Return the decoded vectors of `ids`, integers of any shape: float32 (*ids.shape, dim).
+    def reconstruct(self, ids: Tensor | np.ndarray | Sequence[int] | int) -> Any:
+        """Return the decoded vectors of `ids`, integers of any shape: float32 (*ids.shape, dim), an array for an array.
 
         Raises
         ------
@@ -226,17 +228,20 @@ class Index:
             inside = ((flat >= first) & (flat < first + len(block))).nonzero().squeeze(1)
             if inside.numel():
                 out[inside] = block.encoded.gather(flat[inside] - first)
-        return out.reshape(*index.shape, self.dim)
+        return like(ids, out.reshape(*index.shape, self.dim))
 
-    def sa_encode(self, x: Tensor | np.ndarray) -> Tensor:
-        """Return stand-alone codes of vectors (n, dim): uint8 (n, code_size). Raises what `add` raises."""
+    def sa_encode(self, x: Tensor | np.ndarray) -> Any:
+        """Return stand-alone codes of vectors (n, dim): uint8 (n, code_size), an array for an array.
+
+        Raises what `add` raises.
+        """
         parts = [torch.empty(0, self.code_size, dtype=torch.uint8)]
         for encoded in self._encoded(self._vectors(x), self._held):
             parts.append(rowwise.to_bytes(encoded))
-        return torch.cat(parts)
+        return like(x, torch.cat(parts))
 
-    def sa_decode(self, codes: Tensor | np.ndarray) -> Tensor:
-        """Return the vectors of stand-alone codes, uint8 (n, code_size): float32 (n, dim).
+    def sa_decode(self, codes: Tensor | np.ndarray) -> Any:
+        """Return the vectors of stand-alone codes, uint8 (n, code_size): float32 (n, dim), an array for an array.
 
         Raises
         ------
@@ -247,7 +252,7 @@ class Index:
         """
         held = self._held
         self._check_trained(held)
-        codes = torch.as_tensor(codes).cpu()
+        given, codes = codes, torch.as_tensor(codes).cpu()
         if codes.dtype != torch.uint8 or codes.ndim != 2 or codes.shape[1] != self.code_size:
             raise CodecConfigError(f"index: codes must be uint8 (n, {self.code_size}), found {codes.dtype} "
                                    f"{tuple(codes.shape)}")
@@ -256,7 +261,7 @@ class Index:
             part = codes[start : start + self._rows]
             encoded = rowwise.from_bytes(part, self.codec, self.dim, held.tables)
             out[start : start + len(part)] = encoded.check("codes").decode()
-        return out
+        return like(given, out)
 
     def save(self, path: str | Path) -> None:
         """Write the index to a new directory with `tersor.save`: one matrix a block, the tables once.

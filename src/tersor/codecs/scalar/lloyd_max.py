@@ -10,7 +10,7 @@ import dataclasses
 import importlib.resources
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, lru_cache
 from typing import ClassVar, final
 
@@ -81,6 +81,10 @@ class Scalar(MultipliesRotated):
         if self.codebook == "gaussian" and self.levels not in gaussian_levels():
             raise CodecConfigError(f"scalar: no Gaussian table with {self.levels} levels; there are 2 to 64, 90, 128, "
                                    "181 and 256; or use codebook='fitted'")
+
+    def package_tables(self) -> Mapping[str, int]:
+        """Return the table of the unit normal, where levels are not the matrix's own."""
+        return package_table(self.levels) if self.codebook == "gaussian" else {}
 
     def layout(self, shape: Shape) -> Layout:
         """Return `codes`, `scales` and, unless Gaussian, `table`."""
@@ -209,6 +213,11 @@ def _tables() -> dict[int, tuple[float, ...]]:
 def gaussian_levels() -> frozenset[int]:
     """Return the numbers of levels for which there is a Gaussian table."""
     return frozenset(_tables())
+
+
+def package_table(levels: int) -> dict[str, int]:
+    """Return the name and the bytes of a table of the package: its positive half, in float32."""
+    return {f"lloyd_max/{levels}": 4 * len(_tables()[levels])}
 
 
 @cache

@@ -12,9 +12,11 @@ import torch
 
 from tersor import store
 from tersor.errors import CorruptStoreError, VerificationError
+from tersor.hf.compress.proof import prove
 from tersor.hf.compress.request import Progress, no_progress
-from tersor.hf.models.matrices import Parts, empty_model, read_config, walk
-from tersor.hf.models.source import REPORT, Source
+from tersor.hf.models.ledger import CARRIED, check_entries, check_source
+from tersor.hf.models.matrices import Parts, empty_model, made_anew, read_config, walk
+from tersor.hf.models.source import REPORT, Source, made_from
 from tersor.quality import measure
 
 # the encoder and the verifier compute one error from the same numbers; only the order of float32 sums may differ
@@ -22,25 +24,36 @@ AGREEMENT = 1e-3
 FLOOR = 1e-12
 
 
-def verify(path: Path, source: Source | None = None, progress: Progress = no_progress) -> dict[str, Any]:
-    """Verify a store; for a model, also that it covers the model, and, with a source, every tensor's error.
+def verify(path: Path, source: Source | None = None, progress: Progress = no_progress, *,
+           proven: bool = True) -> dict[str, Any]:
+    """Verify a store; for a model, also that it covers the model and computes, and, with a source, every error.
+
+    Parameters
+    ----------
+    proven : bool
+        Whether a model is loaded and run once beside its decoded weights; False where it is about to be run anyway.
 
     Returns
     -------
     dict
-        `matrices`, `plain`, `bytes`, `kind`, `against` and `worst_relative_error`.
+        `matrices`, `plain`, `bytes`, `kind`, `against`, `worst_relative_error`, `changed`: companions such as the
+        tokenizer that were edited since, of which a warning tells; and `proof`: see `prove`.
 
     Raises
     ------
     CorruptStoreError
         If bytes are not what was written.
     VerificationError
-        If tensors are missing, decode to NaN, or err more than the encoder recorded.
+        If tensors are missing, decode to NaN, or err more than the encoder recorded, or if the model, loaded, does not
+        compute what its weights decode to.
     """
     opened = store.read(path)
-    opened.verify()
+    changed = opened.verify()
+    if source is not None and not made_from(opened.manifest["provenance"], source):
+        raise VerificationError(f"{path} was not made from {source.path}: its manifest names a source of other bytes")
     if opened.kind == "model":
         _check_coverage(path, opened)
+        _check_ledger(path, opened, source)
     recorded = _recorded(path)
     worst = 0.0
     names = opened.matrix_names()
@@ -59,20 +72,44 @@ def verify(path: Path, source: Source | None = None, progress: Progress = no_pro
         worst = max(worst, found)
     if source is not None:
         _check_plain(path, opened, source)
+    proof = prove(path, opened) if opened.kind == "model" and proven else None
     progress("verify", len(names), len(names))
     return {"matrices": len(names), "plain": len(opened.entries) - len(names), "bytes": store.stored_nbytes(path),
             "kind": opened.kind, "against": None if source is None else str(source.path),
-            "worst_relative_error": None if source is None else worst}
+            "worst_relative_error": None if source is None else worst, "changed": changed, "proof": proof}
 
 
 def _check_coverage(path: Path, opened: store.Store) -> None:
-    layout = walk(empty_model(read_config(path)))
-    expected = {**{n: m.shape for n, m in layout.matrices.items()}, **{n: tuple(s) for n, s in layout.plain.items()}}
+    model = empty_model(read_config(path))
     found = {name: entry.shape for name, entry in opened.entries.items()}
-    expected.update({name: shape for name, shape in biases_added(layout, opened).items() if name not in expected})
+    layout = walk(model).leaving(opened.plain_names())
+    absent = {m.parameter for m in layout.matrices.values()} | set(layout.plain)
+    absent -= {name.partition("/")[0] for name in found}
+    layout = layout.without(made_anew(model, absent))
+    expected: dict[str, tuple[int, ...]] = {name: matrix.shape for name, matrix in layout.matrices.items()}
+    expected |= {name: tuple(size) for name, size in layout.plain.items()}
+    expected |= {name: shape for name, shape in biases_added(layout, opened).items() if name not in expected}
+    expected |= {name: found.get(name, ()) for name in _carried(opened)}
     if expected != found:
         odd = sorted({n for n in set(expected) | set(found) if expected.get(n) != found.get(n)})
         raise VerificationError(f"{path}: {len(odd)} tensors are missing, extra or misshapen, such as {odd[:3]}")
+
+
+def _carried(opened: store.Store) -> list[str]:
+    """Return the tensors that no parameter takes, which are carried along."""
+    return list(opened.manifest["provenance"].get("ledger", {}).get(CARRIED, []))
+
+
+def _check_ledger(path: Path, opened: store.Store, source: Source | None) -> None:
+    """Check that the bytes of the checkpoint add up; stores from before the ledger have none."""
+    record = opened.manifest["provenance"].get("ledger")
+    if record is None:
+        return
+    layout = walk(empty_model(read_config(path)))
+    added = set(biases_added(layout, opened)) - set(layout.plain)
+    check_entries(record, opened.entries.values(), added, str(path))
+    if source is not None:
+        check_source(record, source.ledger, str(path))
 
 
 def biases_added(layout: Parts, opened: store.Store) -> dict[str, tuple[int, ...]]:
@@ -108,7 +145,8 @@ def verify_in_fresh_process(path: Path, against: Path) -> None:
     VerificationError
         If it fails; carries its message.
     """
-    command = [sys.executable, "-m", "tersor", "verify", str(path), "--against", str(against), "--json"]
+    command = [sys.executable, "-m", "tersor", "--quiet", "verify", str(path), "--against", str(against), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise VerificationError(done.stderr.strip() or f"{path}: verification ended with status {done.returncode}")
+        told = done.stderr.strip().removeprefix("tersor: ")
+        raise VerificationError(told or f"{path}: verification ended with status {done.returncode}")

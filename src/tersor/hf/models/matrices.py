@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
+import fnmatch
 import io
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tersor.errors import ModelError
+from tersor.hf.models.classes import model_class
 
 MIN_SIDE = 8  # a matrix with fewer rows or columns is not worth compressing
+# what transformers may raise at a configuration or a checkpoint that it cannot use
+FOREIGN = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError,
+           StrictDataclassError, TypeError, ValueError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +74,40 @@ class Parts:
     plain: Mapping[str, torch.Size]
     tied: Mapping[str, str]
 
+    def leaving(self, dense: Iterable[str]) -> Parts:
+        """Return the same parts with the matrices of some parameters among what is stored as it is."""
+        kept = set(dense)
+        shapes: dict[str, torch.Size] = {}
+        for m in self.matrices.values():
+            if m.parameter in kept:
+                shape = m.shape[::-1] if m.kind == "conv1d" else m.shape
+                shapes[m.parameter] = torch.Size(shape if m.index is None else (m.index + 1, *shape))
+        matrices = {name: m for name, m in self.matrices.items() if m.parameter not in kept}
+        return Parts(matrices, {**self.plain, **shapes}, self.tied)
+
     @property
     def parameters(self) -> list[str]:
         """Names of the tensors that a dense checkpoint of this model stores."""
         return list(dict.fromkeys([m.parameter for m in self.matrices.values()] + list(self.plain)))
+
+    def without(self, names: Set[str]) -> Parts:
+        """Return these parts less some parameters."""
+        return Parts({name: m for name, m in self.matrices.items() if m.parameter not in names},
+                     {name: size for name, size in self.plain.items() if name not in names}, self.tied)
+
+    def matching(self, pattern: str) -> list[str]:
+        """Return the parameters of matrices that a shell pattern matches.
+
+        Raises
+        ------
+        ModelError
+            If there is none.
+        """
+        found = [name for name in self.parameters if name not in self.plain and fnmatch.fnmatchcase(name, pattern)]
+        if not found:
+            raise ModelError(f"--dense '{pattern}' matches no matrix of the model; names look like "
+                             f"'{next(iter(self.matrices), 'model.layers.0.mlp.up_proj.weight')}'")
+        return found
 
 
 @contextlib.contextmanager
@@ -100,37 +138,55 @@ def read_config(path: Path) -> PretrainedConfig:
     if not (path / "config.json").is_file():
         raise ModelError(f"{path}: no config.json; expected the directory of a transformers model, or a .gguf file")
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True)
-    except (ValueError, OSError, KeyError, TypeError) as error:
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except FOREIGN as error:
         raise ModelError(f"{path}: transformers cannot read config.json: {_line(error)}") from error
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
-    """Return the causal language model of a configuration on the meta device: shapes without memory.
+    """Return the model of a configuration's own class on the meta device: shapes without memory.
 
     Raises
     ------
     ModelError
-        If the configuration has no causal language model.
+        If transformers cannot build it.
     """
+    kind = model_class(config)
     try:
         with quiet(), torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise ModelError(f"'{config.model_type}' is no causal language model that transformers can build: "
-                         f"{_line(error)}") from error
-
-
-def check_class(path: Path, config: PretrainedConfig, model: PreTrainedModel) -> None:
-    """Raise `ModelError` unless the model is of the class that config.json names: no part is left out or invented."""
-    named = (config.architectures or [type(model).__name__])[0]
-    if named != type(model).__name__:
-        raise ModelError(f"{path}: config.json names a {named}; as a causal language model it would be a "
-                         f"{type(model).__name__}, which has other parameters; only causal language models are taken")
+            return kind(config)
+    except FOREIGN as error:
+        raise ModelError(f"transformers cannot build a {kind.__name__} from config.json: {_line(error)}") from error
 
 
 def _line(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:300] or type(error).__name__
+
+
+def unsaved(model: PreTrainedModel) -> set[str]:
+    """Return the parameters that a class makes by itself and does not save, such as tables of sinusoids."""
+    patterns = model._keys_to_ignore_on_save or ()
+    return {name for name in model.state_dict() if any(re.search(pattern, name) for pattern in patterns)} - set(
+        model.all_tied_weights_keys)
+
+
+def made_anew(model: PreTrainedModel, absent: Collection[str]) -> set[str]:
+    """Return those parameters, of some that a checkpoint lacks, that the class makes by itself and always alike."""
+    return {name for name in unsaved(model) & set(absent) if _makes_alike(model, name)}
+
+
+def _makes_alike(model: PreTrainedModel, name: str) -> bool:
+    """Return whether a class makes a parameter of a (meta) model the same way every time: it is not drawn at random."""
+    path, _, key = name.rpartition(".")
+    made = []
+    for seed in range(2):
+        module = copy.deepcopy(model.get_submodule(path)).to_empty(device="cpu")
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(seed)
+            module.get_parameter(key).fill_(seed)
+            model._init_weights(module)
+        made.append(module.get_parameter(key))
+    return torch.equal(*made)
 
 
 def walk(model: PreTrainedModel) -> Parts:
