@@ -6,6 +6,7 @@ Whoever reads takes them once and sees one state to the end, however many vector
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -13,11 +14,12 @@ from torch import Tensor
 
 from tersor.contract.codec import Encoded
 from tersor.payload.blocks import Tables, row_blocks
+from tersor.payload.scales import rms
 from tersor.vectors import rowwise
 
 
 class Block:
-    """Encoded vectors, and the squared norms of what they decode to once a search has needed them.
+    """Encoded vectors, and the norms of what they decode to once a search has needed them.
 
     Parameters
     ----------
@@ -26,18 +28,19 @@ class Block:
 
     def __init__(self, encoded: Encoded) -> None:
         self.encoded = encoded
-        self._powers: Tensor | None = None
+        self._norms: Tensor | None = None
 
     def __len__(self) -> int:
         return self.encoded.shape[0]
 
-    def powers(self) -> Tensor:
-        """Return the squared norms, float32 (n,), kept; threads that ask at once compute the same."""
-        found = self._powers
+    def norms(self) -> Tensor:
+        """Return the norms, float32 (n,), kept; threads that ask at once compute the same."""
+        found = self._norms
         if found is None:
             codec, encoded = self.encoded.codec, self.encoded
-            found = torch.cat([codec.decode_rows(encoded, rows).square().sum(1) for rows in row_blocks(encoded.shape)])
-            self._powers = found
+            found = torch.cat([rms(codec.decode_rows(encoded, rows)) for rows in row_blocks(encoded.shape)])
+            found.mul_(math.sqrt(encoded.shape[1]))
+            self._norms = found
         return found
 
 

@@ -29,7 +29,8 @@ from tersor.payload.blocks import Tables
 from tersor.vectors import rowwise
 from tersor.vectors.choice import choose
 from tersor.vectors.held import Held
-from tersor.vectors.nearest import WORST, Best
+from tersor.vectors.nearest import WORST
+from tersor.vectors.scoring import best_of
 
 METRICS = ("l2", "ip", "cosine")
 BLOCK_ROWS = 8192  # vectors of a block; with the queries of a chunk, their scores stay in the processor's cache
@@ -197,7 +198,7 @@ class Index:
         if metric not in METRICS:
             raise CodecConfigError(f"index: metric must be one of {METRICS}, found {metric!r}")
         most = min(k, held.count)
-        chunks = [_search(held, queries[i : i + CHUNK_QUERIES], most, metric)
+        chunks = [best_of(held, queries[i : i + CHUNK_QUERIES], most, metric)
                   for i in range(0, max(1, len(queries)), CHUNK_QUERIES)]
         missing = (0, k - most)
         distances = torch.nn.functional.pad(torch.cat([c[0] for c in chunks]), missing,
@@ -360,19 +361,3 @@ def _integer(value: SupportsIndex, name: str, least: int) -> int:
             return operator.index(value)
     wanted = "a positive integer" if least else "an integer >= 0"
     raise CodecConfigError(f"index: {name} must be {wanted}, found {value!r}")
-
-
-def _search(held: Held, queries: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
-    norms = queries.square().sum(1, keepdim=True)
-    if metric == "cosine":
-        queries = queries / norms.sqrt().clamp_min(torch.finfo(torch.float32).tiny)
-    best = Best(len(queries), k)
-    for first, block in held.placed() if len(queries) else ():
-        scores = block.encoded.matmul(queries)
-        if metric == "l2":  # |q - x|² = |q|² - 2 (q x - |x|² / 2)
-            scores.sub_(block.powers() / 2)
-        elif metric == "cosine":
-            power = block.powers()
-            scores.mul_(torch.where(power > 0, power.rsqrt(), torch.zeros_like(power)))
-        best.offer(scores, first)
-    return (norms - 2 * best.scores).clamp_min_(0) if metric == "l2" else best.scores, best.ids
