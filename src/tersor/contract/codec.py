@@ -16,11 +16,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tersor.contract.checks import HUGE, check_hessian, check_matrix, check_tensor
+from tersor.contract.checks import HUGE, check_hessian, check_matrix, check_tensor, may_overflow
 from tersor.contract.coordinates import Coordinates
 from tersor.contract.derived import Derived
 from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
 from tersor.numerics.linalg import single_thread
+from tersor.numerics.memory import check_memory
 from tersor.payload.blocks import Rows, Shape, Tables, row_blocks
 from tersor.payload.layout import Layout
 
@@ -209,9 +210,10 @@ class Codec(Derived, abc.ABC):
         with single_thread(), torch.no_grad():
             encoded = self.search(matrix, Search(hessian, seed, dict(options or {}), dict(tables or {})))
             peak = max(float(matrix.max()), -float(matrix.min()))
-            if peak > HUGE and not bool(torch.isfinite(encoded.decode()).all()):
-                raise NonFiniteError(f"the matrix holds magnitudes up to {peak:.3g}, with which codec '{self.spec()}' "
-                                     "overflows float32; scale the matrix down before encoding")
+            if (peak > HUGE or may_overflow((tables or {}).values())) and not encoded.is_finite():
+                raise NonFiniteError(f"the matrix or the shared tables hold magnitudes up to {peak:.3g} or more, with "
+                                     f"which codec '{self.spec()}' overflows float32; scale the matrix down before "
+                                     "encoding")
             return encoded
 
     def __str__(self) -> str:
@@ -236,13 +238,33 @@ class Encoded:
     tensors: Mapping[str, Tensor]
 
     def decode(self) -> Tensor:
-        """Return the matrix, float32 (out, in)."""
+        """Return the matrix, float32 (out, in).
+
+        Raises
+        ------
+        NoMemoryError
+            If it takes more memory than there is; names the bytes.
+        """
+        self._check_room(self.shape[0])
         return self.codec.decode(self)
+
+    def _check_room(self, rows: int) -> None:
+        """Refuse dense rows beyond the memory there is: a few stored bytes may stand for any number of them."""
+        if not torch.compiler.is_compiling() and next(iter(self.tensors.values())).device.type == "cpu":
+            check_memory(4 * rows * self.shape[1], f"decoding {rows} rows of a matrix of shape {self.shape}",
+                         "decode fewer rows at a time, decode_rows(start, stop), or multiply by it as it is")
+
+    def is_finite(self) -> bool:
+        """Tell whether every decoded number is finite; by blocks of rows where rows decode alone."""
+        if self.codec.traits().mixes_rows or self.codec.traits().spectral:
+            return bool(torch.isfinite(self.decode()).all())
+        return all(bool(torch.isfinite(self.codec.decode_rows(self, block)).all()) for block in row_blocks(self.shape))
 
     def decode_rows(self, start: int, stop: int) -> Tensor:
         """Return rows `start` to `stop`, float32 (stop - start, in)."""
         if not 0 <= start <= stop <= self.shape[0]:
             raise CodecConfigError(f"rows {start} to {stop} do not lie within the {self.shape[0]} rows of the matrix")
+        self._check_room(stop - start)
         return self.codec.decode_rows(self, slice(start, stop))
 
     def gather(self, index: Tensor) -> Tensor:
@@ -277,12 +299,13 @@ class Encoded:
                                       if k.startswith(prefix)})
 
     def check(self, name: str = "matrix") -> Encoded:
-        """Check the payload against the layout, and its floats for NaN and infinity; return self.
+        """Check the payload against the layout, its floats and what they decode to for NaN and infinity; return self.
 
         Raises
         ------
         CorruptStoreError
-            If a tensor is missing, extra, misshapen, of another dtype or not finite; names it.
+            If a tensor is missing, extra, misshapen, of another dtype or not finite, names it; or if numbers are so
+            large that they decode to infinity or NaN.
         """
         layout = self.codec.layout(self.shape)
         if set(layout) != set(self.tensors):
@@ -290,4 +313,7 @@ class Encoded:
                                     f"{sorted(self.tensors)}; the payload and the manifest do not belong together")
         for key, spec in layout.items():
             check_tensor(f"{name}/{key}", self.tensors[key], spec)
+        if may_overflow(self.tensors.values()) and not self.is_finite():
+            raise CorruptStoreError(f"{name}: decodes to NaN or infinity, by codec '{self.codec}' from numbers that are "
+                                    "finite but too large; the file is damaged or was forged")
         return self
