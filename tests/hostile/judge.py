@@ -86,8 +86,8 @@ def judge(kind: Kind, sound: Path, folder: Path, seed: int) -> Outcome:
     draw = random.Random(seed)
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(sound, folder)
-    done = damage(folder, draw)
     signed = kind.sign is not None and draw.random() < 0.5
+    done = damage(folder, draw, signed=signed)
     if signed and kind.sign is not None:
         kind.sign(folder)
     wanted = expected(kind, sound)

@@ -129,7 +129,7 @@ def change_tensors(file: Path, draw: Draw) -> None:
         name = draw.choice(floats if floats and draw.random() < 0.7 else list(tensors))
         old = tensors[name]
         flat = old.reshape(-1).clone()
-        how = draw.randrange(10)
+        how = draw.randrange(20)
         if how == 0:
             tensors[name] = old.to(draw.choice((torch.float32, torch.float64, torch.int32, torch.bfloat16, torch.uint8)))
         elif how == 1:
@@ -138,7 +138,7 @@ def change_tensors(file: Path, draw: Draw) -> None:
         elif how == 2 and name in tensors and len(tensors) > 1:
             del tensors[name]
         elif flat.is_floating_point() and len(flat):
-            peak = draw.choice((*PEAKS, math.nan, math.inf)) if how < 9 else draw.choice(PEAKS)
+            peak = draw.choice((*PEAKS, math.nan, math.inf)) if how < 6 else draw.choice(PEAKS)
             chosen = slice(None) if how % 2 else slice(0, draw.randrange(1, len(flat) + 1))
             flat[chosen] = torch.tensor(peak, dtype=torch.float64).to(flat.dtype)
             tensors[name] = flat.reshape(old.shape)
@@ -147,20 +147,23 @@ def change_tensors(file: Path, draw: Draw) -> None:
             flat[:] = 0 if kind == 0 else (255 if flat.dtype == torch.uint8 else torch.iinfo(flat.dtype).max if
                                            flat.dtype != torch.bool else 1)
             if kind == 2:
-                flat[:] = torch.tensor([draw.randrange(256 if flat.dtype == torch.uint8 else 2) for _ in range(len(flat))],
-                                       dtype=flat.dtype)
+                generator = torch.Generator().manual_seed(draw.randrange(2**31))
+                flat[:] = torch.randint(256 if flat.dtype == torch.uint8 else 2, flat.shape, generator=generator).to(flat.dtype)
             tensors[name] = flat.reshape(old.shape)
     save_file({k: t.contiguous() for k, t in tensors.items()}, file, head.get("__metadata__"))
 
 
-def damage(folder: Path, draw: Draw) -> str:
-    """Damage one file of a folder, or the folder; return what was done."""
+def damage(folder: Path, draw: Draw, *, signed: bool) -> str:
+    """Damage one file of a folder, or the folder; return what was done.
+
+    What is `signed` anew keeps its form more often than not: else it hardly gets beyond the first check.
+    """
     files = sorted(p for p in folder.rglob("*") if p.is_file())
-    file = draw.choice(files)
     texts = [p for p in files if p.suffix in (".json", ".jsonl")]
-    if texts and draw.random() < 0.4:
-        file = draw.choice(texts)
+    file = draw.choice(texts if texts and draw.random() < 0.4 else files)
     how = draw.random()
+    if signed and file.suffix == ".safetensors" and how < 0.8:
+        how = 0.5
     if how < 0.08:
         return _damage_folder(folder, file, files, draw)
     if file.suffix == ".safetensors" and how < 0.75:
@@ -206,8 +209,9 @@ def _damage_folder(folder: Path, file: Path, files: list[Path], draw: Draw) -> s
 
 
 def sign_store(folder: Path) -> None:
-    """Make a store's digests right again, as far as it can be read."""
-    file = folder / MANIFEST
+    """Make the digests of the store in a folder right again, as far as it can be read."""
+    file = next(folder.rglob(MANIFEST), folder / MANIFEST)
+    folder = file.parent
     manifest = _object(file)
     if manifest is None:
         return

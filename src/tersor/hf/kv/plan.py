@@ -116,15 +116,26 @@ def read_plan(plan: str | Path | Mapping[str, Any]) -> KVPlan:
     file = Path("kv.json") if isinstance(plan, Mapping) else Path(plan)
     try:
         record = dict(plan) if isinstance(plan, Mapping) else json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CodecConfigError(f"{file}: expected a plan that 'tersor kv-plan' wrote: {error}") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT or record.get("version") != VERSION:
         raise CodecConfigError(f"{file}: expected a JSON object of format '{FORMAT}', version {VERSION}")
     with damaged(file):
         layers = {int(number): (sides["key"], sides["value"]) for number, sides in record["layers"].items()}
+        if not isinstance(record["model"], Mapping) or not all(isinstance(spec, str) for pair in layers.values()
+                                                               for spec in pair):
+            raise CodecConfigError(f"{file}: expected a model's fields, and a codec string for keys and for values")
         beside = record.get("tables")
-        tables = {} if beside is None else _read_tables(file.parent / beside["file"], beside["sha256"])
+        tables = {} if beside is None else _read_tables(_beside(file, beside["file"]), beside["sha256"])
         return KVPlan(record["model"], layers, record["residual"], record["sink"], record["block"], tables)
+
+
+def _beside(plan: Path, name: Any) -> Path:
+    """Return the file of the plan's tables, which lies beside it and nowhere else."""
+    if not isinstance(name, str) or Path(name).name != name or name in ("", "..") or "\0" in name:
+        raise CorruptStoreError(f"{plan}: its tables must be named by a file beside it, found {name!r}; move them there, "
+                                "or write the plan again")
+    return plan.parent / name
 
 
 def _read_tables(file: Path, sha256: str) -> dict[tuple[int, str], dict[str, Tensor]]:
