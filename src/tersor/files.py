@@ -74,3 +74,22 @@ def write_json(path: Path, value: Any) -> None:
     """Write a value as JSON; the file appears whole or not at all."""
     with whole(path) as partial:
         partial.write_text(json.dumps(value, indent=1))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of JSON text; bytes are UTF-8.
+
+    Raises
+    ------
+    ValueError
+        If it is no JSON, or nested deeper than it can be read.
+    """
+    try:
+        return json.loads(text if isinstance(text, str) else text.decode("utf-8"))
+    except RecursionError as error:
+        raise ValueError("JSON that is nested too deeply") from error
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds; `OSError` and `ValueError` where it cannot."""
+    return parse_json(path.read_bytes())

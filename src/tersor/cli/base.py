@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from tersor import files
 from tersor.errors import BudgetError, CodecConfigError
 from tersor.files import whole
 from tersor.planning.calibration import Calibration
@@ -63,8 +64,8 @@ def parse_options(texts: list[str] | None) -> dict[str, Any]:
         if not equals:
             raise CodecConfigError(f"--option '{text}': expected name=value")
         try:
-            options[name] = json.loads(value)
-        except json.JSONDecodeError:
+            options[name] = files.parse_json(value)
+        except ValueError:
             options[name] = value
     return options
 
@@ -154,6 +155,6 @@ def read_json(path: Path) -> Any:
         If it is none.
     """
     try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        return files.read_json(path)
+    except (OSError, ValueError) as error:
         raise CodecConfigError(f"{path}: expected JSON: {error}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,7 @@ import typer
 
 from tersor.cli.base import AsJson, Bars, Device, Seed, Src, emit, open_source
 from tersor.errors import CodecConfigError
+from tersor.files import read_json
 
 
 def read_ladder(path: Path | None, default: tuple[str, ...]) -> tuple[str, ...]:
@@ -17,7 +17,7 @@ def read_ladder(path: Path | None, default: tuple[str, ...]) -> tuple[str, ...]:
     if path is None:
         return default
     try:
-        ladder = json.loads(path.read_text(encoding="utf-8"))
+        ladder = read_json(path)
     except (OSError, ValueError) as error:
         raise CodecConfigError(f"{path}: expected a JSON array of codec strings: {error}") from error
     if not isinstance(ladder, list) or not ladder or not all(isinstance(spec, str) for spec in ladder):

@@ -39,6 +39,7 @@ from tersor.cli.base import (
 from tersor.cli.reduce import REDUCTIONS
 from tersor.errors import CodecConfigError, ModelError
 from tersor.families import DEFAULT
+from tersor.files import read_json
 from tersor.planning.plan import to_json
 
 
@@ -47,8 +48,8 @@ def read_weights(path: Path | None) -> dict[str, float]:
     if path is None:
         return {}
     try:
-        record = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        record = read_json(path)
+    except (OSError, ValueError) as error:
         raise CodecConfigError(f"{path}: expected a JSON object of matrix names and weights: {error}") from error
     if not isinstance(record, dict):
         raise CodecConfigError(f"{path}: expected a JSON object of matrix names and weights")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from pathlib import Path
+from tokenize import TokenError
 from typing import Annotated, Any
 
 import numpy as np
@@ -36,6 +37,11 @@ from tersor.cli.base import (
 from tersor.errors import CodecConfigError, ModelError
 from tersor.planning.plan import from_json
 from tersor.quality import measure
+
+NPY = b"\x93NUMPY"
+# What numpy raises on a damaged header, which it reads as Python text
+UNREADABLE = (OSError, EOFError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, SyntaxError,
+              RecursionError, MemoryError, TokenError)
 
 
 def encode(src: Annotated[Path, typer.Argument(help="a model directory or .gguf with --plan; or MATRIX.npy")],
@@ -85,8 +91,14 @@ def open_npy(path: Path) -> np.ndarray:
         If it is no .npy file of plain numbers.
     """
     try:
+        with path.open("rb") as handle:
+            if handle.read(len(NPY)) != NPY:
+                raise CodecConfigError(f"{path}: expected a .npy file of one float matrix, found other bytes; write it "
+                                       "with numpy.save")
         return np.load(path, mmap_mode="c", allow_pickle=False)
-    except (EOFError, OSError, ValueError) as error:
+    except UNREADABLE as error:
+        if isinstance(error, CodecConfigError):
+            raise
         raise CodecConfigError(f"{path}: expected a .npy file of one float matrix: {error}") from error
 
 

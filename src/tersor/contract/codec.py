@@ -314,6 +314,6 @@ class Encoded:
         for key, spec in layout.items():
             check_tensor(f"{name}/{key}", self.tensors[key], spec)
         if may_overflow(self.tensors.values()) and not self.is_finite():
-            raise CorruptStoreError(f"{name}: decodes to NaN or infinity, by codec '{self.codec}' from numbers that are "
-                                    "finite but too large; the file is damaged or was forged")
+            raise CorruptStoreError(f"{name}: codec '{self.codec}' decodes it to NaN or infinity, from numbers that "
+                                    "are finite but too large; the file is damaged or was forged")
         return self

@@ -368,8 +368,8 @@ class TokenStream:
         """Raise `CorruptStoreError` if numbers side by side are so large that they decode to infinity or NaN."""
         if may_overflow([*self._tables.values(), *self._payload.values()]) and not all(
                 bool(torch.isfinite(self.decode(start, stop)).all()) for start, stop in self.chunks()):
-            raise CorruptStoreError(f"kv: blocks of codec '{self.codec}' decode to NaN or infinity, from numbers that are "
-                                    "finite but too large; the file is damaged or was forged")
+            raise CorruptStoreError(f"kv: blocks of codec '{self.codec}' decode to NaN or infinity, from numbers that "
+                                    "are finite but too large; the file is damaged or was forged")
 
 
 def _times(spec: TensorSpec, count: int) -> TensorSpec:

@@ -57,7 +57,8 @@ def check_memory(nbytes: int, what: str, instead: str) -> None:
         return
     room = available()
     if room is not None and nbytes > room:
-        raise NoMemoryError(f"{what} takes {nbytes} bytes of memory, and {max(0, room)} are available; {instead}", nbytes)
+        raise NoMemoryError(f"{what} takes {nbytes} bytes of memory, and {max(0, room)} are available; {instead}",
+                            nbytes)
 
 
 __all__ = ["available", "check_memory"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tersor.errors import CorruptStoreError, NonFiniteError
-from tersor.files import save_tensors
+from tersor.files import parse_json, save_tensors
 
 _CHECK = 1e-3  # largest relative gap tolerated between the float32 trace and a float64 sum of squares
 
@@ -92,15 +93,42 @@ class Calibration:
         """
         try:
             with safe_open(path, framework="pt") as handle:
-                record = json.loads((handle.metadata() or {})["tersor"])
+                record = parse_json((handle.metadata() or {})["tersor"])
                 tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 - not a dict
                 hessians = {name: tensors[key] for name, key in record["names"].items()}
-                return cls(hessians, int(record["tokens"]), str(record["source"]), dict(record["fisher"]))
-        except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+                fisher = {name: float(trace) for name, trace in record["fisher"].items()}
+                read = cls(hessians, record["tokens"], record["source"], fisher)
+                read._check()
+                return read
+        except CorruptStoreError:
+            raise
+        except (SafetensorError, OSError, LookupError, ValueError, TypeError, AttributeError, OverflowError) as error:
             raise CorruptStoreError(f"{path}: no calibration file written by 'tersor calibrate': {error}") from error
 
 
+    def _check(self) -> None:
+        """Raise `ValueError` unless counts, traces and shapes are of the right form; moments are looked at in use."""
+        sound = (type(self.tokens) is int and self.tokens >= 0 and isinstance(self.source, str)
+                 and all(math.isfinite(trace) and trace >= 0 for trace in self.fisher.values()))
+        odd = sorted(name for name, h in self.hessians.items()
+                     if h.ndim != 2 or h.shape[0] != h.shape[1] or h.dtype != torch.float32)
+        if not sound or odd:
+            raise ValueError(f"moments of {odd[:3]} are no float32 squares" if odd else "tokens, source or traces are "
+                             "none")
+
+
 def hessian_of(calibration: Calibration | None, name: str, device: str) -> Tensor | None:
-    """Return a matrix's Hessian on `device`, if it was calibrated."""
+    """Return a matrix's Hessian on `device`, if it was calibrated.
+
+    Raises
+    ------
+    CorruptStoreError
+        If it holds NaN or infinity.
+    """
     hessian = None if calibration is None else calibration.hessians.get(name)
-    return None if hessian is None else hessian.to(device)
+    if hessian is None:
+        return None
+    found = hessian.to(device)
+    if not bool(torch.isfinite(found).all()):
+        raise CorruptStoreError(f"calibration: the moments of '{name}' hold NaN or infinity; calibrate again")
+    return found

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tersor.errors import CodecConfigError
+from tersor.files import parse_json
+
+MOST = sys.float_info.max
 
 
 class Trials:
@@ -44,6 +47,8 @@ class Trials:
         self.path, self._what, self._mark = path, what, mark
         self._key, self._numbers = key, numbers
         self._known: dict[tuple[Any, ...], dict[str, Any]] = {}
+        if path.is_dir():
+            raise CodecConfigError(f"{path}: expected a {what} file, found a directory; name another file")
         self._begun = path.exists() and path.stat().st_size > 0
         if self._begun:
             self._read(hint)
@@ -73,7 +78,7 @@ class Trials:
             os.truncate(self.path, len(whole))
         for record in records[1:]:
             numbers = [record.get(name) for name in self._numbers]
-            if not all(isinstance(n, (int, float)) and math.isfinite(n) and n >= 0 for n in numbers):
+            if not all(isinstance(n, (int, float)) and 0 <= n <= MOST for n in numbers):
                 raise CodecConfigError(f"{self.path}: a line lacks a number: {str(record)[:100]}; run the "
                                        f"{self._what} again")
             key = tuple(record.get(name) for name in self._key)
@@ -84,8 +89,8 @@ class Trials:
 
     def _line(self, line: str) -> dict[str, Any]:
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
+            record = parse_json(line)
+        except ValueError as error:
             raise CodecConfigError(f"{self.path}: not a {self._what}: '{line[:60]}' is no JSON") from error
         if not isinstance(record, dict):
             raise CodecConfigError(f"{self.path}: not a {self._what}: '{line[:60]}' is no JSON object")

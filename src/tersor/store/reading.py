@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 from tersor.contract.checks import check_tensor
 from tersor.contract.codec import Encoded
 from tersor.errors import CorruptStoreError, TersorError, UnknownCodecError
+from tersor.files import parse_json
 from tersor.payload.layout import TensorSpec
 from tersor.registry import from_config
 from tersor.store.manifest import (
@@ -127,7 +127,7 @@ def read(path: Path) -> Store:
     if not file.is_file():
         raise CorruptStoreError(f"{path}: no {MANIFEST}; expected a directory written by tersor")
     try:
-        manifest = json.loads(file.read_bytes())
+        manifest = parse_json(file.read_bytes())
         if not isinstance(manifest, dict) or manifest.get("format") != "tersor":
             raise CorruptStoreError(f"{file}: not a tersor manifest")
         version = manifest["format_version"]

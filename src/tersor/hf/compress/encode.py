@@ -16,7 +16,7 @@ from torch import Tensor
 from tersor import store
 from tersor.contract.codec import Codec, Encoded
 from tersor.errors import CorruptStoreError
-from tersor.files import save_tensors
+from tersor.files import parse_json, save_tensors
 from tersor.hf.compress.method import fixed_options
 from tersor.hf.compress.plan import check_plan, entries
 from tersor.hf.compress.request import Progress, Request, no_progress
@@ -113,8 +113,8 @@ def _finished(file: Path, stamp: str) -> dict[str, Any] | None:
     try:
         with safe_open(file, framework="pt") as handle:
             meta = handle.metadata() or {}
-        return json.loads(meta["report"]) if meta.get("job") == stamp else None
-    except (SafetensorError, OSError, KeyError, json.JSONDecodeError):
+        return dict(parse_json(meta["report"])) if meta.get("job") == stamp else None
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError):
         return None  # damaged by a crash of the machine: encode it again
 
 

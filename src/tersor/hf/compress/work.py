@@ -58,7 +58,7 @@ class WorkFolder:
         A staged source is kept: opening the source wrote it just now.
         """
         file = self / "fingerprint"
-        same = resume and file.is_file() and file.read_text() == mark
+        same = resume and file.is_file() and file.read_bytes() == mark.encode()
         self.path.mkdir(parents=True, exist_ok=True)
         for child in list(self.path.iterdir()):  # `claim` has made sure that these are ours
             kept = same and child.name in NAMES and child.name != "output"

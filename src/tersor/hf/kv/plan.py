@@ -28,7 +28,7 @@ import tersor
 from tersor.codecs.vector.klt import Klt
 from tersor.contract.codec import Codec
 from tersor.errors import BudgetError, CodecConfigError, CorruptStoreError, ModelError
-from tersor.files import save_tensors, write_json
+from tersor.files import read_json, save_tensors, write_json
 from tersor.hf.kv.observe import Notes, observe
 from tersor.hf.kv.store import SIDES, damaged, fields_of
 from tersor.hf.models.evaluate import Score
@@ -115,8 +115,8 @@ def read_plan(plan: str | Path | Mapping[str, Any]) -> KVPlan:
     """
     file = Path("kv.json") if isinstance(plan, Mapping) else Path(plan)
     try:
-        record = dict(plan) if isinstance(plan, Mapping) else json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        record = dict(plan) if isinstance(plan, Mapping) else read_json(file)
+    except (OSError, ValueError) as error:
         raise CodecConfigError(f"{file}: expected a plan that 'tersor kv-plan' wrote: {error}") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT or record.get("version") != VERSION:
         raise CodecConfigError(f"{file}: expected a JSON object of format '{FORMAT}', version {VERSION}")
@@ -133,8 +133,8 @@ def read_plan(plan: str | Path | Mapping[str, Any]) -> KVPlan:
 def _beside(plan: Path, name: Any) -> Path:
     """Return the file of the plan's tables, which lies beside it and nowhere else."""
     if not isinstance(name, str) or Path(name).name != name or name in ("", "..") or "\0" in name:
-        raise CorruptStoreError(f"{plan}: its tables must be named by a file beside it, found {name!r}; move them there, "
-                                "or write the plan again")
+        raise CorruptStoreError(f"{plan}: its tables must be named by a file beside it, found {name!r}; move them "
+                                "there, or write the plan again")
     return plan.parent / name
 
 

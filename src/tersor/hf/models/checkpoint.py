@@ -6,7 +6,6 @@ here without a word, so what it says of a load is looked at, and what lies in th
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tersor.errors import ModelError
+from tersor.files import read_json
 from tersor.hf.models.matrices import Matrix, Parts
 from tersor.store import INDEX
 
@@ -81,7 +81,7 @@ def _index(folder: Path) -> dict[str, str]:
     if not file.is_file():
         return {}
     try:
-        names = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+        names = read_json(file)["weight_map"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{file}: damaged index: {error}") from error
     sound = isinstance(names, dict) and all(isinstance(n, str) and Path(n).name == n for n in names.values())

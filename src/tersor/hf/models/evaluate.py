@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tersor import store
 from tersor.errors import ModelError, NonFiniteError
-from tersor.hf.models.matrices import quiet
+from tersor.hf.models.matrices import quiet, refused
 from tersor.hf.models.source import Source, load_dense
 from tersor.hf.models.text import read_ids, text_source
 
@@ -100,8 +100,9 @@ def load_compressed(path: Path, device: str = "cpu") -> PreTrainedModel:
     from tersor.hf.models import quantizer  # noqa: F401 - registers the quantizer
 
     dtype = torch.float32 if device == "cpu" else "auto"
-    with quiet():
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+    with refused(f"{path}: transformers cannot load this compressed model"), quiet():
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True,
+                                                          trust_remote_code=False)
     return model.to(device).eval()
 
 

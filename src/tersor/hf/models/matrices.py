@@ -5,15 +5,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import pickle
+import struct
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from tersor.errors import ModelError
+from tersor.errors import ModelError, TersorError
+
+# What transformers and what it calls raise on files that are not as they expect; they promise no types
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError,
+               AssertionError, ImportError, EOFError, SyntaxError, MemoryError, StrictDataclassError,
+               pickle.PickleError, struct.error, zipfile.BadZipFile)
 
 MIN_SIDE = 8  # a matrix with fewer rows or columns is not worth compressing
 
@@ -89,6 +98,19 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+@contextlib.contextmanager
+def refused(what: str) -> Iterator[None]:
+    """Turn what transformers raises on unsound files into `ModelError`; nothing else belongs into the block."""
+    try:
+        yield
+    except TersorError:
+        raise
+    except Exception as error:
+        if type(error) is not Exception and not isinstance(error, _UNREADABLE):  # the tokenizers raise the bare class
+            raise
+        raise ModelError(f"{what}: {_line(error)}") from error
+
+
 def read_config(path: Path) -> PretrainedConfig:
     """Read a model directory's configuration.
 
@@ -99,10 +121,8 @@ def read_config(path: Path) -> PretrainedConfig:
     """
     if not (path / "config.json").is_file():
         raise ModelError(f"{path}: no config.json; expected the directory of a transformers model, or a .gguf file")
-    try:
-        return AutoConfig.from_pretrained(path, local_files_only=True)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise ModelError(f"{path}: transformers cannot read config.json: {_line(error)}") from error
+    with refused(f"{path}: transformers cannot read config.json"):
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -113,12 +133,9 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     ModelError
         If the configuration has no causal language model.
     """
-    try:
-        with quiet(), torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise ModelError(f"'{config.model_type}' is no causal language model that transformers can build: "
-                         f"{_line(error)}") from error
+    with refused(f"'{config.model_type}' is no causal language model that transformers can build"), quiet(), (
+            torch.device("meta")):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def check_class(path: Path, config: PretrainedConfig, model: PreTrainedModel) -> None:

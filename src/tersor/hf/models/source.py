@@ -7,7 +7,6 @@ import functools
 import hashlib
 import json
 import shutil
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, 
 
 from tersor.contract.checks import check_matrix
 from tersor.errors import ModelError
-from tersor.files import save_tensors
+from tersor.files import read_json, save_tensors
 from tersor.hf.models import checkpoint
-from tersor.hf.models.matrices import Matrix, Parts, check_class, empty_model, quiet, read_config, walk
+from tersor.hf.models.matrices import Matrix, Parts, check_class, empty_model, quiet, read_config, refused, walk
 from tersor.store import FORMAT_VERSION, INDEX, MANIFEST
 
 REPORT = "tersor-report.json"  # what a compressed model says of its matrices
@@ -102,7 +101,10 @@ class Source:
 
     def config_json(self) -> dict[str, Any]:
         """Return the configuration as stored."""
-        return json.loads((self.folder / "config.json").read_text())
+        found = read_json(self.folder / "config.json")
+        if not isinstance(found, dict):
+            raise ModelError(f"{self.path}: config.json holds no JSON object")
+        return found
 
     def companions(self) -> dict[str, Path]:
         """Return tokenizer and other small files that go along, by name."""
@@ -168,12 +170,9 @@ def _stage(path: Path, staging: Path) -> Path:
     """Load a checkpoint through transformers and write its parameters under their own names."""
     folder, gguf = (path.parent, path.name) if path.is_file() else (path, None)
     extra = {"gguf_file": gguf, "dtype": torch.float32} if gguf else {"dtype": "auto"}
-    try:
-        with quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True,
-                                                               output_loading_info=True, **extra)
-    except (ValueError, OSError, KeyError, RuntimeError, ImportError, TypeError, struct.error) as error:
-        raise ModelError(f"{path}: transformers cannot load this checkpoint: {str(error).strip()[:300]}") from error
+    with refused(f"{path}: transformers cannot load this checkpoint"), quiet():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, trust_remote_code=False,
+                                                           output_loading_info=True, **extra)
     model, told = loaded
     tensors = checkpoint.converted(path, model, told)
     shutil.rmtree(staging, ignore_errors=True)
@@ -183,8 +182,9 @@ def _stage(path: Path, staging: Path) -> Path:
     config.pop("quantization_config", None)
     (staging / "config.json").write_text(json.dumps(config, indent=1, default=str))
     if gguf:
-        with quiet():
-            AutoTokenizer.from_pretrained(folder, gguf_file=gguf, local_files_only=True).save_pretrained(staging)
+        with refused(f"{path}: transformers cannot read its tokenizer"), quiet():
+            AutoTokenizer.from_pretrained(folder, gguf_file=gguf, local_files_only=True,
+                                          trust_remote_code=False).save_pretrained(staging)
     else:
         for file in folder.iterdir():
             if file.is_file() and file.suffix in (".json", ".txt", ".model") and file.name != "config.json" and (
@@ -196,8 +196,9 @@ def _stage(path: Path, staging: Path) -> Path:
 def load_dense(source: Source, device: str = "cpu") -> PreTrainedModel:
     """Load the dense model of a source: in its own dtype on a GPU, in float32 on a CPU."""
     dtype = torch.float32 if device == "cpu" else "auto"
-    with quiet():
-        model: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, local_files_only=True)
+    with refused(f"{source.path}: transformers cannot load this checkpoint"), quiet():
+        model: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, local_files_only=True,
+                                                          trust_remote_code=False)
     return model.to(device).eval()
 
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from tersor.codecs.scalar.dense import Dense
 from tersor.contract.codec import Encoded
 from tersor.contract.nesting import nest_tensors
-from tersor.files import save_tensors
+from tersor.errors import TersorError
+from tersor.files import parse_json, save_tensors
 from tersor.hf.models.blocks import BlockInput, Blocks, inputs_and_output, inputs_of, run, same_input
 from tersor.hf.models.matrices import Matrix
 from tersor.hf.models.source import Source
@@ -303,15 +304,15 @@ def load_block(path: Path, stamp: str) -> Done | None:
             meta = handle.metadata() or {}
             if meta.get("job") != stamp:
                 return None
-            lines = json.loads(meta["report"])
+            lines = dict(parse_json(meta["report"]))
             tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 - not a dict
-            biases = {name: tensors.pop(name) for name in json.loads(meta["biases"])}
-    except (SafetensorError, OSError, KeyError, json.JSONDecodeError):
-        return None
-    encoded = {}
-    for name, line in lines.items():
-        held = {key.removeprefix(f"{name}/"): t for key, t in tensors.items() if key.startswith(f"{name}/")}
-        encoded[name] = Encoded(parse(line["codec"]), (line["shape"][0], line["shape"][1]), held)
+            biases = {name: tensors.pop(name) for name in parse_json(meta["biases"])}
+        encoded = {}
+        for name, line in lines.items():
+            held = {key.removeprefix(f"{name}/"): t for key, t in tensors.items() if key.startswith(f"{name}/")}
+            encoded[name] = Encoded(parse(line["codec"]), (line["shape"][0], line["shape"][1]), held).check(name)
+    except (SafetensorError, OSError, LookupError, ValueError, TypeError, AttributeError, TersorError):
+        return None  # damaged: the block is reduced again
     return Done(encoded, biases, lines)
 
 

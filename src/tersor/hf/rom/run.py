@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 import tersor
-from tersor.errors import BudgetError, ModelError
-from tersor.files import save_tensors, write_json
+from tersor.errors import BudgetError, CorruptStoreError, ModelError
+from tersor.files import read_json, save_tensors, write_json
 from tersor.hf.compress.request import Progress, no_progress
 from tersor.hf.compress.verify import verify_in_fresh_process
 from tersor.hf.compress.work import WorkFolder, peak_memory
@@ -205,7 +205,10 @@ def _ranks(model: Any, task: Task, linears: Mapping[str, Linear], ids: Tensor, r
     """Return the rank of every linear; measured errors of all ranks where the allocation asks for them."""
     file = work / "ranks.json"
     if file.exists():
-        return json.loads(file.read_text())
+        try:
+            return {name: None if rank is None else int(rank) for name, rank in read_json(file).items()}
+        except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
+            raise CorruptStoreError(f"{file}: damaged: {error}; remove it and run again") from error
     found, recipe, keep = dict(linears), task.recipe, record["keep"]
     if recipe.allocation == "water":
         found.update(_survey(model, task, linears, ids, progress))
