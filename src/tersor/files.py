@@ -93,3 +93,10 @@ def parse_json(text: str | bytes) -> Any:
 def read_json(path: Path) -> Any:
     """Return what a JSON file holds; `OSError` and `ValueError` where it cannot."""
     return parse_json(path.read_bytes())
+
+
+def is_name(name: Any) -> bool:
+    """Tell whether this is the name of a file inside a folder: no path to elsewhere, and one that can be written."""
+    if not isinstance(name, str) or Path(name).name != name or name in ("", "..") or "\0" in name:
+        return False
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)

@@ -262,6 +262,8 @@ class Encoded:
 
     def decode_rows(self, start: int, stop: int) -> Tensor:
         """Return rows `start` to `stop`, float32 (stop - start, in)."""
+        if not (isinstance(start, int) and isinstance(stop, int)):
+            raise CodecConfigError(f"rows are named by whole numbers, found {start!r} and {stop!r}")
         if not 0 <= start <= stop <= self.shape[0]:
             raise CodecConfigError(f"rows {start} to {stop} do not lie within the {self.shape[0]} rows of the matrix")
         self._check_room(stop - start)
@@ -269,6 +271,9 @@ class Encoded:
 
     def gather(self, index: Tensor) -> Tensor:
         """Return the rows named by the int64 tensor `index` (any shape): float32 (*index.shape, in)."""
+        if not isinstance(index, Tensor) or index.dtype.is_floating_point or index.dtype == torch.bool:
+            raise CodecConfigError("gather needs a tensor of integers, the rows' numbers, found "
+                                   f"{index.dtype if isinstance(index, Tensor) else type(index).__name__}")
         flat = index.reshape(-1).to(torch.int64)
         checked = not (index.is_cuda or torch.compiler.is_compiling())  # a check would wait for the device
         if checked and flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < self.shape[0]:
@@ -278,8 +283,9 @@ class Encoded:
 
     def matmul(self, x: Tensor) -> Tensor:
         """Return `x @ decode().T`: (*batch, in) to (*batch, out), in the dtype of `x`."""
-        if x.shape[-1] != self.shape[1]:
-            raise CodecConfigError(f"matmul needs x of shape (..., {self.shape[1]}), found {tuple(x.shape)}")
+        if not isinstance(x, Tensor) or not x.is_floating_point() or not x.ndim or x.shape[-1] != self.shape[1]:
+            found = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise CodecConfigError(f"matmul needs a float tensor of shape (..., {self.shape[1]}), found {found}")
         return self.codec.matmul(self, x)
 
     @property

@@ -35,6 +35,7 @@ from tersor.store.manifest import Entry, predict_nbytes
 
 DEFAULT = "lplr_plus"  # on patches; docs/images.md compares the families
 DEFAULT_RATE = 2.0
+MOST_RATE = 1e6  # of a budget; more than the manifest of an image of one pixel takes
 SHOWN = 1024  # most pixels a side of a picture in the report
 
 
@@ -75,8 +76,10 @@ def encode(source: str | Path | np.ndarray | Image, rate: float | None = None, c
         raise CodecConfigError(f"channels: expected one of {', '.join(LAYOUTS)}, found {channels!r}")
     if rate is not None and size is not None:
         raise BudgetError("give a rate or a size, not both")
-    if rate is not None and not (math.isfinite(rate) and rate > 0):
-        raise BudgetError(f"rate must be a positive number of bits per sample, found {rate!r}")
+    if rate is not None and not (isinstance(rate, (int, float)) and 0 < rate <= MOST_RATE):
+        raise BudgetError(f"rate must be a number of bits per sample in (0, {MOST_RATE:g}], found {rate!r}")
+    if size is not None and (not isinstance(size, int) or size < 1):
+        raise BudgetError(f"size must be a positive number of bytes, found {size!r}")
     if rate is None and size is None and codec in families():
         rate = DEFAULT_RATE
     samples = image.samples

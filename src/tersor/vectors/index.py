@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -195,7 +195,7 @@ class Index:
         CodecConfigError
             If an id is not that of a vector, -1 included.
         """
-        index = torch.as_tensor(ids)
+        index = _as_tensor(ids, "ids")
         if index.is_floating_point() or index.dtype == torch.bool:
             raise CodecConfigError(f"index: ids must be integers, found {index.dtype}")
         flat = index.reshape(-1).to("cpu", torch.int64)
@@ -227,7 +227,7 @@ class Index:
             If the codes decode to NaN or infinity.
         """
         self._check_trained()
-        codes = torch.as_tensor(codes).cpu()
+        codes = _as_tensor(codes, "codes").cpu()
         if codes.dtype != torch.uint8 or codes.ndim != 2 or codes.shape[1] != self.code_size:
             raise CodecConfigError(f"index: codes must be uint8 (n, {self.code_size}), found {codes.dtype} "
                                    f"{tuple(codes.shape)}")
@@ -341,3 +341,10 @@ class Index:
                 scores.mul_(torch.where(power > 0, power.rsqrt(), torch.zeros_like(power)))
             best.offer(scores, first)
         return (norms - 2 * best.scores).clamp_min_(0) if metric == "l2" else best.scores, best.ids
+
+
+def _as_tensor(value: Any, name: str) -> Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CodecConfigError(f"index: {name} must be a tensor or an array: {error}") from error

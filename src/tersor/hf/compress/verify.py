@@ -81,6 +81,8 @@ def biases_added(layout: Parts, opened: store.Store) -> dict[str, tuple[int, ...
     listed = opened.manifest["provenance"].get("biases", [])
     shapes = {f"{m.parameter.rpartition('.')[0]}.bias": (m.shape[0],) for m in layout.matrices.values()
               if m.kind in ("linear", "conv1d")}
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+        raise CorruptStoreError(f"{opened.path}: the manifest's biases must be a list of names, found {listed!r}")
     return {name: shapes[name] for name in listed if name in shapes}
 
 

@@ -28,7 +28,7 @@ import tersor
 from tersor.codecs.vector.klt import Klt
 from tersor.contract.codec import Codec
 from tersor.errors import BudgetError, CodecConfigError, CorruptStoreError, ModelError
-from tersor.files import read_json, save_tensors, write_json
+from tersor.files import is_name, read_json, save_tensors, write_json
 from tersor.hf.kv.observe import Notes, observe
 from tersor.hf.kv.store import SIDES, damaged, fields_of
 from tersor.hf.models.evaluate import Score
@@ -132,7 +132,7 @@ def read_plan(plan: str | Path | Mapping[str, Any]) -> KVPlan:
 
 def _beside(plan: Path, name: Any) -> Path:
     """Return the file of the plan's tables, which lies beside it and nowhere else."""
-    if not isinstance(name, str) or Path(name).name != name or name in ("", "..") or "\0" in name:
+    if not is_name(name):
         raise CorruptStoreError(f"{plan}: its tables must be named by a file beside it, found {name!r}; move them "
                                 "there, or write the plan again")
     return plan.parent / name

@@ -17,11 +17,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tersor.errors import ModelError
-from tersor.files import read_json
+from tersor.files import is_name, read_json
 from tersor.hf.models.matrices import Matrix, Parts
 from tersor.store import INDEX
+from tersor.store.manifest import STORED_NAMES
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PLAIN = frozenset(STORED_NAMES.values())
 SINGLE = "model.safetensors"
 
 Place = tuple[Path, str]  # file and key
@@ -84,7 +86,7 @@ def _index(folder: Path) -> dict[str, str]:
         names = read_json(file)["weight_map"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{file}: damaged index: {error}") from error
-    sound = isinstance(names, dict) and all(isinstance(n, str) and Path(n).name == n for n in names.values())
+    sound = isinstance(names, dict) and all(map(is_name, names.values()))
     if not sound:
         raise ModelError(f"{file}: expected a weight_map of keys and names of files beside it")
     return names
@@ -94,13 +96,16 @@ def _keys(file: Path) -> list[str]:
     try:
         with safe_open(file, framework="pt") as handle:
             return list(handle.keys())
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise ModelError(f"{file}: missing, damaged or no safetensors file: {error}") from error
 
 
 def _check_shapes(layout: Parts, located: Mapping[str, Place]) -> None:
     for name, expected in layout.plain.items():
-        shape, _ = _declared(located[name])
+        shape, dtype = _declared(located[name])
+        if dtype not in PLAIN:
+            raise ModelError(f"{located[name][0]}: '{located[name][1]}' has dtype {dtype}; supported: {sorted(PLAIN)}; "
+                             "give Tersor the original model, not one that is quantized")
         if shape != tuple(expected):
             raise _unlike(located[name], "shape", shape, tuple(expected))
     for matrix in layout.matrices.values():

@@ -140,7 +140,10 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
 
 def check_class(path: Path, config: PretrainedConfig, model: PreTrainedModel) -> None:
     """Raise `ModelError` unless the model is of the class that config.json names: no part is left out or invented."""
-    named = (config.architectures or [type(model).__name__])[0]
+    given = config.architectures or [type(model).__name__]
+    if not isinstance(given, (list, tuple)) or not isinstance(given[0], str):
+        raise ModelError(f"{path}: config.json: architectures must be a list of class names, found {given!r}")
+    named = given[0]
     if named != type(model).__name__:
         raise ModelError(f"{path}: config.json names a {named}; as a causal language model it would be a "
                          f"{type(model).__name__}, which has other parameters; only causal language models are taken")
