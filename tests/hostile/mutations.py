@@ -49,7 +49,7 @@ def change_json(value: Any, draw: Draw) -> Any:
     for _ in range(draw.choice((1, 1, 1, 2, 3))):
         found = places(value)
         if not found:
-            return draw.choice(ODD)
+            return copy.deepcopy(draw.choice(ODD))
         path = draw.choice(found)
         parent, key, how = _at(value, path[:-1]), path[-1], draw.randrange(9)
         old = parent[key]
@@ -65,11 +65,11 @@ def change_json(value: Any, draw: Draw) -> Any:
         elif how == 4 and isinstance(old, (int, float)) and math.isfinite(old):
             parent[key] = draw.choice((old + 1, old - 1, -old, old * 2, old * 10**6, float(old), str(old), [old]))
         elif how == 5 and isinstance(parent, dict):
-            parent[draw.choice(("extra", "shared", "codec", "shard", "dtype"))] = draw.choice(ODD)
+            parent[draw.choice(("extra", "shared", "codec", "shard", "dtype"))] = copy.deepcopy(draw.choice(ODD))
         elif how == 6 and isinstance(old, int):
             parent[key] = draw.choice(NUMBERS)
         else:
-            parent[key] = draw.choice(ODD)
+            parent[key] = copy.deepcopy(draw.choice(ODD))
     return value
 
 

@@ -164,6 +164,10 @@ def _checkmanifest(manifest: Mapping[str, Any]) -> None:
     for name in (*manifest["shards"], *manifest["files"]):
         if not is_name(name):
             raise CorruptStoreError(f"{MANIFEST}: '{name}' is not the name of a file inside the store")
+    _check_records(manifest)
+
+
+def _check_records(manifest: Mapping[str, Any]) -> None:
     for group, ndim, least in ((manifest["matrices"], 2, 1), (manifest["plain"], None, 0)):
         for name, record in group.items():
             shape, shard = record["shape"], record.get("shard", 0)
