@@ -6,10 +6,12 @@ import contextlib
 import dataclasses
 import io
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -24,6 +26,7 @@ _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, Arit
                AssertionError, ImportError, EOFError, SyntaxError, MemoryError, StrictDataclassError,
                pickle.PickleError, struct.error, zipfile.BadZipFile)
 
+MOST_PARTS = 1024  # layers, or experts of one; several times those of any model
 MIN_SIDE = 8  # a matrix with fewer rows or columns is not worth compressing
 
 
@@ -122,7 +125,21 @@ def read_config(path: Path) -> PretrainedConfig:
     if not (path / "config.json").is_file():
         raise ModelError(f"{path}: no config.json; expected the directory of a transformers model, or a .gguf file")
     with refused(f"{path}: transformers cannot read config.json"):
-        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        claimed = list(_claims(config.to_dict()))
+    for name, count in claimed:
+        if count > MOST_PARTS:
+            raise ModelError(f"{path}: config.json says {name}: {count}; at most {MOST_PARTS} are taken")
+    return config
+
+
+def _claims(fields: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Yield the numbers of layers and experts that a configuration asks for: a class builds as many modules."""
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            yield from _claims(value)
+        elif isinstance(value, int) and re.search(r"^(num|n)_.*(layer|expert)|^(?!max_).*_layers$", str(name)):
+            yield str(name), value
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
