@@ -83,7 +83,7 @@ def bounded(seconds: float, room: int) -> Iterator[None]:
 
 def judge(kind: Kind, sound: Path, folder: Path, seed: int) -> Outcome:
     """Damage a copy of a sound folder, read it, and say what came of it."""
-    draw = random.Random(seed)
+    draw = random.Random(f"{kind.name} {seed}")  # every kind has mutants of its own
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(sound, folder)
     signed = kind.sign is not None and draw.random() < 0.5
