@@ -212,7 +212,7 @@ def _read_checkpoint(folder: Path) -> Read:
 
 def _compressed(texts: tuple[str, ...], folder: Path) -> None:
     from tersor.hf.compress import encode as stage
-    from tersor.hf.compress.request import Request
+    from tersor.hf.compress.request import Request, provenance
     from tersor.hf.compress.work import WorkFolder
     from tersor.hf.models.source import REPORT, open_source
 
@@ -220,7 +220,8 @@ def _compressed(texts: tuple[str, ...], folder: Path) -> None:
     source = open_source(folder / "model", folder / "staged")
     picks = {name: parse(texts[n % len(texts)]) for n, name in enumerate(source.layout.matrices)}
     work = WorkFolder(folder / "out")
-    report = stage.run(stage.Job(source, picks, None, Request(10**6), {}), work)
+    request = Request(10**6)
+    report = stage.run(stage.Job(source, picks, None, request, provenance(source, None, request, "0")), work)
     (work / "output" / REPORT).write_text(json.dumps({"matrices": report}))
     for name in ("model", "staged"):
         _remove(folder / name)

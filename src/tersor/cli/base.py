@@ -33,6 +33,11 @@ Seed = Annotated[int, typer.Option(help="seed of the encoder's search")]
 Device = Annotated[str, typer.Option(help="cpu or cuda")]
 OptionTexts = Annotated[list[str] | None, typer.Option("--option", help="encoder option, name=value; repeatable")]
 Sensitivities = Annotated[Path | None, typer.Option(help="JSON: matrix name to weight of its relative distortion")]
+Dense = Annotated[list[str] | None, typer.Option(
+    "--dense", metavar="PATTERN", help="leave the parameters that this shell pattern matches as they are; repeatable")]
+LeaveOut = Annotated[list[str] | None, typer.Option(
+    "--leave-out", metavar="PATTERN", help="leave out tensors that no parameter takes, which are carried along "
+    "otherwise; repeatable")]
 Calib = Annotated[Path | None, typer.Option("--calib", help="file written by `tersor calibrate`")]
 CalibrationText = Annotated[Path | None, typer.Option("--calibration", help="calibration text; default: packaged")]
 HeldoutText = Annotated[Path | None, typer.Option("--text", help="held-out text; default: packaged")]

@@ -16,9 +16,11 @@ from tersor.cli.base import (
     CalibrationText,
     CodecText,
     Context,
+    Dense,
     Device,
     EvaluationTokens,
     HeldoutText,
+    LeaveOut,
     Method,
     OptionTexts,
     Out,
@@ -70,7 +72,8 @@ def compress(src: Src, output: Out, rate: Rate = None, size: Size = None, method
              calibrated: Annotated[bool, typer.Option("--calibrated/--uncalibrated")] = True,
              text: HeldoutText = None, tokens: Tokens = 65536, evaluation_tokens: EvaluationTokens = 8192,
              context: Context = 512, seed: Seed = 0, device: Device = "cpu", option: OptionTexts = None,
-             sensitivities: Sensitivities = None, resume: Resume = True,
+             sensitivities: Sensitivities = None, dense: Dense = None, leave_out: LeaveOut = None,
+             resume: Resume = True,
              dry_run: Annotated[bool, typer.Option("--dry-run", help="estimate bytes, memory and time only")] = False,
              as_json: AsJson = False) -> None:
     """Compress a model to a budget: calibrate, survey, plan, encode, verify, evaluate."""
@@ -83,7 +86,8 @@ def compress(src: Src, output: Out, rate: Rate = None, size: Size = None, method
                                f"--method {method}")
     settings = run.CompressSettings(
         codec or method, calibration, calibrated, text, Sampling(tokens, context=context, seed=seed),
-        evaluation_tokens, context, seed, device, resume, parse_options(option), read_weights(sensitivities))
+        evaluation_tokens, context, seed, device, resume, parse_options(option), read_weights(sensitivities),
+        tuple(dense or ()), tuple(leave_out or ()))
     nbytes = None if size is None else parse_size(size)
     rate = 3.0 if rate is None and nbytes is None else rate
     if dry_run:

@@ -58,6 +58,10 @@ class Store:
         assert entry.codec is not None
         return Encoded(entry.codec, (entry.shape[0], entry.shape[1]), self._tensors(entry)).check(name)
 
+    def is_plain(self, name: str) -> bool:
+        """Return whether a tensor of this name is stored as it is."""
+        return name in self.entries and self.entries[name].codec is None
+
     def plain(self, name: str) -> Tensor:
         """Return a plain tensor, verified."""
         return self._tensors(self._entry(name, encoded=False))[""]

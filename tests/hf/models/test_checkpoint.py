@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGeneration, LlamaModel
+from transformers import AutoModelForCausalLM, LlamaModel
 
 from tersor.errors import ModelError
+from tersor.hf.models.ledger import Line
 from tersor.hf.models.source import open_source
 from tests.hf.tiny import save_tiny
 
@@ -74,23 +75,32 @@ def test_a_wrong_model_type_is_not_made_up_for(tiny: Tiny, tmp_path: Path) -> No
 def test_a_base_model_gets_no_head(tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "whole")
     LlamaModel.from_pretrained(folder).save_pretrained(tmp_path / "base")
-    refused(tmp_path / "base", tmp_path / "staged", "names a LlamaModel")
+    assert "lm_head.weight" not in open_source(tmp_path / "base", tmp_path / "staged").layout.parameters
     refused(configured(tmp_path / "base", architectures=None), tmp_path / "staged", r"lm_head\.weight")
 
 
-def test_other_classes_lose_no_part(tmp_path: Path) -> None:
-    config = BartConfig(d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-                        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, vocab_size=64,
-                        max_position_embeddings=32)
-    BartForConditionalGeneration(config).save_pretrained(tmp_path / "bart")
-    refused(tmp_path / "bart", tmp_path / "staged", "names a BartForConditionalGeneration")
+@pytest.mark.parametrize(("changes", "match"), [
+    ({"architectures": ["LlamaForFortuneTelling"]}, "custom code is not run"),
+    ({"architectures": ["GPT2LMHeadModel"]}, "not made from a 'llama'"),
+    ({"architectures": ["AutoModel"]}, "lacks"), ({"hidden_size": "64"}, "cannot read config.json"),
+    ({"num_attention_heads": 0}, "cannot build|cannot read"), ({"vocab_size": -1}, "cannot build|cannot read")])
+def test_a_class_that_cannot_be_is_refused(changes: dict[str, Any], match: str, tiny: Tiny, tmp_path: Path) -> None:
+    folder = edited(tiny("llama"), tmp_path / "m", lambda tensors: None)
+    refused(configured(folder, **changes), tmp_path / "staged", match)
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
-def test_tensors_that_no_parameter_takes_are_named(name: str, tiny: Tiny, tmp_path: Path) -> None:
-    extra = {"model.layers.2.mtp.proj.weight": torch.ones(8, 8)}
-    folder = edited(tiny(name), tmp_path / "m", lambda tensors: tensors.update(extra))
-    refused(folder, tmp_path / "staged", r"model\.layers\.2\.mtp\.proj\.weight")
+def test_tensors_that_no_parameter_takes_are_carried_along(name: str, tiny: Tiny, tmp_path: Path) -> None:
+    extra = torch.arange(64.0).reshape(8, 8)
+    folder = edited(tiny(name), tmp_path / "m", lambda t: t.update({"model.layers.2.mtp.proj.weight": extra}))
+    source = open_source(folder, tmp_path / "staged")
+    assert torch.equal(source.tensor("model.layers.2.mtp.proj.weight"), extra)
+    assert source.ledger.lines["model.layers.2.mtp.proj.weight"] == Line("carried", 256)
+    left = open_source(folder, tmp_path / "staged", leave_out=["*.mtp.*"])
+    assert left.ledger.lines["model.layers.2.mtp.proj.weight"].fate == "left out"
+    assert "model.layers.2.mtp.proj.weight" not in left.layout.parameters
+    with pytest.raises(ModelError, match="cannot be left out"):
+        open_source(folder, tmp_path / "staged", leave_out=["model.norm.weight"])
 
 
 def test_a_tie_may_repeat_but_not_differ(tiny: Tiny, tmp_path: Path) -> None:
@@ -98,14 +108,16 @@ def test_a_tie_may_repeat_but_not_differ(tiny: Tiny, tmp_path: Path) -> None:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
 
     same = open_source(edited(tiny("llama_tied"), tmp_path / "same", repeat), tmp_path / "staged")
-    assert "lm_head.weight" not in same.locations
+    assert same.ledger.lines["lm_head.weight"] == Line("tied", 128 * 64 * 4, "model.embed_tokens.weight")
     own = edited(tiny("llama"), tmp_path / "own", lambda tensors: None)
     refused(configured(own, tie_word_embeddings=True), tmp_path / "staged", r"'lm_head\.weight' of its own")
 
 
 def test_what_the_class_makes_by_itself_may_lie_there(tiny: Tiny, tmp_path: Path) -> None:
     folder = edited(tiny("llama"), tmp_path / "m", lambda t: t.update({"model.rotary_emb.inv_freq": torch.ones(8)}))
-    assert open_source(folder, tmp_path / "staged").folder == folder
+    source = open_source(folder, tmp_path / "staged")
+    assert source.folder == folder
+    assert source.ledger.lines["model.rotary_emb.inv_freq"] == Line("remade", 32)
 
 
 def test_the_index_says_where_tensors_lie(tiny: Tiny, tmp_path: Path) -> None:

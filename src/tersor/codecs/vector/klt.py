@@ -165,8 +165,8 @@ class Klt(Codec):
         book, scale = _book(tables), tables["scale"]
         analysis, singular = torch.linalg.inv_ex(tables["basis"].to(torch.float64))
         if bool(singular.any()):
-            raise CodecConfigError(f"codec '{self.spec()}': the table 'basis' is singular, so no training made it; train "
-                                   "the tables again")
+            raise CodecConfigError(f"codec '{self.spec()}': the table 'basis' is singular, so no training made it; "
+                                   "train the tables again")
         inverse = torch.where(scale > 0, 1.0 / scale.to(torch.float64), 0.0)
         for block in row_blocks(shape):
             head = self._head(block, matrix.device)

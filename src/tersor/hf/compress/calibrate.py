@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from tersor.hf.compress.request import Progress, Sampling, no_progress
 from tersor.hf.compress.sensitivity import fisher_traces
+from tersor.hf.models.classes import check_text, feed, model_class
 from tersor.hf.models.matrices import Matrix, walk
 from tersor.hf.models.source import Source, load_dense
 from tersor.hf.models.text import read_ids, text_source, windows
@@ -105,8 +106,7 @@ def collect(model: PreTrainedModel, batches: Iterator[tuple[Tensor, Tensor | Non
     tokens = 0
     for ids, mask in batches:
         collector.start(mask)
-        model(input_ids=ids.to(model.device), attention_mask=None if mask is None else mask.to(model.device),
-              use_cache=False)
+        model(**feed(model, ids, mask))
         done = int(ids.numel() if mask is None else mask.sum())
         tokens += done
         if step is not None:
@@ -118,6 +118,7 @@ def run(source: Source, text: Path, output: Path, sampling: Sampling | None = No
         progress: Progress = no_progress) -> Calibration:
     """Run calibration text through the dense model; write moments and Fisher traces to `output`."""
     how = sampling or Sampling()
+    check_text(model_class(source.config))
     sequences = windows(read_ids(source, text, how.context, how.tokens), how.context)
     chosen = sequences[:: max(1, sequences.numel() // how.fisher_tokens)] if how.fisher_tokens else sequences[:0]
     total = sequences.numel() + 3 * chosen.numel()

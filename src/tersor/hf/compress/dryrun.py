@@ -36,7 +36,7 @@ def estimate(src: Path, output: Path, rate: float | None, size: int | None,
     BudgetError
         If the budget cannot be met.
     """
-    source = open_source(src, WorkFolder(output) / "staged")
+    source = open_source(src, WorkFolder(output) / "staged", dense=settings.dense, leave_out=settings.leave_out)
     request = Request(budget_bytes(source, rate, size), settings.method, settings.seed, settings.options,
                       settings.sensitivities)
     check_device(settings.device)

@@ -84,8 +84,9 @@ def check_device(device: str) -> None:
 def provenance(source: Source, calibration: Calibration | None, request: Request, version: str) -> dict[str, Any]:
     """Return what the manifest says of how the model was made; no clocks, no paths."""
     seen = None if calibration is None else {"tokens": calibration.tokens, "source": calibration.source}
-    return {"tersor": version, "source_sha256": source.fingerprint, "budget_bytes": request.budget,
-            "method": request.method, "seed": request.seed, "options": dict(request.options), "calibration": seen}
+    return {"tersor": version, **source.fingerprints, "budget_bytes": request.budget, "method": request.method,
+            "seed": request.seed, "options": dict(request.options), "calibration": seen,
+            "ledger": source.ledger.summary()}
 
 
 def budget_bytes(source: Source, rate: float | None, size: int | None) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 import tersor
 from tersor import store
-from tersor.errors import TersorError
+from tersor.errors import ModelError, TersorError
 from tersor.families import DEFAULT
 from tersor.files import write_json
 from tersor.hf.compress import calibrate, encode, plan, survey
@@ -32,12 +32,14 @@ from tersor.hf.compress.request import (
 )
 from tersor.hf.compress.verify import verify_in_fresh_process
 from tersor.hf.compress.work import WorkFolder, peak_memory
+from tersor.hf.models.classes import check_text, model_class
 from tersor.hf.models.dense import copy_dense
 from tersor.hf.models.evaluate import evaluate
 from tersor.hf.models.source import REPORT, Source, open_source, read_matrix
 from tersor.hf.models.text import default_calibration, default_heldout, read_ids, text_source
 from tersor.planning.calibration import Calibration
 from tersor.planning.plan import check_weights, to_json
+from tersor.store.manifest import file_digest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +62,10 @@ class CompressSettings:
         Tokens to evaluate on; 0 skips the evaluation.
     context : int
         Window length of the evaluation, in tokens.
+    dense : tuple of str
+        Shell patterns of parameters that stay as they are, such as a vision tower's.
+    leave_out : tuple of str
+        Shell patterns of tensors to leave out, among those that no parameter of the class takes.
     """
 
     method: str = DEFAULT
@@ -74,6 +80,8 @@ class CompressSettings:
     resume: bool = True
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     sensitivities: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    dense: tuple[str, ...] = ()
+    leave_out: tuple[str, ...] = ()
 
     @property
     def text_seen(self) -> Path:
@@ -89,7 +97,7 @@ class CompressSettings:
 def compress_model(source: str | Path, output: str | Path, rate: float | None = None, *, size: int | None = None,
                    settings: CompressSettings | None = None, progress: Progress = no_progress,
                    **changes: Any) -> dict[str, Any]:
-    """Compress a transformers causal language model to a byte budget, verify it, and evaluate it.
+    """Compress a transformers model to a byte budget, verify it, and evaluate it.
 
     Parameters
     ----------
@@ -107,7 +115,8 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
     Returns
     -------
     dict
-        The report: `summary`, `matrices` by name, `evaluation`, `provenance`; or `copied` and `summary` where the
+        The report: `summary`, `matrices` by name, `ledger` by the checkpoint's key, `evaluation`, `provenance`; or
+        `copied` and `summary` where the
         budget admits the original.
 
     Raises
@@ -117,7 +126,7 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
     """
     chosen, began = dataclasses.replace(settings or CompressSettings(), **changes), time.perf_counter()
     work = WorkFolder(Path(output)).claim()
-    opened = open_source(Path(source), work / "staged")
+    opened = open_source(Path(source), work / "staged", dense=chosen.dense, leave_out=chosen.leave_out)
     request = Request(budget_bytes(opened, rate, size), chosen.method, chosen.seed, chosen.options,
                       chosen.sensitivities)
     if request.budget >= opened.nbytes:
@@ -138,6 +147,8 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
 
 def _check(source: Source, request: Request, settings: CompressSettings) -> None:
     """Refuse before any work what would fail after it."""
+    if settings.calibrated or settings.evaluation_tokens:
+        check_text(model_class(source.config))
     check_device(settings.device)
     check_options(request)
     check_weights(list(source.layout.matrices), request.sensitivities)
@@ -153,7 +164,8 @@ def _check(source: Source, request: Request, settings: CompressSettings) -> None
 def _mark(source: Source, request: Request, settings: CompressSettings) -> str:
     """Return a digest of all that the stages' files depend on."""
     seen = text_source(settings.text_seen) if settings.calibrated else None
-    facts = [tersor.__version__, source.fingerprint, dataclasses.asdict(request), seen,
+    facts = [tersor.__version__, source.fingerprint, source.companion_digests, source.ledger.summary(),
+             dataclasses.asdict(request), seen,
              dataclasses.asdict(settings.sampling)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -179,6 +191,14 @@ def _stages(source: Source, request: Request, settings: CompressSettings, work: 
     return conclude(job, matrices, work, {"budget": request.budget, "method": request.method})
 
 
+def _check_companions(source: Source, output: Path) -> None:
+    """Raise `ModelError` if a companion was changed between opening the source and copying it."""
+    source.check_unchanged()
+    odd = [name for name, expected in source.companion_digests.items() if file_digest(output / name) != expected]
+    if odd:
+        raise ModelError(f"{source.path}: {odd} changed while the model was compressed; run again")
+
+
 def conclude(job: encode.Job, matrices: Mapping[str, Any], work: WorkFolder,
              asked: Mapping[str, Any]) -> dict[str, Any]:
     """Write the report beside what was encoded, and verify both in a new process; return the report.
@@ -196,7 +216,8 @@ def conclude(job: encode.Job, matrices: Mapping[str, Any], work: WorkFolder,
     source, nbytes = job.source, store.stored_nbytes(work / "output")
     summary = {"bytes": nbytes, **asked, "rate": 8 * nbytes / source.elements, "parameters": source.elements,
                "bytes_original": source.original_nbytes}
-    report = {"summary": summary, "matrices": matrices, "provenance": job.provenance}
+    report = {"summary": summary, "matrices": matrices, "ledger": source.ledger.report(), "provenance": job.provenance}
+    _check_companions(source, work / "output")
     write_json(work / "output" / REPORT, report)
     verify_in_fresh_process(work / "output", source.folder)
     return report

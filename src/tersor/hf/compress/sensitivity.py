@@ -15,19 +15,27 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tersor.hf.models.classes import feed, run
 from tersor.hf.models.matrices import walk
 from tersor.numerics.linalg import single_thread
 
 
-def sampled_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Return the negative log-likelihood, summed, of next tokens drawn from the model's own distribution.
+def sampled_loss(output: Tensor, generator: torch.Generator, *, logits: bool = True) -> Tensor:
+    """Return the negative log-likelihood, summed, of tokens or labels drawn from the model's own distribution.
+
+    An output that is no logits counts as the mean of a Gaussian, whose deviation is the output's own root mean square:
+    so KL is half the relative squared error.
 
     Parameters
     ----------
-    logits : Tensor
-        (batch, length, vocabulary).
+    output : Tensor
+        (..., vocabulary), or (..., width).
     """
-    flat = torch.log_softmax(logits.to(torch.float32).flatten(0, 1), -1)
+    if not logits:
+        noise = torch.randn(output.shape, generator=generator).to(output.device)
+        scaled = output.to(torch.float32)
+        return (noise * scaled).sum() / scaled.detach().square().mean(dtype=torch.float64).sqrt().to(torch.float32)
+    flat = torch.log_softmax(output.to(torch.float32).flatten(0, -2), -1)
     drawn = torch.multinomial(flat.detach().exp().cpu(), 1, generator=generator).to(flat.device)
     return -flat.gather(-1, drawn).sum()
 
@@ -50,7 +58,8 @@ def fisher_traces(model: PreTrainedModel, sequences: Tensor, seed: int,
     for ids in sequences:
         with single_thread():  # the plan follows from these sums, so their order must not depend on the threads
             model.zero_grad(set_to_none=True)
-            sampled_loss(model(input_ids=ids[None].to(model.device), use_cache=False).logits, generator).backward()
+            output, logits = run(model, feed(model, ids[None]))
+            sampled_loss(output, generator, logits=logits).backward()
             for name, matrix in matrices.items():
                 gradient = model.get_parameter(matrix.parameter).grad
                 if gradient is not None:

@@ -14,8 +14,9 @@ from tersor import store
 from tersor.errors import CorruptStoreError, VerificationError
 from tersor.files import read_json
 from tersor.hf.compress.request import Progress, no_progress
-from tersor.hf.models.matrices import Parts, empty_model, read_config, walk
-from tersor.hf.models.source import REPORT, Source
+from tersor.hf.models.ledger import CARRIED, check_entries, check_source
+from tersor.hf.models.matrices import Parts, empty_model, made_anew, read_config, walk
+from tersor.hf.models.source import REPORT, Source, made_from
 from tersor.quality import measure
 
 # the encoder and the verifier compute one error from the same numbers; only the order of float32 sums may differ
@@ -40,8 +41,11 @@ def verify(path: Path, source: Source | None = None, progress: Progress = no_pro
     """
     opened = store.read(path)
     opened.verify()
+    if source is not None and not made_from(opened.manifest["provenance"], source):
+        raise VerificationError(f"{path} was not made from {source.path}: its manifest names a source of other bytes")
     if opened.kind == "model":
         _check_coverage(path, opened)
+        _check_ledger(path, opened, source)
     recorded = _recorded(path)
     worst = 0.0
     names = opened.matrix_names()
@@ -67,13 +71,36 @@ def verify(path: Path, source: Source | None = None, progress: Progress = no_pro
 
 
 def _check_coverage(path: Path, opened: store.Store) -> None:
-    layout = walk(empty_model(read_config(path)))
-    expected = {**{n: m.shape for n, m in layout.matrices.items()}, **{n: tuple(s) for n, s in layout.plain.items()}}
+    model = empty_model(read_config(path))
     found = {name: entry.shape for name, entry in opened.entries.items()}
-    expected.update({name: shape for name, shape in biases_added(layout, opened).items() if name not in expected})
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    layout = walk(model)
+    layout = layout.without(made_anew(model, set(layout.plain) - set(found)))
+    layout = layout.keeping([name for name in layout.parameters if opened.is_plain(name)], shapes)
+    expected: dict[str, tuple[int, ...]] = {name: matrix.shape for name, matrix in layout.matrices.items()}
+    expected |= {name: tuple(size) for name, size in layout.plain.items()}
+    expected |= {name: shape for name, shape in biases_added(layout, opened).items() if name not in expected}
+    expected |= {name: found.get(name, ()) for name in _carried(opened)}
     if expected != found:
         odd = sorted({n for n in set(expected) | set(found) if expected.get(n) != found.get(n)})
         raise VerificationError(f"{path}: {len(odd)} tensors are missing, extra or misshapen, such as {odd[:3]}")
+
+
+def _carried(opened: store.Store) -> list[str]:
+    """Return the tensors that no parameter takes, which are carried along."""
+    return list(opened.manifest["provenance"].get("ledger", {}).get(CARRIED, []))
+
+
+def _check_ledger(path: Path, opened: store.Store, source: Source | None) -> None:
+    """Check that the bytes of the checkpoint add up; stores from before the ledger have none."""
+    record = opened.manifest["provenance"].get("ledger")
+    if record is None:
+        return
+    layout = walk(empty_model(read_config(path)))
+    added = set(biases_added(layout, opened)) - set(layout.plain)
+    check_entries(record, opened.entries.values(), added, str(path))
+    if source is not None:
+        check_source(record, source.ledger, str(path))
 
 
 def biases_added(layout: Parts, opened: store.Store) -> dict[str, tuple[int, ...]]:

@@ -31,6 +31,7 @@ from tersor.errors import BudgetError, CodecConfigError, CorruptStoreError, Mode
 from tersor.files import is_name, read_json, save_tensors, write_json
 from tersor.hf.kv.observe import Notes, observe
 from tersor.hf.kv.store import SIDES, damaged, fields_of
+from tersor.hf.models.classes import check_language_model
 from tersor.hf.models.evaluate import Score
 from tersor.hf.models.source import Source, load_dense
 from tersor.hf.models.text import read_ids, text_source, windows
@@ -178,6 +179,7 @@ def plan_cache(source: Source, text: Path, rate: float, out: Path, settings: Pla
     settings = settings or PlanSettings()
     if not (math.isfinite(rate) and rate > 0):
         raise BudgetError(f"the rate must be a positive number of bits per element, found {rate}")
+    check_language_model(source.config, "a cache's plan")
     if settings.count < 1:
         raise ModelError(f"a plan is measured on at least one window, found {settings.count}")
     if settings.middle.start == settings.middle.stop or not settings.ladder:

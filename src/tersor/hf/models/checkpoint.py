@@ -6,10 +6,13 @@ here without a word, so what it says of a load is looked at, and what lies in th
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+import dataclasses
+import fnmatch
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,58 +21,146 @@ from transformers import PreTrainedModel
 
 from tersor.errors import ModelError
 from tersor.files import is_name, read_json
-from tersor.hf.models.matrices import Matrix, Parts
-from tersor.store import INDEX
-from tersor.store.manifest import STORED_NAMES
+from tersor.hf.models.matrices import Matrix, Parts, made_anew
+from tersor.store.manifest import INDEX, STORED_NAMES
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-PLAIN = frozenset(STORED_NAMES.values())
+STORABLE = {name: dtype for dtype, name in STORED_NAMES.items()}
 SINGLE = "model.safetensors"
 
-Place = tuple[Path, str]  # file and key
+
+class Place(NamedTuple):
+    """Where a tensor lies, and what its file says of it."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return self.nbytes_of(self.shape, self.dtype)
+
+    @staticmethod
+    def nbytes_of(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+        """Return the bytes of a tensor of this shape and dtype."""
+        return math.prod(shape) * dtype.itemsize
 
 
-def account(folder: Path, model: PreTrainedModel, layout: Parts) -> dict[str, Place] | None:
-    """Return where every stored tensor of a (meta) model lies; None where the checkpoint needs converting.
+@dataclasses.dataclass(frozen=True)
+class Account:
+    """Where every tensor of a checkpoint goes; each lies in exactly one of these.
+
+    Attributes
+    ----------
+    located : mapping of str to Place
+        The model's own stored tensors, by parameter.
+    extra : mapping of str to Place
+        Tensors that no parameter takes, by key.
+    tied : mapping of str to str
+        Keys that repeat a parameter: key to that parameter.
+    remade : mapping of str to Place
+        Buffers that the class makes by itself, whatever the checkpoint holds.
+    repeated : mapping of str to Place
+        Where the tied keys lie.
+    """
+
+    located: Mapping[str, Place]
+    extra: Mapping[str, Place]
+    tied: Mapping[str, str]
+    remade: Mapping[str, Place]
+    repeated: Mapping[str, Place]
+
+    def place(self, name: str) -> Place:
+        """Return where a parameter, or an extra tensor, lies."""
+        return self.located[name] if name in self.located else self.extra[name]
+
+    @property
+    def places(self) -> list[Place]:
+        """Where all tensors lie."""
+        return [*self.located.values(), *self.extra.values(), *self.remade.values(), *self.repeated.values()]
+
+    def matching(self, pattern: str) -> list[str]:
+        """Return the extra tensors that a shell pattern matches.
+
+        Raises
+        ------
+        ModelError
+            If there is none.
+        """
+        found = [key for key in self.extra if fnmatch.fnmatchcase(key, pattern)]
+        if not found:
+            raise ModelError(f"--leave-out '{pattern}' matches none of the tensors that no parameter takes "
+                             f"({len(self.extra)} here: {sorted(self.extra)[:3]}); parameters cannot be left out")
+        return found
+
+
+def account(folder: Path, model: PreTrainedModel, layout: Parts) -> Account | None:
+    """Say where every stored tensor of a (meta) model lies, and what else does; None where it needs converting.
 
     Raises
     ------
     ModelError
-        If a shape or dtype is not the class's, or the checkpoint holds a tensor that no parameter takes; names it.
+        If a shape or dtype is not the class's, or a tied parameter has numbers of its own; names it.
     """
     found, prefix = locate(folder), model.base_model_prefix
-    located: dict[str, Place] = {}
-    for name in layout.parameters:
-        place = found.get(name) or found.get(name.removeprefix(f"{prefix}.") if prefix else name)
-        if place is None:
-            return None
-        located[name] = place
+    located = {name: found[key] for name in layout.parameters
+               for key in reversed(spellings(name, prefix)) if key in found}
+    absent = set(layout.parameters) - set(located)
+    if absent != made_anew(model, absent):
+        return None
+    layout = layout.without(absent)
     _check_shapes(layout, located)
-    used = {key for _, key in located.values()}
-    _check_left_over({key: place for key, place in found.items() if key not in used}, model, layout, located)
-    return located
+    used = {place.key for place in located.values()}
+    return _sort({key: place for key, place in found.items() if key not in used}, located, model, layout)
+
+
+def spellings(name: str, prefix: str) -> list[str]:
+    """Return how a parameter may be called: with and without the name under which a class holds its base model."""
+    return [name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"] if prefix else [name]
+
+
+def _sort(left: Mapping[str, Place], located: Mapping[str, Place], model: PreTrainedModel, layout: Parts) -> Account:
+    """Sort the tensors that are nobody's own: repeated by a tie, made by the class, or extra."""
+    made = {name for name, _ in model.named_buffers()}
+    tied: dict[str, str] = {}
+    remade, extra = {}, {}
+    for key, place in left.items():
+        names = set(spellings(key, model.base_model_prefix))
+        source = next((layout.tied[name] for name in names if name in layout.tied), None)
+        if source is not None:
+            if not torch.equal(read(place), read(located[source])):
+                raise ModelError(f"{place.file}: holds a '{key}' of its own, but config.json ties it to '{source}'; "
+                                 "set tie_word_embeddings to what the model was trained with")
+            tied[key] = source
+        elif names & made:
+            remade[key] = place
+        else:
+            extra[key] = place
+    return Account(located, extra, tied, remade, {key: left[key] for key in tied})
 
 
 def locate(folder: Path) -> dict[str, Place]:
-    """Return file and key of every tensor, in the files that transformers would read: one file, or those of the index.
+    """Return the place of every tensor, in the files that transformers would read: one file, or those of the index.
 
     Raises
     ------
     ModelError
-        If a file is damaged, the index and the files disagree, or a key is found twice.
+        If a file is damaged, the index and the files disagree, a key is found twice, or a dtype is unknown.
     """
     single = folder / SINGLE
     index = {} if single.is_file() else _index(folder)
     named = {single} if single.is_file() else {folder / name for name in index.values()}
     places: dict[str, Place] = {}
     for file in sorted(named or folder.glob("*.safetensors")):
-        for key in _keys(file):
-            if index and index.get(key) != file.name:
+        for place in _places(file):
+            if index and index.get(place.key) != file.name:
                 continue  # the index has this one elsewhere
-            if key in places:
-                raise ModelError(f"{folder}: '{key}' lies in both {places[key][0].name} and {file.name}; remove the "
-                                 "file that does not belong, or add the index that says which counts")
-            places[key] = (file, key)
+            if place.key in places:
+                raise ModelError(f"{folder}: '{place.key}' lies in both {places[place.key].file.name} and {file.name}; "
+                                 "remove the file that does not belong, or add the index that says which counts")
+            places[place.key] = place
     lost = sorted(set(index) - set(places))
     if lost:
         raise ModelError(f"{folder}: {INDEX} names {len(lost)} tensors that its files lack, such as '{lost[0]}'; fetch "
@@ -92,110 +183,50 @@ def _index(folder: Path) -> dict[str, str]:
     return names
 
 
-def _keys(file: Path) -> list[str]:
+@contextmanager
+def reading(file: Path) -> Iterator[Any]:
+    """Open a safetensors file of a checkpoint; what is wrong with it is a `ModelError` that names it."""
     try:
         with safe_open(file, framework="pt") as handle:
-            return list(handle.keys())
+            yield handle
     except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, ModelError):
+            raise
         raise ModelError(f"{file}: missing, damaged or no safetensors file: {error}") from error
+
+
+def _places(file: Path) -> list[Place]:
+    with reading(file) as handle:
+        found = [(key, handle.get_slice(key)) for key in handle.keys()]  # noqa: SIM118 - not a dict
+        told = [(key, tuple(part.get_shape()), part.get_dtype()) for key, part in found]
+    odd = next(((key, dtype) for key, _, dtype in told if dtype not in STORABLE), None)
+    if odd is not None:
+        raise ModelError(f"{file}: '{odd[0]}' has dtype {odd[1]}; supported: {sorted(STORABLE)}")
+    return [Place(file, key, shape, STORABLE[dtype]) for key, shape, dtype in told]
+
+
+def read(place: Place, index: int | None = None) -> Tensor:
+    """Read a tensor, or slice `index` of a stack, in its own dtype."""
+    with reading(place.file) as handle:
+        return handle.get_tensor(place.key) if index is None else handle.get_slice(place.key)[index]
 
 
 def _check_shapes(layout: Parts, located: Mapping[str, Place]) -> None:
     for name, expected in layout.plain.items():
-        shape, dtype = _declared(located[name])
-        if dtype not in PLAIN:
-            raise ModelError(f"{located[name][0]}: '{located[name][1]}' has dtype {dtype}; supported: {sorted(PLAIN)}; "
-                             "give Tersor the original model, not one that is quantized")
-        if shape != tuple(expected):
-            raise _unlike(located[name], "shape", shape, tuple(expected))
+        if located[name].shape != tuple(expected):
+            raise _unlike(located[name], "shape", located[name].shape, tuple(expected))
     for matrix in layout.matrices.values():
         if matrix.index in (None, 0):
             _check_matrix(matrix, located[matrix.parameter])
 
 
 def _check_matrix(matrix: Matrix, place: Place) -> None:
-    shape, dtype = _declared(place)
     expected = matrix.shape[::-1] if matrix.kind == "conv1d" else matrix.shape
-    if shape[-2:] != expected:
-        raise _unlike(place, "shape", shape[-2:], expected)
-    if dtype not in FLOATS:
-        raise ModelError(f"{place[0]}: '{place[1]}' has dtype {dtype}; supported: {sorted(FLOATS)}")
-
-
-def _declared(place: Place) -> tuple[tuple[int, ...], str]:
-    with safe_open(place[0], framework="pt") as handle:
-        part = handle.get_slice(place[1])
-        return tuple(part.get_shape()), part.get_dtype()
+    if place.shape[-2:] != expected:
+        raise _unlike(place, "shape", place.shape[-2:], expected)
+    if place.dtype not in FLOATS.values():
+        raise ModelError(f"{place.file}: '{place.key}' has dtype {place.dtype}; supported: {sorted(FLOATS)}")
 
 
 def _unlike(place: Place, what: str, found: Any, expected: Any) -> ModelError:
-    return ModelError(f"{place[0]}: '{place[1]}' has {what} {found}, but config.json makes it {expected}")
-
-
-def _check_left_over(left: Mapping[str, Place], model: PreTrainedModel, layout: Parts,
-                     located: Mapping[str, Place]) -> None:
-    """Refuse tensors that no parameter takes, but those that a tie repeats or that the class makes by itself."""
-    prefix, made = model.base_model_prefix, {name for name, _ in model.named_buffers()}
-    strange = []
-    for key, place in left.items():
-        names = {key, f"{prefix}.{key}"}
-        tied = next((name for name in names if name in layout.tied), None)
-        if tied is not None:
-            if not torch.equal(_read(place), _read(located[layout.tied[tied]])):
-                raise ModelError(f"{place[0]}: holds a '{key}' of its own, but config.json ties it to "
-                                 f"'{layout.tied[tied]}'; set tie_word_embeddings to what the model was trained with")
-        elif not names & made:
-            strange.append(key)
-    refuse_strange(left[strange[0]][0] if strange else Path(), strange, model)
-
-
-def refuse_strange(path: Path, keys: Iterable[str], model: PreTrainedModel) -> None:
-    """Raise `ModelError` if there are keys that no parameter of the model takes."""
-    listed = sorted(keys)
-    if listed:
-        raise ModelError(f"{path}: no parameter of {type(model).__name__} takes {len(listed)} of its tensors, such as "
-                         f"'{listed[0]}'; they would be lost, so remove them first if they are not needed")
-
-
-def _read(place: Place) -> Tensor:
-    with safe_open(place[0], framework="pt") as handle:
-        return handle.get_tensor(place[1])
-
-
-def converted(path: Path, model: PreTrainedModel, told: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the parameters of a model that transformers has loaded and converted, under their own names.
-
-    Parameters
-    ----------
-    told : mapping
-        What transformers says of the load (`output_loading_info`).
-
-    Raises
-    ------
-    ModelError
-        If it filled a parameter in, dropped a tensor, or loaded a tied parameter that differs from its source.
-    """
-    ties = dict(model.all_tied_weights_keys)
-    missing = sorted(set(told["missing_keys"]) - set(ties))
-    if missing:
-        raise ModelError(f"{path}: of the parameters of {type(model).__name__}, {len(missing)} are missing, such as "
-                         f"'{missing[0]}'; transformers would fill them with random numbers")
-    if told["mismatched_keys"]:
-        raise ModelError(f"{path}: {sorted(map(str, told['mismatched_keys']))[0]} is not of the shape that config.json "
-                         "makes it")
-    refuse_strange(path, [*told["unexpected_keys"], *_passed_over(path, model)], model)
-    state = model.state_dict()
-    for name, origin in ties.items():
-        if name in state and not torch.equal(state[name], state[origin]):
-            raise ModelError(f"{path}: holds a '{name}' of its own, but config.json ties it to '{origin}'; set "
-                             "tie_word_embeddings to what the model was trained with")
-    return {name: tensor.contiguous() for name, tensor in state.items() if name not in ties}
-
-
-def _passed_over(path: Path, model: PreTrainedModel) -> list[str]:
-    """Return the keys that the class tells transformers to drop without a word."""
-    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
-    if path.is_file() or not patterns:
-        return []
-    made = {name for name, _ in model.named_buffers()}
-    return [key for key in locate(path) if key not in made and any(re.search(pattern, key) for pattern in patterns)]
+    return ModelError(f"{place.file}: '{place.key}' has {what} {found}, but config.json makes it {expected}")

@@ -13,7 +13,8 @@ from torch import Tensor
 from tersor import store
 from tersor.errors import CodecConfigError, CorruptStoreError
 from tersor.files import read_json, save_tensors, whole
-from tersor.hf.models.matrices import Matrix, empty_model, read_config, walk
+from tersor.hf.models.ledger import CARRIED
+from tersor.hf.models.matrices import Matrix, empty_model, read_config, unsaved, walk
 from tersor.hf.models.source import Source
 
 SHARD_BYTES = 4 * 10**9
@@ -28,17 +29,21 @@ def write_dense(opened: store.Store, to: Path) -> None:
         If the store holds biases that reduction has added and the architecture has no place for.
     """
     opened.verify()
-    layout = walk(empty_model(read_config(opened.path)))
-    odd = sorted(set(opened.entries) - set(layout.matrices) - set(layout.plain))
+    model = empty_model(read_config(opened.path))
+    layout = walk(model)
+    extra = opened.manifest["provenance"].get("ledger", {}).get(CARRIED, [])
+    names = [name for name in layout.parameters if name not in unsaved(model) or name in opened.entries] + extra
+    odd = sorted(set(opened.entries) - set(layout.matrices) - set(names))
     if odd:
         raise CodecConfigError(f"{opened.path}: holds biases that this architecture has no place for ({odd[0]}, …), so "
                                "it cannot become a dense model; reduce without --bias")
     by_parameter: dict[str, list[Matrix]] = defaultdict(list)
     for matrix in layout.matrices.values():
-        by_parameter[matrix.parameter].append(matrix)
+        if matrix.name in opened.entries and opened.entries[matrix.name].codec is not None:
+            by_parameter[matrix.parameter].append(matrix)
     with whole(to) as partial:
         partial.mkdir(parents=True)
-        _write_shards(opened, layout.parameters, by_parameter, partial)
+        _write_shards(opened, names, by_parameter, partial)
         _write_companions(opened, partial)
 
 

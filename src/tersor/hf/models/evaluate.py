@@ -1,9 +1,11 @@
-"""Perplexity, KL divergence and top-1 agreement of a compressed model, beside its original.
+"""Perplexity, KL divergence and top-1 agreement of a compressed model, beside its original; or its output's error.
 
 Definitions. Text is cut into windows of `context` tokens whose starts lie `stride` apart; a window scores the tokens
 that no earlier window scored, and its first token never. Perplexity is `exp` of the mean negative log-likelihood
 over scored tokens; KL is the mean over the same positions of `KL(original ‖ compressed)` of the next-token
-distributions, in nats; top-1 is the share of positions where both models' most likely tokens agree.
+distributions, in nats; top-1 is the share of positions where both models' most likely tokens agree. Models of other
+classes with logits (of tokens or labels) have no perplexity; those without logits have the relative squared error of
+their output, and its mean cosine to the original's.
 """
 
 from __future__ import annotations
@@ -17,12 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from tersor import store
 from tersor.errors import ModelError, NonFiniteError
-from tersor.hf.models.matrices import quiet, refused
-from tersor.hf.models.source import Source, load_dense
+from tersor.hf.models.classes import check_text, feed, model_class, predicts_next_token, run
+from tersor.hf.models.matrices import quiet, read_config, refused
+from tersor.hf.models.source import Source, load_dense, made_from
 from tersor.hf.models.text import read_ids, text_source
 
 BATCH_TOKENS = 4096  # tokens run at a time
@@ -38,23 +41,45 @@ class Score:
     nll_original: float = 0.0
     kl: float = 0.0
     agreed: int = 0
+    error: float = 0.0
+    signal: float = 0.0
+    cosine: float = 0.0
     seconds: float = 0.0
     seconds_original: float = 0.0
     tokens: int = 0
 
-    def add(self, logits: Tensor, original: Tensor, targets: Tensor) -> None:
-        """Add positions: logits (n, vocabulary) of both models, targets (n,)."""
+    def add(self, logits: Tensor, original: Tensor, targets: Tensor | None) -> None:
+        """Add positions: logits (n, vocabulary) of both models; targets (n,), unless the class predicts none."""
         step = max(1, LOGIT_ELEMENTS // logits.shape[-1])
-        for start in range(0, targets.numel(), step):
+        for start in range(0, len(logits), step):
             part = slice(start, start + step)
             ours = torch.log_softmax(logits[part].to(torch.float32), -1)
             theirs = torch.log_softmax(original[part].to(torch.float32), -1)
-            target = targets[part].unsqueeze(-1)
-            self.nll -= float(ours.gather(-1, target).sum(dtype=torch.float64))
-            self.nll_original -= float(theirs.gather(-1, target).sum(dtype=torch.float64))
+            if targets is not None:
+                target = targets[part].unsqueeze(-1)
+                self.nll -= float(ours.gather(-1, target).sum(dtype=torch.float64))
+                self.nll_original -= float(theirs.gather(-1, target).sum(dtype=torch.float64))
             self.kl += float((theirs.exp() * (theirs - ours)).sum(dtype=torch.float64))
             self.agreed += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
-            self.positions += target.shape[0]
+            self.positions += len(ours)
+
+    def add_output(self, output: Tensor, original: Tensor) -> None:
+        """Add outputs (..., width) of both models, which are no logits."""
+        ours, theirs = output.to(torch.float64).flatten(0, -2), original.to(torch.float64).flatten(0, -2)
+        self.error += float((ours - theirs).square().sum())
+        self.signal += float(theirs.square().sum())
+        self.cosine += float(torch.cosine_similarity(ours, theirs, dim=-1).sum())
+        self.positions += len(ours)
+
+    def figures(self, *, next_token: bool) -> dict[str, float]:
+        """Return what the sums come to."""
+        n = self.positions
+        if self.signal:
+            return {"output_error": self.error / self.signal, "output_cosine": self.cosine / n}
+        found = {"kl": self.kl / n, "top1": self.agreed / n}
+        if not next_token:
+            return found
+        return {"perplexity": math.exp(self.nll / n), "perplexity_original": math.exp(self.nll_original / n), **found}
 
 
 def spans(tokens: int, context: int, stride: int) -> Iterator[tuple[int, int]]:
@@ -69,21 +94,27 @@ def spans(tokens: int, context: int, stride: int) -> Iterator[tuple[int, int]]:
 def compare(model: PreTrainedModel, original: PreTrainedModel, ids: Tensor, context: int, stride: int,
             step: Callable[[int, int], None] | None = None) -> Score:
     """Run both models over the windows of `ids` (tokens,) and return the sums."""
-    score = Score()
+    score, next_token = Score(), predicts_next_token(type(original))
     listed = list(spans(ids.numel(), context, stride))
     batch = max(1, BATCH_TOKENS // context)
     for number in range(0, len(listed), batch):
         group = listed[number : number + batch]
         inputs = torch.stack([ids[start : start + context] for start, _ in group]).to(model.device)
         began = time.perf_counter()
-        logits = model(input_ids=inputs, use_cache=False).logits
+        output, logits = run(model, feed(model, inputs))
         middle = time.perf_counter()
-        reference = original(input_ids=inputs, use_cache=False).logits
+        reference, _ = run(original, feed(original, inputs))
         score.seconds += middle - began
         score.seconds_original += time.perf_counter() - middle
         score.tokens += inputs.numel()
-        for row, (_, first) in enumerate(group):
-            score.add(logits[row, first - 1 : -1], reference[row, first - 1 : -1], inputs[row, first:])
+        if not logits:
+            score.add_output(output, reference)
+        elif output.ndim == 2:  # one distribution over labels a window
+            score.add(output, reference, None)
+        else:
+            for row, (_, first) in enumerate(group):
+                score.add(output[row, first - 1 : -1], reference[row, first - 1 : -1],
+                          inputs[row, first:] if next_token else None)
         if step is not None:
             step(number + len(group), len(listed))
     return score
@@ -100,9 +131,9 @@ def load_compressed(path: Path, device: str = "cpu") -> PreTrainedModel:
     from tersor.hf.models import quantizer  # noqa: F401 - registers the quantizer
 
     dtype = torch.float32 if device == "cpu" else "auto"
+    kind = model_class(read_config(path))
     with refused(f"{path}: transformers cannot load this compressed model"), quiet():
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True,
-                                                          trust_remote_code=False)
+        model: Any = kind.from_pretrained(path, dtype=dtype, local_files_only=True)
     return model.to(device).eval()
 
 
@@ -121,13 +152,14 @@ def evaluate(path: Path, source: Source, text: Path, *, context: int = 512, stri
     Returns
     -------
     dict
-        Flat: `perplexity`, `perplexity_original`, `kl`, `top1`, `bytes`, `bytes_original`, `rate`,
-        `resident_bytes`, `tokens_per_second`, `tokens_per_second_original`, `context`, `stride`, `tokens`, `text`.
+        Flat: `perplexity`, `perplexity_original`, `kl`, `top1` (or `output_error`, `output_cosine`), `bytes`,
+        `bytes_original`, `rate`, `resident_bytes`, `tokens_per_second`, `tokens_per_second_original`, `context`,
+        `stride`, `tokens`, `text`.
 
     Raises
     ------
     ModelError
-        If the text is shorter than one context.
+        If the text is shorter than one context, the store was made from another model, or the class reads no text.
     NonFiniteError
         If the compressed model's logits are not finite.
     """
@@ -137,17 +169,19 @@ def evaluate(path: Path, source: Source, text: Path, *, context: int = 512, stri
     opened = store.read(path)
     if opened.kind != "model":
         raise ModelError(f"{path}: holds a {opened.kind}, no model; evaluation needs a compressed model")
+    if not made_from(opened.manifest["provenance"], source):
+        raise ModelError(f"{path} was not made from {source.path}: its manifest names a source of other bytes; give "
+                         "the model that it was made from")
+    check_text(model_class(source.config))
     ids = read_ids(source, text, context, tokens)
     model, original = load_compressed(path, device), load_dense(source, device)
     score = compare(model, original, ids, context, stride,
                     None if progress is None else lambda done, total: progress("evaluate", done, total))
-    if not math.isfinite(score.nll + score.kl):
-        raise NonFiniteError(f"{path}: the compressed model's logits hold NaN or infinity on {text}")
+    if not math.isfinite(score.nll + score.kl + score.error):
+        raise NonFiniteError(f"{path}: the compressed model's outputs hold NaN or infinity on {text}")
     nbytes = store.stored_nbytes(path)
     return {
-        "perplexity": math.exp(score.nll / score.positions),
-        "perplexity_original": math.exp(score.nll_original / score.positions),
-        "kl": score.kl / score.positions, "top1": score.agreed / score.positions,
+        **score.figures(next_token=predicts_next_token(type(original))),
         "bytes": nbytes, "bytes_original": source.original_nbytes, "rate": 8 * nbytes / store.params(opened),
         "resident_bytes": resident_bytes(model), "resident_bytes_original": resident_bytes(original),
         "tokens_per_second": score.tokens / score.seconds,

@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
+import fnmatch
 import io
-import pickle
 import re
-import struct
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Set
 from pathlib import Path
+from pickle import PickleError
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tersor.errors import ModelError, TersorError
+from tersor.hf.models.classes import model_class
 
-# What transformers and what it calls raise on files that are not as they expect; they promise no types
-_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError,
-               AssertionError, ImportError, EOFError, SyntaxError, MemoryError, StrictDataclassError,
-               pickle.PickleError, struct.error, zipfile.BadZipFile)
-
-MOST_PARTS = 1024  # layers, or experts of one; several times those of any model
 MIN_SIDE = 8  # a matrix with fewer rows or columns is not worth compressing
+# what transformers may raise at a configuration or a checkpoint that it cannot use
+FOREIGN = (ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError, OSError,
+           PickleError, RuntimeError, StrictDataclassError, SyntaxError, TypeError, ValueError)
+MOST_PARTS = 1024  # layers, or experts of one; several times those of any model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +82,37 @@ class Parts:
         """Names of the tensors that a dense checkpoint of this model stores."""
         return list(dict.fromkeys([m.parameter for m in self.matrices.values()] + list(self.plain)))
 
+    def without(self, names: Set[str]) -> Parts:
+        """Return these parts less some parameters."""
+        return Parts({name: m for name, m in self.matrices.items() if m.parameter not in names},
+                     {name: size for name, size in self.plain.items() if name not in names}, self.tied)
+
+    def matching(self, pattern: str) -> list[str]:
+        """Return the parameters of matrices that a shell pattern matches.
+
+        Raises
+        ------
+        ModelError
+            If there is none.
+        """
+        found = [name for name in self.parameters if name not in self.plain and fnmatch.fnmatchcase(name, pattern)]
+        if not found:
+            raise ModelError(f"--dense '{pattern}' matches no matrix of the model; names look like "
+                             f"'{next(iter(self.matrices), 'model.layers.0.mlp.up_proj.weight')}'")
+        return found
+
+    def keeping(self, names: Collection[str], shapes: Mapping[str, torch.Size]) -> Parts:
+        """Return these parts with the matrices of some parameters left as they are.
+
+        Parameters
+        ----------
+        shapes : mapping of str to torch.Size
+            Of the parameters.
+        """
+        matrices = {name: matrix for name, matrix in self.matrices.items() if matrix.parameter not in names}
+        kept = {name: shapes[name] for name in self.parameters if name in names}
+        return Parts(matrices, {**kept, **self.plain}, self.tied)
+
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
@@ -109,7 +139,7 @@ def refused(what: str) -> Iterator[None]:
     except TersorError:
         raise
     except Exception as error:
-        if type(error) is not Exception and not isinstance(error, _UNREADABLE):  # the tokenizers raise the bare class
+        if type(error) is not Exception and not isinstance(error, FOREIGN):  # the tokenizers raise the bare class
             raise
         raise ModelError(f"{what}: {_line(error)}") from error
 
@@ -143,31 +173,49 @@ def _claims(fields: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
-    """Return the causal language model of a configuration on the meta device: shapes without memory.
+    """Return the model of a configuration's own class on the meta device: shapes without memory.
 
     Raises
     ------
     ModelError
-        If the configuration has no causal language model.
+        If transformers cannot build it.
     """
-    with refused(f"'{config.model_type}' is no causal language model that transformers can build"), quiet(), (
-            torch.device("meta")):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-
-
-def check_class(path: Path, config: PretrainedConfig, model: PreTrainedModel) -> None:
-    """Raise `ModelError` unless the model is of the class that config.json names: no part is left out or invented."""
-    given = config.architectures or [type(model).__name__]
-    if not isinstance(given, (list, tuple)) or not isinstance(given[0], str):
-        raise ModelError(f"{path}: config.json: architectures must be a list of class names, found {given!r}")
-    named = given[0]
-    if named != type(model).__name__:
-        raise ModelError(f"{path}: config.json names a {named}; as a causal language model it would be a "
-                         f"{type(model).__name__}, which has other parameters; only causal language models are taken")
+    kind = model_class(config)
+    try:
+        with quiet(), torch.device("meta"):
+            return kind(config)
+    except FOREIGN as error:
+        raise ModelError(f"transformers cannot build a {kind.__name__} from config.json: {_line(error)}") from error
 
 
 def _line(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:300] or type(error).__name__
+
+
+def unsaved(model: PreTrainedModel) -> set[str]:
+    """Return the parameters that a class makes by itself and does not save, such as tables of sinusoids."""
+    patterns = model._keys_to_ignore_on_save or ()
+    return {name for name in model.state_dict() if any(re.search(pattern, name) for pattern in patterns)} - set(
+        model.all_tied_weights_keys)
+
+
+def made_anew(model: PreTrainedModel, absent: Collection[str]) -> set[str]:
+    """Return those parameters, of some that a checkpoint lacks, that the class makes by itself and always alike."""
+    return {name for name in unsaved(model) & set(absent) if _makes_alike(model, name)}
+
+
+def _makes_alike(model: PreTrainedModel, name: str) -> bool:
+    """Return whether a class makes a parameter of a (meta) model the same way every time: it is not drawn at random."""
+    path, _, key = name.rpartition(".")
+    made = []
+    for seed in range(2):
+        module = copy.deepcopy(model.get_submodule(path)).to_empty(device="cpu")
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(seed)
+            module.get_parameter(key).fill_(seed)
+            model._init_weights(module)
+        made.append(module.get_parameter(key))
+    return torch.equal(*made)
 
 
 def walk(model: PreTrainedModel) -> Parts:

@@ -14,7 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tersor import store
 from tersor.errors import CorruptStoreError
-from tersor.hf.models.matrices import Matrix, walk
+from tersor.hf.models.matrices import Matrix, unsaved, walk
 from tersor.nn import Buffers, CompressedEmbedding, CompressedLinear, TiedLinear, WeightView
 
 METHOD = "tersor"
@@ -68,7 +68,7 @@ def install(model: PreTrainedModel, opened: store.Store) -> None:
             raise CorruptStoreError(f"{opened.path}: the manifest's matrix '{name}' of shape "
                                     f"{opened.entries[name].shape} is not one of the model that config.json describes")
         by_parameter[matrix.parameter].append(matrix)
-    missing = set(layout.parameters) - set(by_parameter) - set(opened.entries)
+    missing = set(layout.parameters) - set(by_parameter) - set(opened.entries) - unsaved(model)
     if missing:
         raise CorruptStoreError(f"{opened.path}: the manifest lacks {sorted(missing)[:4]}")
     for parameter, matrices in by_parameter.items():

@@ -6,22 +6,23 @@ import dataclasses
 import functools
 import hashlib
 import json
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from tersor.contract.checks import check_matrix
 from tersor.errors import ModelError
-from tersor.files import read_json, save_tensors
-from tersor.hf.models import checkpoint
-from tersor.hf.models.matrices import Matrix, Parts, check_class, empty_model, quiet, read_config, refused, walk
-from tersor.store import FORMAT_VERSION, INDEX, MANIFEST
+from tersor.files import read_json
+from tersor.hf.models import checkpoint, staging
+from tersor.hf.models.checkpoint import Account
+from tersor.hf.models.classes import model_class
+from tersor.hf.models.ledger import Ledger
+from tersor.hf.models.matrices import FOREIGN, Matrix, Parts, empty_model, quiet, read_config, walk
+from tersor.store.manifest import FORMAT_VERSION, INDEX, MANIFEST, file_digest
 
 REPORT = "tersor-report.json"  # what a compressed model says of its matrices
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -40,44 +41,59 @@ class Source:
         Directory that holds configuration and safetensors: `path`, or where it was staged.
     config : PretrainedConfig
     layout : Parts
-    locations : mapping of str to (Path, str)
-        File and key of every stored tensor.
+        What is compressed, what is stored as it is (tensors that no parameter takes, too), and what is tied.
+    account : Account
+        Where every tensor of the checkpoint lies.
+    left_out : mapping of str to str
+        Keys that the user asked to leave out, and why.
+    seen : mapping of Path to tuple
+        The files, as they were when they were opened: inode, size and time of change.
     """
 
     path: Path
     folder: Path
     config: PretrainedConfig
     layout: Parts
-    locations: Mapping[str, tuple[Path, str]]
+    account: Account
+    left_out: Mapping[str, str]
+    seen: Mapping[Path, tuple[int, int, int]]
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor in its own dtype."""
-        file, key = self.locations[name]
-        with safe_open(file, framework="pt") as handle:
-            return handle.get_tensor(key)
+        self.check_unchanged()
+        return checkpoint.read(self.account.place(name))
 
     def matrix(self, matrix: Matrix) -> Tensor:
         """Read one matrix (out, in); only its slice of a stack."""
-        file, key = self.locations[matrix.parameter]
-        with safe_open(file, framework="pt") as handle:
-            if matrix.index is not None:
-                return handle.get_slice(key)[matrix.index]
-            return matrix.take(handle.get_tensor(key))
+        self.check_unchanged()
+        place = self.account.place(matrix.parameter)
+        return matrix.take(checkpoint.read(place)) if matrix.index is None else checkpoint.read(place, matrix.index)
+
+    def check_unchanged(self) -> None:
+        """Raise `ModelError` if a file of the model is no longer the one that was opened."""
+        for file, state in self.seen.items():
+            if _state(file) != state:
+                raise ModelError(f"{file} has changed since it was opened; run again once the model is no longer being "
+                                 "written")
 
     @functools.cached_property
     def dtypes(self) -> Mapping[str, torch.dtype]:
-        """The stored dtype of every tensor; looked up once."""
-        found = {}
-        for name, (file, key) in self.locations.items():
-            with safe_open(file, framework="pt") as handle:
-                kind = handle.get_slice(key).get_dtype()
-                found[name] = checkpoint.FLOATS[kind] if kind in checkpoint.FLOATS else handle.get_tensor(key).dtype
-        return found
+        """The stored dtype of every tensor."""
+        return {name: self.account.place(name).dtype for name in self.layout.parameters}
+
+    @functools.cached_property
+    def ledger(self) -> Ledger:
+        """What becomes of every tensor of the checkpoint."""
+        return Ledger.of(self.layout, self.account, self.left_out, self.nbytes)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the dense safetensors files, staged ones included."""
-        return sum(file.stat().st_size for file in {file for file, _ in self.locations.values()})
+        return sum(file.stat().st_size for file in self._files)
+
+    @property
+    def _files(self) -> list[Path]:
+        return sorted({place.file for place in self.account.places})
 
     @property
     def original_nbytes(self) -> int:
@@ -86,18 +102,27 @@ class Source:
 
     @property
     def elements(self) -> int:
-        """Number of parameters."""
+        """Number of stored numbers: parameters, and what no parameter takes."""
         matrices = sum(m.shape[0] * m.shape[1] for m in self.layout.matrices.values())
         return matrices + sum(size.numel() for size in self.layout.plain.values())
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over configuration and weights; read once."""
-        sha = hashlib.sha256((self.folder / "config.json").read_bytes())
-        for file in sorted({file for file, _ in self.locations.values()}):
-            with file.open("rb") as handle:
-                sha.update(hashlib.file_digest(handle, "sha256").digest())
-        return sha.hexdigest()
+        """SHA-256 over configuration and weights as the user gave them; read once."""
+        if self.folder == self.path:
+            return _digest([self.folder / "config.json", *self._files])
+        given = [self.path] if self.path.is_file() else [
+            self.path / "config.json", *sorted({place.file for place in staging.files_of(self.path).values()})]
+        return _digest(given)
+
+    @functools.cached_property
+    def fingerprints(self) -> Mapping[str, str]:
+        """What the manifest says of the source: its fingerprint, and that of what it was converted to, if it was."""
+        found = {"source_sha256": self.fingerprint}
+        if self.folder != self.path:
+            found["converted_sha256"] = _digest([self.folder / "config.json", *self._files])
+        self.check_unchanged()
+        return found
 
     def config_json(self) -> dict[str, Any]:
         """Return the configuration as stored."""
@@ -113,18 +138,57 @@ class Source:
                 if f.is_file() and f.suffix not in _WEIGHT_SUFFIXES and f.name not in skip
                 and not f.name.endswith(".index.json") and not f.name.startswith(".")}
 
+    @functools.cached_property
+    def companion_digests(self) -> Mapping[str, str]:
+        """SHA-256 of the companions; read once."""
+        found = {name: file_digest(file) for name, file in self.companions().items()}
+        self.check_unchanged()
+        return found
+
     def stored_files(self) -> dict[str, bytes | Path]:
         """Return what lies beside the shards of a compressed model: a configuration that says so, and companions."""
+        self.check_unchanged()
         config = self.config_json()
+        config["architectures"] = [model_class(self.config).__name__]
         config["quantization_config"] = {"quant_method": "tersor", "format_version": FORMAT_VERSION}
         return {"config.json": json.dumps(config, indent=1).encode(), **self.companions()}
 
 
-def open_source(path: Path, staging: Path) -> Source:
+def made_from(provenance: Mapping[str, Any], source: Source) -> bool:
+    """Return whether a store says that it was made from this source; one that says nothing is believed."""
+    told = {provenance[key] for key in ("source_sha256", "converted_sha256") if key in provenance}
+    return not told or bool(told & set(source.fingerprints.values()))
+
+
+def _state(file: Path) -> tuple[int, int, int]:
+    """Return what changes with a file: inode, size, time of its last change; zeros if it is gone."""
+    try:
+        found = file.stat()
+    except OSError:
+        return 0, 0, 0
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _digest(files: Iterable[Path]) -> str:
+    """Return the SHA-256 over files: a configuration as it is, weights by their own digests."""
+    sha = hashlib.sha256()
+    for file in files:
+        sha.update(file.read_bytes() if file.name == "config.json" else bytes.fromhex(file_digest(file)))
+    return sha.hexdigest()
+
+
+def open_source(path: Path, staged: Path, *, dense: Sequence[str] = (), leave_out: Sequence[str] = ()) -> Source:
     """Open a transformers directory or a .gguf file.
 
     Tensors are read straight from safetensors where the checkpoint stores the model's own parameters; a checkpoint that
-    transformers must convert (GGUF, pickles, experts stored one by one) is loaded once and staged in `staging`.
+    transformers must convert (GGUF, pickles, experts stored one by one) is loaded once and staged in `staged`.
+
+    Parameters
+    ----------
+    dense : sequence of str
+        Shell patterns of parameters that stay as they are.
+    leave_out : sequence of str
+        Shell patterns of tensors to leave out, among those that no parameter takes; the others are carried along.
 
     Raises
     ------
@@ -136,69 +200,72 @@ def open_source(path: Path, staging: Path) -> Source:
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(f"{path}: expected a model directory or a .gguf file")
-        return _staged(path, staging)
+    else:
+        _check_folder(path)
+    seen = {file: _state(file) for file in _watched(path)}
+    folder, found = path, None if path.is_file() else _open_folder(path, path)
+    if found is None:
+        folder = staging.stage(path, staged)
+        found = _open_folder(path, folder)
+        assert found is not None, "a staged checkpoint stores the model's own parameters"
+    config, layout, account = found
+    layout, left_out = _asked(layout, account, dense, leave_out)
+    source = Source(path, folder, config, layout, account, left_out, seen)
+    source.check_unchanged()
+    return source
+
+
+def _check_folder(path: Path) -> None:
     config = read_config(path)
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"{path}: already quantized ({_method(config)}); give Tersor the original model")
     if not any(f.suffix in _WEIGHT_SUFFIXES for f in path.iterdir()):
         raise ModelError(f"{path}: config.json but no weights (.safetensors)")
-    return _open_folder(path, path) or _staged(path, staging)
 
 
-def _staged(path: Path, staging: Path) -> Source:
-    source = _open_folder(path, _stage(path, staging))
-    assert source is not None, "a staged checkpoint stores the model's own parameters"
-    return source
+def _watched(path: Path) -> list[Path]:
+    """Return the files that may not change while a model is open."""
+    return [path] if path.is_file() else [f for f in sorted(path.iterdir()) if f.is_file() and f.name != "README.md"
+                                          and not f.name.startswith(".")]
+
+
+def _asked(layout: Parts, account: Account, dense: Sequence[str],
+           leave_out: Sequence[str]) -> tuple[Parts, dict[str, str]]:
+    """Return the parts as the user wants them, extra tensors among them, and the reasons for those left out."""
+    layout = layout.without(set(layout.parameters) - set(account.located))  # what the class makes by itself
+    kept = {name for pattern in dense for name in layout.matching(pattern)}
+    layout = layout.keeping(kept, {name: torch.Size(place.shape) for name, place in account.located.items()})
+    left_out = {key: f"asked for by --leave-out {pattern}" for pattern in leave_out
+                for key in account.matching(pattern)}
+    carried = {key: torch.Size(place.shape) for key, place in account.extra.items() if key not in left_out}
+    return dataclasses.replace(layout, plain={**layout.plain, **carried}), left_out
 
 
 def _method(config: PretrainedConfig) -> str:
-    found = config.quantization_config
+    found: Any = config.quantization_config
     return str(found.get("quant_method", "?") if isinstance(found, dict) else found.quant_method)
 
 
-def _open_folder(path: Path, folder: Path) -> Source | None:
+def _open_folder(path: Path, folder: Path) -> tuple[PretrainedConfig, Parts, Account] | None:
     """Open a folder whose safetensors hold the model's own parameters; None where they need converting."""
     config = read_config(folder)
     model = empty_model(config)
-    check_class(path, config, model)
     layout = walk(model)
-    locations = checkpoint.account(folder, model, layout)
-    return None if locations is None else Source(path, folder, config, layout, locations)
-
-
-def _stage(path: Path, staging: Path) -> Path:
-    """Load a checkpoint through transformers and write its parameters under their own names."""
-    folder, gguf = (path.parent, path.name) if path.is_file() else (path, None)
-    extra = {"gguf_file": gguf, "dtype": torch.float32} if gguf else {"dtype": "auto"}
-    with refused(f"{path}: transformers cannot load this checkpoint"), quiet():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, trust_remote_code=False,
-                                                           output_loading_info=True, **extra)
-    model, told = loaded
-    tensors = checkpoint.converted(path, model, told)
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    save_tensors(tensors, staging / "model.safetensors")
-    config = model.config.to_dict()
-    config.pop("quantization_config", None)
-    (staging / "config.json").write_text(json.dumps(config, indent=1, default=str))
-    if gguf:
-        with refused(f"{path}: transformers cannot read its tokenizer"), quiet():
-            AutoTokenizer.from_pretrained(folder, gguf_file=gguf, local_files_only=True,
-                                          trust_remote_code=False).save_pretrained(staging)
-    else:
-        for file in folder.iterdir():
-            if file.is_file() and file.suffix in (".json", ".txt", ".model") and file.name != "config.json" and (
-                    not file.name.endswith(".index.json")):
-                shutil.copyfile(file, staging / file.name)
-    return staging
+    if not layout.matrices:
+        raise ModelError(f"{path}: a {type(model).__name__} has no matrix to compress")
+    account = checkpoint.account(folder, model, layout)
+    return None if account is None else (config, layout, account)
 
 
 def load_dense(source: Source, device: str = "cpu") -> PreTrainedModel:
     """Load the dense model of a source: in its own dtype on a GPU, in float32 on a CPU."""
     dtype = torch.float32 if device == "cpu" else "auto"
-    with refused(f"{source.path}: transformers cannot load this checkpoint"), quiet():
-        model: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, local_files_only=True,
-                                                          trust_remote_code=False)
+    try:
+        with quiet():
+            model: Any = model_class(source.config).from_pretrained(source.folder, dtype=dtype, local_files_only=True)
+    except FOREIGN as error:
+        raise ModelError(f"{source.path}: transformers cannot load it: {str(error).strip()[:300]}") from error
+    source.check_unchanged()
     return model.to(device).eval()
 
 

@@ -21,6 +21,7 @@ from tersor.hf.compress.request import Progress, no_progress
 from tersor.hf.compress.verify import verify_in_fresh_process
 from tersor.hf.compress.work import WorkFolder, peak_memory
 from tersor.hf.models.blocks import enter, find_blocks
+from tersor.hf.models.classes import check_language_model
 from tersor.hf.models.source import Source, load_dense, open_source
 from tersor.hf.models.text import default_calibration, read_ids, text_source, windows
 from tersor.hf.rom import block
@@ -122,6 +123,7 @@ def reduce_model(source: str | Path, output: str | Path, keep: float | None = No
         check_keep(keep)
     work = WorkFolder(Path(output)).claim()
     opened = open_source(Path(source), work / "staged")
+    check_language_model(opened.config, "reduction")
     ids = reads.ids(opened)
     record = _record(opened, chosen, keep, size, ids, reads)
     stamp = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
@@ -139,8 +141,9 @@ def _record(source: Source, recipe: Recipe, keep: float | None, size: int | None
             reads: Reading) -> dict[str, Any]:
     """Return what the manifest says of how the model was made, which is also what a resumed run must share."""
     seen = {"tokens": ids.numel(), "length": reads.length, "source": text_source(reads.text)}
-    return {"tersor": tersor.__version__, "source_sha256": source.fingerprint, "method": "reduction",
-            "recipe": recipe.to_json(), "keep": keep, "size": size, "seed": reads.seed, "calibration": seen}
+    return {"tersor": tersor.__version__, **source.fingerprints, "method": "reduction",
+            "recipe": recipe.to_json(), "keep": keep, "size": size, "seed": reads.seed, "calibration": seen,
+            "ledger": source.ledger.summary()}
 
 
 def _reduce(source: Source, recipe: Recipe, ids: Tensor, record: dict[str, Any], stamp: str, work: WorkFolder,
