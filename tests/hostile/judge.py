@@ -103,7 +103,8 @@ def judge(kind: Kind, sound: Path, folder: Path, seed: int) -> Outcome:
     except BaseException as error:  # whatever else comes is a fault, and is told as one
         if isinstance(error, KeyboardInterrupt):
             raise
-        return Outcome("untyped", f"{what}: {type(error).__name__}: {str(error)[:300]}\n{traceback.format_exc()[-1800:]}")
+        told = f"{type(error).__name__}: {str(error)[:300]}\n{traceback.format_exc()[-1800:]}"
+        return Outcome("untyped", f"{what}: {told}")
     odd = next((name for name, value in found.items() if isinstance(value, torch.Tensor) and value.is_floating_point()
                 and not bool(torch.isfinite(value).all())), None)
     if odd is not None:

@@ -295,8 +295,8 @@ def _kv_plan(folder: Path) -> None:
     save_tensors({f"0/{side}/{name}": t.clone() for side in ("key", "value") for name, t in trained.items()},
                  folder / "kv.safetensors")
     write_json(folder / "kv.json", {
-        "format": "tersor-kv-plan", "version": 1, "model": fields_of(_model().config), "residual": 4, "sink": 2, "block": 8,
-        "layers": {"0": {"key": codec.spec(), "value": codec.spec()}},
+        "format": "tersor-kv-plan", "version": 1, "model": fields_of(_model().config), "residual": 4, "sink": 2,
+        "block": 8, "layers": {"0": {"key": codec.spec(), "value": codec.spec()}},
         "tables": {"file": "kv.safetensors", "sha256": file_digest(folder / "kv.safetensors")}})
 
 
@@ -323,8 +323,8 @@ LIGHT = (
     Kind("survey", _survey, _read_survey),
     Kind("matrices", _matrices, _read_matrices, sign_store, digested=True),
     *(Kind(f"matrix {text}", _with(_matrix, text), _read_matrices, sign_store, digested=True) for text in (
-        "rot,rows3(lm3;lm2)", "id5(bf16;bf16)", "lr3(al40;al37)", "std,two2x2m", "kashin4", "sum(lr2(fp32;fp32);rtn2g64)",
-        "ns,mm4", "opq,pq2x4", "fp8", "klt3")),
+        "rot,rows3(lm3;lm2)", "id5(bf16;bf16)", "lr3(al40;al37)", "std,two2x2m", "kashin4",
+        "sum(lr2(fp32;fp32);rtn2g64)", "ns,mm4", "opq,pq2x4", "fp8", "klt3")),
     *(Kind(f"index {text}", _with(_index, text), _read_index, sign_store, digested=True) for text in (
         "rot,sym16", "opqt,pq4x16t", "bf16")),
     *(Kind(f"image {way}", _with(_image, way), _read_image, sign_store, digested=True)
@@ -334,9 +334,10 @@ LIGHT = (
 HEAVY = (
     Kind("checkpoint", _checkpoint, _read_checkpoint),
     Kind("pickle", _pickle, _read_checkpoint),
-    Kind("model", _with(_compressed, ("rot,lm3", "rtn4g64", "tab3", "fp8")), _read_compressed, sign_store, digested=True),
-    Kind("rom", _with(_compressed, ("lr4(bf16;bf16)", "id4(bf16;bf16)", "lr4(lm4o;lm4o)")), _read_compressed, sign_store,
+    Kind("model", _with(_compressed, ("rot,lm3", "rtn4g64", "tab3", "fp8")), _read_compressed, sign_store,
          digested=True),
+    Kind("rom", _with(_compressed, ("lr4(bf16;bf16)", "id4(bf16;bf16)", "lr4(lm4o;lm4o)")), _read_compressed,
+         sign_store, digested=True),
     Kind("dense", _with(_compressed, ("rot,lm3", "fp32")), _read_dense, sign_store, digested=True),
     Kind("cache", _with(_cache, "rot,lm3"), _read_cache, sign_store, digested=True),
     Kind("cache single", _with(_cache, "fit3"), _read_cache, sign_store, digested=True),

@@ -1,4 +1,4 @@
-"""Damage: to bytes, to folders, and to what JSON and safetensors say; and signatures made anew, as an attacker would."""
+"""Damage: to bytes, to folders, and to what JSON and safetensors say; and signatures made anew, as attackers do."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from tersor.store.manifest import MANIFEST, body_digest, digest, file_digest
 
 Draw = random.Random
-ODD: tuple[Any, ...] = (None, True, False, 0, -1, 1, 2, 3, 7, 16, 64, 255, 4096, 2**31, 2**53 + 1, 2**63, 10**30, -(2**63),
-                        0.0, -0.5, 0.5, 1.5, 2.0, 16.0, 1e30, 1e308, math.nan, math.inf, -math.inf, "", "0", "32", "nan", "..",
-                        "../x", "/etc/passwd", "a/b", "\0", "é", "\ud800", "x" * 3000, [], {}, [[]], [None], [1, 2], {"a": 1},
-                        {"id": "scalar"}, [[[[[[[[]]]]]]]], "rot,lm3", "lr1(fp32;fp32)", "bf16", "model.safetensors",
+ODD: tuple[Any, ...] = (None, True, False, 0, -1, 1, 2, 3, 7, 16, 64, 255, 4096, 2**31, 2**53 + 1, 2**63, 10**30,
+                        -(2**63), 0.0, -0.5, 0.5, 1.5, 2.0, 16.0, 1e30, 1e308, math.nan, math.inf, -math.inf, "", "0",
+                        "32", "nan", "..", "../x", "/etc/passwd", "a/b", "\0", "é", "\ud800", "x" * 3000, [], {}, [[]],
+                        [None], [1, 2], {"a": 1}, {"id": "scalar"}, [[[[[[[[]]]]]]]], "rot,lm3", "lr1(fp32;fp32)", "bf16", "model.safetensors",
                         "float64", "bool", "int64", "BF16", "F8_E4M3")
 NUMBERS = (0, 1, 3, 8, 64, 2**15, 2**31 - 1, 2**31, 2**32, 2**40, 2**63 - 1, 2**64, 10**6, 10**12)
 PEAKS = (3e38, 1e38, -3e38, 2.0**100, 1e20, 65504.0, 1e-38, 1e-45, -0.0)
@@ -81,8 +81,8 @@ def change_text(text: str, draw: Draw) -> str:
         return text + draw.choice(("x", "{", "\0"))
     how = draw.randrange(12)
     if how == 0:
-        return draw.choice(("[" * 100000, '{"a":' * 50000, "9" * 6000, "", "null", "[]", "{}", "1e999", text[: len(text) // 2],
-                            text + text, "\ufeff" + text))
+        return draw.choice(("[" * 100000, '{"a":' * 50000, "9" * 6000, "", "null", "[]", "{}", "1e999",
+                            text[: len(text) // 2], text + text, "\ufeff" + text))
     return json.dumps(change_json(value, draw), ensure_ascii=draw.random() < 0.9)
 
 
@@ -98,7 +98,8 @@ def change_bytes(data: bytes, draw: Draw) -> bytes:
     place = draw.choice((0, draw.randrange(len(out)), draw.randrange(min(len(out), 200))))
     if how <= 2:
         for _ in range(draw.choice((1, 1, 4, 30))):
-            out[draw.randrange(len(out)) if draw.random() < 0.5 else draw.randrange(min(len(out), 300))] ^= 1 << draw.randrange(8)
+            within = len(out) if draw.random() < 0.5 else min(len(out), 300)
+            out[draw.randrange(within)] ^= 1 << draw.randrange(8)
     elif how == 3:
         del out[place:]
     elif how == 4:
@@ -131,7 +132,8 @@ def change_tensors(file: Path, draw: Draw) -> None:
         flat = old.reshape(-1).clone()
         how = draw.randrange(20)
         if how == 0:
-            tensors[name] = old.to(draw.choice((torch.float32, torch.float64, torch.int32, torch.bfloat16, torch.uint8)))
+            tensors[name] = old.to(draw.choice((torch.float32, torch.float64, torch.int32, torch.bfloat16,
+                                                torch.uint8)))
         elif how == 1:
             tensors[name] = draw.choice((flat[: len(flat) // 2], flat, torch.cat([flat, flat]), old.unsqueeze(0),
                                          old[:0] if old.ndim else flat)).clone()
@@ -148,7 +150,8 @@ def change_tensors(file: Path, draw: Draw) -> None:
                                            flat.dtype != torch.bool else 1)
             if kind == 2:
                 generator = torch.Generator().manual_seed(draw.randrange(2**31))
-                flat[:] = torch.randint(256 if flat.dtype == torch.uint8 else 2, flat.shape, generator=generator).to(flat.dtype)
+                most = 256 if flat.dtype == torch.uint8 else 2
+                flat[:] = torch.randint(most, flat.shape, generator=generator).to(flat.dtype)
             tensors[name] = flat.reshape(old.shape)
     save_file({k: t.contiguous() for k, t in tensors.items()}, file, head.get("__metadata__"))
 

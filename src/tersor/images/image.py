@@ -77,7 +77,7 @@ def encode(source: str | Path | np.ndarray | Image, rate: float | None = None, c
     if rate is not None and size is not None:
         raise BudgetError("give a rate or a size, not both")
     if rate is not None and not (isinstance(rate, (int, float)) and 0 < rate <= MOST_RATE):
-        raise BudgetError(f"rate must be a number of bits per sample in (0, {MOST_RATE:g}], found {rate!r}")
+        raise BudgetError(f"rate must be a positive number of bits per sample, at most {MOST_RATE:g}, found {rate!r}")
     if size is not None and (not isinstance(size, int) or size < 1):
         raise BudgetError(f"size must be a positive number of bytes, found {size!r}")
     if rate is None and size is None and codec in families():
