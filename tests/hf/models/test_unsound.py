@@ -44,8 +44,8 @@ def configure(model: Path, **changes: Any) -> None:
 
 @pytest.mark.parametrize("changes", [
     {"hidden_size": "32"}, {"hidden_size": None}, {"hidden_size": -64}, {"architectures": {"a": 1}},
-    {"architectures": "x"}, {"vocab_size": 2**40}, {"num_attention_heads": 0}, {"model_type": 5}, {"hidden_act": "none such"},
-    {"quantization_config": 5}, {"pad_token_id": 10**9}], ids=str)
+    {"architectures": "x"}, {"vocab_size": 2**40}, {"num_attention_heads": 0}, {"model_type": 5},
+    {"hidden_act": "none such"}, {"quantization_config": 5}, {"pad_token_id": 10**9}], ids=str)
 def test_odd_configurations(model: Path, changes: dict[str, Any]) -> None:
     configure(model, **changes)
     assert refusal(model)
