@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class TersorError(Exception):
     """Base of every error that Tersor raises on purpose."""
@@ -77,3 +79,35 @@ class NoMemoryError(TersorError, MemoryError):
     def __init__(self, message: str, nbytes: int) -> None:
         self.nbytes = nbytes
         super().__init__(message)
+
+
+class ReadOnlyError(TersorError, TypeError):
+    """Code would change an encoded weight, which can only be read.
+
+    Attributes
+    ----------
+    wanted : str
+        The function that would.
+    weight : object
+        The stand-in for the weight.
+    """
+
+    def __init__(self, message: str, wanted: str = "", weight: Any = None) -> None:
+        self.wanted, self.weight = wanted, weight
+        super().__init__(message)
+
+
+class BusyError(TersorError):
+    """An output that another run is writing at this moment."""
+
+
+class TersorWarning(UserWarning):
+    """Base of every warning that Tersor gives on purpose."""
+
+
+class ChangedFileWarning(TersorWarning):
+    """A companion of a compressed model, such as its tokenizer, that is not as it was written; weights are."""
+
+
+class DamagedWorkWarning(TersorWarning):
+    """A file of an unfinished run that is not as it was written; what it held is made again."""

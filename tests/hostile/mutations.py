@@ -16,7 +16,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from tersor.store.manifest import MANIFEST, body_digest, digest, file_digest
+from tersor.store.embedded import KEY
+from tersor.store.manifest import MANIFEST, body_digest, digest, file_digest, pack
 
 Draw = random.Random
 ODD: tuple[Any, ...] = (None, True, False, 0, -1, 1, 2, 3, 7, 16, 64, 255, 4096, 2**31, 2**53 + 1, 2**63, 10**30,
@@ -229,7 +230,20 @@ def sign_store(folder: Path) -> None:
     for name in list(files) if isinstance(files, dict) else ():
         _quietly(lambda name=name: files.update({name: file_digest(folder / name)}))
     manifest.pop("sha256", None)
-    write_text(file, json.dumps({**manifest, "sha256": body_digest(manifest)}))
+    manifest["sha256"] = body_digest(manifest)
+    write_text(file, json.dumps(manifest))
+    _quietly(lambda: _sign_copy(folder / manifest["shards"][-1], manifest))
+
+
+def _sign_copy(shard: Path, manifest: dict[str, Any]) -> None:
+    """Put the manifest into the last shard again, if there was one."""
+    data = shard.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    if KEY in header["__metadata__"]:
+        header["__metadata__"][KEY] = pack(manifest)
+        text = json.dumps(header).encode()
+        shard.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
 
 
 def _digest(tensors: dict[str, torch.Tensor], name: str, record: dict[str, Any]) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from typing import Any
 
 import typer
 
@@ -22,13 +24,20 @@ for verb in VERBS:
 
 
 def main() -> None:
-    """Run the tool; every expected error is one line on stderr."""
+    """Run the tool; every expected error is one line on stderr, and so is every warning."""
+    warnings.showwarning = _tell
     try:
         app()
     except TersorError as error:
         _fail(error, error.exit_code)
     except (OSError, MemoryError) as error:
         _fail(error, 2)
+
+
+def _tell(message: Warning | str, category: type[Warning], *place: Any) -> None:
+    """Print a warning without the place in the code, which says nothing to a user."""
+    del category, place
+    typer.echo(f"tersor: warning: {' '.join(str(message).split())}", err=True)
 
 
 def _fail(error: BaseException, code: int) -> None:

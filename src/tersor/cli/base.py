@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
@@ -139,11 +140,15 @@ def refuse_existing(path: Path) -> None:
 
 
 def open_source(src: Path, output: Path) -> Any:
-    """Return the source model of a command that writes `output`."""
+    """Return the source model of a command that writes `output`; what is staged for it goes when it does."""
     from tersor.hf.compress.work import WorkFolder
     from tersor.hf.models import source
 
-    return source.open_source(src, WorkFolder(output) / "staged")
+    work = WorkFolder(output)
+    found = source.open_source(src, work / "staged")
+    if found.folder == work / "staged":
+        weakref.finalize(found, work.clear, "staged")
+    return found
 
 
 def read_calibration(path: Path | None) -> Calibration | None:

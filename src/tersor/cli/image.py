@@ -22,8 +22,10 @@ from tersor.cli.base import (
     write_new,
 )
 from tersor.cli.report import image_html
+from tersor.files import exclusive
 
 
+@exclusive("output")
 def image(src: Annotated[Path, typer.Argument(metavar="PNG", help="gray or colour, with or without alpha")],
           output: Out,
           rate: Annotated[float | None, typer.Option(help="bits per sample, everything stored counted")] = None,

@@ -9,7 +9,7 @@ import typer
 
 from tersor.cli.base import AsJson, Bars, Device, Seed, Src, emit, open_source
 from tersor.errors import CodecConfigError
-from tersor.files import read_json
+from tersor.files import exclusive, read_json
 
 
 def read_ladder(path: Path | None, default: tuple[str, ...]) -> tuple[str, ...]:
@@ -25,6 +25,7 @@ def read_ladder(path: Path | None, default: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(ladder)
 
 
+@exclusive("output")
 def kv_plan(src: Src, output: Annotated[Path, typer.Argument(metavar="PLAN", help="kv.json to write or resume")],
             rate: Annotated[float, typer.Option(help="bits per element of the encoded tokens")] = 2.5,
             text: Annotated[Path | None, typer.Option(help="calibration text; default: packaged")] = None,

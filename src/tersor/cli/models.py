@@ -41,7 +41,7 @@ from tersor.cli.base import (
 from tersor.cli.reduce import REDUCTIONS
 from tersor.errors import CodecConfigError, ModelError
 from tersor.families import DEFAULT
-from tersor.files import read_json
+from tersor.files import exclusive, read_json
 from tersor.planning.plan import to_json
 
 
@@ -67,6 +67,7 @@ def families(as_json: AsJson = False) -> None:
     typer.echo("\n".join(f"{name} (tersor reduce)" for name in REDUCTIONS))
 
 
+@exclusive("output")
 def compress(src: Src, output: Out, rate: Rate = None, size: Size = None, method: Method = DEFAULT,
              codec: CodecText = None, calibration: CalibrationText = None,
              calibrated: Annotated[bool, typer.Option("--calibrated/--uncalibrated")] = True,
@@ -105,6 +106,7 @@ def compress(src: Src, output: Out, rate: Rate = None, size: Size = None, method
     emit(record, as_json, f"{src} → {output}")
 
 
+@exclusive("output")
 def calibrate(src: Src, output: Annotated[Path, typer.Argument(metavar="CALIB", help="file to write")],
               text: Annotated[Path | None, typer.Option("--calibration", help="text; default: packaged")] = None,
               tokens: Annotated[int, typer.Option(help="tokens for the moments")] = 65536,
@@ -122,6 +124,7 @@ def calibrate(src: Src, output: Annotated[Path, typer.Argument(metavar="CALIB", 
          as_json, "calibration")
 
 
+@exclusive("output")
 def survey(src: Src, output: Annotated[Path, typer.Argument(metavar="SURVEY", help="survey.jsonl to write or resume")],
            rate: Rate = 3.0, calib: Calib = None, method: Method = DEFAULT, seed: Seed = 0,
            device: Device = "cpu", option: OptionTexts = None, as_json: AsJson = False) -> None:
@@ -136,6 +139,7 @@ def survey(src: Src, output: Annotated[Path, typer.Argument(metavar="SURVEY", he
     emit({"matrices": len(choices), "trials": sum(map(len, choices.values())), "file": str(output)}, as_json, "survey")
 
 
+@exclusive("output")
 def plan(src: Src, survey_file: Annotated[Path, typer.Argument(metavar="SURVEY")],
          output: Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json to write; edit it if you like")],
          rate: Rate = None, size: Size = None, calib: Calib = None, method: Method = DEFAULT,

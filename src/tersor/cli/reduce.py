@@ -27,11 +27,13 @@ from tersor.cli.base import (
     parse_size,
 )
 from tersor.errors import CodecConfigError, UnknownCodecError
+from tersor.files import exclusive
 
 CONTEST = "rom_auto"
 REDUCTIONS = ("svd", "asvd", "rom_released", "rom", "rom_plus", CONTEST)
 
 
+@exclusive("output")
 def reduce(src: Src, output: Out,
            keep: Annotated[float | None, typer.Option(help="share of the linears' parameters; default .8")] = None,
            size: Size = None,

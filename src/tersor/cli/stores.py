@@ -35,6 +35,7 @@ from tersor.cli.base import (
     write_new,
 )
 from tersor.errors import CodecConfigError, ModelError
+from tersor.files import exclusive, locked
 from tersor.planning.plan import from_json
 from tersor.quality import measure
 
@@ -52,32 +53,39 @@ def encode(src: Annotated[Path, typer.Argument(help="a model directory or .gguf 
     """Encode a model by a plan, or a matrix (.npy) by a codec string or a family at a rate."""
     target = output or src.with_suffix(".tersor")
     refuse_existing(target)
-    if src.suffix == ".npy":
-        if plan_file is not None or calib is not None or device != "cpu":
-            raise CodecConfigError("--plan, --calib and --device are for models; a matrix takes --codec, --rate and "
-                                   "--option")
-        record = _encode_matrix(src, target, rate, "auto" if codec is None else codec, seed, parse_options(option))
-        emit(record, as_json, str(target))
-        return
+    with locked(target):
+        if src.suffix == ".npy":
+            if plan_file is not None or calib is not None or device != "cpu":
+                raise CodecConfigError("--plan, --calib and --device are for models; a matrix takes --codec, --rate "
+                                       "and --option")
+            record = _encode_matrix(src, target, rate, "auto" if codec is None else codec, seed, parse_options(option))
+        else:
+            if plan_file is None or rate is not None or codec is not None:
+                raise ModelError("encoding a model takes --plan, and no --rate or --codec; make a plan with "
+                                 "'tersor plan', or use 'tersor compress'")
+            record = _encode_model(src, target, plan_file, calib, seed, device, parse_options(option))
+    emit(record, as_json, str(target))
+
+
+def _encode_model(src: Path, target: Path, plan_file: Path, calib: Path | None, seed: int, device: str,
+                  options: dict[str, Any]) -> dict[str, Any]:
     from tersor.hf.compress import encode as stage
     from tersor.hf.compress.request import Request, check_device, provenance
     from tersor.hf.compress.run import conclude
     from tersor.hf.compress.work import WorkFolder
 
-    if plan_file is None or rate is not None or codec is not None:
-        raise ModelError("encoding a model takes --plan, and no --rate or --codec; make a plan with 'tersor plan', or "
-                         "use 'tersor compress'")
     check_device(device)
     picks = from_json(read_json(plan_file))
+    work = WorkFolder(target).claim()
     source, calibration = open_source(src, target), read_calibration(calib)
-    request = Request(source.nbytes, "plan", seed, parse_options(option))
+    request = Request(source.nbytes, "plan", seed, options)
     record = provenance(source, calibration, request, tersor.__version__)
-    job, work = stage.Job(source, picks, calibration, request, record), WorkFolder(target).claim()
+    job = stage.Job(source, picks, calibration, request, record)
     with Bars() as progress:
         matrices = stage.run(job, work, device=device, progress=progress)
     summary = conclude(job, matrices, work, {})["summary"]
-    work.finish("matrices")
-    emit(summary, as_json, str(target))
+    work.finish("matrices", "staged")
+    return summary
 
 
 def open_npy(path: Path) -> np.ndarray:
@@ -144,6 +152,7 @@ def verify(path: Annotated[Path, typer.Argument(metavar="OUT")],
     emit(record, as_json, f"verified: {path}")
 
 
+@exclusive("to")
 def decode(path: Annotated[Path, typer.Argument(metavar="OUT")],
            to: Annotated[Path, typer.Option(help="a directory for a model, a .npy for a matrix, a .png for an image")],
            as_json: AsJson = False) -> None:

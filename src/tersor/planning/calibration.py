@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tersor.errors import CorruptStoreError, NonFiniteError
-from tersor.files import parse_json, save_tensors
+from tersor.files import load_sealed, save_sealed, seal_of
 
 _CHECK = 1e-3  # largest relative gap tolerated between the float32 trace and a float64 sum of squares
 
@@ -32,6 +30,17 @@ class MomentSum:
         self._sum.addmm_(wide.T, wide)
         self._squares += float(wide.to(torch.float64).square().sum())
         self.count += x.shape[0]
+
+    def parts(self) -> tuple[Tensor, int, float]:
+        """Return all there is to it, for `of`: the sum, the number of vectors, the sum of squares."""
+        return self._sum, self.count, self._squares
+
+    @classmethod
+    def of(cls, sums: Tensor, count: int, squares: float) -> MomentSum:
+        """Return what `parts` were taken from."""
+        moments = cls(0, sums.device)
+        moments._sum, moments.count, moments._squares = sums, count, squares
+        return moments
 
     def mean(self, name: str) -> Tensor:
         """Return `E[x xᵀ]`, float32 (width, width), exactly symmetric.
@@ -62,15 +71,18 @@ class Calibration:
         Where the text came from, and its SHA-256.
     fisher : mapping of str to float
         Trace of the Fisher information of each matrix, a token; empty where it was not measured.
+    sha256 : str
+        Of all of it, where it was read from a file: what was made with one calibration is never mixed with another's.
     """
 
     hessians: Mapping[str, Tensor]
     tokens: int
     source: str
     fisher: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    sha256: str = ""
 
     def save(self, path: Path) -> None:
-        """Write to a safetensors file; shared moments once; atomic."""
+        """Write to a safetensors file with a digest of all of it; shared moments once; atomic."""
         unique: dict[int, str] = {}
         names: dict[str, str] = {}
         tensors: dict[str, Tensor] = {}
@@ -79,8 +91,7 @@ class Calibration:
             names[name] = key
             tensors[key] = hessian.contiguous()
         record = {"names": names, "tokens": self.tokens, "source": self.source, "fisher": dict(self.fisher)}
-        meta = {"tersor": json.dumps(record)}
-        save_tensors(tensors, path, meta)
+        save_sealed(tensors, path, record)
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
@@ -89,22 +100,18 @@ class Calibration:
         Raises
         ------
         CorruptStoreError
-            If the file is missing or no calibration.
+            If the file is missing, no calibration, or not as it was written.
         """
         try:
-            with safe_open(path, framework="pt") as handle:
-                record = parse_json((handle.metadata() or {})["tersor"])
-                tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 - not a dict
-                hessians = {name: tensors[key] for name, key in record["names"].items()}
-                fisher = {name: float(trace) for name, trace in record["fisher"].items()}
-                read = cls(hessians, record["tokens"], record["source"], fisher)
-                read._check()
-                return read
-        except CorruptStoreError:
-            raise
-        except (SafetensorError, OSError, LookupError, ValueError, TypeError, AttributeError, OverflowError) as error:
-            raise CorruptStoreError(f"{path}: no calibration file written by 'tersor calibrate': {error}") from error
-
+            tensors, record = load_sealed(path)
+            hessians = {name: tensors[key] for name, key in record["names"].items()}
+            fisher = {name: float(trace) for name, trace in record["fisher"].items()}
+            read = cls(hessians, record["tokens"], record["source"], fisher, seal_of(path))
+            read._check()
+        except (CorruptStoreError, LookupError, AttributeError, ValueError, TypeError, OverflowError) as error:
+            raise CorruptStoreError(f"{path}: no calibration file as 'tersor calibrate' writes it, so write it again: "
+                                    f"{error}") from error
+        return read
 
     def _check(self) -> None:
         """Raise `ValueError` unless counts, traces and shapes are of the right form; moments are looked at in use."""

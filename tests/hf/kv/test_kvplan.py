@@ -168,6 +168,20 @@ def test_plans_of_other_models_and_damaged_plans(planned: Path, tmp_path: Path) 
         read_plan(tmp_path / "nothing.json")
 
 
+def test_a_plan_is_as_it_was_written_or_its_digest_is_removed(planned: Path, tmp_path: Path) -> None:
+    text, edited = (planned / "kv.json").read_text(), tmp_path / "kv.json"
+    changed = text.replace('"residual": 16', '"residual": 24', 1)
+    edited.write_text(changed)
+    with pytest.raises(CorruptStoreError, match="remove its 'sha256' if you edited it"):
+        read_plan(edited)
+    record = json.loads(changed)
+    assert read_plan(record).residual == 24
+    del record["sha256"]
+    edited.write_text(json.dumps(record))
+    assert read_plan(edited).residual == 24
+    assert read_plan(planned / "kv.json").residual == 16
+
+
 @pytest.mark.parametrize("ladder", [("tab2", "tab3"), ("klt{bytes:1}{runs}", "klt{bytes:3}{runs}")])
 def test_trained_tables_lie_beside_the_plan(source: Source, tmp_path: Path, ladder: tuple[str, ...]) -> None:
     settings = PlanSettings(ladder, context=96, count=1, training=2, residual=16, sink=2, block=8)

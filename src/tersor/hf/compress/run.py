@@ -18,7 +18,7 @@ import tersor
 from tersor import store
 from tersor.errors import ModelError, TersorError
 from tersor.families import DEFAULT
-from tersor.files import write_json
+from tersor.files import exclusive, write_json
 from tersor.hf.compress import calibrate, encode, plan, survey
 from tersor.hf.compress.method import check_options
 from tersor.hf.compress.request import (
@@ -94,6 +94,7 @@ class CompressSettings:
         return self.text or default_heldout()
 
 
+@exclusive("output")
 def compress_model(source: str | Path, output: str | Path, rate: float | None = None, *, size: int | None = None,
                    settings: CompressSettings | None = None, progress: Progress = no_progress,
                    **changes: Any) -> dict[str, Any]:
@@ -131,8 +132,14 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
                       chosen.sensitivities)
     if request.budget >= opened.nbytes:
         copy_dense(opened, work.target)
-        return {"copied": True, "summary": {"bytes": opened.nbytes, "budget": request.budget}}
-    _check(opened, request, chosen)
+        summary = {"bytes": opened.nbytes, "budget": request.budget}
+        work.clear("staged")
+        return {"copied": True, "summary": summary}
+    try:
+        _check(opened, request, chosen)
+    except TersorError:
+        work.clear("staged")
+        raise
     work.stamp(_mark(opened, request, chosen), resume=chosen.resume)
     report = _stages(opened, request, chosen, work, progress)
     if chosen.evaluation_tokens:
@@ -150,6 +157,7 @@ def _check(source: Source, request: Request, settings: CompressSettings) -> None
     if settings.calibrated or settings.evaluation_tokens:
         check_text(model_class(source.config))
     check_device(settings.device)
+    source.tried.check()
     check_options(request)
     check_weights(list(source.layout.matrices), request.sensitivities)
     plan.check_reachable(source, None, request, tersor.__version__)
@@ -176,9 +184,10 @@ def _stages(source: Source, request: Request, settings: CompressSettings, work: 
     device, calibration = settings.device, None
     if settings.calibrated:
         file = work / "calibration.safetensors"
-        if not file.exists():
+        calibration = calibrate.finished(file)
+        if calibration is None:
             calibrate.run(source, settings.text_seen, file, settings.sampling, device=device, progress=progress)
-        calibration = Calibration.load(file)
+            calibration = Calibration.load(file)
     choices = survey.run(source, calibration, request, work / "survey.jsonl", device=device, progress=progress)
     record = provenance(source, calibration, request, tersor.__version__)
     picks = plan.run(source, choices, request, record)
@@ -216,7 +225,9 @@ def conclude(job: encode.Job, matrices: Mapping[str, Any], work: WorkFolder,
     source, nbytes = job.source, store.stored_nbytes(work / "output")
     summary = {"bytes": nbytes, **asked, "rate": 8 * nbytes / source.elements, "parameters": source.elements,
                "bytes_original": source.original_nbytes}
-    report = {"summary": summary, "matrices": matrices, "ledger": source.ledger.report(), "provenance": job.provenance}
+    report = {"summary": summary, "matrices": matrices, "ledger": source.ledger.report(),
+              "left_dense": {name: f"its module calls {said} on it" for name, said in source.tried.dense.items()},
+              "provenance": job.provenance}
     _check_companions(source, work / "output")
     write_json(work / "output" / REPORT, report)
     verify_in_fresh_process(work / "output", source.folder)

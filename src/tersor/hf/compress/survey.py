@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tersor.contract.codec import Codec
+from tersor.files import exclusive
 from tersor.hf.compress import sensitivity
 from tersor.hf.compress.method import check_options, fixed_options, rungs
 from tersor.hf.compress.request import Progress, Request, no_progress
@@ -25,6 +26,7 @@ from tersor.quality import measure
 SURVEY_ELEMENTS = 1 << 16  # elements of a matrix that a trial encodes
 
 
+@exclusive("output")
 def run(source: Source, calibration: Calibration | None, request: Request, output: Path, *, device: str = "cpu",
         progress: Progress = no_progress) -> dict[str, list[Choice]]:
     """Encode every matrix with every rung near the budget; one JSON line a trial in `output`, resumed if there.
@@ -55,7 +57,8 @@ def run(source: Source, calibration: Calibration | None, request: Request, outpu
 
 def open_trials(source: Source, calibration: Calibration | None, request: Request, path: Path) -> Trials:
     """Open a survey's file; its mark is a digest of what its figures depend on."""
-    seen = None if calibration is None else [calibration.source, calibration.tokens, sorted(calibration.fisher.items())]
+    seen = None if calibration is None else [calibration.sha256, calibration.source, calibration.tokens,
+                                               sorted(calibration.fisher.items())]
     facts = [source.fingerprint, seen, request.seed, sorted(request.options.items())]
     mark = hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
     return Trials(path, "survey", mark, key=("matrix", "codec"), numbers=("nbytes", "distortion", "weight"),

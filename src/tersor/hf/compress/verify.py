@@ -13,6 +13,7 @@ import torch
 from tersor import store
 from tersor.errors import CorruptStoreError, VerificationError
 from tersor.files import read_json
+from tersor.hf.compress.proof import prove
 from tersor.hf.compress.request import Progress, no_progress
 from tersor.hf.models.ledger import CARRIED, check_entries, check_source
 from tersor.hf.models.matrices import Parts, empty_model, made_anew, read_config, walk
@@ -24,23 +25,31 @@ AGREEMENT = 1e-3
 FLOOR = 1e-12
 
 
-def verify(path: Path, source: Source | None = None, progress: Progress = no_progress) -> dict[str, Any]:
-    """Verify a store; for a model, also that it covers the model, and, with a source, every tensor's error.
+def verify(path: Path, source: Source | None = None, progress: Progress = no_progress, *,
+           proven: bool = True) -> dict[str, Any]:
+    """Verify a store; for a model, also that it covers the model and computes, and, with a source, every error.
+
+    Parameters
+    ----------
+    proven : bool
+        Whether a model is loaded and run once beside its decoded weights; False where it is about to be run anyway.
 
     Returns
     -------
     dict
-        `matrices`, `plain`, `bytes`, `kind`, `against` and `worst_relative_error`.
+        `matrices`, `plain`, `bytes`, `kind`, `against`, `worst_relative_error`, `changed`: companions such as the
+        tokenizer that were edited since, of which a warning tells; and `proof`: see `prove`.
 
     Raises
     ------
     CorruptStoreError
         If bytes are not what was written.
     VerificationError
-        If tensors are missing, decode to NaN, or err more than the encoder recorded.
+        If tensors are missing, decode to NaN, or err more than the encoder recorded, or if the model, loaded, does not
+        compute what its weights decode to.
     """
     opened = store.read(path)
-    opened.verify()
+    changed = opened.verify()
     if source is not None and not made_from(opened.manifest["provenance"], source):
         raise VerificationError(f"{path} was not made from {source.path}: its manifest names a source of other bytes")
     if opened.kind == "model":
@@ -64,19 +73,20 @@ def verify(path: Path, source: Source | None = None, progress: Progress = no_pro
         worst = max(worst, found)
     if source is not None:
         _check_plain(path, opened, source)
+    proof = prove(path, opened) if opened.kind == "model" and proven else None
     progress("verify", len(names), len(names))
     return {"matrices": len(names), "plain": len(opened.entries) - len(names), "bytes": store.stored_nbytes(path),
             "kind": opened.kind, "against": None if source is None else str(source.path),
-            "worst_relative_error": None if source is None else worst}
+            "worst_relative_error": None if source is None else worst, "changed": changed, "proof": proof}
 
 
 def _check_coverage(path: Path, opened: store.Store) -> None:
     model = empty_model(read_config(path))
     found = {name: entry.shape for name, entry in opened.entries.items()}
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    layout = walk(model)
-    layout = layout.without(made_anew(model, set(layout.plain) - set(found)))
-    layout = layout.keeping([name for name in layout.parameters if opened.is_plain(name)], shapes)
+    layout = walk(model).leaving(opened.plain_names())
+    absent = {m.parameter for m in layout.matrices.values()} | set(layout.plain)
+    absent -= {name.partition("/")[0] for name in found}
+    layout = layout.without(made_anew(model, absent))
     expected: dict[str, tuple[int, ...]] = {name: matrix.shape for name, matrix in layout.matrices.items()}
     expected |= {name: tuple(size) for name, size in layout.plain.items()}
     expected |= {name: shape for name, shape in biases_added(layout, opened).items() if name not in expected}

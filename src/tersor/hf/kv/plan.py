@@ -28,7 +28,7 @@ import tersor
 from tersor.codecs.vector.klt import Klt
 from tersor.contract.codec import Codec
 from tersor.errors import BudgetError, CodecConfigError, CorruptStoreError, ModelError
-from tersor.files import is_name, read_json, save_tensors, write_json
+from tersor.files import exclusive, is_name, read_json, save_tensors, seal, write_json
 from tersor.hf.kv.observe import Notes, observe
 from tersor.hf.kv.store import SIDES, damaged, fields_of
 from tersor.hf.models.classes import check_language_model
@@ -121,6 +121,10 @@ def read_plan(plan: str | Path | Mapping[str, Any]) -> KVPlan:
         raise CodecConfigError(f"{file}: expected a plan that 'tersor kv-plan' wrote: {error}") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT or record.get("version") != VERSION:
         raise CodecConfigError(f"{file}: expected a JSON object of format '{FORMAT}', version {VERSION}")
+    expected = record.pop("sha256", None)
+    if not isinstance(plan, Mapping) and expected not in (None, seal(record)):
+        raise CorruptStoreError(f"{file}: not as it was written; write it again, or remove its 'sha256' if you edited "
+                                "it")
     with damaged(file):
         layers = {int(number): (sides["key"], sides["value"]) for number, sides in record["layers"].items()}
         if not isinstance(record["model"], Mapping) or not all(isinstance(spec, str) for pair in layers.values()
@@ -153,6 +157,7 @@ def _read_tables(file: Path, sha256: str) -> dict[tuple[int, str], dict[str, Ten
     return tables
 
 
+@exclusive("out")
 def plan_cache(source: Source, text: Path, rate: float, out: Path, settings: PlanSettings | None = None, *,
                device: str = "cpu", progress: Progress | None = None) -> dict[str, Any]:
     """Measure, plan, and write the plan to `out` (JSON), its tables beside it as `<name>.safetensors`.
@@ -203,7 +208,7 @@ def plan_cache(source: Source, text: Path, rate: float, out: Path, settings: Pla
                            "kl_sum": sum(p.distortion for p in picks.values()), "positions": score.positions},
               "asked": {"rate": rate, **dataclasses.asdict(settings)},
               "provenance": {"tersor": tersor.__version__, "source": source.fingerprint, "text": text_source(text)}}
-    write_json(out, record)
+    write_json(out, {**record, "sha256": seal(record)})
     return record
 
 

@@ -30,7 +30,7 @@ def write_dense(opened: store.Store, to: Path) -> None:
     """
     opened.verify()
     model = empty_model(read_config(opened.path))
-    layout = walk(model)
+    layout = walk(model).leaving(opened.plain_names())
     extra = opened.manifest["provenance"].get("ledger", {}).get(CARRIED, [])
     names = [name for name in layout.parameters if name not in unsaved(model) or name in opened.entries] + extra
     odd = sorted(set(opened.entries) - set(layout.matrices) - set(names))

@@ -8,7 +8,7 @@ import dataclasses
 import fnmatch
 import io
 import re
-from collections.abc import Collection, Iterator, Mapping, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from pickle import PickleError
 from typing import Any
@@ -77,6 +77,17 @@ class Parts:
     plain: Mapping[str, torch.Size]
     tied: Mapping[str, str]
 
+    def leaving(self, dense: Iterable[str]) -> Parts:
+        """Return the same parts with the matrices of some parameters among what is stored as it is."""
+        kept = set(dense)
+        shapes: dict[str, torch.Size] = {}
+        for m in self.matrices.values():
+            if m.parameter in kept:
+                shape = m.shape[::-1] if m.kind == "conv1d" else m.shape
+                shapes[m.parameter] = torch.Size(shape if m.index is None else (m.index + 1, *shape))
+        matrices = {name: m for name, m in self.matrices.items() if m.parameter not in kept}
+        return Parts(matrices, {**self.plain, **shapes}, self.tied)
+
     @property
     def parameters(self) -> list[str]:
         """Names of the tensors that a dense checkpoint of this model stores."""
@@ -100,18 +111,6 @@ class Parts:
             raise ModelError(f"--dense '{pattern}' matches no matrix of the model; names look like "
                              f"'{next(iter(self.matrices), 'model.layers.0.mlp.up_proj.weight')}'")
         return found
-
-    def keeping(self, names: Collection[str], shapes: Mapping[str, torch.Size]) -> Parts:
-        """Return these parts with the matrices of some parameters left as they are.
-
-        Parameters
-        ----------
-        shapes : mapping of str to torch.Size
-            Of the parameters.
-        """
-        matrices = {name: matrix for name, matrix in self.matrices.items() if matrix.parameter not in names}
-        kept = {name: shapes[name] for name in self.parameters if name in names}
-        return Parts(matrices, {**kept, **self.plain}, self.tied)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from tersor.hf.models.checkpoint import Account
 from tersor.hf.models.classes import model_class
 from tersor.hf.models.ledger import Ledger
 from tersor.hf.models.matrices import FOREIGN, Matrix, Parts, empty_model, quiet, read_config, walk
+from tersor.hf.models.trial import Trial, trial
 from tersor.store.manifest import FORMAT_VERSION, INDEX, MANIFEST, file_digest
 
 REPORT = "tersor-report.json"  # what a compressed model says of its matrices
@@ -44,6 +45,8 @@ class Source:
         What is compressed, what is stored as it is (tensors that no parameter takes, too), and what is tied.
     account : Account
         Where every tensor of the checkpoint lies.
+    tried : Trial
+        Whether the class computes with encoded weights, and which of them must stay dense.
     left_out : mapping of str to str
         Keys that the user asked to leave out, and why.
     seen : mapping of Path to tuple
@@ -55,6 +58,7 @@ class Source:
     config: PretrainedConfig
     layout: Parts
     account: Account
+    tried: Trial
     left_out: Mapping[str, str]
     seen: Mapping[Path, tuple[int, int, int]]
 
@@ -209,8 +213,9 @@ def open_source(path: Path, staged: Path, *, dense: Sequence[str] = (), leave_ou
         found = _open_folder(path, folder)
         assert found is not None, "a staged checkpoint stores the model's own parameters"
     config, layout, account = found
-    layout, left_out = _asked(layout, account, dense, leave_out)
-    source = Source(path, folder, config, layout, account, left_out, seen)
+    tried = trial(config)
+    layout, left_out = _asked(layout, account, (tried.dense, dense), leave_out)
+    source = Source(path, folder, config, layout, account, tried, left_out, seen)
     source.check_unchanged()
     return source
 
@@ -229,12 +234,18 @@ def _watched(path: Path) -> list[Path]:
                                           and not f.name.startswith(".")]
 
 
-def _asked(layout: Parts, account: Account, dense: Sequence[str],
+def _asked(layout: Parts, account: Account, dense: tuple[Collection[str], Sequence[str]],
            leave_out: Sequence[str]) -> tuple[Parts, dict[str, str]]:
-    """Return the parts as the user wants them, extra tensors among them, and the reasons for those left out."""
+    """Return the parts as they are wanted, extra tensors among them, and the reasons for those left out.
+
+    Parameters
+    ----------
+    dense : (collection of str, sequence of str)
+        Parameters that must stay as they are, and patterns of those that the user wants so.
+    """
     layout = layout.without(set(layout.parameters) - set(account.located))  # what the class makes by itself
-    kept = {name for pattern in dense for name in layout.matching(pattern)}
-    layout = layout.keeping(kept, {name: torch.Size(place.shape) for name, place in account.located.items()})
+    must, wanted = dense
+    layout = layout.leaving({*must, *(name for pattern in wanted for name in layout.matching(pattern))})
     left_out = {key: f"asked for by --leave-out {pattern}" for pattern in leave_out
                 for key in account.matching(pattern)}
     carried = {key: torch.Size(place.shape) for key, place in account.extra.items() if key not in left_out}

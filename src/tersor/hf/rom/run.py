@@ -16,7 +16,14 @@ from torch import Tensor
 
 import tersor
 from tersor.errors import BudgetError, CorruptStoreError, ModelError
-from tersor.files import read_json, save_tensors, write_json
+from tersor.files import (
+    exclusive,
+    load_sealed,
+    read_sealed_json,
+    save_sealed,
+    tell_damaged,
+    write_sealed_json,
+)
 from tersor.hf.compress.request import Progress, no_progress
 from tersor.hf.compress.verify import verify_in_fresh_process
 from tersor.hf.compress.work import WorkFolder, peak_memory
@@ -79,6 +86,7 @@ class Reading:
         return every[chosen]
 
 
+@exclusive("output")
 def reduce_model(source: str | Path, output: str | Path, keep: float | None = None,
                  recipe: str | Recipe = "rom_plus", *, size: int | None = None, reading: Reading | None = None,
                  progress: Progress = no_progress, **changes: Any) -> dict[str, Any]:
@@ -209,23 +217,23 @@ def _ranks(model: Any, task: Task, linears: Mapping[str, Linear], ids: Tensor, r
     file = work / "ranks.json"
     if file.exists():
         try:
-            return {name: None if rank is None else int(rank) for name, rank in read_json(file).items()}
-        except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
-            raise CorruptStoreError(f"{file}: damaged: {error}; remove it and run again") from error
+            return read_sealed_json(file)
+        except CorruptStoreError as error:
+            tell_damaged(error)
     found, recipe, keep = dict(linears), task.recipe, record["keep"]
     if recipe.allocation == "water":
         found.update(_survey(model, task, linears, ids, progress))
     if keep is None:
         keep = largest_keep(task, found, record, int(record["size"]))
     ranks = dict(zip(found, ranks_for(list(found.values()), keep, recipe.allocation, recipe.storage), strict=True))
-    write_json(file, ranks)
+    write_sealed_json(file, ranks)
     return ranks
 
 
 def _gradients(model: Any, task: Task, linears: Mapping[str, Linear], ids: Tensor, file: Path,
                progress: Progress) -> None:
     """Write the second moments of gradients at the outputs of linears, or only their traces, unless they are there."""
-    if not task.recipe.gradients or file.exists():
+    if not task.recipe.gradients or _sound(file):
         return
     chosen = ids[:: max(1, len(ids) // GRADIENT_SEQUENCES)][:GRADIENT_SEQUENCES]
     done = 0
@@ -238,7 +246,19 @@ def _gradients(model: Any, task: Task, linears: Mapping[str, Linear], ids: Tenso
     whole = task.recipe.curvature or task.recipe.weighing == "curvature"
     modules = [name.removesuffix(".weight") for name in linears]
     found = output_gradients(model, modules, chosen, task.seed, whole=whole, step=step)
-    save_tensors({f"{name}.weight": gradient for name, gradient in found.items()}, file)
+    save_sealed({f"{name}.weight": gradient for name, gradient in found.items()}, file, {})
+
+
+def _sound(file: Path) -> bool:
+    """Return whether a finished file is there, as it was written."""
+    if not file.exists():
+        return False
+    try:
+        load_sealed(file)
+    except CorruptStoreError as error:
+        tell_damaged(error)
+        return False
+    return True
 
 
 def _survey(model: Any, task: Task, linears: Mapping[str, Linear], ids: Tensor,
