@@ -29,7 +29,7 @@ from tersor.registry import parse
 from tersor.testing import encode, gaussian
 from tersor.vectors import Index
 from tests.hostile.judge import Kind
-from tests.hostile.mutations import sign_beside, sign_store
+from tests.hostile.mutations import sign_beside, sign_sealed, sign_store
 
 SHAPE = (24, 32)
 Read = dict[str, Any]
@@ -319,7 +319,7 @@ LIGHT = (
     Kind("npz", _npz, _read_npy),
     Kind("png", _png, _read_png),
     Kind("plan", _plan, _read_plan),
-    Kind("calibration", _calibration, _read_calibration),
+    Kind("calibration", _calibration, _read_calibration, sign_sealed, digested=True),
     Kind("survey", _survey, _read_survey),
     Kind("matrices", _matrices, _read_matrices, sign_store, digested=True),
     *(Kind(f"matrix {text}", _with(_matrix, text), _read_matrices, sign_store, digested=True) for text in (

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from tersor.files import save_sealed
 from tersor.store.embedded import KEY
 from tersor.store.manifest import MANIFEST, body_digest, digest, file_digest, pack
 
@@ -123,8 +124,7 @@ def change_header(data: bytes, draw: Draw) -> bytes:
 
 def change_tensors(file: Path, draw: Draw) -> None:
     """Rewrite a safetensors file with tensors of huge, tiny, random or no numbers, other shapes or dtypes."""
-    with file.open("rb") as handle:
-        head = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
+    head, _ = _split(file.read_bytes())
     tensors = load_file(file)
     for _ in range(draw.choice((1, 1, 2, 5))):
         floats = [name for name, t in tensors.items() if t.is_floating_point()]
@@ -237,19 +237,33 @@ def sign_store(folder: Path) -> None:
 
 def _sign_copy(shard: Path, manifest: dict[str, Any]) -> None:
     """Put the manifest into the last shard again, if there was one."""
-    data = shard.read_bytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + length])
+    header, payload = _split(shard.read_bytes())
     if KEY in header["__metadata__"]:
         header["__metadata__"][KEY] = pack(manifest)
         text = json.dumps(header).encode()
-        shard.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+        shard.write_bytes(struct.pack("<Q", len(text)) + text + payload)
+
+
+def _split(data: bytes) -> tuple[dict[str, Any], bytes]:
+    """Return the header and the payload of a safetensors file."""
+    (length,) = struct.unpack("<Q", data[:8])
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
 
 
 def _digest(tensors: dict[str, torch.Tensor], name: str, record: dict[str, Any]) -> str:
     own = {key.removeprefix(f"{name}/"): t for key, t in tensors.items() if key.startswith(f"{name}/")}
     own |= {key: tensors[place] for key, place in record.get("shared", {}).items()}
     return digest(own if "codec" in record else {"": tensors[name]})
+
+
+def sign_sealed(folder: Path) -> None:
+    """Make the digest of sealed files right again."""
+    for file in folder.glob("*.safetensors"):
+        def sign(file: Path = file) -> None:
+            head, _ = _split(file.read_bytes())
+            save_sealed(load_file(file), file, json.loads(head["__metadata__"]["sealed"])["record"])
+
+        _quietly(sign)
 
 
 def sign_beside(folder: Path) -> None:
@@ -272,5 +286,6 @@ def _object(file: Path) -> dict[str, Any] | None:
 def _quietly(step: Callable[[], Any]) -> None:
     try:
         step()
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError, OverflowError, RuntimeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError, OverflowError, RuntimeError,
+            struct.error):
         return
