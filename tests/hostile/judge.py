@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+import torch._dynamo  # the first custom op to run imports it, for seconds: no part of reading a mutant
 
 from tersor.errors import TersorError
 from tests.hostile.mutations import damage
