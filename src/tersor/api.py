@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ def compress(matrix: Tensor | np.ndarray, rate: float | None = None, codec: str 
     numpy, matrix = isinstance(matrix, np.ndarray), as_matrix(matrix)
     hessian = from_numpy(hessian, "hessian") if isinstance(hessian, np.ndarray) else hessian
     shape = (matrix.shape[0], matrix.shape[1])
-    if rate is not None and not (isinstance(rate, (int, float)) and math.isfinite(rate) and rate > 0):
+    if rate is not None and not (isinstance(rate, (int, float)) and 0 < rate <= sys.float_info.max):
         raise BudgetError(f"rate must be a positive number of bits per element, found {rate!r}")
     defaults: Mapping[str, Any] = {}
     if isinstance(codec, str) and codec in families():
@@ -159,6 +160,9 @@ def save(path: str | Path, encoded: Encoded | Mapping[str, Encoded]) -> None:
         If `path` exists.
     """
     matrices = {_BARE: encoded} if isinstance(encoded, Encoded) else encoded
+    if not isinstance(matrices, Mapping) or not all(isinstance(one, Encoded) for one in matrices.values()):
+        raise CodecConfigError("save: expected an encoded matrix or a mapping of names to such, found "
+                               f"{type(encoded).__name__}")
     entries = [store.Entry(name, e.shape, str(e.dtype).removeprefix("torch."), e.codec) for name, e in matrices.items()]
     kind = "matrix" if isinstance(encoded, Encoded) else "matrices"
     store.write(Path(path), entries, lambda entry: matrices[entry.name].tensors, kind=kind)

@@ -88,6 +88,20 @@ class ModelError(TersorError, ValueError):
     """A source that is no usable model: missing, empty, or of a kind Tersor cannot read."""
 
 
+class NoMemoryError(TersorError, MemoryError):
+    """A result larger than the memory there is.
+
+    Attributes
+    ----------
+    nbytes : int
+        What it would take.
+    """
+
+    def __init__(self, message: str, nbytes: int) -> None:
+        self.nbytes = nbytes
+        super().__init__(message)
+
+
 class ReadOnlyError(TersorError, RuntimeError):
     """Code would change an encoded weight, which can only be read.
 

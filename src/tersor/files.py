@@ -123,6 +123,32 @@ def write_json(path: Path, value: Any) -> None:
         partial.write_text(json.dumps(value, indent=1))
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of JSON text; bytes are UTF-8.
+
+    Raises
+    ------
+    ValueError
+        If it is no JSON, or nested deeper than it can be read.
+    """
+    try:
+        return json.loads(text if isinstance(text, str) else text.decode("utf-8"))
+    except RecursionError as error:
+        raise ValueError("JSON that is nested too deeply") from error
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds; `OSError` and `ValueError` where it cannot."""
+    return parse_json(path.read_bytes())
+
+
+def is_name(name: Any) -> bool:
+    """Tell whether this is the name of a file inside a folder: no path to elsewhere, and one that can be written."""
+    if not isinstance(name, str) or Path(name).name != name or name in ("", "..") or "\0" in name:
+        return False
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
+
+
 def digest(tensors: Mapping[str, Tensor]) -> str:
     """Return the hex SHA-256 of named tensors: names, dtypes, shapes and bytes, in the order of names."""
     sha = hashlib.sha256()

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tersor import files
 from tersor.cli.figures import readable
 from tersor.cli.funnel import existing
 from tersor.errors import CodecConfigError
@@ -87,8 +88,8 @@ def parse_options(texts: list[str] | None) -> dict[str, Any]:
         if not equals:
             raise CodecConfigError(f"--option '{text}': expected name=value")
         try:
-            options[name] = json.loads(value)
-        except json.JSONDecodeError:
+            options[name] = files.parse_json(value)
+        except ValueError:
             options[name] = value
     return options
 
@@ -171,6 +172,6 @@ def read_json(path: Path) -> Any:
         If it is none.
     """
     try:
-        return json.loads(existing(path, "a JSON file").read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        return files.read_json(existing(path, "a JSON file"))
+    except ValueError as error:
         raise CodecConfigError(f"{path}: expected JSON: {error}") from error

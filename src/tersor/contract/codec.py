@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tersor.contract.checks import HUGE, SMALL, check_hessian, check_matrix, check_tensor
+from tersor.contract.checks import HUGE, SMALL, check_hessian, check_matrix, check_tensor, may_overflow
 from tersor.contract.coordinates import Coordinates
 from tersor.contract.derived import Derived
 from tersor.contract.gradient import product, recorded
@@ -240,9 +240,9 @@ class Codec(Derived, abc.ABC):
         """Encode; very large and very small numbers only if they decode as others would."""
         encoded = self.search(matrix, how)
         peak = max(float(matrix.max()), -float(matrix.min()))
-        if peak > HUGE and not bool(torch.isfinite(encoded.decode()).all()):
-            raise NonFiniteError(f"the matrix holds magnitudes up to {peak:.3g}, with which codec '{self.spec()}' "
-                                 "overflows float32; scale the matrix down before encoding")
+        if (peak > HUGE or may_overflow(how.tables.values())) and not encoded.is_finite():
+            raise NonFiniteError(f"the matrix or the shared tables hold magnitudes up to {peak:.3g} or more, with which "
+                                 f"codec '{self.spec()}' overflows float32; scale the matrix down before encoding")
         if 0 < peak < SMALL:
             self._check_small(matrix, encoded, how)
         return encoded
@@ -293,13 +293,23 @@ class Encoded(Operator):
     numpy: bool = False
 
     def decode(self) -> Tensor:
-        """Return the matrix (out, in), in `dtype`: a tensor, or an array where `numpy` is set."""
+        """Return the matrix (out, in), in `dtype`: a tensor, or an array where `numpy` is set.
+
+        Raises
+        ------
+        NoMemoryError
+            If it takes more memory than there is; names the bytes.
+        """
+        self.check_room(self.shape[0])
         return self.as_given(_steady(lambda: self.codec.decode(self)))
 
     def decode_rows(self, start: int, stop: int) -> Tensor:
         """Return rows `start` to `stop`, (stop - start, in), as `decode` returns them."""
+        if not (isinstance(start, int) and isinstance(stop, int)):
+            raise CodecConfigError(f"rows are named by whole numbers, found {start!r} and {stop!r}")
         if not 0 <= start <= stop <= self.shape[0]:
             raise CodecConfigError(f"rows {start} to {stop} do not lie within the {self.shape[0]} rows of the matrix")
+        self.check_room(stop - start)
         return self.as_given(_steady(lambda: self.codec.decode_rows(self, slice(start, stop))))
 
     def gather(self, index: Tensor | np.ndarray) -> Any:
@@ -346,12 +356,13 @@ class Encoded(Operator):
                                       if k.startswith(prefix)})
 
     def check(self, name: str = "matrix") -> Encoded:
-        """Check the payload against the layout, and its floats for NaN and infinity; return self.
+        """Check the payload against the layout, its floats and what they decode to for NaN and infinity; return self.
 
         Raises
         ------
         CorruptStoreError
-            If a tensor is missing, extra, misshapen, of another dtype or not finite; names it.
+            If a tensor is missing, extra, misshapen, of another dtype or not finite, names it; or if numbers are so
+            large that they decode to infinity or NaN.
         """
         layout = self.codec.layout(self.shape)
         if set(layout) != set(self.tensors):
@@ -359,6 +370,9 @@ class Encoded(Operator):
                                     f"{sorted(self.tensors)}; the payload and the manifest do not belong together")
         for key, spec in layout.items():
             check_tensor(f"{name}/{key}", self.tensors[key], spec)
+        if may_overflow(self.tensors.values()) and not self.is_finite():
+            raise CorruptStoreError(f"{name}: codec '{self.codec}' decodes it to NaN or infinity, from numbers that "
+                                    "are finite but too large; the file is damaged or was forged")
         return self
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from tersor.contract.checks import from_numpy
 from tersor.errors import CodecConfigError
-from tersor.payload.blocks import Shape
+from tersor.numerics.memory import check_memory
+from tersor.payload.blocks import Shape, row_blocks
 
 
 class Operator:
@@ -58,6 +59,20 @@ class Operator:
         if x.shape[-2] != self.shape[1]:
             raise CodecConfigError(f"encoded @ x needs x of shape (..., {self.shape[1]}, n), found {tuple(x.shape)}")
         return self.matmul(x.swapaxes(-1, -2)).swapaxes(-1, -2)
+
+    def check_room(self, rows: int) -> None:
+        """Refuse dense rows beyond the memory there is: a few stored bytes may stand for any number of them."""
+        if not torch.compiler.is_compiling() and self.device.type == "cpu":
+            check_memory(4 * rows * self.shape[1], f"decoding {rows} rows of a matrix of shape {self.shape}",
+                         "decode fewer rows at a time, decode_rows(start, stop), or multiply by it as it is")
+
+    def is_finite(self) -> bool:
+        """Tell whether every decoded number is finite; by blocks of rows where rows decode alone."""
+        traits = self.codec.traits()
+        if traits.mixes_rows or traits.spectral:
+            self.check_room(self.shape[0])
+            return bool(torch.isfinite(self.codec.decode(self)).all())
+        return all(bool(torch.isfinite(self.codec.decode_rows(self, block)).all()) for block in row_blocks(self.shape))
 
     def as_given(self, rows: Tensor) -> Any:
         """Return decoded rows in the form of the matrix that went in: its dtype, and an array where it was one."""

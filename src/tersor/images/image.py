@@ -33,6 +33,7 @@ from tersor.images.png import Image, ImageError, from_array, read, to_png
 
 DEFAULT = "lplr_plus"  # on patches; docs/images.md compares the families
 DEFAULT_RATE = 2.0
+MOST_RATE = 1e6  # of a budget; more than the manifest of an image of one pixel takes
 SHOWN = 1024  # most pixels a side of a picture in the report
 
 
@@ -76,10 +77,7 @@ def encode(source: str | Path | np.ndarray | Image, rate: float | None = None, c
         source)
     if channels not in LAYOUTS:
         raise CodecConfigError(f"channels: expected one of {', '.join(LAYOUTS)}, found {channels!r}")
-    if rate is not None and size is not None:
-        raise BudgetError(f"image: expected a rate or a size, not both; found {rate} bits per sample and {size} bytes")
-    if rate is not None and not (math.isfinite(rate) and rate > 0):
-        raise BudgetError(f"rate must be a positive number of bits per sample, found {rate!r}")
+    _check_budget(rate, size)
     if rate is None and size is None and codec in families():
         rate = DEFAULT_RATE
     samples = image.samples
@@ -95,6 +93,16 @@ def encode(source: str | Path | np.ndarray | Image, rate: float | None = None, c
     if told:
         warnings.warn(told, stacklevel=2)
     return encoded
+
+
+def _check_budget(rate: float | None, size: int | None) -> None:
+    """Raise `BudgetError` unless a rate, a size or neither is given, and it is one."""
+    if rate is not None and size is not None:
+        raise BudgetError(f"image: expected a rate or a size, not both; found {rate} bits per sample and {size} bytes")
+    if rate is not None and not (isinstance(rate, (int, float)) and 0 < rate <= MOST_RATE):
+        raise BudgetError(f"rate must be a positive number of bits per sample, at most {MOST_RATE:g}, found {rate!r}")
+    if size is not None and (not isinstance(size, int) or size < 1):
+        raise BudgetError(f"size must be a positive number of bytes, found {size!r}")
 
 
 def remark(image: Image, nbytes: int) -> str:

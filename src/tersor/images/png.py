@@ -78,11 +78,13 @@ def read(path: str | Path) -> Image:
     Raises
     ------
     ImageError
-        If it is no PNG, damaged, cut short, animated, larger than `MOST_SAMPLES`, or pypng is not installed.
-    OSError
-        If it cannot be read.
+        If it is missing, no PNG, damaged, cut short, animated, larger than `MOST_SAMPLES`, or pypng is not installed.
     """
-    png, data = _pypng(), Path(path).read_bytes()
+    png = _pypng()
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ImageError(f"{path}: expected a PNG, which cannot be read: {error.strerror or error}") from error
     if not data.startswith(SIGNATURE):
         kind = "an empty file" if not data else next((f"{name} data" for magic, name in KINDS.items()
                                                       if data.startswith(magic)), "something else")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -114,12 +115,36 @@ class Calibration:
         try:
             tensors, record = load_sealed(path)
             hessians = {name: tensors[key] for name, key in record["names"].items()}
-            return cls(hessians, int(record["tokens"]), str(record["source"]), dict(record["fisher"]), sealed)
-        except (CorruptStoreError, LookupError, AttributeError, ValueError, TypeError) as error:
+            fisher = {name: float(trace) for name, trace in record["fisher"].items()}
+            read = cls(hessians, record["tokens"], record["source"], fisher, sealed)
+            read._check()
+        except (CorruptStoreError, LookupError, AttributeError, ValueError, TypeError, OverflowError) as error:
             raise CorruptStoreError(f"{path}: a damaged calibration, so calibrate again: {error}") from error
+        return read
+
+    def _check(self) -> None:
+        """Raise `ValueError` unless counts, traces and shapes are of the right form; moments are looked at in use."""
+        sound = (type(self.tokens) is int and self.tokens >= 0 and isinstance(self.source, str)
+                 and all(math.isfinite(trace) and trace >= 0 for trace in self.fisher.values()))
+        odd = sorted(name for name, h in self.hessians.items()
+                     if h.ndim != 2 or h.shape[0] != h.shape[1] or h.dtype != torch.float32)
+        if not sound or odd:
+            raise ValueError(f"moments of {odd[:3]} are no float32 squares" if odd else "tokens, source or traces are "
+                             "none")
 
 
 def hessian_of(calibration: Calibration | None, name: str, device: str) -> Tensor | None:
-    """Return a matrix's Hessian on `device`, if it was calibrated."""
+    """Return a matrix's Hessian on `device`, if it was calibrated.
+
+    Raises
+    ------
+    CorruptStoreError
+        If it holds NaN or infinity.
+    """
     hessian = None if calibration is None else calibration.hessians.get(name)
-    return None if hessian is None else hessian.to(device)
+    if hessian is None:
+        return None
+    found = hessian.to(device)
+    if not bool(torch.isfinite(found).all()):
+        raise CorruptStoreError(f"calibration: the moments of '{name}' hold NaN or infinity; calibrate again")
+    return found

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
 import os
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tersor.errors import CodecConfigError, DamagedWorkWarning
-from tersor.files import seal, whole
+from tersor.files import parse_json, seal, whole
 
 SEAL, DIGITS = "sha256", 16  # the field of a line's digest, and how much of it is kept
+MOST = sys.float_info.max
 
 
 class Trials:
@@ -49,6 +50,8 @@ class Trials:
         self.path, self._what, self._mark = path, what, mark
         self._key, self._numbers = key, numbers
         self._known: dict[tuple[Any, ...], dict[str, Any]] = {}
+        if path.is_dir():
+            raise CodecConfigError(f"{path}: expected a {what} file, found a directory; name another file")
         self._sealed = True
         self._begun = path.exists() and path.stat().st_size > 0
         if self._begun:
@@ -100,7 +103,7 @@ class Trials:
 
     def _take(self, record: dict[str, Any]) -> None:
         numbers = [record.get(name) for name in self._numbers]
-        if not all(isinstance(n, (int, float)) and math.isfinite(n) and n >= 0 for n in numbers):
+        if not all(isinstance(n, (int, float)) and 0 <= n <= MOST for n in numbers):
             raise CodecConfigError(f"{self.path}: a line lacks a number: {str(record)[:100]}; run the "
                                    f"{self._what} again")
         key = tuple(record.get(name) for name in self._key)
@@ -111,8 +114,8 @@ class Trials:
 
     def _line(self, line: str) -> dict[str, Any]:
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            record = parse_json(line)
+        except ValueError as error:
             raise CodecConfigError(f"{self.path}: not a {self._what}: '{line[:60]}' is no JSON") from error
         if not isinstance(record, dict):
             raise CodecConfigError(f"{self.path}: not a {self._what}: '{line[:60]}' is no JSON object")

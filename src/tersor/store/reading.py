@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tersor.contract.checks import check_tensor
 from tersor.contract.codec import Encoded
-from tersor.errors import CorruptStoreError, TersorError, UnknownCodecError
+from tersor.errors import CodecConfigError, CorruptStoreError, TersorError, UnknownCodecError
+from tersor.files import is_name
 from tersor.payload.layout import TensorSpec
 from tersor.registry import from_config
 from tersor.store.beside import check_beside, check_files, check_index
@@ -62,13 +63,21 @@ class Store:
 
     def matrix(self, name: str) -> Encoded:
         """Return an encoded matrix, verified."""
-        entry = self.entries[name]
+        entry = self._entry(name, encoded=True)
         assert entry.codec is not None
         return Encoded(entry.codec, (entry.shape[0], entry.shape[1]), self._tensors(entry)).check(name)
 
     def plain(self, name: str) -> Tensor:
         """Return a plain tensor, verified."""
-        return self._tensors(self.entries[name])[""]
+        return self._tensors(self._entry(name, encoded=False))[""]
+
+    def _entry(self, name: str, *, encoded: bool) -> Entry:
+        entry = self.entries.get(name)
+        if entry is None or (entry.codec is not None) != encoded:
+            kind = "encoded matrix" if encoded else "plain tensor"
+            held = [key for key, other in self.entries.items() if (other.codec is not None) == encoded]
+            raise CodecConfigError(f"{self.path}: holds no {kind} '{name}', but {len(held)} others, such as {held[:3]}")
+        return entry
 
     def shared_links(self, name: str) -> Mapping[str, str]:
         """Return which of a matrix's tensors are shared tables: tensor to shard key."""
@@ -191,9 +200,15 @@ def _checkmanifest(manifest: Mapping[str, Any]) -> None:
         raise CorruptStoreError(f"{MANIFEST}: sentinel must be a key, found {manifest['sentinel']!r}")
     if manifest["kind"] not in KINDS:
         raise CorruptStoreError(f"{MANIFEST}: kind must be one of {KINDS}, found {manifest['kind']!r}")
+    if not isinstance(manifest["provenance"], dict):
+        raise CorruptStoreError(f"{MANIFEST}: the provenance must be an object, found {manifest['provenance']!r}")
     for name in (*manifest["shards"], *manifest["files"]):
-        if not isinstance(name, str) or Path(name).name != name or name in ("", "..") or "\0" in name:
+        if not is_name(name):
             raise CorruptStoreError(f"{MANIFEST}: '{name}' is not the name of a file inside the store")
+    _check_records(manifest)
+
+
+def _check_records(manifest: Mapping[str, Any]) -> None:
     for group, ndim, least in ((manifest["matrices"], 2, 1), (manifest["plain"], None, 0)):
         for name, record in group.items():
             shape, shard = record["shape"], record.get("shard", 0)
@@ -201,6 +216,8 @@ def _checkmanifest(manifest: Mapping[str, Any]) -> None:
                      and ndim in (None, len(shape)) and record["dtype"] in DTYPES)
             if not sound:
                 raise CorruptStoreError(f"{MANIFEST}: '{name}' has shape {shape} and dtype {record['dtype']}")
+            if not isinstance(record["sha256"], str):
+                raise CorruptStoreError(f"{MANIFEST}: '{name}' has the digest {record['sha256']!r}, which is none")
             codec = record["codec"] if ndim else 0
             if type(codec) is not int or not 0 <= codec < max(1, len(manifest["codecs"])):
                 raise CorruptStoreError(f"{MANIFEST}: '{name}' has codec {codec} of {len(manifest['codecs'])}")

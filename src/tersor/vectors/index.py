@@ -214,7 +214,7 @@ class Index:
         CodecConfigError
             If an id is not that of a vector, -1 included.
         """
-        index, held = torch.as_tensor(ids), self._held
+        index, held = _as_tensor(ids, "ids"), self._held
         if not index.numel():
             index = index.to(torch.int64)  # an empty list has no dtype of its own
         if index.is_floating_point() or index.dtype == torch.bool:
@@ -252,7 +252,7 @@ class Index:
         """
         held = self._held
         self._check_trained(held)
-        given, codes = codes, torch.as_tensor(codes).cpu()
+        given, codes = codes, _as_tensor(codes, "codes").cpu()
         if codes.dtype != torch.uint8 or codes.ndim != 2 or codes.shape[1] != self.code_size:
             raise CodecConfigError(f"index: codes must be uint8 (n, {self.code_size}), found {codes.dtype} "
                                    f"{tuple(codes.shape)}")
@@ -361,3 +361,10 @@ def _integer(value: SupportsIndex, name: str, least: int) -> int:
             return operator.index(value)
     wanted = "a positive integer" if least else "an integer >= 0"
     raise CodecConfigError(f"index: {name} must be {wanted}, found {value!r}")
+
+
+def _as_tensor(value: Any, name: str) -> Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CodecConfigError(f"index: {name} must be a tensor or an array: {error}") from error

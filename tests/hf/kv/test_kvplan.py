@@ -155,6 +155,15 @@ def test_plans_of_other_models_and_damaged_plans(planned: Path, tmp_path: Path) 
             read_plan({**record, **change})
     with pytest.raises(CorruptStoreError, match="tables are missing"):
         read_plan({**record, "tables": {"file": "none.safetensors", "sha256": "0"}})
+    for name in ("../kv.safetensors", str(planned / "kv.safetensors"), "..", "", "a/b", "x\0", "\ud800", 5, None):
+        with pytest.raises(CorruptStoreError, match="named by a file beside it"):
+            read_plan({**record, "tables": {"file": name, "sha256": "0"}})
+    for change in ({"layers": {"0": {"key": 5, "value": "rot,lm2"}}}, {"model": 5}):
+        with pytest.raises(CodecConfigError, match="a codec string for keys"):
+            read_plan({**record, **change})
+    bad.write_bytes(b"[" * 100_000)
+    with pytest.raises(CodecConfigError, match="nested too deeply"):
+        read_plan(bad)
     with pytest.raises(CodecConfigError):
         read_plan(tmp_path / "nothing.json")
 

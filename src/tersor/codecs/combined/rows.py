@@ -57,7 +57,7 @@ class MixedRows(Codec):
     def layout(self, shape: Shape) -> Layout:
         """Return the packed mask, if there is one, and both layouts."""
         shapes = self._shapes(shape)
-        mask = {"mask": TensorSpec((shape[0],), levels=2)} if self.order == "energy" else {}
+        mask = {"mask": TensorSpec((shape[0],), levels=2, ones=self.count)} if self.order == "energy" else {}
         return {**mask, **nest("first", self.first.layout(shapes[0])), **nest("second", self.second.layout(shapes[1]))}
 
     def learn(self, samples: Iterable[Tensor], *, seed: int = 0) -> Tables:

@@ -64,7 +64,7 @@ class Interpolative(Codec):
     def layout(self, shape: Shape) -> Layout:
         """Return `chosen`, a bit a row (column), and the factors' layouts; no coefficients where all are chosen."""
         shapes = self._shapes(shape)
-        chosen = TensorSpec((shape[0 if self.axis == "rows" else 1],), levels=2)
+        chosen = TensorSpec((shape[0 if self.axis == "rows" else 1],), levels=2, ones=self.rank)
         factors = {name: nest(name, codec.layout(shapes[name])) for name, codec in self.children().items()
                    if 0 not in shapes[name]}
         return {"chosen": chosen, **{key: spec for one in factors.values() for key, spec in one.items()}}

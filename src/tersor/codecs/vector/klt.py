@@ -163,7 +163,10 @@ class Klt(Codec):
                 raise NonFiniteError(f"codec '{self.spec()}': table '{name}' overflows; scale the matrix down")
         codes = torch.empty(layout["codes"].shape, dtype=torch.uint8, device=matrix.device)
         book, scale = _book(tables), tables["scale"]
-        analysis = torch.linalg.inv(tables["basis"].to(torch.float64))
+        analysis, singular = torch.linalg.inv_ex(tables["basis"].to(torch.float64))
+        if bool(singular.any()):
+            raise CodecConfigError(f"codec '{self.spec()}': the table 'basis' is singular, so no training made it; "
+                                   "train the tables again")
         inverse = torch.where(scale > 0, 1.0 / scale.to(torch.float64), 0.0)
         for block in row_blocks(shape):
             head = self._head(block, matrix.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 
 from tersor import store
 from tersor.errors import CorruptStoreError, VerificationError
+from tersor.files import read_json
 from tersor.hf.compress.proof import prove
 from tersor.hf.compress.request import Progress, no_progress
 from tersor.hf.models.ledger import CARRIED, check_entries, check_source
@@ -65,8 +66,8 @@ def verify(path: Path, source: Source | None = None, progress: Progress = no_pro
                 raise VerificationError(f"{path}: '{name}' decodes to NaN or infinity")
             continue
         found = measure(source.matrix(source.layout.matrices[name]), encoded).relative_error
-        promised = recorded.get(name, {}).get("relative_error")
-        if promised is None or not abs(found - promised) <= AGREEMENT * promised + FLOOR:
+        promised = recorded.get(name)
+        if promised is None or not math.isfinite(promised) or not abs(found - promised) <= AGREEMENT * promised + FLOOR:
             raise VerificationError(f"{path}: '{name}' has relative error {found:.6g}, but its encoder measured "
                                     f"{promised}; the output does not hold what was encoded")
         worst = max(worst, found)
@@ -117,17 +118,21 @@ def biases_added(layout: Parts, opened: store.Store) -> dict[str, tuple[int, ...
     listed = opened.manifest["provenance"].get("biases", [])
     shapes = {f"{m.parameter.rpartition('.')[0]}.bias": (m.shape[0],) for m in layout.matrices.values()
               if m.kind in ("linear", "conv1d")}
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+        raise CorruptStoreError(f"{opened.path}: the manifest's biases must be a list of names, found {listed!r}")
     return {name: shapes[name] for name in listed if name in shapes}
 
 
-def _recorded(path: Path) -> dict[str, Any]:
+def _recorded(path: Path) -> dict[str, float]:
+    """Return the relative error that the encoder measured of each matrix."""
     file = path / REPORT
     if not file.is_file():
         return {}
     try:
-        return json.loads(file.read_text())["matrices"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise CorruptStoreError(f"{file}: damaged report: {error}") from error
+        found = read_json(file)["matrices"]
+        return {name: float(line["relative_error"]) for name, line in found.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        raise CorruptStoreError(f"{file}: damaged report: {type(error).__name__}: {error}") from error
 
 
 def _check_plain(path: Path, opened: store.Store, source: Source) -> None:

@@ -216,6 +216,10 @@ class CompressedCache(Cache):
 
 
 def _by_layer(name: str, specs: Specs, count: int) -> list[Codec | None]:
+    sound = isinstance(specs, (str, Codec)) or (isinstance(specs, Sequence) and all(
+        spec is None or isinstance(spec, (str, Codec)) for spec in specs))
+    if not sound:
+        raise CodecConfigError(f"{name}: expected a codec, or one or None a layer, found {specs!r}")
     listed = [specs] * count if isinstance(specs, (str, Codec)) else list(specs)
     if len(listed) != count:
         raise CodecConfigError(f"{name}: {len(listed)} codecs for a model with {count} layers; give one, or one a "

@@ -27,7 +27,7 @@ import tersor
 from tersor.codecs.vector.klt import Klt
 from tersor.contract.codec import Codec
 from tersor.errors import BudgetError, CodecConfigError, CorruptStoreError, ModelError
-from tersor.files import exclusive, save_tensors, seal, write_json
+from tersor.files import exclusive, is_name, read_json, save_tensors, seal, write_json
 from tersor.hf.kv.observe import Notes, observe
 from tersor.hf.kv.store import SIDES, damaged, fields_of
 from tersor.hf.models.classes import check_language_model
@@ -115,7 +115,7 @@ def read_plan(plan: str | Path | Mapping[str, Any]) -> KVPlan:
     """
     file = Path("kv.json") if isinstance(plan, Mapping) else Path(plan)
     try:
-        record = dict(plan) if isinstance(plan, Mapping) else json.loads(file.read_text(encoding="utf-8"))
+        record = dict(plan) if isinstance(plan, Mapping) else read_json(file)
     except (OSError, ValueError) as error:
         raise CodecConfigError(f"{file}: expected a plan that 'tersor kv-plan' wrote: {error}") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT or record.get("version") != VERSION:
@@ -126,9 +126,20 @@ def read_plan(plan: str | Path | Mapping[str, Any]) -> KVPlan:
                                 "it")
     with damaged(file):
         layers = {int(number): (sides["key"], sides["value"]) for number, sides in record["layers"].items()}
+        if not isinstance(record["model"], Mapping) or not all(isinstance(spec, str) for pair in layers.values()
+                                                               for spec in pair):
+            raise CodecConfigError(f"{file}: expected a model's fields, and a codec string for keys and for values")
         beside = record.get("tables")
-        tables = {} if beside is None else _read_tables(file.parent / beside["file"], beside["sha256"])
+        tables = {} if beside is None else _read_tables(_beside(file, beside["file"]), beside["sha256"])
         return KVPlan(record["model"], layers, record["residual"], record["sink"], record["block"], tables)
+
+
+def _beside(plan: Path, name: Any) -> Path:
+    """Return the file of the plan's tables, which lies beside it and nowhere else."""
+    if not is_name(name):
+        raise CorruptStoreError(f"{plan}: its tables must be named by a file beside it, found {name!r}; move them "
+                                "there, or write the plan again")
+    return plan.parent / name
 
 
 def _read_tables(file: Path, sha256: str) -> dict[tuple[int, str], dict[str, Tensor]]:

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from tersor.contract.checks import check_matrix
 from tersor.errors import ModelError
+from tersor.files import read_json
 from tersor.hf.models import checkpoint, staging
 from tersor.hf.models.checkpoint import Account
 from tersor.hf.models.classes import model_class
@@ -129,7 +130,10 @@ class Source:
 
     def config_json(self) -> dict[str, Any]:
         """Return the configuration as stored."""
-        return json.loads((self.folder / "config.json").read_text())
+        found = read_json(self.folder / "config.json")
+        if not isinstance(found, dict):
+            raise ModelError(f"{self.path}: config.json holds no JSON object")
+        return found
 
     def companions(self) -> dict[str, Path]:
         """Return tokenizer and other small files that go along, by name."""
