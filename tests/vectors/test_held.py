@@ -146,7 +146,7 @@ def test_numpys_integers_and_nothing_at_all() -> None:
     for none in (x[:0], x[:0].numpy(), x[:0].double()):
         distances, ids = index.search(none, 120)
         assert distances.shape == ids.shape == (0, 120)
-        assert (distances.dtype, ids.dtype) == (torch.float32, torch.int64)
+        assert (torch.as_tensor(distances).dtype, torch.as_tensor(ids).dtype) == (torch.float32, torch.int64)
         index.add(none)
         assert index.sa_encode(none).shape == (0, index.code_size)
     assert index.ntotal == 100
