@@ -156,12 +156,7 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
         raise
     work.stamp(_mark(opened, request, chosen), resume=chosen.resume)
     report = _stages(opened, request, chosen, work, progress)
-    if chosen.evaluation_tokens:
-        report["evaluation"] = evaluate(work / "output", opened, chosen.heldout, context=chosen.context,
-                                        tokens=chosen.evaluation_tokens, device=chosen.device, progress=progress)
-        if chosen.samples:
-            report["samples"] = samples(work / "output", opened, chosen.heldout, chosen.samples, device=chosen.device,
-                                        progress=progress)
+    report.update(_scores(opened, chosen, work, progress))
     report["summary"]["seconds"] = time.perf_counter() - began
     report["summary"]["peak_memory_bytes"] = peak_memory()
     write_json(work / "output" / REPORT, report)
@@ -170,6 +165,18 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
                     card.command(request, asked, chosen.changed()))
     work.finish("matrices", "staged")
     return report
+
+
+def _scores(source: Source, settings: CompressSettings, work: WorkFolder, progress: Progress) -> dict[str, Any]:
+    """Return what the report says of the output beside its original, as far as it was asked for."""
+    found: dict[str, Any] = {}
+    if settings.evaluation_tokens:
+        found["evaluation"] = evaluate(work / "output", source, settings.heldout, context=settings.context,
+                                       tokens=settings.evaluation_tokens, device=settings.device, progress=progress)
+    if settings.evaluation_tokens and settings.samples:
+        found["samples"] = samples(work / "output", source, settings.heldout, settings.samples, device=settings.device,
+                                   progress=progress)
+    return found
 
 
 def _check(source: Source, request: Request, settings: CompressSettings) -> None:
