@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tersor import files
@@ -245,3 +246,16 @@ def test_threads_that_write_the_same_file_do_not_share_its_unfinished_form(tmp_p
     found = json.loads((tmp_path / "file").read_text())
     assert found == [found[0]] * 1000
     assert [f.name for f in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_same_metadata_are_the_same_bytes(tmp_path: Path) -> None:
+    """safetensors keeps them in a table of no fixed order."""
+    metadata = {"job": "\u00e9", "report": '{"a": "b\\n"}', "x": "\n\t"}
+    written = set()
+    for number in range(12):
+        save_tensors({"a": torch.arange(3)}, tmp_path / str(number), metadata)
+        written.add((tmp_path / str(number)).read_bytes())
+    assert len(written) == 1
+    with safe_open(tmp_path / "0", framework="pt") as handle:
+        assert handle.metadata() == {"format": "pt", **metadata}
+        assert torch.equal(handle.get_tensor("a"), torch.arange(3))

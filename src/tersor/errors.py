@@ -71,7 +71,11 @@ class BudgetError(TersorError, ValueError):
 
 
 class NonFiniteError(TersorError, ValueError):
-    """NaN or infinity where finite numbers are needed; the message names the tensor."""
+    """NaN or infinity where finite numbers are needed, or numbers beyond what can be stored; names the tensor."""
+
+
+class UnsteadyError(TersorError, RuntimeError):
+    """Settings of the process that steer results, changed by another thread while they were held."""
 
 
 class VerificationError(TersorError):
@@ -84,7 +88,7 @@ class ModelError(TersorError, ValueError):
     """A source that is no usable model: missing, empty, or of a kind Tersor cannot read."""
 
 
-class ReadOnlyError(TersorError, TypeError):
+class ReadOnlyError(TersorError, RuntimeError):
     """Code would change an encoded weight, which can only be read.
 
     Attributes

@@ -99,9 +99,22 @@ def _save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]
             partial.touch()  # safetensors gives new files mode 600; this one has what the user's umask says
             mode = partial.stat().st_mode
             save_file(dict(tensors), partial, metadata=dict(metadata))
+            _sort_metadata(partial)
             partial.chmod(mode)
     except SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from error
+
+
+def _sort_metadata(file: Path) -> None:
+    """Sort a safetensors file's metadata: safetensors writes them in another order each time."""
+    with file.open("r+b") as handle:
+        header = handle.read(int.from_bytes(handle.read(8), "little"))
+        found = json.loads(header)["__metadata__"]
+        written, wanted = (json.dumps(dict(items), separators=(",", ":"), ensure_ascii=False).encode()
+                           for items in (found.items(), sorted(found.items())))
+        assert written in header, "safetensors writes its header as compact JSON"
+        handle.seek(8)
+        handle.write(header.replace(written, wanted, 1))
 
 
 def write_json(path: Path, value: Any) -> None:

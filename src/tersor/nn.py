@@ -176,10 +176,11 @@ class WeightView(Tensor):
     _is_param = True  # torch's mark for what isinstance(…, nn.Parameter) takes
 
     @staticmethod
-    def __new__(cls, payloads: Sequence[Buffers], shape: torch.Size, dtype: torch.dtype, *,
+    def __new__(cls: type[WeightView], payloads: Sequence[Buffers], shape: torch.Size, dtype: torch.dtype, *,
                 transposed: bool = False) -> WeightView:
         """Make a tensor of a shape and dtype, and of no memory."""
-        view = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device="meta", requires_grad=False)
+        view = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=torch.device("meta"),
+                                             requires_grad=False)
         view.payloads, view.transposed = tuple(payloads), transposed
         return view
 
@@ -265,25 +266,27 @@ _FACTS = _getters("shape", "dtype", "ndim", "layout", "requires_grad", "grad", "
     Tensor.storage_offset, Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous, Tensor.__len__,
     Tensor.__hash__, torch.is_floating_point, torch.is_complex, torch.numel}
 _PLACES = _getters("device", "is_cuda", "is_cpu", "is_meta", "is_xpu", "is_mps") | {Tensor.get_device}
-_MEMORY = {Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage, Tensor.__dlpack__}
+MEMORY = {Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage, Tensor.__dlpack__}
 _TRANSPOSES = _getters("T", "mT", "H", "mH") | {Tensor.t, torch.t, Tensor.adjoint, torch.adjoint}
 _SWAPS = {Tensor.transpose, torch.transpose, Tensor.swapaxes, torch.swapaxes, Tensor.swapdims, torch.swapdims}
 _PRODUCTS = {Tensor.matmul, torch.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}
-_IN_PLACE = {"__set__", "__delete__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__",
-             "__ipow__", "__imod__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__", "__idiv__"}
+_IN_PLACE = {"__set__", "__delete__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__",
+             "__ifloordiv__", "__ipow__", "__imod__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__",
+             "__idiv__"}
 
 
 def _refuse_change(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], *, changes: bool = False) -> None:
     """Raise `ReadOnlyError` for a function that would write to a stand-in, or wants its memory."""
     name = getattr(func, "__name__", str(func))
-    if func in _MEMORY:
+    if func in MEMORY:
         raise ReadOnlyError(f"'{name}' wants a weight's memory, but an encoded weight has none; take .data, a copy",
                             name, next((value for value in (*args, *kwargs.values()) if isinstance(value, WeightView)),
                                        None))
     changes = changes or name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
     target = args[0] if args else kwargs.get("tensor", kwargs.get("input"))
     harmless = name in ("requires_grad_", "__set__") and len(args) == 2 and args[1] is False
-    target = kwargs["out"] if isinstance(kwargs.get("out"), WeightView) else target if changes and not harmless else None
+    target = target if changes and not harmless else None
+    target = kwargs["out"] if isinstance(kwargs.get("out"), WeightView) else target
     if isinstance(target, WeightView):
         raise ReadOnlyError(f"'{name}' would change a weight, but an encoded weight can only be read; change a copy, "
                             "such as weight.data.clone()", name, target)

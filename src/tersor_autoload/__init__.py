@@ -41,7 +41,7 @@ class Waiting:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         if spec is not None and spec.loader is not None:
-            spec.loader = Extending(spec.loader, self)
+            spec.loader = Extending(spec.loader, self)  # pyright: ignore[reportAttributeAccessIssue]
         return spec
 
     def leave(self) -> None:

@@ -1,5 +1,6 @@
 """However a command ends, there is one line on stderr and the right exit code."""
 
+import io
 import os
 import subprocess
 import sys
@@ -10,8 +11,10 @@ import pytest
 import torch
 import typer
 
+from tersor import cli
 from tersor.cli import stores
 from tersor.cli.funnel import Funnel
+from tersor.cli.telling import Voice
 from tersor.errors import CorruptStoreError, ModelError, NotAStoreError
 from tersor.testing import gaussian
 from tests.cli.test_cli import as_json, fails, tersor
@@ -121,6 +124,27 @@ def test_a_near_name_in_the_folder_is_offered(tmp_path: Path, monkeypatch: pytes
 def test_a_model_without_its_manifest_is_damaged(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "tersor"}}')
     fails("inspect", tmp_path, code=3, says="tersor.json is missing")
+
+
+def test_results_are_shown_whatever_the_terminal_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.save(tmp_path / "m.npy", gaussian((8, 16), 0).numpy())
+    held = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(held, encoding="ascii"))
+    arguments = ["encode", str(tmp_path / "m.npy"), str(tmp_path / "ü"), "--codec", "lm3"]
+    monkeypatch.setattr(sys, "argv", ["tersor", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    sys.stdout.flush()
+    assert b"m.npy \\u2192" in held.getvalue()
+
+
+def test_a_log_that_ends_does_not_end_the_work(tmp_path: Path) -> None:
+    voice = Voice(quiet=True, log_file=tmp_path / "logs" / "log")
+    with pytest.raises(OSError, match="No such file"):
+        voice.write("first")
+    voice.log("later")
+    assert not (tmp_path / "logs").exists()
 
 
 def test_version_help_and_completion() -> None:

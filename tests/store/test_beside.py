@@ -21,9 +21,10 @@ from tersor.store import reading
 from tersor.testing import encode, gaussian
 from tests.store.test_store import shared, write
 
-FILES = {"config.json": b"{}", "modeling_own.py": b"x = 1", "tokenizer.json": b"{}", "tokenizer_config.json": b"{}",
+FILES = {"config.json": b"{}", "config.4.0.0.json": b"{}", "modeling_own.py": b"x = 1", "tokenizer.json": b"{}",
+         "tokenizer_config.json": b"{}",
          "generation_config.json": b"{}", "chat_template.jinja": b"{{ messages }}", "vocab.txt": b"a"}
-STRICT = {"config.json", "modeling_own.py"}
+STRICT = {"config.json", "config.4.0.0.json", "modeling_own.py"}
 
 
 @pytest.fixture

@@ -264,7 +264,7 @@ def test_bad_vectors(tmp_path) -> None:
     with pytest.raises(CodecConfigError, match="16 clusters of 10 points"):
         index.train(data(10))
     index.train(data(100))
-    for bad, error in ((data(3)[:, :5], "vectors must be"), (data(3)[0], "2-D"), (data(3)[:0], "non-empty"),
+    for bad, error in ((data(3)[:, :5], "vectors must be"), (data(3)[0], "2-D"), (data(3)[:0, :5], "non-empty"),
                        (data(3).int(), "float32"), ("text", "torch tensor or a NumPy array")):
         for act in (index.train, index.add, index.sa_encode, index.search):
             with pytest.raises(CodecConfigError, match=error):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import warnings
 from typing import Annotated
@@ -52,6 +53,8 @@ def main() -> None:
     """Run the tool; whatever goes wrong is one line on stderr."""
     with warnings.catch_warnings(), Funnel():
         warnings.showwarning = tell_warning
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # a result is not lost for a name that cannot be shown
         code = app(prog_name="tersor", standalone_mode=False)
         if code == INTERRUPTED:  # typer has kept the interruption to itself
             raise KeyboardInterrupt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import sys
 import traceback
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from tersor.cli.telling import CLOSED_PIPE, VOICE, Voice
 from tersor.errors import TersorError
 
 FAULT, USAGE, INTERRUPTED = 1, 2, 130
+MOST_NAMES = 2000  # of a folder that are compared with a name
 ALIASES = {"--method": "--codec", "--calib": "--calibration", "--calibration": "--calibration-text",
            "--text": "--calibration-text"}
 _ClickError: Any = typer.BadParameter.__mro__[2]  # typer may carry a click of its own, and has no name for this
@@ -57,10 +59,7 @@ class Funnel:
         if code == FAULT and voice.verbose:
             typer.echo(lines, err=True)
         typer.echo(f"tersor: {text}", err=True)
-        try:
-            voice.log(f"{text}\n{lines}" if code == FAULT else text)
-        except OSError:
-            sys.exit(code)  # a log that cannot be written must not hide what went wrong
+        voice.log(f"{text}\n{lines}" if code == FAULT else text)
         sys.exit(code)
 
 
@@ -93,9 +92,12 @@ def near(name: str, known: Sequence[str]) -> str:
 def near_file(path: Path) -> str:
     """Return `; did you mean 'X'?` for the nearest name in the folder that should hold a file, or nothing."""
     folder = path.absolute().parent
-    if not folder.is_dir():
-        return f"; there is no folder {path.parent} either"
-    found = near(path.name, [child.name for child in folder.iterdir()])
+    try:
+        if not folder.is_dir():
+            return f"; there is no folder {path.parent} either"
+        found = near(path.name, [child.name for child in itertools.islice(folder.iterdir(), MOST_NAMES)])
+    except OSError:
+        return ""  # a folder that may not be looked into
     return found.replace("'", f"'{path.parent}/", 1) if found and str(path.parent) != "." else found
 
 

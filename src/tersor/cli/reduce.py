@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import tempfile
-from pathlib import Path
+import shutil
 from typing import Annotated, Any
 
 import typer
@@ -65,10 +65,10 @@ def reduce(src: Src, output: Out,
     _check(method)
     nbytes, heldout = None if size is None else parse_size(size), text or default_heldout()
     reading = Reading(calibration, max(1, tokens // window), window, seed, resume)
-    beside = output.resolve().parent
-    beside.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=beside) as staging, Bars() as progress:
-        source = open_source(src, Path(staging) / "staged")
+    staging = output.resolve().with_name(f".{output.name}.staged")  # apart from the reduction's own, which goes first
+    with contextlib.ExitStack() as ending, Bars() as progress:
+        ending.callback(shutil.rmtree, staging, ignore_errors=True)
+        source = open_source(src, staging)
         if evaluation_tokens:
             read_ids(source, heldout, context, evaluation_tokens)  # refused before the work, not after it
         if method == CONTEST:

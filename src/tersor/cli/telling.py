@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import dataclasses
 import functools
@@ -51,9 +52,20 @@ class Voice:
         self.log(text)
 
     def log(self, text: str) -> None:
-        """Write lines to the log file, if there is one."""
+        """Write lines to the log file, if there is one; work does not end because it can no longer be written."""
+        with contextlib.suppress(OSError):
+            self.write(text)
+
+    def write(self, text: str) -> None:
+        """Write lines to the log file, if there is one.
+
+        Raises
+        ------
+        OSError
+            If it cannot be written.
+        """
         if self.log_file is not None:
-            with self.log_file.open("a", encoding="utf-8") as handle:
+            with self.log_file.open("a", encoding="utf-8", errors="backslashreplace") as handle:
                 handle.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
 
@@ -70,7 +82,7 @@ def set_voice(quiet: bool, verbose: bool, log_file: Path | None) -> None:
     before = VOICE.get()
     voice = Voice(quiet or before.quiet, verbose or before.verbose, log_file or before.log_file)
     VOICE.set(voice)
-    voice.log(f"tersor {' '.join(sys.argv[1:])}")  # a log that cannot be written is refused before any work
+    voice.write(f"tersor {' '.join(sys.argv[1:])}")  # a log that cannot be written is refused before any work
 
 
 def tell_warning(message: Warning | str, category: type[Warning], *place: Any) -> None:

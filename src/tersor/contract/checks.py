@@ -13,6 +13,7 @@ from tersor.payload.blocks import row_blocks
 from tersor.payload.layout import TensorSpec
 
 HUGE = 2.0**100  # beyond this magnitude float32 arithmetic may overflow, so an encoder's result is checked
+SMALL = 2.0**-96  # below this magnitude scales may fall under float32's normal numbers; the result is checked as well
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -48,9 +49,16 @@ def check_matrix(matrix: Tensor, name: str = "matrix") -> None:
         raise CodecConfigError(f"{name}: expected a non-empty 2-D matrix, found shape {tuple(matrix.shape)}")
     if matrix.dtype not in FLOAT_DTYPES:
         raise CodecConfigError(f"{name}: expected float32, float16, bfloat16 or float64, found {matrix.dtype}")
+    vanished, left = False, False
     for block in row_blocks(tuple(matrix.shape)):
-        if not bool(torch.isfinite(matrix[block].to(torch.float32)).all()):
+        single = matrix[block].to(torch.float32)
+        if not bool(torch.isfinite(single).all()):
             raise NonFiniteError(f"{name}: holds NaN, infinity or numbers beyond float32; repair it before encoding")
+        if matrix.dtype == torch.float64 and not left:
+            left, vanished = bool(single.any()), vanished or bool(matrix[block].any())
+    if vanished and not left:
+        raise NonFiniteError(f"{name}: holds no number above {float(matrix.abs().max()):.3g}, and all of them are 0 in "
+                             "float32, to which matrices decode; scale it up before encoding")
 
 
 def check_hessian(hessian: Tensor | None, width: int) -> None:

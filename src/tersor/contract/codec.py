@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -17,14 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tersor.contract.checks import HUGE, check_hessian, check_matrix, check_tensor
+from tersor.contract.checks import HUGE, SMALL, check_hessian, check_matrix, check_tensor
 from tersor.contract.coordinates import Coordinates
 from tersor.contract.derived import Derived
+from tersor.contract.gradient import product, recorded
 from tersor.contract.operator import Operator, as_tensor, like
 from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
-from tersor.numerics.linalg import single_thread
+from tersor.numerics.kmeans import exponent_of, times_power
+from tersor.numerics.settings import pinned, steadily
 from tersor.payload.blocks import Rows, Shape, Tables, row_blocks
 from tersor.payload.layout import Layout
+
+LOST = 2.0**-10  # of the norm, and of the error: what tiny numbers may lose more than larger ones do
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -151,6 +155,14 @@ class Codec(Derived, abc.ABC):
             out[..., block] = (wide @ self.decode_rows(encoded, block).T).to(x.dtype)
         return out
 
+    def matmul_transposed(self, encoded: Encoded, y: Tensor) -> Tensor:
+        """Return `y @ decode()` for `y` (*batch, out), in its dtype: the gradient of `matmul`; as it, by blocks."""
+        wide = y.to(torch.float32)
+        total = torch.zeros(*y.shape[:-1], encoded.shape[1], dtype=torch.float32, device=y.device)
+        for block in row_blocks(encoded.shape):
+            total += wide[..., block] @ self.decode_rows(encoded, block)
+        return total.to(y.dtype)
+
     def coordinates(self, encoded: Encoded) -> Coordinates:
         """Return the coordinates in which attention meets the rows; by default the decoded rows."""
         return Coordinates(encoded)
@@ -167,7 +179,20 @@ class Codec(Derived, abc.ABC):
                                "use rtn, lm, sym or pq, plain, summed, or rotated on the input side")
 
     def train(self, samples: Iterable[Tensor], *, seed: int = 0) -> Tables:
-        """Train the tables of `layout` that are marked shared, from sample matrices; empty where there are none."""
+        """Train the tables of `layout` that are marked shared, from sample matrices; empty where there are none.
+
+        Raises
+        ------
+        NonFiniteError
+            If a sample that is looked at holds NaN, infinity or numbers beyond float32.
+        CodecConfigError
+            If samples do not fit.
+        """
+        with pinned():
+            return self.learn((_checked(sample) for sample in samples), seed=seed)
+
+    def learn(self, samples: Iterable[Tensor], *, seed: int = 0) -> Tables:
+        """Train on checked samples; called by `train`, which users call."""
         del samples, seed
         return MappingProxyType({})
 
@@ -208,16 +233,40 @@ class Codec(Derived, abc.ABC):
         if unknown:
             known = ", ".join(sorted(self.option_names())) or "none"
             raise CodecConfigError(f"codec '{self.spec()}' has no encoder option {sorted(unknown)}; known: {known}")
-        with single_thread(), torch.no_grad():
-            encoded = self.search(matrix, Search(hessian, seed, dict(options or {}), dict(tables or {})))
-            peak = max(float(matrix.max()), -float(matrix.min()))
-            if peak > HUGE and not bool(torch.isfinite(encoded.decode()).all()):
-                raise NonFiniteError(f"the matrix holds magnitudes up to {peak:.3g}, with which codec '{self.spec()}' "
-                                     "overflows float32; scale the matrix down before encoding")
-            return encoded
+        how = Search(hessian, seed, dict(options or {}), dict(tables or {}))
+        return steadily(lambda: self._searched(matrix.detach(), how))
+
+    def _searched(self, matrix: Tensor, how: Search) -> Encoded:
+        """Encode; very large and very small numbers only if they decode as others would."""
+        encoded = self.search(matrix, how)
+        peak = max(float(matrix.max()), -float(matrix.min()))
+        if peak > HUGE and not bool(torch.isfinite(encoded.decode()).all()):
+            raise NonFiniteError(f"the matrix holds magnitudes up to {peak:.3g}, with which codec '{self.spec()}' "
+                                 "overflows float32; scale the matrix down before encoding")
+        if 0 < peak < SMALL:
+            self._check_small(matrix, encoded, how)
+        return encoded
+
+    def _check_small(self, matrix: Tensor, encoded: Encoded, how: Search) -> None:
+        """Raise unless tiny numbers err as they would if they were larger: below 2**-126 digits get lost."""
+        power = -exponent_of(matrix)
+        unit = times_power(matrix.to(torch.float64), power)
+        like = self.search(unit.to(torch.promote_types(matrix.dtype, torch.float32)), how)
+        size = float(unit.norm())
+        found, least = (float((one.decode().to(torch.float64) * 2.0**k - unit).norm()) / size
+                        for one, k in ((encoded, power), (like, 0)))
+        if not found <= (1 + LOST) * least + LOST:
+            raise NonFiniteError(f"the matrix holds magnitudes up to {float(matrix.abs().max()):.3g}, of which codec "
+                                 f"'{self.spec()}' loses digits: a relative error of {found:.2g} instead of "
+                                 f"{least:.2g}; scale the matrix up before encoding")
 
     def __str__(self) -> str:
         return self.spec()
+
+
+def _checked(sample: Tensor) -> Tensor:
+    check_matrix(sample, "sample")
+    return sample.detach()
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -245,13 +294,13 @@ class Encoded(Operator):
 
     def decode(self) -> Tensor:
         """Return the matrix (out, in), in `dtype`: a tensor, or an array where `numpy` is set."""
-        return self.as_given(self.codec.decode(self))
+        return self.as_given(_steady(lambda: self.codec.decode(self)))
 
     def decode_rows(self, start: int, stop: int) -> Tensor:
         """Return rows `start` to `stop`, (stop - start, in), as `decode` returns them."""
         if not 0 <= start <= stop <= self.shape[0]:
             raise CodecConfigError(f"rows {start} to {stop} do not lie within the {self.shape[0]} rows of the matrix")
-        return self.as_given(self.codec.decode_rows(self, slice(start, stop)))
+        return self.as_given(_steady(lambda: self.codec.decode_rows(self, slice(start, stop))))
 
     def gather(self, index: Tensor | np.ndarray) -> Any:
         """Return the rows named by integers `index` (any shape): (*index.shape, in), in `dtype`.
@@ -266,15 +315,19 @@ class Encoded(Operator):
         if checked and flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < self.shape[0]:
             raise CodecConfigError(f"rows {int(flat.min())}..{int(flat.max())} do not lie within the {self.shape[0]} "
                                    "rows of the matrix")
-        return like(given, self.codec.decode_rows(self, flat).to(self.dtype).reshape(*index.shape, self.shape[1]))
+        found = _steady(lambda: self.codec.decode_rows(self, flat)).to(self.dtype)
+        return like(given, found.reshape(*index.shape, self.shape[1]))
 
     def matmul(self, x: Tensor | np.ndarray) -> Any:
-        """Return `x @ decode().T`: (*batch, in) to (*batch, out), in the dtype of `x`; an array gives an array."""
+        """Return `x @ decode().T`: (*batch, in) to (*batch, out), in the dtype of `x`; an array gives an array.
+
+        Differentiable in `x`.
+        """
         given, x = x, as_tensor(x, "x")
         if not x.ndim or x.shape[-1] != self.shape[1] or not x.is_floating_point():
             raise CodecConfigError(f"matmul needs floats x of shape (..., {self.shape[1]}), found {x.dtype} "
                                    f"{tuple(x.shape)}")
-        return like(given, self.codec.matmul(self, x))
+        return like(given, product(self, x) if recorded(x) else self.codec.matmul(self, x))
 
     @property
     def nbytes(self) -> int:
@@ -307,3 +360,8 @@ class Encoded(Operator):
         for key, spec in layout.items():
             check_tensor(f"{name}/{key}", self.tensors[key], spec)
         return self
+
+
+def _steady(decode: Callable[[], Tensor]) -> Tensor:
+    """Decode at torch's default precision; what `torch.compile` traces is left as it is."""
+    return decode() if torch.compiler.is_compiling() else steadily(decode, threads=False, gradients=True)

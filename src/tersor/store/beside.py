@@ -17,6 +17,7 @@ _WEIGHTS = re.compile(r".+\.safetensors|.+\.index(\..+)?\.json|.+\.distcp|\.meta
                       r"|(pytorch_model|adapter_model|model|tf_model|flax_model|consolidated).*"
                       r"\.(bin|pt|pth|h5|msgpack|ckpt)", re.IGNORECASE)
 _CODE = re.compile(r".+\.py", re.IGNORECASE)
+_CONFIG = re.compile(r"config(\..+)?\.json", re.IGNORECASE)  # config.json may send transformers to config.4.0.0.json
 
 
 def must_be_as_written(kind: str, name: str) -> bool:
@@ -24,7 +25,7 @@ def must_be_as_written(kind: str, name: str) -> bool:
 
     Tokenizers, chat templates, generation settings and texts are edited by everybody, and steer no weight.
     """
-    return kind != "model" or name == "config.json" or _CODE.fullmatch(name) is not None
+    return kind != "model" or bool(_CONFIG.fullmatch(name) or _CODE.fullmatch(name))
 
 
 def check_beside(path: Path, manifest: Mapping[str, Any]) -> None:

@@ -115,9 +115,9 @@ def build(entries: Sequence[Entry], kind: str, provenance: Mapping[str, Any], di
                 record["shared"] = dict(shared[entry.name])
             matrices[entry.name] = record
     guard = sentinel(entries, kind)
-    body = {"format": "tersor", "format_version": FORMAT_VERSION, "kind": kind, **({"sentinel": guard} if guard else {}),
-            "codecs": [codec.to_config() for codec in codecs], "matrices": matrices, "plain": plain, "shards": names,
-            "files": dict(files), "provenance": dict(provenance)}
+    body = {"format": "tersor", "format_version": FORMAT_VERSION, "kind": kind,
+            **({"sentinel": guard} if guard else {}), "codecs": [codec.to_config() for codec in codecs],
+            "matrices": matrices, "plain": plain, "shards": names, "files": dict(files), "provenance": dict(provenance)}
     return {**body, "sha256": body_digest(body)}
 
 

@@ -89,8 +89,8 @@ class Store:
         """
         copy = embedded(self.path / self.manifest["shards"][-1])
         if copy is not None and copy != self.manifest:
-            raise CorruptStoreError(f"{self.path}: the manifest differs from its copy in the last shard; fetch or write "
-                                    "both again")
+            raise CorruptStoreError(f"{self.path}: the manifest differs from its copy in the last shard; fetch or "
+                                    "write both again")
         changed = check_files(self.path, self.manifest, complete=complete)
         for name, entry in self.entries.items():
             if entry.codec is None:

@@ -15,6 +15,7 @@ import tersor.hf  # noqa: F401 - registers the quantizer
 from tersor import store
 from tersor.codecs import Dense, Interpolative, LowRank
 from tersor.errors import BudgetError, CodecConfigError, CorruptStoreError, ModelError, TersorError, UnknownCodecError
+from tersor.files import read_sealed_json
 from tersor.hf.compress.verify import verify
 from tersor.hf.models.blocks import enter, find_blocks, inputs_of
 from tersor.hf.models.evaluate import load_compressed
@@ -178,7 +179,7 @@ def test_other_wishes_do_not_resume(tiny: Callable[[str], Path], tmp_path: Path)
     for keep in (0.7, 0.5):
         with pytest.raises(KeyboardInterrupt):
             reduce(tiny("llama"), tmp_path / "out", keep, progress=interrupt)
-        ranks = json.loads((tmp_path / "out.work" / "ranks.json").read_text())
+        ranks = read_sealed_json(tmp_path / "out.work" / "ranks.json")
     shutil.rmtree(tmp_path / "out.work")
     assert reduce(tiny("llama"), tmp_path / "out", 0.5)["ranks"] == ranks
 

@@ -24,7 +24,6 @@ from tersor.contract.feedback import encode_with_feedback
 from tersor.contract.rotating import MultipliesRotated
 from tersor.errors import CodecConfigError
 from tersor.numerics.constants import constant
-from tersor.numerics.linalg import single_thread
 from tersor.numerics.lloyd import lloyd_sorted, midpoints, nearest
 from tersor.ops.codebook_linear import codebook_linear
 from tersor.payload import codes
@@ -95,16 +94,15 @@ class Scalar(MultipliesRotated):
             layout["table"] = TensorSpec((self.levels,), torch.float16, shared=self.codebook == "shared")
         return layout
 
-    def train(self, samples: Iterable[Tensor], *, seed: int = 0) -> Tables:
+    def learn(self, samples: Iterable[Tensor], *, seed: int = 0) -> Tables:
         """Fit the shared table on the samples' normalized groups; empty unless `codebook="shared"`."""
         del seed
         if self.codebook != "shared":
             return {}
-        with single_thread(), torch.no_grad():
-            normalized = [self._normalized(sample) for sample in samples]
-            if not normalized:
-                raise CodecConfigError("scalar: training a shared table needs at least one sample matrix, found none")
-            return {"table": lloyd_sorted(torch.cat(normalized), self.levels)}
+        normalized = [self._normalized(sample) for sample in samples]
+        if not normalized:
+            raise CodecConfigError("scalar: training a shared table needs at least one sample matrix, found none")
+        return {"table": lloyd_sorted(torch.cat(normalized), self.levels)}
 
     def search(self, matrix: Tensor, how: Search) -> Encoded:
         """Fit table and scales, then take the nearest entries; with error feedback when asked for."""

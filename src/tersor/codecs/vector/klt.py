@@ -32,7 +32,7 @@ from tersor.contract.codec import Codec, Encoded, Search, Traits
 from tersor.contract.coordinates import Coordinates
 from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
 from tersor.numerics.kmeans import assign
-from tersor.numerics.linalg import single_thread
+from tersor.numerics.settings import pinned
 from tersor.payload.blocks import Rows, Shape, Tables, row_blocks, shape_of
 from tersor.payload.layout import Layout, TensorSpec
 
@@ -100,7 +100,7 @@ class Klt(Codec):
                 "parts": TensorSpec((self._words,), shared=True),
                 "words": TensorSpec((WORDS, sum(COMPONENTS)), torch.float16, shared=True)}
 
-    def train(self, samples: Iterable[Tensor], *, seed: int = 0) -> Tables:
+    def learn(self, samples: Iterable[Tensor], *, seed: int = 0) -> Tables:
         """Fit the tables to sample matrices, errors unweighted; see `fit`."""
         return self.fit(samples, seed=seed)
 
@@ -127,7 +127,7 @@ class Klt(Codec):
         NonFiniteError
             If numbers are not finite.
         """
-        with single_thread(), torch.no_grad():
+        with pinned():
             rows, mass = self._collect(list(samples), None if weights is None else list(weights))
             width = rows[0].shape[1]
             self.layout((1, width))

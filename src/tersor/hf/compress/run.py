@@ -33,7 +33,7 @@ from tersor.hf.compress.request import (
 )
 from tersor.hf.compress.verify import verify_in_fresh_process
 from tersor.hf.compress.work import WorkFolder, peak_memory
-from tersor.hf.models.classes import check_text, model_class
+from tersor.hf.models.classes import check_language_model, check_text, model_class
 from tersor.hf.models.dense import copy_dense
 from tersor.hf.models.evaluate import evaluate
 from tersor.hf.models.samples import samples
@@ -156,7 +156,7 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
         raise
     work.stamp(_mark(opened, request, chosen), resume=chosen.resume)
     report = _stages(opened, request, chosen, work, progress)
-    report.update(_scores(opened, chosen, work, progress))
+    report |= _judged(opened, chosen, work, progress)
     report["summary"]["seconds"] = time.perf_counter() - began
     report["summary"]["peak_memory_bytes"] = peak_memory()
     write_json(work / "output" / REPORT, report)
@@ -167,15 +167,15 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
     return report
 
 
-def _scores(source: Source, settings: CompressSettings, work: WorkFolder, progress: Progress) -> dict[str, Any]:
-    """Return what the report says of the output beside its original, as far as it was asked for."""
+def _judged(source: Source, settings: CompressSettings, work: WorkFolder, progress: Progress) -> dict[str, Any]:
+    """Return the evaluation of what was written, and samples beside the original's, where they are asked for."""
     found: dict[str, Any] = {}
+    output, text, device = work / "output", settings.heldout, settings.device
     if settings.evaluation_tokens:
-        found["evaluation"] = evaluate(work / "output", source, settings.heldout, context=settings.context,
-                                       tokens=settings.evaluation_tokens, device=settings.device, progress=progress)
+        found["evaluation"] = evaluate(output, source, text, context=settings.context,
+                                       tokens=settings.evaluation_tokens, device=device, progress=progress)
     if settings.evaluation_tokens and settings.samples:
-        found["samples"] = samples(work / "output", source, settings.heldout, settings.samples, device=settings.device,
-                                   progress=progress)
+        found["samples"] = samples(output, source, text, settings.samples, device=device, progress=progress)
     return found
 
 
@@ -183,6 +183,8 @@ def _check(source: Source, request: Request, settings: CompressSettings) -> None
     """Refuse before any work what would fail after it."""
     if settings.calibrated or settings.evaluation_tokens:
         check_text(model_class(source.config))
+    if settings.samples:
+        check_language_model(source.config, "a sample")
     check_device(settings.device)
     source.tried.check()
     check_options(request)

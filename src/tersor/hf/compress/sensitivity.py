@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from tersor.hf.models.classes import feed, run
 from tersor.hf.models.matrices import walk
-from tersor.numerics.linalg import single_thread
+from tersor.numerics.settings import pinned
 
 
 def sampled_loss(output: Tensor, generator: torch.Generator, *, logits: bool = True) -> Tensor:
@@ -78,7 +78,7 @@ def fisher_traces(model: PreTrainedModel, sequences: Tensor, seed: int, step: Ca
     traces = begun or Traces(torch.Generator().manual_seed(seed))
     totals = traces.sums
     for ids in sequences[traces.done :]:
-        with single_thread():  # the plan follows from these sums, so their order must not depend on the threads
+        with pinned(gradients=True):  # the plan follows from these sums, so their order must not depend on the threads
             model.zero_grad(set_to_none=True)
             output, logits = run(model, feed(model, ids[None]))
             sampled_loss(output, traces.generator, logits=logits).backward()

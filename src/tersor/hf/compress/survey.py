@@ -17,7 +17,7 @@ from tersor.hf.compress.method import check_options, fixed_options, rungs
 from tersor.hf.compress.request import Progress, Request, no_progress
 from tersor.hf.models.matrices import Matrix
 from tersor.hf.models.source import Source, read_matrix
-from tersor.numerics.linalg import single_thread
+from tersor.numerics.settings import pinned
 from tersor.planning.calibration import Calibration, hessian_of
 from tersor.planning.plan import Choice, check_weights
 from tersor.planning.trials import Trials
@@ -77,13 +77,13 @@ def trials(source: Source, matrix: Matrix, codecs: Sequence[Codec], calibration:
     hessian = hessian_of(calibration, matrix.name, device)
     trace = None if calibration is None else calibration.fisher.get(matrix.name)
     elements = matrix.shape[0] * matrix.shape[1]
-    with single_thread():  # the plan follows from these figures, so they must not depend on the threads
+    with pinned():  # the plan follows from these figures, so they must not depend on the threads
         weight = elements / source.elements if trace is None else sensitivity.weight(trace, dense, hessian)
     for codec in codecs:
         options = fixed_options(codec, request.options if whole else {**request.options, "feedback": False},
                                 calibrated=whole and hessian is not None)
         tables = codec.train([dense], seed=request.seed)
-        with single_thread():
+        with pinned():
             encoded = codec.encode(dense, hessian=hessian if whole else None, seed=request.seed, options=options,
                                    tables=tables)
             quality = measure(dense, encoded, hessian)

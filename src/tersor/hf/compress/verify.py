@@ -148,4 +148,5 @@ def verify_in_fresh_process(path: Path, against: Path) -> None:
     command = [sys.executable, "-m", "tersor", "--quiet", "verify", str(path), "--against", str(against), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise VerificationError(done.stderr.strip() or f"{path}: verification ended with status {done.returncode}")
+        told = done.stderr.strip().removeprefix("tersor: ")
+        raise VerificationError(told or f"{path}: verification ended with status {done.returncode}")

@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
@@ -36,7 +35,7 @@ from tersor.hf.models.evaluate import Score
 from tersor.hf.models.source import Source, load_dense
 from tersor.hf.models.text import read_ids, text_source, windows
 from tersor.kv import TokenStream, matrices
-from tersor.numerics.linalg import single_thread
+from tersor.numerics.settings import pinned
 from tersor.payload.blocks import Tables
 from tersor.planning.plan import Choice, spend
 from tersor.planning.trials import Trials
@@ -182,7 +181,7 @@ def plan_cache(source: Source, text: Path, rate: float, out: Path, settings: Pla
     ids = read_ids(source, text, settings.context, (settings.count + settings.training) * settings.context)
     known = open_trials(out.with_name(f"{out.stem}.trials.jsonl"), source.fingerprint, text_source(text),
                         dataclasses.asdict(settings))
-    with single_thread(), torch.no_grad():  # plans must not depend on the number of threads
+    with pinned():  # plans must not depend on the number of threads
         lab = Lab(load_dense(source, device), windows(ids, settings.context), settings)
         choices = _measure(lab, known, progress)
         picks = _spend(choices, lab.elements, rate)

@@ -25,7 +25,8 @@ def decoded_model(opened: store.Store, like: PreTrainedModel, *, whole: bool = F
     whole : bool
         Hold all weights at once; needed where a model computes with the weights of a block outside of it.
     """
-    model = empty_model(read_config(opened.path)).to("meta").eval()  # some classes make weights on no device but the CPU
+    made: Any = empty_model(read_config(opened.path))
+    model: PreTrainedModel = made.to("meta").eval()  # some classes make weights on the CPU, whatever they are told
     weights = _Weights(model, opened, like)
     inside: set[int] = set()
     for block in () if whole else _blocks(model):

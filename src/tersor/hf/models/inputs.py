@@ -51,6 +51,23 @@ def example_inputs(model: PreTrainedModel, seed: int = 0) -> dict[str, Any]:
                      f"{first or 'it takes no input that is known'}")
 
 
+def unheard(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[str]:
+    """Return the models inside a model that a pass does not call, outermost only: a vision tower where text is read."""
+    inner = {name: part for name, part in model.named_modules() if name and isinstance(part, PreTrainedModel)}
+    called: set[int] = set()
+    hooks = [part.register_forward_pre_hook(lambda part, _: called.add(id(part))) for part in inner.values()]
+    try:
+        run(model, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found: list[str] = []
+    for name, part in inner.items():
+        if id(part) not in called and not any(name.startswith(f"{outer}.") for outer in found):
+            found.append(name)
+    return found
+
+
 def candidates(model: PreTrainedModel, seed: int) -> Iterator[dict[str, Any]]:
     """Yield inputs to try, the plainest first."""
     taken = inspect.signature(model.forward).parameters
@@ -67,6 +84,7 @@ def candidates(model: PreTrainedModel, seed: int) -> Iterator[dict[str, Any]]:
         for tensor in tensors:
             yield {**text, name: tensor, **fixed}
     if text:
+        yield {**text, **fixed}
         yield {**text, **{name: tensors[0] for name, tensors in others.items()}, **fixed}
         yield {**{name: tensor.unsqueeze(1) for name, tensor in text.items()}, **fixed}  # a choice among one
     own = model.dummy_inputs

@@ -50,14 +50,14 @@ class TersorQuantizer(HfQuantizer):
         """Tell transformers not to save: copy the directory instead."""
         return False
 
-    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
-        """Tell transformers to rename and merge nothing: what is stored has the names of the class that it is loaded as."""
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """Tell transformers to rename and merge nothing: what is stored has the names of the class itself."""
         del weight_conversions, model
         return []
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         folder = Path(kwargs["checkpoint_files"][0]).parent
-        _fetch_manifest(folder, model.config.name_or_path)
+        _fetch_manifest(folder, model.config.name_or_path or "")
         opened = store.read(folder)
         opened.check_loaded(kwargs["checkpoint_files"])
         opened.verify(complete=folder.parent.name != "snapshots")  # of a hub's cache, which holds what was asked for
@@ -104,9 +104,10 @@ def install(model: PreTrainedModel, opened: store.Store) -> None:
             _tie(model, target, origin)
     if not any(parameter.is_floating_point() for parameter in model.parameters()):
         _remember_dtype(model)
-    if opened.sentinel is not None:  # it has done its duty: whoever gets here knows the format
-        passed = model._keys_to_ignore_on_load_unexpected
-        model._keys_to_ignore_on_load_unexpected = {*(passed or ()), f"^{re.escape(opened.sentinel)}$"}
+    # what no parameter takes was carried along on purpose; the sentinel has done its duty
+    passed = (set(opened.plain_names()) | {opened.sentinel}) - set(model.state_dict())
+    model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()),
+                                                *(f"^{re.escape(name)}$" for name in passed if name)}
     if any(m.kind == "stack" for group in by_parameter.values() for m in group):
         model.set_experts_implementation("eager")  # the other implementations want all experts dense at once
 

@@ -19,10 +19,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from tersor import store
 from tersor.contract.codec import Codec, Encoded, Search
 from tersor.errors import ModelError, ReadOnlyError
-from tersor.hf.models.inputs import REFUSALS, candidates, run
+from tersor.hf.models.inputs import REFUSALS, candidates, run, unheard
 from tersor.hf.models.matrices import empty_model, walk
 from tersor.hf.models.quantizer import install
-from tersor.nn import Buffers, WeightView
+from tersor.nn import MEMORY, Buffers, WeightView
 from tersor.payload.blocks import Rows, Shape
 from tersor.payload.layout import Layout, TensorSpec
 
@@ -68,7 +68,9 @@ class Blank(Codec):
 
 
 class Scratch(WeightView):
-    """Stands for a weight that stays dense: it may be written to, which changes nothing."""
+    """Stands for a weight that stays dense: it may be written to, which changes nothing, and has memory when asked."""
+
+    memory: Tensor
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Sequence[type], args: Sequence[Any] = (),
@@ -77,9 +79,12 @@ class Scratch(WeightView):
         try:
             return super().__torch_function__(func, types, args, kwargs)
         except ReadOnlyError as error:
-            if isinstance(error.weight, Scratch):
-                return args[0] if args else None
-            raise
+            if not isinstance(error.weight, Scratch):
+                raise
+            if func in MEMORY:
+                error.weight.memory = error.weight.decode().contiguous()
+                return func(error.weight.memory)
+            return args[0] if args else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +127,8 @@ def trial(config: PretrainedConfig) -> Trial:
 
 def _blank_model(config: PretrainedConfig, dense: Iterable[str]) -> tuple[PreTrainedModel, dict[int, str]]:
     """Return a model of stand-ins, and the parameter that each of its payloads stands for."""
-    model = empty_model(config).to("meta").eval()
+    made: Any = empty_model(config)
+    model: PreTrainedModel = made.to("meta").eval()
     layout = walk(model).leaving(dense)
     entries = [store.Entry(m.name, m.shape, "float32", Blank()) for m in layout.matrices.values()]
     entries += [store.Entry(name, tuple(shape), "float32") for name, shape in layout.plain.items()]
@@ -132,7 +138,8 @@ def _blank_model(config: PretrainedConfig, dense: Iterable[str]) -> tuple[PreTra
     for name in dense:
         path, _, key = name.rpartition(".")
         owner = model.get_submodule(path)
-        shape = owner._parameters.pop(key).shape
+        shape = owner.get_parameter(key).shape
+        del owner._parameters[key]
         payload = Buffers(owner, f"{key}/dense", Blank(), (int(shape[-2]), int(shape[-1])))
         payload.register("meta")
         owner.__dict__[key] = Scratch([payload] * (shape[0] if len(shape) == 3 else 1), shape, torch.float32)
@@ -141,27 +148,40 @@ def _blank_model(config: PretrainedConfig, dense: Iterable[str]) -> tuple[PreTra
         for key, value in vars(module).items():
             if isinstance(value, WeightView):
                 names.setdefault(id(value.payloads[0]), f"{path}.{key}" if path else key)
-        for held in (module._parameters, module._buffers):
-            held.update({key: _zeros(value) for key, value in list(held.items()) if value is not None})
+        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            module._parameters[key] = nn.Parameter(_zeros(parameter), requires_grad=False)
+        for key, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            module._buffers[key] = _zeros(buffer)
     return model, names
 
 
 def _zeros(value: Tensor) -> Tensor:
-    made = torch.zeros(value.shape, dtype=value.dtype)
-    return nn.Parameter(made, requires_grad=False) if isinstance(value, nn.Parameter) else made
+    return torch.zeros(value.shape, dtype=value.dtype)
 
 
 def _first_unfit(model: PreTrainedModel, names: Mapping[int, str]) -> tuple[str | None, str, bool]:
     """Return the first parameter that cannot be encoded, why, and whether the model ran to its end."""
+    unfit, said, ran, inputs = _pass(model, names)
+    for name in unheard(model, inputs) if ran else ():
+        part = model.get_submodule(name)
+        assert isinstance(part, PreTrainedModel)
+        unfit, reason, _, _ = _pass(part, names)
+        if unfit is not None:
+            return unfit, reason, False
+    return unfit, said, ran
+
+
+def _pass(model: PreTrainedModel, names: Mapping[int, str]) -> tuple[str | None, str, bool, Mapping[str, Any]]:
+    """Return the same of one pass, and its inputs."""
     first = "it takes no input that is known"
     for number, inputs in enumerate(candidates(model, 0)):
         try:
             if run(model, inputs):
-                return None, "", True
+                return None, "", True, inputs
         except ReadOnlyError as error:
             if error.weight is not None:
-                return names[id(error.weight.payloads[0])], error.wanted, False
+                return names[id(error.weight.payloads[0])], error.wanted, False, inputs
         except REFUSALS as error:
             if not number:
                 first = f"{type(error).__name__}: {str(error).strip()[:200]}"
-    return None, first, False
+    return None, first, False, {}
