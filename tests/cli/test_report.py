@@ -18,9 +18,11 @@ def report_of(layers: int) -> dict[str, Any]:
     names = [f"model.layers.{number}.{kind}.weight" for number in range(layers) for kind in KINDS]
     matrices = {name: {**line, "relative_error": 0.04 + number / 1e5} for number, name in enumerate(
         ["model.embed_tokens.weight", *names])}
+    ledger = {"a.weight": {"fate": "compressed", "bytes": 1000},
+              "b": {"fate": "tied", "bytes": 24, "note": "<a.weight>"}}
     return {"matrices": matrices, "summary": {"bytes": 10**7, "bytes_original": 8 * 10**7, "rate": 2.0},
-            "evaluation": {"kl": 0.5}, "ledger": {"a.weight": {"fate": "compressed", "bytes": 1000}, "b": {
-                "fate": "tied", "bytes": 24, "note": "<a.weight>"}}, "left_dense": {"c": "its module calls cat on it"}, "provenance": {"method": "<auto>"},
+            "evaluation": {"kl": 0.5}, "ledger": ledger, "left_dense": {"c": "its module calls cat on it"},
+            "provenance": {"method": "<auto>"},
             "samples": [{"prompt": "Once <b>", "original": "upon & on", "compressed": "upon", "agree": 1}]}
 
 

@@ -73,7 +73,8 @@ def write_html(report: Mapping[str, Any], path: Path, lead: str, load: str) -> P
             _maps(report["matrices"]), "<h2>Size by part</h2>", _sizes(report),
             _samples(report.get("samples", ())), f"<h2>How to load it</h2><pre>{html.escape(load)}</pre>",
             "<h2>Figures</h2>", _table({**report["summary"], **report.get("evaluation", {})}),
-            _ledger(report.get("ledger", {}), report.get("left_dense", {})), "<h2>Matrices</h2>", _matrix_table(report["matrices"]),
+            _ledger(report.get("ledger", {}), report.get("left_dense", {})),
+            "<h2>Matrices</h2>", _matrix_table(report["matrices"]),
             "<h2>Provenance</h2>", _table(report.get("provenance", {}))]
     with whole(path) as partial:
         partial.write_text(_page("Tersor report", body), encoding="utf-8")

@@ -99,8 +99,8 @@ def test_the_command_tells_what_was_changed_and_no_path() -> None:
     request = Request(1000, "rot,lm3", 4, {"rounds": 2}, {"a": 2.0})
     found = card.command(request, "--size 1000", {"method": "rot,lm3", "calibration": Path("/secret/my text.txt"),
                                                   "sampling": Sampling(128), "seed": 4})
-    assert found == ("tersor compress MODEL OUT --size 1000 --codec rot,lm3 --tokens 128 --calibration-text 'my text.txt' "
-                     "--seed 4 --option rounds=2 --sensitivities FILE")
+    assert found == ("tersor compress MODEL OUT --size 1000 --codec rot,lm3 --tokens 128 "
+                     "--calibration-text 'my text.txt' --seed 4 --option rounds=2 --sensitivities FILE")
 
 
 def test_a_checkout_tells_its_commit(tmp_path: Path) -> None:
