@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from tersor.store.manifest import body_digest, dump
+from tersor.files import save_tensors
+from tersor.store.embedded import KEY
+from tersor.store.manifest import body_digest, dump, pack
 
 BASE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "vocab_size": 128, "max_position_embeddings": 128, "head_dim": 16}
@@ -49,11 +52,14 @@ def load_original(path: Path) -> torch.nn.Module:
 
 
 def resigned(out: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
-    """Change a manifest as somebody would who knows how it is signed."""
+    """Change a manifest and its copy as somebody would who knows how they are signed."""
     manifest = json.loads((out / "tersor.json").read_text())
     manifest.pop("sha256")
     change(manifest)
-    (out / "tersor.json").write_bytes(dump({**manifest, "sha256": body_digest(manifest)}))
+    signed = {**manifest, "sha256": body_digest(manifest)}
+    (out / "tersor.json").write_bytes(dump(signed))
+    shard = out / manifest["shards"][-1]
+    save_tensors(load_file(shard), shard, {KEY: pack(signed)})
     return out
 
 

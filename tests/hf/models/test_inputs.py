@@ -10,7 +10,7 @@ import transformers as T
 from torch import nn
 
 from tersor.errors import ModelError
-from tersor.hf.models.inputs import example_inputs, run, unheard
+from tersor.hf.models.inputs import example_inputs, reach, run
 
 TEXT = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
 PAIR = {"vocab_size": 64, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
@@ -70,8 +70,8 @@ def test_text_does_not_reach_a_tower() -> None:
     model = made("pictures and text")
     inputs = example_inputs(model)
     assert 63 not in inputs["input_ids"]  # which would stand for a picture
-    assert unheard(model, inputs) == ["model.vision_tower"]
-    assert unheard(made("text"), inputs) == []
+    assert reach(model, inputs)[1] == ["model.vision_tower"]
+    assert reach(made("text"), inputs)[1] == []
 
 
 def test_a_class_that_runs_on_nothing_known_is_named() -> None:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from tersor import store
 from tersor.errors import ModelError, VerificationError
 from tersor.hf.models.decoded import decoded_model
-from tersor.hf.models.inputs import REFUSALS, example_inputs, run, unheard
+from tersor.hf.models.inputs import REFUSALS, example_inputs, reach, run
 from tersor.hf.models.matrices import empty_model, quiet, read_config, walk
 from tersor.testing import tolerance
 
@@ -50,14 +50,14 @@ def prove(path: Path, opened: store.Store | None = None) -> dict[str, Any]:
     found = bound = math.inf
     for seed, at_once in ATTEMPTS:
         dense, inputs, whole = _dense(path, opened, model, seed, whole=at_once)
-        wanted = run(dense, inputs)
+        wanted, missed = reach(dense, inputs)
         found, bound = distance(_run(path, model, inputs), wanted), _bound(dense, torch.float32)
         if found <= bound:
             break
     else:
         raise VerificationError(f"{path}: a loaded {own.__name__} is off by {found:.3g} from the model that its "
                                 f"weights decode to; rounding explains {bound:.3g}; do not use it, and report this")
-    parts = _prove_parts(path, model, dense, inputs)
+    parts = _prove_parts(path, model, dense, missed)
     del model, dense
     _own_dtype(path, opened, own, inputs, wanted, whole=whole)
     return {"class": own.__name__, "inputs": sorted(inputs), "relative_error": found, "tolerance": bound,
@@ -102,10 +102,10 @@ def distance(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float
 
 
 def _prove_parts(path: Path, model: PreTrainedModel, dense: PreTrainedModel,
-                 inputs: Mapping[str, Any]) -> dict[str, float | str]:
+                 missed: list[str]) -> dict[str, float | str]:
     """Compare what a pass did not reach, such as a vision tower, with inputs of its own."""
     parts: dict[str, float | str] = {}
-    for name in unheard(dense, inputs):
+    for name in missed:
         wanted_of, part = dense.get_submodule(name), model.get_submodule(name)
         assert isinstance(wanted_of, PreTrainedModel)
         assert isinstance(part, PreTrainedModel)

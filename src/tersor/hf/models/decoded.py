@@ -58,6 +58,12 @@ class _Weights:
         for matrix in layout.matrices.values():
             self.matrices[matrix.parameter].append(matrix)
         self.stacked = any(matrix.kind == "stack" for matrix in layout.matrices.values())
+        modules = dict(model.named_modules())
+        for name in opened.plain_names():  # reduction may have given a linear a bias that its class does not
+            path, _, key = name.rpartition(".")
+            if path in modules and modules[path]._parameters.get(key, model) is None:
+                empty = torch.empty(opened.entries[name].shape, device="meta")
+                modules[path]._parameters[key] = nn.Parameter(empty, requires_grad=False)
         self.names = {id(module): name for name, module in model.named_modules()}
         self.tied = layout.tied
         for name, buffer in model.named_buffers():

@@ -51,13 +51,16 @@ def example_inputs(model: PreTrainedModel, seed: int = 0) -> dict[str, Any]:
                      f"{first or 'it takes no input that is known'}")
 
 
-def unheard(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[str]:
-    """Return the models inside a model that a pass does not call, outermost only: a vision tower where text is read."""
+def reach(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
+    """Run a model once; return its outputs, and the models inside that were not called, outermost only.
+
+    Text does not reach a vision tower, for example.
+    """
     inner = {name: part for name, part in model.named_modules() if name and isinstance(part, PreTrainedModel)}
     called: set[int] = set()
     hooks = [part.register_forward_pre_hook(lambda part, _: called.add(id(part))) for part in inner.values()]
     try:
-        run(model, inputs)
+        outputs = run(model, inputs)
     finally:
         for hook in hooks:
             hook.remove()
@@ -65,7 +68,7 @@ def unheard(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[str]:
     for name, part in inner.items():
         if id(part) not in called and not any(name.startswith(f"{outer}.") for outer in found):
             found.append(name)
-    return found
+    return outputs, found
 
 
 def candidates(model: PreTrainedModel, seed: int) -> Iterator[dict[str, Any]]:

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from tersor import store
 from tersor.contract.codec import Codec, Encoded, Search
 from tersor.errors import ModelError, ReadOnlyError
-from tersor.hf.models.inputs import REFUSALS, candidates, run, unheard
+from tersor.hf.models.inputs import REFUSALS, candidates, reach, run
 from tersor.hf.models.matrices import empty_model, walk
 from tersor.hf.models.quantizer import install
 from tersor.nn import MEMORY, Buffers, WeightView
@@ -162,7 +162,7 @@ def _zeros(value: Tensor) -> Tensor:
 def _first_unfit(model: PreTrainedModel, names: Mapping[int, str]) -> tuple[str | None, str, bool]:
     """Return the first parameter that cannot be encoded, why, and whether the model ran to its end."""
     unfit, said, ran, inputs = _pass(model, names)
-    for name in unheard(model, inputs) if ran else ():
+    for name in reach(model, inputs)[1] if ran else ():
         part = model.get_submodule(name)
         assert isinstance(part, PreTrainedModel)
         unfit, reason, _, _ = _pass(part, names)
