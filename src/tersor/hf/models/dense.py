@@ -93,7 +93,7 @@ def _write_companions(opened: store.Store, folder: Path) -> None:
             config = dict(read_json(opened.path / name))
             config.pop("quantization_config", None)
             (folder / name).write_text(json.dumps(config, indent=1))
-        else:
+        elif (opened.path / name).is_file():  # of companions that are gone, verification has warned
             shutil.copyfile(opened.path / name, folder / name)
 
 
