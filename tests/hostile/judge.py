@@ -97,7 +97,7 @@ def judge(kind: Kind, sound: Path, folder: Path, seed: int) -> Outcome:
         with warnings.catch_warnings(), bounded(SECONDS, ROOM):
             warnings.simplefilter("ignore")
             found = kind.read(folder)
-    except TersorError as error:
+    except (TersorError, FileNotFoundError) as error:  # a path that the user names is Python's own to miss
         return Outcome("refused", f"{what}: {type(error).__name__}: {error}")
     except Hang:
         return Outcome("hang", f"{what}: {traceback.format_exc()[-1500:]}")

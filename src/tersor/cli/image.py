@@ -22,6 +22,7 @@ from tersor.cli.base import (
     write_new,
 )
 from tersor.cli.figures import parse_size
+from tersor.cli.funnel import existing
 from tersor.cli.report import image_html
 from tersor.cli.telling import VOICE
 from tersor.files import exclusive
@@ -41,7 +42,7 @@ def image(src: Annotated[Path, typer.Argument(metavar="PNG", help="gray or colou
     refuse_existing(output)
     refuse_existing(page)
     nbytes = None if size is None else parse_size(size)
-    original = images.read(src)
+    original = images.read(existing(src, "a PNG"))
     if original.converted:
         VOICE.get().say(f"{src}: {original.converted}")
     unread = dataclasses.replace(original, png_bytes=None)  # what there is to say of the PNG is said below, once
