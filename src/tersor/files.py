@@ -99,9 +99,22 @@ def _save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]
             partial.touch()  # safetensors gives new files mode 600; this one has what the user's umask says
             mode = partial.stat().st_mode
             save_file(dict(tensors), partial, metadata=dict(metadata))
+            _order(partial)
             partial.chmod(mode)
     except SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from error
+
+
+def _order(file: Path) -> None:
+    """Put a file's metadata in order: safetensors writes them in any, so that the same contents had several bytes."""
+    with file.open("r+b") as handle:
+        size = int.from_bytes(handle.read(8), "little")
+        header = json.loads(handle.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # as it always is, for only the order has changed
+            handle.seek(8)
+            handle.write(text.ljust(size))
 
 
 def write_json(path: Path, value: Any) -> None:

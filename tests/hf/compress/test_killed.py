@@ -221,7 +221,7 @@ def test_kill_9_of_forks_forty_times(job: Job, forks: Forks, source: Path, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("job", "stages"), [(compress, STAGES), (reduce, {"reduce": 0.5})])
+@pytest.mark.parametrize(("job", "stages"), [(compress, STAGES), (reduce, {"gradients": 1.0, "reduce": 0.6})])
 def test_damages(job: Job, stages: dict[str, float], source: Path, tmp_path: Path) -> None:
     counts = damage_and_resume(job, source, tmp_path, snapshots(job, source, tmp_path, stages), 100, 2)
     print(dict(sorted(counts.items())))
