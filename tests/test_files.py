@@ -40,6 +40,16 @@ def test_contents_and_permissions(tmp_path: Path) -> None:
     assert sorted(f.name for f in tmp_path.iterdir()) == ["plain", "t"]
 
 
+def test_the_same_contents_are_the_same_bytes_whatever_the_metadata(tmp_path: Path) -> None:
+    metadata = {name: f'"{name}" \\ ü \x7f \n\x1f' for name in "zyxab"}
+    for number in range(8):
+        save_tensors({"b": torch.arange(5), "a": torch.ones(2)}, tmp_path / str(number), metadata)
+    assert len({file.read_bytes() for file in tmp_path.iterdir()}) == 1
+    assert torch.equal(load_file(tmp_path / "0")["b"], torch.arange(5))
+    with safe_open(tmp_path / "0", "pt") as handle:
+        assert handle.metadata() == {"format": "pt", **metadata}
+
+
 def test_no_room_is_an_os_error_and_keeps_the_old_file(tmp_path: Path) -> None:
     save_tensors({"a": torch.arange(5)}, tmp_path / "t")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

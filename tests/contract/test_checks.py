@@ -98,7 +98,7 @@ def test_what_is_multiplied_and_gathered_is_checked() -> None:
         with pytest.raises(CodecConfigError, match="float"):
             found.matmul(x)
     for index in (torch.tensor([0.5]), torch.tensor([True]), [0]):
-        with pytest.raises(CodecConfigError, match="integers|tensor or a NumPy array"):
+        with pytest.raises(CodecConfigError, match=r"integers|tensor or a NumPy array"):
             found.gather(index)  # type: ignore[arg-type]
     with pytest.raises(CodecConfigError, match="whole numbers"):
         found.decode_rows(0.5, 3)  # type: ignore[arg-type]

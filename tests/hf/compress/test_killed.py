@@ -217,11 +217,11 @@ def test_kill_9_twenty_times(source: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("job", [compress, reduce])
 def test_kill_9_of_forks_forty_times(job: Job, forks: Forks, source: Path, tmp_path: Path) -> None:
-    assert kill_and_resume(forks, job, source, tmp_path, 40, 1) >= 30
+    assert kill_and_resume(forks, job, source, tmp_path, 40, 1) >= 15  # some are killed before they begin
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("job", "stages"), [(compress, STAGES), (reduce, {"reduce": 0.5})])
+@pytest.mark.parametrize(("job", "stages"), [(compress, STAGES), (reduce, {"gradients": 1.0, "reduce": 0.6})])
 def test_damages(job: Job, stages: dict[str, float], source: Path, tmp_path: Path) -> None:
     counts = damage_and_resume(job, source, tmp_path, snapshots(job, source, tmp_path, stages), 100, 2)
     print(dict(sorted(counts.items())))

@@ -14,7 +14,15 @@ from transformers import AutoModelForCausalLM
 import tersor.hf  # noqa: F401 - registers the quantizer
 from tersor import store
 from tersor.codecs import Dense, Interpolative, LowRank
-from tersor.errors import BudgetError, CodecConfigError, CorruptStoreError, DamagedWorkWarning, ModelError, TersorError, UnknownCodecError
+from tersor.errors import (
+    BudgetError,
+    CodecConfigError,
+    CorruptStoreError,
+    DamagedWorkWarning,
+    ModelError,
+    TersorError,
+    UnknownCodecError,
+)
 from tersor.files import read_sealed_json
 from tersor.hf.compress.verify import verify
 from tersor.hf.models.blocks import enter, find_blocks, inputs_of
