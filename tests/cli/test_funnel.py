@@ -91,7 +91,7 @@ def test_former_names_are_taken_and_never_both() -> None:
     (("evaluate", FABLE, "--against", FABLE), "no tersor.json"), (("encode", "nofile"), "no such file or directory"),
     (("encode", "nofile.npy"), "no such file or directory"), (("encode", FABLE / "config.json"), "found a .json file"),
     (("encode", FABLE), "tersor plan"), (("encode", FABLE, "--plan", "nothere"), "no such file"),
-    (("image", "nothere.png", "o"), "No such file"), (("plan", FABLE, "s", "p"), "tersor survey"),
+    (("image", "nothere.png", "o"), "no such file"), (("plan", FABLE, "s", "p"), "tersor survey"),
     (("kv-plan", FABLE, "k", "--ladder", "nothere"), "no such file"),
     (("compress", FABLE.with_name("fable-7n"), "o"), "did you mean"),
     (("survey", FABLE, "s", "--calib", FABLE / "config.json"), "expected a file written by"),

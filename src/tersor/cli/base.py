@@ -173,5 +173,5 @@ def read_json(path: Path) -> Any:
     """
     try:
         return files.read_json(existing(path, "a JSON file"))
-    except ValueError as error:
+    except (IsADirectoryError, ValueError) as error:
         raise CodecConfigError(f"{path}: expected JSON: {error}") from error

@@ -242,7 +242,7 @@ class Codec(Derived, abc.ABC):
         peak = max(float(matrix.max()), -float(matrix.min()))
         if (peak > HUGE or may_overflow(how.tables.values())) and not encoded.is_finite():
             raise NonFiniteError(f"the matrix or the shared tables hold magnitudes up to {peak:.3g} or more, with "
-                                 f"which codec '{self.spec()}' overflows float32; scale the matrix down before encoding")
+                                 f"which codec '{self.spec()}' overflows float32; scale the matrix down first")
         if 0 < peak < SMALL:
             self._check_small(matrix, encoded, how)
         return encoded

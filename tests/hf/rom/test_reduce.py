@@ -377,7 +377,7 @@ def test_the_command(short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
                            (("--method", "rom_auto", "--keep", ".5"), "equal bytes"),
                            (("--method", "rom", "--storage", "box"), "storage"),
                            (("--method", "qet_plus"), "tersor compress"), (("--method", "rum"), "did you mean 'rom'?"),
-                           (("--window", "0"), "at least 2 tokens"), (("--context", "0"), "context"),
+                           (("--window", "0"), "equal to 2"), (("--context", "0"), "context"),
                            (("--method", "rom_plus", "--factor-codec", "nothing"), "nothing")):
         assert tersor(str(tmp_path / "other"), *words) == 2
         assert message in " ".join(capsys.readouterr().err.split())
