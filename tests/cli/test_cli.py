@@ -227,7 +227,7 @@ def test_image_bad_input(photo: Path, tmp_path: Path) -> None:
     cut.write_bytes(photo.read_bytes()[:-40])
     fails("image", cut, tmp_path / "o", says="truncated")
     fails("image", FABLE / "config.json", tmp_path / "o", says="expected a PNG")
-    fails("image", tmp_path / "none.png", tmp_path / "o", says="No such file")
+    fails("image", tmp_path / "none.png", tmp_path / "o", says="no such file")
     fails("image", photo, tmp_path / "o", "--rate", 2, "--size", "9kB", says="not both")
     fails("image", photo, tmp_path / "o", "--size", "300", says="headers and manifest")
     fails("image", photo, tmp_path / "o", "--channels", "blue", says="patches")

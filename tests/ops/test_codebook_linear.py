@@ -277,7 +277,7 @@ def test_gradient_is_the_product_with_the_transpose(with_zeros: bool, rotation: 
         (found,) = torch.autograd.grad(codebook_linear(x, *args, rotation=rotation), x, incoming)
         want = incoming.cpu().double() @ matrix
         assert found.dtype == dtype
-        assert float((found.cpu().double() - want).norm()) <= tolerance(dtype, 1) * float(want.norm())
+        assert float((found.cpu().double() - want).norm()) <= tolerance(dtype, 24) * float(want.norm())  # 24 rows
     torch.library.opcheck(codebook_linear, (gaussian((3, 64), 1).to(device).requires_grad_(), *args),
                           {"rotation": rotation})
 

@@ -26,6 +26,7 @@ from tersor.hf.models.trial import Trial, trial
 from tersor.store.manifest import FORMAT_VERSION, INDEX, MANIFEST, file_digest
 
 REPORT = "tersor-report.json"  # what a compressed model says of its matrices
+ADAPTER = "adapter_config.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 _OWN_FILES = ("config.json", MANIFEST, REPORT)
 
@@ -224,6 +225,9 @@ def _check_folder(path: Path) -> None:
     config = read_config(path)
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"{path}: already quantized ({_method(config)}); give Tersor the original model")
+    if (path / ADAPTER).exists():
+        raise ModelError(f"{path}: holds {ADAPTER}, with which transformers loads an adapter on top; merge it into the "
+                         "weights first, or move it away")
     if not any(f.suffix in _WEIGHT_SUFFIXES for f in path.iterdir()):
         raise ModelError(f"{path}: config.json but no weights (.safetensors)")
 

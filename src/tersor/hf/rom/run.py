@@ -132,6 +132,7 @@ def reduce_model(source: str | Path, output: str | Path, keep: float | None = No
     work = WorkFolder(Path(output)).claim()
     opened = open_source(Path(source), work / "staged")
     check_language_model(opened.config, "reduction")
+    opened.tried.check()
     ids = reads.ids(opened)
     record = _record(opened, chosen, keep, size, ids, reads)
     stamp = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
