@@ -112,12 +112,14 @@ Measure = Callable[[Sequence[Any], Asked], Iterator[Outcome]]
 class Table:
     """A table in the documents: the lines that it shows, by the beginnings of their keys (none: all), and its builder.
 
-    `source` is the suite whose lines it shows, where that is another one than the suite that brings the table.
+    `source` is the suite whose lines it shows, where that is another one than the suite that brings the table. A table
+    that is `charged` counts what comes with the package (`charges.py`); under others that is said.
     """
 
     build: Builder
     prefixes: tuple[str, ...] = ()
     source: str = ""
+    charged: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

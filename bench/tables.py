@@ -15,7 +15,7 @@ from pathlib import Path
 if __name__ == "__main__":  # this folder, which Python puts first, holds no top-level modules
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from bench import markdown, results, suites
+from bench import charges, markdown, results, suites
 from bench.places import ROOT
 from bench.suite import RefusedError, Table
 
@@ -44,7 +44,8 @@ def render(name: str) -> str:
     found = {key: line for key, line in results.newest(source).items() if key.startswith(starts)}
     if not found:
         raise LookupError(f"no results for 'bench:{name}'; run the suite '{source}' first")
-    return f"{table.build(found)}\n\n{markdown.provenance(found.values())}\n"
+    uncounted = "" if table.charged else charges.note(found.values())
+    return f"{table.build(found)}\n\n{markdown.provenance(found.values())}{uncounted}\n"
 
 
 def documents(root: Path = ROOT) -> list[Path]:

@@ -28,7 +28,9 @@ def test_gpu_agrees_with_cpu(text: str) -> None:
     index = torch.tensor([5, 0, 95], device="cuda")
     torch.testing.assert_close(moved.gather(index), moved.decode()[index], rtol=0, atol=1e-5 * scale)
     x = gaussian((7, SHAPE[1]), 3).cuda()
-    torch.testing.assert_close(moved.matmul(x), x @ moved.decode().T, rtol=1e-3, atol=1e-3 * scale)
+    exact = x.double() @ moved.decode().double().T
+    # kernels round a few vectors and the levels to half precision: two errors of 2^-11 at most, √(2/3) 2^-11 together
+    assert float((moved.matmul(x) - exact).norm()) <= 2**-11 * float(exact.norm())
 
 
 @pytest.mark.parametrize("text", ["lm3", "rtn4g64", "rot,lm2"])

@@ -44,7 +44,7 @@ def test_laws_need_no_pytest(seen: dict[str, list[object]]) -> None:
 
 
 def test_the_core_imports_no_transformers(seen: dict[str, list[object]]) -> None:
-    assert not {"transformers", "typer", "rich", "plotly"} & set(seen["modules"])
+    assert not {"transformers", "typer", "rich"} & set(seen["modules"])
 
 
 def test_the_package_imports_without_pypng(seen: dict[str, list[object]]) -> None:

@@ -8,6 +8,7 @@ from tersor.errors import (
     CorruptStoreError,
     ModelError,
     NonFiniteError,
+    NotAStoreError,
     TersorError,
     UnknownCodecError,
     VerificationError,
@@ -25,6 +26,7 @@ __all__ = [
     "Encoded",
     "ModelError",
     "NonFiniteError",
+    "NotAStoreError",
     "TersorError",
     "UnknownCodecError",
     "VerificationError",
@@ -35,3 +37,8 @@ __all__ = [
     "parse",
     "save",
 ]
+
+
+def __dir__() -> list[str]:
+    """Return the public names; modules that happen to be imported are left out."""
+    return sorted([*__all__, "__version__"])

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-import warnings
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from tersor import store
-from tersor.contract.checks import check_matrix
+from tersor.contract.checks import check_matrix, from_numpy
 from tersor.contract.codec import Codec, Encoded
-from tersor.errors import BudgetError, CodecConfigError, CorruptStoreError
+from tersor.errors import BudgetError, CodecConfigError, CorruptStoreError, UnknownCodecError
 from tersor.families import candidates, families, options
 from tersor.families.low_rank import most_promising
 from tersor.quality import measure
@@ -36,10 +36,7 @@ def as_matrix(matrix: Tensor | np.ndarray) -> Tensor:
     if isinstance(matrix, np.ndarray):
         if matrix.dtype.kind != "f" or matrix.dtype.itemsize > 8:
             raise CodecConfigError(f"matrix: expected a float16, float32 or float64 array, found {matrix.dtype}")
-        order = matrix if matrix.dtype.isnative else matrix.astype(matrix.dtype.newbyteorder("="))
-        with warnings.catch_warnings():  # of arrays that cannot be written, such as mapped files: no codec writes to it
-            warnings.simplefilter("ignore", UserWarning)
-            matrix = torch.from_numpy(np.ascontiguousarray(order))
+        matrix = from_numpy(matrix)
     if not isinstance(matrix, Tensor):
         raise CodecConfigError(f"matrix: expected a torch tensor or a NumPy array, found {type(matrix).__name__}")
     check_matrix(matrix.detach())
@@ -47,7 +44,7 @@ def as_matrix(matrix: Tensor | np.ndarray) -> Tensor:
 
 
 def compress(matrix: Tensor | np.ndarray, rate: float | None = None, codec: str | Codec = "auto", seed: int = 0, *,
-             hessian: Tensor | None = None, **encoder: Any) -> Encoded:
+             hessian: Tensor | np.ndarray | None = None, **encoder: Any) -> Encoded:
     """Compress a matrix to at most `rate` bits per element, every stored byte counted.
 
     Parameters
@@ -61,7 +58,7 @@ def compress(matrix: Tensor | np.ndarray, rate: float | None = None, codec: str 
         `"rot,lm3"`, or a codec.
     seed : int
         Steers the encoder's search.
-    hessian : Tensor or None
+    hessian : Tensor, ndarray or None
         `E[x xᵀ]` of the inputs, (in, in): errors are then weighed by it.
     **encoder
         Encoder options of the codec (`codec.option_names()`), for example `clip="mse"` or `feedback=True`; they
@@ -70,6 +67,7 @@ def compress(matrix: Tensor | np.ndarray, rate: float | None = None, codec: str 
     Returns
     -------
     Encoded
+        Decodes to the dtype of the matrix, and to an array where the matrix was one.
 
     Raises
     ------
@@ -85,9 +83,10 @@ def compress(matrix: Tensor | np.ndarray, rate: float | None = None, codec: str 
     >>> encoded.rate <= 3
     True
     """
-    matrix = as_matrix(matrix)
+    numpy, matrix = isinstance(matrix, np.ndarray), as_matrix(matrix)
+    hessian = from_numpy(hessian, "hessian") if isinstance(hessian, np.ndarray) else hessian
     shape = (matrix.shape[0], matrix.shape[1])
-    if rate is not None and not (isinstance(rate, (int, float)) and math.isfinite(rate) and rate > 0):
+    if rate is not None and not (isinstance(rate, (int, float)) and 0 < rate <= sys.float_info.max):
         raise BudgetError(f"rate must be a positive number of bits per element, found {rate!r}")
     defaults: Mapping[str, Any] = {}
     if isinstance(codec, str) and codec in families():
@@ -100,14 +99,31 @@ def compress(matrix: Tensor | np.ndarray, rate: float | None = None, codec: str 
     if unread:
         known = sorted(frozenset().union(*(choice.option_names() for choice in choices)))
         raise CodecConfigError(f"no codec of '{codec}' reads the option {sorted(unread)}; known: {known}")
-    return _best(matrix, choices, seed, hessian, {**defaults, **encoder})
+    encoded = _best(matrix, choices, seed, hessian, {**defaults, **encoder})
+    return dataclasses.replace(encoded, dtype=matrix.dtype, numpy=numpy)
+
+
+def parse_codec(text: str) -> Codec:
+    """Return the codec of a string that is no family.
+
+    Raises
+    ------
+    UnknownCodecError
+        If no codec understands it; a family may have been meant.
+    CodecConfigError
+        If it is malformed.
+    """
+    try:
+        return parse(text)
+    except UnknownCodecError as error:
+        raise UnknownCodecError(error.name, (*families(), *error.known), "family or codec string") from error
 
 
 def _concrete(codec: str | Codec, shape: tuple[int, int], rate: float | None) -> Codec:
     """Return the codec that is meant, if it stays within the rate."""
     if not isinstance(codec, (str, Codec)):
         raise CodecConfigError(f"codec: expected a family, a codec string or a Codec, found {type(codec).__name__}")
-    concrete = parse(codec) if isinstance(codec, str) else codec
+    concrete = parse_codec(codec) if isinstance(codec, str) else codec
     if rate is not None and concrete.rate(shape) > rate:
         raise BudgetError(f"codec '{concrete}' needs {concrete.rate(shape):.4g} bits per element on shape {shape}, "
                           f"above the rate {rate:g}; raise the rate or name a family", concrete.nbytes(shape))
@@ -144,7 +160,10 @@ def save(path: str | Path, encoded: Encoded | Mapping[str, Encoded]) -> None:
         If `path` exists.
     """
     matrices = {_BARE: encoded} if isinstance(encoded, Encoded) else encoded
-    entries = [store.Entry(name, e.shape, "float32", e.codec) for name, e in matrices.items()]
+    if not isinstance(matrices, Mapping) or not all(isinstance(one, Encoded) for one in matrices.values()):
+        raise CodecConfigError("save: expected an encoded matrix or a mapping of names to such, found "
+                               f"{type(encoded).__name__}")
+    entries = [store.Entry(name, e.shape, str(e.dtype).removeprefix("torch."), e.codec) for name, e in matrices.items()]
     kind = "matrix" if isinstance(encoded, Encoded) else "matrices"
     store.write(Path(path), entries, lambda entry: matrices[entry.name].tensors, kind=kind)
 
@@ -152,16 +171,26 @@ def save(path: str | Path, encoded: Encoded | Mapping[str, Encoded]) -> None:
 def load(path: str | Path) -> Encoded | dict[str, Encoded]:
     """Read what `save` wrote, or the matrices of a compressed model; every tensor is verified.
 
+    They decode to tensors of the original's dtype, whatever was given to `compress`.
+
     Raises
     ------
     CorruptStoreError, UnknownCodecError
         If anything differs from what was written, or was written by a newer version.
     """
     opened = store.read(Path(path))
-    matrices = {name: opened.matrix(name) for name in opened.matrix_names()}
+    matrices = {name: _loaded(opened, name) for name in opened.matrix_names()}
     if opened.kind == "matrix" and set(matrices) != {_BARE}:
         raise CorruptStoreError(f"{path}: a store of one bare matrix must hold '{_BARE}', found {sorted(matrices)}")
     return matrices[_BARE] if opened.kind == "matrix" else matrices
 
 
-__all__ = ["as_matrix", "compress", "load", "save"]
+def _loaded(opened: store.Store, name: str) -> Encoded:
+    """Return a matrix of a store, with the dtype of its original."""
+    dtype = store.DTYPES[opened.entries[name].dtype]
+    if not dtype.is_floating_point:
+        raise CorruptStoreError(f"{opened.path}: '{name}' is a matrix of {dtype}; expected a float dtype")
+    return dataclasses.replace(opened.matrix(name), dtype=dtype)
+
+
+__all__ = ["as_matrix", "compress", "load", "parse_codec", "save"]

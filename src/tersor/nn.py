@@ -7,14 +7,17 @@ are the keys of the store.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from tersor.contract.codec import Codec, Encoded
+from tersor.errors import ReadOnlyError
 from tersor.payload.blocks import Shape
 
 SharedTables: TypeAlias = Mapping[str, tuple[nn.Module, str]]
@@ -82,18 +85,14 @@ class CompressedLinear(nn.Module):
                  transposed: bool = False) -> None:
         super().__init__()
         self.bias: nn.Parameter | None
+        self.weight: WeightView  # stand-in for the parameter, for code that asks for its dtype or computes with it
         self.in_features, self.out_features = shape[1], shape[0]
         self._payload = Buffers(self, "weight", codec, shape, shared or {})
         self._payload.register(device)
-        self._view = WeightView([self._payload], torch.Size(shape[::-1] if transposed else shape), dtype,
-                                transposed=transposed)
+        self.__dict__["weight"] = WeightView([self._payload], torch.Size(shape[::-1] if transposed else shape), dtype,
+                                             transposed=transposed)
         empty = torch.empty(shape[0], device=device, dtype=dtype)
         self.register_parameter("bias", nn.Parameter(empty, requires_grad=False) if bias else None)
-
-    @property
-    def weight(self) -> WeightView:
-        """Stand-in for the parameter, for code that asks for its dtype, device or shape, or computes with it."""
-        return self._view
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (*batch, out) for x (*batch, in)."""
@@ -120,15 +119,11 @@ class CompressedEmbedding(nn.Module):
     def __init__(self, codec: Codec, shape: Shape, *, dtype: torch.dtype, device: str = "meta",
                  shared: SharedTables | None = None) -> None:
         super().__init__()
+        self.weight: WeightView  # stand-in for the parameter; a head that is tied to the table takes it
         self.num_embeddings, self.embedding_dim, self._dtype = shape[0], shape[1], dtype
         self._payload = Buffers(self, "weight", codec, shape, shared or {})
         self._payload.register(device)
-        self._view = WeightView([self._payload], torch.Size(shape), dtype)
-
-    @property
-    def weight(self) -> WeightView:
-        """Stand-in for the parameter; a head that is tied to the table takes it."""
-        return self._view
+        self.__dict__["weight"] = WeightView([self._payload], torch.Size(shape), dtype)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return (*ids.shape, width)."""
@@ -145,20 +140,24 @@ class TiedLinear(nn.Module):
     def __init__(self, weight: WeightView, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.bias: nn.Parameter | None
-        self.weight = weight
+        self.weight: WeightView
+        self.out_features, self.in_features = weight.shape
+        self._payload = weight.payloads[0]
+        self.__dict__["weight"] = weight
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (*batch, entries) for x (*batch, width)."""
-        y = self.weight.payloads[0].encoded().matmul(x)
+        y = self._payload.encoded().matmul(x)
         return y if self.bias is None else y + self.bias
 
 
-class WeightView:
-    """Stands where a parameter stood in a module whose own code uses it: a matrix or a stack of matrices.
+class WeightView(Tensor):
+    """Stands where a parameter stood in a module whose own code uses it: a read-only matrix or stack of matrices.
 
-    Indexing decodes one slice of a stack; `linear` and `embedding` compute on the encoded form; any other torch
-    function gets the decoded tensor for the duration of the call (the `__torch_function__` protocol).
+    It is a tensor without memory of its own. Indexing decodes one slice of a stack; `linear`, `embedding` and products
+    with the transpose compute on the encoded form; everything else that torch can do with a tensor gets the decoded one
+    for the duration of the call. What would change it is refused.
 
     Parameters
     ----------
@@ -171,36 +170,27 @@ class WeightView:
         Whether the parameter is the transpose of what the codec holds.
     """
 
+    payloads: tuple[Buffers, ...]
+    transposed: bool
     _is_hf_initialized = True  # transformers' mark for parameters that a checkpoint filled
+    _is_param = True  # torch's mark for what isinstance(…, nn.Parameter) takes
 
-    def __init__(self, payloads: Sequence[Buffers], shape: torch.Size, dtype: torch.dtype, *,
-                 transposed: bool = False) -> None:
-        self.payloads, self.shape, self.dtype, self.transposed = tuple(payloads), shape, dtype, transposed
+    @staticmethod
+    def __new__(cls: type[WeightView], payloads: Sequence[Buffers], shape: torch.Size, dtype: torch.dtype, *,
+                transposed: bool = False) -> WeightView:
+        """Make a tensor of a shape and dtype, and of no memory."""
+        view = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=torch.device("meta"),
+                                             requires_grad=False)
+        view.payloads, view.transposed = tuple(payloads), transposed
+        return view
 
-    @property
-    def device(self) -> torch.device:
-        """Device of the payload."""
-        return next(iter(self.payloads[0].encoded().tensors.values())).device
-
-    @property
-    def ndim(self) -> int:
-        """Dimensions of the parameter."""
-        return len(self.shape)
-
-    def size(self, dim: int | None = None) -> Any:
-        """Return the parameter's size, as a tensor would."""
-        return self.shape if dim is None else self.shape[dim]
-
-    def __getitem__(self, index: Any) -> Tensor:
-        """Return one decoded slice of a stack, or whatever indexing the decoded parameter gives."""
-        if len(self.shape) == 3 and (isinstance(index, int) or (isinstance(index, Tensor) and index.ndim == 0
-                                                                and not index.is_floating_point())):
-            return self._slice(int(index))
-        return self.decode()[index]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Take what `__new__` has taken."""
+        del args, kwargs
 
     def decode(self) -> Tensor:
         """Return the decoded parameter."""
-        if len(self.shape) == 2:
+        if self.dim() == 2:
             return self._slice(0)
         return torch.stack([self._slice(i) for i in range(len(self.payloads))])
 
@@ -208,22 +198,137 @@ class WeightView:
         matrix = self.payloads[position].encoded().decode().to(self.dtype)
         return matrix.T if self.transposed else matrix
 
+    def _select(self, index: Any) -> Tensor:
+        """Return one decoded slice of a stack, or whatever indexing the decoded parameter gives."""
+        whole = isinstance(index, int) or (isinstance(index, Tensor) and index.ndim == 0
+                                           and not index.is_floating_point() and index.dtype != torch.bool)
+        return self._slice(int(index)) if self.dim() == 3 and whole and index is not True and index is not False else (
+            self.decode()[index])
+
+    def _turned(self) -> WeightView:
+        return WeightView(self.payloads, self.shape[::-1], self.dtype, transposed=not self.transposed)
+
     @classmethod
     def __torch_function__(cls, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (),
                            kwargs: Mapping[str, Any] | None = None) -> Any:
         """Run `func` on encoded weights where it can be, on decoded ones otherwise."""
         del types
-        kwargs = dict(kwargs or {})
-        if func is nn.functional.embedding and isinstance(args[1], cls) and not args[1].transposed:
-            view = args[1]
-            return view.payloads[0].encoded().gather(args[0]).to(view.dtype)
-        if func is nn.functional.linear and isinstance(args[1], cls) and len(args[1].payloads) == 1 and (
-                not args[1].transposed):
-            bias = args[2] if len(args) > 2 else kwargs.get("bias")
-            y = args[1].payloads[0].encoded().matmul(args[0])
-            return y if bias is None else y + bias
-        return func(*_decoded(args), **{key: _decoded([value])[0] for key, value in kwargs.items()})
+        given = dict(kwargs or {})
+        if func in _FACTS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **given)
+        if func in _PLACES:
+            return func(next(iter(args[0].payloads[0].encoded().tensors.values())))
+        _refuse_change(func, args, given)
+        found = _encoded(func, args, given)
+        return _decoded(func, args, given) if found is None else found
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Sequence[type], args: Sequence[Any] = (),
+                           kwargs: Mapping[str, Any] | None = None) -> Any:
+        """Decode for what did not come through `__torch_function__`."""
+        del types
+        if func._schema.is_mutable:
+            _refuse_change(func, args, dict(kwargs or {}), changes=True)
+        return _decoded(func, args, dict(kwargs or {}))
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        """Return shape, dtype and codec."""
+        del tensor_contents
+        return f"WeightView({tuple(self.shape)}, {self.dtype}, codec={self.payloads[0].codec})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WeightView:
+        """Copy the modules that hold the payload, unless they are being copied already."""
+        if id(self) not in memo:
+            new = WeightView((), self.shape, self.dtype, transposed=self.transposed)
+            memo[id(self)] = new
+            new.payloads = copy.deepcopy(self.payloads, memo)
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle the modules that hold the payload."""
+        del protocol
+        return WeightView, ((), self.shape, self.dtype), (self.payloads, self.transposed)
+
+    def __setstate__(self, state: tuple[tuple[Buffers, ...], bool]) -> None:
+        """Take what `__reduce_ex__` has put beside the arguments."""
+        self.payloads, self.transposed = state
 
 
-def _decoded(values: Sequence[Any]) -> list[Any]:
-    return [value.decode() if isinstance(value, WeightView) else value for value in values]
+def _getters(*names: str) -> set[Any]:
+    return {getattr(Tensor, name).__get__ for name in names if getattr(Tensor, name, None) is not None}
+
+
+# what is known without decoding
+_FACTS = _getters("shape", "dtype", "ndim", "layout", "requires_grad", "grad", "is_leaf", "grad_fn", "is_sparse",
+                  "is_quantized", "is_nested", "names", "itemsize", "nbytes", "_version") | {
+    Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.element_size, Tensor.stride,
+    Tensor.storage_offset, Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous, Tensor.__len__,
+    Tensor.__hash__, torch.is_floating_point, torch.is_complex, torch.numel}
+_PLACES = _getters("device", "is_cuda", "is_cpu", "is_meta", "is_xpu", "is_mps") | {Tensor.get_device}
+MEMORY = {Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage, Tensor.__dlpack__}
+_TRANSPOSES = _getters("T", "mT", "H", "mH") | {Tensor.t, torch.t, Tensor.adjoint, torch.adjoint}
+_SWAPS = {Tensor.transpose, torch.transpose, Tensor.swapaxes, torch.swapaxes, Tensor.swapdims, torch.swapdims}
+_PRODUCTS = {Tensor.matmul, torch.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}
+_IN_PLACE = {"__set__", "__delete__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__",
+             "__ifloordiv__", "__ipow__", "__imod__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__",
+             "__idiv__"}
+
+
+def _refuse_change(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], *, changes: bool = False) -> None:
+    """Raise `ReadOnlyError` for a function that would write to a stand-in, or wants its memory."""
+    name = getattr(func, "__name__", str(func))
+    if func in MEMORY:
+        raise ReadOnlyError(f"'{name}' wants a weight's memory, but an encoded weight has none; take .data, a copy",
+                            name, next((value for value in (*args, *kwargs.values()) if isinstance(value, WeightView)),
+                                       None))
+    changes = changes or name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    target = args[0] if args else kwargs.get("tensor", kwargs.get("input"))
+    harmless = name in ("requires_grad_", "__set__") and len(args) == 2 and args[1] is False
+    target = target if changes and not harmless else None
+    target = kwargs["out"] if isinstance(kwargs.get("out"), WeightView) else target
+    if isinstance(target, WeightView):
+        raise ReadOnlyError(f"'{name}' would change a weight, but an encoded weight can only be read; change a copy, "
+                            "such as weight.data.clone()", name, target)
+
+
+def _encoded(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Return what `func` gives on the encoded form; None where it needs the decoded one."""
+    first, second = (*args, None, None)[:2]
+    if isinstance(first, WeightView):
+        if func is Tensor.__getitem__:
+            return first._select(second)
+        if func is Tensor.__iter__ and len(first.payloads) > 1:
+            return (first._slice(i) for i in range(len(first.payloads)))
+        swapped = func in _SWAPS and len(args) == 3 and {int(d) % 2 for d in args[1:]} == {0, 1}
+        if first.dim() == 2 and (func in _TRANSPOSES or swapped):
+            return first._turned()
+        return None
+    if not isinstance(second, WeightView) or second.dim() != 2 or not isinstance(first, Tensor):
+        return None
+    payload = second.payloads[0]
+    if func is nn.functional.embedding and not second.transposed and len(args) < 4 and kwargs.get("max_norm") is None:
+        return payload.encoded().gather(first).to(second.dtype)
+    if func is nn.functional.linear and not second.transposed:
+        bias = args[2] if len(args) > 2 else kwargs.get("bias")
+        y = payload.encoded().matmul(first)
+        return y if bias is None else y + bias
+    if func in _PRODUCTS and second.transposed and not kwargs and first.shape[-1] == second.shape[0]:
+        return payload.encoded().matmul(first)
+    return None
+
+
+def _decoded(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Run `func` with every stand-in among its arguments, at any depth, decoded once."""
+    held: dict[int, Tensor] = {}
+
+    def dense(value: Any) -> Any:
+        if isinstance(value, WeightView):
+            if id(value) not in held:
+                held[id(value)] = value.decode()
+            return held[id(value)]
+        return value
+
+    args, kwargs = tree_map(dense, (tuple(args), dict(kwargs)))
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)

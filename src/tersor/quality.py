@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from tersor.contract.checks import from_numpy
 from tersor.contract.codec import Encoded
+from tersor.numerics.settings import steadily
 from tersor.payload.blocks import row_blocks
 
 DB_PER_BIT = 20.0 * math.log10(2.0)  # 6.02 dB: what one bit is worth on Gaussian noise, D(R) = 4**-R
@@ -43,12 +46,18 @@ class Quality:
         return DB_PER_BIT * self.rate - self.sqnr
 
 
-def measure(matrix: Tensor, encoded: Encoded, hessian: Tensor | None = None) -> Quality:
+def measure(matrix: Tensor | np.ndarray, encoded: Encoded, hessian: Tensor | np.ndarray | None = None) -> Quality:
     """Compare `encoded` with `matrix` (out, in), optionally under a Hessian (in, in); by blocks of rows.
 
     Codecs that cannot decode rows alone are decoded whole, once.
     """
-    decoded = encoded.decode()
+    matrix = from_numpy(matrix) if isinstance(matrix, np.ndarray) else matrix
+    hessian = from_numpy(hessian, "hessian") if isinstance(hessian, np.ndarray) else hessian
+    return steadily(lambda: _measure(matrix, encoded, hessian), threads=False)  # choices follow from these figures
+
+
+def _measure(matrix: Tensor, encoded: Encoded, hessian: Tensor | None) -> Quality:
+    decoded = encoded.codec.decode(encoded)  # float32, whatever the original was
     noise = signal = weighted_noise = weighted_signal = 0.0
     scale = _power_of_two(matrix)
     metric = None if hessian is None else hessian.to(torch.float32)

@@ -18,7 +18,7 @@ from tersor.contract.codec import Codec
 from tersor.errors import CodecConfigError, UnknownCodecError
 
 ENTRY_POINTS = "tersor.codecs"
-EXAMPLES = (*(cls.examples[0] for cls in BUILT_IN), "and the like (README, docs/codecs)")
+EXAMPLES = (*(cls.examples[0] for cls in BUILT_IN), *(text for cls in BUILT_IN for text in cls.examples[1:]))
 
 
 @lru_cache(maxsize=1)

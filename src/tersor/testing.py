@@ -27,11 +27,13 @@ from tersor import api
 from tersor.contract.checks import check_tensor
 from tersor.contract.codec import Codec, Encoded
 from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
-from tersor.numerics.linalg import single_thread
+from tersor.numerics.kmeans import exponent_of, times_power
+from tersor.numerics.settings import pinned
 from tersor.payload.blocks import Shape
 from tersor.registry import from_config, parse
 from tersor.store.manifest import digest
 
+POWERS = (-100, 100)  # of two, by which the law of scale multiplies
 SLACK = 4.0  # what a tolerance allows over the root-mean-square estimate of a rounding error
 
 
@@ -91,7 +93,7 @@ def with_spectrum(shape: Shape, singular_values: Sequence[float] | Tensor, seed:
     if values.ndim != 1 or not 1 <= values.numel() <= min(shape) or bool((values < 0).any()):
         raise ValueError(f"with_spectrum needs 1 to {min(shape)} singular values >= 0, found {singular_values}")
     generator, rank = _generator(seed), values.numel()
-    with single_thread():
+    with pinned():
         left, _ = torch.linalg.qr(torch.randn(shape[0], rank, generator=generator, dtype=torch.float64))
         right, _ = torch.linalg.qr(torch.randn(shape[1], rank, generator=generator, dtype=torch.float64))
         return ((left * values) @ right.T).to(torch.float32)
@@ -266,6 +268,53 @@ def law_matmul(specimen: Specimen) -> None:
             _expect(error <= bound, codec, f"matmul of {dtype} {tuple(x.shape)} is {error:.3g} > {bound:.3g} off")
 
 
+def law_scale(specimen: Specimen) -> None:
+    """Check that a power of two times the matrix decodes to as much times what the matrix does, or is refused by name.
+
+    From 2**-100 to 2**100, where the numbers themselves lose no digit on the way.
+    """
+    codec, wide = specimen.codec, specimen.matrix.to(torch.promote_types(specimen.matrix.dtype, torch.float32))
+    away = exponent_of(wide)
+    held = wide if abs(away) < POWERS[1] // 2 else times_power(wide, -away)
+    expected = encode(codec, held).decode().double()
+    bound = _rounding(expected, sum(specimen.shape))
+    for power in POWERS:
+        scaled = times_power(held, power)
+        if not torch.equal(times_power(scaled.to(torch.float32).to(held.dtype), -power), held):
+            continue
+        try:
+            found = encode(codec, scaled).decode().double()
+        except NonFiniteError:
+            continue
+        error = float((times_power(found, -power) - expected).norm())
+        _expect(error <= bound, codec, f"2**{power} times a matrix decodes to something else: {error:.3g} > {bound:.3g}"
+                                       f" off, of a norm of {float(expected.norm()):.3g}")
+
+
+def law_gradient(specimen: Specimen) -> None:
+    """Check that the gradient of a product by its vectors is the product with the transpose, and of that the product.
+
+    A product that is not recorded gives the same bits.
+    """
+    codec, encoded = specimen.codec, specimen.encoded
+    decoded, (rows, width) = encoded.decode().double(), specimen.shape
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn((2, width), generator=_generator(3)).to(dtype).requires_grad_()
+        incoming = torch.randn((2, rows), generator=_generator(4)).to(dtype).requires_grad_()
+        y = encoded.matmul(x)
+        _expect(torch.equal(y.detach(), encoded.matmul(x.detach())), codec, "a recorded product has other bits")
+        (gradient,) = torch.autograd.grad(y, x, incoming, create_graph=True)
+        (again,) = torch.autograd.grad(gradient, incoming, x.detach())
+        for found, given, weights in ((gradient, incoming, decoded), (again, x, decoded.T)):
+            expected = given.detach().double() @ weights
+            _expect(found.dtype == dtype and found.shape == expected.shape, codec,
+                    f"a gradient of {dtype} is {found.dtype} {tuple(found.shape)}")
+            bound = (float(given.detach().double().norm()) * _rounding(decoded, sum(specimen.shape))
+                     + _rounding(expected, 1, dtype))
+            error = float((found.detach().double() - expected).norm())
+            _expect(error <= bound, codec, f"a gradient of {dtype} is {error:.3g} > {bound:.3g} off")
+
+
 def law_store(specimen: Specimen) -> None:
     """Check that what is saved loads with the same bytes and decodes to the same bits."""
     codec, encoded = specimen.codec, specimen.encoded
@@ -287,7 +336,7 @@ def law_reading(specimen: Specimen) -> None:
 LAWS: Mapping[str, Callable[[Specimen], None]] = MappingProxyType({
     "config": law_config, "payload": law_payload, "determinism": law_determinism, "threads": law_threads,
     "decode": law_decode, "errors": law_errors, "rows": law_rows, "matmul": law_matmul,
-    "reading": law_reading, "store": law_store,
+    "scale": law_scale, "gradient": law_gradient, "reading": law_reading, "store": law_store,
 })
 
 

@@ -88,7 +88,8 @@ def test_compress_meets_the_budget_and_reports(compressed: tuple[Path, dict[str,
     assert report["perplexity"] > report["perplexity_original"] > 1
     page = Path(report["report"]).read_text()
     assert "model.layers.0.mlp.up_proj.weight" in page
-    assert "Plotly.newPlot" in page
+    assert page.count("<svg") >= 5  # legends, maps and bars
+    assert "How both go on" in page
     assert "src=\"http" not in page  # one self-contained file
     assert not list(out.glob("*.html"))  # beside the model, not in it
 
@@ -182,7 +183,7 @@ def test_bad_input_is_one_line(matrix: Path, tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("Too short.")
     fails("compress", FABLE, tmp_path / "o", "--calibration", short, says="fewer than one context")
-    assert not list((tmp_path / "o.work").iterdir())
+    assert not (tmp_path / "o.work").exists()
     tersor("compress", "--no-such-option", code=2)
     assert not (tmp_path / "o").exists()
 
@@ -226,7 +227,7 @@ def test_image_bad_input(photo: Path, tmp_path: Path) -> None:
     cut.write_bytes(photo.read_bytes()[:-40])
     fails("image", cut, tmp_path / "o", says="truncated")
     fails("image", FABLE / "config.json", tmp_path / "o", says="expected a PNG")
-    fails("image", tmp_path / "none.png", tmp_path / "o", says="No such file")
+    fails("image", tmp_path / "none.png", tmp_path / "o", says="no such file")
     fails("image", photo, tmp_path / "o", "--rate", 2, "--size", "9kB", says="not both")
     fails("image", photo, tmp_path / "o", "--size", "300", says="headers and manifest")
     fails("image", photo, tmp_path / "o", "--channels", "blue", says="patches")

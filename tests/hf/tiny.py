@@ -1,9 +1,20 @@
 """Tiny random models of several architectures; the seed is fixed and torch's global generator is put back."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from tersor.files import save_tensors
+from tersor.store.embedded import KEY
+from tersor.store.manifest import body_digest, dump, pack
 
 BASE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "vocab_size": 128, "max_position_embeddings": 128, "head_dim": 16}
@@ -38,3 +49,22 @@ def save_tiny(name: str, folder: Path, dtype: torch.dtype = torch.float32, **cha
 def load_original(path: Path) -> torch.nn.Module:
     """Return the dense model in a folder, in float32, ready to compute."""
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def resigned(out: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    """Change a manifest and its copy as somebody would who knows how they are signed."""
+    manifest = json.loads((out / "tersor.json").read_text())
+    manifest.pop("sha256")
+    change(manifest)
+    signed = {**manifest, "sha256": body_digest(manifest)}
+    (out / "tersor.json").write_bytes(dump(signed))
+    shard = out / manifest["shards"][-1]
+    save_tensors(load_file(shard), shard, {KEY: pack(signed)})
+    return out
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of one token an ASCII character, which the tiny models' 128 words are enough for."""
+    words = Tokenizer(WordLevel({chr(code): code for code in range(128)}, unk_token="?"))
+    words.pre_tokenizer = Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(folder)

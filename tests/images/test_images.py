@@ -15,7 +15,7 @@ import torch
 
 import tersor
 from tersor import images, store
-from tersor.errors import BudgetError, CodecConfigError, CorruptStoreError, UnknownCodecError
+from tersor.errors import BudgetError, CodecConfigError, CorruptStoreError, NoMemoryError, UnknownCodecError
 from tersor.images import Image, ImageError
 from tersor.images import png as pngfile
 from tersor.images.header import Header
@@ -37,6 +37,7 @@ def picture(height: int = 96, width: int = 160) -> Image:
     return Image(np.clip(np.stack([base, 0.8 * base + 20, 160 - base / 2], 2) + 3 * grain, 0, 255).astype(np.uint8), 8)
 
 
+@pytest.mark.filterwarnings("ignore:this picture")  # plain numbers take more bytes than a PNG
 @pytest.mark.parametrize("layout", images.LAYOUTS)
 @pytest.mark.parametrize(("channels", "bits"), MODES)
 def test_every_mode_there_and_back_exactly(channels: int, bits: int, layout: str, tmp_path: Path) -> None:
@@ -259,6 +260,12 @@ def test_unsound_requests() -> None:
     for rate in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(BudgetError, match="positive"):
             images.encode(original, rate)
+    for rate in ("2", 10**400):
+        with pytest.raises(BudgetError, match="positive"):
+            images.encode(original, rate)  # type: ignore[arg-type]
+    for size in (-5, 0, "5", 2.5):
+        with pytest.raises(BudgetError, match="size must be"):
+            images.encode(original, size=size)  # type: ignore[arg-type]
     with pytest.raises(CodecConfigError, match="patches, stacked, separate"):
         images.encode(original, channels="diagonal")
     with pytest.raises(UnknownCodecError):
@@ -294,6 +301,16 @@ def test_damaged_and_forged_stores_are_refused(tmp_path: Path) -> None:
     tersor.save(tmp_path / "m", {"a": tersor.compress(torch.ones(4, 4), codec="rtn4")})
     with pytest.raises(CorruptStoreError, match="holds no image"):
         images.decode(tmp_path / "m")
+
+
+def test_an_image_larger_than_memory_is_refused_with_the_bytes_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tersor.numerics import memory
+
+    header = images.Header(16384, 16384, 1, 8, "patches", ())
+    flat = images.EncodedImage(header, torch.zeros(1, dtype=torch.int32), {})
+    monkeypatch.setattr(memory, "available", lambda: 1 << 30)
+    with pytest.raises(NoMemoryError, match="2684354560 bytes"):
+        flat.image()
 
 
 def test_more_bits_less_error() -> None:

@@ -35,7 +35,7 @@ MATRICES: dict[str, Tensor] = {
     "fp64": gaussian((9, 40)).to(torch.float64),
     "strided": gaussian((48, 30)).T[::2],
     "huge": gaussian((16, 64)) * 1e30,
-    "denormal": gaussian((16, 64)) * 1e-40,
+    "tiny": gaussian((16, 64)) * 1e-34,
 }
 
 pytestmark = [pytest.mark.usefixtures("poison"),
@@ -70,6 +70,7 @@ def admitted(text: str, name: str) -> Specimen:
     return specimen(text, "even" if refusal(parse(text), MATRICES[name]) else name)
 
 
+APART = ("scale", "gradient", "store")  # on fewer matrices, below
 CASES = [(text, name) for text in CODECS for name in MATRICES]
 
 
@@ -82,7 +83,7 @@ def test_laws(text: str, name: str) -> None:
             codec.encode(matrix)
         return
     for law, check in LAWS.items():
-        if law != "store":  # all stores together below, one process for all
+        if law not in APART:
             check(specimen(text, name))
 
 
@@ -108,6 +109,41 @@ def test_all_decode_in_a_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("text", CODECS)
 def test_store_round_trip(text: str) -> None:
     LAWS["store"](admitted(text, "ragged"))
+
+
+@pytest.mark.parametrize("text", CODECS)
+def test_gradient(text: str) -> None:
+    for name in ("ragged", "nx1"):
+        LAWS["gradient"](admitted(text, name))
+
+
+def degenerate() -> Tensor:
+    """Return columns of which one is 0, one of equal numbers, and one 2**40 times the others."""
+    matrix = gaussian((40, 40), 5)
+    matrix[:, 3], matrix[:, 7] = 0.0, 3.3
+    matrix[:, 9] *= 2.0**40
+    return matrix
+
+
+@pytest.mark.parametrize("text", CODECS)
+@pytest.mark.parametrize("matrix", [degenerate()[:12], degenerate().T[:12].contiguous()], ids=["columns", "rows"])
+def test_scale(text: str, matrix: Tensor) -> None:
+    """Also of matrices of which some rows or columns have a scale of their own, or none."""
+    LAWS["scale"](Specimen(parse(text), matrix))
+
+
+@pytest.mark.parametrize("text", CODECS)
+def test_the_small_end_of_float32(text: str) -> None:
+    """Where scales and codewords fall under the normal numbers, a codec errs as it always does, or refuses by name."""
+    codec, unit = parse(text), gaussian((12, 40)).double()
+    usual = measure(unit, encode(codec, unit)).relative_error ** 0.5
+    decoded = None
+    with contextlib.suppress(NonFiniteError):
+        decoded = encode(codec, unit * 1e-40).decode()
+    if decoded is not None:
+        assert float((decoded.double() / 1e-40 - unit).norm() / unit.norm()) <= 1.01 * usual + 0.005
+    with pytest.raises(NonFiniteError, match="0 in float32"):
+        encode(codec, unit * 1e-300)
 
 
 @pytest.mark.parametrize("text", CODECS)

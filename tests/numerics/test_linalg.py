@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tersor.errors import CodecConfigError
-from tersor.numerics.linalg import dct, idct, inverse_cholesky, paley, seeded_orthogonal, single_thread, sylvester
+from tersor.numerics.linalg import dct, idct, inverse_cholesky, paley, seeded_orthogonal, sylvester
 from tersor.testing import gaussian, tolerance
 
 # orders up to 120 by Paley: q + 1 for q = 3 mod 4, 2 (q + 1) for q = 1 mod 4, q a prime power
@@ -81,19 +81,3 @@ def test_inverse_cholesky_of_degenerate_hessians() -> None:
     assert bool(torch.isfinite(inverse_cholesky(rank_one, 0.0)).all())
     with pytest.raises(CodecConfigError, match="positive semidefinite"):
         inverse_cholesky(torch.diag(torch.tensor([1.0, -1e9, 1e9])))
-
-
-def test_single_thread_restores() -> None:
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        with single_thread():
-            assert torch.get_num_threads() == 1
-            with single_thread():
-                assert torch.get_num_threads() == 1
-        assert torch.get_num_threads() == 2
-        with pytest.raises(KeyError), single_thread():
-            raise KeyError
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)

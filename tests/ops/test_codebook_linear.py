@@ -14,7 +14,7 @@ from tersor.ops import reference_only
 from tersor.ops.codebook_linear import codebook_linear, fused_codebook_linear
 from tersor.ops.codebook_linear.shapes.limits import CODES, columns_for, refusal, stream_of
 from tersor.payload import packing
-from tersor.testing import gaussian
+from tersor.testing import gaussian, tolerance
 from tests.ops.devices import DEVICES, GPU, on_devices
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -259,6 +259,27 @@ def test_zero_batch_leading_dimensions_and_strides(device: str) -> None:
     turned = gaussian((256, 6), 2).to(device).T
     torch.testing.assert_close(codebook_linear(turned, *args), codebook_linear(turned.contiguous(), *args), rtol=0,
                                atol=0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rotation", [None, 5])
+@pytest.mark.parametrize("with_zeros", [False, True])
+def test_gradient_is_the_product_with_the_transpose(with_zeros: bool, rotation: int | None, device: str) -> None:
+    codes, table, scales, zeros = problem(24, 64, 4, 32)
+    matrix = exact(codes, table, scales, zeros if with_zeros else None, 32)
+    if rotation is not None:
+        matrix = Rotation(64, rotation).inverse(matrix.float()).double()
+    args = (packing.pack(codes, 16).to(device), table.to(device), scales.to(device),
+            packing.pack(zeros, 16).to(device) if with_zeros else None, 4, 32)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = gaussian((3, 64), 1).to(device, dtype).requires_grad_()
+        incoming = gaussian((3, 24), 2).to(device, dtype)
+        (found,) = torch.autograd.grad(codebook_linear(x, *args, rotation=rotation), x, incoming)
+        want = incoming.cpu().double() @ matrix
+        assert found.dtype == dtype
+        assert float((found.cpu().double() - want).norm()) <= tolerance(dtype, 24) * float(want.norm())  # 24 rows
+    torch.library.opcheck(codebook_linear, (gaussian((3, 64), 1).to(device).requires_grad_(), *args),
+                          {"rotation": rotation})
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -11,7 +11,7 @@ from tersor.numerics.rotation import Rotation
 from tersor.ops.sign_linear import sign_linear, two_basis_linear
 from tersor.payload import packing
 from tersor.payload.codes import mirrored
-from tersor.testing import gaussian
+from tersor.testing import gaussian, tolerance
 from tests.ops.devices import DEVICES, GPU
 
 HALF = torch.finfo(torch.float16).eps
@@ -106,3 +106,27 @@ def test_graph_capture() -> None:
     out.fill_(torch.nan)
     graph.replay()
     assert torch.equal(out, first)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", [(33, 64, 64, 2, 2, 3), (20, 64, 32, 3, 2, 2)], ids=str)
+def test_gradients_are_products_with_the_transposes(case: tuple[int, ...], device: str) -> None:
+    args, _, _ = problem(case, device)
+    vectors, codes = [one.requires_grad_() for one in args[:2]], args[2:]
+    incoming = gaussian((case[5], case[0]), 4).to(device)
+    found = torch.autograd.grad(sign_linear(*vectors, *codes), vectors, incoming)
+    unit = [torch.eye(width, device=device) for width in case[1:3]]
+    none = [torch.zeros(width, other, device=device) for width, other in (case[1:3], case[2:0:-1])]
+    wants = (incoming @ sign_linear(unit[0], none[0], *codes).T, incoming @ sign_linear(none[1], unit[1], *codes).T)
+    for one, want in zip(found, wants, strict=True):
+        assert float((one - want).norm()) <= tolerance(torch.float16, 1) * float(want.norm())
+    if case[1] == case[2]:
+        x = gaussian((case[5], case[1]), 1).to(device, torch.bfloat16).requires_grad_()
+        y = two_basis_linear(x, *codes, outer=0, inner=1)
+        (found_x,) = torch.autograd.grad(y, x, incoming.to(y.dtype))
+        turns = Rotation(case[1], 0), Rotation(case[1], 1)
+        want = turns[0].inverse(wants[0] + turns[1].inverse(wants[1]))
+        assert found_x.dtype == torch.bfloat16
+        assert float((found_x.float() - want).norm()) <= tolerance(torch.bfloat16, 1) * float(want.norm())
+        torch.library.opcheck(two_basis_linear, (x, *codes), {"outer": 0, "inner": 1})
+    torch.library.opcheck(sign_linear, (*vectors, *codes))

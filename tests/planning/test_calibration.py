@@ -45,6 +45,8 @@ def test_file_keeps_sharing_and_provenance(tmp_path: Path) -> None:
     assert loaded.tokens == 1024
     assert loaded.source == "text sha256:0"
     assert loaded.fisher == {"q": 0.5}
+    Calibration({"q": h, "k": h, "o": 3 * h}, 1024, "text sha256:0", {"q": 0.5}).save(tmp_path / "other")
+    assert len({loaded.sha256, Calibration.load(tmp_path / "other").sha256, saved.sha256}) == 3
     assert loaded.hessians["q"].data_ptr() == loaded.hessians["k"].data_ptr()
     assert torch.equal(loaded.hessians["o"], 2 * h)
     assert (tmp_path / "c.safetensors").stat().st_size < 2 * 8 * 8 * 4 + 1000

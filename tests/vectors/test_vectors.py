@@ -96,7 +96,7 @@ def test_stand_alone_codes_are_those_of_the_matrix(codec: str) -> None:
     expected = index.codec.encode(x, tables=index._tables).decode()
     assert torch.equal(index.sa_decode(codes), expected)
     assert torch.equal(torch.cat([index.sa_encode(x[i : i + 1]) for i in range(33)]), codes)
-    alone = index.sa_decode(codes.numpy()[5:6])
+    alone = torch.from_numpy(index.sa_decode(codes.numpy()[5:6]))
     assert float((alone - expected[5:6]).norm()) <= testing.tolerance(torch.float32, DIM) * float(alone.norm())
     assert index.sa_decode(codes[:0]).shape == (0, DIM)
 
@@ -193,6 +193,7 @@ def test_inputs_of_any_float_kind(kind) -> None:
     given_x = x.to(kind) if isinstance(kind, torch.dtype) else x.numpy().astype(kind)
     index = Index(DIM, "rot,lm4")
     index.add(given_x)
+    assert all(isinstance(one, type(given_x)) for one in index.search(given_x, 1))
     assert index.search(given_x, 1)[1].flatten().tolist() == list(range(30))
 
 
@@ -263,7 +264,7 @@ def test_bad_vectors(tmp_path) -> None:
     with pytest.raises(CodecConfigError, match="16 clusters of 10 points"):
         index.train(data(10))
     index.train(data(100))
-    for bad, error in ((data(3)[:, :5], "vectors must be"), (data(3)[0], "2-D"), (data(3)[:0], "non-empty"),
+    for bad, error in ((data(3)[:, :5], "vectors must be"), (data(3)[0], "2-D"), (data(3)[:0, :5], "non-empty"),
                        (data(3).int(), "float32"), ("text", "torch tensor or a NumPy array")):
         for act in (index.train, index.add, index.sa_encode, index.search):
             with pytest.raises(CodecConfigError, match=error):

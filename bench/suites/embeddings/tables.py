@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from bench.charges import charged
 from bench.markdown import table
 from bench.suite import Builder, Line, Table
 
-HEADS = ("method", "bytes", "bits per element", "relative Frobenius error", "accuracy", "weighted F1",
-         "accuracy, decoded queries", "encode, s")
+HEADS = ("method", "bytes", "with the package's tables", "bits per element", "relative Frobenius error",
+         "accuracy", "weighted F1", "accuracy, decoded queries", "encode, s")
 NAMES = {"lplr": "LPLR, as published", "lsvd": "LSVD, as published", "dsvd": "DSVD, as published",
          "original": "uncompressed, float32"}
 PREFIXES = {"mm": "NQ, min-max, as published", "fit": "NQ, fitted levels"}
@@ -35,9 +36,10 @@ def _name(line: Line) -> str:
 
 def _row(line: Line) -> tuple[str, ...]:
     numbers = line["numbers"]
-    return (_name(line), f"{line['bytes']:,}", f"{numbers['rate']:.3f}", f"{numbers['frobenius']:.4f}",
+    return (_name(line), f"{line['bytes']:,}", f"{charged(line):,}", f"{numbers['rate']:.3f}",
+            f"{numbers['frobenius']:.4f}",
             f"{100 * numbers['accuracy_raw']:.2f} %", f"{100 * numbers['f1_raw']:.2f} %",
             f"{100 * numbers['accuracy_decoded']:.2f} %", f"{numbers['encode_s']:.1f}")
 
 
-TABLES = {f"embeddings-{bits}": Table(embeddings_table(bits), ("banking77",)) for bits in (1, 2, 4)}
+TABLES = {f"embeddings-{bits}": Table(embeddings_table(bits), ("banking77",), charged=True) for bits in (1, 2, 4)}

@@ -30,7 +30,7 @@ from tersor.codecs import LowRank, MinMax, Shifted
 from tersor.codecs.low_rank import published as sketching
 from tersor.codecs.low_rank.low_rank import rank_for
 from tersor.contract.codec import Search
-from tersor.numerics.linalg import single_thread
+from tersor.numerics.settings import pinned
 from tersor.registry import parse
 
 Array = np.ndarray
@@ -144,7 +144,7 @@ class Tersor:
               factorize: Callable[[LowRank, torch.Tensor], sketching.Factors]) -> tuple[float, float]:
         matrix = torch.from_numpy(given)
         codec = LowRank(s.rank, MinMax(2 ** s.bits[0]), MinMax(2 ** s.bits[1]))
-        with single_thread(), torch.no_grad():
+        with pinned():
             encoded = codec.join(*factorize(codec, matrix)).check()
             shifted = Shifted(codec).around(encoded, matrix).check()
         errors = [published.error(s.matrix, e.decode().numpy()) for e in (encoded, shifted)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from bench.charges import charged
 from bench.markdown import table
 from bench.suite import Builder, Line, Table
 
@@ -34,14 +35,14 @@ def _name(line: Line) -> str:
 
 def _row(line: Line) -> tuple[str, ...]:
     numbers = line["numbers"]
-    total = line["bytes"] / numbers["vectors"]
+    total = charged(line) / numbers["vectors"]
     return (_name(line), f"{numbers['stored_bytes']:.4g}", f"{total:.4g}", f"{numbers['recall']:.3f}",
             f"{numbers['relative_mse']:.4f}", f"{numbers['queries_per_s']:.0f}",
             f"{numbers['single_queries_per_s']:.0f}", f"{numbers['train_s']:.1f}", f"{numbers['encode_s']:.1f}")
 
 
 TABLES = {
-    "vectors-glove-2": Table(vectors_table("glove", 2), ("glove",)),
-    "vectors-glove-4": Table(vectors_table("glove", 4), ("glove",)),
-    "vectors-banking77": Table(vectors_table("banking77", 2), ("banking77",)),
+    "vectors-glove-2": Table(vectors_table("glove", 2), ("glove",), charged=True),
+    "vectors-glove-4": Table(vectors_table("glove", 4), ("glove",), charged=True),
+    "vectors-banking77": Table(vectors_table("banking77", 2), ("banking77",), charged=True),
 }

@@ -2,35 +2,60 @@
 
 from __future__ import annotations
 
+import io
 import sys
+import warnings
+from typing import Annotated
 
 import typer
 
+import tersor
+from tersor.cli.funnel import INTERRUPTED, USAGE, Funnel, Verb
 from tersor.cli.image import image
 from tersor.cli.kv import kv_plan
 from tersor.cli.models import calibrate, compress, evaluate, families, plan, survey
 from tersor.cli.reduce import reduce
 from tersor.cli.stores import decode, encode, inspect, verify
-from tersor.errors import TersorError
+from tersor.cli.telling import LogFile, Quiet, Verbose, set_voice, spoken, tell_warning
 
 VERBS = (compress, evaluate, verify, inspect, decode, encode, image, kv_plan, reduce, calibrate, survey, plan, families)
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
-                  help="Tersor makes matrices terse: models and matrices in the fewest bytes for the least error.")
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False,
+                  context_settings={"help_option_names": ["-h", "--help"]},
+                  help="Tersor makes matrices terse: models and matrices in the fewest bytes for the least error.",
+                  epilog="Exit codes: 0 ok; 1 a fault of Tersor; 2 a wrong path, option or input; 3 damaged, or "
+                         "not what was encoded.")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"tersor {tersor.__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def common(ctx: typer.Context, quiet: Quiet = False, verbose: Verbose = False, log_file: LogFile = None,
+           version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True,
+                                                 help="print the version")] = False) -> None:
+    """Take what stands before the verb; without a verb, show the help."""
+    del version
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
+        raise typer.Exit(USAGE)
+    set_voice(quiet, verbose, log_file)
+
+
 for verb in VERBS:
-    app.command()(verb)
+    app.command(cls=Verb)(spoken(verb))
 
 
 def main() -> None:
-    """Run the tool; every expected error is one line on stderr."""
-    try:
-        app()
-    except TersorError as error:
-        _fail(error, error.exit_code)
-    except (OSError, MemoryError) as error:
-        _fail(error, 2)
-
-
-def _fail(error: BaseException, code: int) -> None:
-    typer.echo(f"tersor: {' '.join(str(error).split()) or type(error).__name__}", err=True)
-    sys.exit(code)
+    """Run the tool; whatever goes wrong is one line on stderr."""
+    with warnings.catch_warnings(), Funnel():
+        warnings.showwarning = tell_warning
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # a result is not lost for a name that cannot be shown
+        code = app(prog_name="tersor", standalone_mode=False)
+        if code == INTERRUPTED:  # typer has kept the interruption to itself
+            raise KeyboardInterrupt
+        sys.exit(code)

@@ -1,63 +1,83 @@
-"""What the commands share: option types, printing, progress bars and new files."""
+"""What the commands share: option types, printing and new files."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
-from tersor.errors import BudgetError, CodecConfigError
+from tersor import files
+from tersor.cli.figures import readable
+from tersor.cli.funnel import existing
+from tersor.errors import CodecConfigError
+from tersor.families import families
 from tersor.files import whole
 from tersor.planning.calibration import Calibration
 
-out, err = Console(), Console(stderr=True)
+out = Console()
+WIDE = 10_000  # columns where nobody looks: whole names, however long
+FILES = (".npy", ".npz", ".png", ".pt", ".pth", ".bin", ".safetensors", ".gguf", ".json", ".zip", ".jpg", ".jpeg")
+MOST_SEED = 2**63 - 1
 
-Src = Annotated[Path, typer.Argument(help="a transformers model directory, or a .gguf file")]
-Out = Annotated[Path, typer.Argument(metavar="OUT", help="output directory; must not exist")]
-Rate = Annotated[float | None, typer.Option(help="bits per element, everything stored counted")]
-Size = Annotated[str | None, typer.Option(help="size on disk: 5MB, 900kB, 2GB (1 MB = 10^6 bytes)")]
-Method = Annotated[str, typer.Option(help="a family (see `tersor families`)")]
-CodecText = Annotated[str | None, typer.Option("--codec", help="a codec string, such as rot,lm3 or rtn4g64; of a "
-                                               "matrix also a family")]
-AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object")]
-Seed = Annotated[int, typer.Option(help="seed of the encoder's search")]
+Src = Annotated[Path, typer.Argument(metavar="SRC", help="a transformers model directory, or a .gguf file")]
+
+
+def directory(path: Path | None) -> Path | None:
+    """Return the path of a directory to be written, unless it has the name of a file.
+
+    Raises
+    ------
+    CodecConfigError
+        If it has.
+    """
+    if path is not None and path.suffix.lower() in FILES:
+        raise CodecConfigError(f"OUT: expected the name of a new directory, found '{path}'")
+    return path
+
+
+Out = Annotated[Path, typer.Argument(metavar="OUT", callback=directory, help="output directory; must not exist")]
+
+
+def _text(path: Path | None) -> Path | None:
+    return None if path is None else existing(path, "a UTF-8 text file")
+
+
+RATE = "bits per element, everything stored counted"
+SIZE = "size on disk: 5MB, 900kB, 2GiB (1 MB = 10^6 bytes, 1 MiB = 2^20 bytes)"
+Rate = Annotated[float | None, typer.Option(help=RATE)]
+BudgetRate = Annotated[float | None, typer.Option(help=RATE, show_default="3, unless --size is given")]
+Size = Annotated[str | None, typer.Option(help=SIZE)]
+CODEC = "a family (see `tersor families`), or a codec string such as rot,lm3 or rtn4g64"
+Codec = Annotated[str, typer.Option("--codec", help=CODEC, autocompletion=families)]
+Calib = Annotated[Path | None, typer.Option("--calibration", help="file written by `tersor calibrate`")]
+CalibrationText = Annotated[Path | None, typer.Option("--calibration-text", help="text to calibrate on",
+                                                      show_default="packaged", callback=_text)]
+HeldoutText = Annotated[Path | None, typer.Option("--text", help="held-out text to evaluate on",
+                                                  show_default="packaged", callback=_text)]
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object, with exact numbers")]
+Seed = Annotated[int, typer.Option(min=0, max=MOST_SEED, help="seed of the encoder's search")]
 Device = Annotated[str, typer.Option(help="cpu or cuda")]
-OptionTexts = Annotated[list[str] | None, typer.Option("--option", help="encoder option, name=value; repeatable")]
-Sensitivities = Annotated[Path | None, typer.Option(help="JSON: matrix name to weight of its relative distortion")]
+OptionTexts = Annotated[list[str] | None, typer.Option("--option", metavar="NAME=VALUE",
+                                                       help="encoder option; repeatable")]
+Sensitivities = Annotated[Path | None, typer.Option(help="JSON: matrix name to weight of its relative distortion",
+                                                    show_default="from the calibration")]
 Dense = Annotated[list[str] | None, typer.Option(
     "--dense", metavar="PATTERN", help="leave the parameters that this shell pattern matches as they are; repeatable")]
 LeaveOut = Annotated[list[str] | None, typer.Option(
     "--leave-out", metavar="PATTERN", help="leave out tensors that no parameter takes, which are carried along "
     "otherwise; repeatable")]
-Calib = Annotated[Path | None, typer.Option("--calib", help="file written by `tersor calibrate`")]
-CalibrationText = Annotated[Path | None, typer.Option("--calibration", help="calibration text; default: packaged")]
-HeldoutText = Annotated[Path | None, typer.Option("--text", help="held-out text; default: packaged")]
-Tokens = Annotated[int, typer.Option(help="calibration tokens")]
-EvaluationTokens = Annotated[int, typer.Option(help="evaluation tokens; 0: none")]
-Resume = Annotated[bool, typer.Option("--resume/--no-resume")]
-Context = Annotated[int, typer.Option(help="window length in tokens")]
-
-
-def parse_size(text: str) -> int:
-    """Return the bytes of a size such as `5MB`; 1 MB = 10^6 bytes.
-
-    Raises
-    ------
-    BudgetError
-        If it is no size.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMG]?)B?\s*", text)
-    if not match:
-        raise BudgetError(f"size '{text}': expected a number and a unit, such as 5MB, 900kB, 2GB or 123456")
-    return int(float(match[1]) * {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9}[match[2]])
+Tokens = Annotated[int, typer.Option(min=1, help="calibration tokens")]
+EvaluationTokens = Annotated[int, typer.Option(min=0, help="evaluation tokens; 0: none")]
+Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="go on with what a killed run has finished")]
+Context = Annotated[int, typer.Option(min=2, help="window length in tokens")]
 
 
 def parse_options(texts: list[str] | None) -> dict[str, Any]:
@@ -68,32 +88,10 @@ def parse_options(texts: list[str] | None) -> dict[str, Any]:
         if not equals:
             raise CodecConfigError(f"--option '{text}': expected name=value")
         try:
-            options[name] = json.loads(value)
-        except json.JSONDecodeError:
+            options[name] = files.parse_json(value)
+        except ValueError:
             options[name] = value
     return options
-
-
-class Bars:
-    """Progress bars on stderr, one a stage."""
-
-    def __init__(self) -> None:
-        columns = (TextColumn("{task.description:<10}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
-                   TimeElapsedColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=err, disable=not err.is_terminal)
-        self._tasks: dict[str, Any] = {}
-
-    def __enter__(self) -> Callable[[str, int, int], None]:
-        self._progress.start()
-        return self._update
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def _update(self, stage: str, done: int, total: int) -> None:
-        if stage not in self._tasks:
-            self._tasks[stage] = self._progress.add_task(stage, total=total)
-        self._progress.update(self._tasks[stage], completed=done, total=total)
 
 
 def emit(record: dict[str, Any], as_json: bool, title: str) -> None:
@@ -101,11 +99,17 @@ def emit(record: dict[str, Any], as_json: bool, title: str) -> None:
     if as_json:
         typer.echo(json.dumps({key: _finite(value) for key, value in record.items()}, allow_nan=False))
         return
-    table = Table(title=title, show_header=False)
-    for key, value in record.items():
-        if not isinstance(value, (dict, list)):
-            table.add_row(key, f"{value:.6g}" if isinstance(value, float) else str(value))
-    out.print(table)
+    table = Table(title=Text(title), title_justify="left", show_header=False)
+    for label, text in readable(record):
+        table.add_row(label, Text(text))
+    show(table)
+
+
+def show(table: Table) -> None:
+    """Print a table; names are broken where the terminal ends, and never elsewhere."""
+    for column in table.columns:
+        column.overflow = "fold"
+    (out if out.is_terminal else Console(width=WIDE)).print(table)
 
 
 def _finite(value: Any) -> Any:
@@ -137,17 +141,26 @@ def refuse_existing(path: Path) -> None:
         raise FileExistsError(f"{path} exists; remove it or name another output")
 
 
-def open_source(src: Path, output: Path) -> Any:
-    """Return the source model of a command that writes `output`."""
+def open_source(src: Path, output: Path, dense: list[str] | None = None, leave_out: list[str] | None = None) -> Any:
+    """Return the source model of a command that writes `output`; what is staged for it goes when it does."""
     from tersor.hf.compress.work import WorkFolder
     from tersor.hf.models import source
 
-    return source.open_source(src, WorkFolder(output) / "staged")
+    work = WorkFolder(output)
+    found = source.open_source(existing_model(src), work / "staged", dense=dense or (), leave_out=leave_out or ())
+    if found.folder == work / "staged":
+        weakref.finalize(found, work.clear, "staged")
+    return found
+
+
+def existing_model(src: Path) -> Path:
+    """Return a path that exists; see `existing`."""
+    return existing(src, "a transformers model directory or a .gguf file")
 
 
 def read_calibration(path: Path | None) -> Calibration | None:
     """Return the calibration in a file, or None without one."""
-    return None if path is None else Calibration.load(path)
+    return None if path is None else Calibration.load(existing(path, "a file written by 'tersor calibrate'"))
 
 
 def read_json(path: Path) -> Any:
@@ -159,6 +172,6 @@ def read_json(path: Path) -> Any:
         If it is none.
     """
     try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        return files.read_json(existing(path, "a JSON file"))
+    except (IsADirectoryError, ValueError) as error:
         raise CodecConfigError(f"{path}: expected JSON: {error}") from error

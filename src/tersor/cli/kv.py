@@ -8,38 +8,50 @@ from typing import Annotated
 
 import typer
 
-from tersor.cli.base import AsJson, Bars, Device, Seed, Src, emit, open_source
+from tersor.cli.base import (
+    AsJson,
+    CalibrationText,
+    Device,
+    Seed,
+    Src,
+    emit,
+    open_source,
+    read_json,
+)
+from tersor.cli.telling import Bars
 from tersor.errors import CodecConfigError
+from tersor.files import exclusive
 
 
 def read_ladder(path: Path | None, default: tuple[str, ...]) -> tuple[str, ...]:
     """Read a ladder file: a JSON array of codec strings."""
     if path is None:
         return default
-    try:
-        ladder = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CodecConfigError(f"{path}: expected a JSON array of codec strings: {error}") from error
+    ladder = read_json(path)
     if not isinstance(ladder, list) or not ladder or not all(isinstance(spec, str) for spec in ladder):
         raise CodecConfigError(f"{path}: expected a JSON array of codec strings")
     return tuple(ladder)
 
 
+@exclusive("output")
 def kv_plan(src: Src, output: Annotated[Path, typer.Argument(metavar="PLAN", help="kv.json to write or resume")],
             rate: Annotated[float, typer.Option(help="bits per element of the encoded tokens")] = 2.5,
-            text: Annotated[Path | None, typer.Option(help="calibration text; default: packaged")] = None,
-            ladder: Annotated[Path | None, typer.Option(help="JSON array of codec strings to choose from")] = None,
-            context: Annotated[int, typer.Option(help="tokens of a window, 3/4 of them the prompt")] = 1024,
-            windows: Annotated[int, typer.Option(help="windows measured")] = 2,
-            training: Annotated[int, typer.Option(help="further windows, which train tables")] = 8,
-            residual: Annotated[int, typer.Option(help="recent tokens that stay dense")] = 128,
-            sink: Annotated[int, typer.Option(help="first tokens that stay dense")] = 4,
-            block: Annotated[int, typer.Option(help="tokens encoded at a time")] = 64,
+            text: CalibrationText = None,
+            ladder: Annotated[Path | None, typer.Option(help="JSON array of codec strings to choose from",
+                                                      show_default="klt at nine rates")] = None,
+            context: Annotated[int, typer.Option(min=2, help="tokens of a window, 3/4 of them the prompt")] = 1024,
+            windows: Annotated[int, typer.Option(min=1, help="windows measured")] = 2,
+            training: Annotated[int, typer.Option(min=0, help="further windows, which train tables")] = 8,
+            residual: Annotated[int, typer.Option(min=0, help="recent tokens that stay dense")] = 128,
+            sink: Annotated[int, typer.Option(min=0, help="first tokens that stay dense")] = 4,
+            block: Annotated[int, typer.Option(min=1, help="tokens encoded at a time")] = 64,
             seed: Seed = 0, device: Device = "cpu", as_json: AsJson = False) -> None:
-    """Choose codecs for the keys and values of every layer by measured KL, under one rate."""
-    from tersor.hf.kv.plan import LADDER, PlanSettings, plan_cache
+    """Choose codecs for a KV cache by measured KL. Keys and values of every layer have their own."""
+    from tersor.hf.kv.plan import FORMAT, LADDER, PlanSettings, plan_cache
     from tersor.hf.models.text import default_calibration
 
+    if output.exists() and FORMAT not in json.dumps(read_json(output)):
+        raise FileExistsError(f"{output} exists, and is no KV plan; remove it or name another output")
     settings = PlanSettings(read_ladder(ladder, LADDER), context, windows, training, residual, sink, block, seed)
     with Bars() as progress:
         record = plan_cache(open_source(src, output), text or default_calibration(), rate, output, settings,

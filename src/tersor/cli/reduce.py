@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import tempfile
-from pathlib import Path
+import shutil
 from typing import Annotated, Any
 
 import typer
@@ -12,7 +12,6 @@ import typer
 import tersor
 from tersor.cli.base import (
     AsJson,
-    Bars,
     CalibrationText,
     EvaluationTokens,
     HeldoutText,
@@ -23,29 +22,37 @@ from tersor.cli.base import (
     Src,
     Tokens,
     emit,
+    existing_model,
     out,
-    parse_size,
 )
+from tersor.cli.figures import parse_size, size_text
+from tersor.cli.telling import Bars
 from tersor.errors import CodecConfigError, UnknownCodecError
+from tersor.files import exclusive
 
 CONTEST = "rom_auto"
 REDUCTIONS = ("svd", "asvd", "rom_released", "rom", "rom_plus", CONTEST)
 
 
+@exclusive("output")
 def reduce(src: Src, output: Out,
-           keep: Annotated[float | None, typer.Option(help="share of the linears' parameters; default .8")] = None,
+           keep: Annotated[float | None, typer.Option(help="share of the linears' parameters",
+                                                    show_default="0.8, unless --size is given")] = None,
            size: Size = None,
            method: Annotated[str, typer.Option(help=", ".join(REDUCTIONS))] = "rom_plus",
-           allocation: Annotated[str | None, typer.Option(help="uniform, last or water")] = None,
-           storage: Annotated[str | None, typer.Option(help="pair or gauge")] = None,
-           bias: Annotated[bool | None, typer.Option("--bias/--no-bias", help="centred, with a bias")] = None,
-           factor_codec: Annotated[str | None, typer.Option(help="how factors are stored")] = None,
+           allocation: Annotated[str | None, typer.Option(help="uniform, last or water",
+                                                         show_default="the method's")] = None,
+           storage: Annotated[str | None, typer.Option(help="pair or gauge", show_default="the method's")] = None,
+           bias: Annotated[bool | None, typer.Option("--bias/--no-bias", help="centred, with a bias",
+                                                    show_default="the method's")] = None,
+           factor_codec: Annotated[str | None, typer.Option(help="how factors are stored",
+                                                           show_default="the method's")] = None,
            calibration: CalibrationText = None, text: HeldoutText = None, tokens: Tokens = 65536,
-           window: Annotated[int, typer.Option(help="tokens of a calibration window")] = 128,
+           window: Annotated[int, typer.Option(min=2, help="tokens of a calibration window")] = 128,
            evaluation_tokens: EvaluationTokens = 8192,
-           context: Annotated[int, typer.Option(help="tokens of an evaluation window")] = 512,
+           context: Annotated[int, typer.Option(min=2, help="tokens of an evaluation window")] = 512,
            seed: Seed = 0, resume: Resume = True, as_json: AsJson = False) -> None:
-    """Reduce a model's linears to low rank, to a share of their parameters or to a size; then evaluate it."""
+    """Reduce a model's linears to low rank, and evaluate it. To a share of their parameters, or to a size."""
     from tersor.hf.models.evaluate import evaluate
     from tersor.hf.models.source import open_source
     from tersor.hf.models.text import default_heldout, read_ids
@@ -54,13 +61,14 @@ def reduce(src: Src, output: Out,
 
     changes = {"allocation": allocation, "storage": storage, "factor_codec": factor_codec, "bias": bias}
     given = {name: value for name, value in changes.items() if value is not None}
-    _check(method, window)
+    existing_model(src)
+    _check(method)
     nbytes, heldout = None if size is None else parse_size(size), text or default_heldout()
     reading = Reading(calibration, max(1, tokens // window), window, seed, resume)
-    beside = output.resolve().parent
-    beside.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=beside) as staging, Bars() as progress:
-        source = open_source(src, Path(staging) / "staged")
+    staging = output.resolve().with_name(f".{output.name}.staged")  # apart from the reduction's own, which goes first
+    with contextlib.ExitStack() as ending, Bars() as progress:
+        ending.callback(shutil.rmtree, staging, ignore_errors=True)
+        source = open_source(src, staging)
         if evaluation_tokens:
             read_ids(source, heldout, context, evaluation_tokens)  # refused before the work, not after it
         if method == CONTEST:
@@ -79,15 +87,13 @@ def reduce(src: Src, output: Out,
     emit(report, as_json, f"{src} → {output}")
 
 
-def _check(method: str, window: int) -> None:
-    """Raise a typed error unless the method is a reduction and windows have at least two tokens."""
+def _check(method: str) -> None:
+    """Raise a typed error unless the method is a reduction."""
     if method in tersor.families():
-        raise CodecConfigError(f"'{method}' is a family of codecs, not a reduction: tersor compress SRC OUT --method "
+        raise CodecConfigError(f"'{method}' is a family of codecs, not a reduction: tersor compress SRC OUT --codec "
                                f"{method}")
     if method not in REDUCTIONS:
         raise UnknownCodecError(method, REDUCTIONS, "reduction")
-    if window < 2:
-        raise CodecConfigError(f"--window: expected at least 2 tokens, found {window}")
 
 
 def _recipe(preset: str, changes: dict[str, Any]) -> Any:
@@ -103,5 +109,5 @@ def _tell(contest: dict[str, Any], *, as_json: bool) -> None:
     if not contest or as_json:
         return
     for name, line in sorted(contest.items(), key=lambda item: item[1].get("kl", float("inf"))):
-        out.print(f"{name:<24} " + (f"KL {line['kl']:.5f} in {line['bytes']} bytes" if "kl" in line
+        out.print(f"{name:<24} " + (f"KL {line['kl']:.4g} in {size_text(line['bytes'])}" if "kl" in line
                                     else f"refused: {line['refused']}"))

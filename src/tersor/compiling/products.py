@@ -144,12 +144,14 @@ def _kind(product: fx.Node, module: fx.GraphModule) -> Hashable:
         return None
     if any(isinstance(values[name], fx.Node) for name in ("bits", "form", "rotation")):  # known at each run only
         return None
+    if made.requires_grad:  # the joined call has no gradient
+        return None
     if scales.shape[1] != 1 or not isinstance(made.shape[-1], int):  # a scale a row, of so many rows as no run changes
         return None
     if not all(isinstance(count, int) and count == 1 for count in made.shape[:-1]):  # one vector in every run
         return None
     return (values["x"], _identity(values["table"], module), values["bits"], values["form"], values["rotation"],
-            codes.device, scales.dtype, made.requires_grad)
+            codes.device, scales.dtype)
 
 
 def _identity(node: fx.Node, module: fx.GraphModule) -> Hashable:

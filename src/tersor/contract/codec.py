@@ -9,20 +9,26 @@ from __future__ import annotations
 import abc
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from tersor.contract.checks import HUGE, check_hessian, check_matrix, check_tensor
+from tersor.contract.checks import HUGE, SMALL, check_hessian, check_matrix, check_tensor, may_overflow
 from tersor.contract.coordinates import Coordinates
 from tersor.contract.derived import Derived
+from tersor.contract.gradient import product, recorded
+from tersor.contract.operator import Operator, as_tensor, like
 from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
-from tersor.numerics.linalg import single_thread
+from tersor.numerics.kmeans import exponent_of, times_power
+from tersor.numerics.settings import pinned, steadily
 from tersor.payload.blocks import Rows, Shape, Tables, row_blocks
 from tersor.payload.layout import Layout
+
+LOST = 2.0**-10  # of the norm, and of the error: what tiny numbers may lose more than larger ones do
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -149,6 +155,14 @@ class Codec(Derived, abc.ABC):
             out[..., block] = (wide @ self.decode_rows(encoded, block).T).to(x.dtype)
         return out
 
+    def matmul_transposed(self, encoded: Encoded, y: Tensor) -> Tensor:
+        """Return `y @ decode()` for `y` (*batch, out), in its dtype: the gradient of `matmul`; as it, by blocks."""
+        wide = y.to(torch.float32)
+        total = torch.zeros(*y.shape[:-1], encoded.shape[1], dtype=torch.float32, device=y.device)
+        for block in row_blocks(encoded.shape):
+            total += wide[..., block] @ self.decode_rows(encoded, block)
+        return total.to(y.dtype)
+
     def coordinates(self, encoded: Encoded) -> Coordinates:
         """Return the coordinates in which attention meets the rows; by default the decoded rows."""
         return Coordinates(encoded)
@@ -165,7 +179,20 @@ class Codec(Derived, abc.ABC):
                                "use rtn, lm, sym or pq, plain, summed, or rotated on the input side")
 
     def train(self, samples: Iterable[Tensor], *, seed: int = 0) -> Tables:
-        """Train the tables of `layout` that are marked shared, from sample matrices; empty where there are none."""
+        """Train the tables of `layout` that are marked shared, from sample matrices; empty where there are none.
+
+        Raises
+        ------
+        NonFiniteError
+            If a sample that is looked at holds NaN, infinity or numbers beyond float32.
+        CodecConfigError
+            If samples do not fit.
+        """
+        with pinned():
+            return self.learn((_checked(sample) for sample in samples), seed=seed)
+
+    def learn(self, samples: Iterable[Tensor], *, seed: int = 0) -> Tables:
+        """Train on checked samples; called by `train`, which users call."""
         del samples, seed
         return MappingProxyType({})
 
@@ -206,20 +233,44 @@ class Codec(Derived, abc.ABC):
         if unknown:
             known = ", ".join(sorted(self.option_names())) or "none"
             raise CodecConfigError(f"codec '{self.spec()}' has no encoder option {sorted(unknown)}; known: {known}")
-        with single_thread(), torch.no_grad():
-            encoded = self.search(matrix, Search(hessian, seed, dict(options or {}), dict(tables or {})))
-            peak = max(float(matrix.max()), -float(matrix.min()))
-            if peak > HUGE and not bool(torch.isfinite(encoded.decode()).all()):
-                raise NonFiniteError(f"the matrix holds magnitudes up to {peak:.3g}, with which codec '{self.spec()}' "
-                                     "overflows float32; scale the matrix down before encoding")
-            return encoded
+        how = Search(hessian, seed, dict(options or {}), dict(tables or {}))
+        return steadily(lambda: self._searched(matrix.detach(), how))
+
+    def _searched(self, matrix: Tensor, how: Search) -> Encoded:
+        """Encode; very large and very small numbers only if they decode as others would."""
+        encoded = self.search(matrix, how)
+        peak = max(float(matrix.max()), -float(matrix.min()))
+        if (peak > HUGE or may_overflow(how.tables.values())) and not encoded.is_finite():
+            raise NonFiniteError(f"the matrix or the shared tables hold magnitudes up to {peak:.3g} or more, with "
+                                 f"which codec '{self.spec()}' overflows float32; scale the matrix down first")
+        if 0 < peak < SMALL:
+            self._check_small(matrix, encoded, how)
+        return encoded
+
+    def _check_small(self, matrix: Tensor, encoded: Encoded, how: Search) -> None:
+        """Raise unless tiny numbers err as they would if they were larger: below 2**-126 digits get lost."""
+        power = -exponent_of(matrix)
+        unit = times_power(matrix.to(torch.float64), power)
+        like = self.search(unit.to(torch.promote_types(matrix.dtype, torch.float32)), how)
+        size = float(unit.norm())
+        found, least = (float((one.decode().to(torch.float64) * 2.0**k - unit).norm()) / size
+                        for one, k in ((encoded, power), (like, 0)))
+        if not found <= (1 + LOST) * least + LOST:
+            raise NonFiniteError(f"the matrix holds magnitudes up to {float(matrix.abs().max()):.3g}, of which codec "
+                                 f"'{self.spec()}' loses digits: a relative error of {found:.2g} instead of "
+                                 f"{least:.2g}; scale the matrix up before encoding")
 
     def __str__(self) -> str:
         return self.spec()
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Encoded:
+def _checked(sample: Tensor) -> Tensor:
+    check_matrix(sample, "sample")
+    return sample.detach()
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Encoded(Operator):
     """A compressed matrix: a linear operator made of a codec and its payload.
 
     Parameters
@@ -229,36 +280,64 @@ class Encoded:
         (out, in).
     tensors : mapping of str to Tensor
         The payload, exactly what `codec.layout(shape)` declares.
+    dtype : torch.dtype
+        Of decoded rows. `tersor.compress` and `tersor.load` set that of the original; codecs compute in float32.
+    numpy : bool
+        Whether decoding returns NumPy arrays. `tersor.compress` sets it where the matrix was one; it is not stored.
     """
 
     codec: Codec
     shape: Shape
     tensors: Mapping[str, Tensor]
+    dtype: torch.dtype = torch.float32
+    numpy: bool = False
 
     def decode(self) -> Tensor:
-        """Return the matrix, float32 (out, in)."""
-        return self.codec.decode(self)
+        """Return the matrix (out, in), in `dtype`: a tensor, or an array where `numpy` is set.
+
+        Raises
+        ------
+        NoMemoryError
+            If it takes more memory than there is; names the bytes.
+        """
+        self.check_room(self.shape[0])
+        return self.as_given(_steady(lambda: self.codec.decode(self)))
 
     def decode_rows(self, start: int, stop: int) -> Tensor:
-        """Return rows `start` to `stop`, float32 (stop - start, in)."""
+        """Return rows `start` to `stop`, (stop - start, in), as `decode` returns them."""
+        if not (isinstance(start, int) and isinstance(stop, int)):
+            raise CodecConfigError(f"rows are named by whole numbers, found {start!r} and {stop!r}")
         if not 0 <= start <= stop <= self.shape[0]:
             raise CodecConfigError(f"rows {start} to {stop} do not lie within the {self.shape[0]} rows of the matrix")
-        return self.codec.decode_rows(self, slice(start, stop))
+        self.check_room(stop - start)
+        return self.as_given(_steady(lambda: self.codec.decode_rows(self, slice(start, stop))))
 
-    def gather(self, index: Tensor) -> Tensor:
-        """Return the rows named by the int64 tensor `index` (any shape): float32 (*index.shape, in)."""
+    def gather(self, index: Tensor | np.ndarray) -> Any:
+        """Return the rows named by integers `index` (any shape): (*index.shape, in), in `dtype`.
+
+        An array of NumPy gives one, and a tensor a tensor.
+        """
+        given, index = index, as_tensor(index, "index")
+        if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+            raise CodecConfigError(f"gather needs integers, found {index.dtype}")
         flat = index.reshape(-1).to(torch.int64)
         checked = not (index.is_cuda or torch.compiler.is_compiling())  # a check would wait for the device
         if checked and flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < self.shape[0]:
             raise CodecConfigError(f"rows {int(flat.min())}..{int(flat.max())} do not lie within the {self.shape[0]} "
                                    "rows of the matrix")
-        return self.codec.decode_rows(self, flat).reshape(*index.shape, self.shape[1])
+        found = _steady(lambda: self.codec.decode_rows(self, flat)).to(self.dtype)
+        return like(given, found.reshape(*index.shape, self.shape[1]))
 
-    def matmul(self, x: Tensor) -> Tensor:
-        """Return `x @ decode().T`: (*batch, in) to (*batch, out), in the dtype of `x`."""
-        if x.shape[-1] != self.shape[1]:
-            raise CodecConfigError(f"matmul needs x of shape (..., {self.shape[1]}), found {tuple(x.shape)}")
-        return self.codec.matmul(self, x)
+    def matmul(self, x: Tensor | np.ndarray) -> Any:
+        """Return `x @ decode().T`: (*batch, in) to (*batch, out), in the dtype of `x`; an array gives an array.
+
+        Differentiable in `x`.
+        """
+        given, x = x, as_tensor(x, "x")
+        if not x.ndim or x.shape[-1] != self.shape[1] or not x.is_floating_point():
+            raise CodecConfigError(f"matmul needs floats x of shape (..., {self.shape[1]}), found {x.dtype} "
+                                   f"{tuple(x.shape)}")
+        return like(given, product(self, x) if recorded(x) else self.codec.matmul(self, x))
 
     @property
     def nbytes(self) -> int:
@@ -277,12 +356,13 @@ class Encoded:
                                       if k.startswith(prefix)})
 
     def check(self, name: str = "matrix") -> Encoded:
-        """Check the payload against the layout, and its floats for NaN and infinity; return self.
+        """Check the payload against the layout, its floats and what they decode to for NaN and infinity; return self.
 
         Raises
         ------
         CorruptStoreError
-            If a tensor is missing, extra, misshapen, of another dtype or not finite; names it.
+            If a tensor is missing, extra, misshapen, of another dtype or not finite, names it; or if numbers are so
+            large that they decode to infinity or NaN.
         """
         layout = self.codec.layout(self.shape)
         if set(layout) != set(self.tensors):
@@ -290,4 +370,12 @@ class Encoded:
                                     f"{sorted(self.tensors)}; the payload and the manifest do not belong together")
         for key, spec in layout.items():
             check_tensor(f"{name}/{key}", self.tensors[key], spec)
+        if may_overflow(self.tensors.values()) and not self.is_finite():
+            raise CorruptStoreError(f"{name}: codec '{self.codec}' decodes it to NaN or infinity, from numbers that "
+                                    "are finite but too large; the file is damaged or was forged")
         return self
+
+
+def _steady(decode: Callable[[], Tensor]) -> Tensor:
+    """Decode at torch's default precision; what `torch.compile` traces is left as it is."""
+    return decode() if torch.compiler.is_compiling() else steadily(decode, threads=False, gradients=True)

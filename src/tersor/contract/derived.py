@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tersor.payload.blocks import Shape
@@ -46,12 +46,24 @@ class Derived:
         """Return bits per element, everything stored counted."""
         return 8.0 * self.nbytes(shape) / max(1, shape[0] * shape[1])
 
+    def package_tables(self) -> Mapping[str, int]:
+        """Return the tables that decoding may need and that come with the package: their bytes by name, at most.
+
+        No file holds them, so no budget counts them. By default those of nested codecs.
+        """
+        return {name: size for child in self.children().values() for name, size in child.package_tables().items()}
+
     def to_config(self) -> dict[str, Any]:
         """Return the JSON-able configuration; `registry.from_config` is the inverse."""
         return {"id": self.id, "version": self.version, **{k: _plain(v) for k, v in self._fields().items()}}
 
     def _fields(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+
+def package_nbytes(codecs: Iterable[Derived]) -> int:
+    """Return the bytes of the package's tables that decoding by some codecs may need, each table once."""
+    return sum({name: size for codec in codecs for name, size in codec.package_tables().items()}.values())
 
 
 def _plain(value: Any) -> Any:

@@ -7,13 +7,11 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from tersor.contract.codec import Codec, Encoded, Search
 from tersor.contract.nesting import nest, nest_tensors
 from tersor.errors import CodecConfigError
-from tersor.numerics.linalg import single_thread
 from tersor.payload.blocks import Rows, Shape, Tables, row_blocks, shape_of
 from tersor.payload.layout import Layout
 
@@ -55,11 +53,10 @@ class Wrapped(Codec):
         """Return `own` and the inner codec's layout under `inner/`."""
         return {**self.own(shape), **nest("inner", self.inner.layout(shape))}
 
-    def train(self, samples: Iterable[Tensor], *, seed: int = 0) -> Tables:
+    def learn(self, samples: Iterable[Tensor], *, seed: int = 0) -> Tables:
         """Train the inner codec on changed samples."""
-        with single_thread(), torch.no_grad():
-            changed = (self.change(sample, Search(seed=seed))[0] for sample in samples)
-            return nest_tensors("inner", self.inner.train(changed, seed=seed))
+        changed = (self.change(sample, Search(seed=seed))[0] for sample in samples)
+        return nest_tensors("inner", self.inner.train(changed, seed=seed))
 
     def search(self, matrix: Tensor, how: Search) -> Encoded:
         """Change the matrix, then encode it with the inner codec."""

@@ -26,7 +26,7 @@ from tersor.codecs.low_rank.published import SKETCH, generator_of
 from tersor.codecs.low_rank.widths import MOST, allocate_both, errors_of
 from tersor.contract.codec import Codec
 from tersor.families.ladder import Budgeted, most, too_few
-from tersor.numerics.linalg import single_thread
+from tersor.numerics.settings import pinned
 from tersor.payload.blocks import Shape
 
 WIDTHS = (1.6, 2.1, 2.8, 3.8, 6.0)  # mean bits of a component's numbers; between them the error hardly changes
@@ -145,7 +145,7 @@ def most_promising(matrix: Tensor, choices: Sequence[Codec], hessian: Tensor | N
     found = [(codec, low) for codec in choices if (low := _allocated(codec)) is not None]
     if len(found) < 2:
         return choices
-    with single_thread(), torch.no_grad():
+    with pinned():
         target = Weighted.of(matrix, hessian, DAMPING)
         rank = max(low.rank for _, low in found)
         values = target.spectrum(rank, OVERSAMPLE, POWER_ITERATIONS, generator_of(seed, SKETCH))[2]

@@ -13,7 +13,8 @@ from tersor import store
 from tersor.contract.codec import Encoded
 from tersor.images.header import OFFSETS, RECORD, Header
 from tersor.images.png import Image
-from tersor.store.manifest import Entry
+from tersor.numerics.memory import check_memory
+from tersor.store.manifest import Entry, predict_nbytes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,8 +39,20 @@ class EncodedImage:
         plain = Entry(OFFSETS, (self.header.channels,), "int32")
         return [plain, *(Entry(name, e.shape, "float32", e.codec) for name, e in self.matrices.items())]
 
+    def predicted_nbytes(self) -> int:
+        """Return the bytes that `save` will write, at most; some ten fewer a tensor are usual."""
+        return predict_nbytes(self.entries(), "matrices", {RECORD: self.header.to_json()}, ())
+
     def image(self) -> Image:
-        """Return the image, rounded and clipped to its depth."""
+        """Return the image, rounded and clipped to its depth.
+
+        Raises
+        ------
+        NoMemoryError
+            If it takes more memory than there is; names the bytes.
+        """
+        check_memory(10 * self.header.samples, f"an image of {self.header.width} x {self.header.height} pixels",
+                     "decode it where there is more")  # two float32 copies of its matrices, and the samples
         header, peak = self.header, 2**self.header.bits - 1
         out = np.empty((header.height, header.width, header.channels), np.uint8 if header.bits <= 8 else np.uint16)
         out[:] = np.clip(self.offsets.numpy(), 0, peak)

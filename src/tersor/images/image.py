@@ -15,26 +15,25 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from tersor import api, store
-from tersor.contract.codec import Codec, Encoded
+from tersor import store
+from tersor.contract.codec import Codec
 from tersor.errors import BudgetError, CodecConfigError, CorruptStoreError
-from tersor.families import candidates, families
+from tersor.families import families
+from tersor.images.budget import meet
 from tersor.images.encoded import EncodedImage
 from tersor.images.header import LAYOUTS, OFFSETS, RECORD, Header
 from tersor.images.png import Image, ImageError, from_array, read, to_png
-from tersor.registry import parse
-from tersor.store.manifest import Entry, predict_nbytes
 
 DEFAULT = "lplr_plus"  # on patches; docs/images.md compares the families
 DEFAULT_RATE = 2.0
+MOST_RATE = 1e6  # of a budget; more than the manifest of an image of one pixel takes
 SHOWN = 1024  # most pixels a side of a picture in the report
 
 
@@ -60,6 +59,11 @@ def encode(source: str | Path | np.ndarray | Image, rate: float | None = None, c
     **encoder
         Encoder options.
 
+    Warns
+    -----
+    UserWarning
+        If the PNG itself takes no more bytes, as of few colours or bits it often does.
+
     Raises
     ------
     ImageError
@@ -73,10 +77,7 @@ def encode(source: str | Path | np.ndarray | Image, rate: float | None = None, c
         source)
     if channels not in LAYOUTS:
         raise CodecConfigError(f"channels: expected one of {', '.join(LAYOUTS)}, found {channels!r}")
-    if rate is not None and size is not None:
-        raise BudgetError("give a rate or a size, not both")
-    if rate is not None and not (math.isfinite(rate) and rate > 0):
-        raise BudgetError(f"rate must be a positive number of bits per sample, found {rate!r}")
+    _check_budget(rate, size)
     if rate is None and size is None and codec in families():
         rate = DEFAULT_RATE
     samples = image.samples
@@ -86,51 +87,31 @@ def encode(source: str | Path | np.ndarray | Image, rate: float | None = None, c
     split = header.split(samples[:, :, list(coded)].astype(np.float32) - offsets[list(coded)].astype(np.float32))
     blank = EncodedImage(header, torch.from_numpy(offsets), {})
     budget = size if rate is None else math.floor(rate * header.samples / 8)
-    matrices = _encode({name: torch.from_numpy(m) for name, m in split.items()}, blank, budget, codec, seed, encoder)
-    return dataclasses.replace(blank, matrices=matrices)
+    matrices = meet({name: torch.from_numpy(m) for name, m in split.items()}, blank, budget, codec, seed, encoder)
+    encoded = dataclasses.replace(blank, matrices=matrices)
+    told = remark(image, encoded.predicted_nbytes())
+    if told:
+        warnings.warn(told, stacklevel=2)
+    return encoded
 
 
-def _encode(matrices: Mapping[str, Tensor], blank: EncodedImage, budget: int | None, codec: str | Codec, seed: int,
-            encoder: Mapping[str, Any]) -> dict[str, Encoded]:
-    """Encode the matrices such that the store takes at most `budget` bytes."""
-    if isinstance(codec, Codec) or codec not in families():
-        chosen = parse(codec) if isinstance(codec, str) else codec
-        least = _stored(blank, dict.fromkeys(blank.header.shapes(), chosen))
-        if budget is not None and least > budget:
-            raise BudgetError(f"image: codec '{chosen}' takes {least} bytes with headers and manifest, above the "
-                              f"budget of {budget}; raise it or name a family", least)
-        return {name: api.compress(m, None, chosen, seed, **encoder) for name, m in matrices.items()}
-    assert budget is not None
-    total, elements = budget, sum(m.numel() for m in matrices.values())
-    shares: dict[str, int] = {}
-    for _ in range(4):  # how long the manifest is depends on the codecs, and they on what it leaves
-        shares = {name: total * m.numel() // elements for name, m in matrices.items()}
-        overhead = _overhead(blank, codec, shares, budget)
-        if total + overhead <= budget:
-            break
-        total = budget - overhead
-    return {name: api.compress(m, 8.0 * shares[name] / m.numel(), codec, seed, **encoder)
-            for name, m in matrices.items()}
+def _check_budget(rate: float | None, size: int | None) -> None:
+    """Raise `BudgetError` unless a rate, a size or neither is given, and it is one."""
+    if rate is not None and size is not None:
+        raise BudgetError(f"image: expected a rate or a size, not both; found {rate} bits per sample and {size} bytes")
+    if rate is not None and not (isinstance(rate, (int, float)) and 0 < rate <= MOST_RATE):
+        raise BudgetError(f"rate must be a positive number of bits per sample, at most {MOST_RATE:g}, found {rate!r}")
+    if size is not None and (not isinstance(size, int) or size < 1):
+        raise BudgetError(f"size must be a positive number of bytes, found {size!r}")
 
 
-def _overhead(blank: EncodedImage, family: str, shares: Mapping[str, int], budget: int) -> int:
-    """Return the bytes of a store beside the payload of matrices, at most, with codecs of a family at these budgets."""
-    bare = total = _stored(blank, {})
-    for name, shape in blank.header.shapes().items():
-        try:
-            found = candidates(family, shape, shares[name])
-        except BudgetError as error:
-            raise BudgetError(f"image: of {budget} bytes {bare} or more are headers and manifest, and the rest is too "
-                              f"little: {error}", error.least_bytes) from error
-        total += max(_stored(blank, {name: codec}) - bare - codec.nbytes(shape) for codec in found)
-    return total
-
-
-def _stored(blank: EncodedImage, chosen: Mapping[str, Codec]) -> int:
-    """Return the bytes of a store with some matrices so encoded, at most."""
-    shapes = blank.header.shapes()
-    entries = [*blank.entries(), *(Entry(name, shapes[name], "float32", codec) for name, codec in chosen.items())]
-    return predict_nbytes(entries, "matrices", {RECORD: blank.header.to_json()}, ())
+def remark(image: Image, nbytes: int) -> str:
+    """Return what to say where the PNG that an image was read from is no larger than so many bytes; else nothing."""
+    if image.png_bytes is None or nbytes < image.png_bytes:
+        return ""
+    kind = image.converted.split(" became ")[0] or f"{image.bits} {'bit' if image.bits == 1 else 'bits'} a sample"
+    return (f"this picture ({kind}) takes {image.png_bytes} bytes as PNG, which loses nothing, and {nbytes} encoded: "
+            f"keep the PNG, or ask for a size below {image.png_bytes}")
 
 
 def is_image(opened: store.Store) -> bool:

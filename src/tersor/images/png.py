@@ -40,11 +40,14 @@ class Image:
         1, 2, 4, 8 or 16 bits a sample; fewer than 8 only for gray.
     converted : str
         What reading changed, in words; empty if nothing.
+    png_bytes : int or None
+        Bytes of the file that it was read from.
     """
 
     samples: np.ndarray
     bits: int
     converted: str = ""
+    png_bytes: int | None = None
 
     @property
     def mode(self) -> str:
@@ -75,11 +78,13 @@ def read(path: str | Path) -> Image:
     Raises
     ------
     ImageError
-        If it is no PNG, damaged, cut short, animated, larger than `MOST_SAMPLES`, or pypng is not installed.
-    OSError
-        If it cannot be read.
+        If it is missing, no PNG, damaged, cut short, animated, larger than `MOST_SAMPLES`, or pypng is not installed.
     """
-    png, data = _pypng(), Path(path).read_bytes()
+    png = _pypng()
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ImageError(f"{path}: expected a PNG, which cannot be read: {error.strerror or error}") from error
     if not data.startswith(SIGNATURE):
         kind = "an empty file" if not data else next((f"{name} data" for magic, name in KINDS.items()
                                                       if data.startswith(magic)), "something else")
@@ -92,7 +97,8 @@ def read(path: str | Path) -> Image:
         samples = np.empty((height, width * info["planes"]), dtype)
         for place, row in enumerate(rows):
             samples[place] = np.frombuffer(row, dtype)
-        return _direct(samples.reshape(height, width, -1), info, path)
+        direct = _direct(samples.reshape(height, width, -1), info, path)
+        return dataclasses.replace(direct, png_bytes=len(data))
     except (png.Error, EOFError, zlib.error, struct.error, UnicodeDecodeError) as error:
         raise ImageError(f"{path}: a damaged or truncated PNG: {error or type(error).__name__}") from error
 

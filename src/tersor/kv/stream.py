@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tersor.contract.checks import may_overflow
 from tersor.contract.codec import Codec, Encoded
 from tersor.contract.coordinates import Coordinates
 from tersor.errors import CodecConfigError, CorruptStoreError
+from tersor.kv.saved import check
+from tersor.numerics.memory import check_memory
 from tersor.payload import packing
 from tersor.payload.blocks import Shape, Tables
 from tersor.payload.layout import Layout, TensorSpec
-from tersor.registry import from_config
 
 CHUNK_ELEMENTS = 1 << 18  # dense numbers that `scores` and `mix` decode at a time: 1 MiB, which caches hold
 SLACK = 8  # a full stream grows by an eighth of its blocks
@@ -115,6 +117,8 @@ class TokenStream:
     def decode(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Return tokens `start` to `stop`, float32 (batch, heads, stop - start, dim)."""
         start, stop = self._range(start, stop)
+        check_memory(4 * self.batch * self.heads * (stop - start) * self.dim, f"kv: decoding {stop - start} tokens",
+                     "decode fewer at a time")
         out = torch.empty(self.batch, self.heads, stop - start, self.dim, dtype=torch.float32, device=self._device)
         for low, high, first, last in self._chunked(start, stop):
             blocks = self._blockwise(low, high, coordinates=False)
@@ -224,29 +228,27 @@ class TokenStream:
         CorruptStoreError
             If the tensors are not those that the configuration declares.
         """
-        tables = {name.removeprefix("tables/"): t for name, t in tensors.items() if name.startswith("tables/")}
-        stream = cls(from_config(meta["codec"]), meta["block"], tables=tables, seed=meta["seed"],
-                     options=meta["options"])
-        stream.batch, stream.heads, stream.dim = meta["batch"], meta["heads"], meta["dim"]
-        stream._blocks = meta["blocks"]
+        saved = check(tensors, meta)
+        counts = saved.counts
+        stream = cls(saved.codec, counts["block"], tables=saved.tables, seed=counts["seed"], options=saved.options)
+        stream.batch, stream.heads, stream.dim = counts["batch"], counts["heads"], counts["dim"]
+        stream._blocks = counts["blocks"]
         if not stream._blocks:
             return stream
-        layout = stream.codec.layout(stream._unit)
-        stream._tables = {name: tables[name] for name, spec in layout.items() if spec.shared and name in tables}
-        stream._check_held({name: spec for name, spec in layout.items() if spec.shared})
-        if stream._stackable():
-            stream._payload = {name: tensors[f"blocks/{name}"] for name, spec in layout.items()
-                               if not spec.shared and f"blocks/{name}" in tensors}
+        stream._tables = {name: saved.tables[name] for name, spec in saved.layout.items() if spec.shared}
+        if stream._stackable() != saved.stacked:
+            raise CorruptStoreError(f"kv: blocks of codec '{saved.codec}' do not lie as this codec has them")
+        own = [name for name, spec in saved.layout.items() if not spec.shared]
+        if saved.stacked:
+            stream._payload = {name: saved.own[f"blocks/{name}"] for name in own}
         else:
-            own = [name for name, spec in layout.items() if not spec.shared]
             stream._single = [[Encoded(stream.codec, stream._unit, {
-                **stream._tables, **{name: tensors[f"block{number}/{sequence}/{name}"] for name in own
-                                     if f"block{number}/{sequence}/{name}" in tensors}})
+                **stream._tables, **{name: saved.own[f"block{number}/{sequence}/{name}"] for name in own}})
                 for sequence in range(stream.batch)] for number in range(stream._blocks)]
             for number, row in enumerate(stream._single):
                 for one in row:
                     one.check(f"kv block {number}")
-        stream._check_held(layout)
+        stream._check_finite()
         return stream
 
     @property
@@ -357,23 +359,17 @@ class TokenStream:
                  for _ in range(2)]
         both = {name: torch.cat([one[name] for one in alone]) for name in alone[0]}
         rows, dim = self._unit
+        check_memory(16 * rows * dim, f"kv: a block of shape {self._unit}", "use smaller blocks")
         found = Encoded(self.codec, (2 * rows, dim), {**both, **tables}).decode()
         wanted = torch.cat([Encoded(self.codec, self._unit, {**one, **tables}).decode() for one in alone])
         return float((found - wanted).norm()) <= PROBE * float(wanted.norm())
 
-    def _check_held(self, layout: Layout) -> None:
-        """Raise `CorruptStoreError` unless the tensors held side by side are those declared."""
-        for name, spec in layout.items():
-            if self._single is not None and not spec.shared:
-                continue
-            held = self._tables.get(name) if spec.shared else self._payload.get(name)
-            shape = spec.stored_shape if spec.shared else (self._blocks, self.batch, *spec.stored_shape)
-            if held is None or tuple(held.shape) != shape or held.dtype != spec.dtype:
-                found = "nothing" if held is None else f"{held.dtype} {tuple(held.shape)}"
-                raise CorruptStoreError(f"kv: '{name}' of codec '{self.codec}' must be {spec.dtype} {shape}, found "
-                                        f"{found}")
-            if held.is_floating_point() and not bool(torch.isfinite(held.to(torch.float32)).all()):
-                raise CorruptStoreError(f"kv: '{name}' of codec '{self.codec}' holds NaN or infinity")
+    def _check_finite(self) -> None:
+        """Raise `CorruptStoreError` if numbers side by side are so large that they decode to infinity or NaN."""
+        if may_overflow([*self._tables.values(), *self._payload.values()]) and not all(
+                bool(torch.isfinite(self.decode(start, stop)).all()) for start, stop in self.chunks()):
+            raise CorruptStoreError(f"kv: blocks of codec '{self.codec}' decode to NaN or infinity, from numbers that "
+                                    "are finite but too large; the file is damaged or was forged")
 
 
 def _times(spec: TensorSpec, count: int) -> TensorSpec:

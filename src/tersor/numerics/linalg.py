@@ -1,10 +1,8 @@
-"""Numerical pieces shared by codecs: thread control, Hadamard matrices, orthonormal DCT, damped Cholesky."""
+"""Numerical pieces shared by codecs: Hadamard matrices, orthonormal DCT, damped Cholesky."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from functools import cache, lru_cache
 
 import numpy as np
@@ -13,21 +11,6 @@ from torch import Tensor
 
 from tersor.errors import CodecConfigError
 from tersor.numerics import rng
-
-
-@contextlib.contextmanager
-def single_thread() -> Iterator[None]:
-    """Run torch on one thread, then restore the setting.
-
-    Sums and factorizations differ in the last bits with the thread count, and an encoder turns last bits into codes:
-    the same seed gives the same bytes only if the order of operations is fixed.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def sylvester(order: int) -> np.ndarray:

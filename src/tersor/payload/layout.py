@@ -28,12 +28,15 @@ class TensorSpec:
         Set: the tensor holds codes in `[0, levels)`, packed into a 1-D uint8 tensor.
     shared : bool
         A table trained once and shared by many matrices; a store keeps and counts it once.
+    ones : int or None
+        Set, with two levels: the tensor is a mask that marks so many.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.uint8
     levels: int | None = None
     shared: bool = False
+    ones: int | None = None
 
     def __post_init__(self) -> None:
         if self.levels is not None and not 2 <= self.levels <= MAX_LEVELS:

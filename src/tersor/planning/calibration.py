@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
-from tersor.errors import CorruptStoreError, NonFiniteError
-from tersor.files import save_tensors
+from tersor.errors import CorruptStoreError, NonFiniteError, NotAStoreError
+from tersor.files import load_sealed, save_sealed, seal_of
 
 _CHECK = 1e-3  # largest relative gap tolerated between the float32 trace and a float64 sum of squares
 
@@ -31,6 +31,17 @@ class MomentSum:
         self._sum.addmm_(wide.T, wide)
         self._squares += float(wide.to(torch.float64).square().sum())
         self.count += x.shape[0]
+
+    def parts(self) -> tuple[Tensor, int, float]:
+        """Return all there is to it, for `of`: the sum, the number of vectors, the sum of squares."""
+        return self._sum, self.count, self._squares
+
+    @classmethod
+    def of(cls, sums: Tensor, count: int, squares: float) -> MomentSum:
+        """Return what `parts` were taken from."""
+        moments = cls(0, sums.device)
+        moments._sum, moments.count, moments._squares = sums, count, squares
+        return moments
 
     def mean(self, name: str) -> Tensor:
         """Return `E[x xᵀ]`, float32 (width, width), exactly symmetric.
@@ -61,15 +72,18 @@ class Calibration:
         Where the text came from, and its SHA-256.
     fisher : mapping of str to float
         Trace of the Fisher information of each matrix, a token; empty where it was not measured.
+    sha256 : str
+        Of all of it, where it was read from a file: what was made with one calibration is never mixed with another's.
     """
 
     hessians: Mapping[str, Tensor]
     tokens: int
     source: str
     fisher: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    sha256: str = ""
 
     def save(self, path: Path) -> None:
-        """Write to a safetensors file; shared moments once; atomic."""
+        """Write to a safetensors file with a digest of all of it; shared moments once; atomic."""
         unique: dict[int, str] = {}
         names: dict[str, str] = {}
         tensors: dict[str, Tensor] = {}
@@ -78,8 +92,7 @@ class Calibration:
             names[name] = key
             tensors[key] = hessian.contiguous()
         record = {"names": names, "tokens": self.tokens, "source": self.source, "fisher": dict(self.fisher)}
-        meta = {"tersor": json.dumps(record)}
-        save_tensors(tensors, path, meta)
+        save_sealed(tensors, path, record)
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
@@ -87,20 +100,51 @@ class Calibration:
 
         Raises
         ------
+        NotAStoreError
+            If the file is missing, or is no calibration.
         CorruptStoreError
-            If the file is missing or no calibration.
+            If it is one, but not as it was written.
         """
+        what = f"{path}: expected a file written by 'tersor calibrate'"
         try:
-            with safe_open(path, framework="pt") as handle:
-                record = json.loads((handle.metadata() or {})["tersor"])
-                tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 - not a dict
-                hessians = {name: tensors[key] for name, key in record["names"].items()}
-                return cls(hessians, int(record["tokens"]), str(record["source"]), dict(record["fisher"]))
-        except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-            raise CorruptStoreError(f"{path}: no calibration file written by 'tersor calibrate': {error}") from error
+            sealed = seal_of(path)
+        except (SafetensorError, OSError) as error:
+            raise NotAStoreError(f"{what}: {error}") from error
+        except (LookupError, ValueError, TypeError, RecursionError) as error:
+            raise NotAStoreError(f"{what}, found other tensors") from error
+        try:
+            tensors, record = load_sealed(path)
+            hessians = {name: tensors[key] for name, key in record["names"].items()}
+            fisher = {name: float(trace) for name, trace in record["fisher"].items()}
+            read = cls(hessians, record["tokens"], record["source"], fisher, sealed)
+            read._check()
+        except (CorruptStoreError, LookupError, AttributeError, ValueError, TypeError, OverflowError) as error:
+            raise CorruptStoreError(f"{path}: a damaged calibration, so calibrate again: {error}") from error
+        return read
+
+    def _check(self) -> None:
+        """Raise `ValueError` unless counts, traces and shapes are of the right form; moments are looked at in use."""
+        sound = (type(self.tokens) is int and self.tokens >= 0 and isinstance(self.source, str)
+                 and all(math.isfinite(trace) and trace >= 0 for trace in self.fisher.values()))
+        odd = sorted(name for name, h in self.hessians.items()
+                     if h.ndim != 2 or h.shape[0] != h.shape[1] or h.dtype != torch.float32)
+        if not sound or odd:
+            raise ValueError(f"moments of {odd[:3]} are no float32 squares" if odd else "tokens, source or traces are "
+                             "none")
 
 
 def hessian_of(calibration: Calibration | None, name: str, device: str) -> Tensor | None:
-    """Return a matrix's Hessian on `device`, if it was calibrated."""
+    """Return a matrix's Hessian on `device`, if it was calibrated.
+
+    Raises
+    ------
+    CorruptStoreError
+        If it holds NaN or infinity.
+    """
     hessian = None if calibration is None else calibration.hessians.get(name)
-    return None if hessian is None else hessian.to(device)
+    if hessian is None:
+        return None
+    found = hessian.to(device)
+    if not bool(torch.isfinite(found).all()):
+        raise CorruptStoreError(f"calibration: the moments of '{name}' hold NaN or infinity; calibrate again")
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -164,6 +164,6 @@ def check_weights(names: Sequence[str], weights: Mapping[str, float]) -> dict[st
     if unknown:
         raise CodecConfigError(f"sensitivities name no matrix of this model: {unknown[:4]}")
     for name, weight in weights.items():
-        if not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight < 0:
+        if not isinstance(weight, (int, float)) or not 0 <= weight <= sys.float_info.max:
             raise CodecConfigError(f"sensitivity of '{name}' must be a finite number >= 0, found {weight!r}")
     return {name: float(weight) for name, weight in weights.items()}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tersor.errors import CodecConfigError, NonFiniteError
-from tersor.numerics.linalg import single_thread
+from tersor.numerics.settings import pinned
 
 TARGETS = ("weights", "diagonal", "outputs", "anchored")
 FLOOR = 1e-12  # eigenvalues below this share of the largest are rounding: their directions are not kept
@@ -198,7 +198,7 @@ def reduce(weight: Tensor, moments: Moments, target: Target, curvature: Tensor |
     curvature : Tensor or None
         K, (out, out): second derivative of the loss by the outputs; None is the identity.
     """
-    with single_thread():
+    with pinned():
         wide = weight.to(torch.float64)
         matrix, metric = _problem(wide, moments, target)
         root = None if curvature is None else _curvature_root(curvature)
@@ -214,7 +214,7 @@ def reduce(weight: Tensor, moments: Moments, target: Target, curvature: Tensor |
 
 def regression(weight: Tensor, moments: Moments, target: Target, *, biased: bool) -> tuple[Tensor, Tensor | None]:
     """Return the best matrix (out, in) of full rank for a target, and its bias (out,) if one is wanted; float64."""
-    with single_thread():
+    with pinned():
         wide = weight.to(torch.float64)
         full, _ = _problem(wide, moments, target)
         seen = moments.mean if moments.original is None else moments.original

@@ -13,7 +13,7 @@ from tersor.codecs.low_rank.low_rank import LowRank
 from tersor.codecs.scalar.dense import Dense
 from tersor.contract.codec import Codec, Encoded
 from tersor.contract.nesting import nest_tensors
-from tersor.numerics.linalg import single_thread
+from tersor.numerics.settings import pinned
 from tersor.payload.blocks import Shape
 from tersor.rom.linear import Moments, Reduced, Target, reduce
 
@@ -36,7 +36,7 @@ def encode_corrected(weight: Tensor, rank: int | None, backbone: Codec, codec: C
     backbone, codec : Codec
         Of the matrix, and of the correction's factors.
     """
-    with single_thread():
+    with pinned():
         first = encode_with(backbone, weight, moments.second, seed)
         outer = corrected(backbone, codec, rank)
         if rank is None:
@@ -71,7 +71,7 @@ def encode_reduced(found: Reduced, rank: int, storage: str, codec: Codec, moment
     """
     left, right = found.factors(rank)
     outer = codec_for(rank, storage, codec, (left.shape[0], right.shape[0]))
-    with single_thread():
+    with pinned():
         encoded = _pair(outer, left, right, moments, seed) if isinstance(outer, LowRank) else (
             _gauge(outer, left, right, moments, seed))
         return encoded, found.bias(encoded.decode())

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import hashlib
 import json
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tersor.contract.codec import Codec
+from tersor.files import digest as digest
+from tersor.files import file_digest as file_digest
 from tersor.payload.layout import Layout, TensorSpec
 
 FORMAT_VERSION = 1
@@ -63,23 +65,6 @@ class Entry:
         return sum(spec.nbytes for spec in self.layout().values() if not spec.shared)
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return the hex SHA-256 of named tensors: names, dtypes, shapes and bytes, in the order of names."""
-    sha = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        sha.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        if tensor.numel():
-            sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return sha.hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """Return the hex SHA-256 of a file."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 def split(entries: Sequence[Entry]) -> list[list[Entry]]:
     """Return entries by shard: at most `SHARD_BYTES` each, unless one entry alone is larger."""
     shards: list[list[Entry]] = [[]]
@@ -98,6 +83,16 @@ def shard_names(count: int) -> list[str]:
     if count == 1:
         return ["model.safetensors"]
     return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+def sentinel(entries: Sequence[Entry], kind: str) -> str | None:
+    """Return the key of the empty tensor that a model carries under the name of a parameter it replaces.
+
+    A transformers that does not know Tersor finds the parameter misshapen, and raises; without it, it would fill all
+    that it misses with random numbers.
+    """
+    encoded = [entry.name for entry in entries if entry.codec is not None]
+    return encoded[0].partition("/")[0] if encoded and kind == "model" else None
 
 
 def build(entries: Sequence[Entry], kind: str, provenance: Mapping[str, Any], digests: Mapping[str, str],
@@ -119,9 +114,10 @@ def build(entries: Sequence[Entry], kind: str, provenance: Mapping[str, Any], di
             if entry.name in shared:
                 record["shared"] = dict(shared[entry.name])
             matrices[entry.name] = record
+    guard = sentinel(entries, kind)
     body = {"format": "tersor", "format_version": FORMAT_VERSION, "kind": kind,
-            "codecs": [codec.to_config() for codec in codecs], "matrices": matrices, "plain": plain, "shards": names,
-            "files": dict(files), "provenance": dict(provenance)}
+            **({"sentinel": guard} if guard else {}), "codecs": [codec.to_config() for codec in codecs],
+            "matrices": matrices, "plain": plain, "shards": names, "files": dict(files), "provenance": dict(provenance)}
     return {**body, "sha256": body_digest(body)}
 
 
@@ -135,6 +131,11 @@ def dump(value: Any) -> bytes:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
 
 
+def pack(manifest: Mapping[str, Any]) -> str:
+    """Return a manifest as text of few bytes."""
+    return base64.b85encode(zlib.compress(dump(manifest), 9)).decode()
+
+
 def predict_nbytes(entries: Sequence[Entry], kind: str, provenance: Mapping[str, Any], files: Iterable[str]) -> int:
     """Return an upper bound, tight to about ten bytes a tensor, on shards, manifest, index; shared tables included."""
     blank = "0" * 64
@@ -146,9 +147,13 @@ def predict_nbytes(entries: Sequence[Entry], kind: str, provenance: Mapping[str,
                 key = f"shared/{blank[:16]}/{tensor}"
                 links.setdefault(entry.name, {})[tensor] = key
                 shared_specs[f"{entry.codec}|{key}"] = spec.nbytes + 200
-    digests = {entry.name: blank for entry in entries}
-    manifest = build(entries, kind, provenance, digests, links, dict.fromkeys(files, blank))
+    digests = {entry.name: body_digest({"": entry.name}) for entry in entries}  # no digest packs as well as zeros do
+    manifest = build(entries, kind, provenance, digests, links, {name: body_digest({"": name}) for name in files})
     total = len(dump(manifest)) + sum(shared_specs.values())
+    guard = manifest.get("sentinel")
+    if guard:
+        total += len(dump({guard: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}))
+        total += len(pack({**manifest, "sha256": body_digest({})})) + 32 + 2 * len(entries)
     shards = split(entries)
     for group in shards:
         nbytes = sum(entry.nbytes for entry in group)
@@ -156,7 +161,7 @@ def predict_nbytes(entries: Sequence[Entry], kind: str, provenance: Mapping[str,
                   for e in group for t, s in e.layout().items() if not s.shared}
         total += nbytes + len(dump(header)) + 48
     if len(shards) > 1:
-        total += len(dump(index(shards, 0))) + 24
+        total += len(dump(index(shards, 0))) + 24 + len(dump({guard: shard_names(len(shards))[0]}))
     return total
 
 

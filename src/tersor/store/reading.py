@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tersor.contract.checks import check_tensor
 from tersor.contract.codec import Encoded
-from tersor.errors import CorruptStoreError, TersorError, UnknownCodecError
+from tersor.errors import CodecConfigError, CorruptStoreError, TersorError, UnknownCodecError
+from tersor.files import is_name
 from tersor.payload.layout import TensorSpec
 from tersor.registry import from_config
+from tersor.store.beside import check_beside, check_files, check_index
+from tersor.store.embedded import embedded, manifest_of
 from tersor.store.manifest import (
     DTYPES,
     FORMAT_VERSION,
@@ -26,8 +29,9 @@ from tersor.store.manifest import (
     Entry,
     body_digest,
     digest,
-    file_digest,
 )
+
+OPEN_SHARDS = 2  # kept open at a time: the one that is read, and the last, which has the shared tables
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,46 +51,75 @@ class Store:
     kind: str
     entries: Mapping[str, Entry]
     manifest: Mapping[str, Any]
+    _handles: dict[Path, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def matrix_names(self) -> list[str]:
         """Return the names of the encoded matrices, in storage order."""
         return [name for name, entry in self.entries.items() if entry.codec is not None]
 
+    def plain_names(self) -> list[str]:
+        """Return the names of the tensors stored as they are, in storage order."""
+        return [name for name, entry in self.entries.items() if entry.codec is None]
+
     def matrix(self, name: str) -> Encoded:
         """Return an encoded matrix, verified."""
-        entry = self.entries[name]
+        entry = self._entry(name, encoded=True)
         assert entry.codec is not None
         return Encoded(entry.codec, (entry.shape[0], entry.shape[1]), self._tensors(entry)).check(name)
 
-    def is_plain(self, name: str) -> bool:
-        """Return whether a tensor of this name is stored as it is."""
-        return name in self.entries and self.entries[name].codec is None
-
     def plain(self, name: str) -> Tensor:
         """Return a plain tensor, verified."""
-        return self._tensors(self.entries[name])[""]
+        return self._tensors(self._entry(name, encoded=False))[""]
+
+    def _entry(self, name: str, *, encoded: bool) -> Entry:
+        entry = self.entries.get(name)
+        if entry is None or (entry.codec is not None) != encoded:
+            kind = "encoded matrix" if encoded else "plain tensor"
+            held = [key for key, other in self.entries.items() if (other.codec is not None) == encoded]
+            raise CodecConfigError(f"{self.path}: holds no {kind} '{name}', but {len(held)} others, such as {held[:3]}")
+        return entry
 
     def shared_links(self, name: str) -> Mapping[str, str]:
         """Return which of a matrix's tensors are shared tables: tensor to shard key."""
         return self.record(self.entries[name]).get("shared", {})
 
-    def verify(self) -> None:
-        """Read and verify every tensor and file.
+    def verify(self, *, complete: bool = True) -> list[str]:
+        """Read and verify every tensor and file; return the companions that were edited, of which a warning tells.
+
+        Parameters
+        ----------
+        complete : bool
+            False: files that are absent have not been fetched, and are passed over; tensors never are.
 
         Raises
         ------
         CorruptStoreError
-            At the first that differs; names it.
+            At the first that differs and must not; names it.
         """
-        for name, expected in self.manifest["files"].items():
-            file = self.path / name
-            if not file.is_file() or file_digest(file) != expected:
-                raise CorruptStoreError(f"{file}: missing or changed since it was written; restore it")
+        copy = embedded(self.path / self.manifest["shards"][-1])
+        if copy is not None and copy != self.manifest:
+            raise CorruptStoreError(f"{self.path}: the manifest differs from its copy in the last shard; fetch or "
+                                    "write both again")
+        changed = check_files(self.path, self.manifest, complete=complete)
         for name, entry in self.entries.items():
             if entry.codec is None:
                 self.plain(name)
             else:
                 self.matrix(name)
+        return changed
+
+    def check_loaded(self, files: Iterable[str | Path]) -> None:
+        """Raise `CorruptStoreError` unless a loader is about to read exactly the shards of this store."""
+        found, shards = {Path(file).absolute() for file in files}, self.manifest["shards"]
+        odd = found ^ {(self.path / shard).absolute() for shard in shards}
+        if odd:
+            raise CorruptStoreError(f"{self.path}: the loader reads other files than the manifest names, such as "
+                                    f"{min(odd)}; load without options that choose files")
+
+    @property
+    def sentinel(self) -> str | None:
+        """Key of the empty tensor that keeps others from loading the model; None in older stores."""
+        return self.manifest.get("sentinel")
 
     def record(self, entry: Entry) -> Mapping[str, Any]:
         """Return the manifest's record of an entry."""
@@ -100,17 +133,29 @@ class Store:
         tensors = {}
         for tensor, spec in entry.layout().items():
             file, key = (last, links[tensor]) if spec.shared else (shard, entry.key(tensor))
-            tensors[tensor] = _load(file, key, spec)
+            tensors[tensor] = _load(self._opened(file), file, key, spec)
         if digest(tensors) != record["sha256"]:
             raise CorruptStoreError(f"{shard}: '{entry.name}' differs from what was written (SHA-256); the file is "
                                     "damaged, fetch or write it again")
         return tensors
 
+    def _opened(self, file: Path) -> Any:
+        """Return an open shard; the last ones used are kept, because opening reads what the shard says of all."""
+        handle = self._handles.pop(file, None)
+        if handle is None:
+            try:
+                handle = safe_open(file, framework="pt")
+            except (SafetensorError, OSError, ValueError) as error:
+                raise CorruptStoreError(f"{file}: cannot be opened: {error}") from error
+        self._handles[file] = handle
+        for old in list(self._handles)[:-OPEN_SHARDS]:
+            self._handles.pop(old, None)
+        return handle
 
-def _load(file: Path, key: str, spec: TensorSpec) -> Tensor:
+
+def _load(handle: Any, file: Path, key: str, spec: TensorSpec) -> Tensor:
     try:
-        with safe_open(file, framework="pt") as handle:
-            tensor = handle.get_tensor(key)
+        tensor = handle.get_tensor(key)
     except (SafetensorError, OSError, ValueError) as error:
         raise CorruptStoreError(f"{file}: cannot read '{key}': {error}") from error
     check_tensor(key, tensor, spec)
@@ -128,10 +173,8 @@ def read(path: Path) -> Store:
         If the format version, or a codec or its version, is newer than this installation.
     """
     file = path / MANIFEST
-    if not file.is_file():
-        raise CorruptStoreError(f"{path}: no {MANIFEST}; expected a directory written by tersor")
     try:
-        manifest = json.loads(file.read_bytes())
+        manifest = manifest_of(path)
         if not isinstance(manifest, dict) or manifest.get("format") != "tersor":
             raise CorruptStoreError(f"{file}: not a tersor manifest")
         version = manifest["format_version"]
@@ -153,11 +196,19 @@ def read(path: Path) -> Store:
 
 def _checkmanifest(manifest: Mapping[str, Any]) -> None:
     """Raise `CorruptStoreError` unless kind, file names, shapes, dtypes and shard numbers are of the right form."""
+    if not isinstance(manifest.get("sentinel", ""), str):
+        raise CorruptStoreError(f"{MANIFEST}: sentinel must be a key, found {manifest['sentinel']!r}")
     if manifest["kind"] not in KINDS:
         raise CorruptStoreError(f"{MANIFEST}: kind must be one of {KINDS}, found {manifest['kind']!r}")
+    if not isinstance(manifest["provenance"], dict):
+        raise CorruptStoreError(f"{MANIFEST}: the provenance must be an object, found {manifest['provenance']!r}")
     for name in (*manifest["shards"], *manifest["files"]):
-        if not isinstance(name, str) or Path(name).name != name or name in ("", "..") or "\0" in name:
+        if not is_name(name):
             raise CorruptStoreError(f"{MANIFEST}: '{name}' is not the name of a file inside the store")
+    _check_records(manifest)
+
+
+def _check_records(manifest: Mapping[str, Any]) -> None:
     for group, ndim, least in ((manifest["matrices"], 2, 1), (manifest["plain"], None, 0)):
         for name, record in group.items():
             shape, shard = record["shape"], record.get("shard", 0)
@@ -165,6 +216,8 @@ def _checkmanifest(manifest: Mapping[str, Any]) -> None:
                      and ndim in (None, len(shape)) and record["dtype"] in DTYPES)
             if not sound:
                 raise CorruptStoreError(f"{MANIFEST}: '{name}' has shape {shape} and dtype {record['dtype']}")
+            if not isinstance(record["sha256"], str):
+                raise CorruptStoreError(f"{MANIFEST}: '{name}' has the digest {record['sha256']!r}, which is none")
             codec = record["codec"] if ndim else 0
             if type(codec) is not int or not 0 <= codec < max(1, len(manifest["codecs"])):
                 raise CorruptStoreError(f"{MANIFEST}: '{name}' has codec {codec} of {len(manifest['codecs'])}")
@@ -191,16 +244,20 @@ def _check_shards(store: Store) -> None:
             shared = spec.shared
             shard = names[-1] if shared else names[record.get("shard", 0)]
             expected[shard][record["shared"][tensor] if shared else entry.key(tensor)] = spec
-    extra = {f.name for f in store.path.glob("*.safetensors")} - set(names)
-    if extra:
-        raise CorruptStoreError(f"{store.path}: files that the manifest does not name: {sorted(extra)}")
+    if store.sentinel is not None:
+        expected[names[0]].setdefault(store.sentinel, TensorSpec((0,), torch.float32))
+    check_beside(store.path, store.manifest)
+    if len(names) > 1:
+        check_index(store.path, {key: name for name, specs in expected.items() for key in specs},
+                    sum(spec.nbytes for specs in expected.values() for spec in specs.values()))
     for name, specs in expected.items():
         _check_shard(store.path / Path(name).name, specs)
 
 
 def _check_shard(file: Path, specs: Mapping[str, TensorSpec]) -> None:
     if not file.is_file():
-        raise CorruptStoreError(f"{file}: missing")
+        raise CorruptStoreError(f"{file}: missing; the manifest names it as a part of the store, so fetch or write it "
+                                "again")
     try:
         with safe_open(file, framework="pt") as handle:
             found = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 - not a dict

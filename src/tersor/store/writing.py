@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tersor.contract.checks import check_tensor
 from tersor.errors import CorruptStoreError, TersorError
-from tersor.files import save_tensors, sync, whole
+from tersor.files import exclusive, save_tensors, sync, whole
+from tersor.store.embedded import KEY
 from tersor.store.manifest import (
     INDEX,
     MANIFEST,
@@ -20,11 +22,14 @@ from tersor.store.manifest import (
     digest,
     dump,
     file_digest,
+    pack,
+    sentinel,
     shard_names,
     split,
 )
 
 
+@exclusive("path")
 def write(path: Path, entries: Sequence[Entry], payload: Callable[[Entry], Mapping[str, Tensor]], *, kind: str,
           provenance: Mapping[str, Any] | None = None, files: Mapping[str, bytes | Path] | None = None) -> None:
     """Write a store to the new directory `path`; it appears whole or not at all.
@@ -70,8 +75,9 @@ def _write_into(folder: Path, entries: Sequence[Entry], payload: Callable[[Entry
     digests: dict[str, str] = {}
     shared: dict[str, dict[str, str]] = {}
     tables: dict[str, Tensor] = {}
-    shards = split(entries)
-    weight_map, total = {}, 0
+    shards, guard = split(entries), sentinel(entries, kind)
+    file_digests = _write_files(folder, files)
+    weight_map, total, manifest = {}, 0, {}
     for number, (name, group) in enumerate(zip(shard_names(len(shards)), shards, strict=True)):
         tensors: dict[str, Tensor] = {}
         for entry in group:
@@ -87,23 +93,30 @@ def _write_into(folder: Path, entries: Sequence[Entry], payload: Callable[[Entry
                     tables[key] = held[tensor].contiguous()
                 else:
                     tensors[entry.key(tensor)] = held[tensor].contiguous()
-        if number == len(shards) - 1:
+        if last := number == len(shards) - 1:
             tensors.update(tables)
-        save_tensors(_apart(tensors), folder / name)
+            manifest = build(entries, kind, provenance, digests, shared, file_digests)
+        if number == 0 and guard:
+            tensors[guard] = torch.empty(0)
+        save_tensors(_apart(tensors), folder / name, {KEY: pack(manifest)} if last and guard else None)
         weight_map.update(dict.fromkeys(tensors, name))
         total += sum(t.numel() * t.element_size() for t in tensors.values())
     if len(shards) > 1:
         (folder / INDEX).write_bytes(dump({"metadata": {"total_size": total}, "weight_map": weight_map}))
-    file_digests = {}
+    (folder / MANIFEST).write_bytes(dump(manifest))
+
+
+def _write_files(folder: Path, files: Mapping[str, bytes | Path]) -> dict[str, str]:
+    """Write what lies beside the shards and return its digests."""
+    digests = {}
     for name, content in files.items():
         target = folder / name
         if isinstance(content, Path):
             shutil.copyfile(content, target)
         else:
             target.write_bytes(content)
-        file_digests[name] = file_digest(target)
-    manifest = build(entries, kind, provenance, digests, shared, file_digests)
-    (folder / MANIFEST).write_bytes(dump(manifest))
+        digests[name] = file_digest(target)
+    return digests
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,14 +2,20 @@
 
 A set is a list of encoded blocks of rows that share the trained tables. Search multiplies queries with the codes
 (`Encoded.matmul`), block by block, and keeps a running top k; queries stay float32 (asymmetric distances).
+
+Any number of threads may read and write one index. A reader takes what is held at that moment, which never changes;
+writers encode side by side and replace it one after another.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+import operator
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import final
+from typing import Any, SupportsIndex, final
 
 import numpy as np
 import torch
@@ -17,11 +23,14 @@ from torch import Tensor
 
 from tersor import api
 from tersor.contract.codec import Codec, Encoded
+from tersor.contract.operator import like
 from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
-from tersor.payload.blocks import Tables, row_blocks
+from tersor.payload.blocks import Tables
 from tersor.vectors import rowwise
 from tersor.vectors.choice import choose
-from tersor.vectors.nearest import WORST, Best
+from tersor.vectors.held import Held
+from tersor.vectors.nearest import WORST
+from tersor.vectors.scoring import best_of
 
 METRICS = ("l2", "ip", "cosine")
 BLOCK_ROWS = 8192  # vectors of a block; with the queries of a chunk, their scores stay in the processor's cache
@@ -34,7 +43,7 @@ NAME = "vectors{:09d}"
 
 @final
 class Index:
-    """A compressed set of vectors.
+    """A compressed set of vectors. Threads may share it: a search sees the vectors of the moment at which it begins.
 
     Parameters
     ----------
@@ -66,23 +75,26 @@ class Index:
     [0, 1, 2]
     """
 
-    def __init__(self, dim: int, codec: str | Codec = "qet_plus", rate: float | None = None, seed: int = 0) -> None:
-        if not isinstance(dim, int) or dim < 1:
-            raise CodecConfigError(f"index: dim must be a positive integer, found {dim!r}")
-        if not isinstance(seed, int) or seed < 0:
-            raise CodecConfigError(f"index: seed must be an integer >= 0, found {seed!r}")
-        self.dim, self.seed = dim, seed
-        self.codec = choose(dim, codec, rate)
-        self._layout = self.codec.layout((1, dim))
-        self._tables: Tables = {}
-        self._blocks: list[Encoded] = []
-        self._powers: list[Tensor | None] = []  # squared norms of decoded vectors, by block, once they were needed
-        self._rows = max(1, min(BLOCK_ROWS, BLOCK_ELEMENTS // dim))
+    def __init__(self, dim: SupportsIndex, codec: str | Codec = "qet_plus", rate: float | None = None,
+                 seed: SupportsIndex = 0) -> None:
+        self.dim = _integer(dim, "dim", 1)
+        self.seed = _integer(seed, "seed", 0)
+        self.codec = choose(self.dim, codec, rate)
+        self._layout = self.codec.layout((1, self.dim))
+        self._rows = max(1, min(BLOCK_ROWS, BLOCK_ELEMENTS // self.dim))
+        self._held = Held()
+        self._writing = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_writing"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _writing=threading.Lock())
 
     @property
     def ntotal(self) -> int:
         """Number of vectors."""
-        return sum(block.shape[0] for block in self._blocks)
+        return self._held.count
 
     @property
     def code_size(self) -> int:
@@ -92,18 +104,18 @@ class Index:
     @property
     def nbytes(self) -> int:
         """Bytes stored, measured: the payload of all blocks, and the tables once. Not the norms kept for search."""
-        own = sum(block.tensors[name].nbytes for block in self._blocks for name in self._own)
-        return own + sum(table.nbytes for table in self._tables.values())
+        return self._nbytes(self._held)
 
     @property
     def rate(self) -> float:
         """Bits per element, everything stored counted; NaN for an empty index."""
-        return 8.0 * self.nbytes / (self.ntotal * self.dim) if self._blocks else math.nan
+        held = self._held
+        return 8.0 * self._nbytes(held) / (held.count * self.dim) if held.blocks else math.nan
 
     @property
     def is_trained(self) -> bool:
         """Whether vectors can be added: the codec has no shared tables, or they are trained."""
-        return len(self._own) + len(self._tables) == len(self._layout)
+        return self._trained(self._held)
 
     def __repr__(self) -> str:
         trained = "" if self.is_trained else ", not trained"
@@ -124,14 +136,17 @@ class Index:
         x = self._vectors(x)
         if len(self._own) == len(self._layout):
             return
-        if self._blocks:
-            raise CodecConfigError(f"index: its {self.ntotal} vectors are encoded with the present tables; train a new "
-                                   "index and add them again")
+        if not len(x):
+            raise CodecConfigError("index: training needs vectors, found none")
+        self._check_empty(self._held)
         most = max(TRAIN_VECTORS, 64 * max((spec.levels or 0) for spec in self._layout.values()))
         if len(x) > most:
             drawn = torch.randperm(len(x), generator=torch.Generator().manual_seed(self.seed))[:most]
             x = x[drawn.sort().values]
-        self._tables = dict(self.codec.train([x.to(torch.float32)], seed=self.seed))
+        tables = dict(self.codec.train([x.to(torch.float32)], seed=self.seed))
+        with self._writing:
+            self._check_empty(self._held)  # others may have added meanwhile
+            self._held = Held(tables)
 
     def add(self, x: Tensor | np.ndarray) -> None:
         """Encode vectors (n, dim), any float dtype; their ids go on from `ntotal`. All or, on an error, none.
@@ -139,14 +154,18 @@ class Index:
         Raises
         ------
         CodecConfigError
-            If the index is not trained, the width is not `dim`, or there is no vector.
+            If the index is not trained, or is trained anew while vectors are encoded, or the width is not `dim`.
         NonFiniteError
             If a number is NaN, infinite or beyond 2**50.
         """
-        for block in list(self._encoded(self._vectors(x))):
-            self._append(block)
+        held = self._held
+        added = list(self._encoded(self._vectors(x), held))
+        with self._writing:
+            if self._held.tables is not held.tables:
+                raise CodecConfigError("index: it was trained anew while vectors were encoded; add them again")
+            self._held = self._held.plus(added, self._rows)
 
-    def search(self, queries: Tensor | np.ndarray, k: int = 10, metric: str = "l2") -> tuple[Tensor, Tensor]:
+    def search(self, queries: Tensor | np.ndarray, k: SupportsIndex = 10, metric: str = "l2") -> tuple[Any, Any]:
         """Return the k best vectors of each query.
 
         The first search by L2 or cosine keeps the norms of the decoded vectors: 4 bytes a vector in memory, not stored.
@@ -161,7 +180,7 @@ class Index:
 
         Returns
         -------
-        distances, ids : Tensor
+        distances, ids : Tensor, or ndarray where the queries are one
             float32 and int64 (q, k). Of equal scores the lower id comes first. Where k exceeds `ntotal`, the id is -1
             and the distance the largest float32 (the lowest, descending).
 
@@ -172,52 +191,57 @@ class Index:
         NonFiniteError
             If a query holds NaN, infinity or numbers beyond 2**50.
         """
-        queries = self._vectors(queries).to(torch.float32)
-        if not self._blocks:
+        given, queries = queries, self._vectors(queries).to(torch.float32)
+        held, k = self._held, _integer(k, "k", 1)
+        if not held.blocks:
             raise CodecConfigError("index: it is empty; add vectors before searching")
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise CodecConfigError(f"index: k must be a positive integer, found {k!r}")
         if metric not in METRICS:
             raise CodecConfigError(f"index: metric must be one of {METRICS}, found {metric!r}")
-        most = min(k, self.ntotal)
-        chunks = [self._search(queries[i : i + CHUNK_QUERIES], most, metric)
-                  for i in range(0, len(queries), CHUNK_QUERIES)]
+        most = min(k, held.count)
+        chunks = [best_of(held, queries[i : i + CHUNK_QUERIES], most, metric)
+                  for i in range(0, max(1, len(queries)), CHUNK_QUERIES)]
         missing = (0, k - most)
         distances = torch.nn.functional.pad(torch.cat([c[0] for c in chunks]), missing,
                                             value=WORST if metric == "l2" else -WORST)
-        return distances, torch.nn.functional.pad(torch.cat([c[1] for c in chunks]), missing, value=-1)
+        ids = torch.nn.functional.pad(torch.cat([c[1] for c in chunks]), missing, value=-1)
+        return like(given, distances), like(given, ids)
 
-    def reconstruct(self, ids: Tensor | np.ndarray | Sequence[int] | int) -> Tensor:
-        """Return the decoded vectors of `ids`, integers of any shape: float32 (*ids.shape, dim).
+    def reconstruct(self, ids: Tensor | np.ndarray | Sequence[int] | int) -> Any:
+        """Return the decoded vectors of `ids`, integers of any shape: float32 (*ids.shape, dim), an array for an array.
 
         Raises
         ------
         CodecConfigError
             If an id is not that of a vector, -1 included.
         """
-        index = torch.as_tensor(ids)
+        index, held = _as_tensor(ids, "ids"), self._held
+        if not index.numel():
+            index = index.to(torch.int64)  # an empty list has no dtype of its own
         if index.is_floating_point() or index.dtype == torch.bool:
             raise CodecConfigError(f"index: ids must be integers, found {index.dtype}")
         flat = index.reshape(-1).to("cpu", torch.int64)
-        if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < self.ntotal:
-            raise CodecConfigError(f"index: ids must lie in [0, {self.ntotal}), found {int(flat.min())}.."
+        if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < held.count:
+            raise CodecConfigError(f"index: ids must lie in [0, {held.count}), found {int(flat.min())}.."
                                    f"{int(flat.max())}; -1 in a search result stands for no vector")
         out = torch.empty(flat.numel(), self.dim)
-        for first, block in self._placed():
-            inside = ((flat >= first) & (flat < first + block.shape[0])).nonzero().squeeze(1)
+        for first, block in held.placed():
+            inside = ((flat >= first) & (flat < first + len(block))).nonzero().squeeze(1)
             if inside.numel():
-                out[inside] = block.gather(flat[inside] - first)
-        return out.reshape(*index.shape, self.dim)
+                out[inside] = block.encoded.gather(flat[inside] - first)
+        return like(ids, out.reshape(*index.shape, self.dim))
 
-    def sa_encode(self, x: Tensor | np.ndarray) -> Tensor:
-        """Return stand-alone codes of vectors (n, dim): uint8 (n, code_size). Raises what `add` raises."""
-        parts = []
-        for encoded in self._encoded(self._vectors(x)):
+    def sa_encode(self, x: Tensor | np.ndarray) -> Any:
+        """Return stand-alone codes of vectors (n, dim): uint8 (n, code_size), an array for an array.
+
+        Raises what `add` raises.
+        """
+        parts = [torch.empty(0, self.code_size, dtype=torch.uint8)]
+        for encoded in self._encoded(self._vectors(x), self._held):
             parts.append(rowwise.to_bytes(encoded))
-        return torch.cat(parts)
+        return like(x, torch.cat(parts))
 
-    def sa_decode(self, codes: Tensor | np.ndarray) -> Tensor:
-        """Return the vectors of stand-alone codes, uint8 (n, code_size): float32 (n, dim).
+    def sa_decode(self, codes: Tensor | np.ndarray) -> Any:
+        """Return the vectors of stand-alone codes, uint8 (n, code_size): float32 (n, dim), an array for an array.
 
         Raises
         ------
@@ -226,17 +250,18 @@ class Index:
         CorruptStoreError
             If the codes decode to NaN or infinity.
         """
-        self._check_trained()
-        codes = torch.as_tensor(codes).cpu()
+        held = self._held
+        self._check_trained(held)
+        given, codes = codes, _as_tensor(codes, "codes").cpu()
         if codes.dtype != torch.uint8 or codes.ndim != 2 or codes.shape[1] != self.code_size:
             raise CodecConfigError(f"index: codes must be uint8 (n, {self.code_size}), found {codes.dtype} "
                                    f"{tuple(codes.shape)}")
         out = torch.empty(len(codes), self.dim)
         for start in range(0, len(codes), self._rows):
             part = codes[start : start + self._rows]
-            encoded = rowwise.from_bytes(part, self.codec, self.dim, self._tables)
+            encoded = rowwise.from_bytes(part, self.codec, self.dim, held.tables)
             out[start : start + len(part)] = encoded.check("codes").decode()
-        return out
+        return like(given, out)
 
     def save(self, path: str | Path) -> None:
         """Write the index to a new directory with `tersor.save`: one matrix a block, the tables once.
@@ -248,9 +273,10 @@ class Index:
         FileExistsError
             If `path` exists.
         """
-        if not self._blocks:
+        held = self._held
+        if not held.blocks:
             raise CodecConfigError("index: it is empty; add vectors before saving")
-        api.save(path, {NAME.format(first): block for first, block in self._placed()})
+        api.save(path, {NAME.format(first): block.encoded for first, block in held.placed()})
 
     @classmethod
     def load(cls, path: str | Path, seed: int = 0) -> Index:
@@ -267,15 +293,15 @@ class Index:
         if first is None:
             raise CorruptStoreError(f"{path}: not an index; use tersor.load for a matrix")
         index = cls(first.shape[1], first.codec, seed=seed)
-        index._tables = {name: first.tensors[name] for name, spec in index._layout.items() if spec.shared}
+        tables = {name: first.tensors[name] for name, spec in index._layout.items() if spec.shared}
+        held = Held(tables)
         for name, block in blocks.items():
             same = block.codec == first.codec and block.shape[1] == index.dim
-            if not same or name != NAME.format(index.ntotal) or not all(
-                    torch.equal(block.tensors[key], table) for key, table in index._tables.items()):
+            if not same or name != NAME.format(held.count) or not all(
+                    torch.equal(block.tensors[key], table) for key, table in tables.items()):
                 raise CorruptStoreError(f"{path}: '{name}' does not continue the index; the store holds other matrices")
-            own = {key: block.tensors[key] for key in index._own}
-            index._blocks.append(Encoded(block.codec, block.shape, {**own, **index._tables}))
-            index._powers.append(None)
+            held = held.plus([block], 0)  # blocks as they were saved
+        index._held = held
         return index
 
     @property
@@ -283,7 +309,24 @@ class Index:
         """Names of the tensors that each vector has a part of, in the order of the layout."""
         return [name for name, spec in self._layout.items() if not spec.shared]
 
+    @property
+    def _tables(self) -> Tables:
+        """The trained tables."""
+        return self._held.tables
+
+    @property
+    def _blocks(self) -> list[Encoded]:
+        """The blocks of vectors, encoded."""
+        return [block.encoded for block in self._held.blocks]
+
+    def _nbytes(self, held: Held) -> int:
+        own = sum(block.encoded.tensors[name].nbytes for block in held.blocks for name in self._own)
+        return own + sum(table.nbytes for table in held.tables.values())
+
     def _vectors(self, x: Tensor | np.ndarray) -> Tensor:
+        """Return checked vectors; none at all are as good as any."""
+        if isinstance(x, (Tensor, np.ndarray)) and tuple(x.shape) == (0, self.dim):
+            return torch.empty(0, self.dim, dtype=torch.float32)
         x = api.as_matrix(x).cpu()
         if x.shape[1] != self.dim:
             raise CodecConfigError(f"index: vectors must be (n, {self.dim}), found {tuple(x.shape)}")
@@ -293,51 +336,35 @@ class Index:
                                  f"overflow float32; scale them below {LIMIT:.3g}")
         return x
 
-    def _check_trained(self) -> None:
-        if not self.is_trained:
+    def _trained(self, held: Held) -> bool:
+        return len(self._own) + len(held.tables) == len(self._layout)
+
+    def _check_trained(self, held: Held) -> None:
+        if not self._trained(held):
             raise CodecConfigError(f"index: codec '{self.codec}' is not trained; call train(x) first")
 
-    def _encoded(self, x: Tensor) -> Iterator[Encoded]:
-        self._check_trained()
+    def _check_empty(self, held: Held) -> None:
+        if held.blocks:
+            raise CodecConfigError(f"index: its {held.count} vectors are encoded with the present tables; train a new "
+                                   "index and add them again")
+
+    def _encoded(self, x: Tensor, held: Held) -> Iterator[Encoded]:
+        self._check_trained(held)
         for start in range(0, len(x), self._rows):
-            yield self.codec.encode(x[start : start + self._rows], seed=self.seed, tables=self._tables)
+            yield self.codec.encode(x[start : start + self._rows], seed=self.seed, tables=held.tables)
 
-    def _placed(self) -> Iterator[tuple[int, Encoded]]:
-        """Yield each block with the id of its first vector."""
-        first = 0
-        for block in self._blocks:
-            yield first, block
-            first += block.shape[0]
 
-    def _append(self, block: Encoded) -> None:
-        """Append a block, merged with the last ones while they are no larger: many small adds make few blocks."""
-        while self._blocks and self._blocks[-1].shape[0] <= min(block.shape[0], self._rows - block.shape[0]):
-            self._powers.pop()
-            block = rowwise.joined(self._blocks.pop(), block)
-        own = {name: block.tensors[name] for name in self._own}
-        self._blocks.append(Encoded(self.codec, block.shape, {**own, **self._tables}))
-        self._powers.append(None)
+def _integer(value: SupportsIndex, name: str, least: int) -> int:
+    """Return an argument as an int, NumPy's integers too."""
+    with contextlib.suppress(TypeError):
+        if not isinstance(value, (bool, np.bool_)) and operator.index(value) >= least:
+            return operator.index(value)
+    wanted = "a positive integer" if least else "an integer >= 0"
+    raise CodecConfigError(f"index: {name} must be {wanted}, found {value!r}")
 
-    def _power(self, number: int) -> Tensor:
-        """Return the squared norms of a block's decoded vectors, float32 (n,), kept."""
-        held = self._powers[number]
-        if held is None:
-            block = self._blocks[number]
-            held = torch.cat([block.codec.decode_rows(block, rows).square().sum(1) for rows in row_blocks(block.shape)])
-            self._powers[number] = held
-        return held
 
-    def _search(self, queries: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
-        norms = queries.square().sum(1, keepdim=True)
-        if metric == "cosine":
-            queries = queries / norms.sqrt().clamp_min(torch.finfo(torch.float32).tiny)
-        best = Best(len(queries), k)
-        for number, (first, block) in enumerate(self._placed()):
-            scores = block.matmul(queries)
-            if metric == "l2":  # |q - x|² = |q|² - 2 (q x - |x|² / 2)
-                scores.sub_(self._power(number) / 2)
-            elif metric == "cosine":
-                power = self._power(number)
-                scores.mul_(torch.where(power > 0, power.rsqrt(), torch.zeros_like(power)))
-            best.offer(scores, first)
-        return (norms - 2 * best.scores).clamp_min_(0) if metric == "l2" else best.scores, best.ids
+def _as_tensor(value: Any, name: str) -> Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CodecConfigError(f"index: {name} must be a tensor or an array: {error}") from error

@@ -42,3 +42,14 @@ def test_memory_layouts(layout: str) -> None:
     encoded = Dense("fp32").encode(matrix)
     assert encoded.tensors["values"].is_contiguous()
     assert torch.equal(encoded.decode(), matrix)
+
+
+def test_numbers_too_small_for_fp16_are_refused() -> None:
+    """They once came out as zeros; a few among larger ones are of no account."""
+    matrix = gaussian((8, 16))
+    for factor in (2.0**-20, 2.0**-30, 2.0**-100):
+        with pytest.raises(NonFiniteError, match="lose their digits in fp16"):
+            Dense("fp16").encode(matrix * factor)
+    matrix[3] *= 2.0**-30
+    assert float((Dense("fp16").encode(matrix).decode() - matrix).norm()) <= 2.0**-11 * float(matrix.norm())
+    assert not bool(Dense("fp16").encode(torch.zeros(3, 4)).decode().any())

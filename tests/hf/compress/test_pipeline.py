@@ -11,14 +11,25 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tersor import store
-from tersor.errors import BudgetError, CodecConfigError, ModelError, NonFiniteError, TersorError, VerificationError
+from tersor.errors import (
+    BudgetError,
+    CodecConfigError,
+    DamagedWorkWarning,
+    ModelError,
+    NonFiniteError,
+    TersorError,
+    VerificationError,
+)
 from tersor.hf import compress_model
 from tersor.hf.compress import encode, plan, run, survey
 from tersor.hf.compress.dryrun import estimate
-from tersor.hf.compress.request import Request
+from tersor.hf.compress.request import Request, provenance
 from tersor.hf.compress.verify import verify
 from tersor.hf.compress.work import WorkFolder
 from tersor.hf.models.source import open_source
+from tersor.planning.calibration import Calibration
+from tersor.registry import parse
+from tests.hf.tiny import resigned
 
 FAST = {"calibrated": False, "evaluation_tokens": 0, "method": "rotated_scalar"}  # no stage asks which family it is
 pytestmark = pytest.mark.usefixtures("verified_here")
@@ -201,8 +212,12 @@ def test_verify_measures_against_the_source(tiny: Callable[[str], Path], tmp_pat
     assert verify(tmp_path / "out", source)["worst_relative_error"] > 0
     other = copy_of(tiny("llama"), tmp_path / "other")
     edit_weights(other, lambda t: t["model.layers.0.self_attn.q_proj.weight"].mul_(1.1))
-    with pytest.raises(VerificationError, match="q_proj"):
-        verify(tmp_path / "out", open_source(other, tmp_path / "s"))
+    changed = open_source(other, tmp_path / "s")
+    with pytest.raises(VerificationError, match="was not made from"):
+        verify(tmp_path / "out", changed)
+    resigned(tmp_path / "out", lambda manifest: manifest["provenance"].update(changed.fingerprints))
+    with pytest.raises(VerificationError, match="q_proj"):  # a store that lies about its source is found out
+        verify(tmp_path / "out", changed)
 
 
 def test_surveys_are_never_mixed_up(tiny: Callable[[str], Path], tmp_path: Path) -> None:
@@ -213,9 +228,30 @@ def test_surveys_are_never_mixed_up(tiny: Callable[[str], Path], tmp_path: Path)
     text = file.read_text()
     file.write_text(text[: len(text) - 40])  # a killed run's last line is run again
     assert survey.run(source, None, Request(60_000), file).keys() == source.layout.matrices.keys()
-    file.write_text(text.replace('"nbytes": ', '"nbytes": "x", "was": ', 1))
-    with pytest.raises(CodecConfigError, match="lacks a number"):
+    file.write_text(text.replace('"nbytes": ', '"nbytes": 1', 1))
+    with pytest.warns(DamagedWorkWarning, match="1 lines are not as they were written"):
         survey.run(source, None, Request(60_000), file)
+    assert sorted(file.read_text().splitlines()[1:]) == sorted(text.splitlines()[1:])
+
+
+def test_matrices_of_another_calibration_are_not_taken(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    """Same text, as many tokens, other moments: what a killed `encode` has finished is of the other file."""
+    source, seen = open_source(tiny("llama"), tmp_path / "s"), []
+    picks = dict.fromkeys(source.layout.matrices, parse("rot,lm3"))
+    for number in (1, 2):
+        moments = {name: number * torch.eye(m.shape[1]) + torch.diag(torch.arange(m.shape[1]) / 9.0) ** number
+                   for name, m in source.layout.matrices.items()}
+        Calibration(moments, 64, "text").save(tmp_path / f"c{number}")
+        known = Calibration.load(tmp_path / f"c{number}")
+        request = Request(source.nbytes, "plan")
+        job = encode.Job(source, picks, known, request, provenance(source, known, request, "0"))
+        work = WorkFolder(tmp_path / "out")
+        encode.run(job, work)
+        seen.append((work / "output" / "model.safetensors").read_bytes())
+        shutil.rmtree(tmp_path / "fresh.work", ignore_errors=True)
+        encode.run(job, WorkFolder(tmp_path / "fresh"))
+        assert (tmp_path / "fresh.work" / "output" / "model.safetensors").read_bytes() == seen[-1]
+    assert seen[0] != seen[1]
 
 
 def test_dry_run_writes_nothing(tiny: Callable[[str], Path], tmp_path: Path) -> None:

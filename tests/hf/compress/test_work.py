@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tersor.files import read_sealed_json
 from tersor.hf.compress.work import WorkFolder
 
 
@@ -34,7 +35,7 @@ def test_another_run_starts_anew_beside_its_staged_source(mark: str, resume: boo
     work = left_by_a_run(tmp_path / "out", "m")
     work.claim().stamp(mark, resume=resume)
     assert names(work) == ["fingerprint", "staged"]
-    assert (work / "fingerprint").read_text() == mark
+    assert read_sealed_json(work / "fingerprint") == mark
 
 
 def test_files_of_others_are_never_touched(tmp_path: Path) -> None:

@@ -155,8 +155,31 @@ def test_plans_of_other_models_and_damaged_plans(planned: Path, tmp_path: Path) 
             read_plan({**record, **change})
     with pytest.raises(CorruptStoreError, match="tables are missing"):
         read_plan({**record, "tables": {"file": "none.safetensors", "sha256": "0"}})
+    for name in ("../kv.safetensors", str(planned / "kv.safetensors"), "..", "", "a/b", "x\0", "\ud800", 5, None):
+        with pytest.raises(CorruptStoreError, match="named by a file beside it"):
+            read_plan({**record, "tables": {"file": name, "sha256": "0"}})
+    for change in ({"layers": {"0": {"key": 5, "value": "rot,lm2"}}}, {"model": 5}):
+        with pytest.raises(CodecConfigError, match="a codec string for keys"):
+            read_plan({**record, **change})
+    bad.write_bytes(b"[" * 100_000)
+    with pytest.raises(CodecConfigError, match="nested too deeply"):
+        read_plan(bad)
     with pytest.raises(CodecConfigError):
         read_plan(tmp_path / "nothing.json")
+
+
+def test_a_plan_is_as_it_was_written_or_its_digest_is_removed(planned: Path, tmp_path: Path) -> None:
+    text, edited = (planned / "kv.json").read_text(), tmp_path / "kv.json"
+    changed = text.replace('"residual": 16', '"residual": 24', 1)
+    edited.write_text(changed)
+    with pytest.raises(CorruptStoreError, match="remove its 'sha256' if you edited it"):
+        read_plan(edited)
+    record = json.loads(changed)
+    assert read_plan(record).residual == 24
+    del record["sha256"]
+    edited.write_text(json.dumps(record))
+    assert read_plan(edited).residual == 24
+    assert read_plan(planned / "kv.json").residual == 16
 
 
 @pytest.mark.parametrize("ladder", [("tab2", "tab3"), ("klt{bytes:1}{runs}", "klt{bytes:3}{runs}")])

@@ -89,6 +89,12 @@ def test_a_class_that_cannot_be_is_refused(changes: dict[str, Any], match: str, 
     refused(configured(folder, **changes), tmp_path / "staged", match)
 
 
+def test_an_adapter_is_not_passed_over(tiny: Tiny, tmp_path: Path) -> None:
+    folder = edited(tiny("llama"), tmp_path / "m", lambda tensors: None)
+    (folder / "adapter_config.json").write_text("{}")
+    refused(folder, tmp_path / "staged", "loads an adapter on top")
+
+
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_tensors_that_no_parameter_takes_are_carried_along(name: str, tiny: Tiny, tmp_path: Path) -> None:
     extra = torch.arange(64.0).reshape(8, 8)

@@ -19,20 +19,10 @@ from tersor.hf.models.dense import write_dense
 from tersor.hf.models.evaluate import evaluate, load_compressed
 from tersor.hf.models.ledger import FATES
 from tersor.hf.models.source import load_dense, open_source
-from tersor.store.manifest import body_digest, dump
 from tests.hf import zoo
-from tests.hf.tiny import save_tiny
+from tests.hf.tiny import resigned, save_tiny
 
-LOSSLESS: dict[str, Any] = {"rate": 28, "method": "bf16", "calibrated": False, "evaluation_tokens": 0}
-
-
-def resigned(out: Path, change: Any) -> Path:
-    """Change a manifest as somebody would who knows how it is signed."""
-    manifest = json.loads((out / "tersor.json").read_text())
-    manifest.pop("sha256")
-    change(manifest)
-    (out / "tersor.json").write_bytes(dump({**manifest, "sha256": body_digest(manifest)}))
-    return out
+LOSSLESS: dict[str, Any] = {"rate": 30, "method": "bf16", "calibrated": False, "evaluation_tokens": 0}
 
 
 @pytest.mark.usefixtures("verified_here")

@@ -14,7 +14,16 @@ from transformers import AutoModelForCausalLM
 import tersor.hf  # noqa: F401 - registers the quantizer
 from tersor import store
 from tersor.codecs import Dense, Interpolative, LowRank
-from tersor.errors import BudgetError, CodecConfigError, CorruptStoreError, ModelError, TersorError, UnknownCodecError
+from tersor.errors import (
+    BudgetError,
+    CodecConfigError,
+    CorruptStoreError,
+    DamagedWorkWarning,
+    ModelError,
+    TersorError,
+    UnknownCodecError,
+)
+from tersor.files import read_sealed_json
 from tersor.hf.compress.verify import verify
 from tersor.hf.models.blocks import enter, find_blocks, inputs_of
 from tersor.hf.models.evaluate import load_compressed
@@ -166,7 +175,8 @@ def test_a_damaged_block_is_done_again(tiny: Callable[[str], Path], tmp_path: Pa
     with pytest.raises(KeyboardInterrupt):
         reduce(tiny("gpt2"), tmp_path / "out", progress=interrupt)
     (tmp_path / "out.work" / "blocks" / "0000.safetensors").write_bytes(b"half")
-    reduce(tiny("gpt2"), tmp_path / "out")
+    with pytest.warns(DamagedWorkWarning, match="made again"):
+        reduce(tiny("gpt2"), tmp_path / "out")
     assert (tmp_path / "out" / "tersor.json").read_bytes() == (tmp_path / "whole" / "tersor.json").read_bytes()
 
 
@@ -178,7 +188,7 @@ def test_other_wishes_do_not_resume(tiny: Callable[[str], Path], tmp_path: Path)
     for keep in (0.7, 0.5):
         with pytest.raises(KeyboardInterrupt):
             reduce(tiny("llama"), tmp_path / "out", keep, progress=interrupt)
-        ranks = json.loads((tmp_path / "out.work" / "ranks.json").read_text())
+        ranks = read_sealed_json(tmp_path / "out.work" / "ranks.json")
     shutil.rmtree(tmp_path / "out.work")
     assert reduce(tiny("llama"), tmp_path / "out", 0.5)["ranks"] == ranks
 
@@ -366,8 +376,8 @@ def test_the_command(short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
                            (("--method", "rom", "--keep", ".5", "--rate", "3"), "--rate"),
                            (("--method", "rom_auto", "--keep", ".5"), "equal bytes"),
                            (("--method", "rom", "--storage", "box"), "storage"),
-                           (("--method", "qet_plus"), "tersor compress"), (("--method", "rum"), "rom_auto"),
-                           (("--window", "0"), "at least 2 tokens"), (("--context", "0"), "context"),
+                           (("--method", "qet_plus"), "tersor compress"), (("--method", "rum"), "did you mean 'rom'?"),
+                           (("--window", "0"), "equal to 2"), (("--context", "0"), "context"),
                            (("--method", "rom_plus", "--factor-codec", "nothing"), "nothing")):
         assert tersor(str(tmp_path / "other"), *words) == 2
         assert message in " ".join(capsys.readouterr().err.split())

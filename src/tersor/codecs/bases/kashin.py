@@ -201,6 +201,24 @@ class Kashin(Codec):
             y = y * scales
         return times_power(y, exponent).to(x.dtype)
 
+    def matmul_transposed(self, encoded: Encoded, y: Tensor) -> Tensor:
+        """Turn the gradients of outputs once, multiply by blocks of rows of both parts, turn the second ones back."""
+        basis_out, basis_in = self._bases(encoded.shape)
+        table = pairs(encoded.tensors["codebook"], separate=self.separate)
+        scales = encoded.tensors["scales"].to(torch.float32)
+        exponent = exponent_of(scales)
+        scales, wide = times_power(scales, -exponent), y.to(torch.float32)
+        if not self.along_outputs:
+            wide = wide * scales
+        turned = wide if basis_out is None else basis_out.forward(wide)
+        parts = torch.zeros(2, *y.shape[:-1], encoded.shape[1], dtype=torch.float32, device=y.device)
+        for block in row_blocks(encoded.shape):
+            first, second = self._look_up(table, encoded, block)
+            parts[0] += wide[..., block] @ first
+            parts[1] += turned[..., block] @ second
+        x = parts[0] + (parts[1] if basis_in is None else basis_in.inverse(parts[1]))
+        return times_power(x * scales if self.along_outputs else x, exponent).to(y.dtype)
+
     def spec(self) -> str:
         """Return for example `kashin4` or `kashinL9smbfly@7`; see docs/codecs/kashin.md for the letters."""
         flags = "".join(token for token, on in (("s", self.separate), ("c", self.shared), ("m", self.form == "matrix"))

@@ -10,17 +10,18 @@ import dataclasses
 import math
 import re
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
-from tersor.codecs.bases.anneal import anneal, fit_levels, standard_levels
+from tersor.codecs.bases.anneal import anneal, fit_levels
+from tersor.codecs.bases.starts import Start, start
 from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, Traits
 from tersor.contract.feedback import encode_with_feedback
 from tersor.errors import CodecConfigError
 from tersor.numerics import rng
+from tersor.numerics.constants import constant
 from tersor.numerics.rotation import Rotation
 from tersor.ops.annealing.problem import Bases, Schedule
 from tersor.ops.hadamard import SEEDS, hadamard
@@ -36,28 +37,6 @@ MOST_LEVELS = 16
 FIT_POINTS = 1 << 22  # elements that levels are fitted on
 PILOT_POINTS = 1 << 13  # elements that levels are fitted on before error feedback
 DEVICE_ELEMENTS = 1 << 25  # annealed together on a GPU: about a gigabyte while minimizing
-
-
-@dataclasses.dataclass(frozen=True)
-class Start:
-    """Where annealing of a pair of alphabets starts on the unit normal, tuned at 1,000 sweeps (docs/log.md).
-
-    Positive levels of both alphabets, ascending, and first and last temperature in squares of half the second's gap.
-    """
-
-    first: tuple[float, ...]
-    second: tuple[float, ...]
-    hot: float = 0.25
-    cold: float = 0.1
-
-
-STARTS = {
-    (2, 2, True): Start((0.819,), (0.817,), 0.273, 0.106),
-    (2, 2, False): Start((0.616,), (0.632,), 0.249, 0.104),
-    (3, 2, False): Start((0.868,), (0.512,), 0.192, 0.090),
-    (4, 2, False): Start((0.292, 1.251), (0.348,), 0.277, 0.119),
-    (8, 2, False): Start((0.156, 0.563, 1.134, 1.983), (0.183,), 0.5, 0.116),
-}
 
 
 @final
@@ -186,6 +165,18 @@ class TwoBasis(Codec):
             out = outer.inverse(one + inner.inverse(two))
         return out.reshape(*x.shape[:-1], encoded.shape[0]).to(x.dtype)
 
+    def matmul_transposed(self, encoded: Encoded, y: Tensor) -> Tensor:
+        """Along outputs turn the gradients once a basis, and multiply by the factors of each block of columns."""
+        if self.axis == "in":
+            return super().matmul_transposed(encoded, y)
+        one = hadamard(y.to(torch.float32), self._first_rotation(encoded))
+        two = hadamard(one, self._second_rotation(encoded))
+        out = torch.empty(*y.shape[:-1], encoded.shape[1], dtype=torch.float32, device=y.device)
+        for block in row_blocks(self._lines(encoded.shape)):
+            first, second = self._factors(encoded, block)
+            out[..., block] = (one @ first.T + two @ second.T) * self._scales(encoded, block).T
+        return out.to(y.dtype)
+
     def _along_inputs(self, encoded: Encoded, x: Tensor, outer: Rotation, inner: Rotation) -> Tensor:
         held, scales = encoded.tensors, encoded.tensors["scales"].expand(encoded.shape[0])
         codes = held["first"], held["second"], held["levels"], scales, self.first, self.second
@@ -194,7 +185,7 @@ class TwoBasis(Codec):
         one = hadamard(x, outer, dtype=torch.float32)
         two = hadamard(one, inner)
         if self.half:
-            two = two[:, _places(self, self._lines(encoded.shape)[1], x.device)]
+            two = two[:, _places(self.seed, self._lines(encoded.shape)[1], x.device)]
         return sign_linear(one, two, *codes)
 
     def spec(self) -> str:
@@ -243,7 +234,7 @@ class TwoBasis(Codec):
         t = codes.read(encoded.tensors["second"], (vectors, count), self.second, rows)
         spread = second[t.to(torch.int32)]
         if self.half:
-            spread = levels.new_zeros(len(t), width).index_copy_(1, _places(self, width, levels.device), spread)
+            spread = levels.new_zeros(len(t), width).index_copy_(1, _places(self.seed, width, levels.device), spread)
         return first[s.to(torch.int32)], spread
 
     def _scales(self, encoded: Encoded, rows: Rows) -> Tensor:
@@ -364,10 +355,10 @@ class _Columns(ColumnEncoder):
         return self._fit.close(*self._codes, refit=False)
 
 
-@lru_cache(maxsize=32)
-def _places(codec: TwoBasis, width: int, device: torch.device) -> Tensor:
-    """Return the indices of the coordinates of the second basis that carry codes."""
-    return codec._kept(width).nonzero().flatten().to(device)
+@constant
+def _places(seed: int, width: int, device: torch.device) -> Tensor:
+    """Return the indices of the half of the coordinates of the second basis that carries codes."""
+    return TwoBasis(half=True, seed=seed)._kept(width).nonzero().flatten().to(device)
 
 
 def schedule_of(codec: TwoBasis, how: Search) -> Schedule:
@@ -389,11 +380,5 @@ def schedule_of(codec: TwoBasis, how: Search) -> Schedule:
 
 
 def start_of(codec: TwoBasis) -> Start:
-    """Return where annealing starts: tuned, else alphabets of equal gaps that share the power by their sizes."""
-    tuned = STARTS.get((codec.first, codec.second, codec.half))
-    if tuned:
-        return tuned
-    share = 1 / (1 + (codec.first / codec.second) ** 2)
-    halves = [standard_levels(count, 0.85 * power)[(count + 1) // 2 :].tolist()
-              for count, power in ((codec.first, 1 - share), (codec.second, share))]
-    return Start(tuple(halves[0]), tuple(halves[1]))
+    """Return where annealing starts."""
+    return start(codec.first, codec.second, half=codec.half)

@@ -57,10 +57,10 @@ class MixedRows(Codec):
     def layout(self, shape: Shape) -> Layout:
         """Return the packed mask, if there is one, and both layouts."""
         shapes = self._shapes(shape)
-        mask = {"mask": TensorSpec((shape[0],), levels=2)} if self.order == "energy" else {}
+        mask = {"mask": TensorSpec((shape[0],), levels=2, ones=self.count)} if self.order == "energy" else {}
         return {**mask, **nest("first", self.first.layout(shapes[0])), **nest("second", self.second.layout(shapes[1]))}
 
-    def train(self, samples: Iterable[Tensor], *, seed: int = 0) -> Tables:
+    def learn(self, samples: Iterable[Tensor], *, seed: int = 0) -> Tables:
         """Train both codecs on whole samples."""
         kept = list(samples)
         return {**nest_tensors("first", self.first.train(kept, seed=seed)),
@@ -101,6 +101,14 @@ class MixedRows(Codec):
         for child, taken in zip(self._parts(encoded), (in_first, ~in_first), strict=True):
             out[..., taken] = child.codec.matmul(child, x)
         return out
+
+    def matmul_transposed(self, encoded: Encoded, y: Tensor) -> Tensor:
+        """Multiply each part by the outputs that it has."""
+        in_first, _ = self._places(encoded)
+        wide = y.to(torch.float32)
+        first, second = (child.codec.matmul_transposed(child, wide[..., taken])
+                         for child, taken in zip(self._parts(encoded), (in_first, ~in_first), strict=True))
+        return (first + second).to(y.dtype)
 
     def spec(self) -> str:
         """Return for example `rows128(lm3;lm2)`, or `head128(lm3;lm2)` without a mask."""

@@ -18,7 +18,6 @@ from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, Traits
 from tersor.contract.feedback import encode_with_feedback
 from tersor.contract.nesting import nest, nest_tensors
 from tersor.errors import CodecConfigError
-from tersor.numerics.linalg import single_thread
 from tersor.payload.blocks import Rows, Shape, Tables, shape_of
 from tersor.payload.layout import Layout
 from tersor.quality import measure
@@ -67,16 +66,15 @@ class Sum(Codec):
             layout.update(nest(name, stage.layout(shape)))
         return layout
 
-    def train(self, samples: Iterable[Tensor], *, seed: int = 0) -> Tables:
+    def learn(self, samples: Iterable[Tensor], *, seed: int = 0) -> Tables:
         """Train each stage on the residuals of the stages before it."""
         tables: dict[str, Tensor] = {}
-        with single_thread(), torch.no_grad():
-            residuals = [sample.to(torch.float32) for sample in samples]
-            for name, stage in self.children().items():
-                own = stage.train(residuals, seed=seed)
-                tables.update(nest_tensors(name, own))
-                if int(name) + 1 < len(self.stages):
-                    residuals = [r - stage.encode(r, seed=seed, tables=own).decode() for r in residuals]
+        residuals = [sample.to(torch.float32) for sample in samples]
+        for name, stage in self.children().items():
+            own = stage.train(residuals, seed=seed)
+            tables.update(nest_tensors(name, own))
+            if int(name) + 1 < len(self.stages):
+                residuals = [r - stage.encode(r, seed=seed, tables=own).decode() for r in residuals]
         return tables
 
     def traits(self) -> Traits:
@@ -146,6 +144,12 @@ class Sum(Codec):
         wide = x.to(torch.float32)
         return _total([stage.matmul(encoded.child(name, stage, encoded.shape), wide)
                        for name, stage in self.children().items()]).to(x.dtype)
+
+    def matmul_transposed(self, encoded: Encoded, y: Tensor) -> Tensor:
+        """Return the sum of the stages' products."""
+        wide = y.to(torch.float32)
+        return _total([stage.matmul_transposed(encoded.child(name, stage, encoded.shape), wide)
+                       for name, stage in self.children().items()]).to(y.dtype)
 
     def spec(self) -> str:
         """Return for example `sum(rot,lm2;rtn2g64)`."""

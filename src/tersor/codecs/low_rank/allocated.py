@@ -10,14 +10,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
 from tersor.codecs.low_rank.widths import GRADES, MOST, grades_of, widths_for, widths_table
-from tersor.codecs.scalar.lloyd_max import gaussian_table
+from tersor.codecs.scalar.lloyd_max import gaussian_table, package_table
 from tersor.codecs.vector import orbits
 from tersor.codecs.vector.orbits import DIM
 from tersor.contract.checks import check_matrix
@@ -64,6 +64,13 @@ class Allocated(Codec):
     def __post_init__(self) -> None:
         if not isinstance(self.total, int) or isinstance(self.total, bool) or self.total < 1:
             raise CodecConfigError(f"allocated: total must be a positive number of half bits, found {self.total!r}")
+
+    def package_tables(self) -> Mapping[str, int]:
+        """Return the codebooks of every width that a column may have within `total`."""
+        stages = [stages for width, stages, _ in GRADES if width <= self.total]
+        tables = [package_table(1 << one[0]) if len(one) == DIM else orbits.package_table(stage)
+                  for one in stages for stage in one]
+        return {name: size for table in tables for name, size in table.items()}
 
     def layout(self, shape: Shape) -> Layout:
         """Return `codes`, `total` digits of 4 bits every 8 rows; `widths` and `scales`, one a column."""

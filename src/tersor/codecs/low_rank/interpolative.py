@@ -17,12 +17,12 @@ from tersor.codecs.low_rank.pivots import interpolate
 from tersor.contract.codec import Codec, Encoded, Search, Traits
 from tersor.contract.nesting import nest, nest_tensors
 from tersor.errors import CodecConfigError
-from tersor.numerics.linalg import single_thread
 from tersor.payload.blocks import Rows, Shape, Tables, row_blocks, shape_of
 from tersor.payload.layout import Layout, TensorSpec
 from tersor.payload.packing import pack, unpack
 
 AXES = ("rows", "columns")
+NOISE = 2.0**-46  # of the largest entry of a factor: what float64 sums of thousands of terms are wrong by
 
 
 @final
@@ -64,12 +64,12 @@ class Interpolative(Codec):
     def layout(self, shape: Shape) -> Layout:
         """Return `chosen`, a bit a row (column), and the factors' layouts; no coefficients where all are chosen."""
         shapes = self._shapes(shape)
-        chosen = TensorSpec((shape[0 if self.axis == "rows" else 1],), levels=2)
+        chosen = TensorSpec((shape[0 if self.axis == "rows" else 1],), levels=2, ones=self.rank)
         factors = {name: nest(name, codec.layout(shapes[name])) for name, codec in self.children().items()
                    if 0 not in shapes[name]}
         return {"chosen": chosen, **{key: spec for one in factors.values() for key, spec in one.items()}}
 
-    def train(self, samples: Iterable[Tensor], *, seed: int = 0) -> Tables:
+    def learn(self, samples: Iterable[Tensor], *, seed: int = 0) -> Tables:
         """Train each codec that has shared tables on the factors of the samples."""
         tables: dict[str, Tensor] = {}
         wanted = [name for name, codec in self.children().items() if codec.train is not Codec.train]
@@ -123,16 +123,35 @@ class Interpolative(Codec):
         if self.axis == "columns":
             inner = wide[..., chosen]
             if right is not None:
-                inner = inner + right.matmul(wide[..., others])
+                inner = inner + self.right.matmul(right, wide[..., others])
             assert left is not None
-            return left.matmul(inner).to(x.dtype)
+            return self.left.matmul(left, inner).to(x.dtype)
         assert right is not None
-        inner = right.matmul(wide)
+        inner = self.right.matmul(right, wide)
         out = torch.empty(*x.shape[:-1], encoded.shape[0], dtype=torch.float32, device=x.device)
         out[..., chosen] = inner
         if left is not None:
-            out[..., others] = left.matmul(inner)
+            out[..., others] = self.left.matmul(left, inner)
         return out.to(x.dtype)
+
+    def matmul_transposed(self, encoded: Encoded, y: Tensor) -> Tensor:
+        """Return `y @ W`, in as many multiplications."""
+        chosen, others = self._sides(encoded)
+        wide = y.to(torch.float32)
+        left, right = (self._part(encoded, name) for name in ("left", "right"))
+        if self.axis == "rows":
+            assert right is not None
+            inner = wide[..., chosen]
+            if left is not None:
+                inner = inner + self.left.matmul_transposed(left, wide[..., others])
+            return self.right.matmul_transposed(right, inner).to(y.dtype)
+        assert left is not None
+        inner = self.left.matmul_transposed(left, wide)
+        out = torch.empty(*y.shape[:-1], encoded.shape[1], dtype=torch.float32, device=y.device)
+        out[..., chosen] = inner
+        if right is not None:
+            out[..., others] = self.right.matmul_transposed(right, inner)
+        return out.to(y.dtype)
 
     def spec(self) -> str:
         """Return for example `id24(bf16;bf16)`, or `id24c(bf16;bf16)` for columns."""
@@ -157,12 +176,13 @@ class Interpolative(Codec):
 
     def _split(self, matrix: Tensor, hessian: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the chosen rows (columns) and the factors, float32, of the matrix truncated to the rank."""
-        with single_thread():
-            peak = float(matrix.abs().max())
-            scale = peak if peak > 0 else 1.0
-            wide = matrix.to(torch.float64) / scale
-            left, right = truncate(wide, self.rank, hessian)
-            chosen, parts = take_apart(left, right, self.axis)
+        peak = float(matrix.abs().max())
+        scale = peak if peak > 0 else 1.0
+        wide = matrix.to(torch.float64) / scale
+        left, right = truncate(wide, self.rank, hessian)
+        chosen, parts = take_apart(left, right, self.axis)
+        for part in parts.values():  # what rounding leaves of zeros is no row, nor a column, for a codec to scale up
+            part[part.abs() < NOISE * (part.abs().amax() if part.numel() else 0.0)] = 0.0
         factor = "right" if self.axis == "rows" else "left"
         parts[factor] = parts[factor] * scale
         return chosen, {name: part.to(torch.float32) for name, part in parts.items()}

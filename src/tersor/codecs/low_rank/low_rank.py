@@ -21,7 +21,6 @@ from tersor.codecs.scalar.dense import Dense
 from tersor.contract.codec import Codec, Encoded, Search, Traits
 from tersor.contract.nesting import nest, nest_tensors
 from tersor.errors import CodecConfigError
-from tersor.numerics.linalg import single_thread
 from tersor.ops.low_rank_linear import low_rank_linear
 from tersor.payload.blocks import Rows, Shape, Tables, row_blocks, shape_of
 from tersor.payload.layout import Layout
@@ -73,7 +72,7 @@ class LowRank(Codec):
         shapes = self._shapes(shape)
         return {**nest("left", self.left.layout(shapes[0])), **nest("right", self.right.layout(shapes[1]))}
 
-    def train(self, samples: Iterable[Tensor], *, seed: int = 0) -> Tables:
+    def learn(self, samples: Iterable[Tensor], *, seed: int = 0) -> Tables:
         """Train each codec that has shared tables on the unquantized factors of LPLR."""
         tables: dict[str, Tensor] = {}
         kept = list(samples)
@@ -81,8 +80,7 @@ class LowRank(Codec):
             side = 0 if name == "left" else 1
             trained = [s for s in kept if _is_trained(codec, self._shapes(shape_of(s))[side])]
             if trained:
-                with single_thread(), torch.no_grad():
-                    factors = [self._unquantized(sample, seed)[side] for sample in trained]
+                factors = [self._unquantized(sample, seed)[side] for sample in trained]
                 tables.update(nest_tensors(name, codec.train(factors, seed=seed)))
         return tables
 
@@ -125,6 +123,12 @@ class LowRank(Codec):
         for block in row_blocks(right.shape):
             inner += wide[..., block] @ self.right.decode_rows(right, block)
         return self.left.matmul(left, inner).to(x.dtype)
+
+    def matmul_transposed(self, encoded: Encoded, y: Tensor) -> Tensor:
+        """Return `(y L) Rᵀ`."""
+        left, right = self.factors(encoded)
+        inner = self.left.matmul_transposed(left, y.to(torch.float32))
+        return self.right.matmul(right, inner).to(y.dtype)
 
     def factors(self, encoded: Encoded) -> Factors:
         """Return the encoded L, (out, rank), and R, (in, rank)."""

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from tersor.contract.codec import Codec, Encoded, Search
 from tersor.errors import CodecConfigError, NonFiniteError
-from tersor.payload.blocks import Rows, Shape, shape_of
+from tersor.payload.blocks import Rows, Shape, row_blocks, shape_of
 from tersor.payload.layout import Layout, TensorSpec
 from tersor.payload.scales import bounded, reciprocal
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FP8_MAX = 448.0
+FADED = 4.0  # units in the last place that fp16 may lose, in norm; of normal numbers it loses half a one at most
 
 
 @final
@@ -52,7 +53,7 @@ class Dense(Codec):
         Raises
         ------
         NonFiniteError
-            If a value overflows the dtype.
+            If a value overflows the dtype, or numbers are so small that fp16 loses their digits.
         """
         del how
         if self.dtype == "fp8":
@@ -63,6 +64,9 @@ class Dense(Codec):
         values = matrix.to(DTYPES[self.dtype], copy=True)
         if not bool(torch.isfinite(values).all()):
             raise NonFiniteError(f"dense: values up to {float(matrix.abs().max()):.3g} overflow {self.dtype}; use bf16")
+        if self.dtype == "fp16" and _fades(matrix, values):
+            raise NonFiniteError(f"dense: values up to {float(matrix.abs().max()):.3g} lose their digits in fp16, "
+                                 "whose least normal number is 6.1e-05; use bf16, or scale the matrix up")
         return Encoded(self, shape_of(matrix), {"values": values.contiguous()})
 
     def decode_rows(self, encoded: Encoded, rows: Rows) -> Tensor:
@@ -82,6 +86,16 @@ class Dense(Codec):
         """Parse a dtype's name."""
         del parts
         return cls(match["dtype"])
+
+
+def _fades(matrix: Tensor, values: Tensor) -> bool:
+    """Tell whether rounding to fp16 has cost more than it does to normal numbers."""
+    lost = size = 0.0
+    for block in row_blocks(shape_of(matrix)):
+        wide = matrix[block].to(torch.float64)
+        lost += float((values[block].to(torch.float64) - wide).square().sum())
+        size += float(wide.square().sum())
+    return lost > (FADED * torch.finfo(torch.float16).eps) ** 2 * size
 
 
 @cache

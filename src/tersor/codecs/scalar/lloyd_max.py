@@ -10,7 +10,7 @@ import dataclasses
 import importlib.resources
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, lru_cache
 from typing import ClassVar, final
 
@@ -24,7 +24,6 @@ from tersor.contract.feedback import encode_with_feedback
 from tersor.contract.rotating import MultipliesRotated
 from tersor.errors import CodecConfigError
 from tersor.numerics.constants import constant
-from tersor.numerics.linalg import single_thread
 from tersor.numerics.lloyd import lloyd_sorted, midpoints, nearest
 from tersor.ops.codebook_linear import codebook_linear
 from tersor.payload import codes
@@ -83,6 +82,10 @@ class Scalar(MultipliesRotated):
             raise CodecConfigError(f"scalar: no Gaussian table with {self.levels} levels; there are 2 to 64, 90, 128, "
                                    "181 and 256; or use codebook='fitted'")
 
+    def package_tables(self) -> Mapping[str, int]:
+        """Return the table of the unit normal, where levels are not the matrix's own."""
+        return package_table(self.levels) if self.codebook == "gaussian" else {}
+
     def layout(self, shape: Shape) -> Layout:
         """Return `codes`, `scales` and, unless Gaussian, `table`."""
         params = Grid(shape, self.group_size, self.axis).param_shape
@@ -91,16 +94,15 @@ class Scalar(MultipliesRotated):
             layout["table"] = TensorSpec((self.levels,), torch.float16, shared=self.codebook == "shared")
         return layout
 
-    def train(self, samples: Iterable[Tensor], *, seed: int = 0) -> Tables:
+    def learn(self, samples: Iterable[Tensor], *, seed: int = 0) -> Tables:
         """Fit the shared table on the samples' normalized groups; empty unless `codebook="shared"`."""
         del seed
         if self.codebook != "shared":
             return {}
-        with single_thread(), torch.no_grad():
-            normalized = [self._normalized(sample) for sample in samples]
-            if not normalized:
-                raise CodecConfigError("scalar: training a shared table needs at least one sample matrix, found none")
-            return {"table": lloyd_sorted(torch.cat(normalized), self.levels)}
+        normalized = [self._normalized(sample) for sample in samples]
+        if not normalized:
+            raise CodecConfigError("scalar: training a shared table needs at least one sample matrix, found none")
+        return {"table": lloyd_sorted(torch.cat(normalized), self.levels)}
 
     def search(self, matrix: Tensor, how: Search) -> Encoded:
         """Fit table and scales, then take the nearest entries; with error feedback when asked for."""
@@ -211,6 +213,11 @@ def _tables() -> dict[int, tuple[float, ...]]:
 def gaussian_levels() -> frozenset[int]:
     """Return the numbers of levels for which there is a Gaussian table."""
     return frozenset(_tables())
+
+
+def package_table(levels: int) -> dict[str, int]:
+    """Return the name and the bytes of a table of the package: its positive half, in float32."""
+    return {f"lloyd_max/{levels}": 4 * len(_tables()[levels])}
 
 
 @cache

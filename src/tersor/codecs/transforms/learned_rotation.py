@@ -20,7 +20,6 @@ from tersor.contract.nesting import nest_tensors
 from tersor.contract.wrapper import Wrapped
 from tersor.errors import CodecConfigError, NonFiniteError
 from tersor.numerics.kmeans import exponent_of, times_power
-from tersor.numerics.linalg import single_thread
 from tersor.payload.blocks import Rows, Shape, Tables, row_blocks, shape_of
 from tersor.payload.layout import Layout, TensorSpec
 
@@ -83,18 +82,17 @@ class LearnedRotation(Wrapped):
                                    f"most {MAX_WIDTH}; use the seeded rotation 'rot,{self.inner.spec()}'")
         return {"rotation": TensorSpec((shape[1], shape[1]), PRECISIONS[self.precision][1], shared=self.trained)}
 
-    def train(self, samples: Iterable[Tensor], *, seed: int = 0) -> Tables:
+    def learn(self, samples: Iterable[Tensor], *, seed: int = 0) -> Tables:
         """Learn the shared rotation from the samples, if it is one, then train the inner codec on rotated samples."""
-        with single_thread(), torch.no_grad():
-            if not self.trained:  # each matrix then learns the rotation that suits the inner codec's tables
-                return nest_tensors("inner", self.inner.train(samples, seed=seed))
-            kept = list(samples)
-            if not kept or len({sample.shape[1] for sample in kept}) != 1:
-                raise CodecConfigError(f"codec '{self.spec()}': a shared rotation needs sample matrices of one width, "
-                                       f"found widths {sorted({sample.shape[1] for sample in kept})}")
-            rotation = self._learn(kept, Search(seed=seed), train=True)
-            tables = self.inner.train([_rotate(sample, rotation) for sample in kept], seed=seed)
-            return {"rotation": rotation, **nest_tensors("inner", tables)}
+        if not self.trained:  # each matrix then learns the rotation that suits the inner codec's tables
+            return nest_tensors("inner", self.inner.train(samples, seed=seed))
+        kept = list(samples)
+        if not kept or len({sample.shape[1] for sample in kept}) != 1:
+            raise CodecConfigError(f"codec '{self.spec()}': a shared rotation needs sample matrices of one width, "
+                                   f"found widths {sorted({sample.shape[1] for sample in kept})}")
+        rotation = self._learn(kept, Search(seed=seed), train=True)
+        tables = self.inner.train([_rotate(sample, rotation) for sample in kept], seed=seed)
+        return {"rotation": rotation, **nest_tensors("inner", tables)}
 
     def change(self, matrix: Tensor, how: Search) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Learn the rotation, or take the shared one, round it as it is stored, and rotate."""
@@ -126,6 +124,11 @@ class LearnedRotation(Wrapped):
         """Rotate the activations and multiply by the inner matrix."""
         rotated = x.to(torch.float32) @ encoded.tensors["rotation"].to(torch.float32).T
         return self.inner.matmul(self.child(encoded), rotated).to(x.dtype)
+
+    def matmul_transposed(self, encoded: Encoded, y: Tensor) -> Tensor:
+        """Multiply by the transposed inner matrix and rotate back."""
+        product = self.inner.matmul_transposed(self.child(encoded), y.to(torch.float32))
+        return (product @ encoded.tensors["rotation"].to(torch.float32)).to(y.dtype)
 
     def spec(self) -> str:
         """Return for example `opq,pq4x256`, `opqf32,pq4x256` or `opqt,pq4x256t` (shared rotation and codebooks)."""

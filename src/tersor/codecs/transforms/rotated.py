@@ -125,6 +125,14 @@ class Rotated(Wrapped):
             y = hadamard(y, self._out(encoded.shape[0]), inverse=True, dtype=x.dtype)
         return y.to(x.dtype)
 
+    def matmul_transposed(self, encoded: Encoded, y: Tensor) -> Tensor:
+        """Rotate the gradients of outputs, multiply by the transposed inner matrix, rotate back."""
+        wide = y.to(torch.float32)
+        if self.side != "in":
+            wide = hadamard(wide, self._out(encoded.shape[0]))
+        x = self.inner.matmul_transposed(self.child(encoded), wide)
+        return (x if self.side == "out" else hadamard(x, self._in(encoded.shape[1]), inverse=True)).to(y.dtype)
+
     def spec(self) -> str:
         """Return for example `rot,lm3`, `rotboth@7,lm2`."""
         return f"{SIDES[self.side]}{f'@{self.seed}' if self.seed else ''},{self.inner.spec()}"

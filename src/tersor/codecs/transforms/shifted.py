@@ -66,6 +66,13 @@ class Shifted(Wrapped):
         product = self.inner.matmul(self.child(encoded), wide)
         return (product * factor + wide.sum(-1, keepdim=True) * shift).to(x.dtype)
 
+    def matmul_transposed(self, encoded: Encoded, y: Tensor) -> Tensor:
+        """Return α times the inner product, plus β times the sum of the outputs."""
+        factor, shift = encoded.tensors["affine"]
+        wide = y.to(torch.float32)
+        product = self.inner.matmul_transposed(self.child(encoded), wide)
+        return (product * factor + wide.sum(-1, keepdim=True) * shift).to(y.dtype)
+
     def spec(self) -> str:
         """Return for example `ns,lr64(mm8;mm8)`."""
         return f"ns,{self.inner.spec()}"

@@ -25,8 +25,8 @@ SUM_FLOATS = 1 << 20  # numbers summed at a time; fixed, because the order of a 
 class Standardized(Wrapped):
     """`W = scale inner + mean` with a bf16 mean and a bf16 scale a column.
 
-    The scale is the root mean square of what the stored mean leaves over, 1 where that is 0: a column of equal numbers
-    decodes to their bf16 value plus what the inner codec makes of the rest.
+    The scale is the root mean square of what the stored mean leaves over. Where that is 0 the scale is 0 as well, so
+    that a column of equal bf16 numbers is exact, whatever the inner codec makes of its zeros.
     """
 
     id: ClassVar[str] = "standardized"
@@ -56,7 +56,7 @@ class Standardized(Wrapped):
         if how.hessian is None:
             return inner
         factor = own["scale"].to(torch.float64)
-        factor = (factor / factor.max()).to(device=how.hessian.device)
+        factor = (factor / factor.max().clamp_min(torch.finfo(torch.float64).tiny)).to(device=how.hessian.device)
         hessian = (how.hessian.to(torch.float64) * factor * factor.unsqueeze(-1)).to(torch.float32)
         return dataclasses.replace(inner, hessian=hessian)
 
@@ -74,6 +74,13 @@ class Standardized(Wrapped):
         wide = x.to(torch.float32)
         scale, mean = (encoded.tensors[name].to(torch.float32) for name in ("scale", "mean"))
         return (self.inner.matmul(self.child(encoded), wide * scale) + (wide @ mean).unsqueeze(-1)).to(x.dtype)
+
+    def matmul_transposed(self, encoded: Encoded, y: Tensor) -> Tensor:
+        """Multiply by the transposed inner matrix, scale, and add the means times the sum of the outputs."""
+        wide = y.to(torch.float32)
+        scale, mean = (encoded.tensors[name].to(torch.float32) for name in ("scale", "mean"))
+        product = self.inner.matmul_transposed(self.child(encoded), wide)
+        return (product * scale + wide.sum(-1, keepdim=True) * mean).to(y.dtype)
 
     def spec(self) -> str:
         """Return for example `std,lm3`."""
@@ -107,8 +114,7 @@ def _moments(matrix: Tensor) -> tuple[Tensor, Tensor]:
     total = sum((matrix[part].sum(0, dtype=torch.float64) for part in parts), zero)
     mean = _round(total / matrix.shape[0])
     power = sum(((matrix[part].to(torch.float64) - mean.to(torch.float64)).square().sum(0) for part in parts), zero)
-    scale = _round((power / matrix.shape[0]).sqrt())
-    return mean, torch.where(scale > 0, scale, torch.ones_like(scale))
+    return mean, _round((power / matrix.shape[0]).sqrt())
 
 
 def _round(values: Tensor) -> Tensor:
@@ -117,9 +123,13 @@ def _round(values: Tensor) -> Tensor:
 
 
 def _standardize(matrix: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
-    """Return `(matrix - mean) / scale`, float32; in float64 between, where no column overflows or vanishes."""
+    """Return `(matrix - mean) / scale`, float32; in float64 between, where no column overflows or vanishes.
+
+    Columns of scale 0 give 0: of what their mean leaves over nothing is decoded.
+    """
     out = torch.empty(shape_of(matrix), dtype=torch.float32, device=matrix.device)
-    shift, factor = mean.to(torch.float64), scale.to(torch.float64)
+    shift = mean.to(torch.float64)
+    factor = torch.where(scale > 0, scale.to(torch.float64), torch.inf)
     for block in row_blocks(shape_of(matrix)):
         out[block] = ((matrix[block].to(torch.float64) - shift) / factor).to(torch.float32)
     return out

@@ -32,7 +32,7 @@ from tersor.contract.codec import Codec, Encoded, Search, Traits
 from tersor.contract.coordinates import Coordinates
 from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
 from tersor.numerics.kmeans import assign
-from tersor.numerics.linalg import single_thread
+from tersor.numerics.settings import pinned
 from tersor.payload.blocks import Rows, Shape, Tables, row_blocks, shape_of
 from tersor.payload.layout import Layout, TensorSpec
 
@@ -100,7 +100,7 @@ class Klt(Codec):
                 "parts": TensorSpec((self._words,), shared=True),
                 "words": TensorSpec((WORDS, sum(COMPONENTS)), torch.float16, shared=True)}
 
-    def train(self, samples: Iterable[Tensor], *, seed: int = 0) -> Tables:
+    def learn(self, samples: Iterable[Tensor], *, seed: int = 0) -> Tables:
         """Fit the tables to sample matrices, errors unweighted; see `fit`."""
         return self.fit(samples, seed=seed)
 
@@ -127,7 +127,7 @@ class Klt(Codec):
         NonFiniteError
             If numbers are not finite.
         """
-        with single_thread(), torch.no_grad():
+        with pinned():
             rows, mass = self._collect(list(samples), None if weights is None else list(weights))
             width = rows[0].shape[1]
             self.layout((1, width))
@@ -163,7 +163,10 @@ class Klt(Codec):
                 raise NonFiniteError(f"codec '{self.spec()}': table '{name}' overflows; scale the matrix down")
         codes = torch.empty(layout["codes"].shape, dtype=torch.uint8, device=matrix.device)
         book, scale = _book(tables), tables["scale"]
-        analysis = torch.linalg.inv(tables["basis"].to(torch.float64))
+        analysis, singular = torch.linalg.inv_ex(tables["basis"].to(torch.float64))
+        if bool(singular.any()):
+            raise CodecConfigError(f"codec '{self.spec()}': the table 'basis' is singular, so no training made it; "
+                                   "train the tables again")
         inverse = torch.where(scale > 0, 1.0 / scale.to(torch.float64), 0.0)
         for block in row_blocks(shape):
             head = self._head(block, matrix.device)

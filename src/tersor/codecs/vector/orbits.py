@@ -214,6 +214,11 @@ def gaussian_bits() -> tuple[int, ...]:
     return tuple(sorted(int(name.removeprefix("even")) for name in _data() if name.startswith("even")))
 
 
+def package_table(bits: int) -> dict[str, int]:
+    """Return the name and the bytes of a codebook of the package."""
+    return {f"symmetric/{bits}": sum(_data()[f"{part}{bits}"].nbytes for part in ("values", "even"))}
+
+
 @lru_cache(maxsize=64)
 def gaussian(bits: int, device: torch.device | None = None) -> Orbits:
     """Return the codebook of at most 2**bits words trained on the unit normal; see tools/train_symmetric.py."""

@@ -19,7 +19,6 @@ from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, Traits
 from tersor.contract.feedback import encode_with_feedback
 from tersor.errors import CodecConfigError, NonFiniteError
 from tersor.numerics.kmeans import ITERATIONS, assign, exponent_of, kmeans, times_power
-from tersor.numerics.linalg import single_thread
 from tersor.ops.product_linear import Codewords, product_linear
 from tersor.payload import codes, packing
 from tersor.payload.blocks import Rows, Shape, Tables, row_blocks, shape_of
@@ -102,12 +101,11 @@ class Product(Codec):
                                    "matrix (suffix m), or trained codebooks (suffix t)")
         return {"codes": TensorSpec((shape[0], groups), levels=self.words), **self._tables(groups)}
 
-    def train(self, samples: Iterable[Tensor], *, seed: int = 0) -> Tables:
+    def learn(self, samples: Iterable[Tensor], *, seed: int = 0) -> Tables:
         """Fit the shared codebooks on the vectors of all samples; empty unless `trained`."""
         if not self.trained:
             return {}
-        with single_thread(), torch.no_grad():
-            return self._fit([_finite(sample, self) for sample in samples], None, seed, {})
+        return self._fit([_finite(sample, self) for sample in samples], None, seed, {})
 
     def search(self, matrix: Tensor, how: Search) -> Encoded:
         """Fit codebooks, round them as they are stored, then take the nearest codewords."""

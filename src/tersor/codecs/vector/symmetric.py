@@ -11,13 +11,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
-from tersor.codecs.scalar.lloyd_max import gaussian_table
+from tersor.codecs.scalar.lloyd_max import gaussian_table, package_table
 from tersor.codecs.vector import orbits
 from tersor.codecs.vector.orbits import DIM, Orbits
 from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, Traits
@@ -83,6 +83,10 @@ class Symmetric(Codec):
             raise CodecConfigError(f"symmetric: scale must be one of {sorted(SCALES)}, found {self.scale!r}")
         if self.axis not in ("in", "out"):
             raise CodecConfigError(f"symmetric: axis must be 'in' or 'out', found {self.axis!r}")
+
+    def package_tables(self) -> Mapping[str, int]:
+        """Return the codebook, whose ties and signs fitted leaders keep, and the table of a tail."""
+        return {**orbits.package_table(self.bits), **package_table(self._tail_levels)}
 
     def layout(self, shape: Shape) -> Layout:
         """Return `low` and, above 16 bits, `high` parts of the indices, `tail` codes, `scales`, fitted `leaders`."""

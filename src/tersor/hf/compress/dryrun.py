@@ -8,19 +8,21 @@ from typing import Any
 
 import torch
 
+from tersor.files import exclusive
 from tersor.hf.compress import survey
 from tersor.hf.compress.method import check_options, rungs
 from tersor.hf.compress.plan import least_error, predict
 from tersor.hf.compress.request import Request, budget_bytes, check_device, provenance
 from tersor.hf.compress.run import CompressSettings
 from tersor.hf.compress.work import WorkFolder
-from tersor.hf.models.source import open_source
+from tersor.hf.models.source import Source, open_source
 from tersor.planning.plan import check_weights
 
 _INTERPRETER = 600 * 10**6  # Python with torch and transformers
 _PASSES = {True: 3.0, False: 1.0}  # encode with feedback, and its measurement, in units of a plain trial
 
 
+@exclusive("output")
 def estimate(src: Path, output: Path, rate: float | None, size: int | None,
              settings: CompressSettings) -> dict[str, Any]:
     """Encode the matrix of median size once and scale up; reads nothing else and writes no output.
@@ -36,7 +38,15 @@ def estimate(src: Path, output: Path, rate: float | None, size: int | None,
     BudgetError
         If the budget cannot be met.
     """
-    source = open_source(src, WorkFolder(output) / "staged", dense=settings.dense, leave_out=settings.leave_out)
+    work = WorkFolder(output)
+    try:
+        source = open_source(src, work / "staged", dense=settings.dense, leave_out=settings.leave_out)
+        return _estimate(source, rate, size, settings)
+    finally:
+        work.clear("staged")
+
+
+def _estimate(source: Source, rate: float | None, size: int | None, settings: CompressSettings) -> dict[str, Any]:
     request = Request(budget_bytes(source, rate, size), settings.method, settings.seed, settings.options,
                       settings.sensitivities)
     check_device(settings.device)

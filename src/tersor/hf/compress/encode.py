@@ -10,13 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tersor import store
 from tersor.contract.codec import Codec, Encoded
 from tersor.errors import CorruptStoreError
-from tersor.files import save_tensors
+from tersor.files import load_sealed, save_sealed, tell_damaged
 from tersor.hf.compress.method import fixed_options
 from tersor.hf.compress.plan import check_plan, entries
 from tersor.hf.compress.request import Progress, Request, no_progress
@@ -65,13 +64,13 @@ def run(job: Job, work: WorkFolder, *, device: str = "cpu", progress: Progress =
         matrix = source.layout.matrices[name]
         known = calibration is not None and name in calibration.hessians
         options = fixed_options(codec, request.options, calibrated=known)
-        stamp = _stamp(job.provenance, name, codec, options)
+        stamp = _stamp(job, name, codec, options)
         found = _finished(files[name], stamp)
         if found is None:
             dense, hessian = read_matrix(source, matrix, device), hessian_of(calibration, matrix.name, device)
             encoded, found = encode_matrix(dense, codec, hessian, request.seed, options, name)
             del dense
-            _keep(files[name], encoded, stamp, found)
+            save_sealed(encoded.tensors, files[name], {"job": stamp, "report": found})
         report[name] = found
     progress("encode", len(picks), len(picks))
 
@@ -84,8 +83,9 @@ def run(job: Job, work: WorkFolder, *, device: str = "cpu", progress: Progress =
     return report
 
 
-def _stamp(record: Mapping[str, Any], name: str, codec: Codec, options: Mapping[str, Any]) -> str:
-    text = json.dumps([dict(record), name, codec.spec(), codec.version, dict(options)], sort_keys=True)
+def _stamp(job: Job, name: str, codec: Codec, options: Mapping[str, Any]) -> str:
+    seen = None if job.calibration is None else job.calibration.sha256
+    text = json.dumps([dict(job.provenance), seen, name, codec.spec(), codec.version, dict(options)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -101,27 +101,27 @@ def encode_matrix(dense: Tensor, codec: Codec, hessian: Tensor | None, seed: int
         "shannon_gap_db": quality.shannon_gap, "options": dict(options)}
 
 
-def _keep(file: Path, encoded: Encoded, stamp: str, result: Mapping[str, Any]) -> None:
-    """Write a finished matrix to the work folder, whole or not at all."""
-    tensors = {key: t.cpu().contiguous() for key, t in encoded.tensors.items()}
-    save_tensors(tensors, file, {"job": stamp, "report": json.dumps(result)})
-
-
 def _finished(file: Path, stamp: str) -> dict[str, Any] | None:
+    """Return the report of a finished matrix; None if there is none, it is damaged, or another job's."""
     if not file.exists():
         return None
     try:
-        with safe_open(file, framework="pt") as handle:
-            meta = handle.metadata() or {}
-        return json.loads(meta["report"]) if meta.get("job") == stamp else None
-    except (SafetensorError, OSError, KeyError, json.JSONDecodeError):
-        return None  # damaged by a crash of the machine: encode it again
+        record = load_sealed(file)[1]
+    except CorruptStoreError as error:
+        tell_damaged(error)
+        return None
+    return record["report"] if record.get("job") == stamp else None
 
 
 def read_payload(file: Path) -> dict[str, Tensor]:
-    """Read one finished matrix's payload from the work folder."""
+    """Read one finished matrix's payload from the work folder.
+
+    Raises
+    ------
+    CorruptStoreError
+        If it has been damaged since it was finished; the next run makes it again.
+    """
     try:
-        with safe_open(file, framework="pt") as handle:
-            return {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError) as error:
-        raise CorruptStoreError(f"{file}: damaged work file; delete it and run again: {error}") from error
+        return load_sealed(file)[0]
+    except CorruptStoreError as error:
+        raise CorruptStoreError(f"{error}; run again, and this matrix is encoded again") from error

@@ -23,7 +23,7 @@ def ladders(method: str) -> Sequence[Budgeted]:
     try:
         return [Ladder((parse(method),))]
     except UnknownCodecError as error:
-        raise UnknownCodecError(method, (*families(), *error.known), "family or codec string") from error
+        raise UnknownCodecError(error.name, (*families(), *error.known), "family or codec string") from error
 
 
 def fixed_options(codec: Codec, options: Mapping[str, Any], *, calibrated: bool) -> dict[str, Any]:

@@ -99,6 +99,9 @@ def check_plan(source: Source, picks: Mapping[str, Codec]) -> None:
         raise CodecConfigError(f"the plan and the model differ in {len(odd)} matrices, such as {sorted(odd)[:3]}; "
                                "make the plan from this model's survey")
     for name, codec in picks.items():
+        if not isinstance(codec, Codec):
+            raise CodecConfigError(f"the plan has {codec!r} for '{name}', where a codec belongs; read plans with "
+                                   "planning.plan.from_json")
         codec.layout(source.layout.matrices[name].shape)
 
 

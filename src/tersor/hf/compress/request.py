@@ -98,7 +98,8 @@ def budget_bytes(source: Source, rate: float | None, size: int | None) -> int:
         Unless exactly one is given, and positive.
     """
     if (rate is None) == (size is None):
-        raise BudgetError("give either a rate or a size")
+        found = "neither" if rate is None else f"both, {rate} bits per parameter and {size} bytes"
+        raise BudgetError(f"budget: expected either a rate or a size, found {found}; give one of them")
     if rate is not None and not 0 < rate <= 64:
         raise BudgetError(f"the rate must lie between 0 and 64 bits per parameter, found {rate}")
     budget = size if size is not None else int((rate or 0.0) * source.elements / 8)

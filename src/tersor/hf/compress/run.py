@@ -16,10 +16,11 @@ from typing import Any
 
 import tersor
 from tersor import store
+from tersor.contract.derived import package_nbytes
 from tersor.errors import ModelError, TersorError
 from tersor.families import DEFAULT
-from tersor.files import write_json
-from tersor.hf.compress import calibrate, encode, plan, survey
+from tersor.files import exclusive, write_json
+from tersor.hf.compress import calibrate, card, encode, plan, survey
 from tersor.hf.compress.method import check_options
 from tersor.hf.compress.request import (
     Progress,
@@ -32,9 +33,10 @@ from tersor.hf.compress.request import (
 )
 from tersor.hf.compress.verify import verify_in_fresh_process
 from tersor.hf.compress.work import WorkFolder, peak_memory
-from tersor.hf.models.classes import check_text, model_class
+from tersor.hf.models.classes import check_language_model, check_text, model_class
 from tersor.hf.models.dense import copy_dense
 from tersor.hf.models.evaluate import evaluate
+from tersor.hf.models.samples import samples
 from tersor.hf.models.source import REPORT, Source, open_source, read_matrix
 from tersor.hf.models.text import default_calibration, default_heldout, read_ids, text_source
 from tersor.planning.calibration import Calibration
@@ -66,6 +68,10 @@ class CompressSettings:
         Shell patterns of parameters that stay as they are, such as a vision tower's.
     leave_out : tuple of str
         Shell patterns of tensors to leave out, among those that no parameter of the class takes.
+    samples : int
+        Prompts of the held-out text that both models continue, for the report; none without an evaluation.
+    base_model : str or None
+        The original's name on a hub, for the model card; None: as its configuration says, if it does.
     """
 
     method: str = DEFAULT
@@ -82,6 +88,14 @@ class CompressSettings:
     sensitivities: Mapping[str, float] = dataclasses.field(default_factory=dict)
     dense: tuple[str, ...] = ()
     leave_out: tuple[str, ...] = ()
+    samples: int = 0
+    base_model: str | None = None
+
+    def changed(self) -> dict[str, Any]:
+        """Return the fields that are not their defaults."""
+        default = CompressSettings()
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)
+                if getattr(self, field.name) != getattr(default, field.name)}
 
     @property
     def text_seen(self) -> Path:
@@ -94,6 +108,7 @@ class CompressSettings:
         return self.text or default_heldout()
 
 
+@exclusive("output")
 def compress_model(source: str | Path, output: str | Path, rate: float | None = None, *, size: int | None = None,
                    settings: CompressSettings | None = None, progress: Progress = no_progress,
                    **changes: Any) -> dict[str, Any]:
@@ -115,9 +130,8 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
     Returns
     -------
     dict
-        The report: `summary`, `matrices` by name, `ledger` by the checkpoint's key, `evaluation`, `provenance`; or
-        `copied` and `summary` where the
-        budget admits the original.
+        The report: `summary`, `matrices` by name, `ledger` by the checkpoint's key, `evaluation`, `samples`,
+        `provenance`; or `copied` and `summary` where the budget admits the original.
 
     Raises
     ------
@@ -125,31 +139,54 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
         Its subclasses; FileExistsError if the output exists.
     """
     chosen, began = dataclasses.replace(settings or CompressSettings(), **changes), time.perf_counter()
+    card.check_name(chosen.base_model)
     work = WorkFolder(Path(output)).claim()
     opened = open_source(Path(source), work / "staged", dense=chosen.dense, leave_out=chosen.leave_out)
     request = Request(budget_bytes(opened, rate, size), chosen.method, chosen.seed, chosen.options,
                       chosen.sensitivities)
     if request.budget >= opened.nbytes:
         copy_dense(opened, work.target)
-        return {"copied": True, "summary": {"bytes": opened.nbytes, "budget": request.budget}}
-    _check(opened, request, chosen)
+        summary = {"bytes": opened.nbytes, "budget": request.budget}
+        work.clear("staged")
+        return {"copied": True, "summary": summary}
+    try:
+        _check(opened, request, chosen)
+    except TersorError:
+        work.clear("staged")
+        raise
     work.stamp(_mark(opened, request, chosen), resume=chosen.resume)
     report = _stages(opened, request, chosen, work, progress)
-    if chosen.evaluation_tokens:
-        report["evaluation"] = evaluate(work / "output", opened, chosen.heldout, context=chosen.context,
-                                        tokens=chosen.evaluation_tokens, device=chosen.device, progress=progress)
+    report |= _judged(opened, chosen, work, progress)
     report["summary"]["seconds"] = time.perf_counter() - began
     report["summary"]["peak_memory_bytes"] = peak_memory()
     write_json(work / "output" / REPORT, report)
+    asked = f"--rate {rate:g}" if size is None else f"--size {size}"
+    card.write_card(work / "output", report, card.base_of(opened, chosen.base_model),
+                    card.command(request, asked, chosen.changed()))
     work.finish("matrices", "staged")
     return report
+
+
+def _judged(source: Source, settings: CompressSettings, work: WorkFolder, progress: Progress) -> dict[str, Any]:
+    """Return the evaluation of what was written, and samples beside the original's, where they are asked for."""
+    found: dict[str, Any] = {}
+    output, text, device = work / "output", settings.heldout, settings.device
+    if settings.evaluation_tokens:
+        found["evaluation"] = evaluate(output, source, text, context=settings.context,
+                                       tokens=settings.evaluation_tokens, device=device, progress=progress)
+    if settings.evaluation_tokens and settings.samples:
+        found["samples"] = samples(output, source, text, settings.samples, device=device, progress=progress)
+    return found
 
 
 def _check(source: Source, request: Request, settings: CompressSettings) -> None:
     """Refuse before any work what would fail after it."""
     if settings.calibrated or settings.evaluation_tokens:
         check_text(model_class(source.config))
+    if settings.samples:
+        check_language_model(source.config, "a sample")
     check_device(settings.device)
+    source.tried.check()
     check_options(request)
     check_weights(list(source.layout.matrices), request.sensitivities)
     plan.check_reachable(source, None, request, tersor.__version__)
@@ -176,9 +213,10 @@ def _stages(source: Source, request: Request, settings: CompressSettings, work: 
     device, calibration = settings.device, None
     if settings.calibrated:
         file = work / "calibration.safetensors"
-        if not file.exists():
+        calibration = calibrate.finished(file)
+        if calibration is None:
             calibrate.run(source, settings.text_seen, file, settings.sampling, device=device, progress=progress)
-        calibration = Calibration.load(file)
+            calibration = Calibration.load(file)
     choices = survey.run(source, calibration, request, work / "survey.jsonl", device=device, progress=progress)
     record = provenance(source, calibration, request, tersor.__version__)
     picks = plan.run(source, choices, request, record)
@@ -216,8 +254,12 @@ def conclude(job: encode.Job, matrices: Mapping[str, Any], work: WorkFolder,
     source, nbytes = job.source, store.stored_nbytes(work / "output")
     summary = {"bytes": nbytes, **asked, "rate": 8 * nbytes / source.elements, "parameters": source.elements,
                "bytes_original": source.original_nbytes}
-    report = {"summary": summary, "matrices": matrices, "ledger": source.ledger.report(), "provenance": job.provenance}
+    summary["package_bytes"] = package_nbytes(job.picks.values())
+    report = {"summary": summary, "matrices": matrices, "ledger": source.ledger.report(),
+              "left_dense": {name: f"its module calls {said} on it" for name, said in source.tried.dense.items()},
+              "provenance": job.provenance}
     _check_companions(source, work / "output")
     write_json(work / "output" / REPORT, report)
+    card.write_card(work / "output", report, card.base_of(source))
     verify_in_fresh_process(work / "output", source.folder)
     return report

@@ -9,6 +9,7 @@ it is the weight of that matrix's relative distortion in the planner's sum, whic
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 
 from tersor.hf.models.classes import feed, run
 from tersor.hf.models.matrices import walk
-from tersor.numerics.linalg import single_thread
+from tersor.numerics.settings import pinned
 
 
 def sampled_loss(output: Tensor, generator: torch.Generator, *, logits: bool = True) -> Tensor:
@@ -40,34 +41,57 @@ def sampled_loss(output: Tensor, generator: torch.Generator, *, logits: bool = T
     return -flat.gather(-1, drawn).sum()
 
 
-def fisher_traces(model: PreTrainedModel, sequences: Tensor, seed: int,
-                  step: Callable[[int], None] | None = None) -> dict[str, float]:
+@dataclasses.dataclass
+class Traces:
+    """Sums of squared gradients so far, by matrix name; from them, and the generator, a killed run goes on.
+
+    Attributes
+    ----------
+    generator : torch.Generator
+        Of the tokens that are drawn.
+    done : int
+        Sequences in the sums.
+    """
+
+    generator: torch.Generator
+    sums: dict[str, float] = dataclasses.field(default_factory=dict)
+    done: int = 0
+
+
+def fisher_traces(model: PreTrainedModel, sequences: Tensor, seed: int, step: Callable[[int], None] | None = None,
+                  begun: Traces | None = None) -> dict[str, float]:
     """Return `tr(F)` a token for every matrix of the model.
 
     Parameters
     ----------
     sequences : Tensor
         Token ids (sequences, length); one backward pass each.
+    step : callable or None
+        Called with the tokens of each sequence when it is in the sums.
+    begun : Traces or None
+        Sums of the first sequences, to go on from; changed in place.
     """
     matrices = walk(model).matrices
     wanted = {m.parameter for m in matrices.values()}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in wanted)
-    generator = torch.Generator().manual_seed(seed)
-    totals = dict.fromkeys(matrices, 0.0)
-    for ids in sequences:
-        with single_thread():  # the plan follows from these sums, so their order must not depend on the threads
+    traces = begun or Traces(torch.Generator().manual_seed(seed))
+    totals = traces.sums
+    for ids in sequences[traces.done :]:
+        with pinned(gradients=True):  # the plan follows from these sums, so their order must not depend on the threads
             model.zero_grad(set_to_none=True)
             output, logits = run(model, feed(model, ids[None]))
-            sampled_loss(output, generator, logits=logits).backward()
+            sampled_loss(output, traces.generator, logits=logits).backward()
             for name, matrix in matrices.items():
                 gradient = model.get_parameter(matrix.parameter).grad
                 if gradient is not None:
-                    totals[name] += float(matrix.take(gradient).square().sum(dtype=torch.float64))
+                    square = float(matrix.take(gradient).square().sum(dtype=torch.float64))
+                    totals[name] = totals.get(name, 0.0) + square
+        traces.done += 1
         if step is not None:
             step(ids.numel())
     model.zero_grad(set_to_none=True)
-    return {name: total / sequences.numel() for name, total in totals.items()}
+    return {name: totals.get(name, 0.0) / sequences.numel() for name in matrices}
 
 
 def weight(trace: float, matrix: Tensor, hessian: Tensor | None) -> float:

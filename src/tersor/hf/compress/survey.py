@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from tersor.contract.codec import Codec
+from tersor.files import exclusive
 from tersor.hf.compress import sensitivity
 from tersor.hf.compress.method import check_options, fixed_options, rungs
 from tersor.hf.compress.request import Progress, Request, no_progress
 from tersor.hf.models.matrices import Matrix
 from tersor.hf.models.source import Source, read_matrix
-from tersor.numerics.linalg import single_thread
+from tersor.numerics.settings import pinned
 from tersor.planning.calibration import Calibration, hessian_of
 from tersor.planning.plan import Choice, check_weights
 from tersor.planning.trials import Trials
@@ -25,6 +26,7 @@ from tersor.quality import measure
 SURVEY_ELEMENTS = 1 << 16  # elements of a matrix that a trial encodes
 
 
+@exclusive("output")
 def run(source: Source, calibration: Calibration | None, request: Request, output: Path, *, device: str = "cpu",
         progress: Progress = no_progress) -> dict[str, list[Choice]]:
     """Encode every matrix with every rung near the budget; one JSON line a trial in `output`, resumed if there.
@@ -55,12 +57,13 @@ def run(source: Source, calibration: Calibration | None, request: Request, outpu
 
 def open_trials(source: Source, calibration: Calibration | None, request: Request, path: Path) -> Trials:
     """Open a survey's file; its mark is a digest of what its figures depend on."""
-    seen = None if calibration is None else [calibration.source, calibration.tokens, sorted(calibration.fisher.items())]
+    seen = None if calibration is None else [calibration.sha256, calibration.source, calibration.tokens,
+                                               sorted(calibration.fisher.items())]
     facts = [source.fingerprint, seen, request.seed, sorted(request.options.items())]
     mark = hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
     return Trials(path, "survey", mark, key=("matrix", "codec"), numbers=("nbytes", "distortion", "weight"),
-                  hint="this model with this calibration, seed and options; name another file, or give the --calib, "
-                       "--seed and --option that 'tersor survey' was given")
+                  hint="this model with this calibration, seed and options; name another file, or give the "
+                       "--calibration, --seed and --option that 'tersor survey' was given")
 
 
 def trials(source: Source, matrix: Matrix, codecs: Sequence[Codec], calibration: Calibration | None, request: Request,
@@ -74,13 +77,13 @@ def trials(source: Source, matrix: Matrix, codecs: Sequence[Codec], calibration:
     hessian = hessian_of(calibration, matrix.name, device)
     trace = None if calibration is None else calibration.fisher.get(matrix.name)
     elements = matrix.shape[0] * matrix.shape[1]
-    with single_thread():  # the plan follows from these figures, so they must not depend on the threads
+    with pinned():  # the plan follows from these figures, so they must not depend on the threads
         weight = elements / source.elements if trace is None else sensitivity.weight(trace, dense, hessian)
     for codec in codecs:
         options = fixed_options(codec, request.options if whole else {**request.options, "feedback": False},
                                 calibrated=whole and hessian is not None)
         tables = codec.train([dense], seed=request.seed)
-        with single_thread():
+        with pinned():
             encoded = codec.encode(dense, hessian=hessian if whole else None, seed=request.seed, options=options,
                                    tables=tables)
             quality = measure(dense, encoded, hessian)

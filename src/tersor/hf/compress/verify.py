@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +12,8 @@ import torch
 
 from tersor import store
 from tersor.errors import CorruptStoreError, VerificationError
+from tersor.files import read_json
+from tersor.hf.compress.proof import prove
 from tersor.hf.compress.request import Progress, no_progress
 from tersor.hf.models.ledger import CARRIED, check_entries, check_source
 from tersor.hf.models.matrices import Parts, empty_model, made_anew, read_config, walk
@@ -23,23 +25,31 @@ AGREEMENT = 1e-3
 FLOOR = 1e-12
 
 
-def verify(path: Path, source: Source | None = None, progress: Progress = no_progress) -> dict[str, Any]:
-    """Verify a store; for a model, also that it covers the model, and, with a source, every tensor's error.
+def verify(path: Path, source: Source | None = None, progress: Progress = no_progress, *,
+           proven: bool = True) -> dict[str, Any]:
+    """Verify a store; for a model, also that it covers the model and computes, and, with a source, every error.
+
+    Parameters
+    ----------
+    proven : bool
+        Whether a model is loaded and run once beside its decoded weights; False where it is about to be run anyway.
 
     Returns
     -------
     dict
-        `matrices`, `plain`, `bytes`, `kind`, `against` and `worst_relative_error`.
+        `matrices`, `plain`, `bytes`, `kind`, `against`, `worst_relative_error`, `changed`: companions such as the
+        tokenizer that were edited since, of which a warning tells; and `proof`: see `prove`.
 
     Raises
     ------
     CorruptStoreError
         If bytes are not what was written.
     VerificationError
-        If tensors are missing, decode to NaN, or err more than the encoder recorded.
+        If tensors are missing, decode to NaN, or err more than the encoder recorded, or if the model, loaded, does not
+        compute what its weights decode to.
     """
     opened = store.read(path)
-    opened.verify()
+    changed = opened.verify()
     if source is not None and not made_from(opened.manifest["provenance"], source):
         raise VerificationError(f"{path} was not made from {source.path}: its manifest names a source of other bytes")
     if opened.kind == "model":
@@ -56,26 +66,27 @@ def verify(path: Path, source: Source | None = None, progress: Progress = no_pro
                 raise VerificationError(f"{path}: '{name}' decodes to NaN or infinity")
             continue
         found = measure(source.matrix(source.layout.matrices[name]), encoded).relative_error
-        promised = recorded.get(name, {}).get("relative_error")
-        if promised is None or not abs(found - promised) <= AGREEMENT * promised + FLOOR:
+        promised = recorded.get(name)
+        if promised is None or not math.isfinite(promised) or not abs(found - promised) <= AGREEMENT * promised + FLOOR:
             raise VerificationError(f"{path}: '{name}' has relative error {found:.6g}, but its encoder measured "
                                     f"{promised}; the output does not hold what was encoded")
         worst = max(worst, found)
     if source is not None:
         _check_plain(path, opened, source)
+    proof = prove(path, opened) if opened.kind == "model" and proven else None
     progress("verify", len(names), len(names))
     return {"matrices": len(names), "plain": len(opened.entries) - len(names), "bytes": store.stored_nbytes(path),
             "kind": opened.kind, "against": None if source is None else str(source.path),
-            "worst_relative_error": None if source is None else worst}
+            "worst_relative_error": None if source is None else worst, "changed": changed, "proof": proof}
 
 
 def _check_coverage(path: Path, opened: store.Store) -> None:
     model = empty_model(read_config(path))
     found = {name: entry.shape for name, entry in opened.entries.items()}
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    layout = walk(model)
-    layout = layout.without(made_anew(model, set(layout.plain) - set(found)))
-    layout = layout.keeping([name for name in layout.parameters if opened.is_plain(name)], shapes)
+    layout = walk(model).leaving(opened.plain_names())
+    absent = {m.parameter for m in layout.matrices.values()} | set(layout.plain)
+    absent -= {name.partition("/")[0] for name in found}
+    layout = layout.without(made_anew(model, absent))
     expected: dict[str, tuple[int, ...]] = {name: matrix.shape for name, matrix in layout.matrices.items()}
     expected |= {name: tuple(size) for name, size in layout.plain.items()}
     expected |= {name: shape for name, shape in biases_added(layout, opened).items() if name not in expected}
@@ -107,17 +118,21 @@ def biases_added(layout: Parts, opened: store.Store) -> dict[str, tuple[int, ...
     listed = opened.manifest["provenance"].get("biases", [])
     shapes = {f"{m.parameter.rpartition('.')[0]}.bias": (m.shape[0],) for m in layout.matrices.values()
               if m.kind in ("linear", "conv1d")}
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+        raise CorruptStoreError(f"{opened.path}: the manifest's biases must be a list of names, found {listed!r}")
     return {name: shapes[name] for name in listed if name in shapes}
 
 
-def _recorded(path: Path) -> dict[str, Any]:
+def _recorded(path: Path) -> dict[str, float]:
+    """Return the relative error that the encoder measured of each matrix."""
     file = path / REPORT
     if not file.is_file():
         return {}
     try:
-        return json.loads(file.read_text())["matrices"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise CorruptStoreError(f"{file}: damaged report: {error}") from error
+        found = read_json(file)["matrices"]
+        return {name: float(line["relative_error"]) for name, line in found.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        raise CorruptStoreError(f"{file}: damaged report: {type(error).__name__}: {error}") from error
 
 
 def _check_plain(path: Path, opened: store.Store, source: Source) -> None:
@@ -135,7 +150,8 @@ def verify_in_fresh_process(path: Path, against: Path) -> None:
     VerificationError
         If it fails; carries its message.
     """
-    command = [sys.executable, "-m", "tersor", "verify", str(path), "--against", str(against), "--json"]
+    command = [sys.executable, "-m", "tersor", "--quiet", "verify", str(path), "--against", str(against), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise VerificationError(done.stderr.strip() or f"{path}: verification ended with status {done.returncode}")
+        told = done.stderr.strip().removeprefix("tersor: ")
+        raise VerificationError(told or f"{path}: verification ended with status {done.returncode}")

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import shutil
 import sys
 from pathlib import Path
 
-from tersor.files import finished_name
+from tersor.errors import CorruptStoreError
+from tersor.files import finished_name, read_sealed_json, tell_damaged, write_sealed_json
+from tersor.hf.compress.checkpoint import checkpoints
 
-NAMES = ("staged", "fingerprint", "calibration.safetensors", "survey.jsonl", "plan.json", "matrices", "output",
-         "blocks", "ranks.json", "gradients.safetensors")
+NAMES = ("staged", "fingerprint", "calibration.safetensors", *checkpoints("calibration.safetensors"), "survey.jsonl",
+         "plan.json", "matrices", "output", "blocks", "ranks.json", "gradients.safetensors")
 
 
 class WorkFolder:
     """Where the stages of one output keep their files, beside it.
+
+    Its methods are for who holds the lock on the output (`tersor.files.locked`). All that a run reads of it after a
+    kill carries a digest: what is not as written is made again, and a warning says so.
 
     Parameters
     ----------
@@ -58,19 +64,42 @@ class WorkFolder:
         A staged source is kept: opening the source wrote it just now.
         """
         file = self / "fingerprint"
-        same = resume and file.is_file() and file.read_text() == mark
+        same = resume and _read(file) == mark
         self.path.mkdir(parents=True, exist_ok=True)
         for child in list(self.path.iterdir()):  # `claim` has made sure that these are ours
             kept = same and child.name in NAMES and child.name != "output"
             if child.name != "staged" and not kept:
                 shutil.rmtree(child) if child.is_dir() else child.unlink()
-        file.write_text(mark)
+        write_sealed_json(file, mark)
 
     def finish(self, *spent: str) -> None:
-        """Put the finished output in its place and remove what is spent; the whole folder if nothing is named."""
+        """Put the finished output in its place and remove what is spent; the whole folder if that is all there is.
+
+        Parameters
+        ----------
+        spent : str
+            Names of folders; none: all there is.
+        """
         (self / "output").rename(self.target)
+        self.clear(*spent)
+
+    def clear(self, *spent: str) -> None:
+        """Remove folders by name (none: all there is), and the work folder itself if nothing is left."""
         for place in [self / name for name in spent] or [self.path]:
             shutil.rmtree(place, ignore_errors=True)
+        with contextlib.suppress(OSError):  # not empty, or gone
+            self.path.rmdir()
+
+
+def _read(file: Path) -> str | None:
+    """Return the mark of the run that a work folder is of; None without one, or where it is not as written."""
+    if not file.exists():
+        return None
+    try:
+        return read_sealed_json(file)
+    except CorruptStoreError as error:
+        tell_damaged(error)
+        return None
 
 
 def peak_memory() -> int:

@@ -19,6 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tersor.errors import CodecConfigError
+from tersor.hf.kv.padding import Lead
 from tersor.kv import TokenStream
 
 NAME = "tersor"
@@ -32,7 +33,7 @@ Product = Callable[[Tensor], Tensor]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class States:
-    """Keys and values of one layer as one call of the model sees them, in the order of tokens.
+    """Keys and values of one layer as one call of the model sees them, as they are held.
 
     Attributes
     ----------
@@ -42,12 +43,15 @@ class States:
         The compressed tokens between them.
     middle : int
         How many tokens of the streams this call sees; blocks that it closes itself come later.
+    lead : Lead or None
+        The order of the first tokens, where it is not their own: sinks before padding.
     """
 
     sinks: Pair
     tail: Pair
     streams: tuple[TokenStream, TokenStream] | None = None
     middle: int = 0
+    lead: Lead | None = None
 
     @property
     def tokens(self) -> int:
@@ -67,7 +71,12 @@ class States:
                     yield start, min(stop, self.middle)
 
     def dense(self, side: int) -> Tensor:
-        """Return the keys (side 0) or values (side 1), dense: (batch, heads, tokens, dim) in the model's dtype."""
+        """Return the keys (side 0) or values (side 1) in the order of tokens, dense: (batch, heads, tokens, dim)."""
+        held = self._held(side)
+        return held if self.lead is None else self.lead.give(held)
+
+    def _held(self, side: int) -> Tensor:
+        """Return them as they are held; a new tensor, unless there are no sinks."""
         sinks, tail = self.sinks[side], self.tail[side]
         if self.streams is None or not self.middle:
             return torch.cat([sinks, tail], dim=-2) if sinks.shape[-2] else tail
@@ -251,6 +260,9 @@ def attend(query: Tensor, states: States, how: Scores) -> Tensor:
     if how.mask is not None and how.mask.shape[-1] != tokens:
         raise CodecConfigError(f"the attention mask covers {how.mask.shape[-1]} tokens, the cache holds {tokens}; give "
                                "a mask for the cached tokens too")
+    if states.lead is not None and how.mask is not None:  # without a mask the first tokens are seen by all queries
+        mask = how.mask.expand(batch, -1, -1, -1)
+        how = dataclasses.replace(how, mask=states.lead.held(mask, 3))
     groups = query.shape[1] // heads
     scaling = dim**-0.5 if how.scaling is None else how.scaling
     query = (query.to(torch.float32) * scaling).reshape(batch, heads, groups, queries, dim)

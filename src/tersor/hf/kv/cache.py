@@ -1,13 +1,15 @@
 """A KV cache for `generate()` whose old tokens are compressed: each block is encoded once, when it leaves the window.
 
-The first `sink` tokens and the last `residual` ones or more stay dense. Only transformers' public hooks are used: a
-`Cache` of layers, and for attention over the compressed blocks the AttentionInterface (`tersor.hf.kv.attention`).
+The first `sink` tokens behind any left padding and the last `residual` ones or more stay dense. Only transformers'
+public hooks are used: a `Cache` of layers, and for attention over the compressed blocks the AttentionInterface
+(`tersor.hf.kv.attention`).
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from transformers.cache_utils import DynamicLayer
 
 from tersor.contract.codec import Codec
 from tersor.errors import CodecConfigError, ModelError
-from tersor.hf.kv import store
+from tersor.hf.kv import padding, store
 from tersor.hf.kv.attention import NAME, Pair
 from tersor.hf.kv.layer import CacheReport, CompressedCacheLayer, SideCodec, Window, nbytes_of
 from tersor.hf.kv.plan import KVPlan, read_plan
@@ -44,13 +46,18 @@ class CompressedCache(Cache):
     residual : int
         At least so many recent tokens stay dense, up to `residual + block - 1`.
     sink : int
-        So many first tokens stay dense.
+        So many first tokens stay dense. Where prompts are padded on the left, those behind the padding.
     skip_layers : sequence of int
         Layers to leave dense; negative numbers count from the end.
     block : int
         Tokens encoded at a time.
     tables : mapping or None
         Trained tables of codecs that have them, by (layer, "key" or "value").
+
+    Warns
+    -----
+    UserWarning
+        If no layer at all is compressed.
 
     Raises
     ------
@@ -79,6 +86,35 @@ class CompressedCache(Cache):
                      for name, codec in zip(SIDES, codecs, strict=True) if codec is not None]
             layers[number] = CompressedCacheLayer(sides[0], sides[1], self.window, f"layer {number}")
         super().__init__(layers=layers)
+        if not self.compressed_layers:
+            kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
+            warnings.warn(f"this cache compresses nothing: of the model's {count} layers none is a full-attention "
+                          f"layer with codecs for keys and values ({kinds}; {len(skipped)} skipped); it is as large "
+                          "as DynamicCache", stacklevel=2)
+
+    def mark_padding(self, attention_mask: Tensor) -> None:
+        """Say which first tokens are padding, before the first call.
+
+        `generate()` needs none of this: there padding is found. A model called with a mask but without positions needs
+        it, because its padding looks like any tokens.
+
+        Parameters
+        ----------
+        attention_mask : Tensor
+            Whole numbers (batch, tokens), 0 where padding is.
+
+        Raises
+        ------
+        CodecConfigError
+            If it is no such mask, or the cache holds tokens already.
+        """
+        marked = padding.from_mask(attention_mask)
+        held = max((layer.get_seq_length() for layer in self.compressed_layers.values()), default=0)
+        if held:
+            raise CodecConfigError(f"the cache holds {held} tokens already; mark padding before the first call, or "
+                                   "after reset()")
+        for layer in self.compressed_layers.values():
+            layer.padding = marked
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Pair:
         """Append the tokens of one layer and return what its attention sees; see `CompressedCacheLayer.update`."""
@@ -180,6 +216,10 @@ class CompressedCache(Cache):
 
 
 def _by_layer(name: str, specs: Specs, count: int) -> list[Codec | None]:
+    sound = isinstance(specs, (str, Codec)) or (isinstance(specs, Sequence) and all(
+        spec is None or isinstance(spec, (str, Codec)) for spec in specs))
+    if not sound:
+        raise CodecConfigError(f"{name}: expected a codec, or one or None a layer, found {specs!r}")
     listed = [specs] * count if isinstance(specs, (str, Codec)) else list(specs)
     if len(listed) != count:
         raise CodecConfigError(f"{name}: {len(listed)} codecs for a model with {count} layers; give one, or one a "

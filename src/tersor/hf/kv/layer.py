@@ -14,6 +14,7 @@ from transformers.cache_utils import CacheLayerMixin
 from tersor.contract.codec import Codec
 from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
 from tersor.hf.kv.attention import Pair, States
+from tersor.hf.kv.padding import Lead
 from tersor.hf.kv.store import SIDES, LayerState
 from tersor.kv import TokenStream
 from tersor.payload.blocks import Tables
@@ -112,6 +113,10 @@ class CompressedCacheLayer(CacheLayerMixin):
         The tokens between them, encoded.
     lazy : bool
         Whether `update` returns tensors that decode only where attention does not work on the compressed blocks.
+    padding : Tensor or None
+        How many first tokens of each sequence are padding, where that was said; else the first call's keys tell.
+    lead : Lead or None
+        The order of the first tokens that follows from it.
     """
 
     is_croppable = True
@@ -128,6 +133,8 @@ class CompressedCacheLayer(CacheLayerMixin):
         self.keys = self.values = None
         self.sinks: Pair | None = None
         self.streams: tuple[TokenStream, TokenStream] | None = None
+        self.padding: Tensor | None = None
+        self.lead: Lead | None = None
         self.is_initialized = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -180,7 +187,11 @@ class CompressedCacheLayer(CacheLayerMixin):
             if (held.shape[:2], held.shape[3], held.dtype) != (new.shape[:2], new.shape[3], new.dtype):
                 raise CodecConfigError(f"{self.name}: {SIDES[side]}s {tuple(new.shape)} {new.dtype} do not continue "
                                        f"the cached (batch, heads, tokens, dim) = {tuple(held.shape)} {held.dtype}")
-        middle = streams[0].tokens
+        middle, given = streams[0].tokens, (key_states, value_states)
+        if not self.get_seq_length():
+            self.lead = Lead.of(self.padding, key_states, self.window.sink)
+            if self.lead is not None:
+                key_states, value_states = self.lead.held(key_states), self.lead.held(value_states)
         first = min(max(0, self.window.sink - sinks[0].shape[2]), key_states.shape[2])
         if first:
             self.sinks = sinks = (torch.cat([sinks[0], key_states[:, :, :first]], 2),
@@ -188,10 +199,10 @@ class CompressedCacheLayer(CacheLayerMixin):
         tail = key_states[:, :, first:], value_states[:, :, first:]
         if keys.shape[2]:
             tail = torch.cat([keys, tail[0]], 2), torch.cat([values, tail[1]], 2)
-        seen = States(sinks, tail, streams, middle)
+        seen = States(sinks, tail, streams, middle, self.lead)
         self._keep(tail)
         if seen.tokens == key_states.shape[2]:
-            return key_states, value_states
+            return given
         return seen.lazy() if lazy and middle else (seen.dense(0), seen.dense(1))
 
     def _held(self) -> tuple[Tensor, Tensor, Pair, tuple[TokenStream, TokenStream]]:
@@ -251,6 +262,9 @@ class CompressedCacheLayer(CacheLayerMixin):
         if kept < 0:
             raise CodecConfigError(f"{self.name}: cannot crop {-tokens_to_remove} tokens from a cache of {length}")
         keys, values, sinks, streams = self._held()
+        if self.lead is not None and kept < self.lead.width:
+            self._restart(kept)
+            return
         dense = sinks[0].shape[2]
         if kept >= dense + streams[0].tokens:
             recent = kept - dense - streams[0].tokens
@@ -259,6 +273,17 @@ class CompressedCacheLayer(CacheLayerMixin):
         middle = max(0, kept - dense)
         self.keys, self.values = (stream.crop(middle).to(self.dtype) for stream in streams)
         self.sinks = sinks[0][:, :, :kept].clone(), sinks[1][:, :, :kept].clone()
+
+    def _restart(self, kept: int) -> None:
+        """Keep so many first tokens in their own order, dense as decoded."""
+        keys, values, sinks, streams = self._held()
+        held = States(sinks, (keys, values), streams, streams[0].tokens, self.lead)
+        rest = tuple(held.dense(side)[:, :, :kept] for side in range(2))
+        self.lead, first = None, min(kept, self.window.sink)
+        self.sinks = rest[0][:, :, :first].clone(), rest[1][:, :, :first].clone()
+        self.keys, self.values = rest[0][:, :, first:].clone(), rest[1][:, :, first:].clone()
+        for stream in streams:
+            stream.crop(0)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take sequences in the order of beams, int64 (batch,); nothing is encoded anew."""
@@ -279,6 +304,7 @@ class CompressedCacheLayer(CacheLayerMixin):
             return
         self.keys, self.values = keys.index_select(0, index), values.index_select(0, index)
         self.sinks = sinks[0].index_select(0, index), sinks[1].index_select(0, index)
+        self.lead = self.lead and self.lead.select(index)
         for stream in streams:
             stream.select(index)
 
@@ -330,6 +356,8 @@ class CompressedCacheLayer(CacheLayerMixin):
         for side, stream in zip(SIDES, streams, strict=True):
             held, meta[side] = stream.state()
             tensors |= {f"stream/{side}/{name}": t for name, t in held.items()}
+        if self.lead is not None:
+            meta["padding"] = self.lead.padding.tolist()
         return LayerState(tensors, meta)
 
     @classmethod
@@ -351,6 +379,9 @@ class CompressedCacheLayer(CacheLayerMixin):
                                         "encoded blocks do not belong together")
         layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
         layer.keys, layer.values, layer.sinks, layer.streams = keys, values, (key_sinks, value_sinks), streams
+        if "padding" in state.meta:
+            lead = Lead.restore(state.meta["padding"], keys.shape[0], layer.get_seq_length(), key_sinks.shape[2])
+            layer.lead = lead if lead.padding.any() else None
         return layer
 
 

@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
@@ -28,7 +27,7 @@ import tersor
 from tersor.codecs.vector.klt import Klt
 from tersor.contract.codec import Codec
 from tersor.errors import BudgetError, CodecConfigError, CorruptStoreError, ModelError
-from tersor.files import save_tensors, write_json
+from tersor.files import exclusive, is_name, read_json, save_tensors, seal, write_json
 from tersor.hf.kv.observe import Notes, observe
 from tersor.hf.kv.store import SIDES, damaged, fields_of
 from tersor.hf.models.classes import check_language_model
@@ -36,7 +35,7 @@ from tersor.hf.models.evaluate import Score
 from tersor.hf.models.source import Source, load_dense
 from tersor.hf.models.text import read_ids, text_source, windows
 from tersor.kv import TokenStream, matrices
-from tersor.numerics.linalg import single_thread
+from tersor.numerics.settings import pinned
 from tersor.payload.blocks import Tables
 from tersor.planning.plan import Choice, spend
 from tersor.planning.trials import Trials
@@ -116,16 +115,31 @@ def read_plan(plan: str | Path | Mapping[str, Any]) -> KVPlan:
     """
     file = Path("kv.json") if isinstance(plan, Mapping) else Path(plan)
     try:
-        record = dict(plan) if isinstance(plan, Mapping) else json.loads(file.read_text(encoding="utf-8"))
+        record = dict(plan) if isinstance(plan, Mapping) else read_json(file)
     except (OSError, ValueError) as error:
         raise CodecConfigError(f"{file}: expected a plan that 'tersor kv-plan' wrote: {error}") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT or record.get("version") != VERSION:
         raise CodecConfigError(f"{file}: expected a JSON object of format '{FORMAT}', version {VERSION}")
+    expected = record.pop("sha256", None)
+    if not isinstance(plan, Mapping) and expected not in (None, seal(record)):
+        raise CorruptStoreError(f"{file}: not as it was written; write it again, or remove its 'sha256' if you edited "
+                                "it")
     with damaged(file):
         layers = {int(number): (sides["key"], sides["value"]) for number, sides in record["layers"].items()}
+        if not isinstance(record["model"], Mapping) or not all(isinstance(spec, str) for pair in layers.values()
+                                                               for spec in pair):
+            raise CodecConfigError(f"{file}: expected a model's fields, and a codec string for keys and for values")
         beside = record.get("tables")
-        tables = {} if beside is None else _read_tables(file.parent / beside["file"], beside["sha256"])
+        tables = {} if beside is None else _read_tables(_beside(file, beside["file"]), beside["sha256"])
         return KVPlan(record["model"], layers, record["residual"], record["sink"], record["block"], tables)
+
+
+def _beside(plan: Path, name: Any) -> Path:
+    """Return the file of the plan's tables, which lies beside it and nowhere else."""
+    if not is_name(name):
+        raise CorruptStoreError(f"{plan}: its tables must be named by a file beside it, found {name!r}; move them "
+                                "there, or write the plan again")
+    return plan.parent / name
 
 
 def _read_tables(file: Path, sha256: str) -> dict[tuple[int, str], dict[str, Tensor]]:
@@ -142,6 +156,7 @@ def _read_tables(file: Path, sha256: str) -> dict[tuple[int, str], dict[str, Ten
     return tables
 
 
+@exclusive("out")
 def plan_cache(source: Source, text: Path, rate: float, out: Path, settings: PlanSettings | None = None, *,
                device: str = "cpu", progress: Progress | None = None) -> dict[str, Any]:
     """Measure, plan, and write the plan to `out` (JSON), its tables beside it as `<name>.safetensors`.
@@ -177,7 +192,7 @@ def plan_cache(source: Source, text: Path, rate: float, out: Path, settings: Pla
     ids = read_ids(source, text, settings.context, (settings.count + settings.training) * settings.context)
     known = open_trials(out.with_name(f"{out.stem}.trials.jsonl"), source.fingerprint, text_source(text),
                         dataclasses.asdict(settings))
-    with single_thread(), torch.no_grad():  # plans must not depend on the number of threads
+    with pinned():  # plans must not depend on the number of threads
         lab = Lab(load_dense(source, device), windows(ids, settings.context), settings)
         choices = _measure(lab, known, progress)
         picks = _spend(choices, lab.elements, rate)
@@ -192,7 +207,7 @@ def plan_cache(source: Source, text: Path, rate: float, out: Path, settings: Pla
                            "kl_sum": sum(p.distortion for p in picks.values()), "positions": score.positions},
               "asked": {"rate": rate, **dataclasses.asdict(settings)},
               "provenance": {"tersor": tersor.__version__, "source": source.fingerprint, "text": text_source(text)}}
-    write_json(out, record)
+    write_json(out, {**record, "sha256": seal(record)})
     return record
 
 

@@ -154,7 +154,7 @@ def damaged(path: Path) -> Iterator[None]:
         yield
     except TersorError:
         raise
-    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
         raise CorruptStoreError(f"{path}: unsound record of a cache: {type(error).__name__}: {error}") from error
 
 

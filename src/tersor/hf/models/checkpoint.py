@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tersor.errors import ModelError
+from tersor.files import is_name, read_json
 from tersor.hf.models.matrices import Matrix, Parts, made_anew
 from tersor.store.manifest import INDEX, STORED_NAMES
 
@@ -174,10 +174,10 @@ def _index(folder: Path) -> dict[str, str]:
     if not file.is_file():
         return {}
     try:
-        names = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+        names = read_json(file)["weight_map"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{file}: damaged index: {error}") from error
-    sound = isinstance(names, dict) and all(isinstance(n, str) and Path(n).name == n for n in names.values())
+    sound = isinstance(names, dict) and all(map(is_name, names.values()))
     if not sound:
         raise ModelError(f"{file}: expected a weight_map of keys and names of files beside it")
     return names
@@ -189,7 +189,9 @@ def reading(file: Path) -> Iterator[Any]:
     try:
         with safe_open(file, framework="pt") as handle:
             yield handle
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, ModelError):
+            raise
         raise ModelError(f"{file}: missing, damaged or no safetensors file: {error}") from error
 
 

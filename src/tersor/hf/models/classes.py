@@ -25,7 +25,10 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     ModelError
         If transformers has no such class, or it is not made from this configuration.
     """
-    named = (config.architectures or [None])[0]
+    given = config.architectures or [None]
+    if not isinstance(given, (list, tuple)):
+        raise ModelError(f"config.json: architectures must be a list of class names, found {given!r}")
+    named = given[0]
     if named is None:
         named = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     if named is None:

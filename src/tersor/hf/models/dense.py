@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tersor import store
-from tersor.errors import CodecConfigError
-from tersor.files import save_tensors, whole
+from tersor.errors import CodecConfigError, CorruptStoreError
+from tersor.files import read_json, save_tensors, whole
 from tersor.hf.models.ledger import CARRIED
 from tersor.hf.models.matrices import Matrix, empty_model, read_config, unsaved, walk
 from tersor.hf.models.source import Source
@@ -30,7 +30,7 @@ def write_dense(opened: store.Store, to: Path) -> None:
     """
     opened.verify()
     model = empty_model(read_config(opened.path))
-    layout = walk(model)
+    layout = walk(model).leaving(opened.plain_names())
     extra = opened.manifest["provenance"].get("ledger", {}).get(CARRIED, [])
     names = [name for name in layout.parameters if name not in unsaved(model) or name in opened.entries] + extra
     odd = sorted(set(opened.entries) - set(layout.matrices) - set(names))
@@ -78,6 +78,10 @@ def _write_shards(opened: store.Store, names: list[str], by_parameter: dict[str,
 def parameter(opened: store.Store, matrices: list[Matrix]) -> Tensor:
     """Return a parameter decoded: its matrix turned back, or its stack put together; in the original dtype."""
     decoded = [opened.matrix(m.name).decode().to(store.DTYPES[opened.entries[m.name].dtype]) for m in matrices]
+    odd = next((m.name for m, t in zip(matrices, decoded, strict=True) if not bool(torch.isfinite(t).all())), None)
+    if odd is not None:
+        raise CorruptStoreError(f"{opened.path}: '{odd}' decodes beyond {opened.entries[odd].dtype}, the dtype of the "
+                                "original; the store is damaged or was forged")
     if matrices[0].index is not None:
         return torch.stack(decoded)
     return decoded[0].T if matrices[0].kind == "conv1d" else decoded[0]
@@ -86,10 +90,10 @@ def parameter(opened: store.Store, matrices: list[Matrix]) -> Tensor:
 def _write_companions(opened: store.Store, folder: Path) -> None:
     for name in opened.manifest["files"]:
         if name == "config.json":
-            config = json.loads((opened.path / name).read_text())
+            config = dict(read_json(opened.path / name))
             config.pop("quantization_config", None)
             (folder / name).write_text(json.dumps(config, indent=1))
-        else:
+        elif (opened.path / name).is_file():  # of companions that are gone, verification has warned
             shutil.copyfile(opened.path / name, folder / name)
 
 

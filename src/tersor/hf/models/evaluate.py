@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from tersor import store
 from tersor.errors import ModelError, NonFiniteError
 from tersor.hf.models.classes import check_text, feed, model_class, predicts_next_token, run
-from tersor.hf.models.matrices import quiet, read_config
+from tersor.hf.models.matrices import quiet, read_config, refused
 from tersor.hf.models.source import Source, load_dense, made_from
 from tersor.hf.models.text import read_ids, text_source
 
@@ -132,7 +132,7 @@ def load_compressed(path: Path, device: str = "cpu") -> PreTrainedModel:
 
     dtype = torch.float32 if device == "cpu" else "auto"
     kind = model_class(read_config(path))
-    with quiet():
+    with refused(f"{path}: transformers cannot load this compressed model"), quiet():
         model: Any = kind.from_pretrained(path, dtype=dtype, local_files_only=True)
     return model.to(device).eval()
 

@@ -8,8 +8,10 @@ import dataclasses
 import fnmatch
 import io
 import re
-from collections.abc import Collection, Iterator, Mapping, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from pathlib import Path
+from pickle import PickleError
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -17,13 +19,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from tersor.errors import ModelError
+from tersor.errors import ModelError, TersorError
 from tersor.hf.models.classes import model_class
 
 MIN_SIDE = 8  # a matrix with fewer rows or columns is not worth compressing
 # what transformers may raise at a configuration or a checkpoint that it cannot use
-FOREIGN = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError,
-           StrictDataclassError, TypeError, ValueError)
+FOREIGN = (ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError, OSError,
+           PickleError, RuntimeError, StrictDataclassError, SyntaxError, TypeError, ValueError)
+MOST_PARTS = 1024  # layers, or experts of one; several times those of any model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +77,17 @@ class Parts:
     plain: Mapping[str, torch.Size]
     tied: Mapping[str, str]
 
+    def leaving(self, dense: Iterable[str]) -> Parts:
+        """Return the same parts with the matrices of some parameters among what is stored as it is."""
+        kept = set(dense)
+        shapes: dict[str, torch.Size] = {}
+        for m in self.matrices.values():
+            if m.parameter in kept:
+                shape = m.shape[::-1] if m.kind == "conv1d" else m.shape
+                shapes[m.parameter] = torch.Size(shape if m.index is None else (m.index + 1, *shape))
+        matrices = {name: m for name, m in self.matrices.items() if m.parameter not in kept}
+        return Parts(matrices, {**self.plain, **shapes}, self.tied)
+
     @property
     def parameters(self) -> list[str]:
         """Names of the tensors that a dense checkpoint of this model stores."""
@@ -98,18 +112,6 @@ class Parts:
                              f"'{next(iter(self.matrices), 'model.layers.0.mlp.up_proj.weight')}'")
         return found
 
-    def keeping(self, names: Collection[str], shapes: Mapping[str, torch.Size]) -> Parts:
-        """Return these parts with the matrices of some parameters left as they are.
-
-        Parameters
-        ----------
-        shapes : mapping of str to torch.Size
-            Of the parameters.
-        """
-        matrices = {name: matrix for name, matrix in self.matrices.items() if matrix.parameter not in names}
-        kept = {name: shapes[name] for name in self.parameters if name in names}
-        return Parts(matrices, {**kept, **self.plain}, self.tied)
-
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
@@ -128,6 +130,19 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+@contextlib.contextmanager
+def refused(what: str) -> Iterator[None]:
+    """Turn what transformers raises on unsound files into `ModelError`; nothing else belongs into the block."""
+    try:
+        yield
+    except TersorError:
+        raise
+    except Exception as error:
+        if type(error) is not Exception and not isinstance(error, FOREIGN):  # the tokenizers raise the bare class
+            raise
+        raise ModelError(f"{what}: {_line(error)}") from error
+
+
 def read_config(path: Path) -> PretrainedConfig:
     """Read a model directory's configuration.
 
@@ -138,10 +153,22 @@ def read_config(path: Path) -> PretrainedConfig:
     """
     if not (path / "config.json").is_file():
         raise ModelError(f"{path}: no config.json; expected the directory of a transformers model, or a .gguf file")
-    try:
-        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except FOREIGN as error:
-        raise ModelError(f"{path}: transformers cannot read config.json: {_line(error)}") from error
+    with refused(f"{path}: transformers cannot read config.json"):
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        claimed = list(_claims(config.to_dict()))
+    for name, count in claimed:
+        if count > MOST_PARTS:
+            raise ModelError(f"{path}: config.json says {name}: {count}; at most {MOST_PARTS} are taken")
+    return config
+
+
+def _claims(fields: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Yield the numbers of layers and experts that a configuration asks for: a class builds as many modules."""
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            yield from _claims(value)
+        elif isinstance(value, int) and re.search(r"^(num|n)_.*(layer|expert)|^(?!max_).*_layers$", str(name)):
+            yield str(name), value
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,17 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from tersor.contract.checks import check_matrix
 from tersor.errors import ModelError
+from tersor.files import read_json
 from tersor.hf.models import checkpoint, staging
 from tersor.hf.models.checkpoint import Account
 from tersor.hf.models.classes import model_class
 from tersor.hf.models.ledger import Ledger
 from tersor.hf.models.matrices import FOREIGN, Matrix, Parts, empty_model, quiet, read_config, walk
+from tersor.hf.models.trial import Trial, trial
 from tersor.store.manifest import FORMAT_VERSION, INDEX, MANIFEST, file_digest
 
 REPORT = "tersor-report.json"  # what a compressed model says of its matrices
+ADAPTER = "adapter_config.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 _OWN_FILES = ("config.json", MANIFEST, REPORT)
 
@@ -43,6 +46,8 @@ class Source:
         What is compressed, what is stored as it is (tensors that no parameter takes, too), and what is tied.
     account : Account
         Where every tensor of the checkpoint lies.
+    tried : Trial
+        Whether the class computes with encoded weights, and which of them must stay dense.
     left_out : mapping of str to str
         Keys that the user asked to leave out, and why.
     seen : mapping of Path to tuple
@@ -54,6 +59,7 @@ class Source:
     config: PretrainedConfig
     layout: Parts
     account: Account
+    tried: Trial
     left_out: Mapping[str, str]
     seen: Mapping[Path, tuple[int, int, int]]
 
@@ -125,7 +131,10 @@ class Source:
 
     def config_json(self) -> dict[str, Any]:
         """Return the configuration as stored."""
-        return json.loads((self.folder / "config.json").read_text())
+        found = read_json(self.folder / "config.json")
+        if not isinstance(found, dict):
+            raise ModelError(f"{self.path}: config.json holds no JSON object")
+        return found
 
     def companions(self) -> dict[str, Path]:
         """Return tokenizer and other small files that go along, by name."""
@@ -205,8 +214,9 @@ def open_source(path: Path, staged: Path, *, dense: Sequence[str] = (), leave_ou
         found = _open_folder(path, folder)
         assert found is not None, "a staged checkpoint stores the model's own parameters"
     config, layout, account = found
-    layout, left_out = _asked(layout, account, dense, leave_out)
-    source = Source(path, folder, config, layout, account, left_out, seen)
+    tried = trial(config)
+    layout, left_out = _asked(layout, account, (tried.dense, dense), leave_out)
+    source = Source(path, folder, config, layout, account, tried, left_out, seen)
     source.check_unchanged()
     return source
 
@@ -215,6 +225,9 @@ def _check_folder(path: Path) -> None:
     config = read_config(path)
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"{path}: already quantized ({_method(config)}); give Tersor the original model")
+    if (path / ADAPTER).exists():
+        raise ModelError(f"{path}: holds {ADAPTER}, with which transformers loads an adapter on top; merge it into the "
+                         "weights first, or move it away")
     if not any(f.suffix in _WEIGHT_SUFFIXES for f in path.iterdir()):
         raise ModelError(f"{path}: config.json but no weights (.safetensors)")
 
@@ -225,12 +238,18 @@ def _watched(path: Path) -> list[Path]:
                                           and not f.name.startswith(".")]
 
 
-def _asked(layout: Parts, account: Account, dense: Sequence[str],
+def _asked(layout: Parts, account: Account, dense: tuple[Collection[str], Sequence[str]],
            leave_out: Sequence[str]) -> tuple[Parts, dict[str, str]]:
-    """Return the parts as the user wants them, extra tensors among them, and the reasons for those left out."""
+    """Return the parts as they are wanted, extra tensors among them, and the reasons for those left out.
+
+    Parameters
+    ----------
+    dense : (collection of str, sequence of str)
+        Parameters that must stay as they are, and patterns of those that the user wants so.
+    """
     layout = layout.without(set(layout.parameters) - set(account.located))  # what the class makes by itself
-    kept = {name for pattern in dense for name in layout.matching(pattern)}
-    layout = layout.keeping(kept, {name: torch.Size(place.shape) for name, place in account.located.items()})
+    must, wanted = dense
+    layout = layout.leaving({*must, *(name for pattern in wanted for name in layout.matching(pattern))})
     left_out = {key: f"asked for by --leave-out {pattern}" for pattern in leave_out
                 for key in account.matching(pattern)}
     carried = {key: torch.Size(place.shape) for key, place in account.extra.items() if key not in left_out}

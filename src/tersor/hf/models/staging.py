@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from tersor.errors import ModelError
-from tersor.files import save_tensors
+from tersor.files import read_json, save_tensors
 from tersor.hf.models import checkpoint
 from tersor.hf.models.checkpoint import Place, spellings
 from tersor.hf.models.classes import model_class
@@ -113,7 +113,7 @@ def files_of(path: Path) -> dict[str, Place]:
         return checkpoint.locate(path)
     index = path / PICKLE_INDEX
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [PICKLE]
+        names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [PICKLE]
         return {key: Place(path / name, key, tuple(tensor.shape), tensor.dtype)
                 for name in names for key, tensor in _unpickle(path / name, "meta").items()
                 if isinstance(tensor, Tensor)}
@@ -166,7 +166,7 @@ def _companions(path: Path, staging: Path) -> None:
         try:
             with quiet():
                 AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name,
-                                              local_files_only=True).save_pretrained(staging)
+                                              local_files_only=True, trust_remote_code=False).save_pretrained(staging)
         except FOREIGN as error:
             raise ModelError(f"{path}: transformers cannot read its tokenizer: {str(error).strip()[:200]}") from error
         return

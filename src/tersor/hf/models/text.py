@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from tersor.errors import ModelError
+from tersor.hf.models.matrices import refused
 
 if TYPE_CHECKING:
     from tersor.hf.models.source import Source
@@ -35,10 +36,8 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     ModelError
         If there is none that transformers can read.
     """
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (ValueError, OSError, KeyError, ImportError) as error:
-        raise ModelError(f"{folder}: no tokenizer that transformers can read: {str(error).strip()[:200]}") from error
+    with refused(f"{folder}: no tokenizer that transformers can read"):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def check_context(config: PretrainedConfig, context: int) -> None:
@@ -46,6 +45,14 @@ def check_context(config: PretrainedConfig, context: int) -> None:
     positions = config.to_dict().get("max_position_embeddings")
     if isinstance(positions, int) and context > positions:
         raise ModelError(f"a context of {context} tokens exceeds the model's {positions} positions; give --context")
+
+
+def check_vocabulary(config: PretrainedConfig, largest: int, name: str) -> None:
+    """Raise `ModelError` if the tokenizer makes an id that the embedding has no row for."""
+    rows = config.get_text_config(decoder=True).to_dict().get("vocab_size")
+    if isinstance(rows, int) and largest >= rows:
+        raise ModelError(f"{name}: its tokenizer makes the token id {largest}, but the embedding has {rows} rows "
+                         "(vocab_size); put the tokenizer beside it that the model was trained with")
 
 
 def read_text(path: Path) -> str:
@@ -95,11 +102,13 @@ def read_ids(source: Source, path: Path, context: int, limit: int | None) -> Ten
     Raises
     ------
     ModelError
-        If the text or the tokenizer cannot be read, the text is shorter than one context, or a context longer than the
-        model's positions.
+        If the text or the tokenizer cannot be read, the text is shorter than one context, a context longer than the
+        model's positions, or a token id beyond the embedding.
     """
     check_context(source.config, context)
-    return token_ids(read_tokenizer(source.folder), read_text(path), context, limit, str(path))
+    ids = token_ids(read_tokenizer(source.folder), read_text(path), context, limit, str(path))
+    check_vocabulary(source.config, int(ids.max()), str(source.path))
+    return ids
 
 
 def windows(ids: Tensor, context: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tersor import store
 from tersor.contract.codec import Codec
-from tersor.errors import BudgetError
+from tersor.errors import BudgetError, CorruptStoreError
 from tersor.files import write_json
 from tersor.hf.compress.work import WorkFolder
 from tersor.hf.models.matrices import Matrix
@@ -114,8 +114,13 @@ def assemble(task: Task, ranks: dict[str, int | None], record: Mapping[str, Any]
              work: WorkFolder) -> dict[str, Any]:
     """Write the store from the finished blocks to `work/output`; return the report."""
     source = task.source
-    done = [load_block(work / "blocks" / f"{i:04d}.safetensors", stamp) for i in range(len(task.blocks.modules))]
-    blocks: list[Done] = [block for block in done if block is not None]
+    blocks: list[Done] = []
+    for number in range(len(task.blocks.modules)):
+        file = work / "blocks" / f"{number:04d}.safetensors"
+        block = load_block(file, stamp)
+        if block is None:
+            raise CorruptStoreError(f"{file}: damaged since it was finished; run again, and this block is made again")
+        blocks.append(block)
     biases = {name: bias for block in blocks for name, bias in block.biases.items()}
     lines = {name: line for block in blocks for name, line in block.lines.items()}
     encoded = {name: found for block in blocks for name, found in block.encoded.items()}

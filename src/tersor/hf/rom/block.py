@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from tersor.codecs.scalar.dense import Dense
 from tersor.contract.codec import Encoded
 from tersor.contract.nesting import nest_tensors
-from tersor.files import save_tensors
+from tersor.errors import CorruptStoreError
+from tersor.files import load_sealed, save_sealed, tell_damaged
 from tersor.hf.models.blocks import BlockInput, Blocks, inputs_and_output, inputs_of, run, same_input
 from tersor.hf.models.matrices import Matrix
 from tersor.hf.models.source import Source
@@ -290,8 +290,7 @@ def save_block(path: Path, done: Done, stamp: str) -> None:
     """Write a finished block, whole or not at all."""
     tensors = {key: t for name, e in done.encoded.items() for key, t in nest_tensors(name, e.tensors).items()}
     tensors.update(done.biases)
-    save_tensors({key: t.contiguous() for key, t in tensors.items()}, path,
-                    {"job": stamp, "report": json.dumps(done.lines), "biases": json.dumps(list(done.biases))})
+    save_sealed(tensors, path, {"job": stamp, "report": done.lines, "biases": list(done.biases)})
 
 
 def load_block(path: Path, stamp: str) -> Done | None:
@@ -299,15 +298,13 @@ def load_block(path: Path, stamp: str) -> Done | None:
     if not path.exists():
         return None
     try:
-        with safe_open(path, framework="pt") as handle:
-            meta = handle.metadata() or {}
-            if meta.get("job") != stamp:
-                return None
-            lines = json.loads(meta["report"])
-            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 - not a dict
-            biases = {name: tensors.pop(name) for name in json.loads(meta["biases"])}
-    except (SafetensorError, OSError, KeyError, json.JSONDecodeError):
+        tensors, record = load_sealed(path)
+    except CorruptStoreError as error:
+        tell_damaged(error)
         return None
+    if record.get("job") != stamp:
+        return None
+    lines, biases = record["report"], {name: tensors.pop(name) for name in record["biases"]}
     encoded = {}
     for name, line in lines.items():
         held = {key.removeprefix(f"{name}/"): t for key, t in tensors.items() if key.startswith(f"{name}/")}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tersor.errors import BudgetError
-from tersor.files import write_json
+from tersor.files import exclusive, write_json
 from tersor.hf.compress.request import Progress, Sampling, no_progress
 from tersor.hf.compress.run import compress_model
 from tersor.hf.models.evaluate import evaluate
@@ -24,6 +24,7 @@ ROOM = 0.97  # share of the bytes that a backbone may take, the rest being its c
 RESULT = "tersor-contest.json"
 
 
+@exclusive("output")
 def compress_best(source: str | Path, output: str | Path, size: int, *, reading: Reading | None = None,
                   tokens: int = 4096, progress: Progress = no_progress) -> dict[str, Any]:
     """Compress a model in several ways to the same bytes; keep the one of the least KL on calibration text.

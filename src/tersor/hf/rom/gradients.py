@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tersor.hf.compress.sensitivity import sampled_loss
-from tersor.numerics.linalg import single_thread
+from tersor.numerics.settings import pinned
 
 
 def output_gradients(model: PreTrainedModel, modules: Sequence[str], sequences: Tensor, seed: int, *, whole: bool,
@@ -35,7 +35,7 @@ def output_gradients(model: PreTrainedModel, modules: Sequence[str], sequences: 
         parameter.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     try:
-        with single_thread():  # ranks follow from these sums, so their order must not depend on the threads
+        with pinned(gradients=True):  # ranks follow from these sums, so their order must not depend on the threads
             for ids in sequences:
                 logits = model(input_ids=ids[None].to(model.device), use_cache=False).logits
                 sampled_loss(logits, generator).backward()

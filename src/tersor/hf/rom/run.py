@@ -15,8 +15,15 @@ import torch
 from torch import Tensor
 
 import tersor
-from tersor.errors import BudgetError, ModelError
-from tersor.files import save_tensors, write_json
+from tersor.errors import BudgetError, CorruptStoreError, ModelError
+from tersor.files import (
+    exclusive,
+    load_sealed,
+    read_sealed_json,
+    save_sealed,
+    tell_damaged,
+    write_sealed_json,
+)
 from tersor.hf.compress.request import Progress, no_progress
 from tersor.hf.compress.verify import verify_in_fresh_process
 from tersor.hf.compress.work import WorkFolder, peak_memory
@@ -79,6 +86,7 @@ class Reading:
         return every[chosen]
 
 
+@exclusive("output")
 def reduce_model(source: str | Path, output: str | Path, keep: float | None = None,
                  recipe: str | Recipe = "rom_plus", *, size: int | None = None, reading: Reading | None = None,
                  progress: Progress = no_progress, **changes: Any) -> dict[str, Any]:
@@ -117,13 +125,14 @@ def reduce_model(source: str | Path, output: str | Path, keep: float | None = No
     began, chosen = time.perf_counter(), recipe_of(recipe)
     reads = dataclasses.replace(reading or Reading(), **changes)
     if keep is not None and size is not None:
-        raise BudgetError("give either keep or a size")
+        raise BudgetError(f"budget: expected either keep or a size, found both, {keep} and {size} bytes")
     keep = 0.8 if keep is None and size is None else keep
     if keep is not None:
         check_keep(keep)
     work = WorkFolder(Path(output)).claim()
     opened = open_source(Path(source), work / "staged")
     check_language_model(opened.config, "reduction")
+    opened.tried.check()
     ids = reads.ids(opened)
     record = _record(opened, chosen, keep, size, ids, reads)
     stamp = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
@@ -208,21 +217,24 @@ def _ranks(model: Any, task: Task, linears: Mapping[str, Linear], ids: Tensor, r
     """Return the rank of every linear; measured errors of all ranks where the allocation asks for them."""
     file = work / "ranks.json"
     if file.exists():
-        return json.loads(file.read_text())
+        try:
+            return read_sealed_json(file)
+        except CorruptStoreError as error:
+            tell_damaged(error)
     found, recipe, keep = dict(linears), task.recipe, record["keep"]
     if recipe.allocation == "water":
         found.update(_survey(model, task, linears, ids, progress))
     if keep is None:
         keep = largest_keep(task, found, record, int(record["size"]))
     ranks = dict(zip(found, ranks_for(list(found.values()), keep, recipe.allocation, recipe.storage), strict=True))
-    write_json(file, ranks)
+    write_sealed_json(file, ranks)
     return ranks
 
 
 def _gradients(model: Any, task: Task, linears: Mapping[str, Linear], ids: Tensor, file: Path,
                progress: Progress) -> None:
     """Write the second moments of gradients at the outputs of linears, or only their traces, unless they are there."""
-    if not task.recipe.gradients or file.exists():
+    if not task.recipe.gradients or _sound(file):
         return
     chosen = ids[:: max(1, len(ids) // GRADIENT_SEQUENCES)][:GRADIENT_SEQUENCES]
     done = 0
@@ -235,7 +247,19 @@ def _gradients(model: Any, task: Task, linears: Mapping[str, Linear], ids: Tenso
     whole = task.recipe.curvature or task.recipe.weighing == "curvature"
     modules = [name.removesuffix(".weight") for name in linears]
     found = output_gradients(model, modules, chosen, task.seed, whole=whole, step=step)
-    save_tensors({f"{name}.weight": gradient for name, gradient in found.items()}, file)
+    save_sealed({f"{name}.weight": gradient for name, gradient in found.items()}, file, {})
+
+
+def _sound(file: Path) -> bool:
+    """Return whether a finished file is there, as it was written."""
+    if not file.exists():
+        return False
+    try:
+        load_sealed(file)
+    except CorruptStoreError as error:
+        tell_damaged(error)
+        return False
+    return True
 
 
 def _survey(model: Any, task: Task, linears: Mapping[str, Linear], ids: Tensor,

@@ -73,6 +73,36 @@ def _(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, zeros: Tensor | N
     return choose.codebook_linear(x, codes, table, scales, zeros, bits, group, form)
 
 
+@torch.library.custom_op("tersor::codebook_linear_back", mutates_args=())
+def _back(incoming: Tensor, codes: Tensor, table: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int,
+          width: int) -> Tensor:
+    return reference.gradient(incoming, codes, table, scales, zeros, bits, group, width)
+
+
+@_back.register_fake
+def _(incoming: Tensor, codes: Tensor, table: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int,
+      width: int) -> Tensor:
+    del codes, table, scales, zeros, bits, group
+    return torch.empty(*incoming.shape[:-1], width, dtype=torch.float32, device=incoming.device)
+
+
+def _keep(ctx, inputs, keyword_only_inputs, output) -> None:  # noqa: ANN001 - torch names no type for it
+    del output
+    x, *tensors, ctx.bits, ctx.group, _ = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.x_dtype, ctx.width, ctx.rotation = x.dtype, x.shape[-1], keyword_only_inputs["rotation"]
+
+
+def _backward(ctx, incoming: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001 - as above
+    x = _back(incoming, *ctx.saved_tensors, ctx.bits, ctx.group, ctx.width)
+    if ctx.rotation is not None:
+        x = hadamard(x, Rotation(ctx.width, ctx.rotation), inverse=True)
+    return x.to(ctx.x_dtype), *(None,) * 7
+
+
+codebook_linear.register_autograd(_backward, setup_context=_keep)
+
+
 @torch.library.custom_op("tersor::fused_codebook_linear", mutates_args=())
 def fused_codebook_linear(x: Tensor, norm: Tensor | None, codes: Sequence[Tensor], table: Tensor,
                           scales: Sequence[Tensor], added: Tensor | None, bits: int, form: str = "any", *,

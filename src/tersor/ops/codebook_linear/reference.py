@@ -23,6 +23,17 @@ def decoded(codes: Tensor, table: Tensor, scales: Tensor, zeros: Tensor | None, 
     return values * grid.expand(scales.to(torch.float32), rows)
 
 
+def gradient(incoming: Tensor, codes: Tensor, table: Tensor, scales: Tensor, zeros: Tensor | None, bits: int,
+             group: int, width: int) -> Tensor:
+    """Return `incoming @ W`, (*batch, width) float32; the other arguments as of the op."""
+    shape = scales.shape[0], width
+    wide = incoming.to(torch.float32)
+    total = torch.zeros(*incoming.shape[:-1], width, dtype=torch.float32, device=incoming.device)
+    for block in row_blocks(shape):
+        total += wide[..., block] @ decoded(codes, table, scales, zeros, shape, bits, group, block)
+    return total
+
+
 def codebook_linear(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, zeros: Tensor | None, bits: int,
                     group: int) -> Tensor:
     """Return (*batch, rows) in the dtype of `x`; arguments as of the op."""

@@ -55,6 +55,40 @@ def _refusal(sizes: tuple[int, int], vectors: tuple[Tensor, Tensor]) -> str | No
                      refusal(x.dtype, size.bit_length() - 1, x.shape[1], x.shape[1]))), None)
 
 
+@torch.library.custom_op("tersor::sign_linear_back", mutates_args=())
+def _back(incoming: Tensor, packed: Tensor, half: Tensor, scales: Tensor, size: int, width: int) -> Tensor:
+    return reference.gradient(incoming, packed, half, scales, size, width)
+
+
+@_back.register_fake
+def _(incoming: Tensor, packed: Tensor, half: Tensor, scales: Tensor, size: int, width: int) -> Tensor:
+    del packed, half, scales, size
+    return torch.empty(incoming.shape[0], width, dtype=torch.float32, device=incoming.device)
+
+
+def _both_back(ctx, incoming: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN001 - torch names no type for it
+    first, second, levels, scales = ctx.saved_tensors
+    halves = levels[: ctx.sizes[0] // 2], levels[ctx.sizes[0] // 2 :]
+    return (_back(incoming, first, halves[0], scales, ctx.sizes[0], ctx.widths[0]),
+            _back(incoming, second, halves[1], scales, ctx.sizes[1], ctx.widths[1]))
+
+
+def _keep(ctx, inputs, output) -> None:  # noqa: ANN001 - as above
+    del output
+    first_x, second_x, *tensors, one, two = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.sizes, ctx.widths, ctx.dtypes = (one, two), (first_x.shape[1], second_x.shape[1]), (first_x.dtype,
+                                                                                           second_x.dtype)
+
+
+def _backward(ctx, incoming: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001 - as above
+    first, second = _both_back(ctx, incoming)
+    return first.to(ctx.dtypes[0]), second.to(ctx.dtypes[1]), *(None,) * 6
+
+
+sign_linear.register_autograd(_backward, setup_context=_keep)
+
+
 @torch.library.custom_op("tersor::two_basis_linear", mutates_args=())
 def two_basis_linear(x: Tensor, first: Tensor, second: Tensor, levels: Tensor, scales: Tensor, first_levels: int,
                      second_levels: int, *, outer: int, inner: int) -> Tensor:
@@ -96,3 +130,20 @@ def _(x: Tensor, first: Tensor, second: Tensor, levels: Tensor, scales: Tensor, 
         both = one, hadamard(one, turns[1])
         y = launch.sign_linear(both, (first, second), levels, scales, sizes, dtype=x.dtype)
     return y
+
+
+def _keep_rotations(ctx, inputs, keyword_only_inputs, output) -> None:  # noqa: ANN001 - as above
+    del output
+    x, *tensors, one, two = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.sizes, ctx.widths, ctx.dtype = (one, two), (x.shape[1], x.shape[1]), x.dtype
+    ctx.outer, ctx.inner = keyword_only_inputs["outer"], keyword_only_inputs["inner"]
+
+
+def _backward_rotated(ctx, incoming: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001 - as above
+    first, second = _both_back(ctx, incoming)
+    turned = first + hadamard(second, Rotation(ctx.widths[0], ctx.inner), inverse=True)
+    return hadamard(turned, Rotation(ctx.widths[0], ctx.outer), inverse=True, dtype=ctx.dtype), *(None,) * 6
+
+
+two_basis_linear.register_autograd(_backward_rotated, setup_context=_keep_rotations)

@@ -22,3 +22,13 @@ def sign_linear(first_x: Tensor, second_x: Tensor, first: Tensor, second: Tensor
             chosen = codes.read(packed, (rows, x.shape[1]), size, block).to(torch.int32)
             out[:, block] += x.to(torch.float32) @ (table[chosen] * scale[block].unsqueeze(1)).T
     return out
+
+
+def gradient(incoming: Tensor, packed: Tensor, half: Tensor, scales: Tensor, size: int, width: int) -> Tensor:
+    """Return `incoming (s a[S])`, (batch, width) float32, for the codes and positive levels of one basis."""
+    shape, table = (scales.shape[0], width), codes.mirrored(half.to(torch.float32), size)
+    scaled = incoming.to(torch.float32) * scales.to(torch.float32)
+    total = torch.zeros(incoming.shape[0], width, dtype=torch.float32, device=incoming.device)
+    for block in row_blocks(shape):
+        total += scaled[:, block] @ table[codes.read(packed, shape, size, block).to(torch.int32)]
+    return total

@@ -1,0 +1,67 @@
+"""What a killed calibration goes on from: partial sums in files beside the one that it is to write."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tersor.errors import CorruptStoreError
+from tersor.files import load_sealed, save_sealed, tell_damaged
+
+EVERY = 30.0  # seconds between two savings, at least
+SHARE = 0.1  # of the time that savings may take: moments of large models are large
+PARTS = ("moments", "fisher")
+
+
+def checkpoints(name: str) -> tuple[str, ...]:
+    """Return the names of the files of partial sums of a calibration file."""
+    return tuple(f"{name}.{part}" for part in PARTS)
+
+
+class Checkpoint:
+    """Partial sums of one part of a job, in a file.
+
+    Parameters
+    ----------
+    path : Path
+        Beside what the job is to write.
+    mark : str
+        A digest of all that the sums depend on; sums of other jobs are not taken.
+    """
+
+    def __init__(self, path: Path, mark: str) -> None:
+        self.path, self._mark = path, mark
+        self._saved, self._cost = time.monotonic(), 0.0
+
+    def read(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Return what was saved last; None if nothing was, it is damaged, or another job's."""
+        if not self.path.exists():
+            return None
+        try:
+            tensors, record = load_sealed(self.path)
+        except CorruptStoreError as error:
+            tell_damaged(error)
+            return None
+        # The file is replaced while the sums grow, so they are copied out of it.
+        return ({k: t.clone() for k, t in tensors.items()}, record) if record.get("job") == self._mark else None
+
+    def due(self) -> bool:
+        """Return whether it is time to save."""
+        return time.monotonic() - self._saved >= max(EVERY, self._cost / SHARE)
+
+    def save(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Replace what was saved; a kill leaves the old file or the new one."""
+        began = time.monotonic()
+        save_sealed(tensors, self.path, {"job": self._mark, **record})
+        self._saved = time.monotonic()
+        self._cost = self._saved - began
+
+    def drop(self) -> None:
+        """Remove the file: what it was for is done."""
+        with contextlib.suppress(FileNotFoundError):
+            self.path.unlink()
