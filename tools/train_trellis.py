@@ -2,8 +2,8 @@
 
     python tools/train_trellis.py SHIFTS MEMORY --seconds 60 --start src/tersor/data/trellis.json
 
-Every candidate of a generation codes the same fresh numbers; its taps are then those of least squares for its own paths.
-The best quarter stays, the others are changed copies of it. Needs a GPU that Triton supports.
+Every candidate of a generation codes the same fresh numbers; its taps are then those of least squares for its own
+paths. The best quarter stays, the others are changed copies of it. Needs a GPU that Triton supports.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from tersor.ops.trellis_path.launch import states
+from tersor.ops.trellis_path.shapes import Steps
 
-LENGTH, WARM = 256, 48
+LENGTH = 256
 POPULATION, SEQUENCES, ROUNDS = 64, 96, 3
 
 
@@ -34,7 +35,7 @@ def fit(taps: Tensor, numbers: Tensor, shifts: tuple[int, ...]) -> tuple[Tensor,
     """Return the taps of least squares for the paths that `taps` lead to, and the errors before and after them."""
     count, period, memory = taps.shape
     sequences = len(numbers)
-    found = states(numbers.repeat(count, 1), tables(taps).contiguous(), memory, shifts, WARM)
+    found = states(numbers.repeat(count, 1), tables(taps), Steps(memory, shifts))
     ages = torch.arange(memory, device=taps.device)
     fitted = torch.empty_like(taps)
     error = torch.zeros(count, device=taps.device)
@@ -91,7 +92,7 @@ def distortion(taps: Tensor, shifts: tuple[int, ...], count: int = 8192, seed: i
     """Return the relative error of taps (period, memory) on fresh segments."""
     numbers = torch.randn(count, LENGTH, generator=torch.Generator("cuda").manual_seed(seed), device="cuda")
     table = tables(taps[None])
-    found = states(numbers, table.contiguous(), taps.shape[1], shifts, WARM).to(torch.int64)
+    found = states(numbers, table, Steps(taps.shape[1], shifts))
     phases = torch.arange(LENGTH, device="cuda") % len(shifts)
     decoded = table[0, phases[None].expand_as(found), found]
     return float((decoded - numbers).square().mean() / numbers.square().mean())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, final
 
 import torch
@@ -34,11 +34,11 @@ BLOCK = 16  # columns that error feedback hands over together
 @final
 @dataclasses.dataclass(frozen=True)
 class Trellis(Codec):
-    """Lines of the matrix, divided by their rows' scales, as tail-biting streams of `rate` bits a number.
+    """Lines of the matrix, divided by their rows' scales, as tail-biting streams of `bits` bits a number.
 
     Parameters
     ----------
-    rate : float
+    bits : float
         Bits a number; see `filters` for those that there are.
     memory : int
         Bits of the window: 2**memory states for the encoder, and taps of the filter for the decoder.
@@ -51,13 +51,13 @@ class Trellis(Codec):
         With a Hessian: encode with error feedback.
     """
 
-    rate: float = 2.0
+    bits: float = 2.0
     memory: int = MEMORY
     axis: str = "in"
 
     id: ClassVar[str] = "trellis"
     grammar: ClassVar[str] = r"tr(?P<rate>\d+(?:\.\d+)?)(?:x(?P<memory>\d+))?(?P<axis>o?)"
-    examples: ClassVar[tuple[str, ...]] = ("tr2", "tr3x9o", "tr2.5x8", "tr1.5x8o")
+    examples: ClassVar[tuple[str, ...]] = ("tr2x8", "tr3x9o", "tr2.5x8", "tr1.5x8o")
     own_traits: ClassVar[Traits] = Traits(column_wise=True)
     own_options: ClassVar[frozenset[str]] = frozenset({"feedback"})
 
@@ -65,15 +65,18 @@ class Trellis(Codec):
         if self.axis not in ("in", "out"):
             raise CodecConfigError(f"trellis: axis must be 'in' or 'out', found {self.axis!r}")
         known = filters()
-        if not isinstance(self.rate, (int, float)) or (self.rate, self.memory) not in known:
-            listed = ", ".join(f"tr{rate:g}x{memory}" for rate, memory in sorted(known))
-            raise CodecConfigError(f"trellis: no filter of {self.rate} bits and a memory of {self.memory}; there are "
-                                   f"{listed}")
+        if not isinstance(self.bits, (int, float)) or (self.bits, self.memory) not in known:
+            raise CodecConfigError(f"trellis: there is no filter of {self.bits} bits and a memory of {self.memory}; "
+                                   f"the nearest are {', '.join(_nearest(self.bits, self.memory))}")
 
     @property
     def filter(self) -> Filter:
         """The packaged filter."""
-        return filters()[self.rate, self.memory]
+        return filters()[self.bits, self.memory]
+
+    def package_tables(self) -> Mapping[str, int]:
+        """Return the taps, in float32."""
+        return {f"taps of tr{self.bits:g}x{self.memory}": 4 * len(self.filter.shifts) * self.memory}
 
     def layout(self, shape: Shape) -> Layout:
         """Return `codes`, the bits of the streams, and `scales`, one a row."""
@@ -116,14 +119,16 @@ class Trellis(Codec):
         return torch.cat(found, 1)
 
     def numbers(self, signs: Tensor, length: int) -> Tensor:
-        """Return lines (n, length) from the signs of their streams, float32 (n, stream)."""
+        """Return lines (n, length) from the signs of their streams, float32 (n, stream).
+
+        The filter is summed tap by tap, so that a line's numbers do not depend on the lines beside it.
+        """
         sizes = segments(length)
         parts = signs.split([self.filter.bits(size) for size in sizes], 1)
-        return torch.cat([part @ segment_matrix(self.filter, size).to(part.device).T
-                          for part, size in zip(parts, sizes, strict=True)], 1)
+        return torch.cat([_summed(self.filter, part, size) for part, size in zip(parts, sizes, strict=True)], 1)
 
     def filtered(self, lines: Tensor) -> Tensor:
-        """Return what the signs of a stream meet instead of a line: (n, stream) for (n, length); `numbers` transposed."""
+        """Return what the signs of streams meet instead of lines, (n, stream) for (n, length): `numbers` transposed."""
         sizes = segments(lines.shape[1])
         return torch.cat([part @ segment_matrix(self.filter, size).to(part.device)
                           for part, size in zip(lines.split(sizes, 1), sizes, strict=True)], 1)
@@ -146,13 +151,13 @@ class Trellis(Codec):
         place, weights = place.to(device)[index], weights.to(device)[index]
         needed, inverse = place.unique(return_inverse=True)
         signs = _signs(codes.read(encoded.tensors["codes"], self._bits(encoded.shape), 2, needed))
-        taps = torch.zeros(len(index), len(needed), device=device).scatter_add_(1, inverse, weights)
-        return taps @ signs
+        taps = torch.zeros(len(index), len(needed), dtype=torch.float32, device=device)
+        return taps.scatter_add_(1, inverse, weights) @ signs
 
     def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
         """Filter the vectors, or the outputs, and multiply by the signs."""
         out, width = encoded.shape
-        scales, table = encoded.tensors["scales"], torch.tensor(SIGNS, device=x.device)
+        scales, table = encoded.tensors["scales"], torch.tensor(SIGNS, dtype=torch.float32, device=x.device)
         held = encoded.tensors["codes"]
         flat = x.reshape(-1, width).to(torch.float32)
         if self.axis == "in":
@@ -177,13 +182,20 @@ class Trellis(Codec):
     def spec(self) -> str:
         """Return for example `tr2`, `tr2.5x16`, `tr3o` (along outputs)."""
         memory = "" if self.memory == MEMORY else f"x{self.memory}"
-        return f"tr{self.rate:g}{memory}{'o' if self.axis == 'out' else ''}"
+        return f"tr{self.bits:g}{memory}{'o' if self.axis == 'out' else ''}"
 
     @classmethod
     def from_spec(cls, match: re.Match[str], parts: Sequence[Codec]) -> Codec:
         """Parse `tr` strings; see `spec`."""
         del parts
         return cls(float(match["rate"]), int(match["memory"] or MEMORY), "out" if match["axis"] else "in")
+
+
+def _nearest(bits: object, memory: object) -> list[str]:
+    """Return the factory strings of the filters nearest to what was asked for."""
+    rate, window = (float(one) if isinstance(one, (int, float)) else 0.0 for one in (bits, memory))
+    ordered = sorted(filters(), key=lambda one: (abs(one[0] - rate), abs(one[1] - window)))
+    return [f"tr{one:g}" + ("" if window == MEMORY else f"x{window}") for one, window in ordered[:3]]
 
 
 class _Streams(Coordinates):
@@ -236,6 +248,22 @@ class _Columns(ColumnEncoder):
     def finish(self) -> Encoded:
         """Pack all bits; see `ColumnEncoder`."""
         return self._codec.close(self._shape, self._scales, self._bits)
+
+
+def _summed(code: Filter, signs: Tensor, size: int) -> Tensor:
+    """Return a segment's numbers (n, size) from its signs (n, bits), tap by tap."""
+    period, total = len(code.shifts), signs.shape[1]
+    turns = -(-code.memory // total)  # of the circle that the first window reaches back
+    circle = torch.cat([*[signs] * turns, signs], 1) if total else signs
+    out = torch.zeros(len(signs), size, dtype=torch.float32, device=signs.device)
+    for phase in range(min(period, size)):
+        newest = turns * total + sum(code.shifts[: phase + 1]) - 1
+        count = -(-(size - phase) // period)
+        for age, tap in enumerate(code.taps[phase]):
+            first = newest - age
+            out[:, phase::period].add_(circle[:, first : first + (count - 1) * sum(code.shifts) + 1 : sum(code.shifts)],
+                                       alpha=tap)
+    return out
 
 
 def _signs(bits: Tensor) -> Tensor:
