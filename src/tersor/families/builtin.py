@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from tersor.codecs import Dense, Rotated, Scalar, Standardized, Sum, Symmetric, TwoBasis, Uniform
+from tersor.codecs import Dense, Rotated, Scalar, Standardized, Sum, Symmetric, Trellis, TwoBasis, Uniform
 from tersor.contract.codec import Codec
 from tersor.errors import BudgetError, UnknownCodecError
 from tersor.families.ladder import Budgeted, Ladder, as_is
@@ -24,6 +24,7 @@ SYMMETRIC_BITS = (4, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30, 32)
 SYMMETRIC_SECOND = (8, 16, 24, 32)
 BACKBONE_BITS = (4, 8, 12, 14, 16, 20, 24)
 LOW_RANK_WIDTHS = (2.5, 6.0)
+TRELLIS_BITS = (1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 4.5, 5.0)
 UNIFORM_LEVELS = (2, 3, 4, 5, 6, 8, 11, 16, 22, 32, 64, 128, 256)
 
 
@@ -44,6 +45,7 @@ def _ladders() -> dict[str, tuple[Budgeted, ...]]:
         # annealing takes long, so it is not tried both along inputs and along outputs, which only feedback gains from
         "two_basis": (_ladder(_two_basis("in"), planned=False),
                       _ladder(_two_basis("out"), Rotated, alone=False)),
+        "trellis": (_ladder(_trellis("in"), Rotated, planned=False), _ladder(_trellis("out"), Rotated, alone=False)),
         "lplr_plus": ladders(),
         "low_rank": (*(BackboneLadder(Rotated(Symmetric(bits))) for bits in BACKBONE_BITS),
                      *(LowRankLadder(width, planned=True) for width in LOW_RANK_WIDTHS),
@@ -60,6 +62,11 @@ def _ladder(steps: tuple[Codec, ...], wrap: Callable[[Codec], Codec] = as_is, *,
 
 def _two_basis(axis: str) -> tuple[Codec, ...]:
     return (TwoBasis(2, 2, half=True, axis=axis), *(TwoBasis(first, axis=axis) for first in (2, 3, 4, 8)))
+
+
+def _trellis(axis: str) -> tuple[Codec, ...]:
+    """Return trellis codes of all rates: along inputs for a matrix by itself, along outputs for error feedback."""
+    return tuple(Trellis(bits, axis=axis) for bits in TRELLIS_BITS)
 
 
 def _symmetric(scale: str) -> tuple[Codec, ...]:
