@@ -97,7 +97,7 @@ def test_unknown_names_say_what_is_known() -> None:
         from_config({"id": "nope", "version": 1})
     assert caught.value.name == "nope"
     assert set(caught.value.known) == {cls.id for cls in codec_classes().values()}
-    assert "uniform" in str(caught.value)
+    assert "allocated" in str(caught.value)
     assert isinstance(caught.value, LookupError)
     with pytest.raises(UnknownCodecError) as caught:
         parse("nope")

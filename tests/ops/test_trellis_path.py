@@ -1,0 +1,44 @@
+"""The best path: every implementation against plain torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tersor.codecs.trellis.filters import filters
+from tersor.codecs.trellis.viterbi import values
+from tersor.ops import trellis_path
+from tersor.ops.dispatch import reference_only
+from tersor.ops.trellis_path import Steps
+from tersor.ops.trellis_path.shapes import refusal
+from tersor.testing import gaussian
+from tests.ops.devices import DEVICES
+
+
+def error(path: torch.Tensor, numbers: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Return the squared error of every path."""
+    phases = torch.arange(numbers.shape[1], device=numbers.device) % len(table)
+    return (table[phases, path] - numbers).double().square().sum(1)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("key", [(2.0, 8), (3.0, 9), (2.5, 8), (1.75, 12), (4.0, 8)])
+@pytest.mark.parametrize("length", [256, 64, 40, 12])
+def test_all_find_the_same_path(key: tuple[float, int], length: int, device: str) -> None:
+    code = filters()[key]
+    steps, table = Steps(code.memory, code.shifts), values(code).to(device)
+    numbers = gaussian((70, length), length).to(device)
+    found = trellis_path.states(numbers, table, steps)
+    with reference_only():
+        wanted = trellis_path.states(numbers, table, steps)
+    assert found.dtype == torch.int64
+    same = (found == wanted).all(1)
+    assert float(same.float().mean()) > 0.9  # sums round differently where multiplications and additions are fused
+    total, least = (error(path, numbers, table).sum() for path in (found, wanted))
+    torch.testing.assert_close(total, least, rtol=1e-3, atol=0)
+
+
+def test_what_the_kernel_takes() -> None:
+    assert refusal(Steps(12, (2, 2)), 256) is None
+    assert "beyond" in str(refusal(Steps(16, (2, 2)), 256))
+    assert "whole periods" in str(refusal(Steps(12, (2, 3)), 255))
