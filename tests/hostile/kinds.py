@@ -214,7 +214,8 @@ def _compressed(texts: tuple[str, ...], folder: Path) -> None:
     from tersor.hf.compress import encode as stage
     from tersor.hf.compress.request import Request, provenance
     from tersor.hf.compress.work import WorkFolder
-    from tersor.hf.models.source import REPORT, open_source
+    from tersor.hf.models.source import open_source
+    from tersor.hf.models.staging import REPORT
 
     _checkpoint(folder)
     source = open_source(folder / "model", folder / "staged")

@@ -1,13 +1,13 @@
-"""Numbers as people write them: sizes, times, counts; and sizes as people give them."""
+"""Times, counts and records as people read them; and sizes as people give them."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from tersor.errors import BudgetError
+from tersor.figures import scaled, size_text
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -26,16 +26,9 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2].lower()])
 
 
-def size_text(nbytes: float) -> str:
-    """Return bytes in the decimal unit that suits them: `2.6 MB`."""
-    if nbytes < 1000:
-        return f"{nbytes:.0f} bytes"
-    return _scaled(nbytes, ("bytes", "kB", "MB", "GB", "TB", "PB"))
-
-
 def count_text(count: int) -> str:
     """Return a count: exactly below a hundred thousand, else in thousands, millions or billions."""
-    return str(count) if abs(count) < 10**5 else _scaled(count, ("", "thousand", "million", "billion", "trillion"))
+    return str(count) if abs(count) < 10**5 else scaled(count, ("", "thousand", "million", "billion", "trillion"))
 
 
 def seconds_text(seconds: float) -> str:
@@ -45,14 +38,6 @@ def seconds_text(seconds: float) -> str:
             value = seconds / unit
             return f"{value:.1f} {name}" if value < 10 and not (name == "min" and value >= 2) else f"{value:.0f} {name}"
     return f"{seconds / 86400:.1f} days"
-
-
-def _scaled(value: float, units: tuple[str, ...]) -> str:
-    power = min(len(units) - 1, int(math.log10(abs(value)) / 3 + 1e-12))
-    scaled = value / 1000**power
-    if round(scaled) >= 1000 and power + 1 < len(units):
-        power, scaled = power + 1, scaled / 1000
-    return f"{scaled:.1f} {units[power]}" if scaled < 100 else f"{scaled:.0f} {units[power]}"
 
 
 def readable(record: Mapping[str, Any]) -> list[tuple[str, str]]:

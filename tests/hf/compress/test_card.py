@@ -88,13 +88,6 @@ def test_a_base_cannot_write_front_matter_of_its_own() -> None:
     assert lines[3] == 'license_name: "no"'
 
 
-@pytest.mark.parametrize(("nbytes", "text"), [
-    (0, "0 bytes"), (999, "999 bytes"), (1000, "1 kB"), (2_556_423, "2.56 MB"), (999_600, "1 MB"),
-    (13_644_224, "13.6 MB"), (345_600_000_000, "346 GB"), (5e12, "5000 GB")])
-def test_sizes_for_people(nbytes: float, text: str) -> None:
-    assert card.human(nbytes) == text
-
-
 def test_the_command_tells_what_was_changed_and_no_path() -> None:
     request = Request(1000, "rot,lm3", 4, {"rounds": 2}, {"a": 2.0})
     found = card.command(request, "--size 1000", {"method": "rot,lm3", "calibration": Path("/secret/my text.txt"),

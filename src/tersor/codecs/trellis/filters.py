@@ -76,15 +76,20 @@ def segments(length: int) -> tuple[int, ...]:
     return tuple(size for size in sizes if size)
 
 
-def linear(taps: Tensor, shifts: tuple[int, ...], length: int) -> Tensor:
-    """Return the matrix (length, bits) that takes the signs of a segment's stream to its numbers, float64."""
+def windows(shifts: tuple[int, ...], memory: int, length: int) -> tuple[Tensor, Tensor, int]:
+    """Return which bits of a segment's stream each number sees, (length, memory), its phase (length,), and all bits."""
     phases = torch.arange(length) % len(shifts)
     entering = torch.tensor(shifts)[phases]
-    newest = entering.cumsum(0) - 1
     total = int(entering.sum())
-    place = (newest[:, None] - torch.arange(taps.shape[1])) % total
+    newest = entering.cumsum(0) - 1
+    return (newest[:, None] - torch.arange(memory)) % total, phases, total
+
+
+def linear(taps: Tensor, shifts: tuple[int, ...], length: int) -> Tensor:
+    """Return the matrix (length, bits) that takes the signs of a segment's stream to its numbers, float64."""
+    places, phases, total = windows(shifts, taps.shape[1], length)
     matrix = torch.zeros(length, total, dtype=torch.float64)
-    return matrix.scatter_add_(1, place, taps.to(torch.float64)[phases])
+    return matrix.scatter_add_(1, places, taps.to(torch.float64)[phases])
 
 
 @cache

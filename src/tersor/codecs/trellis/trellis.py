@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tersor.codecs.trellis import viterbi
-from tersor.codecs.trellis.filters import Filter, filters, segment_matrix, segments
+from tersor.codecs.trellis.filters import Filter, filters, segment_matrix, segments, windows
 from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, Traits
 from tersor.contract.coordinates import Coordinates
 from tersor.contract.feedback import encode_with_feedback
@@ -24,7 +24,7 @@ from tersor.ops.codebook_linear import codebook_linear
 from tersor.payload import codes, packing
 from tersor.payload.blocks import Rows, Shape, row_blocks, shape_of
 from tersor.payload.layout import Layout, TensorSpec
-from tersor.payload.scales import bounded, reciprocal, rms
+from tersor.payload.scales import bounded, reciprocal, row_rms
 
 MEMORY = 12  # bits of the window where none are given
 SIGNS = (-1.0, 1.0)
@@ -91,7 +91,7 @@ class Trellis(Codec):
         """Find the best path of every segment; with error feedback when asked for."""
         if how.feedback is not None:
             return encode_with_feedback(self.columns(matrix, how), matrix, how.feedback)
-        shape, scales = shape_of(matrix), _scales(matrix)
+        shape, scales = shape_of(matrix), bounded(row_rms(matrix))
         bits = torch.empty(self._bits(shape), dtype=torch.uint8, device=matrix.device)
         inverse = reciprocal(scales)[:, None]
         if self.axis == "in":
@@ -147,7 +147,7 @@ class Trellis(Codec):
         """Return unscaled rows of streams that run along outputs, from the bits that their windows hold."""
         out, device = encoded.shape[0], encoded.tensors["codes"].device
         index = torch.arange(rows.start, rows.stop, device=device) if isinstance(rows, slice) else rows
-        place, weights = _windows(self.filter, out)
+        place, weights = _line_windows(self.filter, out)
         place, weights = place.to(device)[index], weights.to(device)[index]
         needed, inverse = place.unique(return_inverse=True)
         signs = _signs(codes.read(encoded.tensors["codes"], self._bits(encoded.shape), 2, needed))
@@ -227,7 +227,7 @@ class _Columns(ColumnEncoder):
 
     def __init__(self, codec: Trellis, matrix: Tensor) -> None:
         self._codec, self._shape = codec, shape_of(matrix)
-        self._scales = _scales(matrix)
+        self._scales = bounded(row_rms(matrix))
         self._bits = torch.empty(codec._bits(self._shape), dtype=torch.uint8, device=matrix.device)
         self._sizes = set(segments(self._shape[1]))
         self.width = BLOCK if codec.axis == "out" else self._shape[1] if len(self._sizes) > 1 else min(self._sizes)
@@ -270,19 +270,12 @@ def _signs(bits: Tensor) -> Tensor:
     return bits.to(torch.float32).mul_(2).sub_(1)
 
 
-def _scales(matrix: Tensor) -> Tensor:
-    """Return the root mean square of every row, bf16."""
-    return bounded(torch.cat([rms(matrix[block].to(torch.float32)) for block in row_blocks(shape_of(matrix))]))
-
-
-def _windows(code: Filter, length: int) -> tuple[Tensor, Tensor]:
+def _line_windows(code: Filter, length: int) -> tuple[Tensor, Tensor]:
     """Return which bits of a line's stream each of its numbers is made of, and their weights: (length, memory)."""
     places, weights, first = [], [], 0
-    period = len(code.shifts)
     for size in segments(length):
-        phases = torch.arange(size) % period
-        newest = torch.tensor(code.shifts)[phases].cumsum(0) - 1
-        places.append(first + (newest[:, None] - torch.arange(code.memory)) % code.bits(size))
+        seen, phases, total = windows(code.shifts, code.memory, size)
+        places.append(first + seen)
         weights.append(code.taps_tensor().to(torch.float32)[phases])
-        first += code.bits(size)
+        first += total
     return torch.cat(places), torch.cat(weights)

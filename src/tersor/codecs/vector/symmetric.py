@@ -27,7 +27,7 @@ from tersor.numerics.lloyd import midpoints, nearest
 from tersor.payload import codes, packing
 from tersor.payload.blocks import Rows, Shape, row_blocks, shape_of
 from tersor.payload.layout import Layout, TensorSpec
-from tersor.payload.scales import bounded, reciprocal, rms
+from tersor.payload.scales import bounded, reciprocal, rms, row_rms
 
 WORD = 1 << 16  # levels of the low part of an index
 FIT_POINTS = 1 << 17  # sub-vectors that a codebook is fitted on
@@ -313,7 +313,7 @@ def join(body: Tensor, tail: Tensor, axis: str) -> Tensor:
 def _scales(matrix: Tensor, scale: str) -> Tensor:
     """Return the root mean square of every row, every column, or the matrix, bf16 (n,)."""
     work = matrix.T if scale == "column" else matrix
-    lines = torch.cat([rms(work[block].to(torch.float32)) for block in row_blocks(shape_of(work))])
+    lines = row_rms(work)
     return bounded(rms(lines.unsqueeze(0)) if scale == "matrix" else lines)
 
 

@@ -21,6 +21,7 @@ import tersor
 from tersor.errors import CodecConfigError
 from tersor.families import families
 from tersor.families import options as family_options
+from tersor.figures import size_text
 from tersor.hf.compress.request import Request, Sampling
 from tersor.hf.models.source import Source
 
@@ -90,21 +91,12 @@ def front_matter(text: str) -> dict[str, str]:
     return found
 
 
-def human(nbytes: float) -> str:
-    """Return a size for people, three digits: `2.56 MB`."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if nbytes < 999.5 or unit == "GB":
-            break
-        nbytes /= 1000
-    return f"{nbytes:.0f} {unit}" if unit == "bytes" or nbytes >= 99.95 else f"{nbytes:.3g} {unit}"
-
-
 def headline(report: Mapping[str, Any]) -> str:
     """Return what a report comes to, in one sentence."""
     summary, scores = report["summary"], report.get("evaluation")
     size, original = summary["bytes"], summary["bytes_original"]
-    text = (f"The model takes {human(size)} instead of {human(original)}, {original / size:.1f} times smaller, at "
-            f"{summary['rate']:.2f} bits per parameter")
+    text = (f"The model takes {size_text(size)} instead of {size_text(original)}, {original / size:.1f} times "
+            f"smaller, at {summary['rate']:.2f} bits per parameter")
     if not scores:
         return f"{text}; how close it is to the original was not evaluated."
     if "output_error" in scores:

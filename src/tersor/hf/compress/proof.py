@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from tersor import store
 from tersor.errors import ModelError, VerificationError
 from tersor.hf.models.decoded import decoded_model
-from tersor.hf.models.inputs import REFUSALS, example_inputs, reach, run
-from tersor.hf.models.matrices import empty_model, quiet, read_config, walk
+from tersor.hf.models.inputs import example_inputs, reach, run
+from tersor.hf.models.matrices import FOREIGN, empty_model, quiet, read_config, walk
 from tersor.testing import tolerance
 
 # A seed, and whether all decoded weights are held at once. A router's near tie may fall either way once, but not three
@@ -77,7 +77,7 @@ def load(own: type[PreTrainedModel], path: Path, dtype: torch.dtype | str) -> Pr
     try:
         with quiet():
             told: Any = own.from_pretrained(path, dtype=dtype, local_files_only=True, output_loading_info=True)
-    except (*REFUSALS, OSError) as error:
+    except FOREIGN as error:
         raise VerificationError(f"{path}: {own.__name__}.from_pretrained fails: {_said(error)}") from error
     model, info = told
     odd = {name: keys for name, keys in info.items() if keys and name.endswith("_keys")}
@@ -147,7 +147,7 @@ def _own_dtype(path: Path, opened: store.Store, own: type[PreTrainedModel], inpu
             for name, value in inputs.items()}
     try:
         usual = distance(run(dense, cast), wanted)
-    except REFUSALS:
+    except FOREIGN:
         return  # the dense model does not run in this dtype here either
     found = distance(_run(path, model, cast), wanted)
     if found > max(_bound(dense, model.dtype), 2 * usual):
@@ -158,7 +158,7 @@ def _own_dtype(path: Path, opened: store.Store, own: type[PreTrainedModel], inpu
 def _run(path: Path, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     try:
         return run(model, inputs)
-    except REFUSALS as error:
+    except FOREIGN as error:
         raise VerificationError(f"{path}: a loaded {type(model).__name__} cannot compute with its encoded weights: "
                                 f"{_said(error)}") from error
 

@@ -37,7 +37,8 @@ from tersor.hf.models.classes import check_language_model, check_text, model_cla
 from tersor.hf.models.dense import copy_dense
 from tersor.hf.models.evaluate import evaluate
 from tersor.hf.models.samples import samples
-from tersor.hf.models.source import REPORT, Source, open_source, read_matrix
+from tersor.hf.models.source import Source, open_source, read_matrix
+from tersor.hf.models.staging import REPORT
 from tersor.hf.models.text import default_calibration, default_heldout, read_ids, text_source
 from tersor.planning.calibration import Calibration
 from tersor.planning.plan import check_weights, to_json

@@ -15,9 +15,10 @@ from tersor.errors import CorruptStoreError, VerificationError
 from tersor.files import read_json
 from tersor.hf.compress.proof import prove
 from tersor.hf.compress.request import Progress, no_progress
-from tersor.hf.models.ledger import CARRIED, check_entries, check_source
+from tersor.hf.models.ledger import CARRIED, check_entries, check_source, ledger_of
 from tersor.hf.models.matrices import Parts, empty_model, made_anew, read_config, walk
-from tersor.hf.models.source import REPORT, Source, made_from
+from tersor.hf.models.source import Source, made_from
+from tersor.hf.models.staging import REPORT
 from tersor.quality import measure
 
 # the encoder and the verifier compute one error from the same numbers; only the order of float32 sums may differ
@@ -53,8 +54,7 @@ def verify(path: Path, source: Source | None = None, progress: Progress = no_pro
     if source is not None and not made_from(opened.manifest["provenance"], source):
         raise VerificationError(f"{path} was not made from {source.path}: its manifest names a source of other bytes")
     if opened.kind == "model":
-        _check_coverage(path, opened)
-        _check_ledger(path, opened, source)
+        _check_ledger(path, opened, _check_coverage(path, opened), source)
     recorded = _recorded(path)
     worst = 0.0
     names = opened.matrix_names()
@@ -80,7 +80,8 @@ def verify(path: Path, source: Source | None = None, progress: Progress = no_pro
             "worst_relative_error": None if source is None else worst, "changed": changed, "proof": proof}
 
 
-def _check_coverage(path: Path, opened: store.Store) -> None:
+def _check_coverage(path: Path, opened: store.Store) -> Parts:
+    """Return what the model is made of, if the store holds all of it and no more."""
     model = empty_model(read_config(path))
     found = {name: entry.shape for name, entry in opened.entries.items()}
     layout = walk(model).leaving(opened.plain_names())
@@ -90,23 +91,18 @@ def _check_coverage(path: Path, opened: store.Store) -> None:
     expected: dict[str, tuple[int, ...]] = {name: matrix.shape for name, matrix in layout.matrices.items()}
     expected |= {name: tuple(size) for name, size in layout.plain.items()}
     expected |= {name: shape for name, shape in biases_added(layout, opened).items() if name not in expected}
-    expected |= {name: found.get(name, ()) for name in _carried(opened)}
+    expected |= {name: found.get(name, ()) for name in ledger_of(opened).get(CARRIED, ())}
     if expected != found:
         odd = sorted({n for n in set(expected) | set(found) if expected.get(n) != found.get(n)})
         raise VerificationError(f"{path}: {len(odd)} tensors are missing, extra or misshapen, such as {odd[:3]}")
+    return layout
 
 
-def _carried(opened: store.Store) -> list[str]:
-    """Return the tensors that no parameter takes, which are carried along."""
-    return list(opened.manifest["provenance"].get("ledger", {}).get(CARRIED, []))
-
-
-def _check_ledger(path: Path, opened: store.Store, source: Source | None) -> None:
+def _check_ledger(path: Path, opened: store.Store, layout: Parts, source: Source | None) -> None:
     """Check that the bytes of the checkpoint add up; stores from before the ledger have none."""
-    record = opened.manifest["provenance"].get("ledger")
-    if record is None:
+    record = ledger_of(opened)
+    if not record:
         return
-    layout = walk(empty_model(read_config(path)))
     added = set(biases_added(layout, opened)) - set(layout.plain)
     check_entries(record, opened.entries.values(), added, str(path))
     if source is not None:

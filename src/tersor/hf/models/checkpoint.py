@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,9 +21,9 @@ from transformers import PreTrainedModel
 from tersor.errors import ModelError
 from tersor.files import is_name, read_json
 from tersor.hf.models.matrices import Matrix, Parts, made_anew
+from tersor.payload.layout import TensorSpec
 from tersor.store.manifest import INDEX, STORED_NAMES
 
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 STORABLE = {name: dtype for dtype, name in STORED_NAMES.items()}
 SINGLE = "model.safetensors"
 
@@ -40,12 +39,7 @@ class Place(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor."""
-        return self.nbytes_of(self.shape, self.dtype)
-
-    @staticmethod
-    def nbytes_of(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-        """Return the bytes of a tensor of this shape and dtype."""
-        return math.prod(shape) * dtype.itemsize
+        return TensorSpec(self.shape, self.dtype).nbytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,8 +218,8 @@ def _check_matrix(matrix: Matrix, place: Place) -> None:
     expected = matrix.shape[::-1] if matrix.kind == "conv1d" else matrix.shape
     if place.shape[-2:] != expected:
         raise _unlike(place, "shape", place.shape[-2:], expected)
-    if place.dtype not in FLOATS.values():
-        raise ModelError(f"{place.file}: '{place.key}' has dtype {place.dtype}; supported: {sorted(FLOATS)}")
+    if not place.dtype.is_floating_point:
+        raise ModelError(f"{place.file}: '{place.key}' has dtype {place.dtype}; expected floats of 16, 32 or 64 bits")
 
 
 def _unlike(place: Place, what: str, found: Any, expected: Any) -> ModelError:

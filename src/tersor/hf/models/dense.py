@@ -13,7 +13,7 @@ from torch import Tensor
 from tersor import store
 from tersor.errors import CodecConfigError, CorruptStoreError
 from tersor.files import read_json, save_tensors, whole
-from tersor.hf.models.ledger import CARRIED
+from tersor.hf.models.ledger import CARRIED, ledger_of
 from tersor.hf.models.matrices import Matrix, empty_model, read_config, unsaved, walk
 from tersor.hf.models.source import Source
 
@@ -31,7 +31,7 @@ def write_dense(opened: store.Store, to: Path) -> None:
     opened.verify()
     model = empty_model(read_config(opened.path))
     layout = walk(model).leaving(opened.plain_names())
-    extra = opened.manifest["provenance"].get("ledger", {}).get(CARRIED, [])
+    extra = list(ledger_of(opened).get(CARRIED, ()))
     names = [name for name in layout.parameters if name not in unsaved(model) or name in opened.entries] + extra
     odd = sorted(set(opened.entries) - set(layout.matrices) - set(names))
     if odd:

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tersor.errors import CorruptStoreError, VerificationError
-from tersor.hf.models.checkpoint import Account, Place
+from tersor.hf.models.checkpoint import Account
 from tersor.hf.models.matrices import Parts
-from tersor.store import DTYPES, Entry
+from tersor.payload.layout import TensorSpec
+from tersor.store import DTYPES, Entry, Store
 
 COMPRESSED, KEPT, CARRIED, TIED, REMADE, LEFT_OUT = "compressed", "kept", "carried", "tied", "remade", "left out"
 FATES = (COMPRESSED, KEPT, CARRIED, TIED, REMADE, LEFT_OUT)
@@ -80,6 +81,11 @@ class Ledger:
                 for key, line in self.lines.items()}
 
 
+def ledger_of(opened: Store) -> Mapping[str, Any]:
+    """Return what a store's manifest says of its checkpoint; nothing in stores from before the ledger."""
+    return opened.manifest["provenance"].get("ledger", {})
+
+
 def check_entries(record: Mapping[str, Any], entries: Iterable[Entry], added: Iterable[str], where: str) -> None:
     """Raise `VerificationError` unless the bytes of a manifest's ledger are those that its entries stand for.
 
@@ -100,7 +106,7 @@ def check_entries(record: Mapping[str, Any], entries: Iterable[Entry], added: It
         if entry.name in skipped:
             continue
         fate = CARRIED if entry.name in carried else KEPT if entry.codec is None else COMPRESSED
-        found[fate] += Place.nbytes_of(entry.shape, DTYPES[entry.dtype])
+        found[fate] += TensorSpec(entry.shape, DTYPES[entry.dtype]).nbytes
     if found != told:
         raise VerificationError(f"{where}: the ledger accounts for {told} bytes of the checkpoint, the store's entries "
                                 f"for {found}; some tensor was lost or made up")

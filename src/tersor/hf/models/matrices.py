@@ -8,10 +8,12 @@ import dataclasses
 import fnmatch
 import io
 import re
+import struct
 from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from pickle import PickleError
 from typing import Any
+from zipfile import BadZipFile
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -24,8 +26,8 @@ from tersor.hf.models.classes import model_class
 
 MIN_SIDE = 8  # a matrix with fewer rows or columns is not worth compressing
 # what transformers may raise at a configuration or a checkpoint that it cannot use
-FOREIGN = (ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError, OSError,
-           PickleError, RuntimeError, StrictDataclassError, SyntaxError, TypeError, ValueError)
+FOREIGN = (ArithmeticError, AssertionError, AttributeError, BadZipFile, EOFError, ImportError, LookupError, MemoryError,
+           OSError, PickleError, RuntimeError, StrictDataclassError, SyntaxError, TypeError, ValueError, struct.error)
 MOST_PARTS = 1024  # layers, or experts of one; several times those of any model
 
 
@@ -180,11 +182,8 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
         If transformers cannot build it.
     """
     kind = model_class(config)
-    try:
-        with quiet(), torch.device("meta"):
-            return kind(config)
-    except FOREIGN as error:
-        raise ModelError(f"transformers cannot build a {kind.__name__} from config.json: {_line(error)}") from error
+    with refused(f"transformers cannot build a {kind.__name__} from config.json"), quiet(), torch.device("meta"):
+        return kind(config)
 
 
 def _line(error: Exception) -> str:

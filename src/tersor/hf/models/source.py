@@ -21,14 +21,12 @@ from tersor.hf.models import checkpoint, staging
 from tersor.hf.models.checkpoint import Account
 from tersor.hf.models.classes import model_class
 from tersor.hf.models.ledger import Ledger
-from tersor.hf.models.matrices import FOREIGN, Matrix, Parts, empty_model, quiet, read_config, walk
+from tersor.hf.models.matrices import Matrix, Parts, empty_model, quiet, read_config, refused, walk
+from tersor.hf.models.staging import WEIGHT_SUFFIXES
 from tersor.hf.models.trial import Trial, trial
-from tersor.store.manifest import FORMAT_VERSION, INDEX, MANIFEST, file_digest
+from tersor.store.manifest import FORMAT_VERSION, file_digest
 
-REPORT = "tersor-report.json"  # what a compressed model says of its matrices
 ADAPTER = "adapter_config.json"
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-_OWN_FILES = ("config.json", MANIFEST, REPORT)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -138,10 +136,7 @@ class Source:
 
     def companions(self) -> dict[str, Path]:
         """Return tokenizer and other small files that go along, by name."""
-        skip = (*_OWN_FILES, INDEX, "README.md", ".gitattributes")
-        return {f.name: f for f in sorted(self.folder.iterdir())
-                if f.is_file() and f.suffix not in _WEIGHT_SUFFIXES and f.name not in skip
-                and not f.name.endswith(".index.json") and not f.name.startswith(".")}
+        return staging.companions(self.folder)
 
     @functools.cached_property
     def companion_digests(self) -> Mapping[str, str]:
@@ -228,7 +223,7 @@ def _check_folder(path: Path) -> None:
     if (path / ADAPTER).exists():
         raise ModelError(f"{path}: holds {ADAPTER}, with which transformers loads an adapter on top; merge it into the "
                          "weights first, or move it away")
-    if not any(f.suffix in _WEIGHT_SUFFIXES for f in path.iterdir()):
+    if not any(f.suffix in WEIGHT_SUFFIXES for f in path.iterdir()):
         raise ModelError(f"{path}: config.json but no weights (.safetensors)")
 
 
@@ -275,11 +270,8 @@ def _open_folder(path: Path, folder: Path) -> tuple[PretrainedConfig, Parts, Acc
 def load_dense(source: Source, device: str = "cpu") -> PreTrainedModel:
     """Load the dense model of a source: in its own dtype on a GPU, in float32 on a CPU."""
     dtype = torch.float32 if device == "cpu" else "auto"
-    try:
-        with quiet():
-            model: Any = model_class(source.config).from_pretrained(source.folder, dtype=dtype, local_files_only=True)
-    except FOREIGN as error:
-        raise ModelError(f"{source.path}: transformers cannot load it: {str(error).strip()[:300]}") from error
+    with refused(f"{source.path}: transformers cannot load it"), quiet():
+        model: Any = model_class(source.config).from_pretrained(source.folder, dtype=dtype, local_files_only=True)
     source.check_unchanged()
     return model.to(device).eval()
 

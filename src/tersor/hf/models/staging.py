@@ -10,12 +10,9 @@ import json
 import math
 import re
 import shutil
-import struct
 from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
-from zipfile import BadZipFile
 
 import torch
 from torch import Tensor
@@ -26,9 +23,22 @@ from tersor.files import read_json, save_tensors
 from tersor.hf.models import checkpoint
 from tersor.hf.models.checkpoint import Place, spellings
 from tersor.hf.models.classes import model_class
-from tersor.hf.models.matrices import FOREIGN, quiet, read_config, unsaved
+from tersor.hf.models.gguf_file import left_over
+from tersor.hf.models.matrices import quiet, read_config, refused, unsaved
+from tersor.store.manifest import INDEX, MANIFEST
 
+REPORT = "tersor-report.json"  # what a compressed model says of its matrices
+OWN_FILES = ("config.json", MANIFEST, REPORT)
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+
+def companions(folder: Path) -> dict[str, Path]:
+    """Return tokenizer and other small files that go along with a model, by name."""
+    skip = (*OWN_FILES, INDEX, "README.md", ".gitattributes")
+    return {f.name: f for f in sorted(folder.iterdir())
+            if f.is_file() and f.suffix not in WEIGHT_SUFFIXES and f.name not in skip
+            and not f.name.endswith(".index.json") and not f.name.startswith(".")}
 
 
 def stage(path: Path, staging: Path) -> Path:
@@ -46,11 +56,13 @@ def stage(path: Path, staging: Path) -> Path:
     tensors = _parameters(path, model, told)
     for name in unsaved(model) - set(files):
         tensors.pop(name, None)
-    if not gguf:
+    if gguf:
+        tensors |= left_over(path, tensors, sum(tensor.numel() for tensor in tensors.values()))
+    else:
         tensors = {name: _narrowed(tensor, floats) for name, tensor in tensors.items()}
         extra = _extra(path, model, told, files)
         _count(path, model, files, tensors, extra)
-        tensors.update(_read(extra, files))
+        tensors |= _read(extra, files)
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     save_tensors(tensors, staging / checkpoint.SINGLE)
@@ -63,13 +75,10 @@ def stage(path: Path, staging: Path) -> Path:
 
 def _load(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Mapping[str, Any]]:
     folder, extra = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
-    try:
+    with refused(f"{path}: transformers cannot load this checkpoint"), quiet():
         kind: Any = AutoModelForCausalLM if path.is_file() else model_class(read_config(path))
-        with quiet():
-            loaded: Any = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, dtype=dtype,
-                                               **extra)
-    except (*FOREIGN, UnpicklingError, BadZipFile, EOFError, struct.error) as error:
-        raise ModelError(f"{path}: transformers cannot load this checkpoint: {str(error).strip()[:300]}") from error
+        loaded: Any = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, dtype=dtype,
+                                           **extra)
     return loaded
 
 
@@ -112,14 +121,11 @@ def files_of(path: Path) -> dict[str, Place]:
     if any(path.glob("*.safetensors")):
         return checkpoint.locate(path)
     index = path / PICKLE_INDEX
-    try:
+    with refused(f"{path}: no checkpoint that torch can read"):
         names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [PICKLE]
         return {key: Place(path / name, key, tuple(tensor.shape), tensor.dtype)
                 for name in names for key, tensor in _unpickle(path / name, "meta").items()
                 if isinstance(tensor, Tensor)}
-    except (UnpicklingError, BadZipFile, EOFError, OSError, RuntimeError, ValueError, LookupError, TypeError,
-            AttributeError) as error:
-        raise ModelError(f"{path}: no checkpoint that torch can read: {str(error).strip()[:200]}") from error
 
 
 def _unpickle(file: Path, device: str) -> Mapping[str, Any]:
@@ -163,14 +169,9 @@ def _read(keys: Iterable[str], files: Mapping[str, Place]) -> dict[str, Tensor]:
 
 def _companions(path: Path, staging: Path) -> None:
     if path.is_file():
-        try:
-            with quiet():
-                AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name,
-                                              local_files_only=True, trust_remote_code=False).save_pretrained(staging)
-        except FOREIGN as error:
-            raise ModelError(f"{path}: transformers cannot read its tokenizer: {str(error).strip()[:200]}") from error
+        with refused(f"{path}: transformers cannot read its tokenizer"), quiet():
+            AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True,
+                                          trust_remote_code=False).save_pretrained(staging)
         return
-    for file in path.iterdir():
-        if file.is_file() and file.suffix in (".json", ".txt", ".model", ".jinja") and file.name != "config.json" and (
-                not file.name.endswith(".index.json")):
-            shutil.copyfile(file, staging / file.name)
+    for name, file in companions(path).items():
+        shutil.copyfile(file, staging / name)

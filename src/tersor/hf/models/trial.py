@@ -19,8 +19,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from tersor import store
 from tersor.contract.codec import Codec, Encoded, Search
 from tersor.errors import ModelError, ReadOnlyError
-from tersor.hf.models.inputs import REFUSALS, candidates, reach, run
-from tersor.hf.models.matrices import empty_model, walk
+from tersor.hf.models.inputs import candidates, reach, run
+from tersor.hf.models.matrices import FOREIGN, empty_model, walk
 from tersor.hf.models.quantizer import install
 from tersor.nn import MEMORY, Buffers, WeightView
 from tersor.payload.blocks import Rows, Shape
@@ -181,7 +181,7 @@ def _pass(model: PreTrainedModel, names: Mapping[int, str]) -> tuple[str | None,
         except ReadOnlyError as error:
             if error.weight is not None:
                 return names[id(error.weight.payloads[0])], error.wanted, False, inputs
-        except REFUSALS as error:
+        except FOREIGN as error:
             if not number:
                 first = f"{type(error).__name__}: {str(error).strip()[:200]}"
     return None, first, False, {}

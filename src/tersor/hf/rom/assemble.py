@@ -13,7 +13,7 @@ from tersor.errors import BudgetError, CorruptStoreError
 from tersor.files import write_json
 from tersor.hf.compress.work import WorkFolder
 from tersor.hf.models.matrices import Matrix
-from tersor.hf.models.source import REPORT
+from tersor.hf.models.staging import REPORT
 from tersor.hf.rom.block import Done, Task, bias_name, load_block
 from tersor.quality import measure
 from tersor.registry import parse
