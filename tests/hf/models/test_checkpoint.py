@@ -156,3 +156,13 @@ def test_one_file_comes_before_strays(tiny: Tiny, tmp_path: Path) -> None:
     save_file({UP: torch.zeros(96, 64)}, folder / "consolidated.safetensors", {"format": "pt"})
     source = open_source(folder, tmp_path / "s")
     assert torch.equal(source.tensor(UP), open_source(tiny("llama"), tmp_path / "s").tensor(UP))
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_companions_go_along_whatever_their_suffix(name: str, tiny: Tiny, tmp_path: Path) -> None:
+    """A converted checkpoint, as of mixtral, keeps the files that one read in place keeps."""
+    folder = edited(tiny(name), tmp_path / "m", lambda tensors: None)
+    for file in ("qwen.tiktoken", "LICENSE", "tokenizer_config.json"):
+        (folder / file).write_text("{}")
+    kept = open_source(folder, tmp_path / "s").companions()
+    assert {"qwen.tiktoken", "LICENSE", "tokenizer_config.json"} <= set(kept)
