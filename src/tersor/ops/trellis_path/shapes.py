@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-WARM = 48  # steps on either side of the seam after which paths have long merged
+WARM = 16  # windows on either side of the seam after which paths have merged: half of them cost .2 % of error
 MOST_MEMORY = 15  # metrics of 2**15 states fill half of a multiprocessor's registers
 MOST_PERIOD = 4
 
@@ -31,7 +31,9 @@ class Steps:
 
     def warm(self, length: int) -> int:
         """Return the steps on either side of the seam that find the state there."""
-        return min(WARM, length // 2 // len(self.shifts) * len(self.shifts)) or min(1, length // 2)
+        period = len(self.shifts)
+        steps = -(-WARM * self.memory // sum(self.shifts)) * period
+        return min(steps, length // 2 // period * period) or min(1, length // 2)
 
 
 def refusal(steps: Steps, length: int) -> str | None:
