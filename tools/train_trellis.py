@@ -34,7 +34,7 @@ def tables(taps: Tensor) -> Tensor:
 def fit(taps: Tensor, numbers: Tensor, shifts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Return the taps of least squares for the paths that `taps` lead to, and the errors before and after them."""
     count, period, memory = taps.shape
-    found = states(numbers.repeat(count, 1), tables(taps), Steps(memory, shifts)).unflatten(0, (count, -1))
+    found = states(numbers.repeat(count, 1), tables(taps), Steps(memory, shifts, linear=True)).unflatten(0, (count, -1))
     ages = torch.arange(memory, device=taps.device)
     damping = 1e-3 * torch.eye(memory, device=taps.device, dtype=torch.float64)
     fitted = torch.empty_like(taps)
@@ -91,7 +91,7 @@ def distortion(taps: Tensor, shifts: tuple[int, ...], count: int = 8192, seed: i
     """Return the relative error of taps (period, memory) on fresh segments."""
     numbers = torch.randn(count, LENGTH, generator=torch.Generator("cuda").manual_seed(seed), device="cuda")
     table = tables(taps[None])
-    found = states(numbers, table, Steps(taps.shape[1], shifts))
+    found = states(numbers, table, Steps(taps.shape[1], shifts, linear=True))
     phases = torch.arange(LENGTH, device="cuda") % len(shifts)
     decoded = table[0, phases[None].expand_as(found), found]
     return float((decoded - numbers).square().mean() / numbers.square().mean())
