@@ -41,7 +41,8 @@ def test_numbers_are_what_the_definition_says(text: str, length: int) -> None:
     bits = torch.randint(2, (1, code.bits(length)), generator=torch.Generator().manual_seed(length))
     want = torch.tensor([[number(code, bits[0].tolist(), t) for t in range(length)]], dtype=torch.float64)
     signs = bits.to(torch.float64) * 2 - 1
-    torch.testing.assert_close(signs @ linear(code.taps_tensor(), code.line(length), length).T, want, rtol=0, atol=1e-12)
+    made = signs @ linear(code.taps_tensor(), code.line(length), length).T
+    torch.testing.assert_close(made, want, rtol=0, atol=1e-12)
     found = codec.numbers(signs.to(torch.float32), length)
     torch.testing.assert_close(found, want.to(torch.float32), rtol=0, atol=1e-5)
 
