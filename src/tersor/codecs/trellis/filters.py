@@ -19,6 +19,7 @@ from torch import Tensor
 from tersor.numerics.constants import constant
 from tersor.ops.trellis_linear import Line, reference
 
+
 @dataclasses.dataclass(frozen=True)
 class Filter:
     """A linear trellis code for the unit normal.

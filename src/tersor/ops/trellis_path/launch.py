@@ -13,7 +13,7 @@ WORD = 4
 
 
 def states(numbers: Tensor, table: Tensor, steps: Steps) -> Tensor:
-    """Return the states after every step of the best tail-biting paths, int64 (n, length).
+    """Return the states after every step of the best tail-biting paths, int32 (n, length).
 
     Parameters
     ----------
@@ -30,10 +30,12 @@ def states(numbers: Tensor, table: Tensor, steps: Steps) -> Tensor:
     out = torch.empty(count, length, dtype=torch.int32, device=numbers.device)
     choices = torch.empty(min(most, count) * room, dtype=torch.int32, device=numbers.device)
     table = table.contiguous()
-    heads, tails = table[..., :: 1 << low].contiguous(), (table[..., : 1 << low] - table[..., :1]).contiguous()
+    heads = tails = table
+    if steps.linear:
+        heads, tails = table[..., :: 1 << low].contiguous(), table[..., : 1 << low] - table[..., :1]
     with torch.cuda.device(numbers.device):
         for first in range(0, count, most):
             path[(min(most, count - first),)](numbers.contiguous(), heads, tails, table, choices, out, first,
                                               count // len(table), length, steps.memory, warm, steps.shifts, split,
                                               not steps.linear, num_warps=warps(steps))
-    return out.to(torch.int64)
+    return out
