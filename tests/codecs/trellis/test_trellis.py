@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from tersor.codecs.trellis import viterbi
-from tersor.codecs.trellis.filters import Filter, filters, linear, segment_matrix, segments
+from tersor.codecs.trellis.filters import Filter, filters, linear, segment_matrix
 from tersor.codecs.trellis.trellis import Trellis
+from tersor.codecs.trellis.windows import segments
 from tersor.contract.codec import Encoded
 from tersor.errors import CodecConfigError
 from tersor.ops import trellis_path

@@ -8,27 +8,28 @@ import torch
 from torch import Tensor
 
 from tersor.codecs.trellis.filters import Filter, segment_matrix
+from tersor.codecs.trellis.windows import Window, every_window
 from tersor.ops.trellis_path import Steps, states
+
+MOST_LEFT = 1 << 26  # numbers of trial streams at a time
 
 
 @cache
-def values(code: Filter) -> Tensor:
+def values(code: Window) -> Tensor:
     """Return the number that every window gives, float32 (period, 2**memory)."""
-    windows = torch.arange(1 << code.memory)
-    signs = ((windows[None] >> torch.arange(code.memory)[:, None] & 1) * 2 - 1).to(torch.float64)
-    return (code.taps_tensor() @ signs).to(torch.float32)
+    return code.table()
 
 
-def encode(code: Filter, numbers: Tensor) -> Tensor:
+def encode(code: Window, numbers: Tensor) -> Tensor:
     """Return the bits of tail-biting segments, uint8 (n, bits), for float32 numbers (n, length)."""
     length = numbers.shape[1]
     if code.bits(length) < code.memory:
-        return _tiny(code, numbers)
+        return _tiny(code, numbers) if isinstance(code, Filter) else _tried(code, numbers)
     table = values(code).to(numbers.device)
-    return bits_of(code, states(numbers, table, Steps(code.memory, code.shifts, linear=True)))
+    return bits_of(code, states(numbers, table, Steps(code.memory, code.shifts, linear=isinstance(code, Filter))))
 
 
-def bits_of(code: Filter, path: Tensor) -> Tensor:
+def bits_of(code: Window, path: Tensor) -> Tensor:
     """Return the bits that entered at each step of a path, oldest first, uint8 (n, bits)."""
     period = len(code.shifts)
     whole = path.shape[1] // period * period
@@ -56,3 +57,15 @@ def _tiny(code: Filter, numbers: Tensor) -> Tensor:
             break
         signs.scatter_(1, worst, torch.where(flip, -1.0, 1.0) * signs.gather(1, worst))
     return (signs > 0).to(torch.uint8)
+
+
+def _tried(code: Window, numbers: Tensor) -> Tensor:
+    """Encode segments whose stream is shorter than the window: all streams are tried, in pieces."""
+    length = numbers.shape[1]
+    total = code.bits(length)
+    every = every_window(total).T.to(numbers.device, torch.float32) * 2 - 1
+    levels = code.numbers(every, length)
+    cost = levels.square().sum(1)
+    step = max(1, MOST_LEFT >> total)
+    best = torch.cat([(cost - 2 * part @ levels.T).argmin(1) for part in numbers.split(step)])
+    return (every[best] > 0).to(torch.uint8)
