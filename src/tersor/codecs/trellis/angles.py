@@ -19,6 +19,8 @@ from torch import Tensor
 
 from tersor.codecs.trellis.filters import shelf
 from tersor.codecs.trellis.windows import Window, every_window
+from tersor.ops.trellis_path import Steps
+from tersor.ops.trellis_path.beam import Sums
 
 FOLD = 16  # bits of an angle
 SLOPE = 13  # bits after the point of the curve's coefficients
@@ -50,6 +52,10 @@ class Folded(Window):
     def table(self) -> Tensor:
         """See `Window.table`."""
         return bent(self.curve)[torch.tensor(self.turns) @ every_window(self.memory) & (1 << FOLD) - 1]
+
+    def sums(self) -> Sums:
+        """See `Window.sums`."""
+        return Sums(Steps(self.memory, self.shifts), torch.tensor(self.turns), bent(self.curve))
 
     def angles(self, signs: Tensor, size: int) -> Tensor:
         """Return a segment's angles, int32 (n, size), from the signs of its stream."""

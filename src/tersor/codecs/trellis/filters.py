@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from tersor.codecs.trellis.windows import Window, every_window, windows
+from tersor.ops.trellis_path import Steps
+from tersor.ops.trellis_path.beam import Sums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,10 @@ class Filter(Window):
         """See `Window.table`."""
         signs = (every_window(self.memory) * 2 - 1).to(torch.float64)
         return (self.taps_tensor() @ signs).to(torch.float32)
+
+    def sums(self) -> Sums:
+        """See `Window.sums`."""
+        return Sums(Steps(self.memory, self.shifts), self.taps_tensor())
 
     def numbers(self, signs: Tensor, size: int) -> Tensor:
         """See `Window.numbers`."""

@@ -26,6 +26,7 @@ from tersor.payload.layout import Layout, TensorSpec
 from tersor.payload.scales import bounded, reciprocal, row_rms
 
 MEMORY = 12  # bits of the window where none are given
+MOST_BEAM = 1 << 16
 BLOCK = 8  # columns that error feedback hands over together: 16 cost 1.1 % more error (docs/log.md)
 
 
@@ -46,6 +47,8 @@ class Streamed(Codec):
     ---------------
     feedback : bool
         With a Hessian: encode with error feedback.
+    beam : int
+        Survivors of the search for a path, instead of all states; 1,024 where windows have more than 16 bits.
     """
 
     bits: float = 2.0
@@ -54,7 +57,7 @@ class Streamed(Codec):
 
     mark: ClassVar[str]  # behind the rate in factory strings
     own_traits: ClassVar[Traits] = Traits(column_wise=True)
-    own_options: ClassVar[frozenset[str]] = frozenset({"feedback"})
+    own_options: ClassVar[frozenset[str]] = frozenset({"feedback", "beam"})
 
     def __post_init__(self) -> None:
         if self.axis not in ("in", "out"):
@@ -99,22 +102,22 @@ class Streamed(Codec):
         """Find the best path of every segment; with error feedback when asked for."""
         if how.feedback is not None:
             return encode_with_feedback(self.columns(matrix, how), matrix, how.feedback)
-        shape, scales = shape_of(matrix), bounded(row_rms(matrix))
+        shape, scales, width = shape_of(matrix), bounded(row_rms(matrix)), _width(how)
         bits = torch.empty(self.stream_shape(shape), dtype=torch.uint8, device=matrix.device)
         inverse = reciprocal(scales)[:, None]
         if self.axis == "in":
             for block in row_blocks(shape):
-                bits[block] = self.lines(matrix[block].to(torch.float32) * inverse[block])
+                bits[block] = self.lines(matrix[block].to(torch.float32) * inverse[block], width)
         else:
             for block in row_blocks((shape[1], shape[0])):
-                bits[:, block] = self.lines((matrix[:, block].to(torch.float32) * inverse).T).T
+                bits[:, block] = self.lines((matrix[:, block].to(torch.float32) * inverse).T, width).T
         return self.close(shape, scales, bits)
 
     def close(self, shape: Shape, scales: Tensor, bits: Tensor) -> Encoded:
         """Return the encoded matrix of these scales and bits."""
         return Encoded(self, shape, {"scales": scales, "codes": packing.pack(bits, 2)})
 
-    def lines(self, numbers: Tensor) -> Tensor:
+    def lines(self, numbers: Tensor, width: int | None = None) -> Tensor:
         """Return the streams of lines of unit power, uint8 (n, stream), for float32 (n, length)."""
         sizes = segments(numbers.shape[1])
         parts = numbers.split(sizes, 1)
@@ -122,7 +125,7 @@ class Streamed(Codec):
         for size in set(sizes):
             places = [i for i, other in enumerate(sizes) if other == size]
             stacked = torch.cat([parts[i] for i in places]).contiguous()
-            for i, bits in zip(places, viterbi.encode(self.code, stacked).chunk(len(places)), strict=True):
+            for i, bits in zip(places, viterbi.encode(self.code, stacked, width).chunk(len(places)), strict=True):
                 found[i] = bits
         return torch.cat(found, 1)
 
@@ -153,8 +156,7 @@ class Streamed(Codec):
 
     def columns(self, matrix: Tensor, how: Search) -> ColumnEncoder:
         """Return an encoder over blocks of columns, for streams along outputs; along inputs, over segments."""
-        del how
-        return _Columns(self, matrix)
+        return _Columns(self, matrix, _width(how))
 
     def spec(self) -> str:
         """Return for example `tr2`, `tr2.5x16`, `tr3o` (along outputs), `tr2n` (folded), `tr1.5nx16o`."""
@@ -170,8 +172,8 @@ class Streamed(Codec):
 class _Columns(ColumnEncoder):
     """Column encoder: blocks of columns along outputs, segments of rows along inputs."""
 
-    def __init__(self, codec: Streamed, matrix: Tensor) -> None:
-        self._codec, self._shape = codec, shape_of(matrix)
+    def __init__(self, codec: Streamed, matrix: Tensor, width: int | None) -> None:
+        self._codec, self._shape, self._beam = codec, shape_of(matrix), width
         self._scales = bounded(row_rms(matrix))
         self._bits = torch.empty(codec.stream_shape(self._shape), dtype=torch.uint8, device=matrix.device)
         self._sizes = set(segments(self._shape[1]))
@@ -182,10 +184,10 @@ class _Columns(ColumnEncoder):
         codec, scales = self._codec, self._scales.to(torch.float32)[:, None]
         normal = columns * reciprocal(self._scales)[:, None]
         if codec.axis == "out":
-            bits = codec.lines(normal.T)
+            bits = codec.lines(normal.T, self._beam)
             self._bits[:, start : start + columns.shape[1]] = bits.T
             return codec.numbers(signs_of(bits), self._shape[0]).T * scales
-        bits = codec.lines(normal)
+        bits = codec.lines(normal, self._beam)
         first = codec.code.stream(start) if start else 0
         self._bits[:, first : first + bits.shape[1]] = bits
         return codec.numbers(signs_of(bits), columns.shape[1]) * scales
@@ -198,3 +200,11 @@ class _Columns(ColumnEncoder):
 def signs_of(bits: Tensor) -> Tensor:
     """Return -1 and 1 for bits, float32."""
     return bits.to(torch.float32).mul_(2).sub_(1)
+
+
+def _width(how: Search) -> int | None:
+    """Return the survivors of a beam that were asked for."""
+    width = how.options.get("beam")
+    if width is not None and (not isinstance(width, int) or isinstance(width, bool) or not 1 <= width <= MOST_BEAM):
+        raise CodecConfigError(f"beam is a whole number of survivors, 1 to {MOST_BEAM}, found {width!r}")
+    return width

@@ -12,6 +12,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from tersor.ops.trellis_path.beam import Sums
+
 SEGMENT = 256  # numbers, about
 UNIT = 4  # periods divide it, so all segments but the last of a line hold whole periods
 
@@ -36,6 +38,10 @@ class Window(abc.ABC):
     @abc.abstractmethod
     def table(self) -> Tensor:
         """Return the number that every window gives, float32 (period, 2**memory)."""
+
+    @abc.abstractmethod
+    def sums(self) -> Sums:
+        """Return what beams know of the numbers of windows, whose table would be too long."""
 
     @abc.abstractmethod
     def numbers(self, signs: Tensor, size: int) -> Tensor:
