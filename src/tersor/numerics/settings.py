@@ -237,9 +237,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def threads_allowed() -> int:
-    """Return how many threads the surroundings let torch use, inside `pinned` too: for work that no thread's share
-    changes.
-    """
+    """Return how many threads torch may use around `pinned`: for work whose results do not depend on their number."""
     return _OWN.allowed if _OWN.single else torch.get_num_threads()
 
 
