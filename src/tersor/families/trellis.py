@@ -15,7 +15,7 @@ from types import MappingProxyType
 import torch
 
 from tersor.codecs import Dense, Rotated, Sum, Symmetric, Trellis
-from tersor.codecs.trellis.filters import SEGMENT, filters
+from tersor.codecs.trellis.filters import filters
 from tersor.contract.codec import Codec
 from tersor.families.ladder import Budgeted, Ladder
 from tersor.numerics.settings import pinned
@@ -30,7 +30,7 @@ ABOVE = ((4.0, 1.5), (4.0, 2.0), (5.0, 2.0))  # rates of sums, beyond the highes
 HIGHEST = (32, 4.0)  # a symmetric codebook and a trellis: less error than two of either
 SYMMETRIC_BITS = (4, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30, 32)
 SYMMETRIC_SECOND = (8, 16, 24, 32)
-_TRIED = 64  # segments on which filters are compared
+_TRIED = (64, 256)  # normal numbers on which filters are compared: segments
 
 
 def codebooks(scale: str) -> tuple[Codec, ...]:
@@ -119,7 +119,7 @@ def stand_in(codec: Codec, shape: Shape) -> tuple[Codec, float]:
 @cache
 def error_of(bits: float, memory: int) -> float:
     """Return the relative error of a filter on normal numbers in segments of their own."""
-    numbers = torch.randn(_TRIED, SEGMENT, generator=torch.Generator().manual_seed(0))
+    numbers = torch.randn(*_TRIED, generator=torch.Generator().manual_seed(0))
     codec = Trellis(bits, memory)
     with pinned():
         off = codec.decode(codec.encode(numbers)) - numbers
