@@ -64,7 +64,7 @@ def _two_basis(axis: str) -> tuple[Codec, ...]:
 
 def _trellis(effort: str) -> tuple[Budgeted, ...]:
     """Return trellis codes along inputs for a matrix by itself, along outputs for error feedback."""
-    return TrellisLadder(effort, planned=False), TrellisLadder(effort, fed=True, alone=False)
+    return TrellisLadder(effort, planned=False), TrellisLadder(effort, "out", alone=False)
 
 
 FAMILIES: Mapping[str, tuple[Budgeted, ...]] = MappingProxyType(_ladders())

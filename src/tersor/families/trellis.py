@@ -1,7 +1,8 @@
 """The family `trellis`: which window of a trellis code an effort takes, and ladders of such codes.
 
 An effort is work of the encoder: a longer window has more states to look at, or more survivors to keep, and less error.
-Bytes and decoders do not change. Where lines would be too short for a circle of bits, symmetric codebooks stand in.
+Bytes do not change, and decoders hardly. Short lines take the window that their circle of bits can hold; where there is
+none, symmetric codebooks take a trellis's place.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from tersor.codecs.trellis.filters import filters
 from tersor.contract.codec import Codec
 from tersor.families.ladder import Budgeted, Ladder
 from tersor.numerics.settings import pinned
+from tersor.ops.trellis_linear.shapes import segments
 from tersor.payload.blocks import Shape
 
 # bits of the window: a rate takes the longest packaged one up to so many, and where there is none, the shortest
 WINDOWS: Mapping[str, float] = MappingProxyType({"fast": 9, "normal": 12, "best": math.inf})
 FAST, NORMAL = "fast", "normal"
-LEAST_LINE = 32  # numbers: shorter circles of bits have more error than symmetric codebooks (docs/log.md)
+CIRCLE = 5  # windows that a circle of bits has at least: with fewer, symmetric codebooks have less error (docs/log.md)
+LEAST_LINE, LEAST_PART = 32, 64  # numbers of a line, and rows of either part of a mix whose lines are columns
 BELOW = (4, 8, 10)  # bits of eight numbers of symmetric codebooks, below the least rate of a trellis
 ABOVE = ((4.0, 1.5), (4.0, 2.0), (5.0, 2.0))  # rates of sums, beyond the highest rate of a trellis
 HIGHEST = (32, 4.0)  # a symmetric codebook and a trellis: less error than two of either
@@ -39,63 +42,71 @@ def codebooks(scale: str) -> tuple[Codec, ...]:
     return (*single, *(Sum((single[-1], Symmetric(bits, scale=scale))) for bits in SYMMETRIC_SECOND))
 
 
-def window(bits: float, effort: str) -> int:
-    """Return the window that an effort takes at a rate that there is."""
-    there = sorted(memory for rate, memory in filters() if rate == bits)
-    return max((memory for memory in there if memory <= WINDOWS[effort]), default=there[0])
+def window(bits: float, effort: str, length: int = max(segments(1 << 20))) -> int | None:
+    """Return the window that an effort takes at a rate that there is; None where segments are too short for all.
+
+    Parameters
+    ----------
+    length : int
+        Numbers of a segment.
+    """
+    held = length * bits / CIRCLE
+    there = sorted(memory for rate, memory in filters() if rate == bits and memory <= held)
+    return max((memory for memory in there if memory <= WINDOWS[effort]), default=there[0] if there else None)
 
 
-@cache
-def steps(effort: str, axis: str) -> tuple[Codec, ...]:
+def code(bits: float, effort: str, axis: str, length: int) -> Codec:
+    """Return the trellis code of a rate that there is, or the symmetric codebook that takes its place."""
+    memory = window(bits, effort, length)
+    return Symmetric(round(8 * bits)) if memory is None else Trellis(bits, memory, axis)
+
+
+def steps(effort: str, axis: str, length: int) -> tuple[Codec, ...]:
     """Return the codes of a ladder, cheapest first; in sums, beyond a trellis's own rates, `fast` is as `normal`."""
-    own = tuple(Trellis(bits, window(bits, effort), axis) for bits in sorted({bits for bits, _ in filters()}))
     more = NORMAL if effort == FAST else effort
-
-    def code(bits: float) -> Codec:
-        return Trellis(bits, window(bits, more), axis)
-
-    sums = tuple(Sum((code(first), code(second))) for first, second in ABOVE)
-    return (*(Symmetric(bits) for bits in BELOW), *own, *sums, Sum((Symmetric(HIGHEST[0]), code(HIGHEST[1]))))
+    own = (code(bits, effort, axis, length) for bits in sorted({bits for bits, _ in filters()}))
+    sums = (Sum((code(first, more, axis, length), code(second, more, axis, length))) for first, second in ABOVE)
+    highest = Sum((Symmetric(HIGHEST[0]), code(HIGHEST[1], more, axis, length)))
+    return (*(Symmetric(bits) for bits in BELOW), *own, *sums, highest)
 
 
 @dataclasses.dataclass(frozen=True)
 class TrellisLadder(Budgeted):
-    """Trellis codes of all rates behind a rotation, along the axis that a matrix's shape and use want.
+    """Trellis codes of all rates behind a rotation.
 
     Parameters
     ----------
     effort : str
-    fed : bool
-        For error feedback, which wants lines along outputs; else lines run along inputs, where those are long enough.
+    axis : str
+        `"out"` for error feedback: lines are columns; `"in"` for a matrix by itself.
     """
 
     effort: str
-    fed: bool = False
+    axis: str = "in"
 
     def fit(self, shape: Shape, nbytes: int) -> Codec:
         """Return the costliest codec within `nbytes`; see `Budgeted.fit`."""
-        return _ladder(self.effort, self._axis(shape)).fit(shape, nbytes)
+        return self._of(shape).fit(shape, nbytes)
 
     def rungs(self, shape: Shape) -> Sequence[Codec]:
         """Return every step as it is used on this shape, then plain numbers."""
-        return _ladder(self.effort, self._axis(shape)).rungs(shape)
+        return self._of(shape).rungs(shape)
 
     def fixed(self) -> Sequence[Codec]:
         """Return every step as it is used on matrices that are large enough."""
-        return _ladder(self.effort, "out" if self.fed else "in").fixed()
+        return _ladder(self.effort, self.axis, min(segments(1 << 20))).fixed()
 
-    def _axis(self, shape: Shape) -> str | None:
-        """Return the axis of lines that are long enough, or None."""
-        lengths = {"out": shape[0]} if self.fed else {"in": shape[1], "out": shape[0]}
-        return next((axis for axis, length in lengths.items() if length >= LEAST_LINE), None)
+    def _of(self, shape: Shape) -> Ladder:
+        return _ladder(self.effort, self.axis, min(segments(shape[0 if self.axis == "out" else 1])))
 
 
 @cache
-def _ladder(effort: str, axis: str | None) -> Ladder:
+def _ladder(effort: str, axis: str, length: int) -> Ladder:
+    """Return the ladder for segments of so many numbers."""
     tops = (Dense("bf16"), Dense("fp32"))
-    if axis is None:
+    if length < LEAST_LINE:
         return Ladder(codebooks("row"), Rotated, tops)
-    return Ladder(steps(effort, axis), Rotated, tops, LEAST_LINE if axis == "out" else 1)
+    return Ladder(steps(effort, axis, length), Rotated, tops, LEAST_PART if axis == "out" else 1)
 
 
 def stand_in(codec: Codec, shape: Shape) -> tuple[Codec, float]:
@@ -110,10 +121,10 @@ def stand_in(codec: Codec, shape: Shape) -> tuple[Codec, float]:
     if isinstance(codec, Sum) and all(isinstance(part, (Trellis, Symmetric)) for part in codec.stages):
         parts = [stand_in(part, shape) for part in codec.stages]
         return dataclasses.replace(codec, stages=tuple(part for part, _ in parts)), math.prod(f for _, f in parts)
-    if not isinstance(codec, Trellis) or shape[1] < LEAST_LINE:
+    memory = window(codec.bits, FAST, min(segments(shape[1]))) if isinstance(codec, Trellis) else None
+    if not isinstance(codec, Trellis) or memory is None:
         return codec, 1.0
-    fast = Trellis(codec.bits, window(codec.bits, FAST), "in")
-    return fast, error_of(codec.bits, codec.memory) / error_of(fast.bits, fast.memory)
+    return Trellis(codec.bits, memory), error_of(codec.bits, codec.memory) / error_of(codec.bits, memory)
 
 
 @cache
