@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from tersor.ops.trellis_linear.shapes import Line, segments
 from tersor.payload import codes as packed
@@ -61,27 +62,29 @@ def rows(codes: Tensor, taps: Tensor, scales: Tensor, line: Line, width: int, ch
     if not across:
         shape = (len(scales), line.stream)
         return numbers(_signs(packed.read(codes, shape, 2, chosen)), taps, line).mul_(scale)
-    device = codes.device
-    index = torch.arange(chosen.start, chosen.stop, device=device) if isinstance(chosen, slice) else chosen
-    place, weights = _line_windows(line, taps.to(device))
-    place, weights = place.to(device)[index], weights[index]
-    needed, inverse = place.unique(return_inverse=True)
+    place, weights = _line_windows(tuple(map(tuple, taps.tolist())), line)
+    place, weights = place.to(codes.device)[chosen], weights.to(codes.device)[chosen]
+    if isinstance(chosen, slice) and len(place):  # bits of neighbours lie side by side
+        first = int(place.min())
+        needed, place = slice(first, int(place.max()) + 1), place - first
+    else:
+        needed, place = place.unique(return_inverse=True)
     signs = _signs(packed.read(codes, (line.stream, width), 2, needed))
-    mixed = torch.zeros(len(index), len(needed), dtype=torch.float32, device=device)
-    return (mixed.scatter_add_(1, inverse, weights) @ signs).mul_(scale)
+    return embedding_bag(place, signs, mode="sum", per_sample_weights=weights).mul_(scale)
 
 
 def _signs(bits: Tensor) -> Tensor:
     return bits.to(torch.float32).mul_(2).sub_(1)
 
 
-def _line_windows(line: Line, taps: Tensor) -> tuple[Tensor, Tensor]:
+@lru_cache(maxsize=16)
+def _line_windows(taps: tuple[tuple[float, ...], ...], line: Line) -> tuple[Tensor, Tensor]:
     """Return which bits of a line's stream each of its numbers is made of, and their weights: (length, memory)."""
     places, weights, first = [], [], 0
     for size in segments(line.length):
         seen, phases, total = line.windows(size)
         places.append(first + seen)
-        weights.append(taps.to(torch.float32)[phases.to(taps.device)])
+        weights.append(torch.tensor(taps)[phases])
         first += total
     return torch.cat(places), torch.cat(weights)
 
