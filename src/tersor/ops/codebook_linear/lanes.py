@@ -58,6 +58,17 @@ class _Groups:
             return ""
         return "scales" if self.zeros is None else "scales, zeros"
 
+    def arrays(self, width: int, bits: int, met: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Return what `levels` reads of groups, for vectors in its order."""
+        room = levels.ROWS * self.scales.shape[1] + LANES  # of a last tile, and of a load of 16
+        scales = _padded(self.scales, room)
+        zeros = scales if self.zeros is None else _padded(self.zeros, room)
+        return scales, zeros, np.ascontiguousarray(met.sum(1)), *levels.groups_of(width, bits, self.size)
+
+
+_NONE = np.zeros(LANES, np.float32)
+_NO_GROUPS = _NONE, _NONE, np.zeros((1, 1, LANES), np.float32), np.zeros(1, np.int64), np.zeros((1, LANES), np.int32)
+
 
 @dataclasses.dataclass(frozen=True)
 class _Matrix:
@@ -103,7 +114,7 @@ class _Matrix:
         padded = np.zeros((len(x), words * 32 // self.bits), np.float32)
         padded[:, : x.shape[1]] = x.numpy()
         held = np.empty((words * tables.LOOKUPS, len(x), LANES), np.float32)
-        tables.fill(padded, tables.patterns(self.table, self.bits), held)
+        tables.fill(padded, self.table, held)
         multiply = tables.MULTIPLY[len(x)]
 
         def run(codes: np.ndarray, row: int, to: np.ndarray, tiles: tuple[int, int]) -> None:
@@ -116,15 +127,12 @@ class _Matrix:
         table, kind = levels.table_of(self.table, self.form), self.kind
         met = levels.ordered(x.numpy(), self.bits)
         multiply = levels.multiply(self.bits, len(x), kind)
+        parts = self.groups.arrays(self.shape[1], self.bits, met) if self.groups.kind else _NO_GROUPS
+        scales, zeros, *others = parts
         count = self.groups.scales.shape[1]
-        first, lanes = levels.groups_of(self.shape[1], self.bits, self.groups.size if count > 1 else self.shape[1])
-        room = levels.ROWS * count + LANES  # of a last tile, and of a load of 16
-        scales = _padded(self.groups.scales, room if count > 1 else 0)
-        zeros = scales if self.groups.zeros is None else _padded(self.groups.zeros, room if count > 1 else 0)
-        sums = np.ascontiguousarray(met.sum(1))
 
         def run(codes: np.ndarray, row: int, to: np.ndarray, tiles: tuple[int, int]) -> None:
-            groups = scales[row * count :], zeros[row * count :], sums, first, lanes, count
+            groups = scales[row * count :], zeros[row * count :], *others, count
             multiply(codes, self.stride, table, met, to, groups, tiles)
 
         self._tiled(levels.ROWS, self.blocks * levels.block_bytes(self.bits), y, run)

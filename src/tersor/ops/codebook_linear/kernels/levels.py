@@ -7,7 +7,7 @@ bits come in threes, of 32 codes. In groups, what a lane has summed up over a bl
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numba
@@ -183,6 +183,7 @@ def multiply(bits: int, vectors: int, kind: str = "") -> Any:
     return _multiply(bits, vectors, kind)
 
 
+@lru_cache(maxsize=64)
 def groups_of(width: int, bits: int, group: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the first group that a block meets, int64 (blocks,), and that of each lane after it, int32 (blocks, 16).
 

@@ -101,12 +101,6 @@ def _multiply(vectors: int) -> Any:
 MULTIPLY = {vectors: _multiply(vectors) for vectors in (1, 2, 4)}
 
 
-def patterns(table: np.ndarray, bits: int) -> np.ndarray:
-    """Return what the codes of four bits stand for, of all 16 of these, float32 (4 / bits, 16)."""
-    index = np.arange(LANES) >> np.arange(0, 4, bits)[:, None] & 2**bits - 1
-    return np.ascontiguousarray(table[index], dtype=np.float32)
-
-
 def _entries(codes: int) -> Any:
     """Return an intrinsic that writes the tables of one vector whose codes come in so many a table."""
 
@@ -136,17 +130,24 @@ _FOUR, _TWO = _entries(4), _entries(2)
 
 
 @numba.njit(nogil=True, boundscheck=False, cache=True)
-def fill(x: Any, patterns: Any, tables: Any) -> None:
-    """Write the tables of vectors; see `multiply` and `patterns`.
+def fill(x: Any, levels: Any, tables: Any) -> None:
+    """Write the tables of vectors; see `multiply`.
 
     Parameters
     ----------
     x : float32 (vectors, width)
         Padded by zeros to as many numbers as there are codes in `tables`.
+    levels : float32 (2,) or (4,)
+        What a code stands for.
     """
     count, step = tables.shape[0], tables.shape[1] * LANES
+    bits = levels.shape[0] // 2
+    patterns = np.empty((4 // bits, LANES), np.float32)  # what the codes of four bits stand for
+    for i in range(4 // bits):
+        for index in range(LANES):
+            patterns[i, index] = levels[index >> (i * bits) & (levels.shape[0] - 1)]
     for number in range(x.shape[0]):
-        if patterns.shape[0] == 4:
+        if bits == 1:
             _FOUR(x, number * x.shape[1], patterns, tables, number * LANES, step, count)
         else:
             _TWO(x, number * x.shape[1], patterns, tables, number * LANES, step, count)
