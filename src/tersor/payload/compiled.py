@@ -1,4 +1,4 @@
-"""Packed codes spread out to bytes by a kernel that numba compiles: imported where numba is installed, and only there."""
+"""Packed codes spread out to bytes by a kernel that numba compiles: imported only where numba is installed."""
 
 from __future__ import annotations
 
