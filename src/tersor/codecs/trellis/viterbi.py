@@ -25,7 +25,7 @@ def encode(code: Filter, numbers: Tensor) -> Tensor:
     if code.bits(length) < code.memory:
         return _tiny(code, numbers)
     table = values(code).to(numbers.device)
-    return bits_of(code, states(numbers, table, Steps(code.memory, code.shifts)))
+    return bits_of(code, states(numbers, table, Steps(code.memory, code.shifts, linear=True)))
 
 
 def bits_of(code: Filter, path: Tensor) -> Tensor:
