@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tersor.errors import CodecConfigError
 from tersor.hf.kv.attention import register_attention
 from tersor.hf.kv.cache import CompressedCache
+from tersor.hf.kv.ladders import EFFORTS, ladder
+from tersor.hf.kv.plan import PlanSettings
 from tersor.kv import TokenStream
 from tersor.ops.trellis_path import has_numba
 from tersor.registry import parse
@@ -77,7 +80,7 @@ def test_attention_on_the_codes_is_attention_on_what_they_decode_to(model: PreTr
         model.set_attn_implementation(attention)
         cache = compressed(model, CODEC)
         found.append(generate(model, cache, ids, attention_mask=mask, new=12, **MODES[mode]))
-        assert all(layer.streams[0].tokens for layer in cache.compressed_layers.values())
+        assert all(layer.streams and layer.streams[0].tokens for layer in cache.compressed_layers.values())
     close(*found)
 
 
@@ -101,3 +104,20 @@ def test_cropping_keeps_what_was_decoded() -> None:
     layer.crop(17)
     for kept, whole in zip(layer.update(empty, empty), before, strict=True):
         assert torch.equal(kept, whole[:, :, :17])
+
+
+def test_ladders_by_name() -> None:
+    """Every rung parses; an effort's windows are about as long as it says, and it has what is asked for most."""
+    klt = ladder()
+    assert PlanSettings().ladder == klt
+    for effort, bits in EFFORTS.items():
+        rungs = ladder("trellis", effort)
+        assert ladder("all", effort) == klt + rungs
+        found = [parse(rung).inner for rung in rungs]  # type: ignore[attr-defined]
+        assert all(abs(one.memory - bits) <= 2 for one in found)
+        assert [one.bits for one in found] == sorted({one.bits for one in found})
+        assert {1.5, 2, 2.5, 3, 4} <= {one.bits for one in found}
+    with pytest.raises(CodecConfigError, match="one of klt, trellis, all, found 'lm2'"):
+        ladder("lm2")
+    with pytest.raises(CodecConfigError, match="one of fast, normal, best, found 'slow'"):
+        ladder("trellis", "slow")
