@@ -28,7 +28,7 @@ from tersor.payload.scales import rms
 SCALES = "scales"
 STEPS = 8  # scales an octave: half a step apart, a length errs by 2 %, a thousandth of the energy
 BELOW = 160  # steps from the least scale to the unit: 2**-20; scales beyond the largest, 2**12 units, are refused
-EXPONENTS = (-100, 112)  # of the unit: all scales are normal bf16
+EXPONENTS = (-118, 112)  # of the unit: scales of rows within 2**8 of the longest are normal bf16
 
 
 @final
