@@ -12,36 +12,85 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from tersor.codecs import Centered
 from tersor.contract.codec import Encoded
+from tersor.numerics.kmeans import times_power
+from tersor.ops.sign_scan import Rows
 from tersor.payload.blocks import Tables, row_blocks
-from tersor.payload.scales import rms
+from tersor.payload.scales import reciprocal, rms
 from tersor.vectors import rowwise
+from tersor.vectors.signs import Signs
 
 
 class Block:
-    """Encoded vectors, and the norms of what they decode to once a search has needed them.
+    """Encoded vectors, and what searches have needed of them: kept, neither stored nor counted.
+
+    Threads that ask at once compute the same.
 
     Parameters
     ----------
     encoded : Encoded
+
+    Attributes
+    ----------
+    core : Encoded
+        The vectors less their mean, where the codec takes one away.
+    mean : Tensor or None
+        float32 (dim,).
     """
 
     def __init__(self, encoded: Encoded) -> None:
+        centered = isinstance(encoded.codec, Centered)
         self.encoded = encoded
-        self._norms: Tensor | None = None
+        self.core = encoded.codec.child(encoded) if centered else encoded
+        self.mean = encoded.tensors["mean"] if centered else None
+        self._norms: dict[bool, Tensor] = {}
+        self._signs: Signs | None = None
+        self._rows: tuple[tuple[str, int, int], Rows] | None = None
 
     def __len__(self) -> int:
         return self.encoded.shape[0]
 
-    def norms(self) -> Tensor:
-        """Return the norms, float32 (n,), kept; threads that ask at once compute the same."""
-        found = self._norms
+    def norms(self, *, core: bool = False) -> Tensor:
+        """Return the norms of decoded vectors, less their mean or not, float32 (n,)."""
+        core = core and self.mean is not None
+        found = self._norms.get(core)
         if found is None:
-            codec, encoded = self.encoded.codec, self.encoded
-            found = torch.cat([rms(codec.decode_rows(encoded, rows)) for rows in row_blocks(encoded.shape)])
+            encoded = self.core if core else self.encoded
+            found = torch.cat([rms(encoded.codec.decode_rows(encoded, rows)) for rows in row_blocks(encoded.shape)])
             found.mul_(math.sqrt(encoded.shape[1]))
-            self._norms = found
+            self._norms[core] = found
         return found
+
+    def scanned(self, first: int, metric: str, size: int) -> Rows:
+        """Return the block as a scan reads it.
+
+        Parameters
+        ----------
+        first : int
+            The id of its first vector.
+        metric : str
+            Scores are inner products of what the mean leaves, such products less half the squared norm, or cosines,
+            whose offsets are the inverse norms: the mean's share in them.
+        size : int
+            Vectors are divided by `2**size`.
+        """
+        key = (metric, size, first)
+        if self._rows is not None and self._rows[0] == key:
+            return self._rows[1]
+        if self._signs is None:
+            self._signs = Signs(self.core)
+        factors = self._signs.scales
+        if metric == "l2":
+            factors, offsets = times_power(factors, -size), times_power(self.norms(core=True), -size).square() / -2
+        elif metric == "cosine":
+            offsets = reciprocal(self.norms())
+            factors = factors * offsets
+        else:
+            factors = times_power(factors, -size)
+            offsets = torch.zeros_like(factors)
+        self._rows = key, Rows(self._signs.words, factors.contiguous(), offsets, first)
+        return self._rows[1]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

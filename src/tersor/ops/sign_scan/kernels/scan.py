@@ -82,9 +82,10 @@ def _bound(total: Any, factors: Any, offsets: Any, line: Any, upper: Any) -> Non
 
 @numba.njit(nogil=True, boundscheck=False, cache=True)
 def _any_above(upper: Any, floor: Any) -> bool:
+    """Tell whether any bound reaches the floor, or is no number: float32 may have overflowed."""
     found = np.int32(0)
     for row in range(TILE_ROWS):
-        found |= np.int32(upper[row] >= floor)
+        found |= np.int32(not upper[row] < floor)
     return found != 0
 
 
@@ -166,7 +167,7 @@ def scan(pieces: Any, queries: Any, words: Any, found: Any) -> None:
                 if not _any_above(upper, np.float32(scores[query, 0] - slack)):
                     continue
                 for row in range(stop - start):
-                    if not upper[row] >= scores[query, 0] - slack:
+                    if upper[row] < scores[query, 0] - slack:
                         continue
                     score = (factors[start + row] * _product(held[tile], row, sums[query])
                              + offsets[start + row] * weight)
