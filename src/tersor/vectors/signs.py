@@ -28,7 +28,7 @@ class Signs:
         stream = _stream(encoded)
         codec = stream.codec
         assert isinstance(codec, Trellis)
-        shape = (stream.shape[0], codec.filter.stream(stream.shape[1]))
+        shape = (stream.shape[0], codec.filter.line(stream.shape[1]).stream)
         held = stream.tensors["codes"]
         self.words = torch.cat([laid_out(codes.read(held, shape, 2, rows)) for rows in row_blocks(shape, TILE)])
         self.scales = stream.tensors["scales"].to(torch.float32).reshape(-1)
