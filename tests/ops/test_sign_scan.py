@@ -10,7 +10,7 @@ from tersor.ops.sign_scan import compiled, reference, shapes
 from tersor.testing import gaussian
 
 
-def rows_of(bits: int, counts: tuple[int, ...], seed: int = 0) -> list[sign_scan.Rows]:
+def rows_of(bits: int, counts: tuple[int, ...], seed: int = 0) -> sign_scan.Lines:
     generator = torch.Generator().manual_seed(seed)
     found, first = [], 0
     for count in counts:
@@ -18,7 +18,7 @@ def rows_of(bits: int, counts: tuple[int, ...], seed: int = 0) -> list[sign_scan
         found.append(sign_scan.Rows(sign_scan.laid_out(signs), torch.rand(count, generator=generator),
                                     torch.randn(count, generator=generator), first))
         first += count
-    return found
+    return sign_scan.Lines(tuple(found))
 
 
 @pytest.mark.parametrize(("bits", "counts", "k"), [(1, (1,), 1), (31, (64, 65), 5), (33, (200,), 300), (88, (500, 3), 10),
@@ -38,8 +38,9 @@ def test_it_finds_what_float64_finds(bits: int, counts: tuple[int, ...], k: int)
 
 def test_equal_scores_come_by_id() -> None:
     signs = torch.ones(1000, 40, dtype=torch.uint8)
-    rows = [sign_scan.Rows(sign_scan.laid_out(signs), torch.ones(1000), torch.zeros(1000), first)
-            for first in (0, 1000)]
+    words = sign_scan.laid_out(signs)
+    rows = sign_scan.Lines(tuple(sign_scan.Rows(words, torch.ones(1000), torch.zeros(1000), first)
+                                 for first in (0, 1000)))
     for products in (torch.ones(1, 40).double(), torch.zeros(1, 40).double()):
         assert sign_scan.best(rows, products, torch.zeros(1).double(), 7)[1].tolist() == [list(range(7))]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from tersor.codecs import Centered
 from tersor.contract.codec import Encoded
 from tersor.numerics.kmeans import times_power
-from tersor.ops.sign_scan import Rows
+from tersor.ops.sign_scan import Lines, Rows
 from tersor.payload.blocks import Tables, row_blocks
 from tersor.payload.scales import reciprocal, rms
 from tersor.vectors import rowwise
@@ -46,7 +47,6 @@ class Block:
         self.mean = encoded.tensors["mean"] if centered else None
         self._norms: dict[bool, Tensor] = {}
         self._signs: Signs | None = None
-        self._rows: tuple[tuple[str, int, int], Rows] | None = None
 
     def __len__(self) -> int:
         return self.encoded.shape[0]
@@ -75,9 +75,6 @@ class Block:
         size : int
             Vectors are divided by `2**size`.
         """
-        key = (metric, size, first)
-        if self._rows is not None and self._rows[0] == key:
-            return self._rows[1]
         if self._signs is None:
             self._signs = Signs(self.core)
         factors = self._signs.scales
@@ -89,21 +86,40 @@ class Block:
         else:
             factors = times_power(factors, -size)
             offsets = torch.zeros_like(factors)
-        self._rows = key, Rows(self._signs.words, factors.contiguous(), offsets, first)
-        return self._rows[1]
+        return Rows(self._signs.words, factors.contiguous(), offsets, first)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Held:
-    """Trained tables, and blocks of vectors that are encoded with them, in the order of their ids."""
+    """Trained tables, and blocks of vectors that are encoded with them, in the order of their ids.
+
+    Attributes
+    ----------
+    lines : dict
+        What scans have needed, by metric: the size that vectors were divided by, and the lines.
+    """
 
     tables: Tables = dataclasses.field(default_factory=dict)
     blocks: tuple[Block, ...] = ()
+    lines: dict[str, tuple[int, Lines]] = dataclasses.field(default_factory=dict, repr=False)
 
-    @property
+    @cached_property
     def count(self) -> int:
         """Number of vectors."""
         return sum(len(block) for block in self.blocks)
+
+    @cached_property
+    def longest(self) -> float:
+        """The largest norm of a decoded vector, less its mean where there is one."""
+        return max(float(block.norms(core=True).max()) for block in self.blocks)
+
+    def scanned(self, metric: str, size: int) -> Lines:
+        """Return all blocks as a scan reads them, kept for every metric until another size is asked for."""
+        found = self.lines.get(metric)
+        if found is None or found[0] != size:
+            pieces = tuple(block.scanned(first, metric, size) for first, block in self.placed())
+            self.lines[metric] = found = size, Lines(pieces)
+        return found[1]
 
     def placed(self) -> Iterator[tuple[int, Block]]:
         """Yield each block with the id of its first vector."""

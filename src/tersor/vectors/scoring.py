@@ -49,8 +49,7 @@ def _distances(held: Held, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     exponent = exponent_of(queries)
     unit = times_power(queries, -exponent)
-    longest = max(float(block.norms(core=True).max()) for block in held.blocks)
-    size = max(exponent, math.frexp(longest)[1])
+    size = max(exponent, math.frexp(held.longest)[1])
     power = times_power(unit, exponent - size).square().sum(1, keepdim=True)
     if _scans(held):
         scores, ids = _scanned(held, times_power(unit, exponent - size), k, "l2", size)
@@ -76,6 +75,5 @@ def _scanned(held: Held, queries: Tensor, k: int, metric: str, size: int) -> tup
     if head.mean is not None and metric != "l2":
         means = queries.to(torch.float64) @ head.mean.to(torch.float64)
     weights = {"l2": torch.ones_like(means), "ip": torch.zeros_like(means), "cosine": means}[metric]
-    scores, ids = sign_scan.best([block.scanned(first, metric, size) for first, block in held.placed()],
-                                 products, weights, k)
+    scores, ids = sign_scan.best(held.scanned(metric, size), products, weights, k)
     return (scores + means[:, None] if metric == "ip" else scores).to(torch.float32), ids

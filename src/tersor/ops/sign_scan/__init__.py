@@ -7,7 +7,7 @@ are inner products, cosines, or, with half of each row's squared norm as its off
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -38,6 +38,29 @@ class Rows:
     first: int
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Lines:
+    """All rows of a set, in pieces with rising ids, on the processor."""
+
+    pieces: tuple[Rows, ...]
+
+    def __reduce__(self) -> tuple[type[Lines], tuple[tuple[Rows, ...]]]:
+        """Copy without the addresses: those of a copy are others."""
+        return Lines, (self.pieces,)
+
+    @cached_property
+    def peaks(self) -> tuple[float, float]:
+        """The largest factor, and the largest magnitude of an offset."""
+        return (max(float(one.factors.max()) for one in self.pieces),
+                max(float(one.offsets.abs().max()) for one in self.pieces))
+
+    @cached_property
+    def places(self) -> np.ndarray:
+        """Addresses of words, factors and offsets, counts and first ids, int64 (pieces, 5)."""
+        return np.array([(one.words.data_ptr(), one.factors.data_ptr(), one.offsets.data_ptr(), len(one.factors),
+                          one.first) for one in self.pieces], np.int64)
+
+
 def laid_out(bits: Tensor) -> Tensor:
     """Return rows of bits, uint8 (n, bits) of 0 and 1, in tiles: int32 (tiles, words, TILE), padded with 0."""
     count, width = bits.shape
@@ -48,15 +71,14 @@ def laid_out(bits: Tensor) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(packed.reshape(-1, TILE, words).transpose(0, 2, 1), np.int32))
 
 
-def best(rows: Sequence[Rows], products: Tensor, weights: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def best(lines: Lines, products: Tensor, weights: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the scores, float64, and ids, int64, of the best rows of each query, (queries, k).
 
     Best first; of equal scores the least id first. Where there are fewer rows, minus infinity and -1.
 
     Parameters
     ----------
-    rows : sequence of Rows
-        With rising ids, on the processor.
+    lines : Lines
     products : Tensor
         What signs are multiplied by, float64 (queries, bits), finite.
     weights : Tensor
@@ -73,8 +95,8 @@ def best(rows: Sequence[Rows], products: Tensor, weights: Tensor, k: int) -> tup
     if compiled_allowed("sign_scan"):
         from tersor.ops.sign_scan import compiled
 
-        return compiled.best(rows, products, weights, k)
-    return reference.best(rows, products, weights, k)
+        return compiled.best(lines, products, weights, k)
+    return reference.best(lines, products, weights, k)
 
 
-__all__ = ["Rows", "best", "laid_out"]
+__all__ = ["Lines", "Rows", "best", "laid_out"]

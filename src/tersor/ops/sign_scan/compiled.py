@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,7 @@ from tersor.ops.sign_scan.kernels.scan import sums_of, scan
 from tersor.ops.sign_scan.shapes import GROUP, RUN, SLACK, TILE, WORD, planes_of, words_of
 
 if TYPE_CHECKING:
-    from tersor.ops.sign_scan import Rows
+    from tersor.ops.sign_scan import Lines
 
 LEAST_WORK = 1 << 23  # bits of rows times queries that are worth a thread: some tenths of a millisecond
 _BYTES = 4  # of a word and of a factor
@@ -38,10 +37,10 @@ class _Queries:
         return _Queries(self.planes[some], self.lines[some], self.sums[some])
 
 
-def best(rows: Sequence[Rows], products: Tensor, weights: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def best(lines: Lines, products: Tensor, weights: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the scores and ids of the best rows, (queries, k); see the op."""
-    queries = _prepared(rows, products.numpy(), weights.numpy(), k)
-    pieces, words = _pieces(rows), words_of(products.shape[1])
+    queries = _prepared(lines.peaks, products.numpy(), weights.numpy(), k)
+    pieces, words = lines.places, words_of(products.shape[1])
     shares = _shares(pieces, queries, words)
     if len(shares) == 1:
         found = [_scanned(*shares[0], words, k)]
@@ -57,7 +56,7 @@ def best(rows: Sequence[Rows], products: Tensor, weights: Tensor, k: int) -> tup
             torch.from_numpy(np.take_along_axis(ids, order, 1)))
 
 
-def _prepared(rows: Sequence[Rows], products: np.ndarray, weights: np.ndarray, k: int) -> _Queries:
+def _prepared(peaks: tuple[float, float], products: np.ndarray, weights: np.ndarray, k: int) -> _Queries:
     """Return queries rounded to integers of so many bits, as planes, and what rounding may move a score by."""
     count, bits = products.shape
     words, planes = words_of(bits), planes_of(bits, k)
@@ -67,8 +66,7 @@ def _prepared(rows: Sequence[Rows], products: np.ndarray, weights: np.ndarray, k
     step = np.abs(wide).max(1, initial=0.0) / top
     whole = np.rint(wide / np.where(step > 0, step, 1.0)[:, None])
     size, wrong = np.abs(wide).sum(1), np.abs(wide - whole * step[:, None]).sum(1)
-    steepest = max(float(one.factors.max()) for one in rows)
-    highest = max(float(one.offsets.abs().max()) for one in rows)
+    steepest, highest = peaks
     slack = SLACK * (4 * steepest * (size + wrong) + highest * np.abs(weights))
     lines = np.stack([2 * step, wrong - step * whole.sum(1), weights, slack], 1)
     held = whole.astype(np.int64)
@@ -77,12 +75,6 @@ def _prepared(rows: Sequence[Rows], products: np.ndarray, weights: np.ndarray, k
     sums = np.empty((count, words * WORD // RUN, 1 << RUN))
     sums_of(wide, sums)
     return _Queries(np.ascontiguousarray(cut.reshape(count, words, -1, GROUP).transpose(0, 2, 1, 3)), lines, sums)
-
-
-def _pieces(rows: Sequence[Rows]) -> np.ndarray:
-    """Return addresses of words, factors and offsets, counts and first ids, int64 (pieces, 5)."""
-    return np.array([(one.words.data_ptr(), one.factors.data_ptr(), one.offsets.data_ptr(), len(one.factors), one.first)
-                     for one in rows], np.int64)
 
 
 def _shares(pieces: np.ndarray, queries: _Queries, words: int) -> list[tuple[np.ndarray, _Queries]]:

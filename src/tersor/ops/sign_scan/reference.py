@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,15 +11,15 @@ from torch import Tensor
 from tersor.ops.sign_scan.shapes import WORD
 
 if TYPE_CHECKING:
-    from tersor.ops.sign_scan import Rows
+    from tersor.ops.sign_scan import Lines
 
 
-def best(rows: Sequence[Rows], products: Tensor, weights: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def best(lines: Lines, products: Tensor, weights: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the scores and ids of the best rows, (queries, k); see the op."""
     queries = len(products)
     scores = torch.full((queries, k), -math.inf, dtype=torch.float64)
     ids = torch.full((queries, k), -1, dtype=torch.int64)
-    for one in rows:
+    for one in lines.pieces:
         signs = signs_of(one.words, len(one.factors), products.shape[1])
         found = products @ signs.T * one.factors.to(torch.float64)
         found += weights[:, None] * one.offsets.to(torch.float64)

@@ -6,7 +6,7 @@ TILE = 64  # rows side by side: a loop of fixed length over them is what becomes
 WORD = 32  # bits
 GROUP = 4  # planes that are handled together
 RUN = 4  # signs whose sums are looked up together
-CLOSE = 2048  # bits times rows asked for, beyond which four planes let too many rows through
+CLOSE = 1024  # bits times rows asked for, beyond which four planes let too many rows through
 SLACK = 2.0**-20  # of the largest score: bounds are computed in float32, with at most eight roundings of 2**-24
 
 
