@@ -1,4 +1,4 @@
-"""The definition of linear trellis codes in float64, with loops, from bits and taps alone; nothing of the codec's is used."""
+"""The definition of linear trellis codes in float64, with loops, from bits and taps alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def newest(shifts: Sequence[int], t: int) -> int:
 
 
 def numbers(code: Filter, signs: Tensor, length: int) -> Tensor:
-    """Return w_t, the sum over j of c[t mod p][j] b_{n(t) - j} around the circle, float64 (n, length), of signs (n, bits)."""
+    """Return w_t = sum_j c[t mod p][j] b[n(t) - j], around the circle, float64 (n, length), of signs (n, bits)."""
     total = newest(code.shifts, length - 1) + 1
     assert signs.shape[1] == total
     out = torch.zeros(len(signs), length, dtype=torch.float64)
@@ -30,7 +30,7 @@ def numbers(code: Filter, signs: Tensor, length: int) -> Tensor:
 
 
 def met(code: Filter, x: Tensor) -> Tensor:
-    """Return g_n, the sum of x_t c[t mod p][n(t) - n] over the steps that see bit n, float64 (n, bits), of x (n, length)."""
+    """Return g_n = sum_t x_t c[t mod p][n(t) - n], over steps that see bit n, float64 (n, bits), of x (n, length)."""
     length = x.shape[1]
     total = newest(code.shifts, length - 1) + 1
     out = torch.zeros(len(x), total, dtype=torch.float64)
@@ -38,6 +38,14 @@ def met(code: Filter, x: Tensor) -> Tensor:
         for age, tap in enumerate(code.taps[t % len(code.shifts)]):
             out[:, (newest(code.shifts, t) - age) % total] += tap * x[:, t].to(torch.float64)
     return out
+
+
+def flips(code: Filter, signs: Tensor, x: Tensor) -> Tensor:
+    """Return by how much the squared error of lines x (n, length) grows where one bit is flipped, float64 (n, bits)."""
+    matrix = numbers(code, torch.eye(signs.shape[1]), x.shape[1])  # (bits, length)
+    held = signs.to(torch.float64)
+    gap = held @ matrix - x.to(torch.float64)
+    return 4 * (matrix.square().sum(1) - held * (gap @ matrix.T))
 
 
 def streams(total: int) -> Iterator[tuple[int, ...]]:
