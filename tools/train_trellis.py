@@ -34,19 +34,18 @@ def tables(taps: Tensor) -> Tensor:
 def fit(taps: Tensor, numbers: Tensor, shifts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Return the taps of least squares for the paths that `taps` lead to, and the errors before and after them."""
     count, period, memory = taps.shape
-    sequences = len(numbers)
-    found = states(numbers.repeat(count, 1), tables(taps), Steps(memory, shifts))
+    found = states(numbers.repeat(count, 1), tables(taps), Steps(memory, shifts, linear=True)).unflatten(0, (count, -1))
     ages = torch.arange(memory, device=taps.device)
+    damping = 1e-3 * torch.eye(memory, device=taps.device, dtype=torch.float64)
     fitted = torch.empty_like(taps)
     error = torch.zeros(count, device=taps.device)
-    for one in range(count):
-        own = found[one * sequences : (one + 1) * sequences]
-        for phase in range(period):
-            signs = ((own[:, phase::period, None] >> ages & 1) * 2 - 1).flatten(0, 1).to(torch.float32)
-            target = numbers[:, phase::period].flatten()
-            gram = (signs.T @ signs).to(torch.float64) + 1e-3 * torch.eye(memory, device=taps.device)
-            fitted[one, phase] = torch.linalg.solve(gram, (signs.T @ target).to(torch.float64)).to(taps.dtype)
-            error[one] += (target - signs @ fitted[one, phase].to(torch.float32)).square().mean() / period
+    for phase in range(period):
+        signs = ((found[:, :, phase::period, None] >> ages & 1) * 2 - 1).flatten(1, 2).to(torch.float32)
+        target = numbers[:, phase::period].flatten()
+        gram = (signs.mT @ signs).to(torch.float64) + damping
+        fitted[:, phase] = torch.linalg.solve(gram, (signs.mT @ target).to(torch.float64)).to(taps.dtype)
+        made = (signs @ fitted[:, phase, :, None].to(torch.float32))[..., 0]
+        error += (target - made).square().mean(1) / period
     return fitted, error / numbers.square().mean()
 
 
@@ -92,7 +91,7 @@ def distortion(taps: Tensor, shifts: tuple[int, ...], count: int = 8192, seed: i
     """Return the relative error of taps (period, memory) on fresh segments."""
     numbers = torch.randn(count, LENGTH, generator=torch.Generator("cuda").manual_seed(seed), device="cuda")
     table = tables(taps[None])
-    found = states(numbers, table, Steps(taps.shape[1], shifts))
+    found = states(numbers, table, Steps(taps.shape[1], shifts, linear=True))
     phases = torch.arange(LENGTH, device="cuda") % len(shifts)
     decoded = table[0, phases[None].expand_as(found), found]
     return float((decoded - numbers).square().mean() / numbers.square().mean())

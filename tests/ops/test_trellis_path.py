@@ -22,16 +22,16 @@ def error(path: torch.Tensor, numbers: torch.Tensor, table: torch.Tensor) -> tor
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("key", [(2.0, 8), (3.0, 9), (2.5, 8), (1.75, 12), (4.0, 8)])
+@pytest.mark.parametrize("key", [(2.0, 8), (3.0, 9), (2.5, 8), (1.75, 12), (4.0, 8), (3.0, 12), (5.0, 12)])
 @pytest.mark.parametrize("length", [256, 64, 40, 12])
-def test_all_find_the_same_path(key: tuple[float, int], length: int, device: str) -> None:
+@pytest.mark.parametrize("linear", [True, False])
+def test_all_find_the_same_path(key: tuple[float, int], length: int, device: str, *, linear: bool) -> None:
     code = filters()[key]
-    steps, table = Steps(code.memory, code.shifts), values(code).to(device)
+    steps, table = Steps(code.memory, code.shifts, linear), values(code).to(device)
     numbers = gaussian((70, length), length).to(device)
     found = trellis_path.states(numbers, table, steps)
     with reference_only():
         wanted = trellis_path.states(numbers, table, steps)
-    assert found.dtype == torch.int64
     same = (found == wanted).all(1)
     assert float(same.float().mean()) > 0.9  # sums round differently where multiplications and additions are fused
     total, least = (error(path, numbers, table).sum() for path in (found, wanted))
@@ -53,5 +53,6 @@ def test_the_first_state_follows_from_the_last(key: tuple[float, int], length: i
 
 def test_what_the_kernel_takes() -> None:
     assert refusal(Steps(12, (2, 2)), 256) is None
-    assert "beyond" in str(refusal(Steps(16, (2, 2)), 256))
+    assert "found 16" in str(refusal(Steps(16, (2, 2)), 256))
+    assert "expected a window of 8 to 15" in str(refusal(Steps(7, (4,)), 256))
     assert "whole periods" in str(refusal(Steps(12, (2, 3)), 255))

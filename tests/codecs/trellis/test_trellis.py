@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from tersor.codecs.trellis import viterbi
-from tersor.codecs.trellis.filters import Filter, filters, linear, segment_matrix, segments
+from tersor.codecs.trellis.filters import Filter, filters, segment_matrix
 from tersor.codecs.trellis.trellis import Trellis
 from tersor.contract.codec import Encoded
 from tersor.errors import CodecConfigError
 from tersor.ops import trellis_path
 from tersor.ops.dispatch import reference_only
+from tersor.ops.trellis_linear import segments
+from tersor.ops.trellis_linear.reference import matrix as linear
 from tersor.ops.trellis_path import Steps, reference
 from tersor.registry import parse
 from tersor.testing import gaussian
@@ -39,7 +41,8 @@ def test_numbers_are_what_the_definition_says(text: str, length: int) -> None:
     bits = torch.randint(2, (1, code.bits(length)), generator=torch.Generator().manual_seed(length))
     want = torch.tensor([[number(code, bits[0].tolist(), t) for t in range(length)]], dtype=torch.float64)
     signs = bits.to(torch.float64) * 2 - 1
-    torch.testing.assert_close(signs @ linear(code.taps_tensor(), code.shifts, length).T, want, rtol=0, atol=1e-12)
+    made = signs @ linear(code.taps_tensor(), code.line(length), length).T
+    torch.testing.assert_close(made, want, rtol=0, atol=1e-12)
     found = codec.numbers(signs.to(torch.float32), length)
     torch.testing.assert_close(found, want.to(torch.float32), rtol=0, atol=1e-5)
 

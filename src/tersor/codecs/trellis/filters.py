@@ -1,4 +1,4 @@
-"""Filters of linear trellis codes, and what a line of numbers is to them: segments, streams, and one small matrix.
+"""Filters of linear trellis codes.
 
 At step t of a segment, `shifts[t mod p]` new bits enter a window, and the number is the sum of the last `memory` bits,
 as signs, weighed by the taps of phase `t mod p`. Segments bite their tails: the stream is a circle.
@@ -16,8 +16,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-SEGMENT = 256  # numbers, about
-UNIT = 4  # periods divide it, so all segments but the last of a line hold whole periods
+from tersor.numerics.constants import constant
+from tersor.ops.trellis_linear import Line, reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +45,13 @@ class Filter:
         """Bits a number."""
         return sum(self.shifts) / len(self.shifts)
 
+    def line(self, length: int) -> Line:
+        """Return what a line of `length` numbers is."""
+        return Line(length, self.shifts, self.memory)
+
     def bits(self, length: int) -> int:
         """Return the bits of a segment of `length` numbers."""
-        whole, rest = divmod(length, len(self.shifts))
-        return whole * sum(self.shifts) + sum(self.shifts[:rest])
-
-    def stream(self, length: int) -> int:
-        """Return the bits of a line of `length` numbers, all segments."""
-        return sum(self.bits(size) for size in segments(length))
+        return self.line(length).bits(length)
 
     def taps_tensor(self) -> Tensor:
         """Return the taps, float64 (period, memory)."""
@@ -67,32 +66,13 @@ def filters() -> Mapping[tuple[float, int], Filter]:
     return MappingProxyType({(one.rate, one.memory): one for one in found})
 
 
-def segments(length: int) -> tuple[int, ...]:
-    """Return the sizes of a line's segments, as even as whole units allow; the last takes the rest."""
-    units = length // UNIT
-    count = max(1, round(length / SEGMENT))
-    sizes = [UNIT * ((i + 1) * units // count - i * units // count) for i in range(count)]
-    sizes[-1] += length % UNIT
-    return tuple(size for size in sizes if size)
-
-
-def windows(shifts: tuple[int, ...], memory: int, length: int) -> tuple[Tensor, Tensor, int]:
-    """Return which bits of a segment's stream each number sees, (length, memory), its phase (length,), and all bits."""
-    phases = torch.arange(length) % len(shifts)
-    entering = torch.tensor(shifts)[phases]
-    total = int(entering.sum())
-    newest = entering.cumsum(0) - 1
-    return (newest[:, None] - torch.arange(memory)) % total, phases, total
-
-
-def linear(taps: Tensor, shifts: tuple[int, ...], length: int) -> Tensor:
-    """Return the matrix (length, bits) that takes the signs of a segment's stream to its numbers, float64."""
-    places, phases, total = windows(shifts, taps.shape[1], length)
-    matrix = torch.zeros(length, total, dtype=torch.float64)
-    return matrix.scatter_add_(1, places, taps.to(torch.float64)[phases])
+@constant
+def taps_on(code: Filter, device: torch.device) -> Tensor:
+    """Return the taps on a device, float32 (period, memory): no copy while a CUDA graph is captured."""
+    return code.taps_tensor().to(device=device, dtype=torch.float32)
 
 
 @cache
 def segment_matrix(code: Filter, length: int) -> Tensor:
-    """Return `linear` of a packaged filter, float32."""
-    return linear(code.taps_tensor(), code.shifts, length).to(torch.float32)
+    """Return the matrix (length, bits) that takes the signs of a segment's circle to its numbers, float32."""
+    return reference.matrix(code.taps_tensor(), code.line(length), length).to(torch.float32)

@@ -15,25 +15,28 @@ import torch
 from torch import Tensor
 
 from tersor.codecs.trellis import viterbi
-from tersor.codecs.trellis.filters import Filter, filters, segment_matrix, segments, windows
+from tersor.codecs.trellis.filters import Filter, filters, taps_on
 from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, Traits
 from tersor.contract.coordinates import Coordinates
 from tersor.contract.feedback import encode_with_feedback
+from tersor.contract.rotating import MultipliesRotated
 from tersor.errors import CodecConfigError
+from tersor.numerics.constants import constant
 from tersor.ops.codebook_linear import codebook_linear
+from tersor.ops.trellis_linear import decoded_rows, segments, trellis_filter, trellis_linear
 from tersor.payload import codes, packing
 from tersor.payload.blocks import Rows, Shape, row_blocks, shape_of
 from tersor.payload.layout import Layout, TensorSpec
 from tersor.payload.scales import bounded, reciprocal, row_rms
 
 MEMORY = 12  # bits of the window where none are given
-SIGNS = (-1.0, 1.0)
+FEW = 64  # vectors that meet the signs of streams; for more, rows are decoded
 BLOCK = 8  # columns that error feedback hands over together: 16 cost 1.1 % more error (docs/log.md)
 
 
 @final
 @dataclasses.dataclass(frozen=True)
-class Trellis(Codec):
+class Trellis(MultipliesRotated):
     """Lines of the matrix, divided by their rows' scales, as tail-biting streams of `bits` bits a number.
 
     Parameters
@@ -85,7 +88,9 @@ class Trellis(Codec):
     def _bits(self, shape: Shape) -> Shape:
         """Return the shape of the bits: (out, stream) along inputs, (stream, in) along outputs."""
         out, width = shape
-        return (out, self.filter.stream(width)) if self.axis == "in" else (self.filter.stream(out), width)
+        if self.axis == "in":
+            return out, self.filter.line(width).stream
+        return self.filter.line(out).stream, width
 
     def search(self, matrix: Tensor, how: Search) -> Encoded:
         """Find the best path of every segment; with error feedback when asked for."""
@@ -109,6 +114,8 @@ class Trellis(Codec):
     def lines(self, numbers: Tensor) -> Tensor:
         """Return the streams of lines of unit power, uint8 (n, stream), for float32 (n, length)."""
         sizes = segments(numbers.shape[1])
+        if len(set(sizes)) == 1:
+            return viterbi.encode(self.filter, numbers.reshape(-1, sizes[0])).reshape(len(numbers), -1)
         parts = numbers.split(sizes, 1)
         found: list[Tensor] = [numbers] * len(sizes)
         for size in set(sizes):
@@ -118,57 +125,39 @@ class Trellis(Codec):
                 found[i] = bits
         return torch.cat(found, 1)
 
-    def numbers(self, signs: Tensor, length: int) -> Tensor:
-        """Return lines (n, length) from the signs of their streams, float32 (n, stream).
-
-        The filter is summed tap by tap, so that a line's numbers do not depend on the lines beside it.
-        """
-        sizes = segments(length)
-        parts = signs.split([self.filter.bits(size) for size in sizes], 1)
-        return torch.cat([_summed(self.filter, part, size) for part, size in zip(parts, sizes, strict=True)], 1)
+    def numbers(self, signs: Tensor, length: int, scales: Tensor | None = None) -> Tensor:
+        """Return lines (*n, length) from the signs of their streams (*n, stream), times `scales` (length,)."""
+        return trellis_filter(signs, taps_on(self.filter, signs.device), scales, self.filter.shifts, length)
 
     def filtered(self, lines: Tensor) -> Tensor:
-        """Return what the signs of streams meet instead of lines, (n, stream) for (n, length): `numbers` transposed."""
-        sizes = segments(lines.shape[1])
-        return torch.cat([part @ segment_matrix(self.filter, size).to(part.device)
-                          for part, size in zip(lines.split(sizes, 1), sizes, strict=True)], 1)
+        """Return what the signs of streams meet instead of lines, (*n, stream) for (*n, length)."""
+        taps = taps_on(self.filter, lines.device)
+        return trellis_filter(lines, taps, None, self.filter.shifts, lines.shape[-1], back=True)
 
     def decode_rows(self, encoded: Encoded, rows: Rows) -> Tensor:
         """Return scaled numbers: a filter over the signs of the streams."""
-        scales = encoded.tensors["scales"].to(torch.float32)
-        rows = rows.to(scales.device) if isinstance(rows, Tensor) else rows
-        shape = self._bits(encoded.shape)
-        if self.axis == "in":
-            signs = _signs(codes.read(encoded.tensors["codes"], shape, 2, rows))
-            return self.numbers(signs, encoded.shape[1]).mul_(scales[rows, None])
-        return self._across(encoded, rows).mul_(scales[rows, None])
+        held, across = encoded.tensors, self.axis == "out"
+        line = self.filter.line(encoded.shape[0 if across else 1])
+        return decoded_rows(held["codes"], taps_on(self.filter, held["codes"].device), held["scales"], line,
+                            encoded.shape[1], rows, across=across)
 
-    def _across(self, encoded: Encoded, rows: Rows) -> Tensor:
-        """Return unscaled rows of streams that run along outputs, from the bits that their windows hold."""
-        out, device = encoded.shape[0], encoded.tensors["codes"].device
-        index = torch.arange(rows.start, rows.stop, device=device) if isinstance(rows, slice) else rows
-        place, weights = _line_windows(self.filter, out)
-        place, weights = place.to(device)[index], weights.to(device)[index]
-        needed, inverse = place.unique(return_inverse=True)
-        signs = _signs(codes.read(encoded.tensors["codes"], self._bits(encoded.shape), 2, needed))
-        taps = torch.zeros(len(index), len(needed), dtype=torch.float32, device=device)
-        return taps.scatter_add_(1, inverse, weights) @ signs
-
-    def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
-        """Filter the vectors, or the outputs, and multiply by the signs."""
-        out, width = encoded.shape
-        scales, table = encoded.tensors["scales"], torch.tensor(SIGNS, dtype=torch.float32, device=x.device)
-        held = encoded.tensors["codes"]
-        flat = x.reshape(-1, width).to(torch.float32)
+    def matmul_rotated(self, encoded: Encoded, x: Tensor, seed: int | None) -> Tensor | None:
+        """Filter the vectors, or the outputs, and multiply by the signs; many vectors meet decoded rows."""
+        width, held = encoded.shape[1], encoded.tensors
+        many = x.is_cuda and x.numel() > FEW * width
+        if seed is not None and (many or self.axis == "in"):
+            return None
+        if many:
+            return trellis_linear(x, held["codes"], taps_on(self.filter, x.device), held["scales"], self.filter.shifts,
+                                  across=self.axis == "out")
+        table = _signs_on(x.device)
         if self.axis == "in":
-            met = self.filtered(flat)
-            y = codebook_linear(met, held, table, scales[:, None], None, 1, met.shape[1], "symmetric")
-        else:
-            rows = self.filter.stream(out)
-            ones = torch.ones(rows, 1, dtype=torch.bfloat16, device=x.device)
-            y = self.numbers(codebook_linear(flat, held, table, ones, None, 1, width, "symmetric"), out)
-            y = y * scales.to(torch.float32)
-        return y.reshape(*x.shape[:-1], out).to(x.dtype)
+            met = self.filtered(x)
+            return codebook_linear(met, held["codes"], table, held["scales"][:, None], None, 1, met.shape[-1],
+                                   "symmetric")
+        ones = _ones_on(self._bits(encoded.shape)[0], x.device)
+        y = codebook_linear(x, held["codes"], table, ones, None, 1, width, "symmetric", rotation=seed)
+        return self.numbers(y, encoded.shape[0], held["scales"])
 
     def coordinates(self, encoded: Encoded) -> Coordinates:
         """Return signs, met by filtered vectors; decoded rows where streams run along outputs."""
@@ -212,14 +201,13 @@ class _Streams(Coordinates):
         """Filter."""
         codec = self.encoded.codec
         assert isinstance(codec, Trellis)
-        return codec.filtered(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+        return codec.filtered(x)
 
     def out_of(self, y: Tensor) -> Tensor:
         """Filter back."""
         codec = self.encoded.codec
         assert isinstance(codec, Trellis)
-        width = self.encoded.shape[1]
-        return codec.numbers(y.reshape(-1, y.shape[-1]), width).reshape(*y.shape[:-1], width)
+        return codec.numbers(y, self.encoded.shape[1])
 
 
 class _Columns(ColumnEncoder):
@@ -241,7 +229,7 @@ class _Columns(ColumnEncoder):
             self._bits[:, start : start + columns.shape[1]] = bits.T
             return codec.numbers(_signs(bits), self._shape[0]).T * scales
         bits = codec.lines(normal)
-        first = codec.filter.stream(start) if start else 0
+        first = codec.filter.line(start).stream if start else 0
         self._bits[:, first : first + bits.shape[1]] = bits
         return codec.numbers(_signs(bits), columns.shape[1]) * scales
 
@@ -250,32 +238,17 @@ class _Columns(ColumnEncoder):
         return self._codec.close(self._shape, self._scales, self._bits)
 
 
-def _summed(code: Filter, signs: Tensor, size: int) -> Tensor:
-    """Return a segment's numbers (n, size) from its signs (n, bits), tap by tap."""
-    period, total = len(code.shifts), signs.shape[1]
-    turns = -(-code.memory // total)  # of the circle that the first window reaches back
-    circle = torch.cat([*[signs] * turns, signs], 1) if total else signs
-    out = torch.zeros(len(signs), size, dtype=torch.float32, device=signs.device)
-    for phase in range(min(period, size)):
-        newest = turns * total + sum(code.shifts[: phase + 1]) - 1
-        count = -(-(size - phase) // period)
-        for age, tap in enumerate(code.taps[phase]):
-            first = newest - age
-            out[:, phase::period].add_(circle[:, first : first + (count - 1) * sum(code.shifts) + 1 : sum(code.shifts)],
-                                       alpha=tap)
-    return out
-
-
 def _signs(bits: Tensor) -> Tensor:
     return bits.to(torch.float32).mul_(2).sub_(1)
 
 
-def _line_windows(code: Filter, length: int) -> tuple[Tensor, Tensor]:
-    """Return which bits of a line's stream each of its numbers is made of, and their weights: (length, memory)."""
-    places, weights, first = [], [], 0
-    for size in segments(length):
-        seen, phases, total = windows(code.shifts, code.memory, size)
-        places.append(first + seen)
-        weights.append(code.taps_tensor().to(torch.float32)[phases])
-        first += total
-    return torch.cat(places), torch.cat(weights)
+@constant
+def _signs_on(device: torch.device) -> Tensor:
+    """Return what a bit stands for."""
+    return torch.tensor([-1.0, 1.0], device=device)
+
+
+@constant
+def _ones_on(count: int, device: torch.device) -> Tensor:
+    """Return the scales of streams along outputs: the filter scales."""
+    return torch.ones(count, 1, dtype=torch.bfloat16, device=device)

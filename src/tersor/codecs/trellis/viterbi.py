@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tersor.codecs.trellis.filters import Filter, segment_matrix
+from tersor.numerics.constants import constant
 from tersor.ops.trellis_path import Steps, states
 
 
@@ -19,28 +20,34 @@ def values(code: Filter) -> Tensor:
     return (code.taps_tensor() @ signs).to(torch.float32)
 
 
+@constant
+def values_on(code: Filter, device: torch.device) -> Tensor:
+    """Return `values` on a device."""
+    return values(code).to(device)
+
+
 def encode(code: Filter, numbers: Tensor) -> Tensor:
     """Return the bits of tail-biting segments, uint8 (n, bits), for float32 numbers (n, length)."""
     length = numbers.shape[1]
     if code.bits(length) < code.memory:
         return _tiny(code, numbers)
-    table = values(code).to(numbers.device)
-    return bits_of(code, states(numbers, table, Steps(code.memory, code.shifts)))
+    table = values_on(code, numbers.device)
+    return bits_of(code, states(numbers, table, Steps(code.memory, code.shifts, linear=True)))
 
 
 def bits_of(code: Filter, path: Tensor) -> Tensor:
     """Return the bits that entered at each step of a path, oldest first, uint8 (n, bits)."""
-    period = len(code.shifts)
-    whole = path.shape[1] // period * period
-    turns = [_entered(path[:, phase:whole:period], shift) for phase, shift in enumerate(code.shifts)]
-    rest = [_entered(path[:, t, None], code.shifts[t - whole])[:, 0] for t in range(whole, path.shape[1])]
-    return torch.cat([torch.cat(turns, 2).flatten(1), *rest], 1)
+    step, age = _entering(code.shifts, path.shape[1], path.device)
+    return (path[:, step] >> age).bitwise_and_(1).to(torch.uint8)
 
 
-def _entered(path: Tensor, shift: int) -> Tensor:
-    """Return the newest bits of states (n, steps), oldest first, uint8 (n, steps, shift)."""
-    ages = torch.arange(shift - 1, -1, -1, dtype=path.dtype, device=path.device)
-    return (path.unsqueeze(-1) >> ages & 1).to(torch.uint8)
+@constant
+def _entering(shifts: tuple[int, ...], length: int, device: torch.device) -> Tensor:
+    """Return at which step every bit of a stream entered, and how old it was after it, int32 (2, bits)."""
+    counts = torch.tensor(shifts).repeat(-(-length // len(shifts)))[:length]
+    step = torch.arange(length).repeat_interleave(counts)
+    age = counts.cumsum(0)[step] - 1 - torch.arange(int(counts.sum()))
+    return torch.stack([step, age]).to(torch.int32).to(device)
 
 
 def _tiny(code: Filter, numbers: Tensor) -> Tensor:

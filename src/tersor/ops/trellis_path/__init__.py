@@ -16,7 +16,7 @@ from tersor.ops.trellis_path.shapes import Steps, refusal
 
 
 def states(numbers: Tensor, table: Tensor, steps: Steps) -> Tensor:
-    """Return the states after every step of the best tail-biting paths, int64 (n, length).
+    """Return the states after every step of the best tail-biting paths, int32 or int64 (n, length).
 
     Parameters
     ----------

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from tersor.ops.trellis_path.kernels.path import path
-from tersor.ops.trellis_path.shapes import MOST_PERIOD, Steps
+from tersor.ops.trellis_path.shapes import Steps, parts, warps
 
 CHOICES = 1 << 32  # bytes of choices held at a time
-STATES_A_WARP = 512
+WORD = 4
 
 
 def states(numbers: Tensor, table: Tensor, steps: Steps) -> Tensor:
-    """Return the states after every step of the best tail-biting paths, int64 (n, length).
+    """Return the states after every step of the best tail-biting paths, int32 (n, length).
 
     Parameters
     ----------
@@ -23,16 +23,19 @@ def states(numbers: Tensor, table: Tensor, steps: Steps) -> Tensor:
         float32 (tables, period, 2**memory); equal runs of segments share one.
     """
     count, length = numbers.shape
-    warm = steps.warm(length)
-    nbytes = (length + 2 * warm) * steps.groups
-    most = max(1, CHOICES // nbytes)
+    warm, split = steps.warm(length), parts(steps)
+    _, middle, low = split
+    room = max(length, 2 * warm) << middle
+    most = max(1, CHOICES // (WORD * room))
     out = torch.empty(count, length, dtype=torch.int32, device=numbers.device)
-    choices = torch.empty(min(most, count) * nbytes, dtype=torch.uint8, device=numbers.device)
-    shifts = (steps.shifts * MOST_PERIOD)[:MOST_PERIOD]
-    warps = max(1, min(16, (1 << steps.memory) // STATES_A_WARP))
+    choices = torch.empty(min(most, count) * room, dtype=torch.int32, device=numbers.device)
+    table = table.contiguous()
+    heads = tails = table
+    if steps.linear:
+        heads, tails = table[..., :: 1 << low].contiguous(), table[..., : 1 << low] - table[..., :1]
     with torch.cuda.device(numbers.device):
         for first in range(0, count, most):
-            path[(min(most, count - first),)](numbers.contiguous(), table.contiguous(), choices, out, first,
-                                              count // len(table), length, steps.memory, warm, steps.groups,
-                                              len(steps.shifts), *shifts, num_warps=warps)
-    return out.to(torch.int64)
+            path[(min(most, count - first),)](numbers.contiguous(), heads, tails, table, choices, out, first,
+                                              count // len(table), length, steps.memory, warm, steps.shifts, split,
+                                              not steps.linear, num_warps=warps(steps))
+    return out

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-WARM = 48  # steps on either side of the seam after which paths have long merged
-MOST_MEMORY = 15  # metrics of 2**15 states fill half of a multiprocessor's registers
+WARM = 16  # windows on either side of the seam after which paths have merged: half of them cost .2 % of error
+MOST_MEMORY = 15  # costs of 2**15 states fill half of a multiprocessor's registers
 MOST_PERIOD = 4
+HELD = 6  # bits of the states that a thread holds, at most: so many costs in registers
+LANES = 5  # bits of the threads of a warp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,10 +21,13 @@ class Steps:
         Bits of the window: there are `2**memory` states, the newest bit lowest.
     shifts : tuple of int
         New bits a step, by phase.
+    linear : bool
+        Whether a window's number is a sum over its bits: kernels then hold two parts of it instead of a table.
     """
 
     memory: int
     shifts: tuple[int, ...]
+    linear: bool = False
 
     @property
     def groups(self) -> int:
@@ -31,14 +36,35 @@ class Steps:
 
     def warm(self, length: int) -> int:
         """Return the steps on either side of the seam that find the state there."""
-        return min(WARM, length // 2 // len(self.shifts) * len(self.shifts)) or min(1, length // 2)
+        period = len(self.shifts)
+        steps = -(-WARM * self.memory // sum(self.shifts)) * period
+        return min(steps, length // 2 // period * period) or min(1, length // 2)
+
+
+def parts(steps: Steps) -> tuple[int, int, int]:
+    """Return the bits of a state by who holds them: the top and the low ones a thread, those between the threads.
+
+    Top bits are those that tell the branches of a group apart. Where there are fewer states than a warp can hold, some
+    of them are in lanes.
+    """
+    top = max(steps.shifts)
+    held = max(0, min(HELD, steps.memory - LANES))
+    low = max(0, held - top)
+    return top, steps.memory - top - low, low
+
+
+def warps(steps: Steps) -> int:
+    """Return the warps of a program."""
+    return max(1, (1 << steps.memory - HELD) >> LANES) if steps.memory > HELD + LANES else 1
 
 
 def refusal(steps: Steps, length: int) -> str | None:
     """Return why the kernel does not take segments of so many numbers, or None."""
     period = len(steps.shifts)
-    if steps.memory > MOST_MEMORY or period > MOST_PERIOD:
-        return f"a window of {steps.memory} bits and a period of {period} are beyond {MOST_MEMORY} and {MOST_PERIOD}"
+    least = max(LANES, 2 * max(steps.shifts))
+    if not least <= steps.memory <= MOST_MEMORY or period > MOST_PERIOD:
+        return (f"expected a window of {least} to {MOST_MEMORY} bits and a period of at most {MOST_PERIOD}, found "
+                f"{steps.memory} and {period}")
     if length % period or length < 2 * period:
         return f"{length} numbers are no whole periods of {period}"
     return None

@@ -1,107 +1,209 @@
-"""The best path through a bit-shift trellis: one program walks one segment, its metrics in registers.
+"""The best path through a bit-shift trellis: one program walks one segment, its costs in registers.
 
-A step takes the least of the `2**k` states of a group before, and gives as many after; see `codecs/trellis/viterbi.py`.
-What every group chose is written out, and followed back at the end. A first walk over the seam finds the state at it,
-which the second walk starts and ends with: the tail bites.
+A state's bits are (top, middle, low): a thread holds all its tops and lows, threads are the middles. The branches of a
+group differ in the top bits, so a thread compares them alone; what it found goes through shared memory to those who
+hold the states after, one word for all the states of a group. What groups chose is packed into a word a thread and
+step, and followed back at the end. A first walk over the seam finds the state at it, which the second walk starts and
+ends with: the tail bites.
+
+Costs are sums of squares, so positive, and order as their bits do: the number of a branch takes the place of the last
+bits, and one minimum finds the least and where it came from.
 """
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 
 from tersor.ops.dispatch import kernel
 
-
-@triton.jit
-def _step(metric, level, x, choices, STATES: tl.constexpr, SHIFT: tl.constexpr):
-    # [STATES] metrics before to those after; what every group chose goes to choices[: STATES >> SHIFT]
-    groups: tl.constexpr = STATES >> SHIFT
-    branches: tl.constexpr = 1 << SHIFT
-    best, choice = tl.min(tl.reshape(metric, (branches, groups)), axis=0, return_indices=True)
-    tl.store(choices + tl.arange(0, groups), choice.to(tl.uint8))
-    spread = tl.reshape(tl.broadcast_to(best[:, None], (groups, branches)), (STATES,))
-    return spread + level * (level - 2.0 * x)
+FAR = gl.constexpr(1e30)  # the cost of a state that a walk may not start with
 
 
-@triton.jit
-def _forward(metric, x, step, choices, l0, l1, l2, l3, STATES: tl.constexpr, STRIDE: tl.constexpr,
-             PERIOD: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr):
-    # one period of steps, the first of which is number `step` of the walk
-    for p in tl.static_range(PERIOD):
-        number = tl.load(x + p)
-        place = choices + (step + p) * STRIDE
-        if p == 0:
-            metric = _step(metric, l0, number, place, STATES, S0)
-        elif p == 1:
-            metric = _step(metric, l1, number, place, STATES, S1)
-        elif p == 2:
-            metric = _step(metric, l2, number, place, STATES, S2)
-        else:
-            metric = _step(metric, l3, number, place, STATES, S3)
+@gluon.constexpr_function
+def _states_layout(top: int, threads: int, low: int, warps: int) -> gl.BlockedLayout:
+    """Return how threads hold states (top, threads, low): tops in lanes only where there are too few states."""
+    lanes = 32 * warps // threads
+    return gl.BlockedLayout([top // lanes, 1, low], [lanes, 32 // lanes, 1], [1, warps, 1], [2, 1, 0])
+
+
+@gluon.constexpr_function
+def _rooms(top: int, middle: int, low: int, shifts: tuple[int, ...]) -> list[int]:
+    """Return the shape of what groups hand on: in turns, so that none is written while it is read."""
+    return [2, top * middle * low >> min(shifts)]
+
+
+@gluon.constexpr_function
+def _groups_layout(top: int, threads: int, low: int, warps: int, shift: int) -> gl.BlockedLayout:
+    """Return the same of (top, threads / after, after, low / inside, inside): after * inside states share a group."""
+    lanes = 32 * warps // threads
+    inside = min(low, 1 << shift)
+    after = (1 << shift) // inside
+    return gl.BlockedLayout([top // lanes, 1, 1, low // inside, inside], [lanes, 32 // lanes // after, after, 1, 1],
+                            [1, warps, 1, 1, 1], [4, 3, 2, 1, 0])
+
+
+@gluon.jit
+def _tops(count: gl.constexpr, LAYOUT: gl.constexpr):
+    return gl.arange(0, count, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None]
+
+
+@gluon.jit
+def _middles(count: gl.constexpr, LAYOUT: gl.constexpr):
+    return gl.arange(0, count, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None]
+
+
+@gluon.jit
+def _lows(count: gl.constexpr, LAYOUT: gl.constexpr):
+    return gl.arange(0, count, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
+
+
+@gluon.jit
+def _off(x, high, low, table, WHOLE: gl.constexpr, LAYOUT: gl.constexpr):
+    # how far a number is from what states stand for: sums of two parts, or read at every step, from the first cache
+    if WHOLE:
+        TOP: gl.constexpr = high.shape[0]
+        MIDDLE: gl.constexpr = high.shape[1]
+        LOW: gl.constexpr = low.shape[2]
+        index = (_tops(TOP, LAYOUT) * MIDDLE + _middles(MIDDLE, LAYOUT)) * LOW + _lows(LOW, LAYOUT)
+        return gl.load(table + index) - x
+    return high + (low - x)
+
+
+@gluon.jit
+def _step(metric, x, high, low, table, place, spare, SHIFT: gl.constexpr, WHOLE: gl.constexpr, LAYOUT: gl.constexpr):
+    # costs before to those after; what groups chose goes to place[: middles]
+    TOP: gl.constexpr = metric.shape[0]
+    MIDDLE: gl.constexpr = metric.shape[1]
+    LOW: gl.constexpr = metric.shape[2]
+    BRANCHES: gl.constexpr = 1 << SHIFT
+    REST: gl.constexpr = TOP // BRANCHES
+    INSIDE: gl.constexpr = LOW if LOW < BRANCHES else BRANCHES
+    AFTER: gl.constexpr = BRANCHES // INSIDE
+    key = (metric.to(gl.int32, bitcast=True) & -BRANCHES) | (_tops(TOP, LAYOUT) // REST)
+    best = gl.min(gl.reshape(key, (BRANCHES, REST, MIDDLE, LOW)), axis=0)
+    LEFT: gl.constexpr = best.type.layout
+    bits = SHIFT * (_tops(REST, LEFT) * LOW + _lows(LOW, LEFT))
+    packed = gl.sum(gl.sum((best & (BRANCHES - 1)) << bits, axis=2), axis=0)
+    gl.store(place + gl.arange(0, MIDDLE, packed.type.layout), packed)
+    spare._reinterpret(gl.int32, [REST, MIDDLE, LOW], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])).store(best)
+    GROUPS: gl.constexpr = _groups_layout(TOP, MIDDLE, LOW, gl.num_warps(), SHIFT)
+    seen = spare._reinterpret(gl.int32, [TOP, MIDDLE // AFTER, LOW // INSIDE],
+                              gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
+    got = seen.load(gl.SliceLayout(2, gl.SliceLayout(4, GROUPS))).to(gl.float32, bitcast=True)
+    spread = gl.expand_dims(gl.expand_dims(got, 2), 4)
+    filled = gl.zeros((TOP, MIDDLE // AFTER, AFTER, LOW // INSIDE, INSIDE), gl.float32, GROUPS) + spread
+    after = gl.convert_layout(gl.reshape(filled, (TOP, MIDDLE, LOW)), LAYOUT, assert_trivial=True)
+    off = _off(x, high, low, table, WHOLE, LAYOUT)
+    return gl.fma(off, off, after)
+
+
+@gluon.jit
+def _before(state, place, bits, SHIFT: gl.constexpr, MIDDLE: gl.constexpr, LOW: gl.constexpr):
+    # the state before a step, from the state after it and what its group chose; states are of `bits` bits
+    group = state >> SHIFT
+    word = gl.load(place + group // LOW % MIDDLE)
+    own = group // (MIDDLE * LOW) * LOW + group % LOW
+    return group + ((word >> (SHIFT * own) & ((1 << SHIFT) - 1)) << (bits - SHIFT))
+
+
+@gluon.jit
+def _forward(metric, x, chosen, first, high, low, table, spare, COUNT: gl.constexpr, LENGTH: gl.constexpr,
+             SHIFTS: gl.constexpr, WHOLE: gl.constexpr, LAYOUT: gl.constexpr):
+    # costs after COUNT steps around the circle from `first`
+    PERIOD: gl.constexpr = len(SHIFTS)
+    MIDDLE: gl.constexpr = metric.shape[1]
+    STATES: gl.constexpr = metric.numel
+    ahead = ()
+    for p in gl.static_range(PERIOD):
+        ahead = ahead + (gl.load(x + first + p),)
+    for t in range(0, COUNT, PERIOD):
+        numbers = ahead
+        following = first + t + PERIOD
+        following = gl.where(following >= LENGTH, following - LENGTH, following)
+        ahead = ()
+        for p in gl.static_range(PERIOD):
+            ahead = ahead + (gl.load(x + following + p),)
+        for p in gl.static_range(PERIOD):
+            metric = _step(metric, numbers[p], high[p], low[p], table + p * STATES, chosen + (t + p) * MIDDLE,
+                           spare.index((t + p) % 2), SHIFTS[p], WHOLE, LAYOUT)
     return metric
 
 
-@triton.jit
-def _before(state, choices, MEMORY: tl.constexpr, SHIFT: tl.constexpr):
-    # the state before a step, from the state after it and what its group chose
-    group = state >> SHIFT
-    return group + (tl.load(choices + group).to(tl.int32) << (MEMORY - SHIFT))
-
-
-@triton.jit
-def _backward(state, step, out, choices, STORE: tl.constexpr, STRIDE: tl.constexpr, MEMORY: tl.constexpr,
-              PERIOD: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr):
-    # from the state after one period of steps to that before it
-    for q in tl.static_range(PERIOD):
-        if STORE:
-            tl.store(out + (PERIOD - 1 - q), state)
-        place = choices + (step + (PERIOD - 1 - q)) * STRIDE
-        if PERIOD - 1 - q == 0:
-            state = _before(state, place, MEMORY, S0)
-        elif PERIOD - 1 - q == 1:
-            state = _before(state, place, MEMORY, S1)
-        elif PERIOD - 1 - q == 2:
-            state = _before(state, place, MEMORY, S2)
-        else:
-            state = _before(state, place, MEMORY, S3)
+@gluon.jit
+def _backward(state, chosen, out, bits, COUNT: gl.constexpr, END: gl.constexpr, SHIFTS: gl.constexpr,
+              MIDDLE: gl.constexpr, LOW: gl.constexpr, STORE: gl.constexpr):
+    # from the state after COUNT steps to that after END
+    PERIOD: gl.constexpr = len(SHIFTS)
+    for i in range(0, COUNT - END, PERIOD):
+        for q in gl.static_range(PERIOD):
+            t = COUNT - 1 - q - i
+            if STORE:
+                gl.store(out + t, state)
+            state = _before(state, chosen + t * MIDDLE, bits, SHIFTS[PERIOD - 1 - q], MIDDLE, LOW)
     return state
 
 
+@gluon.jit
+def _least(metric, LAYOUT: gl.constexpr):
+    # the first of the states that cost least
+    TOP: gl.constexpr = metric.shape[0]
+    MIDDLE: gl.constexpr = metric.shape[1]
+    LOW: gl.constexpr = metric.shape[2]
+    least = gl.min(gl.min(gl.min(metric, axis=2), axis=1), axis=0)
+    index = (_tops(TOP, LAYOUT) * MIDDLE + _middles(MIDDLE, LAYOUT)) * LOW + _lows(LOW, LAYOUT)
+    index = gl.where(metric == least, index, TOP * MIDDLE * LOW)
+    return gl.min(gl.min(gl.min(index, axis=2), axis=1), axis=0)
+
+
 @kernel
-@triton.jit(do_not_specialize=["first"])
-def path(numbers, table, choices, states, first, each, LENGTH: tl.constexpr, MEMORY: tl.constexpr, WARM: tl.constexpr,
-         STRIDE: tl.constexpr, PERIOD: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
-         S3: tl.constexpr):
+@gluon.jit(do_not_specialize=["begin"])
+def path(numbers, high, low, table, choices, states, begin, each, LENGTH: gl.constexpr, MEMORY: gl.constexpr,
+         WARM: gl.constexpr, SHIFTS: gl.constexpr, PARTS: gl.constexpr, WHOLE: gl.constexpr):
     """Write the states after every step, int32 (n, LENGTH), of segments (n, LENGTH); a program a segment.
 
-    `each` segments after another share a table (PERIOD, 2**MEMORY).
+    Parameters
+    ----------
+    numbers
+        float32 (n, LENGTH).
+    high, low
+        float32 (tables, period, top * middle) and (tables, period, low): what states stand for, where not WHOLE.
+    table
+        float32 (tables, period, 2**MEMORY), where WHOLE.
+    choices
+        int32 (programs, max(LENGTH, 2 WARM), middle): room.
+    each
+        So many segments after another share a table.
+    PARTS
+        Bits of a state: (top, middle, low).
     """
-    count: tl.constexpr = 1 << MEMORY
-    own = tl.program_id(0).to(tl.int64)
-    x = numbers + (first + own) * LENGTH
-    out = states + (first + own) * LENGTH
-    chosen = choices + own * ((LENGTH + 2 * WARM) * STRIDE)
-    index = tl.arange(0, count)
-    level = table + (first + own) // each * (PERIOD * count) + index
-    l0 = tl.load(level)
-    l1 = tl.load(level + (1 % PERIOD) * count)
-    l2 = tl.load(level + (2 % PERIOD) * count)
-    l3 = tl.load(level + (3 % PERIOD) * count)
-    metric = tl.zeros((count,), tl.float32)
-    for t in range(0, 2 * WARM, PERIOD):
-        place = tl.where(t < WARM, LENGTH - WARM + t, t - WARM)
-        metric = _forward(metric, x + place, t, chosen, l0, l1, l2, l3, count, STRIDE, PERIOD, S0, S1, S2, S3)
-    seam = tl.argmin(metric, 0).to(tl.int32)
-    tl.debug_barrier()
-    for i in range(0, WARM, PERIOD):
-        seam = _backward(seam, 2 * WARM - PERIOD - i, out, chosen, False, STRIDE, MEMORY, PERIOD, S0, S1, S2, S3)
-    metric = tl.where(index == seam, 0.0, 1e30)
-    chosen += 2 * WARM * STRIDE
-    for t in range(0, LENGTH, PERIOD):
-        metric = _forward(metric, x + t, t, chosen, l0, l1, l2, l3, count, STRIDE, PERIOD, S0, S1, S2, S3)
-    tl.debug_barrier()
-    state = seam
-    for i in range(0, LENGTH, PERIOD):
-        t = LENGTH - PERIOD - i
-        state = _backward(state, t, out + t, chosen, True, STRIDE, MEMORY, PERIOD, S0, S1, S2, S3)
+    TOP: gl.constexpr = 1 << PARTS[0]
+    MIDDLE: gl.constexpr = 1 << PARTS[1]
+    LOW: gl.constexpr = 1 << PARTS[2]
+    PERIOD: gl.constexpr = len(SHIFTS)
+    LAYOUT: gl.constexpr = _states_layout(TOP, MIDDLE, LOW, gl.num_warps())
+    own = gl.program_id(0).to(gl.int64)
+    x = numbers + (begin + own) * LENGTH
+    out = states + (begin + own) * LENGTH
+    chosen = choices + own * (max(LENGTH, 2 * WARM) * MIDDLE)
+    which = (begin + own) // each
+    spare = gl.allocate_shared_memory(gl.int32, _rooms(TOP, MIDDLE, LOW, SHIFTS),
+                                      gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    highs, lows = (), ()
+    for p in gl.static_range(PERIOD):
+        place = which * PERIOD + p
+        highs = highs + (gl.load(high + place * (TOP * MIDDLE) + _tops(TOP, LAYOUT) * MIDDLE + _middles(MIDDLE, LAYOUT)),)
+        lows = lows + (gl.load(low + place * LOW + _lows(LOW, LAYOUT)),)
+    whole = table + which * (PERIOD * TOP * MIDDLE * LOW)
+    metric = gl.zeros((TOP, MIDDLE, LOW), gl.float32, LAYOUT)
+    metric = _forward(metric, x, chosen, LENGTH - WARM, highs, lows, whole, spare, 2 * WARM, LENGTH, SHIFTS, WHOLE,
+                      LAYOUT)
+    seam = _least(metric, LAYOUT)
+    gl.thread_barrier()
+    seam = _backward(seam, chosen, out, MEMORY, 2 * WARM, WARM, SHIFTS, MIDDLE, LOW, False)
+    gl.thread_barrier()
+    index = (_tops(TOP, LAYOUT) * MIDDLE + _middles(MIDDLE, LAYOUT)) * LOW + _lows(LOW, LAYOUT)
+    metric = gl.where(index == seam, 0.0, FAR)
+    metric = _forward(metric, x, chosen, 0, highs, lows, whole, spare, LENGTH, LENGTH, SHIFTS, WHOLE, LAYOUT)
+    gl.thread_barrier()
+    _backward(seam, chosen, out, MEMORY, LENGTH, 0, SHIFTS, MIDDLE, LOW, True)

@@ -1,0 +1,89 @@
+"""Filters between lines and streams: a program makes a block of one row, every thread some numbers of it."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from tersor.ops.dispatch import kernel
+
+
+@triton.jit
+def bits_until(phase, SHIFTS: tl.constexpr):
+    """Bits that have entered before a phase."""
+    total = phase * 0
+    for p in tl.static_range(len(SHIFTS)):
+        total += tl.where(phase > p, SHIFTS[p], 0)
+    return total
+
+
+@triton.jit
+def segment_of(unit, units, count, length, UNIT: tl.constexpr):
+    """The first number of the segment that a unit lies in, and how many it has; see `shapes.segments`."""
+    index = tl.minimum(((unit + 1) * count - 1) // units, count - 1)
+    start = UNIT * (index * units // count)
+    end = tl.where(index == count - 1, length, UNIT * ((index + 1) * units // count))
+    return start, end - start
+
+
+@triton.jit
+def bits_of(size, SHIFTS: tl.constexpr, STEP: tl.constexpr):
+    """Bits of so many numbers from the beginning of a period."""
+    return size // len(SHIFTS) * STEP + bits_until(size % len(SHIFTS), SHIFTS)
+
+
+@kernel
+@triton.jit
+def numbers(signs, taps, scales, out, length, stream, units, count, UNIT: tl.constexpr, SHIFTS: tl.constexpr,
+            STEP: tl.constexpr, MEMORY: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr):
+    """Lines (n, length) of streams (n, stream): each number from the signs of its window."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(1).to(tl.int64)
+    inside = place < length
+    start, size = segment_of(tl.minimum(place, length - 1) // UNIT, units, count, length, UNIT)
+    own = place - start
+    phase = own % len(SHIFTS)
+    newest = own // len(SHIFTS) * STEP + bits_until(phase + 1, SHIFTS) - 1
+    total = bits_of(size, SHIFTS, STEP)
+    near = signs + row * stream + start // len(SHIFTS) * STEP
+    value = tl.zeros((BLOCK,), tl.float32)
+    tl.extra.cuda.gdc_launch_dependents()
+    tl.extra.cuda.gdc_wait()  # the kernel before may still write what is filtered
+    for age in tl.static_range(MEMORY):
+        bit = newest - age
+        bit = tl.where(bit < 0, bit + total, bit)
+        value += tl.load(taps + phase * MEMORY + age) * tl.load(near + bit, inside, other=0.0).to(tl.float32)
+    if SCALED:
+        value *= tl.load(scales + place, inside, other=0.0).to(tl.float32)
+    tl.store(out + row * length + place, value.to(out.dtype.element_ty), inside)
+
+
+@kernel
+@triton.jit
+def filtered(lines, taps, out, length, stream, units, count, UNIT: tl.constexpr, SHIFTS: tl.constexpr,
+             STEP: tl.constexpr, MEMORY: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr):
+    """What the signs of streams meet, (n, stream), of lines (n, length): each sign's from the numbers that see it."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(1).to(tl.int64)
+    inside = place < stream
+    unit = tl.minimum(place, stream - 1) // (UNIT // len(SHIFTS) * STEP)
+    start, size = segment_of(unit, units, count, length, UNIT)
+    own = place - start // len(SHIFTS) * STEP
+    total = bits_of(size, SHIFTS, STEP)
+    rest = own % STEP
+    first = own // STEP * len(SHIFTS)
+    for p in tl.static_range(len(SHIFTS) - 1):  # the number that the bit entered with
+        first += tl.where(rest >= bits_until(p + 1 + rest * 0, SHIFTS), 1, 0)
+    value = tl.zeros((BLOCK,), tl.float32)
+    tl.extra.cuda.gdc_launch_dependents()
+    tl.extra.cuda.gdc_wait()  # the kernel before may still write what is filtered
+    for later in tl.static_range(STEPS):
+        at = first + later
+        turned = at >= size
+        at = tl.where(turned, at - size, at)
+        phase = at % len(SHIFTS)
+        age = at // len(SHIFTS) * STEP + bits_until(phase + 1, SHIFTS) - 1 + tl.where(turned, total, 0) - own
+        seen = inside & (age < MEMORY)
+        value += (tl.load(taps + phase * MEMORY + age, seen, other=0.0)
+                  * tl.load(lines + row * length + start + at, seen, other=0.0).to(tl.float32))
+    tl.store(out + row * stream + place, value.to(out.dtype.element_ty), inside)
