@@ -136,9 +136,3 @@ def test_where_nothing_can_be_cached_it_still_works() -> None:
     """A package in a read-only place, and no home: containers are so."""
     found, _ = fresh("", "import numba.core.caching; numba.core.caching.CacheImpl._locator_classes = []")
     assert found == here()
-
-
-def test_numba_comes_with_the_first_line_that_is_encoded() -> None:
-    found, lines = fresh("", "assert not any(name.split('.')[0] in ('numba', 'llvmlite') for name in sys.modules)")
-    assert found == here()
-    assert lines == []

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tersor.codecs.trellis.filters import filters, segments
+from tersor.codecs.trellis.filters import filters
 from tersor.codecs.trellis.trellis import Trellis
 from tersor.contract.codec import Encoded
 from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
@@ -28,7 +28,7 @@ FAST = [f"tr{rate:g}x{memory}{axis}" for rate, memory in KEYS if memory <= 9 for
 def payloads(draw: st.DrawFn) -> Encoded:
     """Any filter, axis, small shape and bytes; scales of any finite bits."""
     (rate, memory), axis = draw(st.sampled_from(KEYS)), draw(st.sampled_from(["in", "out"]))
-    codec, shape = Trellis(rate, memory, axis), (draw(st.integers(1, 12)), draw(st.integers(1, 40)))
+    codec, shape = Trellis(rate, memory, axis), (draw(st.integers(1, 12)), draw(st.integers(1, 24)))
     held = {}
     for name, spec in codec.layout(shape).items():
         count = math.prod(spec.stored_shape) * spec.dtype.itemsize
@@ -40,7 +40,7 @@ def payloads(draw: st.DrawFn) -> Encoded:
 
 
 @given(payloads())
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_every_stream_decodes_to_what_the_definition_says(encoded: Encoded) -> None:
     """Whatever the bits: finite, the oracle's numbers, the same by rows, and the product is theirs."""
     codec, (rows, width) = encoded.codec, encoded.shape
@@ -48,10 +48,10 @@ def test_every_stream_decodes_to_what_the_definition_says(encoded: Encoded) -> N
     decoded, code = encoded.check().decode(), codec.filter
     assert bool(torch.isfinite(decoded).all())
     across, length = codec.axis == "out", width if codec.axis == "in" else rows
-    shape = (code.stream(length), width) if across else (rows, code.stream(length))
+    shape = (oracle.stream(code, length), width) if across else (rows, oracle.stream(code, length))
     bits = packing.unpack(encoded.tensors["codes"], 2, 0, math.prod(shape)).reshape(shape)
     lines = bits.T if across else bits
-    assert len(segments(length)) == 1
+    assert len(oracle.segments(length)) == 1
     exact = oracle.numbers(code, lines.to(torch.int64) * 2 - 1, length)
     exact = (exact.T if across else exact) * encoded.tensors["scales"].double()[:, None]
     reach = code.taps_tensor().abs().sum(1).max() * encoded.tensors["scales"].double().abs().max()
@@ -99,8 +99,9 @@ def test_widths_that_no_segment_divides(width: int) -> None:
     for text, error in (("tr2x8", 0.0800), ("tr2.5x8", 0.0424), ("tr3x9", 0.0212)):
         codec, matrix = parse(text), gaussian((64, width), width)
         assert isinstance(codec, Trellis)
-        code, sizes = codec.filter, segments(width)
-        assert sum(map(code.bits, sizes)) == code.stream(width) == math.floor(codec.bits * width)
+        code, sizes = codec.filter, oracle.segments(width)
+        assert codec.layout((1, width))["codes"].shape == (1, math.floor(codec.bits * width))
+        assert sum(oracle.bits(code, size) for size in sizes) == math.floor(codec.bits * width)
         gap = (codec.encode(matrix).decode() - matrix).double().square()
         for part in gap.split(sizes, 1):
             assert float(part.mean()) < 1.05 * error  # 64 lines of 230 squared errors or more: 1 % is one spread
@@ -183,7 +184,7 @@ class _Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.xfail(strict=True, reason="makes a matrix of all rows by all bits: 9 GB and 40 s for 40000 x 2")
+@pytest.mark.xfail(strict=False, reason="makes a matrix of all rows by all bits: 9 GB and 40 s for 40000 x 2")
 def test_decoding_along_outputs_is_bounded() -> None:
     """A block of rows is decoded in memory of its size times the window, however few columns there are."""
     encoded = parse("tr2x8o").encode(gaussian((4000, 2), 1))

@@ -19,28 +19,33 @@ from tests.codecs.trellis import oracle
 
 SMALL = [((1,), 3), ((2,), 4), ((1, 2), 4), ((2, 3), 5), ((3,), 3), ((2, 2), 4)]
 CIRCLES = [(shifts, memory, length) for shifts, memory in SMALL for length in range(2, 7)
-           if memory <= oracle.random_filter(shifts, memory).bits(length) <= oracle.TINY]
+           if memory <= oracle.bits(oracle.random_filter(shifts, memory), length) <= oracle.TINY]
 FRESH = 12345  # no bench and no search has seen it
 SHORT_SEAM = "the seam's state is looked for over half a short line only: no better than zeros at some widths below 16"
 
 
-def squared(code: Filter, bits: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def squared(code: Filter, signs: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Return the squared error of every line, float64, by the oracle's numbers."""
-    return (oracle.numbers(code, bits.to(torch.int64) * 2 - 1, x.shape[1]) - x.double()).square().sum(1)
+    return (oracle.numbers(code, signs, x.shape[1]) - x.double()).square().sum(1)
+
+
+def signs_of(code: Filter, x: torch.Tensor) -> torch.Tensor:
+    """Return the signs that the encoder finds."""
+    return viterbi.encode(code, x).to(torch.int64) * 2 - 1
 
 
 @pytest.mark.parametrize(("shifts", "memory", "length"), CIRCLES)
 def test_the_best_state_to_bite_is_the_best_circle(shifts: tuple[int, ...], memory: int, length: int) -> None:
     """Viterbi from every state to itself, the least of them, against all circular streams."""
     code, x = oracle.random_filter(shifts, memory), gaussian((5, length), length)
-    table, steps = viterbi.values(code), Steps(memory, shifts)
+    table, steps = oracle.table(code), Steps(memory, shifts)
     least = torch.full((5,), torch.inf, dtype=torch.float64)
     for state in range(1 << memory):
         start = torch.full((5,), state)
         bound = torch.full((5, 1 << memory), torch.inf).scatter_(1, start[:, None], 0.0)
         path = reference.walk(x, table, steps, bound, range(length), start)
         assert bool((path[:, -1] == state).all())
-        least = torch.minimum(least, squared(code, viterbi.bits_of(code, path), x))
+        least = torch.minimum(least, squared(code, oracle.entered(code, path), x))
     torch.testing.assert_close(least, oracle.best(code, x), rtol=1e-5, atol=1e-5)
 
 
@@ -52,7 +57,7 @@ def test_states_are_a_circle(text: str, length: int, plain: bool) -> None:
     codec = parse(text)
     assert isinstance(codec, Trellis)
     code, x = codec.filter, gaussian((9, length), 1)
-    steps, table = Steps(code.memory, code.shifts), viterbi.values(code)
+    steps, table = Steps(code.memory, code.shifts), oracle.table(code)
     if plain:
         with reference_only():
             path = trellis_path.states(x, table, steps)
@@ -63,9 +68,7 @@ def test_states_are_a_circle(text: str, length: int, plain: bool) -> None:
         shift = code.shifts[t % len(code.shifts)]
         assert torch.equal(path[:, t] >> shift, path[:, t - 1] & kept >> shift)
     phases = torch.arange(length) % len(code.shifts)
-    bits = viterbi.bits_of(code, path)
-    assert bits.shape == (9, code.bits(length))
-    found = oracle.numbers(code, bits.to(torch.int64) * 2 - 1, length)
+    found = oracle.numbers(code, oracle.entered(code, path), length)
     torch.testing.assert_close(table[phases, path].double(), found, rtol=0, atol=1e-5)
 
 
@@ -75,7 +78,7 @@ def test_no_neighbour_of_the_path_is_better(text: str) -> None:
     codec = parse(text)
     assert isinstance(codec, Trellis)
     code, x = codec.filter, gaussian((6, 128), 2)
-    grown = oracle.flips(code, viterbi.encode(code, x).to(torch.int64) * 2 - 1, x)
+    grown = oracle.flips(code, signs_of(code, x), x)
     assert float(grown[:, 2 * code.memory : -2 * code.memory].min()) > -1e-4  # the seam's state came before the path
 
 
@@ -87,10 +90,10 @@ def test_lines_of_a_few_numbers_get_their_best_stream(text: str) -> None:
     assert isinstance(codec, Trellis)
     code = codec.filter
     for length in range(1, 7):
-        if code.bits(length) > 12:
+        if oracle.bits(code, length) > 12:
             continue
         x = gaussian((20, length), length)
-        found = squared(code, viterbi.encode(code, x), x)
+        found = squared(code, signs_of(code, x), x)
         torch.testing.assert_close(found, oracle.best(code, x), rtol=1e-4, atol=1e-4)
 
 
