@@ -5,12 +5,9 @@ All implementations find the same path, but for ties and for sums that round dif
 
 from __future__ import annotations
 
-import importlib.util
-from functools import cache
-
 from torch import Tensor
 
-from tersor.ops.dispatch import kernels_allowed, log_once, take_reference
+from tersor.ops.dispatch import compiled_allowed, take_reference
 from tersor.ops.trellis_path import reference
 from tersor.ops.trellis_path.shapes import Steps, refusal
 
@@ -25,7 +22,7 @@ def states(numbers: Tensor, table: Tensor, steps: Steps) -> Tensor:
     table : Tensor
         The number that every window gives, float32 (period, 2**memory), on the same device.
     """
-    if numbers.device.type == "cpu" and kernels_allowed() and has_numba():
+    if numbers.device.type == "cpu" and compiled_allowed("trellis_path"):
         from tersor.ops.trellis_path import compiled
 
         return compiled.states(numbers, table, steps)
@@ -36,13 +33,4 @@ def states(numbers: Tensor, table: Tensor, steps: Steps) -> Tensor:
     return reference.states(numbers, table, steps)
 
 
-@cache
-def has_numba() -> bool:
-    """Tell whether numba is installed; what it would bring is logged once where it is not."""
-    found = importlib.util.find_spec("numba") is not None
-    if not found:
-        log_once("trellis_path", "numba is not installed, with which it is some ten times as fast; install tersor[cpu]")
-    return found
-
-
-__all__ = ["Steps", "has_numba", "states"]
+__all__ = ["Steps", "states"]
