@@ -56,6 +56,7 @@ class Streamed(Codec):
     memory: int = MEMORY
     axis: str = "in"
 
+    kind: ClassVar[str]  # what a packaged code is called
     mark: ClassVar[str]  # behind the rate in factory strings
     own_traits: ClassVar[Traits] = Traits(column_wise=True)
     own_options: ClassVar[frozenset[str]] = frozenset({"feedback", "beam"})
@@ -64,8 +65,8 @@ class Streamed(Codec):
         if self.axis not in ("in", "out"):
             raise CodecConfigError(f"{self.id}: axis must be 'in' or 'out', found {self.axis!r}")
         if not isinstance(self.bits, (int, float)) or (self.bits, self.memory) not in self.packaged():
-            raise CodecConfigError(f"{self.id}: there is no code of {self.bits} bits and a memory of {self.memory}; "
-                                   f"the nearest are {', '.join(self._nearest())}")
+            raise CodecConfigError(f"{self.id}: there is no {self.kind} of {self.bits} bits and a memory of "
+                                   f"{self.memory}; the nearest are {', '.join(self._nearest())}")
 
     @classmethod
     @abc.abstractmethod
@@ -100,19 +101,29 @@ class Streamed(Codec):
         return (out, self.code.stream(width)) if self.axis == "in" else (self.code.stream(out), width)
 
     def search(self, matrix: Tensor, how: Search) -> Encoded:
-        """Find the best path of every segment; with error feedback when asked for."""
+        """Find the best path of every segment, then the best scale of every row; with error feedback when asked for."""
         if how.feedback is not None:
             return encode_with_feedback(self.columns(matrix, how), matrix, how.feedback)
         shape, scales, width = shape_of(matrix), bounded(row_rms(matrix)), _width(how)
         bits = torch.empty(self.stream_shape(shape), dtype=torch.uint8, device=matrix.device)
-        inverse = reciprocal(scales)[:, None]
+        inverse, fit = reciprocal(scales)[:, None], torch.zeros(2, shape[0], device=matrix.device)
         if self.axis == "in":
             for block in row_blocks(shape):
-                bits[block] = self.lines(matrix[block].to(torch.float32) * inverse[block], width)
+                numbers = matrix[block].to(torch.float32) * inverse[block]
+                bits[block] = self.lines(numbers, width)
+                fit[:, block] = self._fit(numbers, bits[block], 1)
         else:
             for block in row_blocks((shape[1], shape[0])):
-                bits[:, block] = self.lines((matrix[:, block].to(torch.float32) * inverse).T, width).T
-        return self.close(shape, scales, bits)
+                numbers = (matrix[:, block].to(torch.float32) * inverse).T
+                bits[:, block] = self.lines(numbers, width).T
+                fit += self._fit(numbers, bits[:, block].T, 0)
+        gain = torch.where(fit.amin(0) > 0, fit[0] / fit[1], 1.0)
+        return self.close(shape, bounded(scales.to(torch.float32) * gain), bits)
+
+    def _fit(self, numbers: Tensor, bits: Tensor, axis: int) -> Tensor:
+        """Return the inner products of lines and what they decode to, and of the latter with itself, over an axis."""
+        found = self.numbers(signs_of(bits), numbers.shape[1])
+        return torch.stack([(numbers * found).sum(axis), found.square().sum(axis)])
 
     def close(self, shape: Shape, scales: Tensor, bits: Tensor) -> Encoded:
         """Return the encoded matrix of these scales and bits."""
