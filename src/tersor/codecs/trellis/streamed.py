@@ -182,22 +182,22 @@ class _Columns(ColumnEncoder):
     def __init__(self, codec: Streamed, matrix: Tensor, width: int | None) -> None:
         self._codec, self._shape, self._beam = codec, shape_of(matrix), width
         self._scales = bounded(row_rms(matrix))
+        self._wide, self._inverse = self._scales.to(torch.float32)[:, None], reciprocal(self._scales)[:, None]
         self._bits = torch.empty(codec.stream_shape(self._shape), dtype=torch.uint8, device=matrix.device)
         self._sizes = set(segments(self._shape[1]))
         self.width = BLOCK if codec.axis == "out" else self._shape[1] if len(self._sizes) > 1 else min(self._sizes)
 
     def block(self, start: int, columns: Tensor) -> Tensor:
         """Encode columns; see `ColumnEncoder`."""
-        codec, scales = self._codec, self._scales.to(torch.float32)[:, None]
-        normal = columns * reciprocal(self._scales)[:, None]
+        codec, normal = self._codec, columns * self._inverse
         if codec.axis == "out":
             streams, made = codec.lines(normal.T, self._beam)
             self._bits[:, start : start + columns.shape[1]] = streams.T
-            return made.T * scales
+            return made.T * self._wide
         streams, made = codec.lines(normal, self._beam)
         first = codec.code.stream(start) if start else 0
         self._bits[:, first : first + streams.shape[1]] = streams
-        return made * scales
+        return made * self._wide
 
     def finish(self) -> Encoded:
         """Pack all bits; see `ColumnEncoder`."""
