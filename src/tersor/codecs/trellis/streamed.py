@@ -110,38 +110,37 @@ class Streamed(Codec):
         if self.axis == "in":
             for block in row_blocks(shape):
                 numbers = matrix[block].to(torch.float32) * inverse[block]
-                bits[block] = self.lines(numbers, width)
-                fit[:, block] = self._fit(numbers, bits[block], 1)
+                bits[block], made = self.lines(numbers, width)
+                fit[:, block] = _products(numbers, made, 1)
         else:
             for block in row_blocks((shape[1], shape[0])):
                 numbers = (matrix[:, block].to(torch.float32) * inverse).T
-                bits[:, block] = self.lines(numbers, width).T
-                fit += self._fit(numbers, bits[:, block].T, 0)
+                streams, made = self.lines(numbers, width)
+                bits[:, block] = streams.T
+                fit += _products(numbers, made, 0)
         gain = torch.where(fit.amin(0) > 0, fit[0] / fit[1], 1.0)
         return self.close(shape, bounded(scales.to(torch.float32) * gain), bits)
-
-    def _fit(self, numbers: Tensor, bits: Tensor, axis: int) -> Tensor:
-        """Return the inner products of lines and what they decode to, and of the latter with itself, over an axis."""
-        found = self.numbers(signs_of(bits), numbers.shape[1])
-        return torch.stack([(numbers * found).sum(axis), found.square().sum(axis)])
 
     def close(self, shape: Shape, scales: Tensor, bits: Tensor) -> Encoded:
         """Return the encoded matrix of these scales and bits."""
         return Encoded(self, shape, {"scales": scales, "codes": packing.pack(bits, 2)})
 
-    def lines(self, numbers: Tensor, width: int | None = None) -> Tensor:
-        """Return the streams of lines of unit power, uint8 (n, stream), for float32 (n, length)."""
+    def lines(self, numbers: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return the streams of lines of unit power, uint8 (n, stream), and what they decode to, for (n, length)."""
         sizes = segments(numbers.shape[1])
         if len(set(sizes)) == 1:
-            return viterbi.encode(self.code, numbers.reshape(-1, sizes[0]), width).reshape(len(numbers), -1)
+            bits, made = viterbi.coded(self.code, numbers.reshape(-1, sizes[0]), width)
+            return bits.reshape(len(numbers), -1), made.reshape(numbers.shape)
         parts = numbers.split(sizes, 1)
-        found: list[Tensor] = [numbers] * len(sizes)
+        found: list[tuple[Tensor, Tensor]] = [(numbers, numbers)] * len(sizes)
         for size in set(sizes):
             places = [i for i, other in enumerate(sizes) if other == size]
             stacked = torch.cat([parts[i] for i in places]).contiguous()
-            for i, bits in zip(places, viterbi.encode(self.code, stacked, width).chunk(len(places)), strict=True):
-                found[i] = bits
-        return torch.cat(found, 1)
+            coded = (one.chunk(len(places)) for one in viterbi.coded(self.code, stacked, width))
+            for i, *both in zip(places, *coded, strict=True):
+                found[i] = tuple(both)
+        bits, made = zip(*found, strict=True)
+        return torch.cat(bits, 1), torch.cat(made, 1)
 
     def numbers(self, signs: Tensor, length: int) -> Tensor:
         """Return lines (n, length) from the signs of their streams, float32 (n, stream)."""
@@ -189,22 +188,22 @@ class _Columns(ColumnEncoder):
     def __init__(self, codec: Streamed, matrix: Tensor, width: int | None) -> None:
         self._codec, self._shape, self._beam = codec, shape_of(matrix), width
         self._scales = bounded(row_rms(matrix))
+        self._wide, self._inverse = self._scales.to(torch.float32)[:, None], reciprocal(self._scales)[:, None]
         self._bits = torch.empty(codec.stream_shape(self._shape), dtype=torch.uint8, device=matrix.device)
         self._sizes = set(segments(self._shape[1]))
         self.width = BLOCK if codec.axis == "out" else self._shape[1] if len(self._sizes) > 1 else min(self._sizes)
 
     def block(self, start: int, columns: Tensor) -> Tensor:
         """Encode columns; see `ColumnEncoder`."""
-        codec, scales = self._codec, self._scales.to(torch.float32)[:, None]
-        normal = columns * reciprocal(self._scales)[:, None]
+        codec, normal = self._codec, columns * self._inverse
         if codec.axis == "out":
-            bits = codec.lines(normal.T, self._beam)
-            self._bits[:, start : start + columns.shape[1]] = bits.T
-            return codec.numbers(signs_of(bits), self._shape[0]).T * scales
-        bits = codec.lines(normal, self._beam)
+            streams, made = codec.lines(normal.T, self._beam)
+            self._bits[:, start : start + columns.shape[1]] = streams.T
+            return made.T * self._wide
+        streams, made = codec.lines(normal, self._beam)
         first = codec.code.stream(start) if start else 0
-        self._bits[:, first : first + bits.shape[1]] = bits
-        return codec.numbers(signs_of(bits), columns.shape[1]) * scales
+        self._bits[:, first : first + streams.shape[1]] = streams
+        return made * self._wide
 
     def finish(self) -> Encoded:
         """Pack all bits; see `ColumnEncoder`."""
@@ -214,6 +213,11 @@ class _Columns(ColumnEncoder):
 def signs_of(bits: Tensor) -> Tensor:
     """Return -1 and 1 for bits, float32."""
     return bits.to(torch.float32).mul_(2).sub_(1)
+
+
+def _products(numbers: Tensor, made: Tensor, axis: int) -> Tensor:
+    """Return the inner products of numbers and what they decode to, and of the latter with itself, over an axis."""
+    return torch.stack([(numbers * made).sum(axis), made.square().sum(axis)])
 
 
 def _width(how: Search) -> int | None:

@@ -5,11 +5,26 @@ All implementations find the same path, but for ties and for sums that round dif
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from tersor.ops.dispatch import compiled_allowed, take_reference
+from tersor.ops.dispatch import compiled_allowed, kernels_allowed, take_reference
 from tersor.ops.trellis_path import reference
+from tersor.ops.trellis_path.reference import bits_of
 from tersor.ops.trellis_path.shapes import Steps, refusal
+
+
+def best(numbers: Tensor, table: Tensor, steps: Steps) -> tuple[Tensor, Tensor]:
+    """Return the bits of the best tail-biting paths, uint8 (n, bits), and what they decode to, float32 (n, length).
+
+    Arguments as of `states`.
+    """
+    path = states(numbers, table, steps)
+    if path.is_cuda and path.dtype == torch.int32 and kernels_allowed():
+        from tersor.ops.trellis_path import launch
+
+        return launch.entered(path, table, steps)
+    return reference.entered(path, table, steps)
 
 
 def states(numbers: Tensor, table: Tensor, steps: Steps) -> Tensor:
@@ -33,4 +48,4 @@ def states(numbers: Tensor, table: Tensor, steps: Steps) -> Tensor:
     return reference.states(numbers, table, steps)
 
 
-__all__ = ["Steps", "states"]
+__all__ = ["Steps", "best", "bits_of", "states"]
