@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -20,23 +21,24 @@ def numbers(signs: Tensor, taps: Tensor, line: Line) -> Tensor:
     """
     sizes, wide = segments(line.length), signs.to(torch.float32)
     parts = wide.split([line.bits(size) for size in sizes], 1)
-    weights = [[float(tap) for tap in phase] for phase in taps]
-    made = [_summed(part, weights, line, size) for part, size in zip(parts, sizes, strict=True)]
+    made = [summed(part, taps.tolist(), line, size) for part, size in zip(parts, sizes, strict=True)]
     return torch.cat(made, 1) if made else wide.new_empty(len(wide), 0)
 
 
-def _summed(signs: Tensor, weights: list[list[float]], line: Line, size: int) -> Tensor:
-    """Return a segment's numbers (n, size) from its signs (n, bits), tap by tap."""
-    period, total, step = len(line.shifts), signs.shape[1], sum(line.shifts)
+def summed(circle: Tensor, weights: Sequence[Sequence[float]], line: Line, size: int) -> Tensor:
+    """Return a segment's sums of weights (period, memory) times its circle's entries, (n, size) for (n, bits).
+
+    Bit by bit, in the dtype of the entries.
+    """
+    period, total, each = len(line.shifts), circle.shape[1], sum(line.shifts)
     turns = -(-line.memory // total)  # of the circle that the first window reaches back
-    circle = torch.cat([*[signs] * turns, signs], 1)
-    out = torch.zeros(len(signs), size, dtype=torch.float32, device=signs.device)
+    unrolled = torch.cat([circle] * (turns + 1), 1)
+    out = circle.new_zeros(len(circle), size)
     for phase in range(min(period, size)):
         newest = turns * total + sum(line.shifts[: phase + 1]) - 1
-        count = -(-(size - phase) // period)
-        for age, tap in enumerate(weights[phase]):
-            first = newest - age
-            out[:, phase::period].add_(circle[:, first : first + (count - 1) * step + 1 : step], alpha=tap)
+        last = (-(-(size - phase) // period) - 1) * each + 1
+        for age, weight in enumerate(weights[phase]):
+            out[:, phase::period].add_(unrolled[:, newest - age : newest - age + last : each], alpha=weight)
     return out
 
 
