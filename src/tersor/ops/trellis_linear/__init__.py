@@ -56,7 +56,7 @@ def _(x: Tensor, taps: Tensor, scales: Tensor | None, shifts: Sequence[int], len
       back: bool = False) -> Tensor:
     line = Line(length, tuple(shifts), taps.shape[1])
     flat = x.reshape(-1, x.shape[-1])
-    if take_reference("trellis_filter", refusal(line)):
+    if take_reference("trellis_filter", refusal(line), x.device):
         made = reference.filtered(flat, taps, line) if back else reference.numbers(flat, taps, line)
         made = (made if scales is None else made * scales.to(torch.float32)).to(x.dtype)
     else:
@@ -94,7 +94,7 @@ def _(x: Tensor, codes: Tensor, taps: Tensor, scales: Tensor, shifts: Sequence[i
 def _(x: Tensor, codes: Tensor, taps: Tensor, scales: Tensor, shifts: Sequence[int], *, across: bool) -> Tensor:
     width = x.shape[-1]
     line = Line(scales.shape[0] if across else width, tuple(shifts), taps.shape[1])
-    if take_reference("trellis_linear", _refusal(line, width, across=across)):
+    if take_reference("trellis_linear", _refusal(line, width, across=across), codes.device):
         return _by_blocks(x, codes, taps, scales, shifts, across=across)
     from tersor.ops.trellis_linear import launch
 
@@ -122,7 +122,7 @@ def _by_blocks(x: Tensor, codes: Tensor, taps: Tensor, scales: Tensor, shifts: S
 def decoded_rows(codes: Tensor, taps: Tensor, scales: Tensor, line: Line, width: int, rows: Rows, *,
                  across: bool) -> Tensor:
     """Return rows of a matrix of `width` columns, float32 (k, width); the other arguments as of `trellis_linear`."""
-    if codes.is_cuda and not take_reference("trellis_linear", _refusal(line, width, across=across)):
+    if codes.is_cuda and not take_reference("trellis_linear", _refusal(line, width, across=across), codes.device):
         from tersor.ops.trellis_linear import launch
 
         count = len(rows) if isinstance(rows, Tensor) else rows.stop - rows.start

@@ -5,13 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tersor.ops.trellis_linear.kernels import decoded, filtering
+from tersor.ops.trellis_linear.kernels import across as over
+from tersor.ops.trellis_linear.kernels import decoded, filtering, halves
 from tersor.ops.trellis_linear.shapes import UNIT, Line, segments
 from tersor.ops.workspace import workspace
 from tersor.payload.blocks import Rows
 
-BLOCK = 256  # numbers that a program makes
+BLOCK = 128  # numbers that a program makes
 ROWS, BYTES = 16, 32  # of a program that decodes across lines
+WORDS = 16  # the same, of 32 numbers
+WINDOW = 33  # bits that two words hold from any place on
+WORD, HALF = 32, 2  # bits; bytes
 DECODED_BYTES = 1 << 26  # of rows at a time
 
 
@@ -27,7 +31,8 @@ def numbers(signs: Tensor, taps: Tensor, scales: Tensor | None, line: Line, dtyp
         with torch.cuda.device(signs.device):
             filtering.numbers[(-(-line.length // BLOCK), len(signs))](
                 signs.contiguous(), taps, taps if scales is None else scales, out, line.length, line.stream,
-                *_places(line), UNIT, line.shifts, sum(line.shifts), line.memory, scales is not None, BLOCK)
+                *_places(line), UNIT, line.shifts, sum(line.shifts), line.memory, scales is not None, BLOCK,
+                launch_pdl=True)
     return out
 
 
@@ -40,7 +45,7 @@ def filtered(lines: Tensor, taps: Tensor, line: Line, dtype: torch.dtype) -> Ten
         with torch.cuda.device(lines.device):
             filtering.filtered[(-(-line.stream // BLOCK), len(lines))](
                 lines.contiguous(), taps, out, line.length, line.stream, *_places(line), UNIT, line.shifts, step,
-                line.memory, steps, BLOCK)
+                line.memory, steps, BLOCK, launch_pdl=True)
     return out
 
 
@@ -64,6 +69,28 @@ def rows(codes: Tensor, taps: Tensor, scales: Tensor, line: Line, chosen: Rows, 
     return out
 
 
+def halved(codes: Tensor, line: Line, width: int, out: Tensor, *, across: bool) -> bool:
+    """Tell whether rows in the dtype of `out` are decoded two numbers at a time."""
+    whole = width % WORD == 0 if across else codes.numel() % (WORD // 8) == 0 and line.memory <= WINDOW
+    return out.element_size() == HALF and whole and codes.data_ptr() % (WORD // 8) == 0
+
+
+def in_halves(codes: Tensor, taps: Tensor, scales: Tensor, line: Line, first: int, out: Tensor, *,
+              across: bool) -> None:
+    """Write rows from `first` on into `out`, (k, width), of 16 bits a number."""
+    count, width = out.shape
+    words = codes.view(torch.int32)
+    shared = (*_places(line), UNIT, line.shifts, sum(line.shifts), line.memory)
+    if across:
+        grid = (-(-count // ROWS), -(-width // (WORD * WORDS)))
+        over.decode_across[grid](words, taps, scales, out, first, count, width, line.length, *shared, ROWS, WORDS)
+    else:
+        sizes = segments(line.length)
+        pairs = max(32, 1 << (max(sizes) - 1).bit_length() - 1)
+        halves.decode_along[count, len(sizes)](words, taps, scales, out, first, words.numel(), line.length, line.stream,
+                                               *shared, pairs, num_warps=1)
+
+
 def by_decoding(x: Tensor, codes: Tensor, taps: Tensor, scales: Tensor, line: Line, *, across: bool) -> Tensor:
     """Return x Wᵀ, (batch, rows), by blocks of rows decoded to the dtype of `x`, (batch, width)."""
     count, width = scales.numel(), x.shape[1]
@@ -72,6 +99,9 @@ def by_decoding(x: Tensor, codes: Tensor, taps: Tensor, scales: Tensor, line: Li
     for start in range(0, count, step):
         part = slice(start, min(start + step, count))
         dense = workspace((part.stop - part.start, width), x.dtype, x.device, "decoded rows")
-        rows(codes, taps, scales, line, part, dense, across=across)
+        if halved(codes, line, width, dense, across=across):
+            in_halves(codes, taps, scales, line, start, dense, across=across)
+        else:
+            rows(codes, taps, scales, line, part, dense, across=across)
         torch.mm(x, dense.T, out=out[:, part])
     return out

@@ -47,6 +47,8 @@ def numbers(signs, taps, scales, out, length, stream, units, count, UNIT: tl.con
     total = bits_of(size, SHIFTS, STEP)
     near = signs + row * stream + start // len(SHIFTS) * STEP
     value = tl.zeros((BLOCK,), tl.float32)
+    tl.extra.cuda.gdc_launch_dependents()
+    tl.extra.cuda.gdc_wait()  # the kernel before may still write what is filtered
     for age in tl.static_range(MEMORY):
         bit = newest - age
         bit = tl.where(bit < 0, bit + total, bit)
@@ -73,6 +75,8 @@ def filtered(lines, taps, out, length, stream, units, count, UNIT: tl.constexpr,
     for p in tl.static_range(len(SHIFTS) - 1):  # the number that the bit entered with
         first += tl.where(rest >= bits_until(p + 1 + rest * 0, SHIFTS), 1, 0)
     value = tl.zeros((BLOCK,), tl.float32)
+    tl.extra.cuda.gdc_launch_dependents()
+    tl.extra.cuda.gdc_wait()  # the kernel before may still write what is filtered
     for later in tl.static_range(STEPS):
         at = first + later
         turned = at >= size
