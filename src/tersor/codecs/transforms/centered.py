@@ -93,8 +93,8 @@ class Centered(Wrapped):
         if self.lengths:
             largest = max((exponent_of(rms(one)) for one in less if bool(one.any())), default=0)
             if largest < EXPONENTS[0]:
-                raise NonFiniteError(f"codec '{self.spec()}': rows are {2.0**largest:.2g} long, too short for scales in "
-                                     "steps; scale the samples up")
+                raise NonFiniteError(f"codec '{self.spec()}': rows are {2.0**largest:.2g} long, too short for scales "
+                                     "in steps; scale the samples up")
             tables["unit"] = mean.new_full((1,), 2.0 ** min(largest, EXPONENTS[1]))
         return {**tables, **nest_tensors("inner", self.inner.train(less, seed=seed))}
 
@@ -136,8 +136,8 @@ class Centered(Wrapped):
         """Return the bytes of the nearest scales."""
         known = _known(unit)
         if scales.numel() and float(scales.max()) > float(known[-1]):
-            raise NonFiniteError(f"codec '{self.spec()}': a row is {float(scales.max() / unit):.3g} times as long as the "
-                                 "longest that the mean was trained on; train on such rows too, or use "
+            raise NonFiniteError(f"codec '{self.spec()}': a row is {float(scales.max() / unit):.3g} times as long as "
+                                 "the longest that the mean was trained on; train on such rows too, or use "
                                  f"'ctr,{self.inner}'")
         return torch.bucketize(scales, (known[1:] + known[:-1]) / 2).to(torch.uint8)
 
@@ -160,7 +160,8 @@ class Centered(Wrapped):
     def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
         """Return the inner product, and the mean's, which all rows share."""
         wide = x.to(torch.float32)
-        return (self.inner.matmul(self.child(encoded), wide) + (wide @ encoded.tensors["mean"])[..., None]).to(x.dtype)
+        product = self.inner.matmul(self.child(encoded), wide)
+        return (product + (wide @ encoded.tensors["mean"])[..., None]).to(x.dtype)
 
     def matmul_transposed(self, encoded: Encoded, y: Tensor) -> Tensor:
         """Return the inner product, and the mean times the sum of the outputs."""
