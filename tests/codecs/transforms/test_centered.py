@@ -34,7 +34,9 @@ def test_scales_are_fitted_then_rounded() -> None:
     mean = X.double().mean(0).float()
     left, plain, found = X - mean, parse("tr3x9").encode(X - mean), encoded("ctr8,tr3x9")
     unit, held = float(found.tensors["unit"]), plain.decode().double()
-    known = [0.0] + [float(torch.tensor(2.0 ** ((code - 160) / 8)).bfloat16()) * unit for code in range(1, 256)]
+    octaves = [*(-11 + i / 4 for i in range(1, 32)), *(-3 + i / 32 for i in range(192)), *(3 + i / 4 for i in range(32))]
+    known = [0.0] + [float(torch.tensor(2.0**octave).bfloat16()) * unit for octave in octaves]
+    assert len(known) == 256
     for row in range(60):
         ideal = float(plain.tensors["scales"][row]) * float(left[row].double() @ held[row] / held[row].square().sum())
         nearest = min(range(256), key=lambda code: abs(known[code] - ideal))
