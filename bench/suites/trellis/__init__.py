@@ -1,9 +1,9 @@
-"""Linear trellis codes: the error of every packaged filter."""
+"""Linear trellis codes: the error of every packaged filter, beside peers, on heads and on real matrices."""
 
 from bench.suite import Suite, always, deferred
 from bench.suites.trellis import cases, tables
 
 SUITES = (
-    Suite("trellis", "error of every packaged filter on a Gaussian matrix, by the public call; 5 minutes",
+    Suite("trellis", "error of every packaged filter, and of peers; of heads, of real matrices; 20 minutes",
           always(cases.CASES), deferred("bench.suites.trellis.measure"), tables.TABLES),
 )

@@ -7,7 +7,6 @@ at every call: also at those of a graph compiled before.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import logging
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -15,6 +14,8 @@ from functools import cache
 from typing import Any, Protocol
 
 import torch
+
+from tersor.payload.packing import has_numba
 
 CAPABILITY = (9, 0)  # of kernels that are launched early: `griddepcontrol`
 _LOG = logging.getLogger("tersor.ops")
@@ -59,12 +60,6 @@ def compiled_allowed(op: str) -> bool:
     if not has_numba():
         log_once(op, "numba is not installed, with which it is many times as fast; install tersor[cpu]")
     return has_numba()
-
-
-@cache
-def has_numba() -> bool:
-    """Tell whether numba is installed."""
-    return importlib.util.find_spec("numba") is not None
 
 
 @cache
