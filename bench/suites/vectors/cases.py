@@ -31,8 +31,9 @@ class VectorCase:
 
 METHODS: Mapping[tuple[str, float], tuple[str, ...]] = {
     ("glove", 2): ("tersor:trellis", "tersor:qet_plus", "tersor:pq", "tersor:pq5x1024t", "tersor:opq", "tersor:rq",
-                   "tersor:rotated_scalar", "tersor:rot,sym14", "tersor:rot,tr1.75", "faiss:PQ10x8np", "faiss:PQ10x9np", "faiss:PQ10x10np",
-                   "faiss:PQ25x4np", "faiss:OPQ10,PQ10x9np", "faiss:RQ12x8", "faiss:LSQ12x8", "faiss:RaBitQ"),
+                   "tersor:rotated_scalar", "tersor:rot,sym14", "tersor:rot,tr1.75", "faiss:PQ10x8np", "faiss:PQ10x9np",
+                   "faiss:PQ10x10np", "faiss:PQ25x4np", "faiss:OPQ10,PQ10x9np", "faiss:RQ12x8", "faiss:LSQ12x8",
+                   "faiss:RaBitQ"),
     ("glove", 3): ("tersor:trellis", "tersor:qet_plus", "tersor:pq", "tersor:rq", "tersor:rotated_scalar",
                    "faiss:PQ25x6np", "faiss:RQ18x8", "faiss:RaBitQ"),
     ("glove", 4): ("tersor:trellis", "tersor:qet_plus", "tersor:pq", "tersor:opq", "tersor:rq",
@@ -41,8 +42,8 @@ METHODS: Mapping[tuple[str, float], tuple[str, ...]] = {
     ("banking77", 1.5): ("tersor:ctr8,rot,tr1.5", "tersor:qet_plus", "tersor:pq", "tersor:rotated_scalar",
                          "faiss:PQ72x8np", "faiss:RaBitQ"),
     ("banking77", 2): ("tersor:trellis", "tersor:ctr8,rot,tr2", "tersor:rot,tr2", "tersor:qet_plus", "tersor:pq",
-                       "tersor:opq", "tersor:rq", "tersor:rotated_scalar", "tersor:rot,sym16", "tersor:rot,lm2", "faiss:PQ96x8np", "faiss:OPQ96,PQ96x8np",
-                       "faiss:RaBitQ"),
+                       "tersor:opq", "tersor:rq", "tersor:rotated_scalar", "tersor:rot,sym16", "tersor:rot,lm2",
+                       "faiss:PQ96x8np", "faiss:OPQ96,PQ96x8np", "faiss:RaBitQ"),
     ("banking77", 3): ("tersor:ctr8,rot,tr3", "tersor:qet_plus", "tersor:pq", "tersor:rotated_scalar",
                        "faiss:PQ192x6np", "faiss:RaBitQ"),
     ("banking77", 4): ("tersor:ctr8,rot,tr4", "tersor:qet_plus", "tersor:pq", "tersor:rotated_scalar",

@@ -1,4 +1,4 @@
-"""Centered: what the mean leaves is what the inner codec encodes, and scales in bytes are the nearest of a fixed row."""
+"""Centered: what the mean leaves is what the inner codec encodes, and bytes name the nearest scales."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def test_scales_are_fitted_then_rounded() -> None:
     mean = X.double().mean(0).float()
     left, plain, found = X - mean, parse("tr3x9").encode(X - mean), encoded("ctr8,tr3x9")
     unit, held = float(found.tensors["unit"]), plain.decode().double()
-    octaves = [*(-11 + i / 4 for i in range(1, 32)), *(-3 + i / 32 for i in range(192)), *(3 + i / 4 for i in range(32))]
+    octaves = [*(-11 + i / 4 for i in range(1, 32)), *(-3 + i / 32 for i in range(192)),
+               *(3 + i / 4 for i in range(32))]
     known = [0.0] + [float(torch.tensor(2.0**octave).bfloat16()) * unit for octave in octaves]
     assert len(known) == 256
     for row in range(60):
@@ -54,7 +55,8 @@ def test_products_and_coordinates(text: str) -> None:
     decoded = held.decode().double()
     bound = tolerance(torch.float32, 32) * float(decoded.norm())
     assert float((held.matmul(x).double() - x.double() @ decoded.T).norm()) <= bound * float(x.norm())
-    assert float((held.codec.matmul_transposed(held, y).double() - y.double() @ decoded).norm()) <= bound * float(y.norm())
+    back = held.codec.matmul_transposed(held, y).double() - y.double() @ decoded
+    assert float(back.norm()) <= bound * float(y.norm())
     met = held.codec.coordinates(held)
     offset = met.offset()
     assert offset is not None
