@@ -16,7 +16,7 @@ from tersor import store
 from tersor.contract.checks import check_matrix, from_numpy
 from tersor.contract.codec import Codec, Encoded
 from tersor.errors import BudgetError, CodecConfigError, CorruptStoreError, UnknownCodecError
-from tersor.families import candidates, families, options
+from tersor.families import candidates, effort_of, families, options
 from tersor.families.low_rank import most_promising
 from tersor.quality import measure
 from tersor.registry import parse
@@ -44,7 +44,7 @@ def as_matrix(matrix: Tensor | np.ndarray) -> Tensor:
 
 
 def compress(matrix: Tensor | np.ndarray, rate: float | None = None, codec: str | Codec = "auto", seed: int = 0, *,
-             hessian: Tensor | np.ndarray | None = None, **encoder: Any) -> Encoded:
+             hessian: Tensor | np.ndarray | None = None, effort: str | None = None, **encoder: Any) -> Encoded:
     """Compress a matrix to at most `rate` bits per element, every stored byte counted.
 
     Parameters
@@ -60,6 +60,9 @@ def compress(matrix: Tensor | np.ndarray, rate: float | None = None, codec: str 
         Steers the encoder's search.
     hessian : Tensor, ndarray or None
         `E[x xᵀ]` of the inputs, (in, in): errors are then weighed by it.
+    effort : str or None
+        `"fast"`, `"normal"` or `"best"`: the encoder's work, for families that read it (`"trellis"`, `"auto"`); None:
+        `"normal"`.
     **encoder
         Encoder options of the codec (`codec.option_names()`), for example `clip="mse"` or `feedback=True`; they
         replace those that define a family (`method="lplr"` of the family `lplr`).
@@ -74,7 +77,7 @@ def compress(matrix: Tensor | np.ndarray, rate: float | None = None, codec: str 
     BudgetError
         If the rate is below the least rung, which the message names.
     NonFiniteError, CodecConfigError, UnknownCodecError
-        If the matrix, the options or the codec are unsound.
+        If the matrix, the options or the codec are unsound, or what is named reads no effort.
 
     Examples
     --------
@@ -91,10 +94,11 @@ def compress(matrix: Tensor | np.ndarray, rate: float | None = None, codec: str 
     defaults: Mapping[str, Any] = {}
     if isinstance(codec, str) and codec in families():
         defaults = options(codec)
-        found = candidates(codec, shape, _budget(DEFAULT_RATE if rate is None else rate, shape))
+        found = candidates(codec, shape, _budget(DEFAULT_RATE if rate is None else rate, shape), effort)
         choices = most_promising(matrix, found, hessian, seed)
     else:
         choices = [_concrete(codec, shape, rate)]
+        effort_of(str(codec), effort)
     unread = set(encoder).difference(*(choice.option_names() for choice in choices))
     if unread:
         known = sorted(frozenset().union(*(choice.option_names() for choice in choices)))

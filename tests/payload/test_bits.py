@@ -77,6 +77,18 @@ def test_chunks_do_not_show(levels: int, monkeypatch: pytest.MonkeyPatch) -> Non
     assert unpack(whole, levels, 33, 477).tolist() == codes[33:477]
 
 
+@pytest.mark.parametrize("width", range(1, 8))
+def test_the_compiled_kernel_unpacks_the_same(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba")
+    codes = torch.tensor(draw(1000, 2**width, width), dtype=torch.uint8)
+    for stop in (1000, 993, 8, 7, 1, 0):
+        packed = pack(codes[:stop], 2**width)
+        for start in {0, min(5, stop), stop}:
+            for compiled in (False, True):
+                monkeypatch.setattr(packing, "_has_kernel", lambda *_, found=compiled: found)
+                assert torch.equal(unpack(packed, 2**width, start, stop), codes[start:stop])
+
+
 def test_non_contiguous_codes() -> None:
     codes = torch.arange(24, dtype=torch.uint8).reshape(4, 6).T % 5
     assert unpack(pack(codes, 5), 5, 0, 24).tolist() == codes.reshape(-1).tolist()

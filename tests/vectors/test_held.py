@@ -35,7 +35,7 @@ def together(*acts: Callable[[], object]) -> list[object]:
         return [future.result(60) for future in [pool.submit(run, act) for act in acts]]
 
 
-@pytest.mark.parametrize("codec", ["rot,lm4", "pq4x16t"])
+@pytest.mark.parametrize("codec", ["rot,lm4", "pq4x16t", "ctr8,rot,tr4x8"])
 def test_adders_lose_nothing(codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four of them, many small adds each, merging blocks as they go; each finds its own in order."""
     monkeypatch.setattr(vectors, "BLOCK_ROWS", 128)

@@ -18,7 +18,7 @@ def found(index: Index, queries: torch.Tensor, metric: str) -> tuple[torch.Tenso
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("codec", ["rot,lm4", "bf16"])
+@pytest.mark.parametrize("codec", ["rot,lm4", "bf16", "rot,tr3x9"])
 @pytest.mark.parametrize("power", [-90, -60, -30, 45])
 def test_powers_of_two_change_no_digit(power: int, codec: str, metric: str) -> None:
     """Squares of the smallest are nothing in float32: distances come out as 0, but neighbours as they are."""

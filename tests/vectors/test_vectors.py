@@ -19,7 +19,8 @@ from tersor.vectors.nearest import WORST, Best
 
 DIM = 20
 CODECS = ("rot,sym16", "rot,sym24", "rot,lm3", "lmL3", "rtn3s", "rtnL5g4", "tab3", "pq5x16t", "pq4x11mt", "pq2x300t",
-          "opqt,pq5x16t", "sum(rot,lm2;pq5x16t)", "sum(pq20x16t;pq20x16t)", "bf16")
+          "opqt,pq5x16t", "sum(rot,lm2;pq5x16t)", "sum(pq20x16t;pq20x16t)", "bf16",
+          "rot,tr3x9", "ctr,rot,lm3", "ctr8,rot,tr2x8", "ctr8,sym16")
 ROW_MIXING = ("sym16m", "sym16o", "sym16co", "rotboth,lm3", "rotout,lm3", "sum(lm2;rotout,lm2)", "rows3(lm3;lm2)",
               "fit3", "lm3o", "rtn4g8o", "pq5x16", "opq,pq5x16t", "standardized")
 

@@ -18,7 +18,7 @@ from tersor import files
 from tersor.cli.figures import readable
 from tersor.cli.funnel import existing
 from tersor.errors import CodecConfigError
-from tersor.families import families
+from tersor.families import EFFORTS, families
 from tersor.files import whole
 from tersor.planning.calibration import Calibration
 
@@ -63,6 +63,9 @@ CalibrationText = Annotated[Path | None, typer.Option("--calibration-text", help
 HeldoutText = Annotated[Path | None, typer.Option("--text", help="held-out text to evaluate on",
                                                   show_default="packaged", callback=_text)]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object, with exact numbers")]
+Effort = Annotated[str | None, typer.Option(help=f"the encoder's work: {', '.join(EFFORTS)}; for families that read it",
+                                            show_default="normal, where it is read",
+                                            autocompletion=lambda: EFFORTS)]
 Seed = Annotated[int, typer.Option(min=0, max=MOST_SEED, help="seed of the encoder's search")]
 Device = Annotated[str, typer.Option(help="cpu or cuda")]
 OptionTexts = Annotated[list[str] | None, typer.Option("--option", metavar="NAME=VALUE",

@@ -19,6 +19,7 @@ from tersor.cli.base import (
     Context,
     Dense,
     Device,
+    Effort,
     EvaluationTokens,
     HeldoutText,
     LeaveOut,
@@ -73,9 +74,9 @@ def compress(src: Src, output: Out, rate: BudgetRate = None, size: Size = None, 
              calibrated: Annotated[bool, typer.Option("--calibrated/--uncalibrated",
                                                       help="weigh errors by what text shows of the inputs")] = True,
              text: HeldoutText = None, tokens: Tokens = 65536, evaluation_tokens: EvaluationTokens = 8192,
-             context: Context = 512, seed: Seed = 0, device: Device = "cpu", option: OptionTexts = None,
-             sensitivities: Sensitivities = None, dense: Dense = None, leave_out: LeaveOut = None,
-             resume: Resume = True,
+             context: Context = 512, effort: Effort = None, seed: Seed = 0, device: Device = "cpu",
+             option: OptionTexts = None, sensitivities: Sensitivities = None, dense: Dense = None,
+             leave_out: LeaveOut = None, resume: Resume = True,
              samples: Annotated[int, typer.Option(help="sample generations in the report; 0: none")] = 3,
              base_model: Annotated[str | None, typer.Option(help="OWNER/NAME of the original, for the card")] = None,
              dry_run: Annotated[bool, typer.Option("--dry-run", help="estimate bytes, memory and time only")] = False,
@@ -92,7 +93,7 @@ def compress(src: Src, output: Out, rate: BudgetRate = None, size: Size = None, 
     settings = run.CompressSettings(
         codec, calibration, calibrated, text, Sampling(tokens, context=context, seed=seed),
         evaluation_tokens, context, seed, device, resume, parse_options(option), read_weights(sensitivities),
-        tuple(dense or ()), tuple(leave_out or ()), samples, base_model)
+        tuple(dense or ()), tuple(leave_out or ()), samples, base_model, effort)
     nbytes = None if size is None else parse_size(size)
     rate = 3.0 if rate is None and nbytes is None else rate
     if dry_run:
@@ -133,14 +134,14 @@ def calibrate(src: Src, output: Annotated[Path, typer.Argument(metavar="CALIB", 
 @exclusive("output")
 def survey(src: Src, output: Annotated[Path, typer.Argument(metavar="SURVEY", help="survey.jsonl to write or resume")],
            rate: Annotated[float, typer.Option(help=RATE)] = 3.0, calib: Calib = None, codec: Codec = DEFAULT,
-           seed: Seed = 0, device: Device = "cpu", option: OptionTexts = None, dense: Dense = None,
-           leave_out: LeaveOut = None, as_json: AsJson = False) -> None:
+           effort: Effort = None, seed: Seed = 0, device: Device = "cpu", option: OptionTexts = None,
+           dense: Dense = None, leave_out: LeaveOut = None, as_json: AsJson = False) -> None:
     """Try every rung near a rate on every matrix. Writes one JSON line a trial."""
     from tersor.hf.compress import survey as stage
     from tersor.hf.compress.request import Request, budget_bytes
 
     source = open_source(src, output, dense, leave_out)
-    request = Request(budget_bytes(source, rate, None), codec, seed, parse_options(option))
+    request = Request(budget_bytes(source, rate, None), codec, seed, parse_options(option), effort=effort)
     with Bars() as progress:
         choices = stage.run(source, read_calibration(calib), request, output, device=device, progress=progress)
     emit({"matrices": len(choices), "trials": sum(map(len, choices.values())), "file": str(output)}, as_json, "survey")
@@ -150,8 +151,8 @@ def survey(src: Src, output: Annotated[Path, typer.Argument(metavar="SURVEY", he
 def plan(src: Src, survey_file: Annotated[Path, typer.Argument(metavar="SURVEY")],
          output: Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json to write; edit it then if you like")],
          rate: BudgetRate = None, size: Size = None, calib: Calib = None, codec: Codec = DEFAULT,
-         seed: Seed = 0, option: OptionTexts = None, sensitivities: Sensitivities = None, dense: Dense = None,
-         leave_out: LeaveOut = None, as_json: AsJson = False) -> None:
+         effort: Effort = None, seed: Seed = 0, option: OptionTexts = None, sensitivities: Sensitivities = None,
+         dense: Dense = None, leave_out: LeaveOut = None, as_json: AsJson = False) -> None:
     """Spend one budget over all matrices. Writes a codec for each, as JSON."""
     from tersor.files import write_json
     from tersor.hf.compress import plan as stage
@@ -162,7 +163,7 @@ def plan(src: Src, survey_file: Annotated[Path, typer.Argument(metavar="SURVEY")
     source = open_source(src, output, dense, leave_out)
     nbytes = None if size is None else parse_size(size)
     budget = budget_bytes(source, 3.0 if rate is None and nbytes is None else rate, nbytes)
-    request = Request(budget, codec, seed, parse_options(option), read_weights(sensitivities))
+    request = Request(budget, codec, seed, parse_options(option), read_weights(sensitivities), effort)
     calibration = read_calibration(calib)
     record = provenance(source, calibration, request, tersor.__version__)
     existing(survey_file, "a file written by 'tersor survey'")

@@ -28,6 +28,7 @@ from tersor.cli.base import (
     Calib,
     Dense,
     Device,
+    Effort,
     LeaveOut,
     OptionTexts,
     Seed,
@@ -64,8 +65,8 @@ def encode(src: Annotated[Path, typer.Argument(metavar="SRC",
                                                       show_default="3 for a family")] = None,
            codec: Annotated[str | None, typer.Option(help=f"{CODEC}; for matrices", show_default="auto",
                                                      autocompletion=families)] = None,
-           seed: Seed = 0, device: Device = "cpu", option: OptionTexts = None, dense: Dense = None,
-           leave_out: LeaveOut = None, as_json: AsJson = False) -> None:
+           effort: Effort = None, seed: Seed = 0, device: Device = "cpu", option: OptionTexts = None,
+           dense: Dense = None, leave_out: LeaveOut = None, as_json: AsJson = False) -> None:
     """Encode a model by a plan, or a matrix (.npy) by a codec."""
     expected = "a matrix as .npy, a transformers model directory or a .gguf file"
     existing(src, expected)
@@ -78,12 +79,13 @@ def encode(src: Annotated[Path, typer.Argument(metavar="SRC",
             if plan_file is not None or calib is not None or device != "cpu":
                 raise CodecConfigError("--plan, --calibration and --device are for models; a matrix takes --codec, "
                                        "--rate and --option")
-            record = _encode_matrix(src, target, rate, "auto" if codec is None else codec, seed, parse_options(option))
+            record = _encode_matrix(src, target, rate, codec or "auto", seed,
+                                    {**parse_options(option), "effort": effort})
         elif src.is_file() and src.suffix != ".gguf":
             raise CodecConfigError(f"{src}: expected {expected}, found a {src.suffix or 'nameless'} file")
         else:
-            if plan_file is None or rate is not None or codec is not None:
-                raise ModelError("encoding a model takes --plan, and no --rate or --codec; make a plan with "
+            if plan_file is None or rate is not None or codec is not None or effort is not None:
+                raise ModelError("encoding a model takes --plan, and no --rate, --codec or --effort; make a plan with "
                                  "'tersor plan', or use 'tersor compress'")
             from tersor.hf.compress.request import check_device
 

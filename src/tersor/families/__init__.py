@@ -1,7 +1,19 @@
 """From a byte budget and a shape to a codec."""
 
-from tersor.families.builtin import AUTO, AUTO_FAMILIES, DEFAULT, FAMILIES, budgeted, candidates, families, options
+from tersor.families.builtin import (
+    AUTO,
+    AUTO_FAMILIES,
+    DEFAULT,
+    EFFORTS,
+    FAMILIES,
+    budgeted,
+    candidates,
+    effort_of,
+    families,
+    options,
+)
 from tersor.families.ladder import Budgeted, Ladder
+from tersor.families.trellis import stand_in
 
-__all__ = ["AUTO", "AUTO_FAMILIES", "Budgeted", "DEFAULT", "FAMILIES", "Ladder", "budgeted", "candidates", "families",
-           "options"]
+__all__ = ["AUTO", "AUTO_FAMILIES", "Budgeted", "DEFAULT", "EFFORTS", "FAMILIES", "Ladder", "budgeted", "candidates",
+           "effort_of", "families", "options", "stand_in"]

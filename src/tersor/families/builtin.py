@@ -9,22 +9,20 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from tersor.codecs import Dense, Rotated, Scalar, Standardized, Sum, Symmetric, Trellis, TwoBasis, Uniform
+from tersor.codecs import Dense, Rotated, Scalar, Standardized, Symmetric, TwoBasis, Uniform
 from tersor.contract.codec import Codec
-from tersor.errors import BudgetError, UnknownCodecError
+from tersor.errors import BudgetError, CodecConfigError, UnknownCodecError
 from tersor.families.ladder import Budgeted, Ladder, as_is
 from tersor.families.low_rank import BackboneLadder, LowRankLadder, ladders
 from tersor.families.lplr import LOW_RANK_PRESETS
 from tersor.families.qet import PRESETS
+from tersor.families.trellis import NORMAL, WINDOWS, TrellisLadder, codebooks
 from tersor.payload.blocks import Shape
 
 # levels between whole bits pay: 3 levels at 1.6 bits beat any mix of 2 and 4. Chosen for dense packing.
 SCALAR_LEVELS = (2, 3, 4, 5, 6, 8, 11, 16, 22, 32, 45, 64, 90, 128, 181, 256)
-SYMMETRIC_BITS = (4, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30, 32)
-SYMMETRIC_SECOND = (8, 16, 24, 32)
 BACKBONE_BITS = (4, 8, 12, 14, 16, 20, 24)
 LOW_RANK_WIDTHS = (2.5, 6.0)
-TRELLIS_BITS = (1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 4.5, 5.0)
 UNIFORM_LEVELS = (2, 3, 4, 5, 6, 8, 11, 16, 22, 32, 64, 128, 256)
 
 
@@ -39,17 +37,17 @@ def _ladders() -> dict[str, tuple[Budgeted, ...]]:
         "rotated_scalar": (_ladder(gaussian, Rotated),),
         # one scale a matrix is for a matrix by itself: error feedback drives the larger rows beyond what the codebook
         # reaches (KL .065 instead of .044 on fable-22m at 4 bits, docs/log.md)
-        "qet_plus": (_ladder(_symmetric("row"), Rotated),
-                     _ladder(_symmetric("matrix"), Rotated, planned=False),
-                     _ladder(_symmetric("matrix"), Standardized, planned=False)),
+        "qet_plus": (_ladder(codebooks("row"), Rotated),
+                     _ladder(codebooks("matrix"), Rotated, planned=False),
+                     _ladder(codebooks("matrix"), Standardized, planned=False)),
         # annealing takes long, so it is not tried both along inputs and along outputs, which only feedback gains from
         "two_basis": (_ladder(_two_basis("in"), planned=False),
                       _ladder(_two_basis("out"), Rotated, alone=False)),
-        "trellis": (_ladder(_trellis("in"), Rotated, planned=False), _ladder(_trellis("out"), Rotated, alone=False)),
+        "trellis": _trellis(NORMAL),
         "lplr_plus": ladders(),
         "low_rank": (*(BackboneLadder(Rotated(Symmetric(bits))) for bits in BACKBONE_BITS),
                      *(LowRankLadder(width, planned=True) for width in LOW_RANK_WIDTHS),
-                     _ladder(_symmetric("row"), Rotated)),
+                     _ladder(codebooks("row"), Rotated)),
         **{name: (preset,) for name, preset in (*PRESETS.items(), *LOW_RANK_PRESETS.items())},
     }
 
@@ -64,36 +62,66 @@ def _two_basis(axis: str) -> tuple[Codec, ...]:
     return (TwoBasis(2, 2, half=True, axis=axis), *(TwoBasis(first, axis=axis) for first in (2, 3, 4, 8)))
 
 
-def _trellis(axis: str) -> tuple[Codec, ...]:
-    """Return trellis codes of all rates: along inputs for a matrix by itself, along outputs for error feedback."""
-    return tuple(Trellis(bits, axis=axis) for bits in TRELLIS_BITS)
-
-
-def _symmetric(scale: str) -> tuple[Codec, ...]:
-    """Return symmetric codebooks of rising size; beyond the largest, sums with a second one."""
-    single = tuple(Symmetric(bits, scale=scale) for bits in SYMMETRIC_BITS)
-    return (*single, *(Sum((single[-1], Symmetric(bits, scale=scale))) for bits in SYMMETRIC_SECOND))
+def _trellis(effort: str) -> tuple[Budgeted, ...]:
+    """Return trellis codes along inputs for a matrix by itself, along outputs for error feedback."""
+    return TrellisLadder(effort, planned=False), TrellisLadder(effort, "out", alone=False)
 
 
 FAMILIES: Mapping[str, tuple[Budgeted, ...]] = MappingProxyType(_ladders())
 OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {name: preset.options for name, preset in LOW_RANK_PRESETS.items()})
 AUTO = "auto"
-DEFAULT = "qet_plus"  # what models are compressed with unless told otherwise
-AUTO_FAMILIES = ("uniform", "scalar", "rotated_scalar", "qet_plus")  # annealing and the published presets are slower
+DEFAULT = "trellis"  # what models are compressed with unless told otherwise
+AUTO_FAMILIES = ("uniform", "scalar", "rotated_scalar", "qet_plus", "trellis")  # annealing and presets are slower
+EFFORTS = tuple(WINDOWS)
+BY_EFFORT: Mapping[str, Mapping[str, tuple[Budgeted, ...]]] = MappingProxyType(
+    {"trellis": MappingProxyType({effort: _trellis(effort) for effort in EFFORTS})})
 
 
-def budgeted(family: str) -> Sequence[Budgeted]:
+def budgeted(family: str, effort: str | None = None) -> Sequence[Budgeted]:
     """Return what a family holds; `auto` holds `AUTO_FAMILIES`.
+
+    Parameters
+    ----------
+    effort : str or None
+        For families that read one; None: `"normal"`.
 
     Raises
     ------
     UnknownCodecError
         If there is no such family.
+    CodecConfigError
+        If there is no such effort, or the family reads none.
     """
     if family != AUTO and family not in FAMILIES:
         raise UnknownCodecError(family, families(), "family")
-    return [one for name in (AUTO_FAMILIES if family == AUTO else (family,)) for one in FAMILIES[name]]
+    chosen = effort_of(family, effort)
+    return [one for name in (AUTO_FAMILIES if family == AUTO else (family,))
+            for one in (BY_EFFORT[name][chosen] if chosen and name in BY_EFFORT else FAMILIES[name])]
+
+
+def effort_of(method: str, effort: str | None) -> str | None:
+    """Return the effort that a family, or a codec string, is used with; None where it reads none.
+
+    Parameters
+    ----------
+    effort : str or None
+        What is asked for; None: `"normal"`, where an effort is read.
+
+    Raises
+    ------
+    CodecConfigError
+        If there is no such effort, or one is asked of what reads none.
+    """
+    if effort is not None and effort not in EFFORTS:
+        raise CodecConfigError(f"effort: expected one of {', '.join(EFFORTS)}, found {effort!r}")
+    reading = (AUTO, *BY_EFFORT)
+    if method in reading:
+        return effort or NORMAL
+    if effort is not None:
+        raise CodecConfigError(f"'{method}' reads no effort, found '{effort}': leave it out; families that read one: "
+                               f"{', '.join(reading)}")
+    return None
 
 
 def families() -> tuple[str, ...]:
@@ -115,8 +143,8 @@ def options(family: str) -> Mapping[str, Any]:
     return OPTIONS.get(family, MappingProxyType({}))
 
 
-def candidates(family: str, shape: Shape, nbytes: int) -> Sequence[Codec]:
-    """Return the codecs of `family` that use at most `nbytes` for a matrix of `shape`, one a ladder.
+def candidates(family: str, shape: Shape, nbytes: int, effort: str | None = None) -> Sequence[Codec]:
+    """Return the codecs of `family` that use at most `nbytes` for a matrix of `shape`, one a ladder; see `budgeted`.
 
     Raises
     ------
@@ -127,7 +155,7 @@ def candidates(family: str, shape: Shape, nbytes: int) -> Sequence[Codec]:
     """
     found: list[Codec] = []
     failures: list[BudgetError] = []
-    for ladder in (one for one in budgeted(family) if one.alone):
+    for ladder in (one for one in budgeted(family, effort) if one.alone):
         try:
             found.append(ladder.fit(shape, nbytes))
         except BudgetError as error:

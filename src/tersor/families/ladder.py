@@ -80,11 +80,14 @@ class Ladder(Budgeted):
     wrap : callable
     tops : tuple of Codec
         The dearest rungs, plain numbers, which are not wrapped.
+    least_part : int
+        Rows that either part of a mix has at least.
     """
 
     steps: tuple[Codec, ...]
     wrap: Callable[[Codec], Codec] = as_is
     tops: tuple[Codec, ...] = ()
+    least_part: int = 1
 
     def fixed(self) -> Sequence[Codec]:
         """Return every step as it is used."""
@@ -119,8 +122,8 @@ class Ladder(Budgeted):
         def mixed(count: int) -> Codec:
             return self.wrap(MixedRows(dearer, lower, count, order))
 
-        count = most(shape[0] - 1, lambda count: mixed(count).nbytes(shape), nbytes)
-        return mixed(count) if count else None
+        count = most(shape[0] - self.least_part, lambda count: mixed(count).nbytes(shape), nbytes)
+        return mixed(count) if count >= self.least_part else None
 
 
 def too_few(least: Codec, shape: Shape, nbytes: int) -> BudgetError:

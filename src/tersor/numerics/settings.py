@@ -117,10 +117,11 @@ class _Process:
 
 
 class _Own(threading.local):
-    """How deep this thread is inside, and inside with one thread."""
+    """How deep this thread is inside, and inside with one thread; how many it had before."""
 
     depth = 0
     single = 0
+    allowed = 0
 
 
 _PROCESS = _Process()
@@ -224,6 +225,7 @@ def _subnormals() -> Iterator[None]:
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
+    _OWN.allowed = before
     if before == 1:
         yield
         return
@@ -232,6 +234,11 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         _set_own_threads(before)
+
+
+def threads_allowed() -> int:
+    """Return how many threads torch may use around `pinned`: for work whose results do not depend on their number."""
+    return _OWN.allowed if _OWN.single else torch.get_num_threads()
 
 
 def _set_own_threads(count: int) -> None:

@@ -7,6 +7,7 @@ at every call: also at those of a graph compiled before.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -14,6 +15,8 @@ from functools import cache
 from typing import Any, Protocol
 
 import torch
+
+from tersor.payload.packing import has_numba
 
 CAPABILITY = (9, 0)  # of kernels that are launched early: `griddepcontrol`
 _LOG = logging.getLogger("tersor.ops")
@@ -51,9 +54,18 @@ def kernels_allowed() -> bool:
     return not _REFERENCE.get()
 
 
+def compiled_allowed(op: str) -> bool:
+    """Tell whether `op` may run kernels that numba compiles for the processor; logged once where it is missing."""
+    if not kernels_allowed():
+        return False
+    if not has_numba():
+        log_once(op, "numba is not installed, with which it is many times as fast; install tersor[cpu]")
+    return has_numba()
+
+
 @cache
 def log_once(op: str, reason: str) -> None:
-    """Log at INFO, once for each pair, that `op` runs as plain torch though on CUDA, and why."""
+    """Log at INFO, once for each pair, that `op` runs as plain torch though there is a kernel, and why."""
     _LOG.info("%s runs as plain torch: %s", op, reason)
 
 

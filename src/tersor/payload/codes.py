@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tersor.payload import packing
 from tersor.payload.blocks import Rows, Shape, row_blocks
-from tersor.payload.layout import packed_nbytes
+from tersor.payload.layout import packed_nbytes, width_of
 
 
 def write(shape: Shape, levels: int, device: torch.device, assign: Callable[[slice], Tensor]) -> Tensor:
@@ -29,6 +29,10 @@ def read(packed: Tensor, shape: Shape, levels: int, rows: Rows) -> Tensor:
     width = shape[1]
     if isinstance(rows, slice):
         return packing.unpack(packed, levels, rows.start * width, rows.stop * width).reshape(-1, width)
+    bits = width_of(levels)
+    if packed.device.type == "cpu" and bits is not None and width * bits % 8 == 0:  # rows are whole bytes
+        held = packed[: packed_nbytes(shape[0] * width, levels)].view(shape[0], -1)[rows.to(packed.device)]
+        return packing.unpack(held.reshape(-1), levels, 0, len(held) * width).reshape(-1, width)
     index = rows.to(packed.device).unsqueeze(-1) * width + torch.arange(width, device=packed.device)
     return packing.unpack_at(packed, levels, index)
 

@@ -5,7 +5,9 @@ At `b` bits a code when `levels = 2**b`, else as digits of a mixed-radix word (5
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import sys
 from functools import cache
 
 import numpy as np
@@ -15,6 +17,7 @@ from torch import Tensor
 from tersor.errors import CodecConfigError
 from tersor.payload.layout import packed_nbytes, radix_word, width_of
 
+_MANY = 1 << 16
 _CHUNK = 1 << 18  # codes handled at a time: keeps integer temporaries inside the processor's cache
 
 
@@ -92,6 +95,9 @@ def _pack_planes(digits: Tensor, levels: int) -> Tensor:
 def unpack(words: Tensor, levels: int, start: int, stop: int) -> Tensor:
     """Unpack codes `start` to `stop` of a packed stream into a 1-D tensor (uint8 up to 256 levels, else int32)."""
     per, nbytes = _group(levels)
+    width = width_of(levels)
+    if width is not None and width < 8 and _has_kernel(words, stop - start, packed_nbytes(stop, levels)):
+        return _unpack_compiled(words, width, start, stop)
     out = torch.empty(stop - start, dtype=torch.uint8 if levels <= 256 else torch.int32, device=words.device)
     step = _CHUNK // per * per or per
     for begin in range(start // per * per, stop, step):
@@ -100,6 +106,28 @@ def unpack(words: Tensor, levels: int, start: int, stop: int) -> Tensor:
         low, high = max(start, begin), min(stop, end)
         out[low - start : high - start] = chunk[low - begin : high - begin]
     return out
+
+
+def _has_kernel(words: Tensor, count: int, needed: int) -> bool:
+    """Tell whether a compiled kernel may spread codes out; few codes are not worth importing numba for."""
+    if type(words) is not Tensor or words.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return words.numel() >= needed and ("numba" in sys.modules or (count >= _MANY and has_numba()))
+
+
+def _unpack_compiled(words: Tensor, width: int, start: int, stop: int) -> Tensor:
+    from tersor.payload import compiled
+
+    first = start // 8  # of groups of eight codes, which start with a byte
+    found = torch.empty(-(-stop // 8) - first, dtype=torch.int64)
+    compiled.unpack(words.numpy(), width, first * width, found.numpy().view(np.uint64))
+    return found.view(torch.uint8)[start - 8 * first : stop - 8 * first]
+
+
+@cache
+def has_numba() -> bool:
+    """Tell whether numba is installed."""
+    return importlib.util.find_spec("numba") is not None
 
 
 def _unpack_groups(part: Tensor, levels: int, per: int, nbytes: int) -> Tensor:

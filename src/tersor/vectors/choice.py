@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from tersor.codecs import LearnedRotation, Product, Sum
+from tersor.codecs import Centered, Dense, LearnedRotation, Product, Rotated, Sum, Trellis
+from tersor.codecs.trellis.filters import filters
 from tersor.contract.codec import Codec
 from tersor.errors import BudgetError, CodecConfigError, UnknownCodecError
 from tersor.families import AUTO, FAMILIES
@@ -13,6 +14,8 @@ from tersor.registry import parse
 from tersor.vectors.rowwise import COUNTS, check_rowwise, code_size
 
 TRAINED = ("pq", "opq", "rq")  # families of product codecs with shared codebooks
+TRELLIS = "trellis"
+EFFORTS = {"fast": 9, "normal": 12, "best": 1 << 16}  # most bits of a trellis code's window, where there is a choice
 DEFAULT_RATE = 2.0
 MAX_RATE = 32.0
 MAX_WORDS = 1024  # of the product codecs that a rate chooses
@@ -36,7 +39,7 @@ def _is_rowwise(codec: Codec) -> bool:
     return True
 
 
-def choose(dim: int, codec: str | Codec, rate: float | None) -> Codec:
+def choose(dim: int, codec: str | Codec, rate: float | None, effort: str) -> Codec:
     """Return the row-wise codec for vectors of `dim` numbers: the finest of a family within the rate, or the one named.
 
     Parameters
@@ -46,6 +49,8 @@ def choose(dim: int, codec: str | Codec, rate: float | None) -> Codec:
         A family, a factory string or a codec.
     rate : float or None
         Most bits per element of a stand-alone code; None: 2.0 for a family, no ceiling for a codec.
+    effort : str
+        `"fast"`, `"normal"` or `"best"`: how long the windows of trellis codes are, if a family chooses one.
 
     Raises
     ------
@@ -56,12 +61,14 @@ def choose(dim: int, codec: str | Codec, rate: float | None) -> Codec:
     """
     if rate is not None and not (isinstance(rate, (int, float)) and 0 < rate <= MAX_RATE):
         raise BudgetError(f"rate must be a number of bits per element in (0, {MAX_RATE:g}], found {rate!r}")
+    if effort not in EFFORTS:
+        raise CodecConfigError(f"effort must be one of {', '.join(EFFORTS)}, found {effort!r}")
     if not isinstance(codec, (str, Codec)):
         raise CodecConfigError(f"codec: expected a family, a codec string or a Codec, found {type(codec).__name__}")
     if isinstance(codec, str) and codec in (AUTO, *FAMILIES) and codec not in index_families():
         raise UnknownCodecError(codec, index_families(), "family of an index")
     if isinstance(codec, str) and codec in index_families():
-        return _of_family(codec, dim, math.floor((DEFAULT_RATE if rate is None else rate) * dim / 8))
+        return _of_family(codec, dim, math.floor((DEFAULT_RATE if rate is None else rate) * dim / 8), effort)
     concrete = parse(codec) if isinstance(codec, str) else codec
     check_rowwise(concrete, dim)
     size = code_size(concrete, dim)
@@ -71,12 +78,14 @@ def choose(dim: int, codec: str | Codec, rate: float | None) -> Codec:
     return concrete
 
 
-def _of_family(family: str, dim: int, nbytes: int) -> Codec:
+def _of_family(family: str, dim: int, nbytes: int, effort: str) -> Codec:
     """Return the codec of a family with the most bits whose code has at most `nbytes`."""
     if family == "rq":
         members = [_residual(dim, nbytes)]
+    elif family in TRAINED:
+        members = [_product(dim, nbytes, family)]
     else:
-        members = [_product(dim, nbytes, family)] if family in TRAINED else _rungs(family, dim)
+        members = [_centered(codec, dim) for codec in (_trellis(effort) if family == TRELLIS else _rungs(family, dim))]
     affordable = [codec for codec in members if code_size(codec, dim) <= nbytes]
     if not affordable:
         least = min(members, key=lambda codec: code_size(codec, dim))
@@ -96,6 +105,27 @@ def _rungs(family: str, dim: int) -> list[Codec]:
                 continue  # a rung fitted to whole matrices; there are others
             found.append(codec)
     return found
+
+
+def _trellis(effort: str) -> list[Codec]:
+    """Return a code of every rate that has filters, with the longest window that the effort allows, or the shortest."""
+    found = []
+    for rate in sorted({rate for rate, _ in filters()}):
+        windows = sorted(memory for other, memory in filters() if other == rate)
+        found.append(Rotated(Trellis(rate, max([w for w in windows if w <= EFFORTS[effort]], default=windows[0]))))
+    return found
+
+
+def _centered(codec: Codec, dim: int) -> Codec:
+    """Return the codec around a mean, with lengths of a byte where it has one scale a row; plain numbers as they are."""
+    if isinstance(codec, Dense):
+        return codec
+    around = Centered(codec, lengths=True)
+    try:
+        around.layout((1, dim))
+    except CodecConfigError:
+        return Centered(codec)
+    return around
 
 
 def _product(dim: int, nbytes: int, family: str) -> Codec:

@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 
 from tersor import api
+from tersor.codecs import Centered
 from tersor.contract.codec import Codec, Encoded
 from tersor.contract.operator import like
 from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
 from tersor.payload.blocks import Tables
 from tersor.vectors import rowwise
-from tersor.vectors.choice import choose
+from tersor.vectors.choice import TRELLIS, choose
 from tersor.vectors.held import Held
 from tersor.vectors.nearest import WORST
 from tersor.vectors.scoring import best_of
@@ -57,6 +58,8 @@ class Index:
         concrete codec.
     seed : int
         Steers training and the encoder's search.
+    effort : str
+        `"fast"`, `"normal"` or `"best"`: how long encoding may take, where the family `trellis` chooses the codec.
 
     Raises
     ------
@@ -75,12 +78,14 @@ class Index:
     [0, 1, 2]
     """
 
-    def __init__(self, dim: SupportsIndex, codec: str | Codec = "qet_plus", rate: float | None = None,
-                 seed: SupportsIndex = 0) -> None:
+    def __init__(self, dim: SupportsIndex, codec: str | Codec = TRELLIS, rate: float | None = None,
+                 seed: SupportsIndex = 0, effort: str = "normal") -> None:
         self.dim = _integer(dim, "dim", 1)
         self.seed = _integer(seed, "seed", 0)
-        self.codec = choose(self.dim, codec, rate)
+        self.codec = choose(self.dim, codec, rate, effort)
         self._layout = self.codec.layout((1, self.dim))
+        shared = {name for name, spec in self._layout.items() if spec.shared}
+        self._untaught = isinstance(self.codec, Centered) and shared <= set(self.codec.own((1, self.dim)))
         self._rows = max(1, min(BLOCK_ROWS, BLOCK_ELEMENTS // self.dim))
         self._held = Held()
         self._writing = threading.Lock()
@@ -139,17 +144,15 @@ class Index:
         if not len(x):
             raise CodecConfigError("index: training needs vectors, found none")
         self._check_empty(self._held)
-        most = max(TRAIN_VECTORS, 64 * max((spec.levels or 0) for spec in self._layout.values()))
-        if len(x) > most:
-            drawn = torch.randperm(len(x), generator=torch.Generator().manual_seed(self.seed))[:most]
-            x = x[drawn.sort().values]
-        tables = dict(self.codec.train([x.to(torch.float32)], seed=self.seed))
+        tables = self._learned(x)
         with self._writing:
             self._check_empty(self._held)  # others may have added meanwhile
             self._held = Held(tables)
 
     def add(self, x: Tensor | np.ndarray) -> None:
         """Encode vectors (n, dim), any float dtype; their ids go on from `ntotal`. All or, on an error, none.
+
+        Where all that a codec learns is the vectors' mean, and nothing has been trained, it is that of the first ones.
 
         Raises
         ------
@@ -158,8 +161,9 @@ class Index:
         NonFiniteError
             If a number is NaN, infinite or beyond 2**50.
         """
-        held = self._held
-        added = list(self._encoded(self._vectors(x), held))
+        x = self._vectors(x)
+        held = self._begun(x)
+        added = list(self._encoded(x, held))
         with self._writing:
             if self._held.tables is not held.tables:
                 raise CodecConfigError("index: it was trained anew while vectors were encoded; add them again")
@@ -318,6 +322,25 @@ class Index:
     def _blocks(self) -> list[Encoded]:
         """The blocks of vectors, encoded."""
         return [block.encoded for block in self._held.blocks]
+
+    def _begun(self, x: Tensor) -> Held:
+        """Return what is held, trained on the first vectors if a mean is all that there is to train."""
+        held = self._held
+        if not self._untaught or self._trained(held) or not len(x):
+            return held
+        tables = self._learned(x)
+        with self._writing:
+            if not self._trained(self._held):  # others may have been first
+                self._held = Held(tables)
+            return self._held
+
+    def _learned(self, x: Tensor) -> Tables:
+        """Return tables trained on vectors, or on so many drawn from them."""
+        most = max(TRAIN_VECTORS, 64 * max((spec.levels or 0) for spec in self._layout.values()))
+        if len(x) > most:
+            drawn = torch.randperm(len(x), generator=torch.Generator().manual_seed(self.seed))[:most]
+            x = x[drawn.sort().values]
+        return dict(self.codec.train([x.to(torch.float32)], seed=self.seed))
 
     def _nbytes(self, held: Held) -> int:
         own = sum(block.encoded.tensors[name].nbytes for block in held.blocks for name in self._own)

@@ -18,7 +18,7 @@ from tersor.testing import tolerance
 from tests.hf.kv.sharp import PROMPT, build, compressed, generate, tokens
 
 BATCH, HEADS, GROUPS, DIM, WIDTH = 2, 3, 2, 16, 8
-CODECS = ("rot,lm3", "fp32", "rtn4g8", "sum(rot,lm2;rtn2g8)")
+CODECS = ("rot,lm3", "fp32", "rtn4g8", "sum(rot,lm2;rtn2g8)", "rot,tr2x8")
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -106,7 +106,7 @@ def oracle(codec: str, parts: list[tuple[Tensor, Tensor]], side: int, window: Wi
     return seen
 
 
-@pytest.mark.parametrize("codec", ["rot,lm3", "rtn4g8", "bf16"])
+@pytest.mark.parametrize("codec", ["rot,lm3", "rtn4g8", "bf16", "rot,tr2x8"])
 @pytest.mark.parametrize("counts", [(3, 20, 1, 1, 1, 7, 1), (1,) * 30, (40, 1, 40)])
 def test_a_call_sees_closed_blocks_decoded_and_all_else_as_given(codec: str, counts: tuple[int, ...]) -> None:
     held = layer(codec)

@@ -1,7 +1,6 @@
-"""Filters of linear trellis codes.
+"""Linear trellis codes: a window's number is the sum of its bits, as signs, weighed by the taps of a filter.
 
-At step t of a segment, `shifts[t mod p]` new bits enter a window, and the number is the sum of the last `memory` bits,
-as signs, weighed by the taps of phase `t mod p`. Segments bite their tails: the stream is a circle.
+So a line of numbers is a small matrix times the signs of its stream; see docs/codecs/trellis.md.
 """
 
 from __future__ import annotations
@@ -12,57 +11,68 @@ import json
 from collections.abc import Mapping
 from functools import cache
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tersor.codecs.trellis.windows import Window, every_window
 from tersor.numerics.constants import constant
-from tersor.ops.trellis_linear import Line, reference
+from tersor.ops.trellis_linear import reference
+from tersor.ops.trellis_path import Steps
+from tersor.ops.trellis_path.beam import Sums
 
 
 @dataclasses.dataclass(frozen=True)
-class Filter:
+class Filter(Window):
     """A linear trellis code for the unit normal.
 
     Attributes
     ----------
-    shifts : tuple of int
-        New bits a step, by phase.
     taps : tuple of tuple of float
         (period, memory): the newest bit's first.
     """
 
-    shifts: tuple[int, ...]
     taps: tuple[tuple[float, ...], ...]
 
     @property
-    def memory(self) -> int:
-        """Bits of the window."""
-        return len(self.taps[0])
-
-    @property
-    def rate(self) -> float:
-        """Bits a number."""
-        return sum(self.shifts) / len(self.shifts)
-
-    def line(self, length: int) -> Line:
-        """Return what a line of `length` numbers is."""
-        return Line(length, self.shifts, self.memory)
-
-    def bits(self, length: int) -> int:
-        """Return the bits of a segment of `length` numbers."""
-        return self.line(length).bits(length)
+    def weights(self) -> tuple[tuple[float, ...], ...]:
+        """The taps."""
+        return self.taps
 
     def taps_tensor(self) -> Tensor:
         """Return the taps, float64 (period, memory)."""
         return torch.tensor(self.taps, dtype=torch.float64)
 
+    def table(self) -> Tensor:
+        """See `Window.table`."""
+        signs = (every_window(self.memory) * 2 - 1).to(torch.float64)
+        return (self.taps_tensor() @ signs).to(torch.float32)
+
+    def sums(self) -> Sums:
+        """See `Window.sums`."""
+        return Sums(Steps(self.memory, self.shifts), self.taps_tensor())
+
+    def numbers(self, signs: Tensor, size: int) -> Tensor:
+        """See `Window.numbers`."""
+        return self.summed(signs, size)
+
+    def numbers_at(self, signs: Tensor, places: Tensor, phases: Tensor) -> Tensor:
+        """See `Window.numbers_at`."""
+        return self.summed_at(signs, places, phases)
+
+
+@cache
+def shelf() -> Mapping[str, Any]:
+    """Return the packaged codes, as their file holds them."""
+    text = importlib.resources.files("tersor").joinpath("data/trellis.json").read_text()
+    return MappingProxyType(json.loads(text))
+
 
 @cache
 def filters() -> Mapping[tuple[float, int], Filter]:
-    """Return the packaged filters by rate and memory."""
-    text = importlib.resources.files("tersor").joinpath("data/trellis.json").read_text()
-    found = [Filter(tuple(one["shifts"]), tuple(map(tuple, one["taps"]))) for one in json.loads(text)["filters"]]
+    """Return the packaged linear codes by rate and memory."""
+    found = [Filter(tuple(one["shifts"]), tuple(map(tuple, one["taps"]))) for one in shelf()["filters"]]
     return MappingProxyType({(one.rate, one.memory): one for one in found})
 
 

@@ -8,34 +8,47 @@ import torch
 from torch import Tensor
 
 from tersor.codecs.trellis.filters import Filter, segment_matrix
+from tersor.codecs.trellis.windows import Window, every_window
 from tersor.numerics.constants import constant
-from tersor.ops.trellis_path import Steps, states
+from tersor.ops.trellis_path import Steps, beam, states
+
+MOST_MEMORY = 16  # bits of windows of which all states are walked
+BEAM = 1024  # survivors where windows are longer
+MOST_LEFT = 1 << 26  # numbers of trial streams at a time
 
 
 @cache
-def values(code: Filter) -> Tensor:
+def values(code: Window) -> Tensor:
     """Return the number that every window gives, float32 (period, 2**memory)."""
-    windows = torch.arange(1 << code.memory)
-    signs = ((windows[None] >> torch.arange(code.memory)[:, None] & 1) * 2 - 1).to(torch.float64)
-    return (code.taps_tensor() @ signs).to(torch.float32)
+    return code.table()
 
 
 @constant
-def values_on(code: Filter, device: torch.device) -> Tensor:
+def values_on(code: Window, device: torch.device) -> Tensor:
     """Return `values` on a device."""
     return values(code).to(device)
 
 
-def encode(code: Filter, numbers: Tensor) -> Tensor:
-    """Return the bits of tail-biting segments, uint8 (n, bits), for float32 numbers (n, length)."""
+def encode(code: Window, numbers: Tensor, width: int | None = None) -> Tensor:
+    """Return the bits of tail-biting segments, uint8 (n, bits), for float32 numbers (n, length).
+
+    Parameters
+    ----------
+    width : int or None
+        Survivors of a beam; None: `BEAM` for windows of more than `MOST_MEMORY` bits, all states for shorter ones.
+    """
     length = numbers.shape[1]
     if code.bits(length) < code.memory:
         return _tiny(code, numbers)
+    if width is None and code.memory > MOST_MEMORY:
+        width = BEAM
+    if width is not None:
+        return bits_of(code, beam.entering(numbers, code.sums(), width))
     table = values_on(code, numbers.device)
-    return bits_of(code, states(numbers, table, Steps(code.memory, code.shifts, linear=True)))
+    return bits_of(code, states(numbers, table, Steps(code.memory, code.shifts, linear=isinstance(code, Filter))))
 
 
-def bits_of(code: Filter, path: Tensor) -> Tensor:
+def bits_of(code: Window, path: Tensor) -> Tensor:
     """Return the bits that entered at each step of a path, oldest first, uint8 (n, bits)."""
     step, age = _entering(code.shifts, path.shape[1], path.device)
     return (path[:, step] >> age).bitwise_and_(1).to(torch.uint8)
@@ -50,8 +63,15 @@ def _entering(shifts: tuple[int, ...], length: int, device: torch.device) -> Ten
     return torch.stack([step, age]).to(torch.int32).to(device)
 
 
-def _tiny(code: Filter, numbers: Tensor) -> Tensor:
-    """Encode segments whose stream is shorter than the window: flip bits while that lowers the error."""
+def _tiny(code: Window, numbers: Tensor) -> Tensor:
+    """Encode segments whose stream is shorter than the window."""
+    if isinstance(code, Filter):
+        return _flipped(code, numbers)
+    return _tried(code, numbers) if code.bits(numbers.shape[1]) <= MOST_MEMORY else _climbed(code, numbers)
+
+
+def _flipped(code: Filter, numbers: Tensor) -> Tensor:
+    """Flip the bit that lowers the error most, while one does; errors follow from the matrix."""
     matrix = segment_matrix(code, numbers.shape[1]).to(numbers.device)
     energy = matrix.square().sum(0)
     signs = torch.where(numbers @ matrix >= 0, 1.0, -1.0)
@@ -63,3 +83,37 @@ def _tiny(code: Filter, numbers: Tensor) -> Tensor:
             break
         signs.scatter_(1, worst, torch.where(flip, -1.0, 1.0) * signs.gather(1, worst))
     return (signs > 0).to(torch.uint8)
+
+
+def _tried(code: Window, numbers: Tensor) -> Tensor:
+    """Try all streams, in pieces."""
+    length = numbers.shape[1]
+    total = code.bits(length)
+    every = every_window(total).T.to(numbers.device, torch.float32) * 2 - 1
+    levels = code.numbers(every, length)
+    cost = levels.square().sum(1)
+    step = max(1, MOST_LEFT >> total)
+    best = torch.cat([(cost - 2 * part @ levels.T).argmin(1) for part in numbers.split(step)])
+    return (every[best] > 0).to(torch.uint8)
+
+
+def _climbed(code: Window, numbers: Tensor) -> Tensor:
+    """Flip the bit that lowers the error most, while one does; all flips are decoded."""
+    length = numbers.shape[1]
+    total = code.bits(length)
+    flips = (1 - 2 * torch.eye(total, device=numbers.device))[None]
+    found = []
+    for part in numbers.split(max(1, MOST_LEFT // (total * (total + length)))):
+        signs = torch.ones(len(part), total, device=numbers.device)
+        least = (code.numbers(signs, length) - part).square().sum(1)
+        for _ in range(4 * total):
+            trials = (signs[:, None] * flips).flatten(0, 1)
+            errors = (code.numbers(trials, length).unflatten(0, (-1, total)) - part[:, None]).square().sum(2)
+            error, best = errors.min(1)
+            better = error < least
+            if not bool(better.any()):
+                break
+            least = torch.where(better, error, least)
+            signs = torch.where(better[:, None], signs * flips[0, best], signs)
+        found.append(signs)
+    return (torch.cat(found) > 0).to(torch.uint8)

@@ -30,7 +30,8 @@ CARRIED = ("license", "license_name", "license_link", "pipeline_tag")  # of the 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FRONT_MATTER = 65536  # characters of the base's card that are looked at
 FLAGS = {"calibration": "--calibration-text", "text": "--text", "evaluation_tokens": "--evaluation-tokens",
-         "context": "--context", "seed": "--seed", "device": "--device", "base_model": "--base-model"}
+         "context": "--context", "effort": "--effort", "seed": "--seed", "device": "--device",
+         "base_model": "--base-model"}
 
 
 @dataclasses.dataclass(frozen=True)

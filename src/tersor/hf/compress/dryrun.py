@@ -48,7 +48,7 @@ def estimate(src: Path, output: Path, rate: float | None, size: int | None,
 
 def _estimate(source: Source, rate: float | None, size: int | None, settings: CompressSettings) -> dict[str, Any]:
     request = Request(budget_bytes(source, rate, size), settings.method, settings.seed, settings.options,
-                      settings.sensitivities)
+                      settings.sensitivities, settings.effort)
     check_device(settings.device)
     check_options(request)
     check_weights(list(source.layout.matrices), request.sensitivities)
@@ -56,13 +56,13 @@ def _estimate(source: Source, rate: float | None, size: int | None, settings: Co
         return {"bytes": source.nbytes, "bytes_original": source.original_nbytes, "copied": True, "seconds": 0.0}
     matrices = sorted(source.layout.matrices.values(), key=lambda m: m.shape[0] * m.shape[1])
     model_rate = 8 * request.budget / source.elements
-    least = {m.name: rungs(request.method, m.shape, model_rate)[0] for m in matrices}
+    least = {m.name: rungs(request, m.shape, model_rate)[0] for m in matrices}
     record = provenance(source, None, request, "0")
     least_bytes = predict(source, least, record)
     if least_bytes > request.budget:
         raise least_error(source, request, least_bytes)
     sample = matrices[len(matrices) // 2]
-    tried = rungs(request.method, sample.shape, model_rate)
+    tried = rungs(request, sample.shape, model_rate)
     began = time.perf_counter()
     count = len(list(survey.trials(source, sample, tried[:2], None, request, settings.device, whole=False)))
     size_tried = min(sample.shape[0] * sample.shape[1], 2 * survey.SURVEY_ELEMENTS)

@@ -16,12 +16,12 @@ SURVEY_SPAN = (0.45, 2.2)  # rungs surveyed, as multiples of the rate asked for
 SURVEY_STEP = 0.1  # least relative gap in rate between the rungs of a ladder that are tried
 
 
-def ladders(method: str) -> Sequence[Budgeted]:
+def ladders(request: Request) -> Sequence[Budgeted]:
     """Return the ladders that a method names: a family's, or one rung for a concrete codec string."""
-    if method in families():
-        return [ladder for ladder in budgeted(method) if ladder.planned]
+    if request.method in families():
+        return [ladder for ladder in budgeted(request.method, request.effort) if ladder.planned]
     try:
-        return [Ladder((parse(method),))]
+        return [Ladder((parse(request.method),))]
     except UnknownCodecError as error:
         raise UnknownCodecError(error.name, (*families(), *error.known), "family or codec string") from error
 
@@ -35,17 +35,17 @@ def fixed_options(codec: Codec, options: Mapping[str, Any], *, calibrated: bool)
 
 def check_options(request: Request) -> None:
     """Raise `CodecConfigError` if an encoder option is read by no codec of the method."""
-    listed = [rung for ladder in ladders(request.method) for rung in ladder.rungs(REFERENCE_SHAPE)]
+    listed = [rung for ladder in ladders(request) for rung in ladder.rungs(REFERENCE_SHAPE)]
     known = frozenset[str]().union(*(codec.option_names() for codec in listed))
     unknown = sorted(set(request.options) - known)
     if unknown:
         raise CodecConfigError(f"no codec of '{request.method}' reads the option {unknown}; known: {sorted(known)}")
 
 
-def rungs(method: str, shape: tuple[int, int], rate: float) -> list[Codec]:
+def rungs(request: Request, shape: tuple[int, int], rate: float) -> list[Codec]:
     """Return the rungs worth trying on a matrix when the whole model has `rate` bits per element; always the least."""
     low, high = SURVEY_SPAN
-    listed = {rung: None for ladder in ladders(method) for rung in _spaced(ladder.rungs(shape), shape)}
+    listed = {rung: None for ladder in ladders(request) for rung in _spaced(ladder.rungs(shape), shape)}
     ordered = sorted(listed, key=lambda codec: codec.nbytes(shape))
     near = [rung for rung in ordered if low * rate <= rung.rate(shape) <= high * rate]
     return near if near and near[0] == ordered[0] else [ordered[0], *near]

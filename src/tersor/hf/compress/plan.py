@@ -46,7 +46,7 @@ def run(source: Source, choices: Mapping[str, Sequence[Choice]], request: Reques
 def check_reachable(source: Source, calibration: Calibration | None, request: Request, version: str) -> None:
     """Raise `BudgetError` if the least rungs, with all overhead, exceed the budget."""
     rate = 8 * request.budget / source.elements
-    least = {name: rungs(request.method, m.shape, rate)[0] for name, m in source.layout.matrices.items()}
+    least = {name: rungs(request, m.shape, rate)[0] for name, m in source.layout.matrices.items()}
     needed = predict(source, least, provenance(source, calibration, request, version)) + _SLACK
     if needed > request.budget:
         raise least_error(source, request, needed)
@@ -65,7 +65,7 @@ def _top_up(source: Source, picks: dict[str, Codec], rest: int, request: Request
 
     for name in sorted(picks, key=order, reverse=True):
         now = picks[name].nbytes(matrices[name].shape)
-        for ladder in ladders(request.method):
+        for ladder in ladders(request):
             if picks[name] not in ladder.rungs(matrices[name].shape):
                 continue
             raised = {**picks, name: ladder.fit(matrices[name].shape, now + rest)}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tersor.errors import BudgetError, ModelError
-from tersor.families import DEFAULT, families
+from tersor.families import DEFAULT, effort_of, families
 from tersor.families import options as family_options
 from tersor.hf.models.source import Source
 from tersor.planning.calibration import Calibration
@@ -38,6 +38,13 @@ class Request:
         to it.
     sensitivities : mapping of str to float
         Weight of each matrix's relative distortion; 1 where none is given.
+    effort : str or None
+        The encoder's work: `"fast"`, `"normal"` or `"best"`, which is filled in where the method reads one.
+
+    Raises
+    ------
+    CodecConfigError
+        If there is no such effort, or the method reads none.
     """
 
     budget: int
@@ -45,8 +52,10 @@ class Request:
     seed: int = 0
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     sensitivities: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    effort: str | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "effort", effort_of(self.method, self.effort))
         if self.method in families():
             object.__setattr__(self, "options", {**family_options(self.method), **self.options})
 
@@ -84,8 +93,9 @@ def check_device(device: str) -> None:
 def provenance(source: Source, calibration: Calibration | None, request: Request, version: str) -> dict[str, Any]:
     """Return what the manifest says of how the model was made; no clocks, no paths."""
     seen = None if calibration is None else {"tokens": calibration.tokens, "source": calibration.source}
+    effort = {} if request.effort is None else {"effort": request.effort}
     return {"tersor": version, **source.fingerprints, "budget_bytes": request.budget, "method": request.method,
-            "seed": request.seed, "options": dict(request.options), "calibration": seen,
+            **effort, "seed": request.seed, "options": dict(request.options), "calibration": seen,
             "ledger": source.ledger.summary()}
 
 

@@ -73,6 +73,9 @@ class CompressSettings:
         Prompts of the held-out text that both models continue, for the report; none without an evaluation.
     base_model : str or None
         The original's name on a hub, for the model card; None: as its configuration says, if it does.
+    effort : str or None
+        `"fast"`, `"normal"` or `"best"`: the encoder's work, for methods that read it (`"trellis"`, `"auto"`); None:
+        `"normal"`.
     """
 
     method: str = DEFAULT
@@ -91,6 +94,7 @@ class CompressSettings:
     leave_out: tuple[str, ...] = ()
     samples: int = 0
     base_model: str | None = None
+    effort: str | None = None
 
     def changed(self) -> dict[str, Any]:
         """Return the fields that are not their defaults."""
@@ -144,7 +148,7 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
     work = WorkFolder(Path(output)).claim()
     opened = open_source(Path(source), work / "staged", dense=chosen.dense, leave_out=chosen.leave_out)
     request = Request(budget_bytes(opened, rate, size), chosen.method, chosen.seed, chosen.options,
-                      chosen.sensitivities)
+                      chosen.sensitivities, chosen.effort)
     if request.budget >= opened.nbytes:
         copy_dense(opened, work.target)
         summary = {"bytes": opened.nbytes, "budget": request.budget}

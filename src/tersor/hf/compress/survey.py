@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tersor.contract.codec import Codec
+from tersor.families import stand_in
 from tersor.files import exclusive
 from tersor.hf.compress import sensitivity
 from tersor.hf.compress.method import check_options, fixed_options, rungs
@@ -43,7 +44,7 @@ def run(source: Source, calibration: Calibration | None, request: Request, outpu
     choices: dict[str, list[Choice]] = {}
     for number, (name, matrix) in enumerate(matrices.items()):
         progress("survey", number, len(matrices))
-        tried = rungs(request.method, matrix.shape, rate)
+        tried = rungs(request, matrix.shape, rate)
         missing = [codec for codec in tried if known.find(name, codec.spec()) is None]
         whole = any(codec.traits().spectral for codec in tried)
         for record in trials(source, matrix, missing, calibration, request, device, whole=whole) if missing else ():
@@ -70,7 +71,8 @@ def trials(source: Source, matrix: Matrix, codecs: Sequence[Codec], calibration:
            device: str, *, whole: bool) -> Iterator[dict[str, Any]]:
     """Encode a matrix with each codec; yield the survey's lines.
 
-    A sample of its rows without error feedback, or the `whole` matrix with it.
+    A sample of its rows without error feedback, and with a codec that stands in where encoding is long, or the `whole`
+    matrix with feedback.
     """
     dense = read_matrix(source, matrix, device)
     dense = dense[:: 1 if whole else max(1, dense.numel() // SURVEY_ELEMENTS)].to(torch.float32)
@@ -80,12 +82,14 @@ def trials(source: Source, matrix: Matrix, codecs: Sequence[Codec], calibration:
     with pinned():  # the plan follows from these figures, so they must not depend on the threads
         weight = elements / source.elements if trace is None else sensitivity.weight(trace, dense, hessian)
     for codec in codecs:
-        options = fixed_options(codec, request.options if whole else {**request.options, "feedback": False},
+        tried, factor = (codec, 1.0) if whole else stand_in(codec, (dense.shape[0], dense.shape[1]))
+        options = fixed_options(tried, request.options if whole else {**request.options, "feedback": False},
                                 calibrated=whole and hessian is not None)
-        tables = codec.train([dense], seed=request.seed)
+        tables = tried.train([dense], seed=request.seed)
         with pinned():
-            encoded = codec.encode(dense, hessian=hessian if whole else None, seed=request.seed, options=options,
+            encoded = tried.encode(dense, hessian=hessian if whole else None, seed=request.seed, options=options,
                                    tables=tables)
             quality = measure(dense, encoded, hessian)
         yield {"matrix": matrix.name, "codec": codec.spec(), "nbytes": codec.nbytes(matrix.shape),
-               "distortion": quality.distortion, "relative_error": quality.relative_error, "weight": weight}
+               "distortion": factor * quality.distortion, "relative_error": factor * quality.relative_error,
+               "weight": weight}

@@ -28,6 +28,7 @@ from tersor.codecs.vector.klt import Klt
 from tersor.contract.codec import Codec
 from tersor.errors import BudgetError, CodecConfigError, CorruptStoreError, ModelError
 from tersor.files import exclusive, is_name, read_json, save_tensors, seal, write_json
+from tersor.hf.kv.ladders import ladder
 from tersor.hf.kv.observe import Notes, observe
 from tersor.hf.kv.store import SIDES, damaged, fields_of
 from tersor.hf.models.classes import check_language_model
@@ -43,8 +44,6 @@ from tersor.registry import parse
 from tersor.store.manifest import file_digest
 
 FORMAT, VERSION = "tersor-kv-plan", 1
-RATES = (0.75, 1, 1.5, 2, 2.5, 3, 4, 5, 6)
-LADDER = tuple(f"klt{{bytes:{rate}}}{{runs}}" for rate in RATES)
 
 Place = tuple[int, int]  # layer and side
 Progress = Callable[[str, int, int], None]
@@ -59,6 +58,7 @@ class PlanSettings:
     ladder : tuple of str
         Codec strings to choose from; keys and values alike. `{bytes:2.5}` stands for the bytes a token and head that
         make 2.5 bits per element, `{dim}` for the head dimension, `{runs}` for what `klt` calls its heads: `h3x64`.
+        `tersor.hf.kv.ladders.ladder` has some by name.
     context : int
         Tokens of a window: three quarters are the prompt, the rest the continuation that is scored.
     count : int
@@ -70,7 +70,7 @@ class PlanSettings:
     seed : int
     """
 
-    ladder: tuple[str, ...] = LADDER
+    ladder: tuple[str, ...] = ladder()
     context: int = 1024
     count: int = 2
     training: int = 8
@@ -385,4 +385,4 @@ def _write_tables(lab: Lab, chosen: Mapping[Place, Codec], file: Path) -> dict[s
     return {"file": file.name, "sha256": file_digest(file)}
 
 
-__all__ = ["LADDER", "KVPlan", "PlanSettings", "plan_cache", "read_plan"]
+__all__ = ["KVPlan", "PlanSettings", "plan_cache", "read_plan"]

@@ -11,8 +11,9 @@ from tersor.errors import CodecConfigError
 from tersor.numerics.rotation import Rotation
 from tersor.ops.codebook_linear import reference
 from tersor.ops.codebook_linear.launch.operand import Around
+from tersor.ops.codebook_linear.shapes.lanes import refusal as lanes_refuse
 from tersor.ops.codebook_linear.shapes.limits import refusal
-from tersor.ops.dispatch import take_reference
+from tersor.ops.dispatch import compiled_allowed, take_reference
 from tersor.ops.hadamard import hadamard
 
 
@@ -54,6 +55,17 @@ def _(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, zeros: Tensor | N
       form: str = "any", *, rotation: int | None = None) -> Tensor:
     del codes, table, zeros, bits, group, form, rotation
     return x.new_empty(*x.shape[:-1], scales.shape[0])
+
+
+@codebook_linear.register_kernel("cpu")
+def _(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int,
+      form: str = "any", *, rotation: int | None = None) -> Tensor:
+    turned = _rotated(x, rotation)
+    if x.numel() and compiled_allowed("codebook_linear") and not lanes_refuse(bits, x.shape[-1], group):
+        from tersor.ops.codebook_linear import lanes
+
+        return lanes.codebook_linear(turned, codes, table, scales, zeros, bits, group, form).to(x.dtype)
+    return reference.codebook_linear(turned, codes, table, scales, zeros, bits, group).to(x.dtype)
 
 
 @codebook_linear.register_kernel("cuda")

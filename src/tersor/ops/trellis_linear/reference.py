@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from tersor.ops.trellis_linear.shapes import Line, segments
 from tersor.payload import codes as packed
@@ -19,23 +21,24 @@ def numbers(signs: Tensor, taps: Tensor, line: Line) -> Tensor:
     """
     sizes, wide = segments(line.length), signs.to(torch.float32)
     parts = wide.split([line.bits(size) for size in sizes], 1)
-    weights = [[float(tap) for tap in phase] for phase in taps]
-    made = [_summed(part, weights, line, size) for part, size in zip(parts, sizes, strict=True)]
+    made = [summed(part, taps.tolist(), line, size) for part, size in zip(parts, sizes, strict=True)]
     return torch.cat(made, 1) if made else wide.new_empty(len(wide), 0)
 
 
-def _summed(signs: Tensor, weights: list[list[float]], line: Line, size: int) -> Tensor:
-    """Return a segment's numbers (n, size) from its signs (n, bits), tap by tap."""
-    period, total, step = len(line.shifts), signs.shape[1], sum(line.shifts)
+def summed(circle: Tensor, weights: Sequence[Sequence[float]], line: Line, size: int) -> Tensor:
+    """Return a segment's sums of weights (period, memory) times its circle's entries, (n, size) for (n, bits).
+
+    Bit by bit, in the dtype of the entries.
+    """
+    period, total, each = len(line.shifts), circle.shape[1], sum(line.shifts)
     turns = -(-line.memory // total)  # of the circle that the first window reaches back
-    circle = torch.cat([*[signs] * turns, signs], 1)
-    out = torch.zeros(len(signs), size, dtype=torch.float32, device=signs.device)
+    unrolled = torch.cat([circle] * (turns + 1), 1)
+    out = circle.new_zeros(len(circle), size)
     for phase in range(min(period, size)):
         newest = turns * total + sum(line.shifts[: phase + 1]) - 1
-        count = -(-(size - phase) // period)
-        for age, tap in enumerate(weights[phase]):
-            first = newest - age
-            out[:, phase::period].add_(circle[:, first : first + (count - 1) * step + 1 : step], alpha=tap)
+        last = (-(-(size - phase) // period) - 1) * each + 1
+        for age, weight in enumerate(weights[phase]):
+            out[:, phase::period].add_(unrolled[:, newest - age : newest - age + last : each], alpha=weight)
     return out
 
 
@@ -59,27 +62,29 @@ def rows(codes: Tensor, taps: Tensor, scales: Tensor, line: Line, width: int, ch
     if not across:
         shape = (len(scales), line.stream)
         return numbers(_signs(packed.read(codes, shape, 2, chosen)), taps, line).mul_(scale)
-    device = codes.device
-    index = torch.arange(chosen.start, chosen.stop, device=device) if isinstance(chosen, slice) else chosen
-    place, weights = _line_windows(line, taps.to(device))
-    place, weights = place.to(device)[index], weights[index]
-    needed, inverse = place.unique(return_inverse=True)
+    place, weights = _line_windows(tuple(map(tuple, taps.tolist())), line)
+    place, weights = place.to(codes.device)[chosen], weights.to(codes.device)[chosen]
+    if isinstance(chosen, slice) and len(place):  # bits of neighbours lie side by side
+        first = int(place.min())
+        needed, place = slice(first, int(place.max()) + 1), place - first
+    else:
+        needed, place = place.unique(return_inverse=True)
     signs = _signs(packed.read(codes, (line.stream, width), 2, needed))
-    mixed = torch.zeros(len(index), len(needed), dtype=torch.float32, device=device)
-    return (mixed.scatter_add_(1, inverse, weights) @ signs).mul_(scale)
+    return embedding_bag(place, signs, mode="sum", per_sample_weights=weights).mul_(scale)
 
 
 def _signs(bits: Tensor) -> Tensor:
     return bits.to(torch.float32).mul_(2).sub_(1)
 
 
-def _line_windows(line: Line, taps: Tensor) -> tuple[Tensor, Tensor]:
+@lru_cache(maxsize=16)
+def _line_windows(taps: tuple[tuple[float, ...], ...], line: Line) -> tuple[Tensor, Tensor]:
     """Return which bits of a line's stream each of its numbers is made of, and their weights: (length, memory)."""
     places, weights, first = [], [], 0
     for size in segments(line.length):
         seen, phases, total = line.windows(size)
         places.append(first + seen)
-        weights.append(taps.to(torch.float32)[phases.to(taps.device)])
+        weights.append(torch.tensor(taps)[phases])
         first += total
     return torch.cat(places), torch.cat(weights)
 

@@ -26,9 +26,9 @@ def states(numbers: Tensor, table: Tensor, steps: Steps) -> Tensor:
         The number that every window gives, float32 (period, 2**memory), on the same device.
     """
     if numbers.device.type == "cpu" and kernels_allowed() and has_numba():
-        from tersor.ops.trellis_path import lanes
+        from tersor.ops.trellis_path import compiled
 
-        return lanes.states(numbers, table, steps)
+        return compiled.states(numbers, table, steps)
     if numbers.is_cuda and not take_reference("trellis_path", refusal(steps, numbers.shape[1])):
         from tersor.ops.trellis_path import launch
 

@@ -36,6 +36,6 @@ def states(numbers: Tensor, table: Tensor, steps: Steps) -> Tensor:
     with torch.cuda.device(numbers.device):
         for first in range(0, count, most):
             path[(min(most, count - first),)](numbers.contiguous(), heads, tails, table, choices, out, first,
-                                              count // len(table), length, steps.memory, warm, steps.shifts, split,
-                                              not steps.linear, num_warps=warps(steps))
+                                              count // len(table), length, warm, room, steps.memory, steps.shifts,
+                                              split, not steps.linear, num_warps=warps(steps))
     return out

@@ -53,7 +53,7 @@ def walk(numbers: Tensor, table: Tensor, steps: Steps, metric: Tensor, places: S
         shift, level = steps.shifts[t % period], table[t % period]
         best, choice = metric.unflatten(1, (1 << shift, -1)).min(1)
         choices.append(choice.to(torch.uint8))
-        cost = torch.addcmul(level.square(), numbers[:, t, None], level, value=-2.0)
+        cost = (numbers[:, t, None] - level).square_()
         metric = (best.unsqueeze(-1) + cost.unflatten(1, (-1, 1 << shift))).flatten(1)
     state = metric.argmin(1) if end is None else end
     found = []

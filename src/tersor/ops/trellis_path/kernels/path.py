@@ -108,19 +108,19 @@ def _before(state, place, bits, SHIFT: gl.constexpr, MIDDLE: gl.constexpr, LOW: 
 
 
 @gluon.jit
-def _forward(metric, x, chosen, first, high, low, table, spare, COUNT: gl.constexpr, LENGTH: gl.constexpr,
-             SHIFTS: gl.constexpr, WHOLE: gl.constexpr, LAYOUT: gl.constexpr):
-    # costs after COUNT steps around the circle from `first`
+def _forward(metric, x, chosen, first, count, length, high, low, table, spare, SHIFTS: gl.constexpr,
+             WHOLE: gl.constexpr, LAYOUT: gl.constexpr):
+    # costs after `count` steps around the circle from `first`
     PERIOD: gl.constexpr = len(SHIFTS)
     MIDDLE: gl.constexpr = metric.shape[1]
     STATES: gl.constexpr = metric.numel
     ahead = ()
     for p in gl.static_range(PERIOD):
         ahead = ahead + (gl.load(x + first + p),)
-    for t in range(0, COUNT, PERIOD):
+    for t in range(0, count, PERIOD):
         numbers = ahead
         following = first + t + PERIOD
-        following = gl.where(following >= LENGTH, following - LENGTH, following)
+        following = gl.where(following >= length, following - length, following)
         ahead = ()
         for p in gl.static_range(PERIOD):
             ahead = ahead + (gl.load(x + following + p),)
@@ -131,13 +131,13 @@ def _forward(metric, x, chosen, first, high, low, table, spare, COUNT: gl.conste
 
 
 @gluon.jit
-def _backward(state, chosen, out, bits, COUNT: gl.constexpr, END: gl.constexpr, SHIFTS: gl.constexpr,
-              MIDDLE: gl.constexpr, LOW: gl.constexpr, STORE: gl.constexpr):
-    # from the state after COUNT steps to that after END
+def _backward(state, chosen, out, count, end, bits, SHIFTS: gl.constexpr, MIDDLE: gl.constexpr, LOW: gl.constexpr,
+              STORE: gl.constexpr):
+    # from the state after `count` steps to that after `end`
     PERIOD: gl.constexpr = len(SHIFTS)
-    for i in range(0, COUNT - END, PERIOD):
+    for i in range(0, count - end, PERIOD):
         for q in gl.static_range(PERIOD):
-            t = COUNT - 1 - q - i
+            t = count - 1 - q - i
             if STORE:
                 gl.store(out + t, state)
             state = _before(state, chosen + t * MIDDLE, bits, SHIFTS[PERIOD - 1 - q], MIDDLE, LOW)
@@ -157,23 +157,27 @@ def _least(metric, LAYOUT: gl.constexpr):
 
 
 @kernel
-@gluon.jit(do_not_specialize=["begin"])
-def path(numbers, high, low, table, choices, states, begin, each, LENGTH: gl.constexpr, MEMORY: gl.constexpr,
-         WARM: gl.constexpr, SHIFTS: gl.constexpr, PARTS: gl.constexpr, WHOLE: gl.constexpr):
-    """Write the states after every step, int32 (n, LENGTH), of segments (n, LENGTH); a program a segment.
+@gluon.jit(do_not_specialize=["begin", "each", "length", "warm", "room"])
+def path(numbers, high, low, table, choices, states, begin, each, length, warm, room, MEMORY: gl.constexpr,
+         SHIFTS: gl.constexpr, PARTS: gl.constexpr, WHOLE: gl.constexpr):
+    """Write the states after every step, int32 (n, length), of segments (n, length); a program a segment.
 
     Parameters
     ----------
     numbers
-        float32 (n, LENGTH).
+        float32 (n, length).
     high, low
         float32 (tables, period, top * middle) and (tables, period, low): what states stand for, where not WHOLE.
     table
         float32 (tables, period, 2**MEMORY), where WHOLE.
     choices
-        int32 (programs, max(LENGTH, 2 WARM), middle): room.
+        int32 (programs, room).
     each
         So many segments after another share a table.
+    warm
+        Steps on either side of the seam.
+    room
+        `max(length, 2 warm)` times middle.
     PARTS
         Bits of a state: (top, middle, low).
     """
@@ -183,9 +187,9 @@ def path(numbers, high, low, table, choices, states, begin, each, LENGTH: gl.con
     PERIOD: gl.constexpr = len(SHIFTS)
     LAYOUT: gl.constexpr = _states_layout(TOP, MIDDLE, LOW, gl.num_warps())
     own = gl.program_id(0).to(gl.int64)
-    x = numbers + (begin + own) * LENGTH
-    out = states + (begin + own) * LENGTH
-    chosen = choices + own * (max(LENGTH, 2 * WARM) * MIDDLE)
+    x = numbers + (begin + own) * length
+    out = states + (begin + own) * length
+    chosen = choices + own * room
     which = (begin + own) // each
     spare = gl.allocate_shared_memory(gl.int32, _rooms(TOP, MIDDLE, LOW, SHIFTS),
                                       gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -196,14 +200,14 @@ def path(numbers, high, low, table, choices, states, begin, each, LENGTH: gl.con
         lows = lows + (gl.load(low + place * LOW + _lows(LOW, LAYOUT)),)
     whole = table + which * (PERIOD * TOP * MIDDLE * LOW)
     metric = gl.zeros((TOP, MIDDLE, LOW), gl.float32, LAYOUT)
-    metric = _forward(metric, x, chosen, LENGTH - WARM, highs, lows, whole, spare, 2 * WARM, LENGTH, SHIFTS, WHOLE,
+    metric = _forward(metric, x, chosen, length - warm, 2 * warm, length, highs, lows, whole, spare, SHIFTS, WHOLE,
                       LAYOUT)
     seam = _least(metric, LAYOUT)
     gl.thread_barrier()
-    seam = _backward(seam, chosen, out, MEMORY, 2 * WARM, WARM, SHIFTS, MIDDLE, LOW, False)
+    seam = _backward(seam, chosen, out, 2 * warm, warm, MEMORY, SHIFTS, MIDDLE, LOW, False)
     gl.thread_barrier()
     index = (_tops(TOP, LAYOUT) * MIDDLE + _middles(MIDDLE, LAYOUT)) * LOW + _lows(LOW, LAYOUT)
     metric = gl.where(index == seam, 0.0, FAR)
-    metric = _forward(metric, x, chosen, 0, highs, lows, whole, spare, LENGTH, LENGTH, SHIFTS, WHOLE, LAYOUT)
+    metric = _forward(metric, x, chosen, 0, length, length, highs, lows, whole, spare, SHIFTS, WHOLE, LAYOUT)
     gl.thread_barrier()
-    _backward(seam, chosen, out, MEMORY, LENGTH, 0, SHIFTS, MIDDLE, LOW, True)
+    _backward(seam, chosen, out, length, 0, MEMORY, SHIFTS, MIDDLE, LOW, True)

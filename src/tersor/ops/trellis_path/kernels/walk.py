@@ -1,175 +1,112 @@
-"""A walk through a trellis on the processor: many segments side by side, one a lane, so that inner loops are vectors'.
+"""Walks through a trellis on the processor: one segment after the other, vectors of states within a step.
 
-Rows of the metrics are states, columns are lanes. The loop over lanes has a fixed length, which is what makes a
-compiler turn it into vector instructions; no loop depends on another lane, so bytes do not depend on threads. Where
-there are few segments, loops run over states and lanes together, branch by branch, and are put in order afterwards.
+A walk keeps the costs of all groups at all steps (see `advance`) and no choices: on the way back, the few states that
+could have come before are costed again, exactly as they were.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numba
 import numpy as np
 
-LANES, FEW = 64, 8
-
-
-def _step(branches: int) -> Callable[..., None]:
-    """Return one compiled step of `branches` new states a group."""
-    lanes = LANES
-
-    @numba.njit(nogil=True, boundscheck=False, fastmath={"contract", "nnan", "nsz"}, cache=True)
-    def step(metric: Any, other: Any, choices: Any, x: Any, level: Any, groups: Any) -> None:
-        best, chosen = np.empty(lanes, np.float32), np.empty(lanes, np.int32)
-        stride = groups * lanes
-        for group in range(groups):
-            place = group * lanes
-            for lane in range(lanes):
-                best[lane] = metric[place + lane]
-                chosen[lane] = 0
-            for branch in range(1, branches):
-                there = branch * stride + place
-                for lane in range(lanes):
-                    found = metric[there + lane]
-                    less = found < best[lane]
-                    chosen[lane] = branch if less else chosen[lane]
-                    best[lane] = found if less else best[lane]
-            for lane in range(lanes):
-                choices[place + lane] = np.uint8(chosen[lane])
-            for branch in range(branches):
-                slope, power = level[0, group * branches + branch], level[1, group * branches + branch]
-                there = (group * branches + branch) * lanes
-                for lane in range(lanes):
-                    other[there + lane] = best[lane] + (power + slope * x[lane])
-
-    return step
-
-
-def _step_few(branches: int) -> Callable[..., None]:
-    """Return one compiled step for few lanes; `level` is by branch, then group, once a lane."""
-    lanes = FEW
-
-    @numba.njit(nogil=True, boundscheck=False, fastmath={"contract", "nnan", "nsz"}, cache=True)
-    def step(metric: Any, other: Any, choices: Any, x: Any, level: Any, groups: Any) -> None:
-        size = groups * lanes
-        best, cost, tiled = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32)
-        for group in range(groups):
-            for lane in range(lanes):
-                tiled[group * lanes + lane] = x[lane]
-        for i in range(size):
-            least, chosen = metric[i], 0
-            for branch in range(1, branches):
-                found = metric[branch * size + i]
-                less = found < least
-                chosen = branch if less else chosen
-                least = found if less else least
-            best[i] = least
-            choices[i] = np.uint8(chosen)
-        slopes, powers = level[0], level[1]
-        for branch in range(branches):
-            for i in range(size):
-                cost[i] = best[i] + (powers[branch * size + i] + slopes[branch * size + i] * tiled[i])
-            for group in range(groups):
-                for lane in range(lanes):
-                    other[(group * branches + branch) * lanes + lane] = cost[group * lanes + lane]
-
-    return step
-
-
-_ONE, _TWO, _THREE, _FOUR, _FIVE = (_step(1 << shift) for shift in range(1, 6))  # compiled when they are first called
-_ONE_FEW, _TWO_FEW, _THREE_FEW, _FOUR_FEW, _FIVE_FEW = (_step_few(1 << shift) for shift in range(1, 6))
+from tersor.ops.trellis_path.kernels.advance import WIDTH, advance
 
 
 @numba.njit(nogil=True, boundscheck=False, cache=True)
-def _take(shift: Any, metric: Any, other: Any, choices: Any, x: Any, level: Any, groups: Any) -> None:
-    few = x.shape[0] == FEW
-    if shift == 1:
-        if few:
-            _ONE_FEW(metric, other, choices, x, level, groups)
-        else:
-            _ONE(metric, other, choices, x, level, groups)
-    elif shift == 2:
-        if few:
-            _TWO_FEW(metric, other, choices, x, level, groups)
-        else:
-            _TWO(metric, other, choices, x, level, groups)
-    elif shift == 3:
-        if few:
-            _THREE_FEW(metric, other, choices, x, level, groups)
-        else:
-            _THREE(metric, other, choices, x, level, groups)
-    elif shift == 4:
-        if few:
-            _FOUR_FEW(metric, other, choices, x, level, groups)
-        else:
-            _FOUR(metric, other, choices, x, level, groups)
-    else:
-        if few:
-            _FIVE_FEW(metric, other, choices, x, level, groups)
-        else:
-            _FIVE(metric, other, choices, x, level, groups)
+def _advance_singly(bests: Any, levels: Any, x: Any, places: Any, shifts: Any) -> None:
+    """Do what `advance` does, for windows too short for its vectors."""
+    old, level, new = places
+    before, after, groups = shifts
+    for group in range(groups):
+        least = np.float32(np.inf)
+        for branch in range(1 << after):
+            state = branch * groups + group
+            off = x - levels[level + state]
+            least = min(least, bests[old + (state >> before)] + off * off)
+        bests[new + group] = least
 
 
 @numba.njit(nogil=True, boundscheck=False, cache=True)
-def walk(problem: Any, start: Any, span: Any, work: Any, states: Any) -> None:
-    """Write the states after every step of the best path over a span of places.
+def _least(bests: Any, levels: Any, x: Any, places: Any, shifts: Any) -> Any:
+    """Return the state that costs least after a step, of the group `places[2]`; see `advance`."""
+    old, level, group = places
+    before, after, groups = shifts
+    found, least = group, np.float32(np.inf)
+    for branch in range(1 << after):
+        state = branch * groups + group
+        off = x - levels[level + state]
+        cost = bests[old + (state >> before)] + off * off
+        less = cost < least
+        found = state if less else found
+        least = cost if less else least
+    return found
 
-    Parameters
-    ----------
-    problem : (x, table, shifts, memory)
-        float32 (length, lanes), `LANES` of them or `FEW`; `levels` of the table; int64 (period,); int.
-    start : int64 (lanes,)
-        The state to start and end in; -1: any.
-    span : (first, count)
-        The place to begin with, and how many follow, around the seam.
-    work : (metric, other, choices)
-        float32 (2**memory lanes,) twice; uint8 (count, groups lanes).
-    states : int64 (count, lanes)
+
+@numba.njit(nogil=True, boundscheck=False, cache=True)
+def _walk(x: Any, problem: Any, span: Any, bests: Any, states: Any, start: Any) -> Any:
+    """Follow the best path over `span`, (first place, steps, steps to write); return the state before those written.
+
+    It starts and ends in the state `start`; -1: in any.
     """
-    x, table, shifts, memory = problem
-    first, count = span
-    metric, other, choices = work
-    length, period, lanes = x.shape[0], shifts.shape[0], x.shape[1]
-    everywhere = 1 << memory
-    if start[0] < 0:
-        metric[:] = 0.0
-    else:
-        metric[:] = np.float32(1e30)
-        for lane in range(lanes):
-            metric[start[lane] * lanes + lane] = 0.0
+    levels, shifts, memory = problem
+    first, count, kept = span
+    length, period, everywhere = x.shape[0], shifts.shape[0], 1 << memory
+    row, now, phase = bests.shape[0] // (count + 1), first, first % period
+    after = shifts[phase]
+    groups = everywhere >> after
+    bests[:groups] = 0.0
+    if start >= 0:
+        bests[:groups] = np.inf
+        bests[start & (groups - 1)] = 0.0
     for t in range(count):
-        now = (first + t) % length
-        phase = now % period
-        shift = shifts[phase]
-        groups = everywhere >> shift
-        _take(shift, metric, other, choices[t], x[now], table[phase], groups)
-        metric, other = other, metric
-    for lane in range(lanes):
-        state = start[lane]
-        if state < 0:
-            state = 0
-            for one in range(everywhere):
-                if metric[one * lanes + lane] < metric[state * lanes + lane]:
-                    state = one
-        for t in range(count - 1, -1, -1):
-            shift = shifts[((first + t) % length) % period]
-            states[t, lane] = state
-            group = state >> shift
-            state = group + (np.int64(choices[t, group * lanes + lane]) << (memory - shift))
+        before, number = after, x[now]
+        places = (row * t, phase << memory, row * (t + 1))
+        now, phase = now + 1, phase + 1
+        if now == length:
+            now, phase = 0, 0
+        if phase == period:
+            phase = 0
+        after = shifts[phase]
+        groups = everywhere >> after
+        if groups >= WIDTH:
+            advance(bests, levels, number, places, (before, after, groups))
+        else:
+            _advance_singly(bests, levels, number, places, (before, after, groups))
+    state = start
+    for t in range(count, count - kept, -1):
+        now, then = (first + t - 1) % length, (first + t) % length
+        before, after = shifts[now % period], shifts[then % period]
+        groups = everywhere >> after
+        if t < count or start < 0:
+            group = np.argmin(bests[row * t : row * t + groups]) if t == count else state >> after
+            state = _least(bests, levels, x[now], (row * (t - 1), (now % period) << memory, group),
+                           (before, after, groups))
+        states[t - 1 - (count - kept)] = state
+    return state
 
 
-def levels(table: np.ndarray, shifts: np.ndarray, lanes: int) -> np.ndarray:
-    """Return -2 times every window's number, and its square, in the order in which steps for so many lanes read them.
+@numba.njit(nogil=True, boundscheck=False, cache=True)
+def walk(numbers: Any, problem: Any, warm: Any, bests: Any, states: Any) -> None:
+    """Write the states after every step of the best tail-biting paths.
 
     Parameters
     ----------
-    table : float32 (period, 2**memory)
+    numbers : float32 (n, length)
+    problem : (levels, shifts, memory)
+        The number that every window gives, float32 (period 2**memory,); int64 (period,); int.
+    warm : int
+        Steps on either side of the seam that find the state there; 0: the whole segment does.
+    bests : float32 ((steps + 1) groups,)
+        Room for the longer walk.
+    states : int64 (n, length)
     """
-    both = np.stack([np.float32(-2.0) * table, table * table], 1)
-    if lanes != FEW:
-        return both
-    turned = [one.reshape(2, -1, 1 << shift).swapaxes(1, 2).reshape(2, -1).repeat(FEW, 1)
-              for one, shift in zip(both, shifts, strict=True)]
-    return np.stack(turned)
+    length = numbers.shape[1]
+    for i in range(numbers.shape[0]):
+        x = numbers[i]
+        if warm:
+            start = _walk(x, problem, (length - warm, 2 * warm, warm + 1), bests, states[i], -1)
+        else:
+            start = _walk(x, problem, (0, length, 1), bests, states[i], -1)
+        _walk(x, problem, (0, length, length), bests, states[i], start)

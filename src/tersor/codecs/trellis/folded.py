@@ -1,0 +1,35 @@
+"""Folded trellis codes: numbers are decoded from the angles to which the bits of a window turn; see `angles`.
+
+Their error is lower than a linear code's: at 2 bits, 256 states do better than 4,096. Products decode.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar, final
+
+from tersor.codecs.trellis.angles import FOLD, Folded, folded
+from tersor.codecs.trellis.streamed import Streamed
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class FoldedTrellis(Streamed):
+    """Streams whose windows have numbers on a circle; fields and options are those of `Streamed`."""
+
+    id: ClassVar[str] = "folded"
+    mark: ClassVar[str] = "n"
+    grammar: ClassVar[str] = r"tr(?P<rate>\d+(?:\.\d+)?)n(?:x(?P<memory>\d+))?(?P<axis>o?)"
+    examples: ClassVar[tuple[str, ...]] = ("tr2nx8", "tr1.5nx8o")
+
+    @classmethod
+    def packaged(cls) -> Mapping[tuple[float, int], Folded]:
+        """See `Streamed.packaged`."""
+        return folded()
+
+    def package_tables(self) -> Mapping[str, int]:
+        """Return the turns, in 16 bits, and the curve."""
+        code = self.packaged()[self.bits, self.memory]
+        count = len(code.shifts) * self.memory + len(code.curve)
+        return {f"turns of {self._named(self.bits, self.memory)}": FOLD // 8 * count}

@@ -1,0 +1,213 @@
+"""What trellis codecs share: lines of a matrix as streams of bits, over which a window slides.
+
+The bit-shift trellis of QTIP (Tseng et al., arXiv 2406.11235) with tail-biting. Children say which numbers windows
+have. Mathematics, figures and prior art: docs/codecs/trellis.md.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tersor.codecs.trellis import viterbi
+from tersor.codecs.trellis.windows import Window, line_windows
+from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, Traits
+from tersor.contract.feedback import encode_with_feedback
+from tersor.errors import CodecConfigError
+from tersor.ops.trellis_linear import segments
+from tersor.payload import codes, packing
+from tersor.payload.blocks import Rows, Shape, row_blocks, shape_of
+from tersor.payload.layout import Layout, TensorSpec
+from tersor.payload.scales import bounded, reciprocal, row_rms
+
+MEMORY = 12  # bits of the window where none are given
+MOST_BEAM = 1 << 16
+BLOCK = 8  # columns that error feedback hands over together: 16 cost 1.1 % more error (docs/log.md)
+
+
+@dataclasses.dataclass(frozen=True)
+class Streamed(Codec):
+    """Lines of the matrix, divided by their rows' scales, as tail-biting streams of `bits` bits a number.
+
+    Parameters
+    ----------
+    bits : float
+        Bits a number; see `packaged` for those that there are.
+    memory : int
+        Bits of the window: 2**memory states for the encoder, and weights of a number for the decoder.
+    axis : str
+        `"in"`: lines are rows; `"out"`: columns, which error feedback wants.
+
+    Encoder options
+    ---------------
+    feedback : bool
+        With a Hessian: encode with error feedback.
+    beam : int
+        Survivors of the search for a path, instead of all states; 1,024 where windows have more than 16 bits.
+    """
+
+    bits: float = 2.0
+    memory: int = MEMORY
+    axis: str = "in"
+
+    mark: ClassVar[str]  # behind the rate in factory strings
+    own_traits: ClassVar[Traits] = Traits(column_wise=True)
+    own_options: ClassVar[frozenset[str]] = frozenset({"feedback", "beam"})
+
+    def __post_init__(self) -> None:
+        if self.axis not in ("in", "out"):
+            raise CodecConfigError(f"{self.id}: axis must be 'in' or 'out', found {self.axis!r}")
+        if not isinstance(self.bits, (int, float)) or (self.bits, self.memory) not in self.packaged():
+            raise CodecConfigError(f"{self.id}: there is no code of {self.bits} bits and a memory of {self.memory}; "
+                                   f"the nearest are {', '.join(self._nearest())}")
+
+    @classmethod
+    @abc.abstractmethod
+    def packaged(cls) -> Mapping[tuple[float, int], Window]:
+        """Return the codes that come with the package, by rate and memory."""
+
+    @property
+    def code(self) -> Window:
+        """The packaged code."""
+        return self.packaged()[self.bits, self.memory]
+
+    @classmethod
+    def _named(cls, bits: float, memory: int, axis: str = "in") -> str:
+        """Return a factory string."""
+        window = "" if memory == MEMORY else f"x{memory}"
+        return f"tr{bits:g}{cls.mark}{window}{'o' if axis == 'out' else ''}"
+
+    def _nearest(self) -> list[str]:
+        """Return the factory strings of the codes nearest to what was asked for."""
+        rate, memory = (float(one) if isinstance(one, (int, float)) else 0.0 for one in (self.bits, self.memory))
+        ordered = sorted(self.packaged(), key=lambda one: (abs(one[0] - rate), abs(one[1] - memory)))
+        return [self._named(*one) for one in ordered[:3]]
+
+    def layout(self, shape: Shape) -> Layout:
+        """Return `codes`, the bits of the streams, and `scales`, one a row."""
+        return {"scales": TensorSpec((shape[0],), torch.bfloat16),
+                "codes": TensorSpec(self.stream_shape(shape), levels=2)}
+
+    def stream_shape(self, shape: Shape) -> Shape:
+        """Return the shape of the bits: (out, stream) along inputs, (stream, in) along outputs."""
+        out, width = shape
+        return (out, self.code.stream(width)) if self.axis == "in" else (self.code.stream(out), width)
+
+    def search(self, matrix: Tensor, how: Search) -> Encoded:
+        """Find the best path of every segment; with error feedback when asked for."""
+        if how.feedback is not None:
+            return encode_with_feedback(self.columns(matrix, how), matrix, how.feedback)
+        shape, scales, width = shape_of(matrix), bounded(row_rms(matrix)), _width(how)
+        bits = torch.empty(self.stream_shape(shape), dtype=torch.uint8, device=matrix.device)
+        inverse = reciprocal(scales)[:, None]
+        if self.axis == "in":
+            for block in row_blocks(shape):
+                bits[block] = self.lines(matrix[block].to(torch.float32) * inverse[block], width)
+        else:
+            for block in row_blocks((shape[1], shape[0])):
+                bits[:, block] = self.lines((matrix[:, block].to(torch.float32) * inverse).T, width).T
+        return self.close(shape, scales, bits)
+
+    def close(self, shape: Shape, scales: Tensor, bits: Tensor) -> Encoded:
+        """Return the encoded matrix of these scales and bits."""
+        return Encoded(self, shape, {"scales": scales, "codes": packing.pack(bits, 2)})
+
+    def lines(self, numbers: Tensor, width: int | None = None) -> Tensor:
+        """Return the streams of lines of unit power, uint8 (n, stream), for float32 (n, length)."""
+        sizes = segments(numbers.shape[1])
+        if len(set(sizes)) == 1:
+            return viterbi.encode(self.code, numbers.reshape(-1, sizes[0]), width).reshape(len(numbers), -1)
+        parts = numbers.split(sizes, 1)
+        found: list[Tensor] = [numbers] * len(sizes)
+        for size in set(sizes):
+            places = [i for i, other in enumerate(sizes) if other == size]
+            stacked = torch.cat([parts[i] for i in places]).contiguous()
+            for i, bits in zip(places, viterbi.encode(self.code, stacked, width).chunk(len(places)), strict=True):
+                found[i] = bits
+        return torch.cat(found, 1)
+
+    def numbers(self, signs: Tensor, length: int) -> Tensor:
+        """Return lines (n, length) from the signs of their streams, float32 (n, stream)."""
+        sizes = segments(length)
+        parts = signs.split([self.code.bits(size) for size in sizes], 1)
+        return torch.cat([self.code.numbers(part, size) for part, size in zip(parts, sizes, strict=True)], 1)
+
+    def decode_rows(self, encoded: Encoded, rows: Rows) -> Tensor:
+        """Return scaled numbers: those of the windows over the signs of the streams."""
+        scales = encoded.tensors["scales"].to(torch.float32)
+        rows = rows.to(scales.device) if isinstance(rows, Tensor) else rows
+        shape = self.stream_shape(encoded.shape)
+        if self.axis == "in":
+            signs = signs_of(codes.read(encoded.tensors["codes"], shape, 2, rows))
+            return self.numbers(signs, encoded.shape[1]).mul_(scales[rows, None])
+        return self._across(encoded, rows).mul_(scales[rows, None])
+
+    def _across(self, encoded: Encoded, rows: Rows) -> Tensor:
+        """Return unscaled rows of streams that run along outputs, from the bits that their windows hold."""
+        out, device = encoded.shape[0], encoded.tensors["codes"].device
+        index = torch.arange(rows.start, rows.stop, device=device) if isinstance(rows, slice) else rows
+        places, phases = line_windows(self.code, out)
+        needed, inverse = places.to(device)[index].unique(return_inverse=True)
+        signs = signs_of(codes.read(encoded.tensors["codes"], self.stream_shape(encoded.shape), 2, needed))
+        return self.code.numbers_at(signs, inverse, phases.to(device)[index])
+
+    def columns(self, matrix: Tensor, how: Search) -> ColumnEncoder:
+        """Return an encoder over blocks of columns, for streams along outputs; along inputs, over segments."""
+        return _Columns(self, matrix, _width(how))
+
+    def spec(self) -> str:
+        """Return for example `tr2`, `tr2.5x16`, `tr3o` (along outputs), `tr2n` (folded), `tr1.5nx16o`."""
+        return self._named(self.bits, self.memory, self.axis)
+
+    @classmethod
+    def from_spec(cls, match: re.Match[str], parts: Sequence[Codec]) -> Codec:
+        """Parse `tr` strings; see `spec`."""
+        del parts
+        return cls(float(match["rate"]), int(match["memory"] or MEMORY), "out" if match["axis"] else "in")
+
+
+class _Columns(ColumnEncoder):
+    """Column encoder: blocks of columns along outputs, segments of rows along inputs."""
+
+    def __init__(self, codec: Streamed, matrix: Tensor, width: int | None) -> None:
+        self._codec, self._shape, self._beam = codec, shape_of(matrix), width
+        self._scales = bounded(row_rms(matrix))
+        self._bits = torch.empty(codec.stream_shape(self._shape), dtype=torch.uint8, device=matrix.device)
+        self._sizes = set(segments(self._shape[1]))
+        self.width = BLOCK if codec.axis == "out" else self._shape[1] if len(self._sizes) > 1 else min(self._sizes)
+
+    def block(self, start: int, columns: Tensor) -> Tensor:
+        """Encode columns; see `ColumnEncoder`."""
+        codec, scales = self._codec, self._scales.to(torch.float32)[:, None]
+        normal = columns * reciprocal(self._scales)[:, None]
+        if codec.axis == "out":
+            bits = codec.lines(normal.T, self._beam)
+            self._bits[:, start : start + columns.shape[1]] = bits.T
+            return codec.numbers(signs_of(bits), self._shape[0]).T * scales
+        bits = codec.lines(normal, self._beam)
+        first = codec.code.stream(start) if start else 0
+        self._bits[:, first : first + bits.shape[1]] = bits
+        return codec.numbers(signs_of(bits), columns.shape[1]) * scales
+
+    def finish(self) -> Encoded:
+        """Pack all bits; see `ColumnEncoder`."""
+        return self._codec.close(self._shape, self._scales, self._bits)
+
+
+def signs_of(bits: Tensor) -> Tensor:
+    """Return -1 and 1 for bits, float32."""
+    return bits.to(torch.float32).mul_(2).sub_(1)
+
+
+def _width(how: Search) -> int | None:
+    """Return the survivors of a beam that were asked for."""
+    width = how.options.get("beam")
+    if width is not None and (not isinstance(width, int) or isinstance(width, bool) or not 1 <= width <= MOST_BEAM):
+        raise CodecConfigError(f"beam is a whole number of survivors, 1 to {MOST_BEAM}, found {width!r}")
+    return width

@@ -1,0 +1,212 @@
+"""The product on the processor: arrays for compiled kernels, shares of rows for threads.
+
+`shapes.lanes` says which case when: few vectors meet the codes, many meet rows that are spread out to numbers.
+A row's sum is made in one order, whatever the threads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tersor.ops.codebook_linear.kernels import levels, spread, tables
+from tersor.ops.codebook_linear.shapes.lanes import BLOCK, TABLE_BITS, is_few, lane_codes, pieces
+from tersor.ops.vectors import LANES
+from tersor.ops.workers import share
+from tersor.payload import packing
+
+
+def codebook_linear(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, zeros: Tensor | None, bits: int,
+                    group: int, form: str) -> Tensor:
+    """Return (*batch, rows) in the dtype of `x`; arguments as of the op, and as `shapes.lanes.refusal` allows."""
+    flat, rows = x.detach().reshape(-1, x.shape[-1]), scales.shape[0]
+    groups = _Groups.of(scales, zeros, bits, group)
+    matrix = _Matrix(codes.numpy(), table.to(torch.float32).numpy(), (rows, x.shape[-1]), bits, form, groups)
+    y = matrix.few(flat) if is_few(len(flat), x.dtype) else matrix.many(flat)
+    if groups.scales.shape[1] == 1:
+        if groups.zeros is not None:
+            y -= flat.to(torch.float32).sum(1, keepdim=True) * groups.zeros[:, 0]
+        y *= groups.scales[:, 0]
+    return y.to(x.dtype).reshape(*x.shape[:-1], rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Groups:
+    """Scales and zero points of groups, float32 (rows, groups), and how many codes a group has."""
+
+    scales: Tensor
+    zeros: Tensor | None
+    size: int
+
+    @classmethod
+    def of(cls, scales: Tensor, zeros: Tensor | None, bits: int, size: int) -> _Groups:
+        """Unpack zero points."""
+        wide = scales.to(torch.float32)
+        if zeros is None:
+            return cls(wide, None, size)
+        points = packing.unpack(zeros, 2**bits, 0, wide.numel()).reshape(wide.shape)
+        return cls(wide, points.to(torch.float32), size)
+
+    @property
+    def kind(self) -> str:
+        """What kernels must know of them: nothing of a scale a row, which is for afterwards."""
+        if self.scales.shape[1] == 1:
+            return ""
+        return "scales" if self.zeros is None else "scales, zeros"
+
+    def arrays(self, width: int, bits: int, met: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Return what `levels` reads of groups, for vectors in its order."""
+        room = levels.ROWS * self.scales.shape[1] + LANES  # of a last tile, and of a load of 16
+        scales = _padded(self.scales, room)
+        zeros = scales if self.zeros is None else _padded(self.zeros, room)
+        return scales, zeros, np.ascontiguousarray(met.sum(1)), *levels.groups_of(width, bits, self.size)
+
+
+_NONE = np.zeros(LANES, np.float32)
+_NO_GROUPS = _NONE, _NONE, np.zeros((1, 1, LANES), np.float32), np.zeros(1, np.int64), np.zeros((1, LANES), np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Matrix:
+    """Packed codes of rows."""
+
+    codes: np.ndarray
+    table: np.ndarray
+    shape: tuple[int, int]
+    bits: int
+    form: str
+    groups: _Groups
+
+    @property
+    def stride(self) -> int:
+        """Bytes of a row."""
+        return self.shape[1] * self.bits // 8
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of a row: what all lanes take at a time."""
+        return -(-self.shape[1] // (LANES * lane_codes(self.bits)))
+
+    @property
+    def kind(self) -> str:
+        """What kernels must know besides bits."""
+        return self.groups.kind + ("affine" if self.bits == 8 and self.form == "affine" else "")
+
+    def few(self, x: Tensor) -> Tensor:
+        """Return products, float32 (vectors, rows), in passes over the codes of at most four vectors each."""
+        x = x.to(torch.float32).contiguous()
+        y = np.empty((len(x), self.shape[0]), np.float32)
+        by_tables = self.bits in TABLE_BITS and not self.groups.kind
+        for first, count in pieces(len(x)):
+            met, to = x[first : first + count], y[first : first + count]
+            if by_tables:
+                self._by_tables(met, to)
+            else:
+                self._by_levels(met, to)
+        return torch.from_numpy(y)
+
+    def _by_tables(self, x: Tensor, y: np.ndarray) -> None:
+        words = -(-self.stride // (4 * tables.WORDS)) * tables.WORDS
+        padded = np.zeros((len(x), words * 32 // self.bits), np.float32)
+        padded[:, : x.shape[1]] = x.numpy()
+        held = np.empty((words * tables.LOOKUPS, len(x), LANES), np.float32)
+        tables.fill(padded, self.table, held)
+        multiply = tables.MULTIPLY[len(x)]
+
+        def run(codes: np.ndarray, row: int, to: np.ndarray, tiles: tuple[int, int]) -> None:
+            del row
+            multiply(codes, self.stride, held, to, tiles)
+
+        self._tiled(tables.ROWS, 4 * words, y, run)
+
+    def _by_levels(self, x: Tensor, y: np.ndarray) -> None:
+        table, kind = levels.table_of(self.table, self.form), self.kind
+        met = levels.ordered(x.numpy(), self.bits)
+        multiply = levels.multiply(self.bits, len(x), kind)
+        parts = self.groups.arrays(self.shape[1], self.bits, met) if self.groups.kind else _NO_GROUPS
+        scales, zeros, *others = parts
+        count = self.groups.scales.shape[1]
+
+        def run(codes: np.ndarray, row: int, to: np.ndarray, tiles: tuple[int, int]) -> None:
+            groups = scales[row * count :], zeros[row * count :], *others, count
+            multiply(codes, self.stride, table, met, to, groups, tiles)
+
+        self._tiled(levels.ROWS, self.blocks * levels.block_bytes(self.bits), y, run)
+
+    def _tiled(self, tile: int, reach: int, y: np.ndarray,
+               run: Callable[[np.ndarray, int, np.ndarray, tuple[int, int]], None]) -> None:
+        """Run a kernel over tiles of rows of which each reads so many bytes; the last ones from a padded copy."""
+        rows, stride = self.shape[0], self.stride
+        safe = min(rows, max(0, (len(self.codes) - reach) // stride + 1)) // tile * tile
+        share(safe // tile, safe * stride, lambda span: run(self.codes, 0, y, span))
+        if safe == rows:
+            return
+        count = -(-(rows - safe) // tile)
+        copy = np.zeros(count * tile * stride + reach, np.uint8)
+        copy[: (rows - safe) * stride] = self.codes[safe * stride : rows * stride]
+        rest = np.empty((len(y), count * tile), np.float32)
+        run(copy, safe, rest, (0, count))
+        y[:, safe:] = rest[:, : rows - safe]
+
+    def many(self, x: Tensor) -> Tensor:
+        """Return products, float32 (vectors, rows), with blocks of rows spread out to numbers."""
+        half = x.dtype == torch.bfloat16 and not self.groups.kind and self.bits < 8
+        table = levels.table_of(self.table, self.form)
+        if half:
+            both = torch.from_numpy(table).to(torch.bfloat16).view(torch.int16).to(torch.int32) & 0xFFFF
+            table = (both | both << 16).view(torch.float32).numpy()
+        each = lane_codes(self.bits)
+        met = torch.from_numpy(levels.ordered(x.to(torch.float32).contiguous().numpy(), self.bits))
+        met = met.permute(2, 0, 1, 3)
+        if half:
+            met = met.to(torch.bfloat16).unflatten(2, (each // 2, 2)).transpose(3, 4)
+        met = met.reshape(len(x), -1)
+        y = torch.empty(len(x), self.shape[0], dtype=torch.float32)
+        step = max(levels.ROWS, BLOCK // met.shape[1])
+        room = torch.empty(min(step, self.shape[0]), met.shape[1], dtype=met.dtype)
+        write = spread.spread(self.bits, half, "affine" if self.bits == 8 and self.form == "affine" else "")
+        safe = max(0, (len(self.codes) - self.blocks * levels.block_bytes(self.bits)) // self.stride + 1)
+        for start in range(0, self.shape[0], step):
+            stop = min(start + step, self.shape[0])
+            out = room[: stop - start]
+            self._spread(write, table, (start, stop, safe), out)
+            y[:, start:stop] = met @ self._scaled(out, start, stop).T
+        return y
+
+    def _spread(self, write: Callable[..., None], table: np.ndarray, span: tuple[int, int, int], out: Tensor) -> None:
+        """Write rows `span[0]` to `span[1]`, of which those from `span[2]` are read from a padded copy."""
+        start, stop, safe = span
+        to = out.view(torch.int32).numpy() if out.dtype == torch.bfloat16 else out.numpy()
+        whole = min(stop, max(start, safe)) - start
+
+        def run(rows: tuple[int, int]) -> None:
+            write(self.codes, self.stride, table, to[rows[0] : rows[1]], (start + rows[0], start + rows[1]))
+
+        share(whole, whole * self.stride, run)
+        if start + whole < stop:
+            reach = self.blocks * levels.block_bytes(self.bits)
+            copy = np.zeros((stop - start - whole) * self.stride + reach, np.uint8)
+            part = self.codes[(start + whole) * self.stride : stop * self.stride]
+            copy[: len(part)] = part
+            write(copy, self.stride, table, to[whole:], (0, stop - start - whole))
+
+    def _scaled(self, out: Tensor, start: int, stop: int) -> Tensor:
+        """Apply zero points and scales of groups to rows that have been spread out, in place."""
+        if not self.groups.kind:
+            return out
+        first, lanes = levels.groups_of(self.shape[1], self.bits, self.groups.size)
+        place = torch.from_numpy(first[:, None] + lanes)
+        view = out.view(stop - start, self.blocks, lane_codes(self.bits), LANES)
+        if self.groups.zeros is not None:
+            view -= self.groups.zeros[start:stop][:, place].unsqueeze(2)
+        view *= self.groups.scales[start:stop][:, place].unsqueeze(2)
+        return out
+
+
+def _padded(numbers: Tensor, room: int) -> np.ndarray:
+    """Return numbers as a flat array with room behind them."""
+    return torch.nn.functional.pad(numbers.reshape(-1), (0, room)).numpy()
