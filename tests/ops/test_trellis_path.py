@@ -42,19 +42,6 @@ def test_all_find_the_same_path(key: tuple[float, int], length: int, device: str
     torch.testing.assert_close(total, least, rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("key", [(2.0, 8), (3.0, 9), (2.5, 8), (1.75, 12)])
-@pytest.mark.parametrize("length", [256, 96, 20, 9])
-def test_the_first_state_follows_from_the_last(key: tuple[float, int], length: int, device: str) -> None:
-    """Every state holds what is left of the one before, and the first what is left of the last: tails bite."""
-    code = filters()[key]
-    table = values(code).to(device)
-    found = trellis_path.states(gaussian((11, length), 1).to(device), table, Steps(code.memory, code.shifts))
-    shifts = torch.tensor([code.shifts[t % len(code.shifts)] for t in range(length)], device=device)
-    kept = (torch.full_like(shifts, (1 << code.memory) - 1)) >> shifts
-    assert torch.equal(found >> shifts, found.roll(1, 1) & kept)
-
-
 @pytest.mark.parametrize("count", [1, 7, 40])
 def test_threads_do_not_show(count: int) -> None:
     """Some are left to a process that holds torch at one for its sums."""
@@ -70,6 +57,19 @@ def test_threads_do_not_show(count: int) -> None:
             assert torch.equal(trellis_path.states(numbers, table, steps), alone)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("key", [(2.0, 8), (3.0, 9), (2.5, 8), (1.75, 12)])
+@pytest.mark.parametrize("length", [256, 96, 20, 9])
+def test_the_first_state_follows_from_the_last(key: tuple[float, int], length: int, device: str) -> None:
+    """Every state holds what is left of the one before, and the first what is left of the last: tails bite."""
+    code = filters()[key]
+    table = values(code).to(device)
+    found = trellis_path.states(gaussian((11, length), 1).to(device), table, Steps(code.memory, code.shifts))
+    shifts = torch.tensor([code.shifts[t % len(code.shifts)] for t in range(length)], device=device)
+    kept = (torch.full_like(shifts, (1 << code.memory) - 1)) >> shifts
+    assert torch.equal(found >> shifts, found.roll(1, 1) & kept)
 
 
 def test_what_the_kernel_takes() -> None:

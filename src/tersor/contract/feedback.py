@@ -32,6 +32,7 @@ def encode_with_feedback(encoder: ColumnEncoder, matrix: Tensor, hessian: Tensor
     work = matrix.to(torch.float32, copy=True)
     width = work.shape[1]
     stride = -(-LAZY_BLOCK // encoder.width) * encoder.width
+    inverses = _inverses(upper, encoder.width)
     for first in range(0, width, stride):
         last = min(first + stride, width)
         errors = torch.empty(work.shape[0], last - first, dtype=torch.float32, device=work.device)
@@ -40,9 +41,22 @@ def encode_with_feedback(encoder: ColumnEncoder, matrix: Tensor, hessian: Tensor
             columns = work[:, start:stop]
             decoded = encoder.block(start, columns)
             # solve E U_bb = W - Ŵ for the block, then W_later -= E U_b,later
-            error = torch.linalg.solve_triangular(upper[start:stop, start:stop], columns - decoded, upper=True,
-                                                  left=False)
-            work[:, stop:last] -= error @ upper[start:stop, stop:last]
-            errors[:, start - first : stop - first] = error
-        work[:, last:] -= errors @ upper[first:last, last:]
+            error = errors[:, start - first : stop - first]
+            torch.mm(columns - decoded, inverses[start // encoder.width][: stop - start, : stop - start], out=error)
+            work[:, stop:last].addmm_(error, upper[start:stop, stop:last], alpha=-1)
+        work[:, last:].addmm_(errors, upper[first:last, last:], alpha=-1)
     return encoder.finish()
+
+
+def _inverses(upper: Tensor, width: int) -> Tensor:
+    """Return the inverses of the blocks (width, width) on the diagonal, all at once; the last ends in ones."""
+    count = -(-len(upper) // width)
+    blocks = torch.eye(width, dtype=upper.dtype, device=upper.device).repeat(count, 1, 1)
+    whole = len(upper) // width
+    inner = upper[: whole * width, : whole * width].unflatten(0, (whole, width)).unflatten(2, (whole, width))
+    blocks[:whole] = inner.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    rest = len(upper) - whole * width
+    if rest:
+        blocks[-1, :rest, :rest] = upper[whole * width :, whole * width :]
+    unit = torch.eye(width, dtype=upper.dtype, device=upper.device).expand_as(blocks)
+    return torch.linalg.solve_triangular(blocks, unit, upper=True)

@@ -7,7 +7,6 @@ at every call: also at those of a graph compiled before.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import logging
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar

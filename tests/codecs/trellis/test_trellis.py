@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from tersor.codecs.trellis.filters import Filter, filters, segment_matrix
 from tersor.codecs.trellis.trellis import Trellis
 from tersor.contract.codec import Encoded
 from tersor.errors import CodecConfigError
-from tersor.ops import trellis_path
 from tersor.ops.dispatch import reference_only
 from tersor.ops.trellis_linear import segments
 from tersor.ops.trellis_linear.reference import matrix as linear
@@ -160,15 +158,3 @@ def test_rates_without_a_filter_are_refused_with_the_nearest() -> None:
     with pytest.raises(CodecConfigError, match=r"nearest.*tr2x14"):
         parse("tr2x15")
     assert all(parse(f"tr{rate:g}x{memory}").spec().startswith("tr") for rate, memory in filters())
-
-
-def test_without_numba_it_works_and_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    matrix = gaussian((4, 64), 9)
-    with_lanes = parse("tr2x8").encode(matrix)
-    monkeypatch.setattr(trellis_path.importlib.util, "find_spec", lambda name: None)
-    trellis_path.has_numba.cache_clear()
-    with caplog.at_level(logging.INFO, "tersor.ops"):
-        without = parse("tr2x8").encode(matrix)
-    trellis_path.has_numba.cache_clear()
-    assert "numba" in caplog.text
-    assert all(torch.equal(without.tensors[key], with_lanes.tensors[key]) for key in without.tensors)

@@ -14,7 +14,7 @@ from tersor.hf.kv.cache import CompressedCache
 from tersor.hf.kv.ladders import EFFORTS, ladder
 from tersor.hf.kv.plan import PlanSettings
 from tersor.kv import TokenStream
-from tersor.ops.trellis_path import has_numba
+from tersor.ops.dispatch import has_numba
 from tersor.registry import parse
 from tersor.testing import gaussian, tolerance
 from tests.hf.kv.sharp import PROMPT, close, compressed, generate, tiny, tokens

@@ -108,29 +108,33 @@ class Streamed(Codec):
         inverse = reciprocal(scales)[:, None]
         if self.axis == "in":
             for block in row_blocks(shape):
-                bits[block] = self.lines(matrix[block].to(torch.float32) * inverse[block], width)
+                bits[block], _ = self.lines(matrix[block].to(torch.float32) * inverse[block], width)
         else:
             for block in row_blocks((shape[1], shape[0])):
-                bits[:, block] = self.lines((matrix[:, block].to(torch.float32) * inverse).T, width).T
+                streams, _ = self.lines((matrix[:, block].to(torch.float32) * inverse).T, width)
+                bits[:, block] = streams.T
         return self.close(shape, scales, bits)
 
     def close(self, shape: Shape, scales: Tensor, bits: Tensor) -> Encoded:
         """Return the encoded matrix of these scales and bits."""
         return Encoded(self, shape, {"scales": scales, "codes": packing.pack(bits, 2)})
 
-    def lines(self, numbers: Tensor, width: int | None = None) -> Tensor:
-        """Return the streams of lines of unit power, uint8 (n, stream), for float32 (n, length)."""
+    def lines(self, numbers: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return the streams of lines of unit power, uint8 (n, stream), and what they decode to, for (n, length)."""
         sizes = segments(numbers.shape[1])
         if len(set(sizes)) == 1:
-            return viterbi.encode(self.code, numbers.reshape(-1, sizes[0]), width).reshape(len(numbers), -1)
+            bits, made = viterbi.coded(self.code, numbers.reshape(-1, sizes[0]), width)
+            return bits.reshape(len(numbers), -1), made.reshape(numbers.shape)
         parts = numbers.split(sizes, 1)
-        found: list[Tensor] = [numbers] * len(sizes)
+        found: list[tuple[Tensor, Tensor]] = [(numbers, numbers)] * len(sizes)
         for size in set(sizes):
             places = [i for i, other in enumerate(sizes) if other == size]
             stacked = torch.cat([parts[i] for i in places]).contiguous()
-            for i, bits in zip(places, viterbi.encode(self.code, stacked, width).chunk(len(places)), strict=True):
-                found[i] = bits
-        return torch.cat(found, 1)
+            coded = (one.chunk(len(places)) for one in viterbi.coded(self.code, stacked, width))
+            for i, *both in zip(places, *coded, strict=True):
+                found[i] = tuple(both)
+        bits, made = zip(*found, strict=True)
+        return torch.cat(bits, 1), torch.cat(made, 1)
 
     def numbers(self, signs: Tensor, length: int) -> Tensor:
         """Return lines (n, length) from the signs of their streams, float32 (n, stream)."""
@@ -187,13 +191,13 @@ class _Columns(ColumnEncoder):
         codec, scales = self._codec, self._scales.to(torch.float32)[:, None]
         normal = columns * reciprocal(self._scales)[:, None]
         if codec.axis == "out":
-            bits = codec.lines(normal.T, self._beam)
-            self._bits[:, start : start + columns.shape[1]] = bits.T
-            return codec.numbers(signs_of(bits), self._shape[0]).T * scales
-        bits = codec.lines(normal, self._beam)
+            streams, made = codec.lines(normal.T, self._beam)
+            self._bits[:, start : start + columns.shape[1]] = streams.T
+            return made.T * scales
+        streams, made = codec.lines(normal, self._beam)
         first = codec.code.stream(start) if start else 0
-        self._bits[:, first : first + bits.shape[1]] = bits
-        return codec.numbers(signs_of(bits), columns.shape[1]) * scales
+        self._bits[:, first : first + streams.shape[1]] = streams
+        return made * scales
 
     def finish(self) -> Encoded:
         """Pack all bits; see `ColumnEncoder`."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from tersor.codecs.trellis.filters import Filter, segment_matrix
 from tersor.codecs.trellis.windows import Window, every_window
 from tersor.numerics.constants import constant
-from tersor.ops.trellis_path import Steps, beam, states
+from tersor.ops.trellis_path import Steps, beam, best, bits_of
 
 MOST_MEMORY = 16  # bits of windows of which all states are walked
 BEAM = 1024  # survivors where windows are longer
@@ -30,7 +30,12 @@ def values_on(code: Window, device: torch.device) -> Tensor:
 
 
 def encode(code: Window, numbers: Tensor, width: int | None = None) -> Tensor:
-    """Return the bits of tail-biting segments, uint8 (n, bits), for float32 numbers (n, length).
+    """Return the bits of tail-biting segments, uint8 (n, bits), for float32 numbers (n, length); see `coded`."""
+    return coded(code, numbers, width)[0]
+
+
+def coded(code: Window, numbers: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return the same and what the bits decode to, float32 (n, length).
 
     Parameters
     ----------
@@ -38,29 +43,15 @@ def encode(code: Window, numbers: Tensor, width: int | None = None) -> Tensor:
         Survivors of a beam; None: `BEAM` for windows of more than `MOST_MEMORY` bits, all states for shorter ones.
     """
     length = numbers.shape[1]
-    if code.bits(length) < code.memory:
-        return _tiny(code, numbers)
     if width is None and code.memory > MOST_MEMORY:
         width = BEAM
-    if width is not None:
-        return bits_of(code, beam.entering(numbers, code.sums(), width))
-    table = values_on(code, numbers.device)
-    return bits_of(code, states(numbers, table, Steps(code.memory, code.shifts, linear=isinstance(code, Filter))))
-
-
-def bits_of(code: Window, path: Tensor) -> Tensor:
-    """Return the bits that entered at each step of a path, oldest first, uint8 (n, bits)."""
-    step, age = _entering(code.shifts, path.shape[1], path.device)
-    return (path[:, step] >> age).bitwise_and_(1).to(torch.uint8)
-
-
-@constant
-def _entering(shifts: tuple[int, ...], length: int, device: torch.device) -> Tensor:
-    """Return at which step every bit of a stream entered, and how old it was after it, int32 (2, bits)."""
-    counts = torch.tensor(shifts).repeat(-(-length // len(shifts)))[:length]
-    step = torch.arange(length).repeat_interleave(counts)
-    age = counts.cumsum(0)[step] - 1 - torch.arange(int(counts.sum()))
-    return torch.stack([step, age]).to(torch.int32).to(device)
+    if code.bits(length) >= code.memory and width is None:
+        return best(numbers, values_on(code, numbers.device), Steps(code.memory, code.shifts, isinstance(code, Filter)))
+    if code.bits(length) < code.memory:
+        bits = _tiny(code, numbers)
+    else:
+        bits = bits_of(beam.entering(numbers, code.sums(), width or BEAM), code.shifts)
+    return bits, code.numbers(bits.to(torch.float32).mul_(2).sub_(1), length)
 
 
 def _tiny(code: Window, numbers: Tensor) -> Tensor:

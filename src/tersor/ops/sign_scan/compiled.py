@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tersor.ops.sign_scan.kernels.scan import sums_of, scan
+from tersor.ops.sign_scan.kernels.scan import scan, sums_of
 from tersor.ops.sign_scan.shapes import GROUP, RUN, SLACK, TILE, WORD, planes_of, words_of
 
 if TYPE_CHECKING:

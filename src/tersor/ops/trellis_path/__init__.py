@@ -5,14 +5,26 @@ All implementations find the same path, but for ties and for sums that round dif
 
 from __future__ import annotations
 
-import importlib.util
-from functools import cache
-
+import torch
 from torch import Tensor
 
-from tersor.ops.dispatch import kernels_allowed, log_once, take_reference
+from tersor.ops.dispatch import compiled_allowed, kernels_allowed, take_reference
 from tersor.ops.trellis_path import reference
+from tersor.ops.trellis_path.reference import bits_of
 from tersor.ops.trellis_path.shapes import Steps, refusal
+
+
+def best(numbers: Tensor, table: Tensor, steps: Steps) -> tuple[Tensor, Tensor]:
+    """Return the bits of the best tail-biting paths, uint8 (n, bits), and what they decode to, float32 (n, length).
+
+    Arguments as of `states`.
+    """
+    path = states(numbers, table, steps)
+    if path.is_cuda and path.dtype == torch.int32 and kernels_allowed():
+        from tersor.ops.trellis_path import launch
+
+        return launch.entered(path, table, steps)
+    return reference.entered(path, table, steps)
 
 
 def states(numbers: Tensor, table: Tensor, steps: Steps) -> Tensor:
@@ -25,7 +37,7 @@ def states(numbers: Tensor, table: Tensor, steps: Steps) -> Tensor:
     table : Tensor
         The number that every window gives, float32 (period, 2**memory), on the same device.
     """
-    if numbers.device.type == "cpu" and kernels_allowed() and has_numba():
+    if numbers.device.type == "cpu" and compiled_allowed("trellis_path"):
         from tersor.ops.trellis_path import compiled
 
         return compiled.states(numbers, table, steps)
@@ -36,13 +48,4 @@ def states(numbers: Tensor, table: Tensor, steps: Steps) -> Tensor:
     return reference.states(numbers, table, steps)
 
 
-@cache
-def has_numba() -> bool:
-    """Tell whether numba is installed; what it would bring is logged once where it is not."""
-    found = importlib.util.find_spec("numba") is not None
-    if not found:
-        log_once("trellis_path", "numba is not installed, with which it is some ten times as fast; install tersor[cpu]")
-    return found
-
-
-__all__ = ["Steps", "has_numba", "states"]
+__all__ = ["Steps", "best", "bits_of", "states"]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tersor.ops.trellis_path.kernels.entered import entered as write_entered
 from tersor.ops.trellis_path.kernels.path import path
 from tersor.ops.trellis_path.shapes import Steps, parts, warps
 
 CHOICES = 1 << 32  # bytes of choices held at a time
 WORD = 4
+BLOCK = 256  # steps of a program that writes bits
 
 
 def states(numbers: Tensor, table: Tensor, steps: Steps) -> Tensor:
@@ -39,3 +41,17 @@ def states(numbers: Tensor, table: Tensor, steps: Steps) -> Tensor:
                                               count // len(table), length, warm, room, steps.memory, steps.shifts,
                                               split, not steps.linear, num_warps=warps(steps))
     return out
+
+
+def entered(path: Tensor, table: Tensor, steps: Steps) -> tuple[Tensor, Tensor]:
+    """Return the bits that entered, uint8 (n, bits), and the windows' numbers, float32 (n, length), of int32 states."""
+    count, length = path.shape
+    whole, rest = divmod(length, len(steps.shifts))
+    bits = torch.empty(count, whole * sum(steps.shifts) + sum(steps.shifts[:rest]), dtype=torch.uint8, device=path.device)
+    numbers = torch.empty(count, length, dtype=torch.float32, device=path.device)
+    if path.numel():
+        with torch.cuda.device(path.device):
+            write_entered[(count, -(-length // BLOCK))](path, table, bits, numbers, length, bits.shape[1],
+                                                        1 << steps.memory, steps.shifts, sum(steps.shifts), max(steps.shifts),
+                                                        BLOCK)
+    return bits, numbers

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tersor.numerics.constants import constant
 from tersor.ops.trellis_path.shapes import Steps
 
 STATES_AT_ONCE = 1 << 27  # metrics and choices held at a time
@@ -22,6 +23,27 @@ def states(numbers: Tensor, table: Tensor, steps: Steps) -> Tensor:
     length = numbers.shape[1]
     count = max(1, STATES_AT_ONCE // max(1 << steps.memory, steps.groups * length // 4))
     return torch.cat([_bitten(part, table, steps) for part in numbers.split(count)])
+
+
+def entered(path: Tensor, table: Tensor, steps: Steps) -> tuple[Tensor, Tensor]:
+    """Return the bits that entered, oldest first, uint8 (n, bits), and the numbers of windows, float32 (n, length)."""
+    phases = torch.arange(path.shape[1], device=path.device) % len(table)
+    return bits_of(path, steps.shifts), table[phases, path.to(torch.int64)]
+
+
+def bits_of(path: Tensor, shifts: tuple[int, ...]) -> Tensor:
+    """Return the bits that entered at each step of a path, oldest first, uint8 (n, bits)."""
+    step, age = _entering(shifts, path.shape[1], path.device)
+    return (path[:, step] >> age).bitwise_and_(1).to(torch.uint8)
+
+
+@constant
+def _entering(shifts: tuple[int, ...], length: int, device: torch.device) -> Tensor:
+    """Return at which step every bit of a stream entered, and how old it was after it, int32 (2, bits)."""
+    counts = torch.tensor(shifts).repeat(-(-length // len(shifts)))[:length]
+    step = torch.arange(length).repeat_interleave(counts)
+    age = counts.cumsum(0)[step] - 1 - torch.arange(int(counts.sum()))
+    return torch.stack([step, age]).to(torch.int32).to(device)
 
 
 def _bitten(numbers: Tensor, table: Tensor, steps: Steps) -> Tensor:

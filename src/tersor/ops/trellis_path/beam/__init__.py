@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tersor.ops.dispatch import kernels_allowed
-from tersor.ops.trellis_path import has_numba
+from tersor.ops.dispatch import compiled_allowed
 from tersor.ops.trellis_path.beam import reference
 from tersor.ops.trellis_path.beam.sums import Sums
 
@@ -24,7 +23,7 @@ def entering(numbers: Tensor, sums: Sums, width: int) -> Tensor:
     width : int
         Survivors of a step, at most; as many as there are states find the best paths.
     """
-    if kernels_allowed() and has_numba():
+    if compiled_allowed("trellis_path"):
         from tersor.ops.trellis_path.beam import compiled
 
         return compiled.entering(numbers.cpu(), sums, width).to(numbers.device)
