@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
-from tersor.codecs.trellis.filters import filters
+from tersor.codecs.trellis.folded import FoldedTrellis
 from tersor.codecs.trellis.trellis import Trellis
 
 SHAPE = (256, 4096)
-# the errors asked of encoders with the work of 256 and of 4,096 states
+# the errors asked of encoders with the work of 256 and of 4,096 states, and of the longest windows
 FAST = {2.0: 0.0805, 2.5: 0.0430, 3.0: 0.0212, 4.0: 0.0060}
 NORMAL = {2.0: 0.0755, 2.5: 0.0388, 3.0: 0.0190, 4.0: 0.00492}
+BEST = {2.0: 0.0728, 2.5: 0.0370, 3.0: 0.0182, 4.0: 0.00464}
+FOLDED = {1.0: 0.275, 1.5: 0.140, 2.0: 0.074}  # of windows up to 4,096 states whose numbers are no sums over bits
+FOLDED_BEST = {1.0: 0.265, 1.5: 0.130, 2.0: 0.0690}
 HEADS = {64: {}, 96: {}, 128: {"tr2x8": 0.0805, "tr3x9": 0.0216, "tr4x8": 0.0059}, 256: {}}  # asked of heads of 128
-CODECS = ("tr2x8", "tr3x9", "tr4x8", "tr2", "tr3", "tr4")  # on heads the first three, on real matrices all
+CODECS = ("tr2x8", "tr3x9", "tr4x8", "tr2", "tr3", "tr4", "tr2n")  # on heads the first three, on real matrices all
 WITHIN = 0.01  # of the Gaussian matrix's error
 ROTATIONS = 4  # matrices of near-equal rows are one draw of a rotation, so several are averaged
 MOST = 1 << 18  # elements of a matrix that are taken: its first rows
@@ -47,6 +50,7 @@ class TrellisCase:
 
     Parameters
     ----------
+    codec : str
     bits : float
     memory : int
         Bits of the window.
@@ -54,14 +58,10 @@ class TrellisCase:
         The relative squared error asked for.
     """
 
+    codec: str
     bits: float
     memory: int
     target: float | None = None
-
-    @property
-    def codec(self) -> str:
-        """The factory string."""
-        return Trellis(self.bits, self.memory).spec()
 
     @property
     def key(self) -> str:
@@ -113,11 +113,19 @@ class PeerCase:
 Case = TrellisCase | HeadCase | RealCase | PeerCase
 
 
-def _target(bits: float, memory: int) -> float | None:
-    return (FAST if memory < 12 else NORMAL if memory == 12 else {}).get(bits)
+def _gaussian() -> Iterator[TrellisCase]:
+    """Yield every packaged code, linear and folded, by bits and window."""
+    longest = {bits: memory for bits, memory in sorted(Trellis.packaged())}
+    for bits, memory in sorted(Trellis.packaged()):
+        asked = FAST if memory < 12 else NORMAL if memory == 12 else BEST if memory == longest[bits] else {}
+        yield TrellisCase(Trellis(bits, memory).spec(), bits, memory, asked.get(bits))
+    longest = {bits: memory for bits, memory in sorted(FoldedTrellis.packaged())}
+    for bits, memory in sorted(FoldedTrellis.packaged()):
+        asked = FOLDED if memory == 12 else FOLDED_BEST if memory > 12 and memory == longest[bits] else {}
+        yield TrellisCase(FoldedTrellis(bits, memory).spec(), bits, memory, asked.get(bits))
 
 
-GAUSSIAN = tuple(TrellisCase(bits, memory, _target(bits, memory)) for bits, memory in sorted(filters()))
+GAUSSIAN = tuple(_gaussian())
 HEAD = tuple(HeadCase(width, codec, asked.get(codec)) for width, asked in HEADS.items() for codec in CODECS[:3])
 MATRICES = tuple(RealCase(matrix, codec) for matrix in REAL for codec in CODECS)
 OTHERS = tuple(PeerCase(bits, codec, SWEEPS if codec.startswith("two") else 0)
