@@ -1,11 +1,11 @@
-"""Find folded filters of trellis codes for the unit normal: evolution over whole numbers, on any device.
+"""Find folded codes of trellises for the unit normal: evolution over whole numbers, on a processor or a GPU.
 
-    python tools/train_folded.py SHIFTS MEMORY --seconds 120
+    python tools/train_folded.py SHIFTS MEMORY --seconds 120 --device cuda --population 64 --sequences 96
 
-Every candidate of a generation codes the same fresh numbers with Viterbi's algorithm (windows to 16 bits) or a beam;
-the best quarter stays, the others are changed copies of it. The first ones follow Ungerboeck's rule: numbers whose
-windows differ only in the newest bits, or only in the oldest, lie as far apart as they can. At the end the curve is
-fitted by least squares. Numbers are drawn anew for every generation, from a generator of its own.
+Every candidate of a generation codes the same fresh numbers, with Viterbi's algorithm (windows to 16 bits, 15 on a GPU)
+or a beam (`--width`); the best quarter stays, the others are changed copies of it. The first ones follow Ungerboeck's
+rule: numbers whose windows differ only in the newest bits, or only in the oldest, lie as far apart as they can; those
+of `--start` are packaged codes of these shifts, of this memory or less. At the end least squares fit the curve.
 """
 
 from __future__ import annotations
@@ -19,27 +19,57 @@ import torch
 from torch import Tensor
 
 from tersor.codecs.trellis import viterbi
-from tersor.codecs.trellis.angles import CURVE, FOLD, SLOPE, Folded, terms
+from tersor.codecs.trellis.angles import CURVE, FOLD, SLOPE, Folded, bent, folded, terms
+from tersor.codecs.trellis.windows import every_window
+from tersor.ops.trellis_path import Steps
 
 LENGTH = 256
-PARENTS, POPULATION = 6, 24
 FINAL = 768  # segments that the finalists code
+DIGITS = 4  # bits of the window beyond its two newest and two oldest digits, where rules shall leave some freedom
 
 
-def error(code: Folded, numbers: Tensor, width: int | None = None) -> float:
-    """Return the relative error of a code on segments (n, length)."""
-    return float((decoded(code, numbers, width) - numbers).square().mean() / numbers.square().mean())
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How to search: candidates of a generation, segments that each codes, the width of a beam, and where."""
+
+    population: int
+    sequences: int
+    width: int | None
+    device: str
+
+    def normal(self, count: int, drawn: torch.Generator) -> Tensor:
+        """Return fresh segments (count, LENGTH)."""
+        return torch.randn(count, LENGTH, generator=drawn).to(self.device)
+
+    def signs(self, code: Folded, numbers: Tensor) -> Tensor:
+        """Return the signs of the streams that encode segments."""
+        return viterbi.encode(code, numbers, self.width).to(torch.float32) * 2 - 1
+
+    def error(self, code: Folded, numbers: Tensor) -> float:
+        """Return the relative error of a code on segments (n, length)."""
+        gap = code.numbers(self.signs(code, numbers), numbers.shape[1]) - numbers
+        return float(gap.square().mean() / numbers.square().mean())
+
+    def errors(self, codes: list[Folded], numbers: Tensor) -> list[float]:
+        """Return the errors of codes; on a GPU in one launch."""
+        if numbers.is_cuda and self.width is None:
+            return _errors_at_once(codes, numbers)
+        return [self.error(code, numbers) for code in codes]
 
 
-def decoded(code: Folded, numbers: Tensor, width: int | None) -> Tensor:
-    """Return what segments decode to."""
-    return code.numbers(signs(code, numbers, width), numbers.shape[1])
+def _errors_at_once(codes: list[Folded], numbers: Tensor) -> list[float]:
+    from tersor.ops.trellis_path import launch
 
-
-def signs(code: Folded, numbers: Tensor, width: int | None) -> Tensor:
-    """Return the signs of the streams that encode segments."""
-    del width
-    return viterbi.encode(code, numbers).to(torch.float32) * 2 - 1
+    one, count, device = codes[0], len(numbers), numbers.device
+    turns = torch.tensor([code.turns for code in codes], dtype=torch.float64, device=device)
+    angles = (turns @ every_window(one.memory).to(device, torch.float64)).to(torch.int64) & (1 << FOLD) - 1
+    curves = torch.stack([bent(code.curve) for code in codes]).to(device)
+    tables = curves[torch.arange(len(codes), device=device)[:, None, None], angles]
+    found = launch.states(numbers.repeat(len(codes), 1), tables, Steps(one.memory, one.shifts))
+    phases = torch.arange(LENGTH, device=device) % len(one.shifts)
+    owner = torch.arange(len(codes), device=device).repeat_interleave(count)
+    gap = tables[owner[:, None], phases, found] - numbers.repeat(len(codes), 1)
+    return (gap.square().unflatten(0, (-1, count)).mean((1, 2)) / numbers.square().mean()).tolist()
 
 
 def first(shifts: tuple[int, ...], memory: int, drawn: torch.Generator) -> Folded:
@@ -49,7 +79,7 @@ def first(shifts: tuple[int, ...], memory: int, drawn: torch.Generator) -> Folde
     for phase, new in enumerate(shifts):
         old = shifts[(phase + 1) % len(shifts)]
         own = turns[phase]
-        if memory >= 2 * (new + old):
+        if memory >= 2 * (new + old) + DIGITS:
             for i in range(new):  # the second newest bits decide the second digit, whatever they do to the first
                 own[new + i] = own[new + i] // (whole >> new) * (whole >> new) + (whole >> 2 * new << i)
             for i in range(old):
@@ -60,6 +90,15 @@ def first(shifts: tuple[int, ...], memory: int, drawn: torch.Generator) -> Folde
         for i in range(old):
             own[memory - 1 - i] = whole >> 1 + i
     return Folded(shifts, tuple(map(tuple, turns.tolist())), CURVE)
+
+
+def longer(code: Folded, memory: int, drawn: torch.Generator) -> Folded:
+    """Return a code of a longer window: random turns come in between its bits, the oldest stay the oldest."""
+    extra = memory - code.memory
+    place = int(torch.randint(2, code.memory - 1, (1,), generator=drawn))
+    more = torch.randint(1 << FOLD, (len(code.shifts), extra), generator=drawn).tolist()
+    return dataclasses.replace(code, turns=tuple((*own[:place], *new, *own[place:])
+                                                 for own, new in zip(code.turns, more, strict=True)))
 
 
 def changed(code: Folded, drawn: torch.Generator) -> Folded:
@@ -82,32 +121,30 @@ def changed(code: Folded, drawn: torch.Generator) -> Folded:
     return dataclasses.replace(code, turns=tuple(map(tuple, turns)))
 
 
-def fitted(code: Folded, numbers: Tensor, width: int | None) -> Folded:
-    """Return the code with the curve that suits the numbers best that are coded with it."""
-    centred, weighed = terms(code.angles(signs(code, numbers, width), numbers.shape[1]))
+def fitted(code: Folded, numbers: Tensor, plan: Plan) -> Folded:
+    """Return the code with a curve that suits the numbers better that are coded with it."""
+    centred, weighed = terms(code.angles(plan.signs(code, numbers), numbers.shape[1]).cpu())
     basis = (centred * weighed).flatten(1).to(torch.float64).T * 2.0 ** -(2 * FOLD + SLOPE)
-    found = torch.linalg.lstsq(basis, numbers.flatten()[:, None].to(torch.float64)).solution[:, 0]
+    found = torch.linalg.lstsq(basis, numbers.cpu().flatten()[:, None].to(torch.float64)).solution[:, 0]
     kept = 0.5 * found + 0.5 * torch.tensor(code.curve, dtype=torch.float64)
     return dataclasses.replace(code, curve=tuple(round(one) for one in kept.tolist()))
 
 
-def search(code: list[Folded], seconds: float, drawn: torch.Generator, sequences: int, width: int | None) -> Folded:
+def search(codes: list[Folded], seconds: float, drawn: torch.Generator, plan: Plan) -> Folded:
     """Return the best of all that is found."""
-    def normal(count: int) -> Tensor:
-        return torch.randn(count, LENGTH, generator=drawn)
-
-    ends, kept = time.perf_counter() + seconds, code
+    ends, parents = time.perf_counter() + seconds, plan.population // 4
+    kept = codes[:parents]
     while time.perf_counter() < ends:
-        numbers = normal(sequences)
-        scores = [error(one, numbers, width) for one in code]
-        order = sorted(range(len(code)), key=scores.__getitem__)
-        kept = [code[i] for i in order[:PARENTS]]
-        code = kept + [changed(one, drawn) for one in kept for _ in range(POPULATION // PARENTS - 1)]
+        scores = plan.errors(codes, plan.normal(plan.sequences, drawn))
+        order = sorted(range(len(codes)), key=scores.__getitem__)
+        kept = [codes[i] for i in order[:parents]]
+        codes = kept + [changed(one, drawn) for one in kept for _ in range(3)]
+    scores = plan.errors(kept, plan.normal(FINAL, drawn))
+    kept = [kept[i] for i in sorted(range(len(kept)), key=scores.__getitem__)[:3]]
     for _ in range(4):
-        numbers = normal(FINAL // 2)
-        kept = [fitted(one, numbers, width) for one in kept]
-    numbers = normal(FINAL)
-    return min(kept, key=lambda one: error(one, numbers, width))
+        kept = [fitted(one, plan.normal(FINAL // 2, drawn), plan) for one in kept]
+    numbers = plan.normal(FINAL, drawn)
+    return min(kept, key=lambda one: plan.error(one, numbers))
 
 
 def main() -> None:
@@ -117,16 +154,22 @@ def main() -> None:
     parser.add_argument("memory", type=int)
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--population", type=int, default=24)
     parser.add_argument("--sequences", type=int, default=48)
     parser.add_argument("--width", type=int, help="of a beam instead of Viterbi's algorithm")
+    parser.add_argument("--start", action="store_true")
+    parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
     shifts = tuple(map(int, given.shifts.split(",")))
     drawn = torch.Generator().manual_seed(given.seed)
-    start = [first(shifts, given.memory, drawn) for _ in range(2 * POPULATION)]
-    code = search(start, given.seconds, drawn, given.sequences, given.width)
-    numbers = torch.randn(FINAL, LENGTH, generator=torch.Generator().manual_seed(1))
-    print(json.dumps({"shifts": shifts, "error": error(code, numbers, given.width), "turns": code.turns,
-                      "curve": code.curve}))
+    plan = Plan(given.population, given.sequences, given.width, given.device)
+    start = [first(shifts, given.memory, drawn) for _ in range(2 * plan.population)]
+    known = [one for one in folded().values() if given.start and one.shifts == shifts and one.memory <= given.memory]
+    for one in known:
+        start += [one if one.memory == given.memory else longer(one, given.memory, drawn) for _ in range(8)]
+    code = search(start, given.seconds, drawn, plan)
+    error = plan.error(code, plan.normal(2 * FINAL, torch.Generator().manual_seed(1)))
+    print(json.dumps({"shifts": shifts, "error": error, "turns": code.turns, "curve": code.curve}))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from tersor.codecs.trellis.filters import filters
 from tersor.codecs.trellis.windows import Window
 from tersor.ops import trellis_path
 from tersor.ops.dispatch import reference_only
-from tersor.ops.trellis_path import Steps, beam
+from tersor.ops.trellis_path import Steps, beam, bits_of
 from tersor.ops.trellis_path.beam import reference
 from tersor.testing import gaussian
 
@@ -22,7 +22,7 @@ CODES = {"tr2x8": filters()[2.0, 8], "tr2.5x8": filters()[2.5, 8], "tr1.75": fil
 
 def decoded(code: Window, entering: torch.Tensor) -> torch.Tensor:
     """Return the numbers of paths, from the bits that enter at every step."""
-    return code.numbers(viterbi.bits_of(code, entering).to(torch.float32) * 2 - 1, entering.shape[1])
+    return code.numbers(bits_of(entering, code.shifts).to(torch.float32) * 2 - 1, entering.shape[1])
 
 
 @pytest.mark.parametrize("text", CODES)

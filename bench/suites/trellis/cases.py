@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
+from tersor.codecs.trellis.angles import folded
+from tersor.codecs.trellis.filters import filters
 from tersor.codecs.trellis.folded import FoldedTrellis
 from tersor.codecs.trellis.trellis import Trellis
 
 SHAPE = (256, 4096)
-# the errors asked of encoders with the work of 256 and of 4,096 states, and of the longest windows
+# the errors asked of encoders with the work of 256 and of 4,096 states
 FAST = {2.0: 0.0805, 2.5: 0.0430, 3.0: 0.0212, 4.0: 0.0060}
 NORMAL = {2.0: 0.0755, 2.5: 0.0388, 3.0: 0.0190, 4.0: 0.00492}
-BEST = {2.0: 0.0728, 2.5: 0.0370, 3.0: 0.0182, 4.0: 0.00464}
-FOLDED = {1.0: 0.275, 1.5: 0.140, 2.0: 0.074}  # of windows up to 4,096 states whose numbers are no sums over bits
-FOLDED_BEST = {1.0: 0.265, 1.5: 0.130, 2.0: 0.0690}
+BEST = {2.0: 0.0728, 2.5: 0.0370, 3.0: 0.0182, 4.0: 0.00464}  # a beam of 1,024 survivors
+FOLDED = {(1.0, 12): 0.275, (1.5, 12): 0.140, (2.0, 12): 0.074, (1.0, 16): 0.265, (1.5, 16): 0.134, (2.0, 16): 0.0690}
 HEADS = {64: {}, 96: {}, 128: {"tr2x8": 0.0805, "tr3x9": 0.0216, "tr4x8": 0.0059}, 256: {}}  # asked of heads of 128
 CODECS = ("tr2x8", "tr3x9", "tr4x8", "tr2", "tr3", "tr4", "tr2n")  # on heads the first three, on real matrices all
 WITHIN = 0.01  # of the Gaussian matrix's error
@@ -46,11 +47,10 @@ SWEEPS = 100  # of two-basis codes: what a processor has time for
 
 @dataclasses.dataclass(frozen=True)
 class TrellisCase:
-    """One filter on one seeded Gaussian matrix.
+    """One filter, or folded code, on one seeded Gaussian matrix.
 
     Parameters
     ----------
-    codec : str
     bits : float
     memory : int
         Bits of the window.
@@ -58,10 +58,15 @@ class TrellisCase:
         The relative squared error asked for.
     """
 
-    codec: str
     bits: float
     memory: int
     target: float | None = None
+    folded: bool = False
+
+    @property
+    def codec(self) -> str:
+        """The factory string."""
+        return (FoldedTrellis if self.folded else Trellis)(self.bits, self.memory).spec()
 
     @property
     def key(self) -> str:
@@ -113,19 +118,12 @@ class PeerCase:
 Case = TrellisCase | HeadCase | RealCase | PeerCase
 
 
-def _gaussian() -> Iterator[TrellisCase]:
-    """Yield every packaged code, linear and folded, by bits and window."""
-    longest = {bits: memory for bits, memory in sorted(Trellis.packaged())}
-    for bits, memory in sorted(Trellis.packaged()):
-        asked = FAST if memory < 12 else NORMAL if memory == 12 else BEST if memory == longest[bits] else {}
-        yield TrellisCase(Trellis(bits, memory).spec(), bits, memory, asked.get(bits))
-    longest = {bits: memory for bits, memory in sorted(FoldedTrellis.packaged())}
-    for bits, memory in sorted(FoldedTrellis.packaged()):
-        asked = FOLDED if memory == 12 else FOLDED_BEST if memory > 12 and memory == longest[bits] else {}
-        yield TrellisCase(FoldedTrellis(bits, memory).spec(), bits, memory, asked.get(bits))
+def _target(bits: float, memory: int) -> float | None:
+    return (FAST if memory < 12 else NORMAL if memory == 12 else BEST if memory > 16 else {}).get(bits)
 
 
-GAUSSIAN = tuple(_gaussian())
+GAUSSIAN = (*(TrellisCase(bits, memory, _target(bits, memory)) for bits, memory in sorted(filters())),
+            *(TrellisCase(bits, memory, FOLDED.get((bits, memory)), True) for bits, memory in sorted(folded())))
 HEAD = tuple(HeadCase(width, codec, asked.get(codec)) for width, asked in HEADS.items() for codec in CODECS[:3])
 MATRICES = tuple(RealCase(matrix, codec) for matrix in REAL for codec in CODECS)
 OTHERS = tuple(PeerCase(bits, codec, SWEEPS if codec.startswith("two") else 0)

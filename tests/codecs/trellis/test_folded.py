@@ -11,7 +11,7 @@ from tersor.codecs.trellis.folded import FoldedTrellis
 from tersor.contract.codec import Encoded
 from tersor.errors import CodecConfigError
 from tersor.registry import parse
-from tersor.testing import gaussian
+from tersor.testing import gaussian, student_t3
 
 # relative error on the unit normal in segments of 256, tails biting, as tools/train_folded.py measured it
 ERRORS = {"tr1.5nx8": 0.1462, "tr2nx8": 0.0748, "tr2nx8o": 0.0748}
@@ -123,6 +123,17 @@ def test_in_sums_and_with_feedback() -> None:
     assert errors[True] < 0.9 * errors[False]
     both = parse("sum(tr2nx8;tr2nx8)").encode(matrix)
     assert float((both.decode() - matrix).square().mean()) < 0.0062
+
+
+def test_scales_are_those_of_least_squares() -> None:
+    """No other bf16 scale of a row has less error for its numbers."""
+    for text in ("tr2nx8", "tr2nx8o", "tr3x9"):
+        matrix = student_t3((24, 64), 5)
+        encoded = parse(text).encode(matrix)
+        found = encoded.decode()
+        error = (found - matrix).square().sum(1)
+        for power in (-1, 1):  # a step of bf16
+            assert bool(((found * (1 + power / 128) - matrix).square().sum(1) >= error * (1 - 1e-5)).all())
 
 
 def test_rates_without_a_code_are_refused_with_the_nearest() -> None:

@@ -19,6 +19,7 @@ class FoldedTrellis(Streamed):
     """Streams whose windows have numbers on a circle; fields and options are those of `Streamed`."""
 
     id: ClassVar[str] = "folded"
+    kind: ClassVar[str] = "folded code"
     mark: ClassVar[str] = "n"
     grammar: ClassVar[str] = r"tr(?P<rate>\d+(?:\.\d+)?)n(?:x(?P<memory>\d+))?(?P<axis>o?)"
     examples: ClassVar[tuple[str, ...]] = ("tr2nx8", "tr1.5nx8o")

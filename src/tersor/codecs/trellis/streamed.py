@@ -56,6 +56,7 @@ class Streamed(Codec):
     memory: int = MEMORY
     axis: str = "in"
 
+    kind: ClassVar[str]  # what a packaged code is called
     mark: ClassVar[str]  # behind the rate in factory strings
     own_traits: ClassVar[Traits] = Traits(column_wise=True)
     own_options: ClassVar[frozenset[str]] = frozenset({"feedback", "beam"})
@@ -64,8 +65,8 @@ class Streamed(Codec):
         if self.axis not in ("in", "out"):
             raise CodecConfigError(f"{self.id}: axis must be 'in' or 'out', found {self.axis!r}")
         if not isinstance(self.bits, (int, float)) or (self.bits, self.memory) not in self.packaged():
-            raise CodecConfigError(f"{self.id}: there is no code of {self.bits} bits and a memory of {self.memory}; "
-                                   f"the nearest are {', '.join(self._nearest())}")
+            raise CodecConfigError(f"{self.id}: there is no {self.kind} of {self.bits} bits and a memory of "
+                                   f"{self.memory}; the nearest are {', '.join(self._nearest())}")
 
     @classmethod
     @abc.abstractmethod
@@ -100,20 +101,25 @@ class Streamed(Codec):
         return (out, self.code.stream(width)) if self.axis == "in" else (self.code.stream(out), width)
 
     def search(self, matrix: Tensor, how: Search) -> Encoded:
-        """Find the best path of every segment; with error feedback when asked for."""
+        """Find the best path of every segment, then the best scale of every row; with error feedback when asked for."""
         if how.feedback is not None:
             return encode_with_feedback(self.columns(matrix, how), matrix, how.feedback)
         shape, scales, width = shape_of(matrix), bounded(row_rms(matrix)), _width(how)
         bits = torch.empty(self.stream_shape(shape), dtype=torch.uint8, device=matrix.device)
-        inverse = reciprocal(scales)[:, None]
+        inverse, fit = reciprocal(scales)[:, None], torch.zeros(2, shape[0], device=matrix.device)
         if self.axis == "in":
             for block in row_blocks(shape):
-                bits[block], _ = self.lines(matrix[block].to(torch.float32) * inverse[block], width)
+                numbers = matrix[block].to(torch.float32) * inverse[block]
+                bits[block], made = self.lines(numbers, width)
+                fit[:, block] = _products(numbers, made, 1)
         else:
             for block in row_blocks((shape[1], shape[0])):
-                streams, _ = self.lines((matrix[:, block].to(torch.float32) * inverse).T, width)
+                numbers = (matrix[:, block].to(torch.float32) * inverse).T
+                streams, made = self.lines(numbers, width)
                 bits[:, block] = streams.T
-        return self.close(shape, scales, bits)
+                fit += _products(numbers, made, 0)
+        gain = torch.where(fit.amin(0) > 0, fit[0] / fit[1], 1.0)
+        return self.close(shape, bounded(scales.to(torch.float32) * gain), bits)
 
     def close(self, shape: Shape, scales: Tensor, bits: Tensor) -> Encoded:
         """Return the encoded matrix of these scales and bits."""
@@ -182,22 +188,22 @@ class _Columns(ColumnEncoder):
     def __init__(self, codec: Streamed, matrix: Tensor, width: int | None) -> None:
         self._codec, self._shape, self._beam = codec, shape_of(matrix), width
         self._scales = bounded(row_rms(matrix))
+        self._wide, self._inverse = self._scales.to(torch.float32)[:, None], reciprocal(self._scales)[:, None]
         self._bits = torch.empty(codec.stream_shape(self._shape), dtype=torch.uint8, device=matrix.device)
         self._sizes = set(segments(self._shape[1]))
         self.width = BLOCK if codec.axis == "out" else self._shape[1] if len(self._sizes) > 1 else min(self._sizes)
 
     def block(self, start: int, columns: Tensor) -> Tensor:
         """Encode columns; see `ColumnEncoder`."""
-        codec, scales = self._codec, self._scales.to(torch.float32)[:, None]
-        normal = columns * reciprocal(self._scales)[:, None]
+        codec, normal = self._codec, columns * self._inverse
         if codec.axis == "out":
             streams, made = codec.lines(normal.T, self._beam)
             self._bits[:, start : start + columns.shape[1]] = streams.T
-            return made.T * scales
+            return made.T * self._wide
         streams, made = codec.lines(normal, self._beam)
         first = codec.code.stream(start) if start else 0
         self._bits[:, first : first + streams.shape[1]] = streams
-        return made * scales
+        return made * self._wide
 
     def finish(self) -> Encoded:
         """Pack all bits; see `ColumnEncoder`."""
@@ -207,6 +213,11 @@ class _Columns(ColumnEncoder):
 def signs_of(bits: Tensor) -> Tensor:
     """Return -1 and 1 for bits, float32."""
     return bits.to(torch.float32).mul_(2).sub_(1)
+
+
+def _products(numbers: Tensor, made: Tensor, axis: int) -> Tensor:
+    """Return the inner products of numbers and what they decode to, and of the latter with itself, over an axis."""
+    return torch.stack([(numbers * made).sum(axis), made.square().sum(axis)])
 
 
 def _width(how: Search) -> int | None:

@@ -32,6 +32,7 @@ class Trellis(Streamed, MultipliesRotated):
     """Streams whose windows have a filter's numbers; fields and options are those of `Streamed`."""
 
     id: ClassVar[str] = "trellis"
+    kind: ClassVar[str] = "filter"
     mark: ClassVar[str] = ""
     grammar: ClassVar[str] = r"tr(?P<rate>\d+(?:\.\d+)?)(?:x(?P<memory>\d+))?(?P<axis>o?)"
     examples: ClassVar[tuple[str, ...]] = ("tr2x8", "tr3x9o", "tr2.5x8", "tr1.5x8o")

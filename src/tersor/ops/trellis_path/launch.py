@@ -26,18 +26,14 @@ def states(numbers: Tensor, table: Tensor, steps: Steps) -> Tensor:
     """
     count, length = numbers.shape
     warm, split = steps.warm(length), parts(steps)
-    _, middle, low = split
-    room = max(length, 2 * warm) << middle
+    room = max(length, 2 * warm) << split[1]
     most = max(1, CHOICES // (WORD * room))
     out = torch.empty(count, length, dtype=torch.int32, device=numbers.device)
     choices = torch.empty(min(most, count) * room, dtype=torch.int32, device=numbers.device)
     table = table.contiguous()
-    heads = tails = table
-    if steps.linear:
-        heads, tails = table[..., :: 1 << low].contiguous(), table[..., : 1 << low] - table[..., :1]
     with torch.cuda.device(numbers.device):
         for first in range(0, count, most):
-            path[(min(most, count - first),)](numbers.contiguous(), heads, tails, table, choices, out, first,
+            path[(min(most, count - first),)](numbers.contiguous(), table, choices, out, first,
                                               count // len(table), length, warm, room, steps.memory, steps.shifts,
                                               split, not steps.linear, num_warps=warps(steps))
     return out
@@ -45,13 +41,13 @@ def states(numbers: Tensor, table: Tensor, steps: Steps) -> Tensor:
 
 def entered(path: Tensor, table: Tensor, steps: Steps) -> tuple[Tensor, Tensor]:
     """Return the bits that entered, uint8 (n, bits), and the windows' numbers, float32 (n, length), of int32 states."""
-    count, length = path.shape
-    whole, rest = divmod(length, len(steps.shifts))
-    bits = torch.empty(count, whole * sum(steps.shifts) + sum(steps.shifts[:rest]), dtype=torch.uint8, device=path.device)
+    (count, length), shifts = path.shape, steps.shifts
+    whole, rest = divmod(length, len(shifts))
+    stream = whole * sum(shifts) + sum(shifts[:rest])
+    bits = torch.empty(count, stream, dtype=torch.uint8, device=path.device)
     numbers = torch.empty(count, length, dtype=torch.float32, device=path.device)
     if path.numel():
         with torch.cuda.device(path.device):
-            write_entered[(count, -(-length // BLOCK))](path, table, bits, numbers, length, bits.shape[1],
-                                                        1 << steps.memory, steps.shifts, sum(steps.shifts), max(steps.shifts),
-                                                        BLOCK)
+            write_entered[(count, -(-length // BLOCK))](path, table, bits, numbers, length, stream, 1 << steps.memory,
+                                                        shifts, sum(shifts), max(shifts), BLOCK)
     return bits, numbers

@@ -158,7 +158,7 @@ def _least(metric, LAYOUT: gl.constexpr):
 
 @kernel
 @gluon.jit(do_not_specialize=["begin", "each", "length", "warm", "room"])
-def path(numbers, high, low, table, choices, states, begin, each, length, warm, room, MEMORY: gl.constexpr,
+def path(numbers, table, choices, states, begin, each, length, warm, room, MEMORY: gl.constexpr,
          SHIFTS: gl.constexpr, PARTS: gl.constexpr, WHOLE: gl.constexpr):
     """Write the states after every step, int32 (n, length), of segments (n, length); a program a segment.
 
@@ -166,10 +166,8 @@ def path(numbers, high, low, table, choices, states, begin, each, length, warm, 
     ----------
     numbers
         float32 (n, length).
-    high, low
-        float32 (tables, period, top * middle) and (tables, period, low): what states stand for, where not WHOLE.
     table
-        float32 (tables, period, 2**MEMORY), where WHOLE.
+        float32 (tables, period, 2**MEMORY); where not WHOLE, sums of what a state's low bits and the others stand for.
     choices
         int32 (programs, room).
     each
@@ -193,12 +191,12 @@ def path(numbers, high, low, table, choices, states, begin, each, length, warm, 
     which = (begin + own) // each
     spare = gl.allocate_shared_memory(gl.int32, _rooms(TOP, MIDDLE, LOW, SHIFTS),
                                       gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    whole = table + which * (PERIOD * TOP * MIDDLE * LOW)
     highs, lows = (), ()
     for p in gl.static_range(PERIOD):
-        place = which * PERIOD + p
-        highs = highs + (gl.load(high + place * (TOP * MIDDLE) + _tops(TOP, LAYOUT) * MIDDLE + _middles(MIDDLE, LAYOUT)),)
-        lows = lows + (gl.load(low + place * LOW + _lows(LOW, LAYOUT)),)
-    whole = table + which * (PERIOD * TOP * MIDDLE * LOW)
+        level = whole + p * (TOP * MIDDLE * LOW)
+        highs = highs + (gl.load(level + (_tops(TOP, LAYOUT) * MIDDLE + _middles(MIDDLE, LAYOUT)) * LOW),)
+        lows = lows + (gl.load(level + _lows(LOW, LAYOUT)) - gl.load(level),)
     metric = gl.zeros((TOP, MIDDLE, LOW), gl.float32, LAYOUT)
     metric = _forward(metric, x, chosen, length - warm, 2 * warm, length, highs, lows, whole, spare, SHIFTS, WHOLE,
                       LAYOUT)
