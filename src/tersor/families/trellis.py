@@ -26,7 +26,7 @@ from tersor.payload.blocks import Shape
 WINDOWS: Mapping[str, float] = MappingProxyType({"fast": 9, "normal": 12, "best": math.inf})
 FAST, NORMAL = "fast", "normal"
 CIRCLE = 5  # windows that a circle of bits has at least: with fewer, symmetric codebooks have less error (docs/log.md)
-LEAST_LINE, LEAST_PART = 32, 64  # numbers of a line, and rows of either part of a mix whose lines are columns
+LEAST_LINE, LEAST_PART = 48, 64  # numbers of a line, and rows of either part of a mix whose lines are columns
 BELOW = (4, 8, 10)  # bits of eight numbers of symmetric codebooks, below the least rate of a trellis
 ABOVE = ((4.0, 1.5), (4.0, 2.0), (5.0, 2.0))  # rates of sums, beyond the highest rate of a trellis
 HIGHEST = (32, 4.0)  # a symmetric codebook and a trellis: less error than two of either
