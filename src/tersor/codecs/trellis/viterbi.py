@@ -92,10 +92,10 @@ def _climbed(code: Window, numbers: Tensor) -> Tensor:
     """Flip the bit that lowers the error most, while one does; all flips are decoded."""
     length = numbers.shape[1]
     total = code.bits(length)
-    flips = (1 - 2 * torch.eye(total, device=numbers.device))[None]
+    flips = (1 - 2 * torch.eye(total, dtype=torch.float32, device=numbers.device))[None]
     found = []
     for part in numbers.split(max(1, MOST_LEFT // (total * (total + length)))):
-        signs = torch.ones(len(part), total, device=numbers.device)
+        signs = torch.ones(len(part), total, dtype=torch.float32, device=numbers.device)
         least = (code.numbers(signs, length) - part).square().sum(1)
         for _ in range(4 * total):
             trials = (signs[:, None] * flips).flatten(0, 1)

@@ -55,7 +55,7 @@ def walk(row: Tensor, sums: Sums, width: int, starts: Tensor, places: list[int],
     """
     shifts, memory = sums.steps.shifts, sums.steps.memory
     tables, news = sums.pieces()
-    windows, cost, history = starts, torch.zeros(len(starts)), []
+    windows, cost, history = starts, torch.zeros(len(starts), dtype=torch.float32), []
     left = sum(shifts[place % len(shifts)] for place in places)
     for place in places:
         phase = place % len(shifts)
