@@ -10,6 +10,7 @@ from tersor.codecs.trellis.angles import CURVE, FOLD, Folded, bent, folded
 from tersor.codecs.trellis.folded import FoldedTrellis
 from tersor.contract.codec import Encoded
 from tersor.errors import CodecConfigError
+from tersor.ops.dispatch import reference_only
 from tersor.registry import parse
 from tersor.testing import gaussian, student_t3
 
@@ -123,6 +124,20 @@ def test_in_sums_and_with_feedback() -> None:
     assert errors[True] < 0.9 * errors[False]
     both = parse("sum(tr2nx8;tr2nx8)").encode(matrix)
     assert float((both.decode() - matrix).square().mean()) < 0.0062
+
+
+@pytest.mark.parametrize("text", ["tr2nx8", "tr1.5nx8", "tr1n", "tr1.25n", "tr5n"])
+@pytest.mark.parametrize("width", [1, 3, 12, 37, 256, 515])
+def test_the_table_gives_what_the_bits_do(text: str, width: int) -> None:
+    """To the bit; rows of streams that begin and end inside a byte, and the last byte of all."""
+    codec, drawn = parse(text), torch.Generator().manual_seed(width)
+    size = codec.layout((9, width))["codes"].stored_shape
+    codes = torch.randint(256, size, generator=drawn, dtype=torch.uint8)
+    held = Encoded(codec, (9, width), {"codes": codes, "scales": torch.rand(9, generator=drawn).to(torch.bfloat16)})
+    with reference_only():
+        wanted = held.decode()
+    assert torch.equal(held.decode(), wanted)
+    assert torch.equal(held.gather(torch.tensor([8, 0, 3])), wanted[[8, 0, 3]])
 
 
 def test_scales_are_those_of_least_squares() -> None:

@@ -27,7 +27,7 @@ def codebook_linear(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, zer
     groups = _Groups.of(scales, zeros, bits, group)
     matrix = _Matrix(codes.numpy(), table.to(torch.float32).numpy(), (rows, x.shape[-1]), bits, form, groups)
     y = matrix.few(flat) if is_few(len(flat), x.dtype) else matrix.many(flat)
-    if groups.scales.shape[1] == 1:
+    if not groups.many:
         if groups.zeros is not None:
             y -= flat.to(torch.float32).sum(1, keepdim=True) * groups.zeros[:, 0]
         y *= groups.scales[:, 0]
@@ -55,8 +55,13 @@ class _Groups:
     def kind(self) -> str:
         """What kernels must know of them: nothing of a scale a row, which is for afterwards."""
         if self.scales.shape[1] == 1:
-            return ""
-        return "scales" if self.zeros is None else "scales, zeros"
+            return levels.PLAIN
+        return levels.SCALES if self.zeros is None else levels.SCALES + levels.ZEROS
+
+    @property
+    def many(self) -> bool:
+        """Whether a row has several groups."""
+        return self.scales.shape[1] > 1
 
     def arrays(self, width: int, bits: int, met: np.ndarray) -> tuple[np.ndarray, ...]:
         """Return what `levels` reads of groups, for vectors in its order."""
@@ -94,13 +99,18 @@ class _Matrix:
     @property
     def kind(self) -> str:
         """What kernels must know besides bits."""
-        return self.groups.kind + ("affine" if self.bits == 8 and self.form == "affine" else "")
+        return self.groups.kind + self.table_kind
+
+    @property
+    def table_kind(self) -> str:
+        """What kernels must know of the table."""
+        return levels.AFFINE if self.bits == 8 and self.form == "affine" else levels.PLAIN
 
     def few(self, x: Tensor) -> Tensor:
         """Return products, float32 (vectors, rows), in passes over the codes of at most four vectors each."""
         x = x.to(torch.float32).contiguous()
         y = np.empty((len(x), self.shape[0]), np.float32)
-        by_tables = self.bits in TABLE_BITS and not self.groups.kind
+        by_tables = self.bits in TABLE_BITS and not self.groups.many
         for first, count in pieces(len(x)):
             met, to = x[first : first + count], y[first : first + count]
             if by_tables:
@@ -114,8 +124,8 @@ class _Matrix:
         padded = np.zeros((len(x), words * 32 // self.bits), np.float32)
         padded[:, : x.shape[1]] = x.numpy()
         held = np.empty((words * tables.LOOKUPS, len(x), LANES), np.float32)
-        tables.fill(padded, self.table, held)
-        multiply = tables.MULTIPLY[len(x)]
+        tables.fill(self.bits)(padded, self.table, held)
+        multiply = tables.multiply(len(x))
 
         def run(codes: np.ndarray, row: int, to: np.ndarray, tiles: tuple[int, int]) -> None:
             del row
@@ -127,7 +137,7 @@ class _Matrix:
         table, kind = levels.table_of(self.table, self.form), self.kind
         met = levels.ordered(x.numpy(), self.bits)
         multiply = levels.multiply(self.bits, len(x), kind)
-        parts = self.groups.arrays(self.shape[1], self.bits, met) if self.groups.kind else _NO_GROUPS
+        parts = self.groups.arrays(self.shape[1], self.bits, met) if self.groups.many else _NO_GROUPS
         scales, zeros, *others = parts
         count = self.groups.scales.shape[1]
 
@@ -154,7 +164,7 @@ class _Matrix:
 
     def many(self, x: Tensor) -> Tensor:
         """Return products, float32 (vectors, rows), with blocks of rows spread out to numbers."""
-        half = x.dtype == torch.bfloat16 and not self.groups.kind and self.bits < 8
+        half = x.dtype == torch.bfloat16 and not self.groups.many and self.bits < 8
         table = levels.table_of(self.table, self.form)
         if half:
             both = torch.from_numpy(table).to(torch.bfloat16).view(torch.int16).to(torch.int32) & 0xFFFF
@@ -168,7 +178,7 @@ class _Matrix:
         y = torch.empty(len(x), self.shape[0], dtype=torch.float32)
         step = max(levels.ROWS, BLOCK // met.shape[1])
         room = torch.empty(min(step, self.shape[0]), met.shape[1], dtype=met.dtype)
-        write = spread.spread(self.bits, half, "affine" if self.bits == 8 and self.form == "affine" else "")
+        write = spread.spread(self.bits, half, self.table_kind)
         safe = max(0, (len(self.codes) - self.blocks * levels.block_bytes(self.bits)) // self.stride + 1)
         for start in range(0, self.shape[0], step):
             stop = min(start + step, self.shape[0])
@@ -196,7 +206,7 @@ class _Matrix:
 
     def _scaled(self, out: Tensor, start: int, stop: int) -> Tensor:
         """Apply zero points and scales of groups to rows that have been spread out, in place."""
-        if not self.groups.kind:
+        if not self.groups.many:
             return out
         first, lanes = levels.groups_of(self.shape[1], self.bits, self.groups.size)
         place = torch.from_numpy(first[:, None] + lanes)

@@ -12,36 +12,43 @@ import numba
 from numba import types
 from numba.core.extending import intrinsic
 
-from tersor.ops.codebook_linear.kernels.levels import block_bytes, level, words
+from tersor.ops.codebook_linear.kernels import levels
+from tersor.ops.codebook_linear.kernels.levels import PLAIN, block_bytes, level, words
+from tersor.ops.codebook_linear.shapes import lanes
 from tersor.ops.codebook_linear.shapes.lanes import lane_codes
-from tersor.ops.vectors import INT, INTS, LANES, LONG, Vectors
+from tersor.ops.vectors import INT, INTS, LANES, LONG, Vectors, how
 
 LOW, HIGH = 0x0000FFFF, 0xFFFF0000
 
 
-def _row(bits: int, half: bool, kind: str) -> Any:
-    """Return an intrinsic that writes a row: of float32, or of pairs of numbers of 16 bits."""
+@intrinsic(prefer_literal=True)
+def _row(typing: Any, how: Any, codes: Any, table: Any, out: Any, at: Any) -> Any:
+    """Write a row.
 
-    @intrinsic
-    def row(typing: Any, codes: Any, first: Any, blocks: Any, table: Any, out: Any, place: Any):
-        """Write a row that starts at byte `first` to number `place` of `out`, 32 bits each."""
-        del typing
-        return types.void(codes, first, blocks, table, out, place), _write
+    Parameters
+    ----------
+    how : str
+        Bits of a code, bits of a number, and what is not plain.
+    at : (byte of the row, blocks of it, where in `out` it starts)
+        In numbers of 32 bits.
+    """
+    del typing
+    return types.void(how, codes, table, out, at), _write_row
 
-    def _write(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        v = Vectors(context, builder, signature, arguments)
-        codes, table, out = (v.array(place) for place in (0, 3, 4))
-        _, first, blocks, _, _, place = arguments
-        each, step = lane_codes(bits), 2 if half else 1
-        with v.loop(blocks) as block:
-            held = words(v, codes, builder.add(first, builder.mul(block, LONG(block_bytes(bits)))), bits)
-            start = builder.add(place, builder.mul(block, LONG(each // step * LANES)))
-            for turn, code in enumerate(range(0, each, step)):
-                found = [level(v, table, held, code + i, (bits, kind)) for i in range(step)]
-                v.store(_paired(v, found) if half else found[0], v.at(out, builder.add(start, LONG(turn * LANES))))
-        return context.get_dummy_value()
 
-    return row
+def _write_row(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    v = Vectors(context, builder, signature, arguments)
+    bits, step, kind = int(v.said(0)[0]), 32 // int(v.said(0)[1]), v.said(0)[2]
+    codes, table, out = (v.array(place) for place in (1, 2, 3))
+    first, blocks, place = (v.value(4, i) for i in range(3))
+    each = lane_codes(bits)
+    with v.loop(blocks) as block:
+        held = words(v, codes, builder.add(first, builder.mul(block, LONG(block_bytes(bits)))), bits)
+        start = builder.add(place, builder.mul(block, LONG(each // step * LANES)))
+        for turn, code in enumerate(range(0, each, step)):
+            found = [level(v, table, held, code + i, (bits, kind)) for i in range(step)]
+            v.store(_paired(v, found) if step == 2 else found[0], v.at(out, builder.add(start, LONG(turn * LANES))))
+    return context.get_dummy_value()
 
 
 def _paired(v: Vectors, found: list[Any]) -> Any:
@@ -52,12 +59,13 @@ def _paired(v: Vectors, found: list[Any]) -> Any:
 
 
 @cache
-def spread(bits: int, half: bool, kind: str = "") -> Any:
+def spread(bits: int, half: bool, kind: str = PLAIN) -> Any:
     """Return the kernel for codes of so many bits, to float32 or to 16 bits; `kind` as of `levels.multiply`."""
-    row = _row(bits, half, kind)
+    made = how(bits, 16 if half else 32, kind, sources=(lanes.__file__, levels.__file__))
+    each = lane_codes(bits) * LANES // (2 if half else 1)
 
     @numba.njit(nogil=True, boundscheck=False, cache=True)
-    def write(codes: Any, stride: Any, table: Any, out: Any, rows: Any) -> None:
+    def spread(codes: Any, stride: Any, table: Any, out: Any, rows: Any) -> None:
         """Write rows.
 
         Parameters
@@ -70,9 +78,8 @@ def spread(bits: int, half: bool, kind: str = "") -> Any:
         rows : (first, last)
             Of the codes; the first goes to the first of `out`.
         """
-        blocks = out.shape[1] // each
         for i in range(rows[0], rows[1]):
-            row(codes, i * stride, blocks, table, out, (i - rows[0]) * out.shape[1])
+            place = (i - rows[0]) * out.shape[1]
+            _row(made, codes, table, out, (i * stride, out.shape[1] // each, place))
 
-    each = lane_codes(bits) * LANES // (2 if half else 1)
-    return write
+    return spread
