@@ -127,17 +127,21 @@ def test_in_sums_and_with_feedback() -> None:
 
 
 @pytest.mark.parametrize("text", ["tr2nx8", "tr1.5nx8", "tr1n", "tr1.25n", "tr5n"])
-@pytest.mark.parametrize("width", [1, 3, 12, 37, 256, 515])
-def test_the_table_gives_what_the_bits_do(text: str, width: int) -> None:
-    """To the bit; rows of streams that begin and end inside a byte, and the last byte of all."""
-    codec, drawn = parse(text), torch.Generator().manual_seed(width)
-    size = codec.layout((9, width))["codes"].stored_shape
+@pytest.mark.parametrize("length", [1, 3, 12, 37, 256, 515])
+@pytest.mark.parametrize("across", [False, True])
+def test_the_table_gives_what_the_bits_do(text: str, length: int, across: bool) -> None:
+    """To the bit; streams that begin and end inside a byte, and the last byte of all."""
+    codec, drawn = parse(f"{text}o" if across else text), torch.Generator().manual_seed(length)
+    shape = (length, 9) if across else (9, length)
+    size = codec.layout(shape)["codes"].stored_shape
     codes = torch.randint(256, size, generator=drawn, dtype=torch.uint8)
-    held = Encoded(codec, (9, width), {"codes": codes, "scales": torch.rand(9, generator=drawn).to(torch.bfloat16)})
+    scales = torch.rand(shape[0], generator=drawn).to(torch.bfloat16)
+    held = Encoded(codec, shape, {"codes": codes, "scales": scales})
     with reference_only():
         wanted = held.decode()
     assert torch.equal(held.decode(), wanted)
-    assert torch.equal(held.gather(torch.tensor([8, 0, 3])), wanted[[8, 0, 3]])
+    some = torch.tensor([shape[0] - 1, 0, shape[0] // 3, shape[0] // 3])
+    assert torch.equal(held.gather(some), wanted[some])
 
 
 def test_scales_are_those_of_least_squares() -> None:

@@ -41,10 +41,11 @@ class FoldedTrellis(Streamed):
 
     def decode_rows(self, encoded: Encoded, rows: Rows) -> Tensor:
         """Return scaled numbers: on the processor from a table of windows, elsewhere from their bits; the same."""
-        if self.axis == "in" and self.memory <= viterbi.MOST_MEMORY:
+        if self.memory <= viterbi.MOST_MEMORY:
             held, (out, width) = encoded.tensors, encoded.shape
-            index = torch.arange(out)[rows] if isinstance(rows, slice) else rows
-            found = table_rows(held["codes"], _table(self.code), self.code.shifts, segments(width), index)
+            index = torch.arange(out)[rows] if isinstance(rows, slice) else rows.to(held["codes"].device)
+            line = (self.code.shifts, segments(width if self.axis == "in" else out))
+            found = table_rows(held["codes"], _table(self.code), line, index, None if self.axis == "in" else width)
             if found is not None:
                 return found.mul_(held["scales"].to(torch.float32)[index, None])
         return super().decode_rows(encoded, rows)

@@ -16,23 +16,24 @@ from tersor.ops.dispatch import compiled_allowed, log_once
 MOST_MEMORY = 16  # bits of a window whose table fits in a cache
 
 
-def table_rows(codes: Tensor, table: Tensor, shifts: Sequence[int], sizes: Sequence[int],
-               rows: Tensor) -> Tensor | None:
+def table_rows(codes: Tensor, table: Tensor, line: tuple[Sequence[int], Sequence[int]], rows: Tensor,
+               across: int | None = None) -> Tensor | None:
     """Return rows of numbers, float32 (k, width); None where no kernel takes them.
 
     Parameters
     ----------
     codes : Tensor
-        Packed bits of all rows, uint8; every row is a stream of segments, each a circle.
+        Packed bits of all lines, uint8; every line is a stream of segments, each a circle.
     table : Tensor
         The number of every window, float32 (period, 2**memory), as `mirrored` returns it.
-    shifts : sequence of int
-        New bits a number, by phase.
-    sizes : sequence of int
-        Numbers of the segments.
+    line : (shifts, sizes)
+        New bits a number, by phase, and numbers of the segments.
     rows : Tensor
         int64 (k,).
+    across : int or None
+        The width of rows where lines are columns; None: lines are rows.
     """
+    shifts, sizes = line
     memory = table.shape[1].bit_length() - 1
     least = min((sum((tuple(shifts) * size)[:size]) for size in set(sizes)), default=0)
     if codes.device.type != "cpu" or not compiled_allowed("trellis_table"):
@@ -42,7 +43,7 @@ def table_rows(codes: Tensor, table: Tensor, shifts: Sequence[int], sizes: Seque
         return None
     from tersor.ops.trellis_table import compiled
 
-    return compiled.rows(codes, table, shifts, sizes, rows)
+    return compiled.rows(codes, table, line, rows, across)
 
 
 def mirrored(table: Tensor) -> Tensor:

@@ -8,18 +8,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tersor.ops.trellis_table.kernels.looks import look
+from tersor.ops.trellis_table.kernels.looks import look, look_across
 from tersor.ops.workers import share
 
 
-def rows(codes: Tensor, table: Tensor, shifts: Sequence[int], sizes: Sequence[int], chosen: Tensor) -> Tensor:
-    """Return rows of numbers, float32 (k, width); see `table_rows`, whose table is here by streams' windows."""
-    out = torch.empty(len(chosen), sum(sizes), dtype=torch.float32)
-    line = (np.array(shifts, dtype=np.int64), np.array(sizes, dtype=np.int64), table.shape[1].bit_length() - 1)
+def rows(codes: Tensor, table: Tensor, line: tuple[Sequence[int], Sequence[int]], chosen: Tensor,
+         across: int | None) -> Tensor:
+    """Return rows of numbers, float32 (k, width); see `table_rows`."""
+    shifts, sizes = line
+    out = torch.empty(len(chosen), sum(sizes) if across is None else across, dtype=torch.float32)
+    kernel = look if across is None else look_across
+    told = (np.array(shifts, dtype=np.int64), np.array(sizes, dtype=np.int64), table.shape[1].bit_length() - 1)
     held, known, index, made = codes.numpy(), table.numpy(), chosen.numpy(), out.numpy()
 
     def work(span: tuple[int, int]) -> None:
-        look(held, known, line, index[slice(*span)], made[slice(*span)])
+        kernel(held, known, told, index[slice(*span)], made[slice(*span)])
 
     share(len(chosen), out.numel(), work)
     return out

@@ -53,3 +53,39 @@ def look(packed: Any, table: Any, line: Any, rows: Any, out: Any) -> None:
                 phase = phase + 1 if phase + 1 < period else 0
             bit += np.uint64(total)
             at += size
+
+
+@numba.njit(nogil=True, boundscheck=False, cache=True)
+def look_across(packed: Any, table: Any, line: Any, rows: Any, out: Any) -> None:
+    """Write rows across streams that run along columns; a window is moved on where rows follow one another.
+
+    Parameters
+    ----------
+    packed, table, line : see `look`; bits are (stream, width), and sizes those of a column
+    rows : int64 (k,)
+        Places in a column.
+    out : float32 (k, width)
+    """
+    shifts, sizes, memory = line
+    period, each, width = shifts.shape[0], shifts.sum(), out.shape[1]
+    top, window, known = np.uint64(memory - 1), np.zeros(width, np.uint64), np.int64(-1)
+    for n in range(rows.shape[0]):
+        segment, start, bit = 0, np.int64(0), np.int64(0)
+        while rows[n] >= start + sizes[segment]:
+            start += sizes[segment]
+            bit += sizes[segment] // period * each + shifts[: sizes[segment] % period].sum()
+            segment += 1
+        size, t = sizes[segment], rows[n] - start
+        total = size // period * each + shifts[: size % period].sum()
+        entered = t // period * each + shifts[: t % period + 1].sum()
+        count = shifts[t % period] if t and known == rows[n] - 1 else memory
+        for i in range(entered - count, entered):
+            place = (bit + i % total) * width
+            for c in range(width):
+                at = np.uint64(place + c)
+                new = np.uint64(packed[at >> EIGHTH] >> (at & SEVEN) & 1)
+                window[c] = window[c] >> ONE | new << top
+        numbers = table[t % period]
+        for c in range(width):
+            out[n, c] = numbers[window[c]]
+        known = rows[n]
