@@ -37,10 +37,8 @@ def codebook_linear(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, zer
     groups = _Groups.of(scales, zeros, bits, group)
     matrix = _Matrix(codes.numpy(), table.to(torch.float32).numpy(), (rows, x.shape[-1]), bits, form, groups)
     tiled = len(flat) >= TILED_FROM and x.dtype == torch.bfloat16 and bits in TILED_BITS and not groups.several
-    if tiled and tiles.ready():
-        y = matrix.tiled(flat)
-    else:
-        y = matrix.few(flat) if len(flat) <= FEW else matrix.many(flat)
+    how = matrix.tiled if tiled and tiles.ready() else matrix.few if len(flat) <= FEW else matrix.many
+    y = how(flat)
     if not groups.several:
         if groups.zeros is not None:
             y -= flat.to(torch.float32).sum(1, keepdim=True) * groups.zeros[:, 0]
