@@ -8,6 +8,7 @@ A row's sum is made in one order, whatever the threads.
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -36,8 +37,8 @@ def codebook_linear(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, zer
     flat, rows = x.detach().reshape(-1, x.shape[-1]), scales.shape[0]
     groups = _Groups.of(scales, zeros, bits, group)
     matrix = _Matrix(codes.numpy(), table.to(torch.float32).numpy(), (rows, x.shape[-1]), bits, form, groups)
-    tiled = len(flat) >= TILED_FROM and x.dtype == torch.bfloat16 and bits in TILED_BITS and not groups.several
-    how = matrix.tiled if tiled and tiles.ready() else matrix.few if len(flat) <= FEW else matrix.many
+    tiled = flat.shape[0] >= TILED_FROM and x.dtype == torch.bfloat16 and bits in TILED_BITS and not groups.several
+    how = matrix.tiled if tiled and tiles.ready() else matrix.few if flat.shape[0] <= FEW else matrix.many
     y = how(flat)
     if not groups.several:
         if groups.zeros is not None:
@@ -121,9 +122,9 @@ class _Matrix:
     def few(self, x: Tensor) -> Tensor:
         """Return products, float32 (vectors, rows), in passes over the codes of at most four vectors each."""
         x = x.to(torch.float32).contiguous()
-        y = np.empty((len(x), self.shape[0]), np.float32)
+        y = np.empty((x.shape[0], self.shape[0]), np.float32)
         by_tables = self.bits in TABLE_BITS and not self.groups.several
-        for first, count in pieces(len(x)):
+        for first, count in pieces(x.shape[0]):
             met, to = x[first : first + count], y[first : first + count]
             if by_tables:
                 self._by_tables(met, to)
@@ -133,11 +134,13 @@ class _Matrix:
 
     def _by_tables(self, x: Tensor, y: np.ndarray) -> None:
         words = -(-self.stride // (4 * tables.WORDS)) * tables.WORDS
-        padded = np.zeros((len(x), words * 32 // self.bits), np.float32)
-        padded[:, : x.shape[1]] = x.numpy()
-        held = np.empty((words * tables.LOOKUPS, len(x), LANES), np.float32)
-        tables.fill(self.bits)(padded, self.table, held)
-        multiply = tables.multiply(len(x))
+        met, width = x.numpy(), words * 32 // self.bits
+        if width > x.shape[1]:
+            met = np.zeros((x.shape[0], width), np.float32)
+            met[:, : x.shape[1]] = x.numpy()
+        held = _workspace(words * tables.LOOKUPS, x.shape[0])
+        tables.fill(self.bits)(met, self.table, held)
+        multiply = tables.multiply(x.shape[0])
 
         def run(codes: np.ndarray, row: int, to: np.ndarray, tiles: tuple[int, int]) -> None:
             del row
@@ -148,7 +151,7 @@ class _Matrix:
     def _by_levels(self, x: Tensor, y: np.ndarray) -> None:
         table, kind = levels.table_of(self.table, self.form), self.kind
         met = levels.ordered(x.numpy(), self.bits)
-        multiply = levels.multiply(self.bits, len(x), kind)
+        multiply = levels.multiply(self.bits, x.shape[0], kind)
         parts = self.groups.arrays(self.shape[1], self.bits, met) if self.groups.several else _NO_GROUPS
         scales, zeros, *others = parts
         count = self.groups.scales.shape[1]
@@ -178,8 +181,8 @@ class _Matrix:
         """Return products, float32 (vectors, rows), with blocks of rows spread out to numbers."""
         table, kind = levels.table_of(self.table, self.form), self.table_kind
         met = torch.from_numpy(levels.ordered(x.to(torch.float32).contiguous().numpy(), self.bits))
-        met = met.permute(2, 0, 1, 3).reshape(len(x), -1)
-        y = torch.empty(len(x), self.shape[0], dtype=torch.float32)
+        met = met.permute(2, 0, 1, 3).reshape(x.shape[0], -1)
+        y = torch.empty(x.shape[0], self.shape[0], dtype=torch.float32)
         step = max(levels.ROWS, BLOCK // met.shape[1])
         room = torch.empty(min(step, self.shape[0]), met.shape[1], dtype=torch.float32)
         write = spread.spread(self.bits, kind)
@@ -196,7 +199,7 @@ class _Matrix:
         table, shape = tiles.pairs_of(torch.from_numpy(self.table), self.bits), tiles.shape()
         reach = self.blocks * levels.block_bytes(self.bits)
         found = []
-        for first, count in tiled_pieces(len(x)):
+        for first, count in tiled_pieces(x.shape[0]):
             part = x[first : first + count]
             multiply = tiles.multiply(self.bits, count // tiles.ROWS)
             y, met = np.empty((count, self.shape[0]), np.float32), tiles.arranged(part, count, self.bits).numpy()
@@ -238,6 +241,24 @@ class _Matrix:
             view -= self.groups.zeros[start:stop][:, place].unsqueeze(2)
         view *= self.groups.scales[start:stop][:, place].unsqueeze(2)
         return out
+
+
+class _Kept(threading.local):
+    """Memory of a thread's own that calls use one after another: new memory costs more than a small product."""
+
+    def __init__(self) -> None:
+        self.numbers = np.empty(0, np.float32)
+
+
+_KEPT = _Kept()
+
+
+def _workspace(tables: int, vectors: int) -> np.ndarray:
+    """Return room for tables of vectors, float32 (tables, vectors, 16)."""
+    size = tables * vectors * LANES
+    if _KEPT.numbers.size < size:
+        _KEPT.numbers = np.empty(size, np.float32)
+    return _KEPT.numbers[:size].reshape(tables, vectors, LANES)
 
 
 def _padded(numbers: Tensor, room: int) -> np.ndarray:
