@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tersor.ops import dispatch
 from tersor.ops.codebook_linear import codebook_linear
-from tersor.ops.codebook_linear.shapes.lanes import FEW_OTHERS, pieces, refusal
+from tersor.ops.codebook_linear.shapes.lanes import FEW, pieces, refusal, tiled_pieces
 from tersor.payload import packing
 from tersor.testing import gaussian
 from tests.ops.test_codebook_linear import exact, problem
@@ -43,7 +43,7 @@ def threads() -> Iterator[None]:
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("case", SHAPES, ids=str)
 @pytest.mark.parametrize(("form", "points"), [("any", False), ("affine", True)])
-@pytest.mark.parametrize("vectors", [1, 7, FEW_OTHERS + 1])
+@pytest.mark.parametrize("vectors", [1, 7, FEW + 1])
 def test_is_the_product(case: tuple[int, int, int, int], form: str, points: bool, vectors: int) -> None:
     rows, width, bits, group = case
     parts = problem(rows, width, bits, group, form)
@@ -59,12 +59,30 @@ def test_is_the_product(case: tuple[int, int, int, int], form: str, points: bool
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_vector_has_the_same_bits_in_any_few(bits: int, dtype: torch.dtype) -> None:
     parts, x = problem(70, 512, bits, 512), gaussian((7, 512), 1).to(dtype)
     together = call(parts, x, bits, 512, "any", points=False)
     for i in range(7):
         assert torch.equal(call(parts, x[i : i + 1], bits, 512, "any", points=False)[0], together[i])
+
+
+@pytest.mark.parametrize(("rows", "width", "bits"), [(37, 1000, 1), (16, 512, 2), (70, 776, 3), (33, 1030, 4)])
+@pytest.mark.parametrize("vectors", [5, 17, 40, 70])
+def test_bf16_vectors_meet_levels_rounded_to_bf16(rows: int, width: int, bits: int, vectors: int) -> None:
+    pytest.importorskip("numba")
+    from tersor.ops.codebook_linear.kernels import tiles
+
+    if not tiles.ready():
+        pytest.skip("this machine has no matrix tiles")
+    parts, x = problem(rows, width, bits, width), gaussian((vectors, width), 1).to(torch.bfloat16)
+    codes, table, scales, _ = parts
+    y = call(parts, x, bits, width, "any", points=False)
+    matrix = exact(codes, table.to(torch.bfloat16), scales, None, width)
+    want = x.double() @ matrix.T
+    size = x.double().abs() @ matrix.abs().T
+    rounding = want.abs() * torch.finfo(torch.bfloat16).eps / 2  # of the result; sums are float32
+    assert bool(((y.double() - want).abs() <= rounding + (width + 4) * EPS * size).all())
 
 
 @pytest.mark.usefixtures("threads")
@@ -76,14 +94,14 @@ def test_the_same_bits_on_any_number_of_threads(bits: int, group: int, vectors: 
     for count in (1, 2, 5):
         torch.set_num_threads(count)
         found.append(call(parts, x, bits, group, "any", points=group < 4096))
-    if vectors <= FEW_OTHERS:  # more are multiplied by torch
+    if vectors <= FEW:  # more are multiplied by torch
         assert torch.equal(found[0], found[1])
         assert torch.equal(found[0], found[2])
     torch.testing.assert_close(found[2], found[0], rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("vectors", [1, FEW_OTHERS + 1])
+@pytest.mark.parametrize("vectors", [1, FEW + 1])
 def test_what_lies_behind_the_codes_does_not_matter(bits: int, vectors: int) -> None:
     codes, table, scales, _ = problem(37, 200, bits, 200)
     packed, x = packing.pack(codes, 2**bits), gaussian((vectors, 200), 1)
@@ -135,3 +153,7 @@ def test_what_the_kernels_take() -> None:
     assert "groups of 12" in str(refusal(3, 96, 12))
     assert pieces(7) == [(0, 4), (4, 2), (6, 1)]
     assert pieces(0) == []
+    assert tiled_pieces(2) == [(0, 16)]
+    assert tiled_pieces(17) == [(0, 32)]
+    assert tiled_pieces(70) == [(0, 64), (64, 16)]
+    assert tiled_pieces(24) == [(0, 16), (16, 16)]

@@ -109,7 +109,7 @@ def test_cropping_keeps_what_was_decoded() -> None:
 
 
 def test_ladders_by_name() -> None:
-    """Every rung parses; an effort has the windows of the family `trellis`, at the rates asked for most among others."""
+    """Every rung parses; an effort has the windows of the family `trellis`, at the usual rates among others."""
     klt = ladder()
     assert PlanSettings().ladder == klt
     for effort in EFFORTS:

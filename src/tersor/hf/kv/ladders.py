@@ -37,7 +37,7 @@ def ladder(name: str = "klt", effort: str = EFFORT) -> tuple[str, ...]:
 
 def _trellis(effort: str) -> tuple[str, ...]:
     """Return trellis codes of every rate that has a window as short as the effort asks for."""
-    windows = ((bits, window(bits, effort)) for bits in sorted({bits for bits, _ in filters()}))
+    windows = ((bits, window(Trellis, bits, effort)) for bits in sorted({bits for bits, _ in filters()}))
     return tuple(f"ctr8,rot,{Trellis(bits, memory).spec()}" for bits, memory in windows
                  if memory is not None and memory <= WINDOWS[effort])
 

@@ -32,9 +32,11 @@ def ordered(x: np.ndarray, bits: int) -> np.ndarray:
     """Return vectors (vectors, width) in the order in which codes are met, float32 (blocks, codes of a lane, vectors, 16)."""
     each = lane_codes(bits)
     blocks = -(-x.shape[1] // (LANES * each))
-    padded = np.zeros((len(x), blocks * LANES * each), np.float32)
-    padded[:, : x.shape[1]] = x
-    return np.ascontiguousarray(padded.reshape(len(x), blocks, LANES, each).transpose(1, 3, 0, 2))
+    if blocks * LANES * each > x.shape[1]:
+        padded = np.zeros((len(x), blocks * LANES * each), np.float32)
+        padded[:, : x.shape[1]] = x
+        x = padded
+    return np.ascontiguousarray(x.reshape(len(x), blocks, LANES, each).transpose(1, 3, 0, 2))
 
 
 def words(v: Vectors, codes: Any, first: Any, bits: int) -> list[Any]:
