@@ -15,7 +15,7 @@ EFFORT = "normal"  # whose windows take less time than klt does; those of `fast`
 
 
 def ladder(name: str = "klt", effort: str = EFFORT) -> tuple[str, ...]:
-    """Return the ladder of a name: `klt`, which trains tables; `trellis`, rotated and with sizes in bytes; `all`, both.
+    """Return the ladder of a name: `klt`, which trains tables; `trellis`, which trains a mean at most; `all`, both.
 
     Parameters
     ----------
@@ -36,10 +36,15 @@ def ladder(name: str = "klt", effort: str = EFFORT) -> tuple[str, ...]:
 
 
 def _trellis(effort: str) -> tuple[str, ...]:
-    """Return trellis codes of every rate that has a window as short as the effort asks for."""
-    windows = ((bits, window(Trellis, bits, effort)) for bits in sorted({bits for bits, _ in filters()}))
-    return tuple(f"ctr8,rot,{Trellis(bits, memory).spec()}" for bits, memory in windows
-                 if memory is not None and memory <= WINDOWS[effort])
+    """Return trellis codes of every rate that has a window as short as the effort asks for.
+
+    Each with a scale in a byte, around a mean, and with one of 16 bits: keys suffer from the steps of bytes, values do
+    not (docs/log.md).
+    """
+    windows = ((bits, window(bits, effort)) for bits in sorted({bits for bits, _ in filters()}))
+    specs = (Trellis(bits, memory).spec() for bits, memory in windows
+             if memory is not None and memory <= WINDOWS[effort])
+    return tuple(f"{size}rot,{spec}" for spec in specs for size in ("ctr8,", ""))
 
 
 __all__ = ["EFFORT", "EFFORTS", "LADDERS", "ladder"]
