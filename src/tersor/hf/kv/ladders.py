@@ -41,7 +41,7 @@ def _trellis(effort: str) -> tuple[str, ...]:
     Each with a scale in a byte, around a mean, and with one of 16 bits: keys suffer from the steps of bytes, values do
     not (docs/log.md).
     """
-    windows = ((bits, window(bits, effort)) for bits in sorted({bits for bits, _ in filters()}))
+    windows = ((bits, window(Trellis, bits, effort)) for bits in sorted({bits for bits, _ in filters()}))
     specs = (Trellis(bits, memory).spec() for bits, memory in windows
              if memory is not None and memory <= WINDOWS[effort])
     return tuple(f"{size}rot,{spec}" for spec in specs for size in ("ctr8,", ""))
