@@ -64,7 +64,8 @@ class Streamed(Codec):
     def __post_init__(self) -> None:
         if self.axis not in ("in", "out"):
             raise CodecConfigError(f"{self.id}: axis must be 'in' or 'out', found {self.axis!r}")
-        if not isinstance(self.bits, (int, float)) or (self.bits, self.memory) not in self.packaged():
+        known = isinstance(self.bits, (int, float)) and type(self.memory) is int
+        if not known or (self.bits, self.memory) not in self.packaged():
             raise CodecConfigError(f"{self.id}: there is no {self.kind} of {self.bits} bits and a memory of "
                                    f"{self.memory}; the nearest are {', '.join(self._nearest())}")
 
@@ -227,8 +228,8 @@ def signs_of(bits: Tensor) -> Tensor:
 
 
 def _times_gain(scales: Tensor, fit: Tensor) -> Tensor:
-    """Return scales times the quotients of two inner products, (2, n), where both are positive: bf16."""
-    gain = torch.where(fit.amin(0) > 0, fit[0] / fit[1], torch.ones_like(fit[0]))
+    """Return scales times the quotients of two inner products, (2, n), none below 0: bf16."""
+    gain = torch.where(fit[1] > 0, fit[0].clamp_min(0) / fit[1], torch.ones_like(fit[0]))
     return bounded(scales.to(torch.float32) * gain)
 
 
