@@ -43,10 +43,6 @@ def _row(line: Line) -> tuple[str, ...]:
 
 TABLES = {
     "vectors-glove-2": Table(vectors_table("glove", 2), ("glove",), charged=True),
-    "vectors-glove-3": Table(vectors_table("glove", 3), ("glove",), charged=True),
     "vectors-glove-4": Table(vectors_table("glove", 4), ("glove",), charged=True),
-    "vectors-banking77-1.5": Table(vectors_table("banking77", 1.5), ("banking77",), charged=True),
     "vectors-banking77": Table(vectors_table("banking77", 2), ("banking77",), charged=True),
-    "vectors-banking77-3": Table(vectors_table("banking77", 3), ("banking77",), charged=True),
-    "vectors-banking77-4": Table(vectors_table("banking77", 4), ("banking77",), charged=True),
 }
