@@ -4,7 +4,7 @@ from __future__ import annotations
 
 BITS = (1, 2, 3, 4, 8)
 PIECES = (4, 2, 1)  # vectors that a pass over the codes multiplies
-FEW = 32  # vectors that passes serve; for more, codes are spread out and torch multiplies
+FEW = 64  # vectors that passes serve; for more, codes are spread out and torch multiplies
 TILED = (64, 32, 16)  # vectors of bf16 that a pass with matrix tiles multiplies
 TILED_BITS = (1, 2, 3, 4)
 TILED_FROM = 5  # vectors: fewer are served by passes
