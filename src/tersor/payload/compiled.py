@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.extending import intrinsic
+
+from tersor.numerics.machine import njit
 
 LONG, EIGHT = ir.IntType(64), 8
 EVERY_BYTE = 0x0101010101010101
@@ -52,7 +53,7 @@ _deposit: Any = intrinsic(_depositing)
 _word: Any = intrinsic(_reading)
 
 
-@numba.njit(nogil=True, boundscheck=False, cache=True)
+@njit()
 def unpack(packed: Any, width: Any, first: Any, out: Any) -> None:
     """Write codes of `width` bits, 1 to 8, eight at a time.
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 from functools import cache, lru_cache
 from typing import Any
 
-import numba
 import numpy as np
 from numba import types
 from numba.core.extending import intrinsic
 
+from tersor.numerics.machine import njit
 from tersor.ops.codebook_linear.shapes import lanes
 from tersor.ops.codebook_linear.shapes.lanes import lane_codes
 from tersor.ops.vectors import FLOATS, INT, INTS, LANES, LONG, Vectors, how
@@ -165,7 +165,7 @@ def multiply(bits: int, vectors: int, kind: str = PLAIN) -> Any:
     """
     made = how(bits, vectors, kind, sources=(lanes.__file__,))
 
-    @numba.njit(nogil=True, boundscheck=False, cache=True)
+    @njit()
     def multiply(codes: Any, stride: Any, table: Any, x: Any, y: Any, groups: Any, tiles: Any) -> None:
         """Write the products of tiles of rows.
 

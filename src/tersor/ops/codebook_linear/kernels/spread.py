@@ -8,10 +8,10 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import numba
 from numba import types
 from numba.core.extending import intrinsic
 
+from tersor.numerics.machine import njit
 from tersor.ops.codebook_linear.kernels import levels
 from tersor.ops.codebook_linear.kernels.levels import PLAIN, block_bytes, level, words
 from tersor.ops.codebook_linear.shapes import lanes
@@ -53,7 +53,7 @@ def spread(bits: int, kind: str = PLAIN) -> Any:
     made = how(bits, kind, sources=(lanes.__file__, levels.__file__))
     each = lane_codes(bits) * LANES
 
-    @numba.njit(nogil=True, boundscheck=False, cache=True)
+    @njit()
     def spread(codes: Any, stride: Any, table: Any, out: Any, rows: Any) -> None:
         """Write rows.
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import numba
 import numpy as np
 from numba import types
 from numba.core.extending import intrinsic
 
+from tersor.numerics.machine import njit
 from tersor.ops.vectors import INTS, LANES, LONG, Vectors, how
 
 AHEAD = 32  # rows that are asked for before they are read
@@ -82,7 +82,7 @@ def multiply(vectors: int) -> Any:
     """Return the kernel for so many vectors."""
     made = how(vectors)
 
-    @numba.njit(nogil=True, boundscheck=False, cache=True)
+    @njit()
     def multiply(codes: Any, stride: Any, tables: Any, y: Any, tiles: Any) -> None:
         """Write the products of tiles of rows.
 
@@ -139,7 +139,7 @@ def fill(bits: int) -> Any:
     """Return the kernel that writes tables for codes of so many bits."""
     made, codes, top = how(4 // bits), 4 // bits, 2**bits - 1
 
-    @numba.njit(nogil=True, boundscheck=False, cache=True)
+    @njit()
     def fill(x: Any, levels: Any, tables: Any) -> None:
         """Write the tables of vectors; see `multiply`.
 

@@ -19,6 +19,7 @@ from numba.core.codegen import get_host_cpu_features
 from numba.core.extending import intrinsic
 from torch import Tensor
 
+from tersor.numerics.machine import njit
 from tersor.ops.codebook_linear.kernels import levels
 from tersor.ops.codebook_linear.kernels.levels import block_bytes, index, words
 from tersor.ops.codebook_linear.shapes import lanes
@@ -169,7 +170,7 @@ def multiply(bits: int, tiles: int) -> Any:
     """Return the kernel for codes of up to 4 bits and so many tiles of vectors, up to 4."""
     made = how(bits, tiles, sources=(lanes.__file__, levels.__file__))
 
-    @numba.njit(nogil=True, boundscheck=False, cache=True)
+    @njit()
     def multiply(codes: Any, stride: Any, table: Any, x: Any, y: Any, shape: Any, rows: Any) -> None:
         """Write the products of some tiles of rows.
 

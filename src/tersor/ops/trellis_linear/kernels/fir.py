@@ -10,11 +10,11 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import numba
 import numpy as np
 from numba import types
 from numba.core.extending import intrinsic
 
+from tersor.numerics.machine import njit
 from tersor.ops.vectors import LANES, LONG, Vectors, how
 
 
@@ -56,7 +56,7 @@ def numbers() -> Any:
     """Return the kernel that writes lines of streams."""
     made = how()
 
-    @numba.njit(nogil=True, boundscheck=False, cache=True)
+    @njit()
     def numbers(signs: Any, taps: Any, shifts: Any, sizes: Any, scales: Any, out: Any) -> None:
         """Write lines, tap by tap.
 
@@ -104,7 +104,7 @@ def filtered() -> Any:
     """Return the kernel that writes what streams meet instead of lines."""
     made = how()
 
-    @numba.njit(nogil=True, boundscheck=False, cache=True)
+    @njit()
     def filtered(lines: Any, taps: Any, shifts: Any, sizes: Any, out: Any) -> None:
         """Write what streams meet instead of lines, `numbers` transposed: float32 (n, stream) for (n, length)."""
         period, memory = taps.shape
@@ -139,7 +139,7 @@ def filtered() -> Any:
     return filtered
 
 
-@numba.njit(nogil=True, boundscheck=False, cache=True)
+@njit()
 def _room(shifts: Any, memory: Any, sizes: Any) -> Any:
     """Return the bits of a period, how many periods a first window reaches back, and room for sums and for rows."""
     step, longest = shifts.sum(), -(-sizes.max() // shifts.shape[0])
@@ -148,13 +148,13 @@ def _room(shifts: Any, memory: Any, sizes: Any) -> Any:
     return step, before, sums, before + sums + LANES
 
 
-@numba.njit(nogil=True, boundscheck=False, cache=True)
+@njit()
 def _bits(size: Any, shifts: Any) -> Any:
     whole, rest = divmod(size, shifts.shape[0])
     return whole * shifts.sum() + shifts[:rest].sum()
 
 
-@numba.njit(nogil=True, boundscheck=False, cache=True)
+@njit()
 def _deal(circle: Any, before: Any, count: Any, dealt: Any) -> None:
     """Deal a circle of bits to rows, from `before` periods before its first bit on."""
     bits, step = circle.shape[0], dealt.shape[0]
@@ -168,7 +168,7 @@ def _deal(circle: Any, before: Any, count: Any, dealt: Any) -> None:
             dealt[row, before + i] = circle[(row + i * step) % bits]
 
 
-@numba.njit(nogil=True, boundscheck=False, cache=True)
+@njit()
 def _collect(dealt: Any, before: Any, count: Any, circle: Any) -> None:
     """Add rows up to a circle: `_deal` transposed."""
     bits, step = circle.shape[0], dealt.shape[0]

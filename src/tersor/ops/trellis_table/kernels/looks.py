@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
+
+from tersor.numerics.machine import njit
 
 ONE, EIGHTH, SEVEN = np.uint64(1), np.uint64(3), np.uint64(7)
 
 
-@numba.njit(nogil=True, boundscheck=False, cache=True)
+@njit()
 def look(packed: Any, table: Any, line: Any, rows: Any, out: Any) -> None:
     """Write rows of numbers.
 
@@ -55,7 +56,7 @@ def look(packed: Any, table: Any, line: Any, rows: Any, out: Any) -> None:
             at += size
 
 
-@numba.njit(nogil=True, boundscheck=False, cache=True)
+@njit()
 def look_across(packed: Any, table: Any, line: Any, rows: Any, out: Any) -> None:
     """Write rows across streams that run along columns; a window is moved on where rows follow one another.
 
