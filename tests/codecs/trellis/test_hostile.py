@@ -214,5 +214,5 @@ def test_rows_along_outputs_decode_alone_to_the_same_bits(text: str) -> None:
 
 
 def test_a_window_is_a_whole_number() -> None:
-    with pytest.raises(CodecConfigError, match="memory of 8.0"):
+    with pytest.raises(CodecConfigError, match=r"memory of 8\.0"):
         Trellis(2.0, 8.0)  # type: ignore[arg-type]
