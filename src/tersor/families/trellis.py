@@ -1,8 +1,9 @@
-"""The family `trellis`: which window of a trellis code an effort takes, and ladders of such codes.
+"""The family `trellis`: which trellis code an effort takes, and ladders of such codes.
 
 An effort is work of the encoder: a longer window has more states to look at, or more survivors to keep, and less error.
-Bytes do not change, and decoders hardly. Short lines take the window that their circle of bits can hold; where there is
-none, symmetric codebooks take a trellis's place.
+Codes are linear, whose products decode nothing, but folded at low rates, where linear ones gain little, and for `best`,
+because at equal bytes folded codes have the least error. Short lines take the window that their circle of bits can
+hold; where there is none, symmetric codebooks take a trellis's place.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from types import MappingProxyType
 
 import torch
 
-from tersor.codecs import Dense, Rotated, Sum, Symmetric, Trellis
-from tersor.codecs.trellis.filters import filters
+from tersor.codecs import Dense, FoldedTrellis, Rotated, Sum, Symmetric, Trellis
+from tersor.codecs.trellis.streamed import Streamed
 from tersor.contract.codec import Codec
 from tersor.families.ladder import Budgeted, Ladder
 from tersor.numerics.settings import pinned
@@ -25,10 +26,11 @@ from tersor.payload.blocks import Shape
 
 # bits of the window: a rate takes the longest packaged one up to so many, and where there is none, the shortest
 WINDOWS: Mapping[str, float] = MappingProxyType({"fast": 9, "normal": 12, "best": math.inf})
+LINEAR_FROM: Mapping[str, float] = MappingProxyType({"fast": 2.0, "normal": 2.0, "best": math.inf})  # bits a number
 FAST, NORMAL = "fast", "normal"
 CIRCLE = 5  # windows that a circle of bits has at least: with fewer, symmetric codebooks have less error (docs/log.md)
 LEAST_LINE, LEAST_PART = 48, 64  # numbers of a line, and rows of either part of a mix whose lines are columns
-BELOW = (4, 8, 10)  # bits of eight numbers of symmetric codebooks, below the least rate of a trellis
+BELOW = (4,)  # bits of eight numbers of symmetric codebooks, below the least rate of a trellis
 ABOVE = ((4.0, 1.5), (4.0, 2.0), (5.0, 2.0))  # rates of sums, beyond the highest rate of a trellis
 HIGHEST = (32, 4.0)  # a symmetric codebook and a trellis: less error than two of either
 SYMMETRIC_BITS = (4, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30, 32)
@@ -42,8 +44,8 @@ def codebooks(scale: str) -> tuple[Codec, ...]:
     return (*single, *(Sum((single[-1], Symmetric(bits, scale=scale))) for bits in SYMMETRIC_SECOND))
 
 
-def window(bits: float, effort: str, length: int = max(segments(1 << 20))) -> int | None:
-    """Return the window that an effort takes at a rate that there is; None where segments are too short for all.
+def window(kind: type[Streamed], bits: float, effort: str, length: int = max(segments(1 << 20))) -> int | None:
+    """Return the window that an effort takes at a rate; None where there is none, or segments are too short for all.
 
     Parameters
     ----------
@@ -51,20 +53,29 @@ def window(bits: float, effort: str, length: int = max(segments(1 << 20))) -> in
         Numbers of a segment.
     """
     held = length * bits / CIRCLE
-    there = sorted(memory for rate, memory in filters() if rate == bits and memory <= held)
+    there = sorted(memory for rate, memory in kind.packaged() if rate == bits and memory <= held)
     return max((memory for memory in there if memory <= WINDOWS[effort]), default=there[0] if there else None)
+
+
+def rates() -> list[float]:
+    """Return the rates of all packaged codes."""
+    return sorted({bits for kind in (Trellis, FoldedTrellis) for bits, _ in kind.packaged()})
 
 
 def code(bits: float, effort: str, axis: str, length: int) -> Codec:
     """Return the trellis code of a rate that there is, or the symmetric codebook that takes its place."""
-    memory = window(bits, effort, length)
-    return Symmetric(round(8 * bits)) if memory is None else Trellis(bits, memory, axis)
+    kinds = (Trellis, FoldedTrellis) if bits >= LINEAR_FROM[effort] else (FoldedTrellis, Trellis)
+    for kind in kinds:
+        memory = window(kind, bits, effort, length)
+        if memory is not None:
+            return kind(bits, memory, axis)
+    return Symmetric(round(8 * bits))
 
 
 def steps(effort: str, axis: str, length: int) -> tuple[Codec, ...]:
     """Return the codes of a ladder, cheapest first; in sums, beyond a trellis's own rates, `fast` is as `normal`."""
     more = NORMAL if effort == FAST else effort
-    own = (code(bits, effort, axis, length) for bits in sorted({bits for bits, _ in filters()}))
+    own = (code(bits, effort, axis, length) for bits in rates())
     sums = (Sum((code(first, more, axis, length), code(second, more, axis, length))) for first, second in ABOVE)
     highest = Sum((Symmetric(HIGHEST[0]), code(HIGHEST[1], more, axis, length)))
     return (*(Symmetric(bits) for bits in BELOW), *own, *sums, highest)
@@ -118,20 +129,21 @@ def stand_in(codec: Codec, shape: Shape) -> tuple[Codec, float]:
     if isinstance(codec, Rotated):
         inner, factor = stand_in(codec.inner, shape)
         return (codec if inner is codec.inner else dataclasses.replace(codec, inner=inner)), factor
-    if isinstance(codec, Sum) and all(isinstance(part, (Trellis, Symmetric)) for part in codec.stages):
+    if isinstance(codec, Sum) and all(isinstance(part, (Streamed, Symmetric)) for part in codec.stages):
         parts = [stand_in(part, shape) for part in codec.stages]
         return dataclasses.replace(codec, stages=tuple(part for part, _ in parts)), math.prod(f for _, f in parts)
-    memory = window(codec.bits, FAST, min(segments(shape[1]))) if isinstance(codec, Trellis) else None
-    if not isinstance(codec, Trellis) or memory is None:
+    if not isinstance(codec, Streamed):
         return codec, 1.0
-    return Trellis(codec.bits, memory), error_of(codec.bits, codec.memory) / error_of(codec.bits, memory)
+    kind = type(codec)
+    memory = window(kind, codec.bits, FAST, min(segments(shape[1])))
+    return (codec, 1.0) if memory is None else (
+        kind(codec.bits, memory), error_of(kind(codec.bits, codec.memory)) / error_of(kind(codec.bits, memory)))
 
 
 @cache
-def error_of(bits: float, memory: int) -> float:
-    """Return the relative error of a filter on normal numbers in segments of their own."""
+def error_of(codec: Codec) -> float:
+    """Return the relative error of a code on normal numbers in segments of their own."""
     numbers = torch.randn(*_TRIED, generator=torch.Generator().manual_seed(0))
-    codec = Trellis(bits, memory)
     with pinned():
         off = codec.decode(codec.encode(numbers)) - numbers
     return float(off.square().sum() / numbers.square().sum())
