@@ -61,8 +61,7 @@ def compress(matrix: Tensor | np.ndarray, rate: float | None = None, codec: str 
     hessian : Tensor, ndarray or None
         `E[x xᵀ]` of the inputs, (in, in): errors are then weighed by it.
     effort : str or None
-        `"fast"`, `"normal"` or `"best"`: the encoder's work, for families that read it (`"trellis"`, `"auto"`); None:
-        `"normal"`.
+        `"fast"`, `"normal"` (None) or `"best"`: the encoder's work, for families that read it: `"trellis"`, `"auto"`.
     **encoder
         Encoder options of the codec (`codec.option_names()`), for example `clip="mse"` or `feedback=True`; they
         replace those that define a family (`method="lplr"` of the family `lplr`).
@@ -97,8 +96,7 @@ def compress(matrix: Tensor | np.ndarray, rate: float | None = None, codec: str 
         found = candidates(codec, shape, _budget(DEFAULT_RATE if rate is None else rate, shape), effort)
         choices = most_promising(matrix, found, hessian, seed)
     else:
-        choices = [_concrete(codec, shape, rate)]
-        effort_of(str(codec), effort)
+        choices, _ = [_concrete(codec, shape, rate)], effort_of(str(codec), effort)
     unread = set(encoder).difference(*(choice.option_names() for choice in choices))
     if unread:
         known = sorted(frozenset().union(*(choice.option_names() for choice in choices)))
