@@ -12,7 +12,7 @@ HEADS = ("method", "bytes a vector", "tables included", "recall@10", "relative M
          "queries/s, single", "train, s", "encode, s")
 
 
-def vectors_table(data: str, bits: int) -> Builder:
+def vectors_table(data: str, bits: float) -> Builder:
     """Return the builder of the table of one set at one rate, best recall first."""
     def build(found: Mapping[str, Line]) -> str:
         chosen = [line for line in found.values() if (line["case"]["data"], line["case"]["bits"]) == (data, bits)]
@@ -43,6 +43,10 @@ def _row(line: Line) -> tuple[str, ...]:
 
 TABLES = {
     "vectors-glove-2": Table(vectors_table("glove", 2), ("glove",), charged=True),
+    "vectors-glove-3": Table(vectors_table("glove", 3), ("glove",), charged=True),
     "vectors-glove-4": Table(vectors_table("glove", 4), ("glove",), charged=True),
+    "vectors-banking77-1.5": Table(vectors_table("banking77", 1.5), ("banking77",), charged=True),
     "vectors-banking77": Table(vectors_table("banking77", 2), ("banking77",), charged=True),
+    "vectors-banking77-3": Table(vectors_table("banking77", 3), ("banking77",), charged=True),
+    "vectors-banking77-4": Table(vectors_table("banking77", 4), ("banking77",), charged=True),
 }

@@ -15,8 +15,7 @@ LONG, EIGHT = ir.IntType(64), 8
 EVERY_BYTE = 0x0101010101010101
 
 
-@intrinsic
-def _deposit(typing: Any, word: Any, width: Any) -> Any:
+def _depositing(typing: Any, word: Any, width: Any) -> Any:
     """Return eight bytes, each of the next `width` bits of a word of 64 bits."""
     del typing
     return types.uint64(word, width), _written
@@ -35,6 +34,22 @@ def _written(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         code = builder.and_(builder.lshr(word, builder.mul(width, LONG(place))), top)
         out = builder.or_(out, builder.shl(code, LONG(EIGHT * place)))
     return out
+
+
+def _reading(typing: Any, packed: Any, place: Any) -> Any:
+    """Return eight bytes from a place on, the first lowest."""
+    del typing
+    return types.uint64(packed, place), _read
+
+
+def _read(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    array = context.make_array(signature.args[0])(context, builder, arguments[0])
+    address = builder.gep(array.data, [arguments[1]])
+    return builder.load(builder.bitcast(address, LONG.as_pointer()), align=1)
+
+
+_deposit: Any = intrinsic(_depositing)
+_word: Any = intrinsic(_reading)
 
 
 @numba.njit(nogil=True, boundscheck=False, cache=True)
@@ -61,16 +76,3 @@ def unpack(packed: Any, width: Any, first: Any, out: Any) -> None:
             if place < size:
                 word |= np.uint64(packed[place]) << np.uint64(EIGHT * j)
         out[i] = _deposit(word, width)
-
-
-@intrinsic
-def _word(typing: Any, packed: Any, place: Any) -> Any:
-    """Return eight bytes from a place on, the first lowest."""
-    del typing
-    return types.uint64(packed, place), _read
-
-
-def _read(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-    array = context.make_array(signature.args[0])(context, builder, arguments[0])
-    address = builder.gep(array.data, [arguments[1]])
-    return builder.load(builder.bitcast(address, LONG.as_pointer()), align=1)

@@ -117,7 +117,7 @@ def _trellis(effort: str) -> list[Codec]:
 
 
 def _centered(codec: Codec, dim: int) -> Codec:
-    """Return the codec around a mean, with lengths of a byte where it has one scale a row; plain numbers as they are."""
+    """Return the codec around a mean, scales in bytes where there is one a row; plain numbers as they are."""
     if isinstance(codec, Dense):
         return codec
     around = Centered(codec, lengths=True)
