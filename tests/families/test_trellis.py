@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 
 import tersor
-from tersor.codecs import MixedRows, Rotated, Sum, Symmetric, Trellis
-from tersor.codecs.trellis.filters import filters
+from tersor.codecs import FoldedTrellis, MixedRows, Rotated, Sum, Symmetric, Trellis
+from tersor.codecs.trellis.streamed import Streamed
 from tersor.contract.codec import Codec
 from tersor.errors import CodecConfigError
 from tersor.families import AUTO, DEFAULT, EFFORTS, budgeted, candidates, effort_of, stand_in
-from tersor.families.trellis import CIRCLE, WINDOWS, window
+from tersor.families.trellis import CIRCLE, WINDOWS, error_of, window
 from tersor.quality import measure
 from tersor.testing import gaussian, outliers
 
@@ -21,23 +22,33 @@ LARGE = (512, 512)
 
 def windows(codec: Codec) -> list[int]:
     """Return the windows of all trellis codes in a codec."""
-    own = [codec.memory] if isinstance(codec, Trellis) else []
+    own = [codec.memory] if isinstance(codec, Streamed) else []
     return own + [memory for child in codec.children().values() for memory in windows(child)]
 
 
+@pytest.mark.parametrize("kind", [Trellis, FoldedTrellis])
 @pytest.mark.parametrize("effort", EFFORTS)
-def test_a_rate_takes_the_longest_window_within_an_effort(effort: str) -> None:
-    for rate in {rate for rate, _ in filters()}:
-        there = [memory for other, memory in filters() if other == rate]
+def test_a_rate_takes_the_longest_window_within_an_effort(effort: str, kind: type[Streamed]) -> None:
+    for rate in {rate for rate, _ in kind.packaged()}:
+        there = [memory for other, memory in kind.packaged() if other == rate]
         within = [memory for memory in there if memory <= WINDOWS[effort]]
-        assert window(rate, effort) == (max(within) if within else min(there))
-        short = window(rate, effort, 40)
+        assert window(kind, rate, effort) == (max(within) if within else min(there))
+        short = window(kind, rate, effort, 40)
         assert short is None or short * CIRCLE <= 40 * rate
+
+
+def test_codes_are_linear_from_two_bits_or_folded_for_less_error() -> None:
+    for family, effort in itertools.product(("trellis", "folded"), EFFORTS):
+        for rung in (code for ladder in budgeted(family, effort) for code in ladder.fixed()):
+            inner = getattr(rung, "inner", None)
+            if isinstance(inner, Streamed):
+                assert isinstance(inner, Trellis if family == "trellis" and inner.bits >= 2 else FoldedTrellis)
+    assert {error_of(FoldedTrellis(bits)) < error_of(Trellis(bits)) for bits in (2.0, 3.0, 4.0)} == {True}
 
 
 def test_more_effort_is_less_error_in_as_many_bytes() -> None:
     matrix = gaussian((64, 512), 3)
-    for rate in (1.54, 2.04, 3.04):
+    for rate in (2.04, 3.04, 4.04):
         found = [tersor.compress(matrix, rate, "trellis", effort=effort) for effort in EFFORTS]
         errors = [measure(matrix, one).relative_error for one in found]
         assert sum(windows(found[0].codec)) < sum(windows(found[1].codec)) < sum(windows(found[2].codec))

@@ -1,7 +1,8 @@
 """The family `trellis`: which window of a trellis code an effort takes, and ladders of such codes.
 
 An effort is work of the encoder: a longer window has more states to look at, or more survivors to keep, and less error.
-Bytes do not change, and decoders hardly. Short lines take the window that their circle of bits can hold; where there is
+Bytes do not change, and decoders hardly. Below `LINEAR_FROM` bits codes are folded, because linear ones gain little
+there. Short lines take the window that their circle of bits can hold; where there is
 none, symmetric codebooks take a trellis's place.
 """
 
@@ -23,7 +24,8 @@ from tersor.ops.trellis_linear.shapes import segments
 from tersor.payload.blocks import Shape
 
 # bits of the window: a rate takes the longest packaged one up to so many, and where there is none, the shortest
-WINDOWS: Mapping[str, float] = MappingProxyType({"fast": 9, "normal": 12, "best": math.inf})
+WINDOWS: Mapping[str, float] = MappingProxyType({"fast": 9, "normal": 12, "best": 16})
+LINEAR_FROM = 2.0  # bits a number: below, folded codes have 15 % less error
 FAST, NORMAL = "fast", "normal"
 CIRCLE = 5  # windows that a circle of bits has at least: with fewer, symmetric codebooks have less error (docs/log.md)
 LEAST_LINE, LEAST_PART = 48, 64  # numbers of a line, and rows of either part of a mix whose lines are columns
@@ -66,14 +68,15 @@ def steps(kind: Kind, effort: str, axis: str, length: int) -> tuple[Codec, ...]:
     """Return the codes of a ladder, cheapest first; in sums, beyond a trellis's own rates, `fast` is as `normal`."""
     more = NORMAL if effort == FAST else effort
 
-    def near(bits: float) -> Codec:
-        return code(kind, bits, more, axis, length)
+    def at(bits: float, effort: str = more) -> Codec:
+        return code(FoldedTrellis if bits < LINEAR_FROM else kind, bits, effort, axis, length)
 
-    rates = sorted({bits for bits, _ in kind.packaged()})
+    rates = sorted({bits for one in (FoldedTrellis, kind) for bits, _ in one.packaged()
+                    if one is kind or bits < LINEAR_FROM})
     below = (Symmetric(bits) for bits in BELOW if bits < 8 * rates[0])
-    sums = (Sum((near(first), near(second))) for first, second in ABOVE)
-    highest = Sum((Symmetric(HIGHEST[0]), near(HIGHEST[1])))
-    return (*below, *(code(kind, bits, effort, axis, length) for bits in rates), *sums, highest)
+    sums = (Sum((at(first), at(second))) for first, second in ABOVE)
+    highest = Sum((Symmetric(HIGHEST[0]), at(HIGHEST[1])))
+    return (*below, *(at(bits, effort) for bits in rates), *sums, highest)
 
 
 @dataclasses.dataclass(frozen=True)
