@@ -1,6 +1,7 @@
 """Folded trellis codes: numbers are decoded from the angles to which the bits of a window turn; see `angles`.
 
-Their error is lower than a linear code's: at 2 bits, 256 states do better than 4,096. Products decode.
+Their error is lower than a linear code's: at 2 bits, 256 states do better than 4,096. Products look numbers up in the
+table of all windows.
 """
 
 from __future__ import annotations
@@ -9,8 +10,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import ClassVar, final
 
+from torch import Tensor
+
 from tersor.codecs.trellis.angles import FOLD, Folded, folded
 from tersor.codecs.trellis.streamed import Streamed
+from tersor.codecs.trellis.viterbi import values_on
+from tersor.contract.codec import Encoded
+from tersor.ops.window_linear import MOST_MEMORY, window_linear
 
 
 @final
@@ -34,3 +40,11 @@ class FoldedTrellis(Streamed):
         code = self.packaged()[self.bits, self.memory]
         count = len(code.shifts) * self.memory + len(code.curve)
         return {f"turns of {self._named(self.bits, self.memory)}": FOLD // 8 * count}
+
+    def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
+        """Multiply by the table of windows where they are short enough, else one block of rows dense at a time."""
+        if self.memory > MOST_MEMORY:
+            return super().matmul(encoded, x)
+        held = encoded.tensors
+        return window_linear(x, held["codes"], values_on(self.code, x.device), held["scales"], self.code.shifts,
+                             across=self.axis == "out")

@@ -62,11 +62,11 @@ class Across(Matrix):
         count = len(rows) if isinstance(rows, Tensor) else rows.stop - rows.start
         codes, stride, tiles = self._whole_words(tiles)
         out, scales = torch.empty(count, 8 * stride), self.scales.to(torch.float32)[rows].contiguous()
-        table, memory = self.table.reshape(-1).numpy(), self.line.memory
+        held = codes, stride, self.table.reshape(-1).numpy(), self.line.memory
         to, scale = out.numpy(), scales.numpy()
 
         def run(span: tuple[int, int]) -> None:
-            across.decode(codes, stride, table, memory, scale, to, *self.marks, tiles, span)
+            across.decode(held, scale, to, self.marks, tiles, span)
 
         share(len(tiles), count * stride, run)
         return out if 8 * stride == self.width else out[:, : self.width].contiguous()
@@ -74,10 +74,11 @@ class Across(Matrix):
     def _multiply(self, x: Tensor, y: Tensor) -> None:
         codes, stride, tiles = self._whole_words(_tiles(self.line, 0, self.line.length))
         met = torch.nn.functional.pad(x, (0, 8 * stride - self.width)).numpy()
-        kernel, table, memory, to = across.multiply(len(x)), self.table.reshape(-1).numpy(), self.line.memory, y.numpy()
+        held = codes, stride, self.table.reshape(-1).numpy(), self.line.memory
+        kernel, to = across.multiply(len(x)), y.numpy()
 
         def run(span: tuple[int, int]) -> None:
-            kernel(codes, stride, table, memory, met, to, *self.marks, tiles, span)
+            kernel(held, met, to, self.marks, tiles, span)
 
         share(len(tiles), len(codes), run)
 
@@ -104,9 +105,9 @@ class Along(Matrix):
         table, memory, places = self._table(), self.line.memory, self._places
 
         def run(codes: np.ndarray, starts: np.ndarray, chosen: np.ndarray, cut: np.ndarray) -> None:
-            held = np.ascontiguousarray(scales[chosen])
-            share(len(starts) // LANES, len(index) * self.line.stream // 8, lambda span: along.decode(
-                codes, starts, table, memory, held, to, chosen * self.width, places, cut, self._most, span))
+            held, scale = (codes, starts, table, memory), np.ascontiguousarray(scales[chosen])
+            share(len(starts) // LANES, len(chosen) * self.line.stream // 8,
+                  lambda span: along.decode(held, scale, to, chosen * self.width, places, cut, span))
 
         self._in_bytes(index, run)
         return out
@@ -116,17 +117,12 @@ class Along(Matrix):
         met, out = x.numpy(), y.numpy()
 
         def run(codes: np.ndarray, starts: np.ndarray, chosen: np.ndarray, cut: np.ndarray) -> None:
-            to = np.empty((len(met), len(starts)), np.float32)
-            share(len(starts) // LANES, len(chosen) * self.line.stream // 8, lambda span: kernel(
-                codes, starts, table, memory, met, to, places, cut, self._most, span))
+            held, to = (codes, starts, table, memory), np.empty((len(met), len(starts)), np.float32)
+            share(len(starts) // LANES, len(chosen) * self.line.stream // 8,
+                  lambda span: kernel(held, met, to, places, cut, span))
             out[:, chosen] = to
 
         self._in_bytes(np.arange(len(self.scales)), run)
-
-    @property
-    def _most(self) -> int:
-        """Bits of the longest circle."""
-        return max(total for _, total, _, _ in parts(self.line))
 
     @property
     def _places(self) -> tuple[np.ndarray, np.ndarray]:
@@ -143,7 +139,7 @@ class Along(Matrix):
 
         The kernel takes codes, the bytes at which rows begin and which of `index` they are, and the circles.
         """
-        stream, cut = self.line.stream, np.array(parts(self.line), np.int64).reshape(-1, 4)
+        stream, cut = self.line.stream, parts(self.line)
         reach = int(cut[-1, 0]) // 8 + -(-int(cut[-1, 1]) // (8 * along.BLOCK)) * along.BLOCK
         plain = stream % 8 == 0 and not (cut[:, 0] % 8).any()
         starts = index * stream // 8
@@ -170,7 +166,7 @@ def _padded(numbers: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=16)
 def _marks(line: Line) -> tuple[np.ndarray, np.ndarray]:
-    size = max(count for *_, count in parts(line))
+    size = int(parts(line)[:, 3].max())
     phases = np.arange(size) % len(line.shifts)
     return np.array(line.shifts, np.int64)[phases].cumsum(), phases << line.memory
 
@@ -188,7 +184,7 @@ def _reversed(memory: int) -> np.ndarray:
 def _tiles(line: Line, start: int, stop: int) -> np.ndarray:
     """Return tiles of rows `start` to `stop`; see `kernels.across.multiply`."""
     ends, found = _marks(line)[0], []
-    for bit, total, first, size in parts(line):
+    for bit, total, first, size in parts(line).tolist():
         for place in range(max(start, first), min(stop, first + size), across.ROWS):
             number = place - first
             count = min(across.ROWS, stop - place, size - number)
@@ -198,7 +194,7 @@ def _tiles(line: Line, start: int, stop: int) -> np.ndarray:
 
 def _one_by_one(line: Line, rows: Tensor) -> np.ndarray:
     """Return tiles of a row each."""
-    cut, index = np.array(parts(line), np.int64), rows.numpy()
+    cut, index = parts(line), rows.numpy()
     bits, totals, firsts, _ = cut[np.searchsorted(cut[:, 2], index, "right") - 1].T
     numbers = index - firsts
     begun = np.concatenate([np.zeros(1, np.int64), _marks(line)[0]])[numbers]

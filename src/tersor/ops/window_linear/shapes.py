@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 
-from tersor.ops.trellis_linear.shapes import Line, refusal as line_refused, segments
+import numpy as np
+
+from tersor.ops.trellis_linear.shapes import Line, segments
+from tersor.ops.trellis_linear.shapes import refusal as line_refused
 
 MOST_MEMORY = 16  # bits of windows whose numbers a table holds
 PIECES = (4, 2, 1)  # vectors that a pass over the codes multiplies
@@ -33,10 +36,11 @@ def pieces(vectors: int) -> list[tuple[int, int]]:
     return found
 
 
-def parts(line: Line) -> list[tuple[int, int, int, int]]:
-    """Return of every segment its first bit in the stream, its bits, its first number and its numbers."""
+@lru_cache(maxsize=16)
+def parts(line: Line) -> np.ndarray:
+    """Return of every segment its first bit in the stream, its bits, its first number and its numbers, int64 (n, 4)."""
     found, bit, number = [], 0, 0
     for size in segments(line.length):
         found.append((bit, line.bits(size), number, size))
         bit, number = bit + line.bits(size), number + size
-    return found
+    return np.array(found, np.int64).reshape(-1, 4)

@@ -6,6 +6,7 @@ registers of windows are led down a tile of rows at a time: each of its rows of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -27,69 +28,86 @@ def _down(blocks: int, vectors: int) -> Any:
     """Return an intrinsic that leads the windows of `16 * blocks` columns down some rows; `vectors` 0 only decodes."""
 
     @intrinsic
-    def down(typing: Any, codes: Any, table: Any, met: Any, out: Any, ends: Any, offsets: Any, at: Any):
+    def down(typing: Any, codes: Any, table: Any, met: Any, out: Any, marks: Any, at: Any):
         """Add products of the columns to sums, or write numbers times scales.
 
         Parameters
         ----------
         met : float32, (vectors, columns), or the scales of rows, (rows,)
         out : float32, sums (rows, vectors, 16), or numbers (rows, columns)
-        ends, offsets : int64 (numbers of a segment,)
+        marks : two of int64 (numbers of a segment,)
             Bits that have entered after each number; where the table of its phase begins.
         at : (byte of the columns' bits in the first row of the circle, bytes of a row of bits, bits of the circle,
-              first number, numbers, bits that have entered before, memory, mask, place in `met`, columns of `met`,
+              first number, numbers, bits that have entered before, memory, place in `met`, columns of `met`,
               place in `out`, step of `out`)
         """
         del typing
-        return types.void(codes, table, met, out, ends, offsets, at), _write
+        return types.void(codes, table, met, out, marks, at), _write
 
     def _write(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         v = Gathers(context, builder, signature, arguments)
-        codes, table, met, out, ends, offsets = (v.array(place) for place in range(6))
-        base, stride, total, first, count, begin, memory, mask, place, columns, to, step = (
-            v.value(6, i) for i in range(12))
-        mask = builder.trunc(mask, INT)
+        table, ends, offsets = v.array(1), v.array(4, 0), v.array(4, 1)
+        total, first, count, begin, memory = (v.value(5, i) for i in range(2, 7))
+        mask = builder.sub(builder.shl(INT(1), builder.trunc(memory, INT)), INT(1))
         states = [v.room(INTS) for _ in range(blocks)]
         for state in states:
             v.store(ir.Constant(INTS, [0] * LANES), state)
-        here = [[v.load(v.at(met, builder.add(builder.add(place, builder.mul(columns, LONG(vector))),
-                                              LONG(block * LANES)))) for block in range(blocks)]
-                for vector in range(vectors)]
-
-        def enter(bit: Any) -> None:
-            address = v.at(codes, builder.add(base, builder.mul(bit, stride)))
-            for block, state in enumerate(states):
-                flags = builder.bitcast(v.load(v.at(address, 2 * block), SHORT), FLAGS)
-                v.store(v.either(v.left(v.load(state, INTS), 1), builder.zext(flags, INTS)), state)
-
+        take = _adding(v, blocks, vectors) if vectors else _writing(v)
         with v.loop(memory) as turn:
             bit = builder.add(builder.sub(begin, memory), turn)
-            enter(builder.select(builder.icmp_signed("<", bit, LONG(0)), builder.add(bit, total), bit))
+            _enter(v, states, builder.select(builder.icmp_signed("<", bit, LONG(0)), builder.add(bit, total), bit))
         entered = v.room(LONG)
         builder.store(begin, entered)
         with v.loop(count) as turn:
             number = builder.add(first, turn)
             end = v.number(ends, number)
             with v.turns(builder.load(entered), end) as bit:
-                enter(bit)
+                _enter(v, states, bit)
             builder.store(end, entered)
             levels = v.at(table, v.number(offsets, number))
-            found = [v.gather(levels, v.and_all(v.load(state, INTS), mask)) for state in states]
-            if vectors:
-                for vector in range(vectors):
-                    sums = v.at(out, builder.add(builder.mul(turn, LONG(vectors * LANES)), LONG(vector * LANES)))
-                    summed = v.load(sums)
-                    for one, other in zip(found, here[vector], strict=True):
-                        summed = v.fma(one, other, summed)
-                    v.store(summed, sums)
-            else:
-                scale = v.all(v.number(met, builder.add(place, turn)))
-                row = builder.add(to, builder.mul(turn, step))
-                for block, one in enumerate(found):
-                    v.store(v.mul(one, scale), v.at(out, builder.add(row, LONG(block * LANES))))
+            take(turn, [v.gather(levels, v.and_all(v.load(state, INTS), mask)) for state in states])
         return context.get_dummy_value()
 
     return down
+
+
+def _enter(v: Gathers, states: list[Any], bit: Any) -> None:
+    """Shift a row of bits into windows."""
+    builder = v.builder
+    address = v.at(v.array(0), builder.add(v.value(5, 0), builder.mul(bit, v.value(5, 1))))
+    for block, state in enumerate(states):
+        flags = builder.bitcast(v.load(v.at(address, LANES // 8 * block), SHORT), FLAGS)
+        v.store(v.either(v.left(v.load(state, INTS), 1), builder.zext(flags, INTS)), state)
+
+
+def _adding(v: Gathers, blocks: int, vectors: int) -> Callable[[Any, list[Any]], None]:
+    """Return what adds the numbers of a row, met by vectors, to its sums."""
+    builder, met, out, place, columns = v.builder, v.array(2), v.array(3), v.value(5, 7), v.value(5, 8)
+    firsts = [builder.add(place, builder.mul(columns, LONG(vector))) for vector in range(vectors)]
+    here = [[v.load(v.at(met, builder.add(first, LONG(block * LANES)))) for block in range(blocks)] for first in firsts]
+
+    def take(turn: Any, found: list[Any]) -> None:
+        for vector, others in enumerate(here):
+            sums = v.at(out, builder.add(builder.mul(turn, LONG(vectors * LANES)), LONG(vector * LANES)))
+            summed = v.load(sums)
+            for one, other in zip(found, others, strict=True):
+                summed = v.fma(one, other, summed)
+            v.store(summed, sums)
+
+    return take
+
+
+def _writing(v: Gathers) -> Callable[[Any, list[Any]], None]:
+    """Return what writes the numbers of a row, times its scale."""
+    builder, scales, out = v.builder, v.array(2), v.array(3)
+    place, to, step = v.value(5, 7), v.value(5, 9), v.value(5, 10)
+
+    def take(turn: Any, found: list[Any]) -> None:
+        scale, row = v.all(v.number(scales, builder.add(place, turn))), builder.add(to, builder.mul(turn, step))
+        for block, one in enumerate(found):
+            v.store(v.mul(one, scale), v.at(out, builder.add(row, LONG(block * LANES))))
+
+    return take
 
 
 @cache
@@ -98,19 +116,18 @@ def multiply(vectors: int) -> Any:
     wide, one = _down(WIDE, vectors), _down(1, vectors)
 
     @numba.njit(nogil=True, boundscheck=False, cache=True)
-    def run(codes: Any, stride: Any, table: Any, memory: Any, x: Any, y: Any, ends: Any, offsets: Any, tiles: Any,
-            span: Any) -> None:
+    def run(held: Any, x: Any, y: Any, marks: Any, tiles: Any, span: Any) -> None:
         """Write products of tiles of rows.
 
         Parameters
         ----------
-        codes : uint8
-            Rows of bits, of `stride` bytes, a multiple of 2.
-        table : float32 (period * 2**memory,)
+        held : (codes, stride, table, memory)
+            Codes, uint8, are rows of bits, of `stride` bytes, a multiple of 2; the table is float32
+            (period * 2**memory,).
         x : float32 (vectors, 8 * stride)
             Past the columns that there are: 0.
         y : float32 (vectors, rows)
-        ends, offsets
+        marks
             See `_down`.
         tiles : int64 (tiles, 6)
             The row in `y`, rows (at most `ROWS`), the first row of bits of the circle, its bits, the first number in
@@ -118,26 +135,26 @@ def multiply(vectors: int) -> Any:
         span : (first, last)
             Tiles.
         """
-        columns, mask = 8 * stride, (1 << memory) - 1
+        codes, stride, table, memory = held
+        columns = 8 * stride
+        many = columns // (WIDE * LANES) * WIDE * LANES
         sums = np.empty((ROWS, vectors, LANES), np.float32)
         for i in range(span[0], span[1]):
             row, count, first, total, number, begin = tiles[i]
             sums[:count] = 0
-            base, column = first * stride, 0
-            while column + WIDE * LANES <= columns:
-                wide(codes, table, x, sums, ends, offsets, (base + column // 8, stride, total, number, count, begin,
-                                                            memory, mask, column, columns, 0, 0))
-                column += WIDE * LANES
-            while column < columns:
-                one(codes, table, x, sums, ends, offsets, (base + column // 8, stride, total, number, count, begin,
-                                                           memory, mask, column, columns, 0, 0))
-                column += LANES
+            base = first * stride
+            for column in range(0, many, WIDE * LANES):
+                at = (base + column // 8, stride, total, number, count, begin, memory, column, columns, 0, 0)
+                wide(codes, table, x, sums, marks, at)
+            for column in range(many, columns, LANES):
+                at = (base + column // 8, stride, total, number, count, begin, memory, column, columns, 0, 0)
+                one(codes, table, x, sums, marks, at)
             for turn in range(count):
                 for vector in range(vectors):
-                    total_sum = np.float32(0)
+                    summed = np.float32(0)
                     for lane in range(LANES):
-                        total_sum += sums[turn, vector, lane]
-                    y[vector, row + turn] = total_sum
+                        summed += sums[turn, vector, lane]
+                    y[vector, row + turn] = summed
 
     return run
 
@@ -146,20 +163,17 @@ _WIDE, _ONE = _down(WIDE, 0), _down(1, 0)
 
 
 @numba.njit(nogil=True, boundscheck=False, cache=True)
-def decode(codes: Any, stride: Any, table: Any, memory: Any, scales: Any, out: Any, ends: Any, offsets: Any, tiles: Any,
-           span: Any) -> None:
+def decode(held: Any, scales: Any, out: Any, marks: Any, tiles: Any, span: Any) -> None:
     """Write numbers of tiles of rows, times the rows' scales, to `out`, float32 (rows, 8 * stride); see `multiply`."""
-    columns, mask = 8 * stride, (1 << memory) - 1
+    codes, stride, table, memory = held
+    columns = 8 * stride
+    many = columns // (WIDE * LANES) * WIDE * LANES
     for i in range(span[0], span[1]):
         row, count, first, total, number, begin = tiles[i]
-        base, column = first * stride, 0
-        while column + WIDE * LANES <= columns:
-            _WIDE(codes, table, scales, out, ends, offsets,
-                  (base + column // 8, stride, total, number, count, begin, memory, mask, row, 0,
-                   row * columns + column, columns))
-            column += WIDE * LANES
-        while column < columns:
-            _ONE(codes, table, scales, out, ends, offsets,
-                 (base + column // 8, stride, total, number, count, begin, memory, mask, row, 0,
-                  row * columns + column, columns))
-            column += LANES
+        base, to = first * stride, row * columns
+        for column in range(0, many, WIDE * LANES):
+            at = (base + column // 8, stride, total, number, count, begin, memory, row, 0, to + column, columns)
+            _WIDE(codes, table, scales, out, marks, at)
+        for column in range(many, columns, LANES):
+            at = (base + column // 8, stride, total, number, count, begin, memory, row, 0, to + column, columns)
+            _ONE(codes, table, scales, out, marks, at)

@@ -51,38 +51,39 @@ def _number(v: Gathers, words: Any, table: Any, marks: tuple[Any, Any], number: 
     builder = v.builder
     place = v.number(marks[0], number)
     low = builder.mul(builder.lshr(place, LONG(5)), LONG(LANES))
-    held = [v.load(v.at(words, builder.add(low, LONG(i * LANES))), INTS) for i in (1, 0)]
+    held = [v.load(v.at(words, builder.add(low, LONG(i * LANES))), INTS) for i in (0, 1)]
     shift = v.all(builder.trunc(builder.and_(place, LONG(WORD - 1)), INT))
-    window = v._call("llvm.fshr.v16i32", INTS, (*held, shift))
-    return v.gather(v.at(table, v.number(marks[1], number)), v.and_all(window, mask))
+    window = v.and_all(v.between(*held, shift), mask)
+    return v.gather(v.at(table, v.number(marks[1], number)), window)
 
 
 def _along(vectors: int) -> Any:
     """Return an intrinsic that multiplies 16 rows of a segment by so many vectors."""
 
     @intrinsic
-    def along(typing: Any, words: Any, table: Any, x: Any, sums: Any, places: Any, offsets: Any, at: Any):
+    def along(typing: Any, words: Any, table: Any, x: Any, sums: Any, marks: Any, at: Any):
         """Add products to `sums`, float32 (vectors, 16).
 
         Parameters
         ----------
-        places, offsets : int64 (numbers of a segment,)
+        marks : two of int64 (numbers of a segment,)
             The bit of `words` at which a number's window begins; where the table of its phase begins.
         at : (numbers, mask, place in `x`, numbers of a vector of `x`)
         """
         del typing
-        return types.void(words, table, x, sums, places, offsets, at), _write
+        return types.void(words, table, x, sums, marks, at), _write
 
     def _write(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         v = Gathers(context, builder, signature, arguments)
-        words, table, x, sums, *marks = (v.array(place) for place in range(6))
-        count, mask, place, width = (v.value(6, i) for i in range(4))
+        words, table, x, sums = (v.array(place) for place in range(4))
+        both = v.array(4, 0), v.array(4, 1)
+        count, mask, place, width = (v.value(5, i) for i in range(4))
         mask = builder.trunc(mask, INT)
         totals = [v.room() for _ in range(vectors)]
         for vector, total in enumerate(totals):
             v.store(v.load(v.at(sums, vector * LANES)), total)
         with v.loop(count) as turn:
-            found = _number(v, words, table, tuple(marks), turn, mask)
+            found = _number(v, words, table, both, turn, mask)
             for vector, total in enumerate(totals):
                 met = v.number(x, builder.add(builder.add(place, turn), builder.mul(width, LONG(vector))))
                 v.store(v.fma(found, v.all(met), v.load(total)), total)
@@ -99,7 +100,8 @@ def _spell(typing: Any, words: Any, table: Any, scales: Any, out: Any, marks: An
 
     Parameters
     ----------
-    marks : (places, offsets), of `_along`
+    marks
+        As of `_along`.
     to : int64
         Where rows begin in `out`.
     at : (numbers, at least 16, mask, place in `scales` and `to`, column)
@@ -144,30 +146,26 @@ def multiply(vectors: int) -> Any:
     along = _along(vectors)
 
     @numba.njit(nogil=True, boundscheck=False, cache=True)
-    def run(codes: Any, starts: Any, table: Any, memory: Any, x: Any, y: Any, marks: Any, parts: Any, most: Any,
-            span: Any) -> None:
+    def run(held: Any, x: Any, y: Any, marks: Any, parts: Any, span: Any) -> None:
         """Write products of tiles of 16 rows.
 
         Parameters
         ----------
-        codes : uint8
-            Streams, of which every circle begins with a byte; with `BLOCK` bytes behind the last.
-        starts : int64 (16 * tiles,)
-            Bytes at which rows begin.
-        table : float32 (period * 2**memory,)
-            By windows with the oldest bit lowest.
+        held : (codes, starts, table, memory)
+            Codes, uint8, are streams of which every circle begins with a byte, with `BLOCK` bytes behind the last;
+            rows begin at the bytes `starts`, int64 (16 * tiles,). The table, float32 (period * 2**memory,), is by
+            windows with the oldest bit lowest.
         x : float32 (vectors, width)
         y : float32 (vectors, 16 * tiles)
         marks
             See `_along`.
         parts : int64 (segments, 4)
             Byte of the circle in a row, its bits, first number, numbers.
-        most : int
-            Bits of the longest circle.
         span : (first, last)
             Tiles.
         """
-        words = np.empty((2 + most // WORD + LANES) * LANES, np.int32)
+        codes, starts, table, memory = held
+        words = np.empty((2 + parts[:, 1].max() // WORD + LANES) * LANES, np.int32)
         sums = np.empty(vectors * LANES, np.float32)
         for tile in range(span[0], span[1]):
             sums[:] = 0
@@ -175,7 +173,7 @@ def multiply(vectors: int) -> Any:
                 byte, total, first, count = parts[i]
                 _close(codes, starts, words, tile * LANES, byte, total, memory)
                 _fill(codes, starts, words, (tile * LANES, byte, (total + 8 * BLOCK - 1) // (8 * BLOCK)))
-                along(words, table, x, sums, marks[0], marks[1], (count, (1 << memory) - 1, first, x.shape[1]))
+                along(words, table, x, sums, marks, (count, (1 << memory) - 1, first, x.shape[1]))
             for vector in range(vectors):
                 for lane in range(LANES):
                     y[vector, tile * LANES + lane] = sums[vector * LANES + lane]
@@ -184,10 +182,10 @@ def multiply(vectors: int) -> Any:
 
 
 @numba.njit(nogil=True, boundscheck=False, cache=True)
-def decode(codes: Any, starts: Any, table: Any, memory: Any, scales: Any, out: Any, to: Any, marks: Any, parts: Any,
-           most: Any, span: Any) -> None:
+def decode(held: Any, scales: Any, out: Any, to: Any, marks: Any, parts: Any, span: Any) -> None:
     """Write the numbers of tiles of 16 rows, times `scales`, to the places `to` of `out`; see `multiply`."""
-    words = np.empty((2 + most // WORD + LANES) * LANES, np.int32)
+    codes, starts, table, memory = held
+    words = np.empty((2 + parts[:, 1].max() // WORD + LANES) * LANES, np.int32)
     for tile in range(span[0], span[1]):
         for i in range(parts.shape[0]):
             byte, total, first, count = parts[i]

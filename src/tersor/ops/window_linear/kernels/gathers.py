@@ -40,6 +40,10 @@ class Gathers(Vectors):
         """Return the bits that a vector shares with a number."""
         return self.builder.and_(vector, self.all(number))
 
+    def between(self, low: Any, high: Any, shift: Any) -> Any:
+        """Return the words of 32 bits that begin so many bits after those of `low`, which `high` continues."""
+        return self._call("llvm.fshr.v16i32", low.type, (high, low, shift))
+
     def number(self, address: Any, index: Any) -> Any:
         """Return one number of an array."""
         return self.builder.load(self.at(address, index))
