@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from tersor.codecs.trellis import viterbi
-from tersor.codecs.trellis.windows import Window, line_windows
+from tersor.codecs.trellis.windows import Window
 from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, Traits
 from tersor.contract.feedback import encode_with_feedback
 from tersor.errors import CodecConfigError
 from tersor.ops.trellis_linear import Line, segments
-from tersor.ops.window_linear import MOST_MEMORY, decoded_rows
+from tersor.ops.window_linear import MOST_MEMORY, decoded_rows, windows
 from tersor.payload import codes, packing
 from tersor.payload.blocks import Rows, Shape, row_blocks, shape_of
 from tersor.payload.layout import Layout, TensorSpec
@@ -171,7 +171,7 @@ class Streamed(Codec):
         """Return unscaled rows of streams that run along outputs, from the bits that their windows hold."""
         out, device = encoded.shape[0], encoded.tensors["codes"].device
         index = torch.arange(rows.start, rows.stop, device=device) if isinstance(rows, slice) else rows
-        places, phases = line_windows(self.code, out)
+        places, phases = windows(self.code.line(out))
         needed, inverse = places.to(device)[index].unique(return_inverse=True)
         signs = signs_of(codes.read(encoded.tensors["codes"], self.stream_shape(encoded.shape), 2, needed))
         return self.code.numbers_at(signs, inverse, phases.to(device)[index])

@@ -14,6 +14,7 @@ from torch import Tensor
 from tersor.ops.dispatch import compiled_allowed
 from tersor.ops.trellis_linear.shapes import Line
 from tersor.ops.window_linear import reference
+from tersor.ops.window_linear.reference import windows
 from tersor.ops.window_linear.shapes import BLOCK, FEW, MOST_MEMORY, refusal
 from tersor.payload.blocks import Rows
 
@@ -34,7 +35,7 @@ def window_linear(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, shift
     shifts : sequence of int
         New bits a number, by phase.
     """
-    width, flat = x.shape[-1], x.detach().reshape(-1, x.shape[-1])
+    width, flat = x.shape[-1], x.detach().flatten(0, -2) if x.ndim > 1 else x.detach()[None]
     line = _line(table, shifts, len(scales) if across else width)
     if flat.numel() and len(flat) <= FEW and _compiled(codes, line, across=across):
         return _matrix(codes, table, scales, line, width, across=across).few(flat).to(x.dtype).reshape(
@@ -81,4 +82,4 @@ def _matrix(codes: Tensor, table: Tensor, scales: Tensor, line: Line, width: int
     return (lanes.Across if across else lanes.Along)(codes.numpy(), table.contiguous(), scales, line, width)
 
 
-__all__ = ["MOST_MEMORY", "Line", "decoded_rows", "window_linear"]
+__all__ = ["MOST_MEMORY", "Line", "decoded_rows", "window_linear", "windows"]

@@ -73,12 +73,12 @@ class Across(Matrix):
 
     def _multiply(self, x: Tensor, y: Tensor) -> None:
         codes, stride, tiles = self._whole_words(_tiles(self.line, 0, self.line.length))
-        met = torch.nn.functional.pad(x, (0, 8 * stride - self.width)).numpy()
+        met = torch.nn.functional.pad(x, (0, 8 * stride - self.width))
         held = codes, stride, self.table.reshape(-1).numpy(), self.line.memory
-        kernel, to = across.multiply(len(x)), y.numpy()
+        vectors, to = tuple(met.numpy()), y.numpy()
 
         def run(span: tuple[int, int]) -> None:
-            kernel(held, met, to, self.marks, tiles, span)
+            across.multiply(held, vectors, to, self.marks, tiles, span)
 
         share(len(tiles), len(codes), run)
 
@@ -113,13 +113,13 @@ class Along(Matrix):
         return out
 
     def _multiply(self, x: Tensor, y: Tensor) -> None:
-        kernel, table, memory, places = along.multiply(len(x)), self._table(), self.line.memory, self._places
-        met, out = x.numpy(), y.numpy()
+        table, memory, places = self._table(), self.line.memory, self._places
+        vectors, out = tuple(x.numpy()), y.numpy()
 
         def run(codes: np.ndarray, starts: np.ndarray, chosen: np.ndarray, cut: np.ndarray) -> None:
-            held, to = (codes, starts, table, memory), np.empty((len(met), len(starts)), np.float32)
+            held, to = (codes, starts, table, memory), np.empty((len(vectors), len(starts)), np.float32)
             share(len(starts) // LANES, len(chosen) * self.line.stream // 8,
-                  lambda span: kernel(held, met, to, places, cut, span))
+                  lambda span: along.multiply(held, vectors, to, places, cut, span))
             out[:, chosen] = to
 
         self._in_bytes(np.arange(len(self.scales)), run)

@@ -16,6 +16,8 @@ def rows(codes: Tensor, table: Tensor, scales: Tensor, line: Line, width: int, c
     """Return rows, float32 (k, width); arguments as of `window_linear.decoded_rows`."""
     chosen = chosen.to(codes.device) if isinstance(chosen, Tensor) else chosen
     scale = scales.to(torch.float32)[chosen, None]
+    if not line.length or not width:
+        return scale.new_empty(len(scale), width)
     places, phases = (one.to(codes.device) for one in windows(line))
     if across:
         places, phases = places[chosen], phases[chosen, None]

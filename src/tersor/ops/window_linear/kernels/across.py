@@ -7,7 +7,6 @@ registers of windows are led down a tile of rows at a time: each of its rows of 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import numba
@@ -24,8 +23,8 @@ ROWS = 64  # of a tile: its bits and sums stay in the first cache, beside the ta
 SHORT, FLAGS = ir.IntType(16), ir.VectorType(ir.IntType(1), LANES)
 
 
-def _down(blocks: int, vectors: int) -> Any:
-    """Return an intrinsic that leads the windows of `16 * blocks` columns down some rows; `vectors` 0 only decodes."""
+def _down(blocks: int) -> Any:
+    """Return an intrinsic that leads the windows of `16 * blocks` columns down some rows."""
 
     @intrinsic
     def down(typing: Any, codes: Any, table: Any, met: Any, out: Any, marks: Any, at: Any):
@@ -33,13 +32,13 @@ def _down(blocks: int, vectors: int) -> Any:
 
         Parameters
         ----------
-        met : float32, (vectors, columns), or the scales of rows, (rows,)
+        met : tuple of float32 (columns,), vectors; or the scales of rows, float32 (rows,)
         out : float32, sums (rows, vectors, 16), or numbers (rows, columns)
         marks : two of int64 (numbers of a segment,)
             Bits that have entered after each number; where the table of its phase begins.
         at : (byte of the columns' bits in the first row of the circle, bytes of a row of bits, bits of the circle,
-              first number, numbers, bits that have entered before, memory, place in `met`, columns of `met`,
-              place in `out`, step of `out`)
+              first number, numbers, bits that have entered before, memory, place in `met`, place in `out`, step of
+              `out`)
         """
         del typing
         return types.void(codes, table, met, out, marks, at), _write
@@ -52,7 +51,8 @@ def _down(blocks: int, vectors: int) -> Any:
         states = [v.room(INTS) for _ in range(blocks)]
         for state in states:
             v.store(ir.Constant(INTS, [0] * LANES), state)
-        take = _adding(v, blocks, vectors) if vectors else _writing(v)
+        met = signature.args[2]
+        take = _adding(v, blocks, met.count) if isinstance(met, types.UniTuple) else _writing(v)
         with v.loop(memory) as turn:
             bit = builder.add(builder.sub(begin, memory), turn)
             _enter(v, states, builder.select(builder.icmp_signed("<", bit, LONG(0)), builder.add(bit, total), bit))
@@ -82,9 +82,9 @@ def _enter(v: Gathers, states: list[Any], bit: Any) -> None:
 
 def _adding(v: Gathers, blocks: int, vectors: int) -> Callable[[Any, list[Any]], None]:
     """Return what adds the numbers of a row, met by vectors, to its sums."""
-    builder, met, out, place, columns = v.builder, v.array(2), v.array(3), v.value(5, 7), v.value(5, 8)
-    firsts = [builder.add(place, builder.mul(columns, LONG(vector))) for vector in range(vectors)]
-    here = [[v.load(v.at(met, builder.add(first, LONG(block * LANES)))) for block in range(blocks)] for first in firsts]
+    builder, out, place = v.builder, v.array(3), v.value(5, 7)
+    here = [[v.load(v.at(v.at(v.array(2, vector), place), block * LANES)) for block in range(blocks)]
+            for vector in range(vectors)]
 
     def take(turn: Any, found: list[Any]) -> None:
         for vector, others in enumerate(here):
@@ -100,7 +100,7 @@ def _adding(v: Gathers, blocks: int, vectors: int) -> Callable[[Any, list[Any]],
 def _writing(v: Gathers) -> Callable[[Any, list[Any]], None]:
     """Return what writes the numbers of a row, times its scale."""
     builder, scales, out = v.builder, v.array(2), v.array(3)
-    place, to, step = v.value(5, 7), v.value(5, 9), v.value(5, 10)
+    place, to, step = (v.value(5, i) for i in (7, 8, 9))
 
     def take(turn: Any, found: list[Any]) -> None:
         scale, row = v.all(v.number(scales, builder.add(place, turn))), builder.add(to, builder.mul(turn, step))
@@ -110,56 +110,48 @@ def _writing(v: Gathers) -> Callable[[Any, list[Any]], None]:
     return take
 
 
-@cache
-def multiply(vectors: int) -> Any:
-    """Return the kernel for so many vectors."""
-    wide, one = _down(WIDE, vectors), _down(1, vectors)
-
-    @numba.njit(nogil=True, boundscheck=False, cache=True)
-    def run(held: Any, x: Any, y: Any, marks: Any, tiles: Any, span: Any) -> None:
-        """Write products of tiles of rows.
-
-        Parameters
-        ----------
-        held : (codes, stride, table, memory)
-            Codes, uint8, are rows of bits, of `stride` bytes, a multiple of 2; the table is float32
-            (period * 2**memory,).
-        x : float32 (vectors, 8 * stride)
-            Past the columns that there are: 0.
-        y : float32 (vectors, rows)
-        marks
-            See `_down`.
-        tiles : int64 (tiles, 6)
-            The row in `y`, rows (at most `ROWS`), the first row of bits of the circle, its bits, the first number in
-            the segment, the bits that have entered before.
-        span : (first, last)
-            Tiles.
-        """
-        codes, stride, table, memory = held
-        columns = 8 * stride
-        many = columns // (WIDE * LANES) * WIDE * LANES
-        sums = np.empty((ROWS, vectors, LANES), np.float32)
-        for i in range(span[0], span[1]):
-            row, count, first, total, number, begin = tiles[i]
-            sums[:count] = 0
-            base = first * stride
-            for column in range(0, many, WIDE * LANES):
-                at = (base + column // 8, stride, total, number, count, begin, memory, column, columns, 0, 0)
-                wide(codes, table, x, sums, marks, at)
-            for column in range(many, columns, LANES):
-                at = (base + column // 8, stride, total, number, count, begin, memory, column, columns, 0, 0)
-                one(codes, table, x, sums, marks, at)
-            for turn in range(count):
-                for vector in range(vectors):
-                    summed = np.float32(0)
-                    for lane in range(LANES):
-                        summed += sums[turn, vector, lane]
-                    y[vector, row + turn] = summed
-
-    return run
+_WIDE, _ONE = _down(WIDE), _down(1)
 
 
-_WIDE, _ONE = _down(WIDE, 0), _down(1, 0)
+@numba.njit(nogil=True, boundscheck=False, cache=True)
+def multiply(held: Any, x: Any, y: Any, marks: Any, tiles: Any, span: Any) -> None:
+    """Write products of tiles of rows.
+
+    Parameters
+    ----------
+    held : (codes, stride, table, memory)
+        Codes, uint8, are rows of bits, of `stride` bytes, a multiple of 2; the table is float32 (period * 2**memory,).
+    x : tuple of float32 (8 * stride,)
+        Vectors; past the columns that there are: 0. Kernels are compiled for as many as there are.
+    y : float32 (vectors, rows)
+    marks
+        See `_down`.
+    tiles : int64 (tiles, 6)
+        The row in `y`, rows (at most `ROWS`), the first row of bits of the circle, its bits, the first number in the
+        segment, the bits that have entered before.
+    span : (first, last)
+        Tiles.
+    """
+    codes, stride, table, memory = held
+    columns = 8 * stride
+    many = columns // (WIDE * LANES) * WIDE * LANES
+    sums = np.empty((ROWS, len(x), LANES), np.float32)
+    for i in range(span[0], span[1]):
+        row, count, first, total, number, begin = tiles[i]
+        sums[:count] = 0
+        base = first * stride
+        for column in range(0, many, WIDE * LANES):
+            at = (base + column // 8, stride, total, number, count, begin, memory, column, 0, 0)
+            _WIDE(codes, table, x, sums, marks, at)
+        for column in range(many, columns, LANES):
+            at = (base + column // 8, stride, total, number, count, begin, memory, column, 0, 0)
+            _ONE(codes, table, x, sums, marks, at)
+        for turn in range(count):
+            for vector in range(len(x)):
+                summed = np.float32(0)
+                for lane in range(LANES):
+                    summed += sums[turn, vector, lane]
+                y[vector, row + turn] = summed
 
 
 @numba.njit(nogil=True, boundscheck=False, cache=True)
@@ -172,8 +164,8 @@ def decode(held: Any, scales: Any, out: Any, marks: Any, tiles: Any, span: Any) 
         row, count, first, total, number, begin = tiles[i]
         base, to = first * stride, row * columns
         for column in range(0, many, WIDE * LANES):
-            at = (base + column // 8, stride, total, number, count, begin, memory, row, 0, to + column, columns)
+            at = (base + column // 8, stride, total, number, count, begin, memory, row, to + column, columns)
             _WIDE(codes, table, scales, out, marks, at)
         for column in range(many, columns, LANES):
-            at = (base + column // 8, stride, total, number, count, begin, memory, row, 0, to + column, columns)
+            at = (base + column // 8, stride, total, number, count, begin, memory, row, to + column, columns)
             _ONE(codes, table, scales, out, marks, at)

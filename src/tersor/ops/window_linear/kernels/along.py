@@ -6,7 +6,6 @@ two words, shifted, hold it: the table is looked up by the bits in that order.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import numba
@@ -57,41 +56,38 @@ def _number(v: Gathers, words: Any, table: Any, marks: tuple[Any, Any], number: 
     return v.gather(v.at(table, v.number(marks[1], number)), window)
 
 
-def _along(vectors: int) -> Any:
-    """Return an intrinsic that multiplies 16 rows of a segment by so many vectors."""
+@intrinsic
+def _along(typing: Any, words: Any, table: Any, x: Any, sums: Any, marks: Any, at: Any):
+    """Add products of a segment of 16 rows with vectors to `sums`, float32 (vectors, 16).
 
-    @intrinsic
-    def along(typing: Any, words: Any, table: Any, x: Any, sums: Any, marks: Any, at: Any):
-        """Add products to `sums`, float32 (vectors, 16).
-
-        Parameters
-        ----------
-        marks : two of int64 (numbers of a segment,)
-            The bit of `words` at which a number's window begins; where the table of its phase begins.
-        at : (numbers, mask, place in `x`, numbers of a vector of `x`)
-        """
-        del typing
-        return types.void(words, table, x, sums, marks, at), _write
+    Parameters
+    ----------
+    x : tuple of float32 (width,)
+    marks : two of int64 (numbers of a segment,)
+        The bit of `words` at which a number's window begins; where the table of its phase begins.
+    at : (numbers, mask, place in `x`)
+    """
+    del typing
 
     def _write(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         v = Gathers(context, builder, signature, arguments)
-        words, table, x, sums = (v.array(place) for place in range(4))
+        words, table, sums = (v.array(place) for place in (0, 1, 3))
         both = v.array(4, 0), v.array(4, 1)
-        count, mask, place, width = (v.value(5, i) for i in range(4))
+        count, mask, place = (v.value(5, i) for i in range(3))
         mask = builder.trunc(mask, INT)
-        totals = [v.room() for _ in range(vectors)]
+        here = [v.at(v.array(2, vector), place) for vector in range(signature.args[2].count)]
+        totals = [v.room() for _ in here]
         for vector, total in enumerate(totals):
             v.store(v.load(v.at(sums, vector * LANES)), total)
         with v.loop(count) as turn:
             found = _number(v, words, table, both, turn, mask)
-            for vector, total in enumerate(totals):
-                met = v.number(x, builder.add(builder.add(place, turn), builder.mul(width, LONG(vector))))
-                v.store(v.fma(found, v.all(met), v.load(total)), total)
+            for x, total in zip(here, totals, strict=True):
+                v.store(v.fma(found, v.all(v.number(x, turn)), v.load(total)), total)
         for vector, total in enumerate(totals):
             v.store(v.load(total), v.at(sums, vector * LANES))
         return context.get_dummy_value()
 
-    return along
+    return types.void(words, table, x, sums, marks, at), _write
 
 
 @intrinsic
@@ -140,45 +136,39 @@ def _close(codes: Any, starts: Any, words: Any, place: Any, byte: Any, total: An
         words[lane] = np.int32(held >> (begin & 7) << (WORD - memory) & 0xFFFFFFFF)
 
 
-@cache
-def multiply(vectors: int) -> Any:
-    """Return the kernel for so many vectors."""
-    along = _along(vectors)
+@numba.njit(nogil=True, boundscheck=False, cache=True)
+def multiply(held: Any, x: Any, y: Any, marks: Any, parts: Any, span: Any) -> None:
+    """Write products of tiles of 16 rows.
 
-    @numba.njit(nogil=True, boundscheck=False, cache=True)
-    def run(held: Any, x: Any, y: Any, marks: Any, parts: Any, span: Any) -> None:
-        """Write products of tiles of 16 rows.
-
-        Parameters
-        ----------
-        held : (codes, starts, table, memory)
-            Codes, uint8, are streams of which every circle begins with a byte, with `BLOCK` bytes behind the last;
-            rows begin at the bytes `starts`, int64 (16 * tiles,). The table, float32 (period * 2**memory,), is by
-            windows with the oldest bit lowest.
-        x : float32 (vectors, width)
-        y : float32 (vectors, 16 * tiles)
-        marks
-            See `_along`.
-        parts : int64 (segments, 4)
-            Byte of the circle in a row, its bits, first number, numbers.
-        span : (first, last)
-            Tiles.
-        """
-        codes, starts, table, memory = held
-        words = np.empty((2 + parts[:, 1].max() // WORD + LANES) * LANES, np.int32)
-        sums = np.empty(vectors * LANES, np.float32)
-        for tile in range(span[0], span[1]):
-            sums[:] = 0
-            for i in range(parts.shape[0]):
-                byte, total, first, count = parts[i]
-                _close(codes, starts, words, tile * LANES, byte, total, memory)
-                _fill(codes, starts, words, (tile * LANES, byte, (total + 8 * BLOCK - 1) // (8 * BLOCK)))
-                along(words, table, x, sums, marks, (count, (1 << memory) - 1, first, x.shape[1]))
-            for vector in range(vectors):
-                for lane in range(LANES):
-                    y[vector, tile * LANES + lane] = sums[vector * LANES + lane]
-
-    return run
+    Parameters
+    ----------
+    held : (codes, starts, table, memory)
+        Codes, uint8, are streams of which every circle begins with a byte, with `BLOCK` bytes behind the last; rows
+        begin at the bytes `starts`, int64 (16 * tiles,). The table, float32 (period * 2**memory,), is by windows with
+        the oldest bit lowest.
+    x : tuple of float32 (width,)
+        Vectors. Kernels are compiled for as many as there are.
+    y : float32 (vectors, 16 * tiles)
+    marks
+        See `_along`.
+    parts : int64 (segments, 4)
+        Byte of the circle in a row, its bits, first number, numbers.
+    span : (first, last)
+        Tiles.
+    """
+    codes, starts, table, memory = held
+    words = np.empty((2 + parts[:, 1].max() // WORD + LANES) * LANES, np.int32)
+    sums = np.empty(len(x) * LANES, np.float32)
+    for tile in range(span[0], span[1]):
+        sums[:] = 0
+        for i in range(parts.shape[0]):
+            byte, total, first, count = parts[i]
+            _close(codes, starts, words, tile * LANES, byte, total, memory)
+            _fill(codes, starts, words, (tile * LANES, byte, (total + 8 * BLOCK - 1) // (8 * BLOCK)))
+            _along(words, table, x, sums, marks, (count, (1 << memory) - 1, first))
+        for vector in range(len(x)):
+            for lane in range(LANES):
+                y[vector, tile * LANES + lane] = sums[vector * LANES + lane]
 
 
 @numba.njit(nogil=True, boundscheck=False, cache=True)
