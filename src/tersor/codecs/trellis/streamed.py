@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from tersor.codecs.trellis import viterbi
-from tersor.codecs.trellis.windows import Window, line_windows
+from tersor.codecs.trellis.windows import Window
 from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, Traits
 from tersor.contract.feedback import encode_with_feedback
 from tersor.errors import CodecConfigError
-from tersor.ops.trellis_linear import segments
+from tersor.ops.trellis_linear import Line, segments
+from tersor.ops.window_linear import MOST_MEMORY, decoded_rows, windows
 from tersor.payload import codes, packing
 from tersor.payload.blocks import Rows, Shape, row_blocks, shape_of
 from tersor.payload.layout import Layout, TensorSpec
@@ -101,6 +102,10 @@ class Streamed(Codec):
         out, width = shape
         return (out, self.code.stream(width)) if self.axis == "in" else (self.code.stream(out), width)
 
+    def line(self, shape: Shape) -> Line:
+        """Return what a line of a matrix of a shape is."""
+        return self.code.line(shape[1 if self.axis == "in" else 0])
+
     def search(self, matrix: Tensor, how: Search) -> Encoded:
         """Find the best path of every segment, then the best scale of every row; with error feedback when asked for."""
         if how.feedback is not None:
@@ -161,7 +166,11 @@ class Streamed(Codec):
         return torch.cat([self.code.numbers(part, size) for part, size in zip(parts, sizes, strict=True)], 1)
 
     def decode_rows(self, encoded: Encoded, rows: Rows) -> Tensor:
-        """Return scaled numbers: those of the windows over the signs of the streams."""
+        """Return scaled numbers: those of the windows over the streams; by a table where they are short enough."""
+        if self.memory <= MOST_MEMORY:
+            held = encoded.tensors
+            return decoded_rows(held["codes"], viterbi.values_on(self.code, held["codes"].device), held["scales"],
+                                self.line(encoded.shape), encoded.shape[1], rows, across=self.axis == "out")
         scales = encoded.tensors["scales"].to(torch.float32)
         rows = rows.to(scales.device) if isinstance(rows, Tensor) else rows
         shape = self.stream_shape(encoded.shape)
@@ -174,7 +183,7 @@ class Streamed(Codec):
         """Return unscaled rows of streams that run along outputs, from the bits that their windows hold."""
         out, device = encoded.shape[0], encoded.tensors["codes"].device
         index = torch.arange(rows.start, rows.stop, device=device) if isinstance(rows, slice) else rows
-        places, phases = line_windows(self.code, out)
+        places, phases = windows(self.code.line(out))
         needed, inverse = places.to(device)[index].unique(return_inverse=True)
         signs = signs_of(codes.read(encoded.tensors["codes"], self.stream_shape(encoded.shape), 2, needed))
         return self.code.numbers_at(signs, inverse, phases.to(device)[index])

@@ -63,9 +63,8 @@ class Trellis(Streamed, MultipliesRotated):
     def decode_rows(self, encoded: Encoded, rows: Rows) -> Tensor:
         """Return scaled numbers: a filter over the signs of the streams."""
         held, across = encoded.tensors, self.axis == "out"
-        line = self.filter.line(encoded.shape[0 if across else 1])
-        return decoded_rows(held["codes"], taps_on(self.filter, held["codes"].device), held["scales"], line,
-                            encoded.shape[1], rows, across=across)
+        return decoded_rows(held["codes"], taps_on(self.filter, held["codes"].device), held["scales"],
+                            self.line(encoded.shape), encoded.shape[1], rows, across=across)
 
     def matmul_rotated(self, encoded: Encoded, x: Tensor, seed: int | None) -> Tensor | None:
         """Filter the vectors, or the outputs, and multiply by the signs; many vectors meet decoded rows."""

@@ -12,7 +12,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from tersor.ops.trellis_linear import Line, reference, segments
+from tersor.ops.trellis_linear import Line, reference
 from tersor.ops.trellis_path.beam import Sums
 
 
@@ -85,17 +85,6 @@ class Window(abc.ABC):
         for age in range(self.memory):
             out.add_(entries[places[:, age]].mul_(weights[:, age, None]))
         return out
-
-
-def line_windows(code: Window, length: int) -> tuple[Tensor, Tensor]:
-    """Return which bits of a line's stream each of its numbers sees, (length, memory), and its phase (length,)."""
-    places, phases, first = [], [], 0
-    for size in segments(length):
-        seen, phase, total = code.line(size).windows(size)
-        places.append(first + seen)
-        phases.append(phase)
-        first += total
-    return torch.cat(places), torch.cat(phases)
 
 
 def every_window(memory: int) -> Tensor:

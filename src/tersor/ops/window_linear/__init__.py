@@ -1,0 +1,85 @@
+"""Trellis codes in products by a table of their windows' numbers, for windows of at most 16 bits: any such code's.
+
+On the processor few vectors meet numbers as they are decoded, in registers; for many, blocks of rows are decoded. See
+docs/codecs/trellis.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tersor.ops.dispatch import compiled_allowed
+from tersor.ops.trellis_linear.shapes import Line
+from tersor.ops.window_linear import reference
+from tersor.ops.window_linear.reference import windows
+from tersor.ops.window_linear.shapes import BLOCK, FEW, MOST_MEMORY, refusal
+from tersor.payload.blocks import Rows
+
+
+@torch.library.custom_op("tersor::window_linear", mutates_args=())
+def window_linear(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, shifts: Sequence[int], *,
+                  across: bool) -> Tensor:
+    """Return (*batch, rows) in the dtype of `x`, (*batch, width), any float dtype; sums are float32.
+
+    Parameters
+    ----------
+    codes : Tensor
+        uint8, packed bits of the streams: (rows, stream), or, `across` lines that run along outputs, (stream, width).
+    table : Tensor
+        float32 (period, 2**memory): the number of every window, whose newest bit is the lowest.
+    scales : Tensor
+        (rows,), any float dtype.
+    shifts : sequence of int
+        New bits a number, by phase.
+    """
+    width, flat = x.shape[-1], x.detach().flatten(0, -2) if x.ndim > 1 else x.detach()[None]
+    line = _line(table, shifts, len(scales) if across else width)
+    if flat.numel() and len(flat) <= FEW and _compiled(codes, line, across=across):
+        return _matrix(codes, table, scales, line, width, across=across).few(flat).to(x.dtype).reshape(
+            *x.shape[:-1], len(scales))
+    wide, step = flat.to(torch.float32), max(1, BLOCK // max(1, width))
+    out = torch.empty(len(flat), len(scales), dtype=x.dtype, device=x.device)
+    for start in range(0, len(scales), step):
+        block = slice(start, min(start + step, len(scales)))
+        dense = decoded_rows(codes, table, scales, line, width, block, across=across)
+        out[:, block] = (wide @ dense.T).to(x.dtype)
+    return out.reshape(*x.shape[:-1], len(scales))
+
+
+@window_linear.register_fake
+def _(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, shifts: Sequence[int], *, across: bool) -> Tensor:
+    del codes, table, shifts, across
+    return x.new_empty(*x.shape[:-1], scales.shape[0])
+
+
+def decoded_rows(codes: Tensor, table: Tensor, scales: Tensor, line: Line, width: int, rows: Rows, *,
+                 across: bool) -> Tensor:
+    """Return rows of a matrix of `width` columns, float32 (k, width); the other arguments as of `window_linear`.
+
+    The same bits from all implementations: numbers are those of the table, rounded once when they are scaled.
+    """
+    if width and _compiled(codes, line, across=across):
+        rows = rows if isinstance(rows, slice) else rows.cpu()
+        return _matrix(codes, table, scales, line, width, across=across).rows(rows)
+    return reference.rows(codes, table, scales, line, width, rows, across=across)
+
+
+def _line(table: Tensor, shifts: Sequence[int], length: int) -> Line:
+    return Line(length, tuple(shifts), table.shape[1].bit_length() - 1)
+
+
+def _compiled(codes: Tensor, line: Line, *, across: bool) -> bool:
+    return (codes.device.type == "cpu" and refusal(line, across=across) is None and line.length > 0
+            and not torch.compiler.is_compiling() and compiled_allowed("window_linear"))
+
+
+def _matrix(codes: Tensor, table: Tensor, scales: Tensor, line: Line, width: int, *, across: bool):  # noqa: ANN202
+    from tersor.ops.window_linear import lanes
+
+    return (lanes.Across if across else lanes.Along)(codes.numpy(), table.contiguous(), scales, line, width)
+
+
+__all__ = ["MOST_MEMORY", "Line", "decoded_rows", "window_linear", "windows"]

@@ -1,0 +1,201 @@
+"""Windows on the processor: arrays for compiled kernels, shares of tiles for threads.
+
+A row's sum is made in one order, whatever the threads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import cached_property, lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tersor.ops.trellis_linear.shapes import Line
+from tersor.ops.vectors import LANES
+from tersor.ops.window_linear.kernels import across, along
+from tersor.ops.window_linear.kernels.realigned import realigned
+from tersor.ops.window_linear.shapes import parts, pieces
+from tersor.ops.workers import share
+from tersor.payload.blocks import Rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """Packed bits of a matrix of `width` columns, the table of its windows, and the scales of its rows."""
+
+    codes: np.ndarray
+    table: Tensor
+    scales: Tensor
+    line: Line
+    width: int
+
+    def rows(self, rows: Rows) -> Tensor:
+        """Return scaled rows, float32 (k, width)."""
+        raise NotImplementedError
+
+    def few(self, x: Tensor) -> Tensor:
+        """Return products with vectors (vectors, width), float32 (vectors, rows)."""
+        x = x.to(torch.float32).contiguous()
+        y = torch.empty(len(x), len(self.scales))
+        for first, count in pieces(len(x)):
+            self._multiply(x[first : first + count], y[first : first + count])
+        return y.mul_(self.scales.to(torch.float32))
+
+    def _multiply(self, x: Tensor, y: Tensor) -> None:
+        raise NotImplementedError
+
+    @cached_property
+    def marks(self) -> tuple[np.ndarray, np.ndarray]:
+        """Bits that have entered after each number of the longest segment, and where the table of its phase begins."""
+        return _marks(self.line)
+
+
+class Across(Matrix):
+    """Streams along outputs: tiles of rows."""
+
+    def rows(self, rows: Rows) -> Tensor:
+        """See `Matrix`."""
+        tiles = _tiles(self.line, rows.start, rows.stop) if isinstance(rows, slice) else _one_by_one(self.line, rows)
+        count = len(rows) if isinstance(rows, Tensor) else rows.stop - rows.start
+        codes, stride, tiles = self._whole_words(tiles)
+        out, scales = torch.empty(count, 8 * stride), self.scales.to(torch.float32)[rows].contiguous()
+        held = codes, stride, self.table.reshape(-1).numpy(), self.line.memory
+        to, scale = out.numpy(), scales.numpy()
+
+        def run(span: tuple[int, int]) -> None:
+            across.decode(held, scale, to, self.marks, tiles, span)
+
+        share(len(tiles), count * stride, run)
+        return out if 8 * stride == self.width else out[:, : self.width].contiguous()
+
+    def _multiply(self, x: Tensor, y: Tensor) -> None:
+        codes, stride, tiles = self._whole_words(_tiles(self.line, 0, self.line.length))
+        met = torch.nn.functional.pad(x, (0, 8 * stride - self.width))
+        held = codes, stride, self.table.reshape(-1).numpy(), self.line.memory
+        vectors, to = tuple(met.numpy()), y.numpy()
+
+        def run(span: tuple[int, int]) -> None:
+            across.multiply(held, vectors, to, self.marks, tiles, span)
+
+        share(len(tiles), len(codes), run)
+
+    def _whole_words(self, tiles: np.ndarray) -> tuple[np.ndarray, int, np.ndarray]:
+        """Return rows of bits that are whole words of 16 bits, their bytes, and the tiles of them."""
+        if self.width % LANES == 0 or not len(tiles):
+            return self.codes, -(-self.width // LANES) * 2, tiles
+        first, last = int(tiles[:, 2].min()), int((tiles[:, 2] + tiles[:, 3]).max())
+        out = np.zeros((last - first, -(-self.width // LANES) * 2), np.uint8)
+        realigned(self.codes, np.arange(first, last) * self.width, self.width, out, 0)
+        moved = tiles.copy()
+        moved[:, 2] -= first
+        return out.reshape(-1), out.shape[1], moved
+
+
+class Along(Matrix):
+    """Streams along inputs: tiles of 16 rows."""
+
+    def rows(self, rows: Rows) -> Tensor:
+        """See `Matrix`."""
+        index = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows.numpy()
+        out = torch.empty(len(index), self.width)
+        to, scales = out.numpy().reshape(-1), self.scales.to(torch.float32)[rows].numpy()
+        table, memory, places = self._table(), self.line.memory, self._places
+
+        def run(codes: np.ndarray, starts: np.ndarray, chosen: np.ndarray, cut: np.ndarray) -> None:
+            held, scale = (codes, starts, table, memory), np.ascontiguousarray(scales[chosen])
+            share(len(starts) // LANES, len(chosen) * self.line.stream // 8,
+                  lambda span: along.decode(held, scale, to, chosen * self.width, places, cut, span))
+
+        self._in_bytes(index, run)
+        return out
+
+    def _multiply(self, x: Tensor, y: Tensor) -> None:
+        table, memory, places = self._table(), self.line.memory, self._places
+        vectors, out = tuple(x.numpy()), y.numpy()
+
+        def run(codes: np.ndarray, starts: np.ndarray, chosen: np.ndarray, cut: np.ndarray) -> None:
+            held, to = (codes, starts, table, memory), np.empty((len(vectors), len(starts)), np.float32)
+            share(len(starts) // LANES, len(chosen) * self.line.stream // 8,
+                  lambda span: along.multiply(held, vectors, to, places, cut, span))
+            out[:, chosen] = to
+
+        self._in_bytes(np.arange(len(self.scales)), run)
+
+    @property
+    def _places(self) -> tuple[np.ndarray, np.ndarray]:
+        """Marks, with the bit at which a number's window begins: those of the circle follow a word."""
+        ends, offsets = self.marks
+        return ends + along.WORD - self.line.memory, offsets
+
+    def _table(self) -> np.ndarray:
+        """Return the table by windows with the oldest bit lowest."""
+        return np.ascontiguousarray(self.table.numpy()[:, _reversed(self.line.memory)]).reshape(-1)
+
+    def _in_bytes(self, index: np.ndarray, run: Callable[..., None]) -> None:
+        """Run a kernel over rows whose circles begin with bytes: those that do not, or are the last, are copied.
+
+        The kernel takes codes, the bytes at which rows begin and which of `index` they are, and the circles.
+        """
+        stream, cut = self.line.stream, parts(self.line)
+        reach = int(cut[-1, 0]) // 8 + -(-int(cut[-1, 1]) // (8 * along.BLOCK)) * along.BLOCK
+        plain = stream % 8 == 0 and not (cut[:, 0] % 8).any()
+        starts = index * stream // 8
+        safe = starts + reach <= len(self.codes) if plain else np.zeros(len(index), bool)
+        if safe.any():
+            moved = cut.copy()
+            moved[:, 0] //= 8
+            run(self.codes, _padded(starts[safe]), _padded(np.flatnonzero(safe)), moved)
+        rest = np.flatnonzero(~safe)
+        if len(rest):
+            nbytes = (cut[:, 1] + 7) // 8
+            moved = cut.copy()
+            moved[:, 0] = nbytes.cumsum() - nbytes
+            copy = np.zeros((len(rest) + 1, max(int(nbytes.sum()), along.BLOCK)), np.uint8)
+            for (first, total, _, _), byte in zip(cut.tolist(), moved[:, 0].tolist(), strict=True):
+                realigned(self.codes, index[rest] * stream + first, total, copy, byte)
+            run(copy.reshape(-1), _padded(np.arange(len(rest)) * copy.shape[1]), _padded(rest), moved)
+
+
+def _padded(numbers: np.ndarray) -> np.ndarray:
+    """Return int64 numbers, the last one repeated up to a whole tile."""
+    return np.pad(numbers.astype(np.int64), (0, -len(numbers) % LANES), "edge")
+
+
+@lru_cache(maxsize=16)
+def _marks(line: Line) -> tuple[np.ndarray, np.ndarray]:
+    size = int(parts(line)[:, 3].max())
+    phases = np.arange(size) % len(line.shifts)
+    return np.array(line.shifts, np.int64)[phases].cumsum(), phases << line.memory
+
+
+@lru_cache(maxsize=16)
+def _reversed(memory: int) -> np.ndarray:
+    """Return all windows with their bits in opposite order."""
+    states, out = np.arange(1 << memory), np.zeros(1 << memory, np.int64)
+    for bit in range(memory):
+        out |= (states >> bit & 1) << (memory - 1 - bit)
+    return out
+
+
+@lru_cache(maxsize=64)
+def _tiles(line: Line, start: int, stop: int) -> np.ndarray:
+    """Return tiles of rows `start` to `stop`; see `kernels.across.multiply`."""
+    ends, found = _marks(line)[0], []
+    for bit, total, first, size in parts(line).tolist():
+        for place in range(max(start, first), min(stop, first + size), across.ROWS):
+            number = place - first
+            count = min(across.ROWS, stop - place, size - number)
+            found.append((place - start, count, bit, total, number, int(ends[number - 1]) if number else 0))
+    return np.array(found, np.int64).reshape(-1, 6)
+
+
+def _one_by_one(line: Line, rows: Tensor) -> np.ndarray:
+    """Return tiles of a row each."""
+    cut, index = parts(line), rows.numpy()
+    bits, totals, firsts, _ = cut[np.searchsorted(cut[:, 2], index, "right") - 1].T
+    numbers = index - firsts
+    begun = np.concatenate([np.zeros(1, np.int64), _marks(line)[0]])[numbers]
+    return np.stack([np.arange(len(index)), np.ones_like(index), bits, totals, numbers, begun], 1)
