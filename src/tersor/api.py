@@ -18,6 +18,7 @@ from tersor.contract.codec import Codec, Encoded
 from tersor.errors import BudgetError, CodecConfigError, CorruptStoreError, UnknownCodecError
 from tersor.families import candidates, effort_of, families, options
 from tersor.families.low_rank import most_promising
+from tersor.payload.blocks import shape_of
 from tersor.quality import measure
 from tersor.registry import parse
 
@@ -87,8 +88,7 @@ def compress(matrix: Tensor | np.ndarray, rate: float | None = None, codec: str 
     True
     """
     numpy, matrix = isinstance(matrix, np.ndarray), as_matrix(matrix)
-    hessian = from_numpy(hessian, "hessian") if isinstance(hessian, np.ndarray) else hessian
-    shape = (matrix.shape[0], matrix.shape[1])
+    hessian, shape = from_numpy(hessian, "hessian") if isinstance(hessian, np.ndarray) else hessian, shape_of(matrix)
     if rate is not None and not (isinstance(rate, (int, float)) and 0 < rate <= sys.float_info.max):
         raise BudgetError(f"rate must be a positive number of bits per element, found {rate!r}")
     named = isinstance(codec, str) and codec in families()

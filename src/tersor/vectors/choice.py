@@ -8,14 +8,14 @@ from tersor.codecs import Centered, Dense, LearnedRotation, Product, Rotated, Su
 from tersor.codecs.trellis.filters import filters
 from tersor.contract.codec import Codec
 from tersor.errors import BudgetError, CodecConfigError, UnknownCodecError
-from tersor.families import AUTO, FAMILIES
+from tersor.families import AUTO, EFFORTS, FAMILIES
+from tersor.families.trellis import window
 from tersor.payload.layout import packed_nbytes
 from tersor.registry import parse
 from tersor.vectors.rowwise import COUNTS, check_rowwise, code_size
 
 TRAINED = ("pq", "opq", "rq")  # families of product codecs with shared codebooks
 TRELLIS = "trellis"
-EFFORTS = {"fast": 9, "normal": 12, "best": 1 << 16}  # most bits of a trellis code's window, where there is a choice
 DEFAULT_RATE = 2.0
 MAX_RATE = 32.0
 MAX_WORDS = 1024  # of the product codecs that a rate chooses
@@ -115,8 +115,9 @@ def _trellis(effort: str, dim: int) -> list[Codec]:
     """
     found: list[Codec] = []
     for rate in sorted({rate for rate, _ in filters()}):
-        windows = sorted(memory for other, memory in filters() if other == rate)
-        found.append(Rotated(Trellis(rate, max([w for w in windows if w <= EFFORTS[effort]], default=windows[0]))))
+        memory = window(Trellis, rate, effort)
+        if memory is not None:
+            found.append(Rotated(Trellis(rate, memory)))
     sizes = [code_size(one, dim) for one in found]
     return [*found, *(one for one in _rungs(TRELLIS, dim) if not min(sizes) <= code_size(one, dim) <= max(sizes))]
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core.extending import intrinsic
 
+from tersor.numerics.machine import njit
 from tersor.ops.vectors import INT, INTS, LANES, LONG
 from tersor.ops.window_linear.kernels.gathers import Gathers
 
@@ -113,7 +113,7 @@ def _writing(v: Gathers) -> Callable[[Any, list[Any]], None]:
 _WIDE, _ONE = _down(WIDE), _down(1)
 
 
-@numba.njit(nogil=True, boundscheck=False, cache=True)
+@njit()
 def multiply(held: Any, x: Any, y: Any, marks: Any, tiles: Any, span: Any) -> None:
     """Write products of tiles of rows.
 
@@ -154,7 +154,7 @@ def multiply(held: Any, x: Any, y: Any, marks: Any, tiles: Any, span: Any) -> No
                 y[vector, row + turn] = summed
 
 
-@numba.njit(nogil=True, boundscheck=False, cache=True)
+@njit()
 def decode(held: Any, scales: Any, out: Any, marks: Any, tiles: Any, span: Any) -> None:
     """Write numbers of tiles of rows, times the rows' scales, to `out`, float32 (rows, 8 * stride); see `multiply`."""
     codes, stride, table, memory = held

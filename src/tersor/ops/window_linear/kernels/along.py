@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 from numba import types
 from numba.core.extending import intrinsic
 
+from tersor.numerics.machine import njit
 from tersor.ops.vectors import INT, INTS, LANES, LONG
 from tersor.ops.window_linear.kernels.gathers import Gathers
 
@@ -124,7 +124,7 @@ def _spell(typing: Any, words: Any, table: Any, scales: Any, out: Any, marks: An
     return types.void(words, table, scales, out, marks, to, at), _write
 
 
-@numba.njit(nogil=True, boundscheck=False, cache=True)
+@njit()
 def _close(codes: Any, starts: Any, words: Any, place: Any, byte: Any, total: Any, memory: Any) -> None:
     """Write the last bits of 16 circles to the upper end of the first of `words`."""
     begin = total - memory
@@ -136,7 +136,7 @@ def _close(codes: Any, starts: Any, words: Any, place: Any, byte: Any, total: An
         words[lane] = np.int32(held >> (begin & 7) << (WORD - memory) & 0xFFFFFFFF)
 
 
-@numba.njit(nogil=True, boundscheck=False, cache=True)
+@njit()
 def multiply(held: Any, x: Any, y: Any, marks: Any, parts: Any, span: Any) -> None:
     """Write products of tiles of 16 rows.
 
@@ -171,7 +171,7 @@ def multiply(held: Any, x: Any, y: Any, marks: Any, parts: Any, span: Any) -> No
                 y[vector, tile * LANES + lane] = sums[vector * LANES + lane]
 
 
-@numba.njit(nogil=True, boundscheck=False, cache=True)
+@njit()
 def decode(held: Any, scales: Any, out: Any, to: Any, marks: Any, parts: Any, span: Any) -> None:
     """Write the numbers of tiles of 16 rows, times `scales`, to the places `to` of `out`; see `multiply`."""
     codes, starts, table, memory = held
