@@ -28,11 +28,11 @@ def entering(numbers: Tensor, sums: Sums, width: int) -> Tensor:
 def _bitten(row: Tensor, sums: Sums, width: int) -> Tensor:
     length = len(row)
     warm = sums.steps.warm(length)
-    seam = [place % length for place in range(-warm, warm)]
+    seam = [*range(length - warm, length), *range(warm)] if warm else [*range(length)]
     starts = sums.starts(width)
     first, bits = walk(row, sums, width, starts, seam, None)
     window = first
-    for place, new in list(zip(seam, bits.tolist(), strict=True))[:warm]:
+    for place, new in list(zip(seam, bits.tolist(), strict=True))[: warm or length]:
         window = after(window, sums.steps.shifts[place % len(sums.steps.shifts)], new, sums.steps.memory)
     return walk(row, sums, width, torch.tensor([window]), [*range(length)], window)[1]
 

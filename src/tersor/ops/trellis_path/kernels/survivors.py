@@ -217,24 +217,25 @@ def bitten(numbers: Any, code: Any, beam: Any, work: Any, out: Any) -> None:
     period, length = shifts.shape[0], numbers.shape[1]
     windows, costs, parents, entered = work[0], work[1], work[12], work[13]
     everything = np.uint64(0xFFFFFFFFFFFFFFFF) >> np.uint64(64 - memory)
-    bounds, seam = np.zeros(period, np.float32), np.empty(2 * warm, np.uint8)
+    bounds = np.zeros(period, np.float32)
     work[10][:] = 0
     stamp = 0
     for n in range(numbers.shape[0]):
         row = numbers[n]
         bounds[:] = 0
-        steps, first = 2 * warm, (length - warm % length) % length
+        steps = 2 * warm if warm else length
+        first = length - warm if warm else 0
         windows[: starts.shape[0]] = starts
         costs[: starts.shape[0]] = 0
         plan = (first, steps, starts.shape[0], width, np.uint64(0), False, stamp)
         at, stamp = _walk(row, code, plan, bounds, work)
         for t in range(steps - 1, -1, -1):
-            seam[t] = entered[t, at]
+            out[n, t % length] = entered[t, at]  # later steps of the walk are overwritten by those before the seam
             at = parents[t, at]
         window = starts[at]
-        for t in range(warm):
+        for t in range(warm if warm else length):
             shift = shifts[((first + t) % length) % period]
-            window = ((window << np.uint64(shift)) | np.uint64(seam[t])) & everything
+            window = ((window << np.uint64(shift)) | np.uint64(out[n, t])) & everything
         windows[0] = window
         costs[0] = 0
         at, stamp = _walk(row, code, (0, length, 1, width, window, True, stamp), bounds, work)

@@ -97,14 +97,16 @@ def walk(numbers: Any, problem: Any, warm: Any, bests: Any, states: Any) -> None
     problem : (levels, shifts, memory)
         The number that every window gives, float32 (period 2**memory,); int64 (period,); int.
     warm : int
-        Steps on either side of the seam that find the state there, if need be several times around.
+        Steps on either side of the seam that find the state there; 0: the whole segment does.
     bests : float32 ((steps + 1) groups,)
         Room for the longer walk.
     states : int64 (n, length)
     """
     length = numbers.shape[1]
-    seam = np.empty(warm + 1, np.int64)
     for i in range(numbers.shape[0]):
         x = numbers[i]
-        start = _walk(x, problem, ((length - warm % length) % length, 2 * warm, warm + 1), bests, seam, -1)
+        if warm:
+            start = _walk(x, problem, (length - warm, 2 * warm, warm + 1), bests, states[i], -1)
+        else:
+            start = _walk(x, problem, (0, length, 1), bests, states[i], -1)
         _walk(x, problem, (0, length, length), bests, states[i], start)
