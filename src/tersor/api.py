@@ -62,8 +62,7 @@ def compress(matrix: Tensor | np.ndarray, rate: float | None = None, codec: str 
     hessian : Tensor, ndarray or None
         `E[x xᵀ]` of the inputs, (in, in): errors are then weighed by it.
     effort : str or None
-        `"fast"`, `"normal"` or `"best"`: the encoder's work, for families that read it (`"trellis"`, `"folded"`,
-        `"auto"`); None: `"normal"`.
+        `"fast"`, `"normal"` (None) or `"best"`: the encoder's work, for `"trellis"`, `"folded"` and `"auto"`.
     **encoder
         Encoder options of the codec (`codec.option_names()`), for example `clip="mse"` or `feedback=True`; they
         replace those that define a family (`method="lplr"` of the family `lplr`).
