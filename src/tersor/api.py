@@ -61,8 +61,8 @@ def compress(matrix: Tensor | np.ndarray, rate: float | None = None, codec: str 
     hessian : Tensor, ndarray or None
         `E[x xᵀ]` of the inputs, (in, in): errors are then weighed by it.
     effort : str or None
-        `"fast"`, `"normal"` or `"best"`: the encoder's work, for families that read it (`"trellis"`, `"auto"`); None:
-        `"normal"`.
+        `"fast"`, `"normal"` or `"best"`: the encoder's work, for families that read it (`"trellis"`, `"folded"`,
+        `"auto"`); None: `"normal"`.
     **encoder
         Encoder options of the codec (`codec.option_names()`), for example `clip="mse"` or `feedback=True`; they
         replace those that define a family (`method="lplr"` of the family `lplr`).
@@ -91,14 +91,13 @@ def compress(matrix: Tensor | np.ndarray, rate: float | None = None, codec: str 
     shape = (matrix.shape[0], matrix.shape[1])
     if rate is not None and not (isinstance(rate, (int, float)) and 0 < rate <= sys.float_info.max):
         raise BudgetError(f"rate must be a positive number of bits per element, found {rate!r}")
-    defaults: Mapping[str, Any] = {}
-    if isinstance(codec, str) and codec in families():
-        defaults = options(codec)
-        found = candidates(codec, shape, _budget(DEFAULT_RATE if rate is None else rate, shape), effort)
+    named = isinstance(codec, str) and codec in families()
+    defaults = options(str(codec)) if named else {}
+    if named:
+        found = candidates(str(codec), shape, _budget(DEFAULT_RATE if rate is None else rate, shape), effort)
         choices = most_promising(matrix, found, hessian, seed)
     else:
-        choices = [_concrete(codec, shape, rate)]
-        effort_of(str(codec), effort)
+        choices, _ = [_concrete(codec, shape, rate)], effort_of(str(codec), effort)
     unread = set(encoder).difference(*(choice.option_names() for choice in choices))
     if unread:
         known = sorted(frozenset().union(*(choice.option_names() for choice in choices)))

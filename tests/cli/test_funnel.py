@@ -64,6 +64,9 @@ def test_usage_is_one_line_with_a_hint(tmp_path: Path) -> None:
     fails("compress", says="missing argument")
     fails("survey", "a", "b", "--seed", "-1", says="--seed")
     fails("compress", FABLE, tmp_path / "o", "--dry-run", "--seed", "-1", says="--seed")
+    fails("compress", FABLE, tmp_path / "o", "--dry-run", "--effort", "quick", says="one of fast, normal, best")
+    fails("survey", FABLE, tmp_path / "o", "--effort", "best", "--codec", "qet_plus", says="reads no effort")
+    fails("encode", FABLE, tmp_path / "o", "--effort", "best", "--plan", tmp_path / "p", says="no --rate, --codec or")
     fails("inspect", tmp_path, "--log-file", tmp_path / "no" / "log", says="there is no folder")
 
 

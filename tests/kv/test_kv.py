@@ -20,7 +20,7 @@ from tersor.testing import gaussian, tolerance
 BATCH, HEADS, BLOCK, DIM = 2, 3, 16, 32
 SIDE_BY_SIDE = ["rtn2g16o", "rtn2g16", "rot,lm2", "rot,sym16", "lm4", "bf16", "fp8", "pq4x16t", "opqt,pq4x16t",
                 "sum(rot,lm2;rtn2g16)", "klt6h3x16", "rot,klt6sh3x16", "klt6", "sum(klt4;klt2)", "sym16o", "rot,tr2x8",
-                "tr1.5x8"]
+                "tr1.5x8", "ctr8,rot,tr2x8"]
 ONE_BY_ONE = ["tr2x8o", "lmL3", "two2x2", "std,lm3", "rotout,lm2", "pq4x16", "rows9(lm2;lm3)", "kashin2o", "fit4",
               "rot,sym16m"]
 ALL = [*SIDE_BY_SIDE, *ONE_BY_ONE]

@@ -135,7 +135,7 @@ def test_efforts_choose_windows() -> None:
 def test_vectors_beyond_the_scales_are_refused() -> None:
     index = Index(16, rate=4)
     index.add(gaussian((50, 16), 1))
-    with pytest.raises(NonFiniteError, match="times as long as the longest that the mean was trained on"):
+    with pytest.raises(NonFiniteError, match="times as long as those that the mean was trained on"):
         index.add(gaussian((50, 16), 1) * 2.0**14)
     index.add(torch.zeros(2, 16))
     assert index.ntotal == 52

@@ -11,6 +11,8 @@ CONTINUATION = 256
 CHUNK = 64  # tokens of the continuation a call
 RATES = (1.5, 2.0, 2.25, 3.0, 3.25, 4.0, 4.25)  # of plans
 UNIFORM = (1.0, 1.5, 2.0, 3.0, 4.0)
+TRELLIS = (("tr1.5x8", 1.5), ("tr2x8", 2), ("tr3x9", 3), ("tr4x8", 4),  # fast to encode, then what is closer
+           ("tr1.5", 1.5), ("tr2", 2), ("tr3", 3), ("tr4", 4))
 SMALL = "smollm2-135m"  # the model of planted keys and of speed
 TOKENS = 1536  # of a prompt with planted keys
 LENGTHS = (4096, 8192)  # tokens after which decoding is timed
@@ -45,7 +47,8 @@ class Method:
     """One method; `kind` says whose, `spec` its setting, `bits` what it is called.
 
     Kinds: `none`; `quanto` and `hqq`, whose setting is bits and the axes of keys and values; `kivi`, `turbo`, `qet`,
-    `fp8` and `free` (Tersor without trained tables), codec strings of keys and values; `klt` and `plan`, a rate.
+    `fp8`, `free` (Tersor without trained tables) and `trained`, codec strings of keys and values, in which `klt@2`
+    stands for `klt` at 2 bits; `klt` and `plan`, a rate.
     """
 
     kind: str
@@ -60,7 +63,11 @@ class Method:
     @property
     def ours(self) -> bool:
         """Tell whether it is a setting of Tersor's own rather than a published form."""
-        return self.kind in ("klt", "plan", "free")
+        return self.kind in ("klt", "plan", "free", "trained")
+
+
+TRAINED = tuple(Method("trained", f"{keys};ctr8,rot,tr{bits:g}", bits) for bits in (1.5, 2, 3, 4)
+                for keys in (f"ctr8,rot,tr{bits:g}", f"klt@{bits:g}"))
 
 
 def cheap() -> list[Method]:
@@ -74,6 +81,8 @@ def cheap() -> list[Method]:
               for levels, bits in (("L3", 1.5), ("2", 2), ("3", 3), ("4", 4)) for group in (32, 64)]
     found += [Method("turbo", f"rot,lm{levels};rot,lm{levels}", bits)
               for levels, bits in (("L3", 1.5), ("2", 2), ("3", 3), ("4", 4))]
+    found += [Method("free", f"rot,{trellis};rot,{trellis}", bits) for trellis, bits in TRELLIS]
+    found += TRAINED
     found.append(Method("fp8", "fp8;fp8", 8))
     return found + [Method("klt", f"{rate:g}", rate) for rate in UNIFORM] + [
         Method("plan", f"{rate:g}", rate) for rate in RATES]
@@ -138,7 +147,8 @@ ASKED = (Method("none", "", 32), *(Method("plan", f"{rate:g}", rate) for rate in
            Method("kivi", "rtn2g32o;rtn2g32", 2), Method("kivi", "rtn2g64o;rtn2g64", 2),
            Method("turbo", "rot,lm2;rot,lm2", 2), Method("quanto", "2,0,0", 2), Method("quanto", "2,-1,0", 2))
 TIMED = (Method("none", "", 32), Method("quanto", "4,0,0", 4), Method("quanto", "2,0,0", 2),
-           Method("quanto", "4,-1,0", 4), Method("klt", "2", 2), Method("klt", "4", 4), Method("klt", "1.5", 1.5))
+           Method("quanto", "4,-1,0", 4), Method("klt", "2", 2), Method("klt", "4", 4), Method("klt", "1.5", 1.5),
+           Method("free", "rot,tr2x8;rot,tr2x8", 2), Method("free", "rot,tr4x8;rot,tr4x8", 4))
 
 
 def attentions(method: Method) -> tuple[str, ...]:

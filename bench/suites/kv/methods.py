@@ -63,6 +63,9 @@ def empty(method: Method, model: Any, name: str) -> Cache:
     if method.kind in ("klt", "plan"):
         chosen = models.chosen(name, method.kind)[method.spec]
         return CompressedCache(config, chosen.keys, chosen.values, tables=chosen.tables, **window)
+    if method.kind == "trained":
+        chosen = models.trained(name, method.spec)
+        return CompressedCache(config, chosen.keys, chosen.values, tables=chosen.tables, **window)
     spec = method.spec
     if method.kind == "qet":
         text = published(config.num_key_value_heads * BLOCK, config.head_dim, method.bits)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -91,8 +92,9 @@ def chosen(name: str, kind: str) -> Mapping[str, Chosen]:
     return {key: Chosen(*value) for key, value in torch.load(file, weights_only=True).items()}
 
 
-def choose(name: str) -> None:
-    """Train the tables of uniform settings, and make the plans."""
+@functools.cache
+def laboratory(name: str) -> Lab:
+    """Return the model with the prompts that plans are made on and tables are trained on."""
     setup = SETUPS[name]
     model, tokenizer = load(setup.name)
     width = setup.prompt + setup.scored
@@ -102,7 +104,32 @@ def choose(name: str) -> None:
               for part in (text[k * len(text) // count :][: 8 * width] for k in range(count))]
     settings = Settings(tuple(f"klt{{bytes:{rate}}}{{runs}}" for rate in setup.rungs), width, setup.count,
                         setup.training, RESIDUAL, SINK, BLOCK, SEED, setup.scored)
-    lab = Lab(model, torch.tensor(pieces), settings)
+    return Lab(model, torch.tensor(pieces), settings)
+
+
+@functools.cache
+def trained(name: str, spec: str) -> Chosen:
+    """Return codecs of keys and values, the same in all layers, and their tables; trained once."""
+    file = kept("kv") / f"{name}-{re.sub('[^a-z0-9.]+', '-', spec)}.pt"
+    if not file.is_file():
+        lab = laboratory(name)
+        codecs = [parse(_spelled(one, lab)) for one in spec.split(";")]
+        tables = {(n, SIDES[side]): dict(lab.tables((n, side), codecs[side])) for n, side in lab.places()}
+        torch.save((*(codec.spec() for codec in codecs), tables, 0.0), file)
+    return Chosen(*torch.load(file, weights_only=True))
+
+
+def _spelled(spec: str, lab: Lab) -> str:
+    """Return a codec string; `klt@2` is `klt` at 2 bits."""
+    if not spec.startswith("klt@"):
+        return spec
+    return f"klt{round(float(spec[4:]) * lab.config.head_dim / 8)}{runs(lab.model)}"
+
+
+def choose(name: str) -> None:
+    """Train the tables of uniform settings, and make the plans."""
+    lab = laboratory(name)
+    settings, model = lab.settings, lab.model
     found: dict[str, tuple[Any, ...]] = {}
     for rate in UNIFORM:
         codec = parse(f"klt{round(rate * model.config.head_dim / 8)}{runs(model)}")
@@ -111,7 +138,7 @@ def choose(name: str) -> None:
     torch.save(found, kept("kv") / f"{name}-klt.pt")
     print("tables written", flush=True)
     found = {}
-    choices = _measure(lab, open_trials(kept("kv") / f"{setup.name}.trials.jsonl", repr(settings)), _progress)
+    choices = _measure(lab, open_trials(kept("kv") / f"{name}.trials.jsonl", repr(settings)), _progress)
     for rate in RATES:
         picks = _spend(choices, lab.elements, rate)
         codecs = {place: pick.codec for place, pick in picks.items()}

@@ -10,7 +10,7 @@ from bench.places import DOMAINS
 from bench.suite import Builder, Line, Table
 
 BUDGETS = (1.5, 2, 3, 4)
-OURS = ("klt", "plan", "free")
+OURS = ("klt", "plan", "free", "trained")
 ELEMENTS = {"fable-22m": 6 * 2 * 4 * 64, "smollm2-135m": 30 * 2 * 3 * 64}  # numbers a token
 CLAIM = {"keys": 0.1333, "values": 0.1189}
 
@@ -51,7 +51,7 @@ def label(kind: str, setting: str) -> str:
     keys, _, values = (setting, "", "") if kind == "qet" else setting.partition(";")
     both = f"`{keys}`" if keys == values or not values else f"`{keys}`, `{values}`"
     return {"kivi": "KIVI form ", "turbo": "TurboQuant form ", "qet": "QET, published: ", "fp8": "",
-            "free": "**Tersor** without tables: "}[kind] + both
+            "free": "**Tersor** without tables: ", "trained": "**Tersor** "}[kind] + both
 
 
 def rows(found: Mapping[str, Line]) -> list[Row]:

@@ -38,6 +38,7 @@ def peers_table(found: Mapping[str, Line]) -> str:
             continue
         numbers = line["numbers"]
         kind = next(name for start, name in NAMES.items() if case.codec.startswith(start))
+        kind = f"{'folded' if 'n' in case.codec else 'linear'} {kind}" if kind == NAMES["tr"] else kind
         sweeps = f", {case.sweeps} sweeps" if isinstance(case, cases.PeerCase) and case.sweeps else ""
         rows.append((case.bits, numbers["shannon_gap_db"], [
             f"`{case.codec}`", f"{kind}{sweeps}", f"{numbers['rate']:.3f}", f"{4 ** -numbers['rate']:.5f}",

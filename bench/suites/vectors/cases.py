@@ -14,13 +14,13 @@ class VectorCase:
     ----------
     data : str
         `"glove"` or `"banking77"`.
-    bits : int
+    bits : float
     method : str
         `"tersor:"` and a codec or a family (at `bits`), or `"faiss:"` and a factory string.
     """
 
     data: str
-    bits: int
+    bits: float
     method: str
 
     @property
@@ -29,14 +29,24 @@ class VectorCase:
         return f"{self.data}|{self.bits}|{self.method}"
 
 
-METHODS: Mapping[tuple[str, int], tuple[str, ...]] = {
-    ("glove", 2): ("tersor:qet_plus", "tersor:rot,sym14", "tersor:pq", "tersor:pq5x1024t", "tersor:opq", "tersor:rq",
-                   "tersor:rotated_scalar", "faiss:PQ10x8np", "faiss:PQ10x9np", "faiss:PQ10x10np", "faiss:PQ25x4np",
-                   "faiss:OPQ10,PQ10x9np", "faiss:RQ12x8", "faiss:LSQ12x8"),
-    ("glove", 4): ("tersor:qet_plus", "tersor:pq", "tersor:opq", "tersor:rq", "tersor:rotated_scalar",
-                   "faiss:PQ25x8np", "faiss:OPQ25,PQ25x8np", "faiss:RQ25x8", "faiss:SQ4", "faiss:RaBitQ"),
-    ("banking77", 2): ("tersor:qet_plus", "tersor:rot,sym16", "tersor:pq", "tersor:opq", "tersor:rq",
-                       "tersor:rotated_scalar", "tersor:rot,lm2", "faiss:PQ96x8np", "faiss:OPQ96,PQ96x8np",
-                       "faiss:RaBitQ"),
+METHODS: Mapping[tuple[str, float], tuple[str, ...]] = {
+    ("glove", 2): ("tersor:trellis", "tersor:qet_plus", "tersor:pq", "tersor:pq5x1024t", "tersor:opq", "tersor:rq",
+                   "tersor:rotated_scalar", "tersor:rot,sym14", "tersor:rot,tr1.75", "faiss:PQ10x8np", "faiss:PQ10x9np",
+                   "faiss:PQ10x10np", "faiss:PQ25x4np", "faiss:OPQ10,PQ10x9np", "faiss:RQ12x8", "faiss:LSQ12x8",
+                   "faiss:RaBitQ"),
+    ("glove", 3): ("tersor:trellis", "tersor:qet_plus", "tersor:pq", "tersor:rq", "tersor:rotated_scalar",
+                   "faiss:PQ25x6np", "faiss:RQ18x8", "faiss:RaBitQ"),
+    ("glove", 4): ("tersor:trellis", "tersor:qet_plus", "tersor:pq", "tersor:opq", "tersor:rq",
+                   "tersor:rotated_scalar", "faiss:PQ25x8np", "faiss:OPQ25,PQ25x8np", "faiss:RQ25x8", "faiss:SQ4",
+                   "faiss:RaBitQ"),
+    ("banking77", 1.5): ("tersor:ctr8,rot,tr1.5", "tersor:qet_plus", "tersor:pq", "tersor:rotated_scalar",
+                         "faiss:PQ72x8np", "faiss:RaBitQ"),
+    ("banking77", 2): ("tersor:trellis", "tersor:ctr8,rot,tr2", "tersor:rot,tr2", "tersor:qet_plus", "tersor:pq",
+                       "tersor:opq", "tersor:rq", "tersor:rotated_scalar", "tersor:rot,sym16", "tersor:rot,lm2",
+                       "faiss:PQ96x8np", "faiss:OPQ96,PQ96x8np", "faiss:RaBitQ"),
+    ("banking77", 3): ("tersor:ctr8,rot,tr3", "tersor:qet_plus", "tersor:pq", "tersor:rotated_scalar",
+                       "faiss:PQ192x6np", "faiss:RaBitQ"),
+    ("banking77", 4): ("tersor:ctr8,rot,tr4", "tersor:qet_plus", "tersor:pq", "tersor:rotated_scalar",
+                       "faiss:PQ192x8np", "faiss:RaBitQ"),
 }
 CASES = tuple(VectorCase(data, bits, method) for (data, bits), methods in METHODS.items() for method in methods)

@@ -12,7 +12,7 @@ HEADS = ("method", "bytes a vector", "tables included", "recall@10", "relative M
          "queries/s, single", "train, s", "encode, s")
 
 
-def vectors_table(data: str, bits: int) -> Builder:
+def vectors_table(data: str, bits: float) -> Builder:
     """Return the builder of the table of one set at one rate, best recall first."""
     def build(found: Mapping[str, Line]) -> str:
         chosen = [line for line in found.values() if (line["case"]["data"], line["case"]["bits"]) == (data, bits)]

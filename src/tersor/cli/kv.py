@@ -36,7 +36,7 @@ def kv_plan(src: Src, output: Annotated[Path, typer.Argument(metavar="PLAN", hel
             rate: Annotated[float, typer.Option(help="bits per element of the encoded tokens")] = 2.5,
             text: CalibrationText = None,
             codec: Annotated[str, typer.Option(help="codecs to choose from: klt, trellis, or all")] = "klt",
-            effort: Annotated[str, typer.Option(help="of encoding trellis codes: fast, normal or best")] = "fast",
+            effort: Annotated[str, typer.Option(help="of encoding trellis codes: fast, normal or best")] = "normal",
             ladder: Annotated[Path | None, typer.Option(help="JSON array of codec strings to choose from",
                                                       show_default="what --codec says")] = None,
             context: Annotated[int, typer.Option(min=2, help="tokens of a window, 3/4 of them the prompt")] = 1024,

@@ -9,14 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from tersor.codecs import Dense, Rotated, Scalar, Standardized, Symmetric, TwoBasis, Uniform
+from tersor.codecs import Dense, FoldedTrellis, Rotated, Scalar, Standardized, Symmetric, Trellis, TwoBasis, Uniform
 from tersor.contract.codec import Codec
 from tersor.errors import BudgetError, CodecConfigError, UnknownCodecError
 from tersor.families.ladder import Budgeted, Ladder, as_is
 from tersor.families.low_rank import BackboneLadder, LowRankLadder, ladders
 from tersor.families.lplr import LOW_RANK_PRESETS
 from tersor.families.qet import PRESETS
-from tersor.families.trellis import NORMAL, WINDOWS, TrellisLadder, codebooks
+from tersor.families.trellis import NORMAL, WINDOWS, Kind, TrellisLadder, codebooks
 from tersor.payload.blocks import Shape
 
 # levels between whole bits pay: 3 levels at 1.6 bits beat any mix of 2 and 4. Chosen for dense packing.
@@ -44,6 +44,7 @@ def _ladders() -> dict[str, tuple[Budgeted, ...]]:
         "two_basis": (_ladder(_two_basis("in"), planned=False),
                       _ladder(_two_basis("out"), Rotated, alone=False)),
         "trellis": _trellis(NORMAL),
+        "folded": _trellis(NORMAL, FoldedTrellis),
         "lplr_plus": ladders(),
         "low_rank": (*(BackboneLadder(Rotated(Symmetric(bits))) for bits in BACKBONE_BITS),
                      *(LowRankLadder(width, planned=True) for width in LOW_RANK_WIDTHS),
@@ -62,9 +63,9 @@ def _two_basis(axis: str) -> tuple[Codec, ...]:
     return (TwoBasis(2, 2, half=True, axis=axis), *(TwoBasis(first, axis=axis) for first in (2, 3, 4, 8)))
 
 
-def _trellis(effort: str) -> tuple[Budgeted, ...]:
+def _trellis(effort: str, kind: Kind = Trellis) -> tuple[Budgeted, ...]:
     """Return trellis codes along inputs for a matrix by itself, along outputs for error feedback."""
-    return TrellisLadder(effort, planned=False), TrellisLadder(effort, "out", alone=False)
+    return TrellisLadder(effort, "in", kind, planned=False), TrellisLadder(effort, "out", kind, alone=False)
 
 
 FAMILIES: Mapping[str, tuple[Budgeted, ...]] = MappingProxyType(_ladders())
@@ -72,10 +73,11 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {name: preset.options for name, preset in LOW_RANK_PRESETS.items()})
 AUTO = "auto"
 DEFAULT = "trellis"  # what models are compressed with unless told otherwise
-AUTO_FAMILIES = ("uniform", "scalar", "rotated_scalar", "qet_plus", "trellis")  # annealing and presets are slower
+AUTO_FAMILIES = ("uniform", "scalar", "rotated_scalar", "qet_plus", "folded")  # annealing and presets are slower
 EFFORTS = tuple(WINDOWS)
 BY_EFFORT: Mapping[str, Mapping[str, tuple[Budgeted, ...]]] = MappingProxyType(
-    {"trellis": MappingProxyType({effort: _trellis(effort) for effort in EFFORTS})})
+    {name: MappingProxyType({effort: _trellis(effort, kind) for effort in EFFORTS})
+     for name, kind in (("trellis", Trellis), ("folded", FoldedTrellis))})
 
 
 def budgeted(family: str, effort: str | None = None) -> Sequence[Budgeted]:

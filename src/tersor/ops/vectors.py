@@ -8,13 +8,17 @@ no name common to all machines: `look`, a lookup in a table of 16 numbers that a
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from llvmlite import ir
 from numba.core import cgutils
 
 LANES = 16
+LINE = 64  # bytes of memory that come together
 FLOAT, INT, LONG = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 FLOATS, INTS = ir.VectorType(FLOAT, LANES), ir.VectorType(INT, LANES)
 _FUSED = ("contract",)  # a product and a sum may be one instruction, where there is one
@@ -23,6 +27,21 @@ _LOW, _HIGH = ([q + i + of for q in _QUARTERS for i in (first, first + 1) for of
 _LOW_TWO, _HIGH_TWO = ([q + i + of for q in _QUARTERS for of in (0, LANES) for i in (first, first + 1)]
                        for first in (0, 2))
 _EVEN, _ODD = ([of + q + i for of in (0, LANES) for q in (first, first + 8) for i in range(4)] for first in (0, 4))
+
+
+def how(*words: object, sources: tuple[str, ...] = ()) -> str:
+    """Return the constant by which kernels of one function differ, to be given to its intrinsic.
+
+    numba keeps compiled kernels in files, and takes them from there if the kernel's module and the values around its
+    function are the same. So these values are plain, and say which edition of other sources wrote the instructions:
+    this module, and those whose files are named.
+    """
+    return " ".join(str(word) for word in (*words, *(_edition(source) for source in (__file__, *sources))))
+
+
+@cache
+def _edition(source: str) -> str:
+    return hashlib.sha256(Path(source).read_bytes()).hexdigest()[:16]
 
 
 class Vectors:
@@ -39,6 +58,10 @@ class Vectors:
         self._types, self._arguments = signature.args, arguments
         features = context.codegen().magic_tuple()[2].split(",")
         self._wide, self._half = "+avx512f" in features, "+avx2" in features
+
+    def said(self, place: int) -> list[str]:
+        """Return the words of an argument that is a constant of the kernel, as `how` makes it."""
+        return self._types[place].literal_value.split()
 
     def array(self, place: int, inside: int | None = None) -> Any:
         """Return the address of an array's first number: of an argument, or of one inside an argument's tuple."""
@@ -58,6 +81,14 @@ class Vectors:
     def load(self, address: Any, kind: Any = FLOATS) -> Any:
         """Return a vector, from an address that need not be aligned."""
         return self.builder.load(self.builder.bitcast(address, kind.as_pointer()), align=1)
+
+    def ask(self, address: Any, nbytes: int) -> None:
+        """Ask for memory that is to be read soon; any address of bytes will do."""
+        function = ir.FunctionType(ir.VoidType(), [address.type, INT, INT, INT])
+        name = f"llvm.prefetch.p0{'' if address.type.is_opaque else 'i8'}"
+        called = cgutils.get_or_insert_function(self.builder.module, function, name)
+        for place in range(0, nbytes, LINE):
+            self.builder.call(called, [self.at(address, place), INT(0), INT(2), INT(1)])
 
     def store(self, vector: Any, address: Any) -> None:
         """Write a vector, to an address that need not be aligned."""

@@ -25,6 +25,9 @@ def share(count: int, nbytes: int, work: Callable[[tuple[int, int]], object]) ->
         Takes the first tile of a share and the last but one; what it writes must not depend on shares.
     """
     threads = max(1, min(torch.get_num_threads(), count, nbytes // LEAST))
+    if threads == 1:
+        work((0, count))
+        return
     edges = [count * i // threads for i in range(threads + 1)]
     spans = list(itertools.pairwise(edges))
     waiting = [_pool(os.getpid(), threads - 1).submit(work, span) for span in spans[1:]]

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.extending import intrinsic
 
+from tersor.numerics.machine import njit
+
 LONG, EIGHT = ir.IntType(64), 8
 EVERY_BYTE = 0x0101010101010101
 
 
-@intrinsic
-def _deposit(typing: Any, word: Any, width: Any) -> Any:
+def _depositing(typing: Any, word: Any, width: Any) -> Any:
     """Return eight bytes, each of the next `width` bits of a word of 64 bits."""
     del typing
     return types.uint64(word, width), _written
@@ -37,7 +37,23 @@ def _written(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
     return out
 
 
-@numba.njit(nogil=True, boundscheck=False, cache=True)
+def _reading(typing: Any, packed: Any, place: Any) -> Any:
+    """Return eight bytes from a place on, the first lowest."""
+    del typing
+    return types.uint64(packed, place), _read
+
+
+def _read(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    array = context.make_array(signature.args[0])(context, builder, arguments[0])
+    address = builder.gep(array.data, [arguments[1]])
+    return builder.load(builder.bitcast(address, LONG.as_pointer()), align=1)
+
+
+_deposit: Any = intrinsic(_depositing)
+_word: Any = intrinsic(_reading)
+
+
+@njit()
 def unpack(packed: Any, width: Any, first: Any, out: Any) -> None:
     """Write codes of `width` bits, 1 to 8, eight at a time.
 
@@ -61,16 +77,3 @@ def unpack(packed: Any, width: Any, first: Any, out: Any) -> None:
             if place < size:
                 word |= np.uint64(packed[place]) << np.uint64(EIGHT * j)
         out[i] = _deposit(word, width)
-
-
-@intrinsic
-def _word(typing: Any, packed: Any, place: Any) -> Any:
-    """Return eight bytes from a place on, the first lowest."""
-    del typing
-    return types.uint64(packed, place), _read
-
-
-def _read(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-    array = context.make_array(signature.args[0])(context, builder, arguments[0])
-    address = builder.gep(array.data, [arguments[1]])
-    return builder.load(builder.bitcast(address, LONG.as_pointer()), align=1)

@@ -85,7 +85,8 @@ def _of_family(family: str, dim: int, nbytes: int, effort: str) -> Codec:
     elif family in TRAINED:
         members = [_product(dim, nbytes, family)]
     else:
-        members = [_centered(codec, dim) for codec in (_trellis(effort) if family == TRELLIS else _rungs(family, dim))]
+        rungs = _trellis(effort, dim) if family == TRELLIS else _rungs(family, dim)
+        members = [_centered(codec, dim) for codec in rungs]
     affordable = [codec for codec in members if code_size(codec, dim) <= nbytes]
     if not affordable:
         least = min(members, key=lambda codec: code_size(codec, dim))
@@ -107,17 +108,21 @@ def _rungs(family: str, dim: int) -> list[Codec]:
     return found
 
 
-def _trellis(effort: str) -> list[Codec]:
-    """Return a code of every rate that has filters, with the longest window that the effort allows, or the shortest."""
-    found = []
+def _trellis(effort: str, dim: int) -> list[Codec]:
+    """Return a code of every rate that has filters, with the longest window that the effort allows, or the shortest.
+
+    Below and above them come the other rungs of the family.
+    """
+    found: list[Codec] = []
     for rate in sorted({rate for rate, _ in filters()}):
         windows = sorted(memory for other, memory in filters() if other == rate)
         found.append(Rotated(Trellis(rate, max([w for w in windows if w <= EFFORTS[effort]], default=windows[0]))))
-    return found
+    sizes = [code_size(one, dim) for one in found]
+    return [*found, *(one for one in _rungs(TRELLIS, dim) if not min(sizes) <= code_size(one, dim) <= max(sizes))]
 
 
 def _centered(codec: Codec, dim: int) -> Codec:
-    """Return the codec around a mean, with lengths of a byte where it has one scale a row; plain numbers as they are."""
+    """Return the codec around a mean, scales in bytes where there is one a row; plain numbers as they are."""
     if isinstance(codec, Dense):
         return codec
     around = Centered(codec, lengths=True)

@@ -41,10 +41,10 @@ class Block:
     """
 
     def __init__(self, encoded: Encoded) -> None:
-        centered = isinstance(encoded.codec, Centered)
+        codec = encoded.codec
         self.encoded = encoded
-        self.core = encoded.codec.child(encoded) if centered else encoded
-        self.mean = encoded.tensors["mean"] if centered else None
+        self.core = codec.child(encoded) if isinstance(codec, Centered) else encoded
+        self.mean = encoded.tensors["mean"] if isinstance(codec, Centered) else None
         self._norms: dict[bool, Tensor] = {}
         self._signs: Signs | None = None
 

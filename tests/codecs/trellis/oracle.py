@@ -24,7 +24,7 @@ def bits(code: Filter, length: int) -> int:
 
 
 def segments(length: int) -> list[int]:
-    """Return the sizes of a line's segments: about 256 numbers, even but for units of 4; what is left goes to the last."""
+    """Return the sizes of a line's segments: about 256 numbers, even but for units of 4; the last takes the rest."""
     count = max(1, round(length / 256))
     ends = [4 * (i * (length // 4) // count) for i in range(count)] + [length]
     return [last - first for first, last in itertools.pairwise(ends) if last > first]
@@ -36,7 +36,7 @@ def stream(code: Filter, length: int) -> int:
 
 
 def table(code: Filter) -> Tensor:
-    """Return the number of every window, float32 (period, 2**memory); the newest bit is the lowest of a window's index."""
+    """Return the number of every window, float32 (period, 2**memory): the newest bit is an index's lowest."""
     signs = torch.tensor([[1 if index >> age & 1 else -1 for age in range(code.memory)]
                           for index in range(1 << code.memory)], dtype=torch.float64)
     return (torch.tensor(code.taps, dtype=torch.float64) @ signs.T).to(torch.float32)

@@ -10,6 +10,7 @@ from tersor.codecs.trellis.angles import CURVE, FOLD, Folded, bent, folded
 from tersor.codecs.trellis.folded import FoldedTrellis
 from tersor.contract.codec import Encoded
 from tersor.errors import CodecConfigError
+from tersor.ops.dispatch import reference_only
 from tersor.registry import parse
 from tersor.testing import gaussian, student_t3
 
@@ -123,6 +124,24 @@ def test_in_sums_and_with_feedback() -> None:
     assert errors[True] < 0.9 * errors[False]
     both = parse("sum(tr2nx8;tr2nx8)").encode(matrix)
     assert float((both.decode() - matrix).square().mean()) < 0.0062
+
+
+@pytest.mark.parametrize("text", ["tr2nx8", "tr1.5nx8", "tr1n", "tr1.25n", "tr5n"])
+@pytest.mark.parametrize("length", [1, 3, 12, 37, 256, 515])
+@pytest.mark.parametrize("across", [False, True])
+def test_the_table_gives_what_the_bits_do(text: str, length: int, across: bool) -> None:
+    """To the bit; streams that begin and end inside a byte, and the last byte of all."""
+    codec, drawn = parse(f"{text}o" if across else text), torch.Generator().manual_seed(length)
+    shape = (length, 9) if across else (9, length)
+    size = codec.layout(shape)["codes"].stored_shape
+    codes = torch.randint(256, size, generator=drawn, dtype=torch.uint8)
+    scales = torch.rand(shape[0], generator=drawn).to(torch.bfloat16)
+    held = Encoded(codec, shape, {"codes": codes, "scales": scales})
+    with reference_only():
+        wanted = held.decode()
+    assert torch.equal(held.decode(), wanted)
+    some = torch.tensor([shape[0] - 1, 0, shape[0] // 3, shape[0] // 3])
+    assert torch.equal(held.gather(some), wanted[some])
 
 
 def test_scales_are_those_of_least_squares() -> None:

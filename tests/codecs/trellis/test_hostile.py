@@ -153,13 +153,13 @@ def test_rates_and_windows_without_a_filter_name_the_nearest(text: str, nearest:
 
 @pytest.mark.parametrize("rate", [math.nan, math.inf, -math.inf, -2, 0, "2", None, [], True])
 def test_rates_that_are_none_are_refused(rate: object) -> None:
-    with pytest.raises(CodecConfigError, match="there is no filter"):
+    with pytest.raises(CodecConfigError, match=r"there is no .* bits and a memory of"):
         Trellis(rate)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("memory", [math.nan, -8, 0, "12", None])
 def test_windows_that_are_none_are_refused(memory: object) -> None:
-    with pytest.raises(CodecConfigError, match="there is no filter"):
+    with pytest.raises(CodecConfigError, match=r"there is no .* bits and a memory of"):
         Trellis(2.0, memory)  # type: ignore[arg-type]
 
 
@@ -184,7 +184,6 @@ class _Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.xfail(strict=False, reason="makes a matrix of all rows by all bits: 9 GB and 40 s for 40000 x 2")
 def test_decoding_along_outputs_is_bounded() -> None:
     """A block of rows is decoded in memory of its size times the window, however few columns there are."""
     encoded = parse("tr2x8o").encode(gaussian((4000, 2), 1))
@@ -206,7 +205,6 @@ def test_feedback_along_inputs_hands_something_on(width: int) -> None:
     assert float(((fed @ hessian) * fed).sum()) < 0.98 * float(((plain @ hessian) * plain).sum())
 
 
-@pytest.mark.xfail(strict=False, reason="a matrix product, whose order of sums depends on its size and the machine")
 @pytest.mark.parametrize("text", ["tr2x8o", "tr2.5x8o", "tr3x9o"])
 def test_rows_along_outputs_decode_alone_to_the_same_bits(text: str) -> None:
     encoded = parse(text).encode(gaussian((90, 33), 1))
@@ -215,7 +213,6 @@ def test_rows_along_outputs_decode_alone_to_the_same_bits(text: str) -> None:
         assert torch.equal(encoded.decode_rows(first, last), decoded[first:last])
 
 
-@pytest.mark.xfail(strict=True, reason="`Trellis(2.0, 8.0)` writes tr2x8.0, which nothing reads")
 def test_a_window_is_a_whole_number() -> None:
-    codec = Trellis(2.0, 8.0)  # type: ignore[arg-type]
-    assert parse(codec.spec()) == codec
+    with pytest.raises(CodecConfigError, match=r"memory of 8\.0"):
+        Trellis(2.0, 8.0)  # type: ignore[arg-type]

@@ -21,7 +21,6 @@ SMALL = [((1,), 3), ((2,), 4), ((1, 2), 4), ((2, 3), 5), ((3,), 3), ((2, 2), 4)]
 CIRCLES = [(shifts, memory, length) for shifts, memory in SMALL for length in range(2, 7)
            if memory <= oracle.bits(oracle.random_filter(shifts, memory), length) <= oracle.TINY]
 FRESH = 12345  # no bench and no search has seen it
-SHORT_SEAM = "the seam's state is looked for over half a short line only: no better than zeros at some widths below 16"
 
 
 def squared(code: Filter, signs: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -82,7 +81,6 @@ def test_no_neighbour_of_the_path_is_better(text: str) -> None:
     assert float(grown[:, 2 * code.memory : -2 * code.memory].min()) > -1e-4  # the seam's state came before the path
 
 
-@pytest.mark.xfail(strict=True, reason=SHORT_SEAM)
 @pytest.mark.parametrize("text", ["tr2x8", "tr3x9", "tr2.5x8", "tr4x8", "tr1.5x8"])
 def test_lines_of_a_few_numbers_get_their_best_stream(text: str) -> None:
     """Where all streams can be tried, the encoder's is none but the best."""
@@ -97,7 +95,6 @@ def test_lines_of_a_few_numbers_get_their_best_stream(text: str) -> None:
         torch.testing.assert_close(found, oracle.best(code, x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.xfail(strict=True, reason=SHORT_SEAM)
 @pytest.mark.parametrize("text", ["tr2x8", "tr3x9", "tr1.75", "tr5"])
 def test_no_width_is_a_trap(text: str) -> None:
     """No width is a trap, where an encoder does worse than half of what zeros would do."""

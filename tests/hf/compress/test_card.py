@@ -96,6 +96,12 @@ def test_the_command_tells_what_was_changed_and_no_path() -> None:
                      "--calibration-text 'my text.txt' --seed 4 --option rounds=2 --sensitivities FILE")
 
 
+def test_the_command_tells_an_effort_that_was_asked_for() -> None:
+    request = Request(1000, effort="fast")
+    assert card.command(request, "--rate 3", {"effort": "fast"}) == "tersor compress MODEL OUT --rate 3 --effort fast"
+    assert card.command(Request(1000), "--rate 3", {}) == "tersor compress MODEL OUT --rate 3"
+
+
 def test_a_checkout_tells_its_commit(tmp_path: Path) -> None:
     assert card._checkout_commit(tmp_path) is None
     (tmp_path / "HEAD").write_text("ref: refs/heads/main\n")

@@ -126,6 +126,32 @@ def test_other_request_does_not_resume(tiny: Callable[[str], Path], tmp_path: Pa
     assert all(codec.startswith(("rtn", "bf16", "fp32")) for codec in surveyed)
 
 
+def test_efforts_are_told_and_never_mixed(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    """A run that goes on with another effort encodes all matrices anew; a survey is of no effort."""
+    asked = {**FAST, "method": "trellis"}
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if stage == "encode" and done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress_model(tiny("llama"), tmp_path / "out", 3.0, **asked, effort="fast", progress=interrupt)
+    found = {}
+    for name, changes in {"out": {}, "fresh": {"effort": "normal"}, "fast": {"effort": "fast"}}.items():
+        report = compress_model(tiny("llama"), tmp_path / name, 3.0, **asked, **changes)
+        assert report["provenance"]["effort"] == changes.get("effort", "normal")
+        found[name] = {matrix: line["codec"] for matrix, line in report["matrices"].items()}
+    assert found["out"] == found["fresh"] != found["fast"]
+    assert store.stored_nbytes(tmp_path / "out") == store.stored_nbytes(tmp_path / "fresh")
+    assert any("x8" in codec for codec in found["fast"].values())
+    for method in ("uniform", "rot,tr3"):
+        with pytest.raises(CodecConfigError, match=f"'{method}' reads no effort, found 'best'"):
+            compress_model(tiny("llama"), tmp_path / method, 3.0, method=method, effort="best")
+    source = open_source(tiny("llama"), tmp_path / "s")
+    for effort in ("fast", "normal"):
+        survey.run(source, None, Request(60_000, effort=effort), tmp_path / "survey.jsonl")
+
+
 def test_sensitivities_steer_the_plan(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
     reports = [compress_model(tiny("llama"), tmp_path / str(w), 4.0, sensitivities={name: w}, **FAST)

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tersor.codecs import Trellis
 from tersor.errors import CodecConfigError
+from tersor.families.trellis import WINDOWS, window
 from tersor.hf.kv.attention import register_attention
 from tersor.hf.kv.cache import CompressedCache
 from tersor.hf.kv.ladders import EFFORTS, ladder
 from tersor.hf.kv.plan import PlanSettings
-from tersor.kv import TokenStream
+from tersor.kv import TokenStream, matrices
 from tersor.ops.dispatch import has_numba
 from tersor.registry import parse
 from tersor.testing import gaussian, tolerance
@@ -30,7 +32,7 @@ compiled = pytest.mark.skipif(not has_numba(), reason="plain torch takes minutes
 def made(codec: str, dim: int, vectors: int = VECTORS) -> tuple[Tensor, TokenStream]:
     """States (1, 2, tokens, dim), normal with a size and an offset of each component, and their stream."""
     states = gaussian((vectors, dim), dim).reshape(1, 2, -1, dim) * torch.linspace(0.5, 2, dim)
-    stream = TokenStream(parse(codec), BLOCK)
+    stream = TokenStream(parse(codec), BLOCK, tables=parse(codec).train(matrices(states, BLOCK)))
     stream.append(states)
     return states, stream
 
@@ -50,7 +52,7 @@ def test_heads_of_all_sizes_reach_the_error_asked_of_128(codec: str, dim: int) -
 
 @compiled
 @pytest.mark.parametrize("dim", HEADS)
-@pytest.mark.parametrize("codec", ["rot,tr1.5x8", CODEC])
+@pytest.mark.parametrize("codec", ["rot,tr1.5x8", "ctr8,rot,tr2x8"])
 def test_queries_are_filtered_once_and_so_are_sums(codec: str, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores and sums are those of decoded states in float64, and no state is decoded for them."""
     _, stream = made(codec, dim, 4 * BLOCK)
@@ -107,16 +109,20 @@ def test_cropping_keeps_what_was_decoded() -> None:
 
 
 def test_ladders_by_name() -> None:
-    """Every rung parses; an effort's windows are about as long as it says, and it has what is asked for most."""
+    """Every rung parses; an effort has the windows of the family `trellis`, at the usual rates among others."""
     klt = ladder()
     assert PlanSettings().ladder == klt
-    for effort, bits in EFFORTS.items():
+    for effort in EFFORTS:
         rungs = ladder("trellis", effort)
         assert ladder("all", effort) == klt + rungs
-        found = [parse(rung).inner for rung in rungs]  # type: ignore[attr-defined]
-        assert all(abs(one.memory - bits) <= 2 for one in found)
-        assert [one.bits for one in found] == sorted({one.bits for one in found})
-        assert {1.5, 2, 2.5, 3, 4} <= {one.bits for one in found}
+        assert rungs[::2] == tuple(f"ctr8,{rung}" for rung in rungs[1::2])
+        found = {code.bits: code.memory for code in (parse(rung.removeprefix("rot,")) for rung in rungs[1::2])
+                 if isinstance(code, Trellis)}
+        assert len(found) == len(rungs) / 2
+        assert list(found) == sorted(found)
+        assert {1.5, 2, 2.5, 3, 4} <= found.keys()
+        assert all(memory == window(bits, effort) for bits, memory in found.items())
+        assert max(found.values()) <= WINDOWS[effort]
     with pytest.raises(CodecConfigError, match="one of klt, trellis, all, found 'lm2'"):
         ladder("lm2")
     with pytest.raises(CodecConfigError, match="one of fast, normal, best, found 'slow'"):

@@ -26,9 +26,10 @@ from tersor.payload.layout import Layout, TensorSpec
 from tersor.payload.scales import rms
 
 SCALES = "scales"
-STEPS = 8  # scales an octave: half a step apart, a length errs by 2 %, a thousandth of the energy
-BELOW = 160  # steps from the least scale to the unit: 2**-20; scales beyond the largest, 2**12 units, are refused
-EXPONENTS = (-118, 112)  # of the unit: scales of rows within 2**8 of the longest are normal bf16
+FINE, COARSE = 32, 4  # scales an octave: within 2**3 units of the usual, and beyond, to 2**11 units
+NEAR = 3  # octaves on either side: a length is near its scale by a half of a hundredth, the square root of the noise's
+SPREAD = 10  # most octaves that the unit lies under the longest row that it was trained on
+EXPONENTS = (-118, 112)  # of the unit: scales of rows within 2**8 of the usual are normal bf16
 
 
 @final
@@ -40,8 +41,8 @@ class Centered(Wrapped):
     ----------
     inner : Codec
     lengths : bool
-        The inner codec's scales, one a row in bf16, are stored as bytes: steps of a ninth in units trained with the
-        mean, fitted to what the row decodes to by least squares.
+        The inner codec's scales, one a row in bf16, are stored as bytes: in steps of 2 % around a unit that is trained
+        with the mean, of a fifth far from it. They are fitted to what the row decodes to by least squares.
     """
 
     lengths: bool = False
@@ -91,11 +92,11 @@ class Centered(Wrapped):
         less = [sample.to(torch.float32) - mean for sample in kept]
         tables: dict[str, Tensor] = {"mean": mean}
         if self.lengths:
-            largest = max((exponent_of(rms(one)) for one in less if bool(one.any())), default=0)
-            if largest < EXPONENTS[0]:
-                raise NonFiniteError(f"codec '{self.spec()}': rows are {2.0**largest:.2g} long, too short for scales in "
+            usual = _usual(less)
+            if usual < EXPONENTS[0]:
+                raise NonFiniteError(f"codec '{self.spec()}': rows are {2.0**usual:.2g} long, too short for scales in "
                                      "steps; scale the samples up")
-            tables["unit"] = mean.new_full((1,), 2.0 ** min(largest, EXPONENTS[1]))
+            tables["unit"] = mean.new_full((1,), 2.0 ** min(usual, EXPONENTS[1]))
         return {**tables, **nest_tensors("inner", self.inner.train(less, seed=seed))}
 
     def change(self, matrix: Tensor, how: Search) -> tuple[Tensor, Mapping[str, Tensor]]:
@@ -136,8 +137,8 @@ class Centered(Wrapped):
         """Return the bytes of the nearest scales."""
         known = _known(unit)
         if scales.numel() and float(scales.max()) > float(known[-1]):
-            raise NonFiniteError(f"codec '{self.spec()}': a row is {float(scales.max() / unit):.3g} times as long as the "
-                                 "longest that the mean was trained on; train on such rows too, or use "
+            raise NonFiniteError(f"codec '{self.spec()}': a row is {float(scales.max() / unit):.3g} times as long as "
+                                 "those that the mean was trained on; train on such rows too, or use "
                                  f"'ctr,{self.inner}'")
         return torch.bucketize(scales, (known[1:] + known[:-1]) / 2).to(torch.uint8)
 
@@ -160,7 +161,8 @@ class Centered(Wrapped):
     def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
         """Return the inner product, and the mean's, which all rows share."""
         wide = x.to(torch.float32)
-        return (self.inner.matmul(self.child(encoded), wide) + (wide @ encoded.tensors["mean"])[..., None]).to(x.dtype)
+        product = self.inner.matmul(self.child(encoded), wide)
+        return (product + (wide @ encoded.tensors["mean"])[..., None]).to(x.dtype)
 
     def matmul_transposed(self, encoded: Encoded, y: Tensor) -> Tensor:
         """Return the inner product, and the mean times the sum of the outputs."""
@@ -227,11 +229,20 @@ def _gains(matrix: Tensor, inner: Encoded) -> Tensor:
     return torch.cat(found).to(torch.float32)
 
 
+def _usual(samples: Sequence[Tensor]) -> int:
+    """Return the exponent of the usual length of rows: the median's, or not far below the longest's."""
+    lengths = torch.cat([rms(sample) for sample in samples])
+    lengths = lengths[lengths > 0]
+    return max(exponent_of(lengths.median()), exponent_of(lengths) - SPREAD) if len(lengths) else 0
+
+
 @cache
 def _steps() -> Tensor:
-    """Return the scales in units, bf16 as float32 (256,): 0, then a geometric row."""
-    rising = torch.tensor([0.0, *(2.0 ** ((code - BELOW) / STEPS) for code in range(1, 256))])
-    return rising.to(torch.bfloat16).to(torch.float32)
+    """Return the scales in units, bf16 as float32 (256,): 0, then rising, in three geometric rows."""
+    fine, coarse = 2 * NEAR * FINE, (256 - 2 * NEAR * FINE) // 2
+    octaves = [*(-NEAR - (coarse - code) / COARSE for code in range(1, coarse)),
+               *(code / FINE - NEAR for code in range(fine)), *(code / COARSE + NEAR for code in range(coarse))]
+    return torch.tensor([0.0, *(2.0**octave for octave in octaves)]).to(torch.bfloat16).to(torch.float32)
 
 
 def _known(unit: Tensor) -> Tensor:

@@ -65,7 +65,8 @@ class Streamed(Codec):
     def __post_init__(self) -> None:
         if self.axis not in ("in", "out"):
             raise CodecConfigError(f"{self.id}: axis must be 'in' or 'out', found {self.axis!r}")
-        if not isinstance(self.bits, (int, float)) or (self.bits, self.memory) not in self.packaged():
+        known = isinstance(self.bits, (int, float)) and type(self.memory) is int
+        if not known or (self.bits, self.memory) not in self.packaged():
             raise CodecConfigError(f"{self.id}: there is no {self.kind} of {self.bits} bits and a memory of "
                                    f"{self.memory}; the nearest are {', '.join(self._nearest())}")
 
@@ -108,10 +109,12 @@ class Streamed(Codec):
     def search(self, matrix: Tensor, how: Search) -> Encoded:
         """Find the best path of every segment, then the best scale of every row; with error feedback when asked for."""
         if how.feedback is not None:
-            return encode_with_feedback(self.columns(matrix, how), matrix, how.feedback)
+            return self._rescaled(encode_with_feedback(self.columns(matrix, how), matrix, how.feedback), matrix,
+                                  how.feedback.to(torch.float32))
         shape, scales, width = shape_of(matrix), bounded(row_rms(matrix)), _width(how)
         bits = torch.empty(self.stream_shape(shape), dtype=torch.uint8, device=matrix.device)
-        inverse, fit = reciprocal(scales)[:, None], torch.zeros(2, shape[0], device=matrix.device)
+        inverse = reciprocal(scales)[:, None]
+        fit = torch.zeros(2, shape[0], dtype=torch.float32, device=matrix.device)
         if self.axis == "in":
             for block in row_blocks(shape):
                 numbers = matrix[block].to(torch.float32) * inverse[block]
@@ -123,8 +126,17 @@ class Streamed(Codec):
                 streams, made = self.lines(numbers, width)
                 bits[:, block] = streams.T
                 fit += _products(numbers, made, 0)
-        gain = torch.where(fit.amin(0) > 0, fit[0] / fit[1], 1.0)
-        return self.close(shape, bounded(scales.to(torch.float32) * gain), bits)
+        return self.close(shape, _times_gain(scales, fit), bits)
+
+    def _rescaled(self, encoded: Encoded, matrix: Tensor, hessian: Tensor) -> Encoded:
+        """Return the encoded matrix with the best scales under a Hessian, float32 (in, in)."""
+        scales = encoded.tensors["scales"]
+        fit = torch.zeros(2, len(scales), dtype=torch.float32, device=scales.device)
+        for block in row_blocks(encoded.shape):
+            made = self.decode_rows(encoded, block)
+            met = made @ hessian
+            fit[:, block] = torch.stack([(matrix[block] * met).sum(1), (made * met).sum(1)])
+        return Encoded(self, encoded.shape, {**encoded.tensors, "scales": _times_gain(scales, fit)})
 
     def close(self, shape: Shape, scales: Tensor, bits: Tensor) -> Encoded:
         """Return the encoded matrix of these scales and bits."""
@@ -222,6 +234,12 @@ class _Columns(ColumnEncoder):
 def signs_of(bits: Tensor) -> Tensor:
     """Return -1 and 1 for bits, float32."""
     return bits.to(torch.float32).mul_(2).sub_(1)
+
+
+def _times_gain(scales: Tensor, fit: Tensor) -> Tensor:
+    """Return scales times the quotients of two inner products, (2, n), none below 0: bf16."""
+    gain = torch.where(fit[1] > 0, fit[0].clamp_min(0) / fit[1], torch.ones_like(fit[0]))
+    return bounded(scales.to(torch.float32) * gain)
 
 
 def _products(numbers: Tensor, made: Tensor, axis: int) -> Tensor:

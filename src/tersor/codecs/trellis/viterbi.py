@@ -13,6 +13,7 @@ from tersor.numerics.constants import constant
 from tersor.ops.trellis_path import Steps, beam, best, bits_of
 
 MOST_MEMORY = 16  # bits of windows of which all states are walked
+MOST_TRIED = 14  # bits of streams that are all tried
 BEAM = 1024  # survivors where windows are longer
 MOST_LEFT = 1 << 26  # numbers of trial streams at a time
 
@@ -45,9 +46,9 @@ def coded(code: Window, numbers: Tensor, width: int | None = None) -> tuple[Tens
     length = numbers.shape[1]
     if width is None and code.memory > MOST_MEMORY:
         width = BEAM
-    if code.bits(length) >= code.memory and width is None:
+    if code.bits(length) >= max(code.memory, MOST_TRIED + 1) and width is None:
         return best(numbers, values_on(code, numbers.device), Steps(code.memory, code.shifts, isinstance(code, Filter)))
-    if code.bits(length) < code.memory:
+    if code.bits(length) < max(code.memory, MOST_TRIED + 1):
         bits = _tiny(code, numbers)
     else:
         bits = bits_of(beam.entering(numbers, code.sums(), width or BEAM), code.shifts)
@@ -55,10 +56,10 @@ def coded(code: Window, numbers: Tensor, width: int | None = None) -> tuple[Tens
 
 
 def _tiny(code: Window, numbers: Tensor) -> Tensor:
-    """Encode segments whose stream is shorter than the window."""
-    if isinstance(code, Filter):
-        return _flipped(code, numbers)
-    return _tried(code, numbers) if code.bits(numbers.shape[1]) <= MOST_MEMORY else _climbed(code, numbers)
+    """Encode segments whose streams are few, or shorter than the window."""
+    if code.bits(numbers.shape[1]) <= MOST_TRIED:
+        return _tried(code, numbers)
+    return _flipped(code, numbers) if isinstance(code, Filter) else _climbed(code, numbers)
 
 
 def _flipped(code: Filter, numbers: Tensor) -> Tensor:
@@ -92,10 +93,10 @@ def _climbed(code: Window, numbers: Tensor) -> Tensor:
     """Flip the bit that lowers the error most, while one does; all flips are decoded."""
     length = numbers.shape[1]
     total = code.bits(length)
-    flips = (1 - 2 * torch.eye(total, device=numbers.device))[None]
+    flips = (1 - 2 * torch.eye(total, dtype=torch.float32, device=numbers.device))[None]
     found = []
     for part in numbers.split(max(1, MOST_LEFT // (total * (total + length)))):
-        signs = torch.ones(len(part), total, device=numbers.device)
+        signs = torch.ones(len(part), total, dtype=torch.float32, device=numbers.device)
         least = (code.numbers(signs, length) - part).square().sum(1)
         for _ in range(4 * total):
             trials = (signs[:, None] * flips).flatten(0, 1)

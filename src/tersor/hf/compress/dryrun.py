@@ -8,14 +8,17 @@ from typing import Any
 
 import torch
 
+from tersor.contract.codec import Codec
 from tersor.files import exclusive
 from tersor.hf.compress import survey
-from tersor.hf.compress.method import check_options, rungs
+from tersor.hf.compress.encode import encode_matrix
+from tersor.hf.compress.method import check_options, fixed_options, rungs
 from tersor.hf.compress.plan import least_error, predict
 from tersor.hf.compress.request import Request, budget_bytes, check_device, provenance
 from tersor.hf.compress.run import CompressSettings
 from tersor.hf.compress.work import WorkFolder
-from tersor.hf.models.source import Source, open_source
+from tersor.hf.models.matrices import Matrix
+from tersor.hf.models.source import Source, open_source, read_matrix
 from tersor.planning.plan import check_weights
 
 _INTERPRETER = 600 * 10**6  # Python with torch and transformers
@@ -63,13 +66,11 @@ def _estimate(source: Source, rate: float | None, size: int | None, settings: Co
         raise least_error(source, request, least_bytes)
     sample = matrices[len(matrices) // 2]
     tried = rungs(request, sample.shape, model_rate)
-    began = time.perf_counter()
-    count = len(list(survey.trials(source, sample, tried[:2], None, request, settings.device, whole=False)))
-    size_tried = min(sample.shape[0] * sample.shape[1], 2 * survey.SURVEY_ELEMENTS)
-    each = (time.perf_counter() - began) / count / size_tried
+    nearest = min(tried, key=lambda codec: abs(codec.rate(sample.shape) - model_rate))
+    trial, encoding = _seconds(source, sample, nearest, request, settings.device)
     elements = sum(m.shape[0] * m.shape[1] for m in matrices)
     surveyed = sum(min(m.shape[0] * m.shape[1], 2 * survey.SURVEY_ELEMENTS) for m in matrices)
-    surveying, encoding = each * surveyed * len(tried), each * elements * _PASSES[settings.calibrated]
+    surveying, encoding = trial * surveyed * len(tried), encoding * elements * _PASSES[settings.calibrated]
     forward = _forward_seconds(source.elements, settings)
     largest = 4 * matrices[-1].shape[0] * matrices[-1].shape[1]
     resident = 4 * source.elements if settings.calibrated or settings.evaluation_tokens else 0
@@ -78,6 +79,23 @@ def _estimate(source: Source, rate: float | None, size: int | None, settings: Co
             "matrices": len(matrices), "peak_memory_bytes": _INTERPRETER + max(resident + moments, 3 * largest),
             "seconds_survey": surveying, "seconds_encode": encoding, "seconds_calibrate_and_evaluate": forward,
             "seconds": surveying + encoding + forward}
+
+
+def _seconds(source: Source, matrix: Matrix, codec: Codec, request: Request, device: str) -> tuple[float, float]:
+    """Return the seconds an element that a trial of a codec takes, and that encoding takes; the second of two runs.
+
+    The first run loads, or compiles, what the encoder calls.
+    """
+    dense = survey.sampled(read_matrix(source, matrix, device))
+    options = fixed_options(codec, {**request.options, "feedback": False}, calibrated=False)
+    took = (0.0, 0.0)
+    for _ in range(2):
+        began = time.perf_counter()
+        list(survey.trials(source, matrix, [codec], None, request, device, whole=False))
+        between = time.perf_counter()
+        encode_matrix(dense, codec, None, request.seed, options, matrix.name)
+        took = between - began, time.perf_counter() - between
+    return took[0] / dense.numel(), took[1] / dense.numel()
 
 
 def _forward_seconds(elements: int, settings: CompressSettings) -> float:

@@ -18,7 +18,7 @@ import tersor
 from tersor import store
 from tersor.contract.derived import package_nbytes
 from tersor.errors import ModelError, TersorError
-from tersor.families import DEFAULT
+from tersor.families import DEFAULT, effort_of
 from tersor.files import exclusive, write_json
 from tersor.hf.compress import calibrate, card, encode, plan, survey
 from tersor.hf.compress.method import check_options
@@ -145,6 +145,7 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
     """
     chosen, began = dataclasses.replace(settings or CompressSettings(), **changes), time.perf_counter()
     card.check_name(chosen.base_model)
+    effort_of(chosen.method, chosen.effort)
     work = WorkFolder(Path(output)).claim()
     opened = open_source(Path(source), work / "staged", dense=chosen.dense, leave_out=chosen.leave_out)
     request = Request(budget_bytes(opened, rate, size), chosen.method, chosen.seed, chosen.options,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tersor.contract.codec import Codec
 from tersor.families import stand_in
@@ -67,6 +68,11 @@ def open_trials(source: Source, calibration: Calibration | None, request: Reques
                        "--calibration, --seed and --option that 'tersor survey' was given")
 
 
+def sampled(dense: Tensor) -> Tensor:
+    """Return evenly spaced rows of a matrix, in float32: what a trial encodes."""
+    return dense[:: max(1, dense.numel() // SURVEY_ELEMENTS)].to(torch.float32)
+
+
 def trials(source: Source, matrix: Matrix, codecs: Sequence[Codec], calibration: Calibration | None, request: Request,
            device: str, *, whole: bool) -> Iterator[dict[str, Any]]:
     """Encode a matrix with each codec; yield the survey's lines.
@@ -75,7 +81,7 @@ def trials(source: Source, matrix: Matrix, codecs: Sequence[Codec], calibration:
     matrix with feedback.
     """
     dense = read_matrix(source, matrix, device)
-    dense = dense[:: 1 if whole else max(1, dense.numel() // SURVEY_ELEMENTS)].to(torch.float32)
+    dense = dense.to(torch.float32) if whole else sampled(dense)
     hessian = hessian_of(calibration, matrix.name, device)
     trace = None if calibration is None else calibration.fisher.get(matrix.name)
     elements = matrix.shape[0] * matrix.shape[1]

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
-
+from tersor.codecs import Trellis
 from tersor.codecs.trellis.filters import filters
 from tersor.errors import CodecConfigError
+from tersor.families.builtin import EFFORTS
+from tersor.families.trellis import WINDOWS, window
 
 RATES = (0.75, 1, 1.5, 2, 2.5, 3, 4, 5, 6)
 KLT = tuple(f"klt{{bytes:{rate}}}{{runs}}" for rate in RATES)
-EFFORTS: Mapping[str, int] = MappingProxyType({"fast": 8, "normal": 12, "best": 16})  # bits of a trellis's window
-NEAR = 2  # bits by which a window may differ from that of the effort: each costs the encoder twice the time
 LADDERS = ("klt", "trellis", "all")
+EFFORT = "normal"  # whose windows take less time than klt does; those of `fast` a third of that (docs/log.md)
 
 
-def ladder(name: str = "klt", effort: str = "fast") -> tuple[str, ...]:
-    """Return the ladder of a name: `klt`, which trains tables; `trellis`, which has none; `all`, both.
+def ladder(name: str = "klt", effort: str = EFFORT) -> tuple[str, ...]:
+    """Return the ladder of a name: `klt`, which trains tables; `trellis`, which trains a mean at most; `all`, both.
 
     Parameters
     ----------
     effort : str
-        How long trellis codes are encoded: prompts wait for it, so caches want `fast`.
+        How long trellis codes are encoded, for which prompts wait.
 
     Raises
     ------
@@ -29,20 +28,23 @@ def ladder(name: str = "klt", effort: str = "fast") -> tuple[str, ...]:
         If there is no such ladder or effort.
     """
     if name not in LADDERS:
-        raise CodecConfigError(f"a cache's ladder must be one of {', '.join(LADDERS)}, found '{name}'")
+        raise CodecConfigError(f"a cache's codecs: expected one of {', '.join(LADDERS)}, found '{name}'; codec strings "
+                               "of your own go into a ladder")
     if effort not in EFFORTS:
-        raise CodecConfigError(f"effort must be one of {', '.join(EFFORTS)}, found '{effort}'")
-    return (KLT if name != "trellis" else ()) + (_trellis(EFFORTS[effort]) if name != "klt" else ())
+        raise CodecConfigError(f"effort: expected one of {', '.join(EFFORTS)}, found '{effort}'")
+    return (KLT if name != "trellis" else ()) + (_trellis(effort) if name != "klt" else ())
 
 
-def _trellis(memory: int) -> tuple[str, ...]:
-    """Return rotated trellis codes of every rate that has a filter about as long, the nearest of each."""
-    rungs = []
-    for rate in sorted({rate for rate, _ in filters()}):
-        there = min((bits for at, bits in filters() if at == rate), key=lambda bits: abs(bits - memory))
-        if abs(there - memory) <= NEAR:
-            rungs.append(f"rot,tr{rate:g}" + ("" if there == 12 else f"x{there}"))
-    return tuple(rungs)
+def _trellis(effort: str) -> tuple[str, ...]:
+    """Return trellis codes of every rate that has a window as short as the effort asks for.
+
+    Each with a scale in a byte, around a mean, and with one of 16 bits: keys suffer from the steps of bytes, values do
+    not (docs/log.md).
+    """
+    windows = ((bits, window(Trellis, bits, effort)) for bits in sorted({bits for bits, _ in filters()}))
+    specs = (Trellis(bits, memory).spec() for bits, memory in windows
+             if memory is not None and memory <= WINDOWS[effort])
+    return tuple(f"{size}rot,{spec}" for spec in specs for size in ("ctr8,", ""))
 
 
-__all__ = ["EFFORTS", "LADDERS", "ladder"]
+__all__ = ["EFFORT", "EFFORTS", "LADDERS", "ladder"]

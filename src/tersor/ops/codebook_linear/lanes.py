@@ -1,20 +1,31 @@
 """The product on the processor: arrays for compiled kernels, shares of rows for threads.
 
-`shapes.lanes` says which case when: few vectors meet the codes, many meet rows that are spread out to numbers.
+`shapes.lanes` says which case when: few vectors meet the codes, many meet rows that are spread out to numbers, and
+vectors of bf16 meet matrix tiles where the machine has such.
 A row's sum is made in one order, whatever the threads.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tersor.ops.codebook_linear.kernels import levels, spread, tables
-from tersor.ops.codebook_linear.shapes.lanes import BLOCK, TABLE_BITS, is_few, lane_codes, pieces
+from tersor.ops.codebook_linear.kernels import levels, spread, tables, tiles
+from tersor.ops.codebook_linear.shapes.lanes import (
+    BLOCK,
+    FEW,
+    TABLE_BITS,
+    TILED_BITS,
+    TILED_FROM,
+    lane_codes,
+    pieces,
+    tiled_pieces,
+)
 from tersor.ops.vectors import LANES
 from tersor.ops.workers import share
 from tersor.payload import packing
@@ -26,8 +37,10 @@ def codebook_linear(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, zer
     flat, rows = x.detach().reshape(-1, x.shape[-1]), scales.shape[0]
     groups = _Groups.of(scales, zeros, bits, group)
     matrix = _Matrix(codes.numpy(), table.to(torch.float32).numpy(), (rows, x.shape[-1]), bits, form, groups)
-    y = matrix.few(flat) if is_few(len(flat), x.dtype) else matrix.many(flat)
-    if groups.scales.shape[1] == 1:
+    tiled = flat.shape[0] >= TILED_FROM and x.dtype == torch.bfloat16 and bits in TILED_BITS and not groups.several
+    how = matrix.tiled if tiled and tiles.ready() else matrix.few if flat.shape[0] <= FEW else matrix.many
+    y = how(flat)
+    if not groups.several:
         if groups.zeros is not None:
             y -= flat.to(torch.float32).sum(1, keepdim=True) * groups.zeros[:, 0]
         y *= groups.scales[:, 0]
@@ -55,8 +68,13 @@ class _Groups:
     def kind(self) -> str:
         """What kernels must know of them: nothing of a scale a row, which is for afterwards."""
         if self.scales.shape[1] == 1:
-            return ""
-        return "scales" if self.zeros is None else "scales, zeros"
+            return levels.PLAIN
+        return levels.SCALES if self.zeros is None else levels.SCALES + levels.ZEROS
+
+    @property
+    def several(self) -> bool:
+        """Whether a row has several groups."""
+        return self.scales.shape[1] > 1
 
     def arrays(self, width: int, bits: int, met: np.ndarray) -> tuple[np.ndarray, ...]:
         """Return what `levels` reads of groups, for vectors in its order."""
@@ -94,14 +112,19 @@ class _Matrix:
     @property
     def kind(self) -> str:
         """What kernels must know besides bits."""
-        return self.groups.kind + ("affine" if self.bits == 8 and self.form == "affine" else "")
+        return self.groups.kind + self.table_kind
+
+    @property
+    def table_kind(self) -> str:
+        """What kernels must know of the table."""
+        return levels.AFFINE if self.bits == 8 and self.form == "affine" else levels.PLAIN
 
     def few(self, x: Tensor) -> Tensor:
         """Return products, float32 (vectors, rows), in passes over the codes of at most four vectors each."""
         x = x.to(torch.float32).contiguous()
-        y = np.empty((len(x), self.shape[0]), np.float32)
-        by_tables = self.bits in TABLE_BITS and not self.groups.kind
-        for first, count in pieces(len(x)):
+        y = np.empty((x.shape[0], self.shape[0]), np.float32)
+        by_tables = self.bits in TABLE_BITS and not self.groups.several
+        for first, count in pieces(x.shape[0]):
             met, to = x[first : first + count], y[first : first + count]
             if by_tables:
                 self._by_tables(met, to)
@@ -111,11 +134,13 @@ class _Matrix:
 
     def _by_tables(self, x: Tensor, y: np.ndarray) -> None:
         words = -(-self.stride // (4 * tables.WORDS)) * tables.WORDS
-        padded = np.zeros((len(x), words * 32 // self.bits), np.float32)
-        padded[:, : x.shape[1]] = x.numpy()
-        held = np.empty((words * tables.LOOKUPS, len(x), LANES), np.float32)
-        tables.fill(padded, self.table, held)
-        multiply = tables.MULTIPLY[len(x)]
+        met, width = x.numpy(), words * 32 // self.bits
+        if width > x.shape[1]:
+            met = np.zeros((x.shape[0], width), np.float32)
+            met[:, : x.shape[1]] = x.numpy()
+        held = _workspace(words * tables.LOOKUPS, x.shape[0])
+        tables.fill(self.bits)(met, self.table, held)
+        multiply = tables.multiply(x.shape[0])
 
         def run(codes: np.ndarray, row: int, to: np.ndarray, tiles: tuple[int, int]) -> None:
             del row
@@ -126,8 +151,8 @@ class _Matrix:
     def _by_levels(self, x: Tensor, y: np.ndarray) -> None:
         table, kind = levels.table_of(self.table, self.form), self.kind
         met = levels.ordered(x.numpy(), self.bits)
-        multiply = levels.multiply(self.bits, len(x), kind)
-        parts = self.groups.arrays(self.shape[1], self.bits, met) if self.groups.kind else _NO_GROUPS
+        multiply = levels.multiply(self.bits, x.shape[0], kind)
+        parts = self.groups.arrays(self.shape[1], self.bits, met) if self.groups.several else _NO_GROUPS
         scales, zeros, *others = parts
         count = self.groups.scales.shape[1]
 
@@ -154,21 +179,13 @@ class _Matrix:
 
     def many(self, x: Tensor) -> Tensor:
         """Return products, float32 (vectors, rows), with blocks of rows spread out to numbers."""
-        half = x.dtype == torch.bfloat16 and not self.groups.kind and self.bits < 8
-        table = levels.table_of(self.table, self.form)
-        if half:
-            both = torch.from_numpy(table).to(torch.bfloat16).view(torch.int16).to(torch.int32) & 0xFFFF
-            table = (both | both << 16).view(torch.float32).numpy()
-        each = lane_codes(self.bits)
+        table, kind = levels.table_of(self.table, self.form), self.table_kind
         met = torch.from_numpy(levels.ordered(x.to(torch.float32).contiguous().numpy(), self.bits))
-        met = met.permute(2, 0, 1, 3)
-        if half:
-            met = met.to(torch.bfloat16).unflatten(2, (each // 2, 2)).transpose(3, 4)
-        met = met.reshape(len(x), -1)
-        y = torch.empty(len(x), self.shape[0], dtype=torch.float32)
+        met = met.permute(2, 0, 1, 3).reshape(x.shape[0], -1)
+        y = torch.empty(x.shape[0], self.shape[0], dtype=torch.float32)
         step = max(levels.ROWS, BLOCK // met.shape[1])
-        room = torch.empty(min(step, self.shape[0]), met.shape[1], dtype=met.dtype)
-        write = spread.spread(self.bits, half, "affine" if self.bits == 8 and self.form == "affine" else "")
+        room = torch.empty(min(step, self.shape[0]), met.shape[1], dtype=torch.float32)
+        write = spread.spread(self.bits, kind)
         safe = max(0, (len(self.codes) - self.blocks * levels.block_bytes(self.bits)) // self.stride + 1)
         for start in range(0, self.shape[0], step):
             stop = min(start + step, self.shape[0])
@@ -177,10 +194,29 @@ class _Matrix:
             y[:, start:stop] = met @ self._scaled(out, start, stop).T
         return y
 
+    def tiled(self, x: Tensor) -> Tensor:
+        """Return products, float32 (vectors, rows), of bf16 vectors by matrix tiles."""
+        table, shape = tiles.pairs_of(torch.from_numpy(self.table), self.bits), tiles.shape()
+        reach = self.blocks * levels.block_bytes(self.bits)
+        found = []
+        for first, count in tiled_pieces(x.shape[0]):
+            part = x[first : first + count]
+            multiply = tiles.multiply(self.bits, count // tiles.ROWS)
+            y, met = np.empty((count, self.shape[0]), np.float32), tiles.arranged(part, count, self.bits).numpy()
+
+            def run(codes: np.ndarray, row: int, to: np.ndarray, span: tuple[int, int], *,
+                    multiply: Callable[..., None] = multiply, met: np.ndarray = met) -> None:
+                del row
+                multiply(codes, self.stride, table, met, to, shape, span)
+
+            self._tiled(tiles.ROWS, reach, y, run)
+            found.append(torch.from_numpy(y)[: len(part)])
+        return torch.cat(found) if len(found) > 1 else found[0]
+
     def _spread(self, write: Callable[..., None], table: np.ndarray, span: tuple[int, int, int], out: Tensor) -> None:
         """Write rows `span[0]` to `span[1]`, of which those from `span[2]` are read from a padded copy."""
         start, stop, safe = span
-        to = out.view(torch.int32).numpy() if out.dtype == torch.bfloat16 else out.numpy()
+        to = out.numpy()
         whole = min(stop, max(start, safe)) - start
 
         def run(rows: tuple[int, int]) -> None:
@@ -196,7 +232,7 @@ class _Matrix:
 
     def _scaled(self, out: Tensor, start: int, stop: int) -> Tensor:
         """Apply zero points and scales of groups to rows that have been spread out, in place."""
-        if not self.groups.kind:
+        if not self.groups.several:
             return out
         first, lanes = levels.groups_of(self.shape[1], self.bits, self.groups.size)
         place = torch.from_numpy(first[:, None] + lanes)
@@ -205,6 +241,24 @@ class _Matrix:
             view -= self.groups.zeros[start:stop][:, place].unsqueeze(2)
         view *= self.groups.scales[start:stop][:, place].unsqueeze(2)
         return out
+
+
+class _Kept(threading.local):
+    """Memory of a thread's own that calls use one after another: new memory costs more than a small product."""
+
+    def __init__(self) -> None:
+        self.numbers = np.empty(0, np.float32)
+
+
+_KEPT = _Kept()
+
+
+def _workspace(tables: int, vectors: int) -> np.ndarray:
+    """Return room for tables of vectors, float32 (tables, vectors, 16)."""
+    size = tables * vectors * LANES
+    if _KEPT.numbers.size < size:
+        _KEPT.numbers = np.empty(size, np.float32)
+    return _KEPT.numbers[:size].reshape(tables, vectors, LANES)
 
 
 def _padded(numbers: Tensor, room: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The best rows of many, each a line of signs: a search among codes that are never decoded.
 
-Row r scores `factors[r] * (products @ signs[r]) + offsets[r] * weight` for a query of `products` and a weight. So scores
-are inner products, cosines, or, with half of each row's squared norm as its offset, an order by distance.
+Row r scores `factors[r] * (products @ signs[r]) + offsets[r] * weight` for a query of `products` and a weight. So
+scores are inner products, cosines, or, with half of each row's squared norm as its offset, an order by distance.
 """
 
 from __future__ import annotations

@@ -43,10 +43,10 @@ def best(lines: Lines, products: Tensor, weights: Tensor, k: int) -> tuple[Tenso
     pieces, words = lines.places, words_of(products.shape[1])
     shares = _shares(pieces, queries, words)
     if len(shares) == 1:
-        found = [_scanned(*shares[0], words, k)]
+        found = [_scanned(shares[0], words, k)]
     else:
         with ThreadPoolExecutor(len(shares)) as pool:
-            found = list(pool.map(lambda share: _scanned(*share, words, k), shares))
+            found = list(pool.map(lambda share: _scanned(share, words, k), shares))
     if len(shares) > 1 and len(shares[0][1]) < len(queries):  # queries were shared out
         scores, ids = (np.concatenate(part) for part in zip(*found, strict=True))
     else:
@@ -87,7 +87,7 @@ def _shares(pieces: np.ndarray, queries: _Queries, words: int) -> list[tuple[np.
         edges = [i * len(queries) // count for i in range(count + 1)]
         return [(pieces, queries.part(slice(*edge))) for edge in itertools.pairwise(edges)]
     edges = [-(-i * total // count // TILE) * TILE for i in range(count)] + [total]
-    return [(_between(pieces, first, last, words), queries) for first, last in itertools.pairwise(edges) if last > first]
+    return [(_between(pieces, *edge, words), queries) for edge in itertools.pairwise(edges) if edge[1] > edge[0]]
 
 
 def _between(pieces: np.ndarray, first: int, last: int, words: int) -> np.ndarray:
@@ -103,7 +103,9 @@ def _between(pieces: np.ndarray, first: int, last: int, words: int) -> np.ndarra
     return np.array(found, np.int64).reshape(-1, 5)
 
 
-def _scanned(pieces: np.ndarray, queries: _Queries, words: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+def _scanned(share: tuple[np.ndarray, _Queries], words: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return heaps of the best, scores and ids."""
+    pieces, queries = share
     scores, ids = np.full((len(queries), k), -np.inf), np.full((len(queries), k), -1, np.int64)
     scan(pieces, (queries.planes, queries.lines, queries.sums), words, (scores, ids))
     return scores, ids

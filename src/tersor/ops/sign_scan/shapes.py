@@ -19,7 +19,7 @@ def planes_of(bits: int, k: int) -> int:
     """Return the bit planes that a query is rounded to: what is fastest; results do not depend on it.
 
     Steps over six standard deviations, `2**p` of them, move a score of `n` signs by at most some `n / 4` steps, which
-    is `1.5 sqrt(n) / 2**p` of the scores' own deviations. Near the best of a million, a deviation holds some `e**4` times
-    as many rows: all that are within the bound are looked at closely.
+    is `1.5 sqrt(n) / 2**p` of the scores' own deviations. Near the best of a million, a deviation holds some `e**4`
+    times as many rows: all that are within the bound are looked at closely.
     """
     return GROUP if bits * k <= CLOSE else 2 * GROUP

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tersor.ops.dispatch import take_reference
+from tersor.ops.dispatch import compiled_allowed, take_reference
 from tersor.ops.trellis_linear import reference
 from tersor.ops.trellis_linear.shapes import Line, refusal, segments
 from tersor.payload.blocks import Rows, row_blocks
@@ -49,6 +49,21 @@ def _(x: Tensor, taps: Tensor, scales: Tensor | None, shifts: Sequence[int], len
       back: bool = False) -> Tensor:
     del scales
     return x.new_empty(*x.shape[:-1], Line(length, tuple(shifts), taps.shape[1]).stream if back else length)
+
+
+@trellis_filter.register_kernel("cpu")
+def _(x: Tensor, taps: Tensor, scales: Tensor | None, shifts: Sequence[int], length: int, *,
+      back: bool = False) -> Tensor:
+    line = Line(length, tuple(shifts), taps.shape[1])
+    flat = x.reshape(-1, x.shape[-1])
+    if compiled_allowed("trellis_filter"):
+        from tersor.ops.trellis_linear import lanes
+
+        made = lanes.filtered(flat, taps, line) if back else lanes.numbers(flat, taps, scales, line)
+    else:
+        made = reference.filtered(flat, taps, line) if back else reference.numbers(flat, taps, line)
+        made = made if scales is None else made * scales.to(torch.float32)
+    return made.reshape(*x.shape[:-1], -1).to(x.dtype)
 
 
 @trellis_filter.register_kernel("cuda")

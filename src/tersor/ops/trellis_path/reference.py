@@ -50,10 +50,8 @@ def _bitten(numbers: Tensor, table: Tensor, steps: Steps) -> Tensor:
     length = numbers.shape[1]
     warm = steps.warm(length)
     free = torch.zeros(len(numbers), 1 << steps.memory, dtype=torch.float32, device=numbers.device)
-    if warm:
-        start = walk(numbers, table, steps, free, [*range(length - warm, length), *range(warm)], None)[:, warm - 1]
-    else:  # a single number: any state will do that leads to itself
-        start = walk(numbers, table, steps, free, range(length), None)[:, -1]
+    around = [place % length for place in range(-warm, warm)]
+    start = walk(numbers, table, steps, free, around, None)[:, warm - 1]
     bound = torch.full_like(free, torch.inf).scatter_(1, start[:, None], 0.0)
     return walk(numbers, table, steps, bound, range(length), start)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 WARM = 16  # windows on either side of the seam after which paths have merged: half of them cost .2 % of error
+LEAST_WARM = 48  # steps, several times around a short segment
 MOST_MEMORY = 15  # costs of 2**15 states fill half of a multiprocessor's registers
 MOST_PERIOD = 4
 HELD = 6  # bits of the states that a thread holds, at most: so many costs in registers
@@ -38,7 +39,7 @@ class Steps:
         """Return the steps on either side of the seam that find the state there."""
         period = len(self.shifts)
         steps = -(-WARM * self.memory // sum(self.shifts)) * period
-        return min(steps, length // 2 // period * period) or min(1, length // 2)
+        return min(steps, max(length, LEAST_WARM) // period * period)
 
 
 def parts(steps: Steps) -> tuple[int, int, int]:

@@ -10,14 +10,17 @@ from __future__ import annotations
 from functools import cache, lru_cache
 from typing import Any
 
-import numba
 import numpy as np
 from numba import types
 from numba.core.extending import intrinsic
 
+from tersor.numerics.machine import njit
+from tersor.ops.codebook_linear.shapes import lanes
 from tersor.ops.codebook_linear.shapes.lanes import lane_codes
-from tersor.ops.vectors import FLOATS, INT, INTS, LANES, LONG, Vectors
+from tersor.ops.vectors import FLOATS, INT, INTS, LANES, LONG, Vectors, how
 
+AHEAD = 8  # rows that are asked for before they are read
+PLAIN, SCALES, ZEROS, AFFINE = "plain", "scales", "zeros", "affine"
 ROWS = 4  # of a tile: they share the loads of a vector
 
 def block_bytes(bits: int) -> int:
@@ -29,9 +32,11 @@ def ordered(x: np.ndarray, bits: int) -> np.ndarray:
     """Return vectors (vectors, width) in the order in which codes are met, float32 (blocks, codes of a lane, vectors, 16)."""
     each = lane_codes(bits)
     blocks = -(-x.shape[1] // (LANES * each))
-    padded = np.zeros((len(x), blocks * LANES * each), np.float32)
-    padded[:, : x.shape[1]] = x
-    return np.ascontiguousarray(padded.reshape(len(x), blocks, LANES, each).transpose(1, 3, 0, 2))
+    if blocks * LANES * each > x.shape[1]:
+        padded = np.zeros((len(x), blocks * LANES * each), np.float32)
+        padded[:, : x.shape[1]] = x
+        x = padded
+    return np.ascontiguousarray(x.reshape(len(x), blocks, LANES, each).transpose(1, 3, 0, 2))
 
 
 def words(v: Vectors, codes: Any, first: Any, bits: int) -> list[Any]:
@@ -61,7 +66,7 @@ def level(v: Vectors, table: Any, held: list[Any], code: int, how: tuple[int, st
     if bits < 8:
         return v.look(v.load(table), found)
     found = v.builder.and_(found, v.all(INT(2**bits - 1)))
-    if "affine" not in kind:
+    if AFFINE not in kind:
         return v.gather(table, found)
     low, step = (v.all(v.builder.load(v.at(table, i))) for i in range(2))
     return v.fma(v.builder.sitofp(found, FLOATS), step, low)
@@ -80,71 +85,70 @@ def table_of(levels: np.ndarray, form: str) -> np.ndarray:
     return np.ascontiguousarray(levels, dtype=np.float32)
 
 
-def _tile(bits: int, vectors: int, kind: str) -> Any:
-    """Return an intrinsic that multiplies a tile of rows by so many vectors."""
+@intrinsic(prefer_literal=True)
+def _tile(typing: Any, how: Any, at: Any, arrays: Any, groups: Any) -> Any:
+    """Write products of `ROWS` rows.
 
-    @intrinsic
-    def tile(typing: Any, codes: Any, at: Any, table: Any, x: Any, y: Any, groups: Any):
-        """Write products of `ROWS` rows.
+    Parameters
+    ----------
+    how : str
+        Bits of a code, vectors, and what is not plain, as `multiply` has them.
+    at : (byte of the first row, bytes between rows, first row, rows of `y`, blocks of a row)
+    arrays : (codes, table, x, y)
+        See `multiply`.
+    groups
+        See `multiply`.
+    """
+    del typing
+    return types.void(how, at, arrays, groups), _write_tile
 
-        Parameters
-        ----------
-        at : (byte of the first row, bytes between rows, first row, rows of `y`, blocks of a row)
-        table : see `table_of`
-        x : see `ordered`
-        y : float32 (vectors, rows)
-        groups : (scales, zeros, sums, first, lanes, groups of a row)
-            Read where `kind` names "scales" and "zeros", float32 (rows * groups + 16,) both; the sums of `x` over codes;
-            and `groups_of`.
-        """
-        del typing
-        return types.void(codes, at, table, x, y, groups), _write
 
-    def _write(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        v = Vectors(context, builder, signature, arguments)
-        codes, table, x, y = (v.array(place) for place in (0, 2, 3, 4))
-        first, stride, row, rows, blocks = (v.value(1, i) for i in range(5))
-        sums = [[v.room() for _ in range(vectors)] for _ in range(ROWS)]
-        for room in (room for line in sums for room in line):
-            v.store(v.all(0.0), room)
-        lines = [builder.add(first, builder.mul(stride, LONG(i))) for i in range(ROWS)]
-        each, scaled = lane_codes(bits), "scales" in kind
-        with v.loop(blocks) as block:
-            start = builder.mul(block, LONG(block_bytes(bits)))
-            met = v.at(x, builder.mul(block, LONG(each * vectors * LANES)))
-            held = [words(v, codes, builder.add(line, start), bits) for line in lines]
-            parts = [[v.all(0.0) if scaled else v.load(room) for room in line] for line in sums]
-            for code in range(each):
-                numbers = [v.load(v.at(met, (code * vectors + i) * LANES)) for i in range(vectors)]
-                for line, one in enumerate(held):
-                    found = level(v, table, one, code, (bits, kind))
-                    for i, number in enumerate(numbers):
-                        parts[line][i] = v.fma(found, number, parts[line][i])
-            if scaled:
-                parts = _scaled(v, kind, (block, row), parts)
-            for line, part in zip(sums, parts, strict=True):
-                for room, one in zip(line, part, strict=True):
-                    v.store(v.add(v.load(room), one) if scaled else one, room)
-        for line, part in enumerate(sums):
-            for i, room in enumerate(part):
-                place = builder.add(builder.mul(rows, LONG(i)), builder.add(row, LONG(line)))
-                builder.store(v.total(v.load(room)), v.at(y, place))
-        return context.get_dummy_value()
-
-    return tile
+def _write_tile(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    v = Vectors(context, builder, signature, arguments)
+    bits, vectors, kind = int(v.said(0)[0]), int(v.said(0)[1]), v.said(0)[2]
+    codes, table, x, y = (v.array(2, i) for i in range(4))
+    first, stride, row, rows, blocks = (v.value(1, i) for i in range(5))
+    sums = [[v.room() for _ in range(vectors)] for _ in range(ROWS)]
+    for room in (room for line in sums for room in line):
+        v.store(v.all(0.0), room)
+    lines = [builder.add(first, builder.mul(stride, LONG(i))) for i in range(ROWS)]
+    each, size, scaled = lane_codes(bits), block_bytes(bits), SCALES in kind
+    next_tile = v.at(codes, builder.add(first, builder.mul(stride, LONG(AHEAD))))
+    with v.loop(blocks) as block:
+        start = builder.mul(block, LONG(size))
+        met = v.at(x, builder.mul(block, LONG(each * vectors * LANES)))
+        held = [words(v, codes, builder.add(line, start), bits) for line in lines]
+        v.ask(v.at(next_tile, builder.mul(block, LONG(ROWS * size))), ROWS * size)
+        parts = [[v.all(0.0) if scaled else v.load(room) for room in line] for line in sums]
+        for code in range(each):
+            numbers = [v.load(v.at(met, (code * vectors + i) * LANES)) for i in range(vectors)]
+            for line, one in enumerate(held):
+                found = level(v, table, one, code, (bits, kind))
+                for i, number in enumerate(numbers):
+                    parts[line][i] = v.fma(found, number, parts[line][i])
+        if scaled:
+            parts = _scaled(v, kind, (block, row), parts)
+        for line, part in zip(sums, parts, strict=True):
+            for room, one in zip(line, part, strict=True):
+                v.store(v.add(v.load(room), one) if scaled else one, room)
+    for line, part in enumerate(sums):
+        for i, room in enumerate(part):
+            place = builder.add(builder.mul(rows, LONG(i)), builder.add(row, LONG(line)))
+            builder.store(v.total(v.load(room)), v.at(y, place))
+    return context.get_dummy_value()
 
 
 def _scaled(v: Vectors, kind: str, place: tuple[Any, Any], parts: list[list[Any]]) -> list[list[Any]]:
     """Return the sums of a block, less those of its zero points where there are such, times their lanes' scales."""
     builder, (block, row) = v.builder, place
-    scales, zeros, sums, first, lanes = (v.array(5, i) for i in range(5))
-    count = v.value(5, 5)
-    index = v.load(v.at(lanes, builder.mul(block, LONG(LANES))), INTS)
+    scales, zeros, sums, first, near = (v.array(3, i) for i in range(5))
+    count = v.value(3, 5)
+    index = v.load(v.at(near, builder.mul(block, LONG(LANES))), INTS)
     out = []
     for line, part in enumerate(parts):
         at = builder.add(builder.mul(builder.add(row, LONG(line)), count), builder.load(v.at(first, block)))
         scale = v.look(v.load(v.at(scales, at)), index)
-        if "zeros" in kind:
+        if ZEROS in kind:
             zero = v.look(v.load(v.at(zeros, at)), index)
             spot = builder.mul(block, LONG(len(part) * LANES))
             part = [v.sub(one, v.mul(zero, v.load(v.at(sums, builder.add(spot, LONG(i * LANES))))))
@@ -153,34 +157,33 @@ def _scaled(v: Vectors, kind: str, place: tuple[Any, Any], parts: list[list[Any]
     return out
 
 
-def _multiply(bits: int, vectors: int, kind: str) -> Any:
-    tile = _tile(bits, vectors, kind)
+@cache
+def multiply(bits: int, vectors: int, kind: str = PLAIN) -> Any:
+    """Return the kernel for codes of so many bits and so many vectors; `kind` names what is not plain.
 
-    @numba.njit(nogil=True, boundscheck=False, cache=True)
+    That is: `SCALES` of groups, their `ZEROS`, and tables of 8 bits that are `AFFINE`.
+    """
+    made = how(bits, vectors, kind, sources=(lanes.__file__,))
+
+    @njit()
     def multiply(codes: Any, stride: Any, table: Any, x: Any, y: Any, groups: Any, tiles: Any) -> None:
         """Write the products of tiles of rows.
 
         Parameters
         ----------
         codes : uint8 (rows of `stride` bytes and a block more,)
-        table, x, y, groups
-            See `_tile`.
+        table : see `table_of`
+        x : see `ordered`
+        y : float32 (vectors, rows)
+        groups : (scales, zeros, sums, first, near, groups of a row)
+            Read where `kind` says so: float32 (rows * groups + 16,) both; the sums of `x` over a lane's codes; and
+            `groups_of`.
         tiles : (first, last)
         """
-        rows, blocks = y.shape[1], x.shape[0]
         for i in range(tiles[0], tiles[1]):
-            tile(codes, (i * ROWS * stride, stride, i * ROWS, rows, blocks), table, x, y, groups)
+            _tile(made, (i * ROWS * stride, stride, i * ROWS, y.shape[1], x.shape[0]), (codes, table, x, y), groups)
 
     return multiply
-
-
-@cache
-def multiply(bits: int, vectors: int, kind: str = "") -> Any:
-    """Return the kernel for codes of so many bits and so many vectors; `kind` names what is not plain.
-
-    "scales" of groups, "zeros" of them, and tables of 8 bits that are "affine".
-    """
-    return _multiply(bits, vectors, kind)
 
 
 @lru_cache(maxsize=64)

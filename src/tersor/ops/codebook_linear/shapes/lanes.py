@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-
 BITS = (1, 2, 3, 4, 8)
 PIECES = (4, 2, 1)  # vectors that a pass over the codes multiplies
-FEW = {torch.bfloat16: 8}  # vectors that passes serve faster than products of spread blocks, which bf16 has fast
-FEW_OTHERS = 32
+FEW = 64  # vectors that passes serve; for more, codes are spread out and torch multiplies
+TILED = (64, 32, 16)  # vectors of bf16 that a pass with matrix tiles multiplies
+TILED_BITS = (1, 2, 3, 4)
+TILED_FROM = 5  # vectors: fewer are served by passes
 TABLE_BITS = (1, 2)  # of a scale a row: four bits at once are looked up
 BLOCK = 1 << 22  # numbers of a spread block: small blocks leave torch's products slow
 
@@ -27,9 +27,16 @@ def pieces(vectors: int) -> list[tuple[int, int]]:
     return found
 
 
-def is_few(vectors: int, dtype: torch.dtype) -> bool:
-    """Tell whether so many vectors are multiplied by passes over the codes."""
-    return vectors <= FEW.get(dtype, FEW_OTHERS)
+def tiled_pieces(vectors: int) -> list[tuple[int, int]]:
+    """Return the first vector of every pass with matrix tiles, and how many it multiplies at most."""
+    found, first = [], 0
+    while first < vectors:
+        size = next((size for size in TILED if size <= vectors - first), TILED[-1])
+        if 0 < vectors - first - size < size // 2 and 2 * size in TILED:
+            size *= 2  # one pass that is not full, rather than two
+        found.append((first, size))
+        first += size
+    return found
 
 
 def refusal(bits: int, width: int, group: int) -> str | None:

@@ -13,6 +13,7 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
+from tersor.numerics.machine import njit
 from tersor.ops.sign_scan.shapes import TILE
 
 TILE_ROWS = TILE
@@ -48,7 +49,7 @@ def _to_pointer(context: Any, builder: Any, signature: Any, arguments: Any) -> A
     return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
 
-@numba.njit(nogil=True, boundscheck=False, cache=True)
+@njit()
 def _count(tile: Any, planes: Any, total: Any) -> None:
     """Write the products of a tile's bits (words, TILE) with planes (groups, words, 4), the last of all negative."""
     for row in range(TILE_ROWS):
@@ -67,7 +68,7 @@ def _count(tile: Any, planes: Any, total: Any) -> None:
                 total[row] += found << low
 
 
-@numba.njit(nogil=True, boundscheck=False, cache=True)
+@njit()
 def _bound(total: Any, factors: Any, offsets: Any, line: Any, upper: Any) -> None:
     """Write what the scores of a tile's rows are at most; of those that there are, which may be fewer."""
     slope, level, weight = np.float32(line[0]), np.float32(line[1]), np.float32(line[2])
@@ -80,7 +81,7 @@ def _bound(total: Any, factors: Any, offsets: Any, line: Any, upper: Any) -> Non
         upper[factors.shape[0] :] = -np.inf
 
 
-@numba.njit(nogil=True, boundscheck=False, cache=True)
+@njit()
 def _any_above(upper: Any, floor: Any) -> bool:
     """Tell whether any bound reaches the floor, or is no number: float32 may have overflowed."""
     found = np.int32(0)
@@ -89,7 +90,7 @@ def _any_above(upper: Any, floor: Any) -> bool:
     return found != 0
 
 
-@numba.njit(nogil=True, boundscheck=False, cache=True)
+@njit()
 def _product(tile: Any, row: Any, sums: Any) -> float:
     """Return the product of a row's signs with a query, from its sums over runs of signs."""
     total = 0.0
@@ -100,7 +101,7 @@ def _product(tile: Any, row: Any, sums: Any) -> float:
     return total
 
 
-@numba.njit(nogil=True, boundscheck=False, cache=True)
+@njit()
 def _replace(scores: Any, ids: Any, score: float, number: int) -> None:
     """Put a row in the place of the worst: the root of a heap whose parents are worse than their children."""
     size, place = scores.shape[0], 0
@@ -119,7 +120,7 @@ def _replace(scores: Any, ids: Any, score: float, number: int) -> None:
     scores[place], ids[place] = score, number
 
 
-@numba.njit(nogil=True, boundscheck=False, cache=True)
+@njit()
 def sums_of(products: Any, sums: Any) -> None:
     """Write the sums of four signed numbers for every pattern of their signs, (queries, runs, 16)."""
     for query in range(products.shape[0]):
@@ -132,7 +133,7 @@ def sums_of(products: Any, sums: Any) -> None:
                 sums[query, run, pattern] = total
 
 
-@numba.njit(nogil=True, boundscheck=False, cache=True)
+@njit()
 def scan(pieces: Any, queries: Any, words: Any, found: Any) -> None:
     """Keep the best rows of every piece for every query.
 

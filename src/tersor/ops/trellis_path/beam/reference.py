@@ -28,11 +28,11 @@ def entering(numbers: Tensor, sums: Sums, width: int) -> Tensor:
 def _bitten(row: Tensor, sums: Sums, width: int) -> Tensor:
     length = len(row)
     warm = sums.steps.warm(length)
-    seam = [*range(length - warm, length), *range(warm)] if warm else [*range(length)]
+    seam = [place % length for place in range(-warm, warm)]
     starts = sums.starts(width)
     first, bits = walk(row, sums, width, starts, seam, None)
     window = first
-    for place, new in list(zip(seam, bits.tolist(), strict=True))[: warm or length]:
+    for place, new in list(zip(seam, bits.tolist(), strict=True))[:warm]:
         window = after(window, sums.steps.shifts[place % len(sums.steps.shifts)], new, sums.steps.memory)
     return walk(row, sums, width, torch.tensor([window]), [*range(length)], window)[1]
 
@@ -55,7 +55,7 @@ def walk(row: Tensor, sums: Sums, width: int, starts: Tensor, places: list[int],
     """
     shifts, memory = sums.steps.shifts, sums.steps.memory
     tables, news = sums.pieces()
-    windows, cost, history = starts, torch.zeros(len(starts)), []
+    windows, cost, history = starts, torch.zeros(len(starts), dtype=torch.float32), []
     left = sum(shifts[place % len(shifts)] for place in places)
     for place in places:
         phase = place % len(shifts)

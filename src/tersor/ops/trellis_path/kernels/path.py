@@ -198,7 +198,7 @@ def path(numbers, table, choices, states, begin, each, length, warm, room, MEMOR
         highs = highs + (gl.load(level + (_tops(TOP, LAYOUT) * MIDDLE + _middles(MIDDLE, LAYOUT)) * LOW),)
         lows = lows + (gl.load(level + _lows(LOW, LAYOUT)) - gl.load(level),)
     metric = gl.zeros((TOP, MIDDLE, LOW), gl.float32, LAYOUT)
-    metric = _forward(metric, x, chosen, length - warm, 2 * warm, length, highs, lows, whole, spare, SHIFTS, WHOLE,
+    metric = _forward(metric, x, chosen, (length - warm % length) % length, 2 * warm, length, highs, lows, whole, spare, SHIFTS, WHOLE,
                       LAYOUT)
     seam = _least(metric, LAYOUT)
     gl.thread_barrier()

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
+
+from tersor.numerics.machine import njit
 
 BIN = 18  # bits of a cost that do not tell bins apart
 BINS = 1 << 31 - BIN
@@ -31,7 +32,7 @@ def scratch(width: int, branches: int, steps: int) -> tuple[np.ndarray, ...]:
             np.empty((steps, width), np.int32), np.empty((steps, width), np.uint8))  # history: parents, new bits
 
 
-@numba.njit(nogil=True, boundscheck=False, cache=True)
+@njit()
 def _merge(count: Any, keep: Any, stamp: Any, work: Any) -> Any:
     """Merge survivors that agree in the bits of `keep`; return how many are left."""
     windows, costs, kept, least, who = work[0], work[1], work[2], work[3], work[4]
@@ -65,7 +66,7 @@ def _merge(count: Any, keep: Any, stamp: Any, work: Any) -> Any:
     return groups
 
 
-@numba.njit(nogil=True, boundscheck=False, cache=True)
+@njit()
 def _sum(groups: Any, shift: Any, tables: Any, work: Any) -> None:
     """Sum what stays of every window."""
     kept, sums = work[2], work[5]
@@ -77,7 +78,7 @@ def _sum(groups: Any, shift: Any, tables: Any, work: Any) -> None:
             sums[j] += table[np.int64(window & np.uint64(255))]
 
 
-@numba.njit(nogil=True, boundscheck=False, fastmath={"nnan", "nsz"}, cache=True)
+@njit(fastmath={"nnan", "nsz"})
 def _candidates(groups: Any, x: Any, allowed: Any, news: Any, curve: Any, work: Any) -> Any:
     """Write the costs of all candidates, by new bits and then survivor, less the least; return how many there are."""
     least, sums, cost, key = work[3], work[5], work[6], work[7]
@@ -104,7 +105,7 @@ def _candidates(groups: Any, x: Any, allowed: Any, news: Any, curve: Any, work: 
     return at
 
 
-@numba.njit(nogil=True, boundscheck=False, cache=True)
+@njit()
 def _select(count: Any, width: Any, bound: Any, work: Any) -> Any:
     """List the candidates to take, in order; return how many, and what the last bin ends at (or the bound)."""
     cost, key, listed, bins = work[6], work[7], work[8], work[9]
@@ -143,7 +144,7 @@ def _select(count: Any, width: Any, bound: Any, work: Any) -> Any:
     return taken, cost[0]
 
 
-@numba.njit(nogil=True, boundscheck=False, cache=True)
+@njit()
 def _walk(row: Any, code: Any, plan: Any, bounds: Any, work: Any) -> Any:
     """Walk from the survivors in `work`; return the best of the last ones, and the stamp after the walk.
 
@@ -198,7 +199,7 @@ def _walk(row: Any, code: Any, plan: Any, bounds: Any, work: Any) -> Any:
     return best, stamp
 
 
-@numba.njit(nogil=True, boundscheck=False, cache=True)
+@njit()
 def bitten(numbers: Any, code: Any, beam: Any, work: Any, out: Any) -> None:
     """Write the bits that enter at every step of good tail-biting paths, uint8 (n, length).
 
@@ -216,25 +217,24 @@ def bitten(numbers: Any, code: Any, beam: Any, work: Any, out: Any) -> None:
     period, length = shifts.shape[0], numbers.shape[1]
     windows, costs, parents, entered = work[0], work[1], work[12], work[13]
     everything = np.uint64(0xFFFFFFFFFFFFFFFF) >> np.uint64(64 - memory)
-    bounds = np.zeros(period, np.float32)
+    bounds, seam = np.zeros(period, np.float32), np.empty(2 * warm, np.uint8)
     work[10][:] = 0
     stamp = 0
     for n in range(numbers.shape[0]):
         row = numbers[n]
         bounds[:] = 0
-        steps = 2 * warm if warm else length
-        first = length - warm if warm else 0
+        steps, first = 2 * warm, (length - warm % length) % length
         windows[: starts.shape[0]] = starts
         costs[: starts.shape[0]] = 0
         plan = (first, steps, starts.shape[0], width, np.uint64(0), False, stamp)
         at, stamp = _walk(row, code, plan, bounds, work)
         for t in range(steps - 1, -1, -1):
-            out[n, t % length] = entered[t, at]  # later steps of the walk are overwritten by those before the seam
+            seam[t] = entered[t, at]
             at = parents[t, at]
         window = starts[at]
-        for t in range(warm if warm else length):
+        for t in range(warm):
             shift = shifts[((first + t) % length) % period]
-            window = ((window << np.uint64(shift)) | np.uint64(out[n, t])) & everything
+            window = ((window << np.uint64(shift)) | np.uint64(seam[t])) & everything
         windows[0] = window
         costs[0] = 0
         at, stamp = _walk(row, code, (0, length, 1, width, window, True, stamp), bounds, work)

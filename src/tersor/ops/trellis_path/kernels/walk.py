@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 
+from tersor.numerics.machine import njit
 from tersor.ops.trellis_path.kernels.advance import WIDTH, advance
 
 
-@numba.njit(nogil=True, boundscheck=False, cache=True)
+@njit()
 def _advance_singly(bests: Any, levels: Any, x: Any, places: Any, shifts: Any) -> None:
     """Do what `advance` does, for windows too short for its vectors."""
     old, level, new = places
@@ -28,7 +28,7 @@ def _advance_singly(bests: Any, levels: Any, x: Any, places: Any, shifts: Any) -
         bests[new + group] = least
 
 
-@numba.njit(nogil=True, boundscheck=False, cache=True)
+@njit()
 def _least(bests: Any, levels: Any, x: Any, places: Any, shifts: Any) -> Any:
     """Return the state that costs least after a step, of the group `places[2]`; see `advance`."""
     old, level, group = places
@@ -44,7 +44,7 @@ def _least(bests: Any, levels: Any, x: Any, places: Any, shifts: Any) -> Any:
     return found
 
 
-@numba.njit(nogil=True, boundscheck=False, cache=True)
+@njit()
 def _walk(x: Any, problem: Any, span: Any, bests: Any, states: Any, start: Any) -> Any:
     """Follow the best path over `span`, (first place, steps, steps to write); return the state before those written.
 
@@ -87,7 +87,7 @@ def _walk(x: Any, problem: Any, span: Any, bests: Any, states: Any, start: Any) 
     return state
 
 
-@numba.njit(nogil=True, boundscheck=False, cache=True)
+@njit()
 def walk(numbers: Any, problem: Any, warm: Any, bests: Any, states: Any) -> None:
     """Write the states after every step of the best tail-biting paths.
 
@@ -97,16 +97,14 @@ def walk(numbers: Any, problem: Any, warm: Any, bests: Any, states: Any) -> None
     problem : (levels, shifts, memory)
         The number that every window gives, float32 (period 2**memory,); int64 (period,); int.
     warm : int
-        Steps on either side of the seam that find the state there; 0: the whole segment does.
+        Steps on either side of the seam that find the state there, if need be several times around.
     bests : float32 ((steps + 1) groups,)
         Room for the longer walk.
     states : int64 (n, length)
     """
     length = numbers.shape[1]
+    seam = np.empty(warm + 1, np.int64)
     for i in range(numbers.shape[0]):
         x = numbers[i]
-        if warm:
-            start = _walk(x, problem, (length - warm, 2 * warm, warm + 1), bests, states[i], -1)
-        else:
-            start = _walk(x, problem, (0, length, 1), bests, states[i], -1)
+        start = _walk(x, problem, ((length - warm % length) % length, 2 * warm, warm + 1), bests, seam, -1)
         _walk(x, problem, (0, length, length), bests, states[i], start)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
+from tersor.numerics.machine import njit
 
 
-@numba.njit(nogil=True, boundscheck=False, cache=True)
+@njit()
 def realigned(codes: Any, firsts: Any, count: Any, out: Any, place: Any) -> None:
     """Write `count` bits of every row to byte `place` of its row of `out`.
 
