@@ -7,6 +7,7 @@ docs/codecs/trellis.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,8 +16,11 @@ from tersor.ops.dispatch import compiled_allowed
 from tersor.ops.trellis_linear.shapes import Line
 from tersor.ops.window_linear import reference
 from tersor.ops.window_linear.reference import windows
-from tersor.ops.window_linear.shapes import BLOCK, FEW, MOST_MEMORY, refusal
-from tersor.payload.blocks import Rows
+from tersor.ops.window_linear.shapes import FEW, MOST_MEMORY, refusal
+from tersor.payload.blocks import Rows, row_blocks
+
+if TYPE_CHECKING:
+    from tersor.ops.window_linear import lanes
 
 
 @torch.library.custom_op("tersor::window_linear", mutates_args=())
@@ -35,18 +39,17 @@ def window_linear(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, shift
     shifts : sequence of int
         New bits a number, by phase.
     """
-    width, flat = x.shape[-1], x.detach().flatten(0, -2) if x.ndim > 1 else x.detach()[None]
-    line = _line(table, shifts, len(scales) if across else width)
-    if flat.numel() and len(flat) <= FEW and _compiled(codes, line, across=across):
-        return _matrix(codes, table, scales, line, width, across=across).few(flat).to(x.dtype).reshape(
-            *x.shape[:-1], len(scales))
-    wide, step = flat.to(torch.float32), max(1, BLOCK // max(1, width))
-    out = torch.empty(len(flat), len(scales), dtype=x.dtype, device=x.device)
-    for start in range(0, len(scales), step):
-        block = slice(start, min(start + step, len(scales)))
-        dense = decoded_rows(codes, table, scales, line, width, block, across=across)
-        out[:, block] = (wide @ dense.T).to(x.dtype)
-    return out.reshape(*x.shape[:-1], len(scales))
+    width, count = x.shape[-1], len(scales)
+    line, flat = _line(table, shifts, count if across else width), x.detach().flatten(0, -2) if x.ndim > 1 else x[None]
+    if flat.numel() and _compiled(codes, line, across=across):
+        matrix = _matrix(codes, table, scales, line, width, across=across)
+        out = matrix.few(flat) if len(flat) <= FEW else matrix.many(flat)
+    else:
+        out = torch.empty(len(flat), count, dtype=x.dtype, device=x.device)
+        for block in row_blocks((count, width)):
+            dense = reference.rows(codes, table, scales, line, width, block, across=across)
+            out[:, block] = (flat.to(torch.float32) @ dense.T).to(x.dtype)
+    return out.reshape(*x.shape[:-1], count)
 
 
 @window_linear.register_fake
@@ -76,7 +79,7 @@ def _compiled(codes: Tensor, line: Line, *, across: bool) -> bool:
             and not torch.compiler.is_compiling() and compiled_allowed("window_linear"))
 
 
-def _matrix(codes: Tensor, table: Tensor, scales: Tensor, line: Line, width: int, *, across: bool):  # noqa: ANN202
+def _matrix(codes: Tensor, table: Tensor, scales: Tensor, line: Line, width: int, *, across: bool) -> lanes.Matrix:
     from tersor.ops.window_linear import lanes
 
     return (lanes.Across if across else lanes.Along)(codes.numpy(), table.contiguous(), scales, line, width)

@@ -17,7 +17,7 @@ from tersor.ops.trellis_linear.shapes import Line
 from tersor.ops.vectors import LANES
 from tersor.ops.window_linear.kernels import across, along
 from tersor.ops.window_linear.kernels.realigned import realigned
-from tersor.ops.window_linear.shapes import parts, pieces
+from tersor.ops.window_linear.shapes import BLOCK, parts, pieces
 from tersor.ops.workers import share
 from tersor.payload.blocks import Rows
 
@@ -32,17 +32,28 @@ class Matrix:
     line: Line
     width: int
 
-    def rows(self, rows: Rows) -> Tensor:
-        """Return scaled rows, float32 (k, width)."""
+    def rows(self, rows: Rows, room: Tensor | None = None) -> Tensor:
+        """Return scaled rows, float32 (k, width); in `room`, of at least as many numbers, where it is given."""
         raise NotImplementedError
 
+    def many(self, x: Tensor) -> Tensor:
+        """Return products with vectors (vectors, width), in their dtype, of blocks of rows, decoded in one place."""
+        count = len(self.scales)
+        step = min(count, max(across.ROWS, BLOCK // self.width // across.ROWS * across.ROWS))
+        wide, out = x.to(torch.float32), torch.empty(len(x), count, dtype=x.dtype)
+        room = torch.empty(step * -(-self.width // LANES) * LANES, dtype=torch.float32)
+        for start in range(0, count, step):
+            block = slice(start, min(start + step, count))
+            out[:, block] = wide @ self.rows(block, room).T
+        return out
+
     def few(self, x: Tensor) -> Tensor:
-        """Return products with vectors (vectors, width), float32 (vectors, rows)."""
-        x = x.to(torch.float32).contiguous()
-        y = torch.empty(len(x), len(self.scales))
+        """Return products with vectors (vectors, width), in their dtype, by passes over the codes."""
+        wide = x.to(torch.float32).contiguous()
+        y = torch.empty(len(x), len(self.scales), dtype=torch.float32)
         for first, count in pieces(len(x)):
-            self._multiply(x[first : first + count], y[first : first + count])
-        return y.mul_(self.scales.to(torch.float32))
+            self._multiply(wide[first : first + count], y[first : first + count])
+        return y.mul_(self.scales.to(torch.float32)).to(x.dtype)
 
     def _multiply(self, x: Tensor, y: Tensor) -> None:
         raise NotImplementedError
@@ -56,12 +67,12 @@ class Matrix:
 class Across(Matrix):
     """Streams along outputs: tiles of rows."""
 
-    def rows(self, rows: Rows) -> Tensor:
+    def rows(self, rows: Rows, room: Tensor | None = None) -> Tensor:
         """See `Matrix`."""
         tiles = _tiles(self.line, rows.start, rows.stop) if isinstance(rows, slice) else _one_by_one(self.line, rows)
         count = len(rows) if isinstance(rows, Tensor) else rows.stop - rows.start
         codes, stride, tiles = self._whole_words(tiles)
-        out, scales = torch.empty(count, 8 * stride), self.scales.to(torch.float32)[rows].contiguous()
+        out, scales = _placed(count, 8 * stride, room), self.scales.to(torch.float32)[rows].contiguous()
         held = codes, stride, self.table.reshape(-1).numpy(), self.line.memory
         to, scale = out.numpy(), scales.numpy()
 
@@ -97,10 +108,10 @@ class Across(Matrix):
 class Along(Matrix):
     """Streams along inputs: tiles of 16 rows."""
 
-    def rows(self, rows: Rows) -> Tensor:
+    def rows(self, rows: Rows, room: Tensor | None = None) -> Tensor:
         """See `Matrix`."""
         index = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows.numpy()
-        out = torch.empty(len(index), self.width)
+        out = _placed(len(index), self.width, room)
         to, scales = out.numpy().reshape(-1), self.scales.to(torch.float32)[rows].numpy()
         table, memory, places = self._table(), self.line.memory, self._places
 
@@ -157,6 +168,11 @@ class Along(Matrix):
             for (first, total, _, _), byte in zip(cut.tolist(), moved[:, 0].tolist(), strict=True):
                 realigned(self.codes, index[rest] * stream + first, total, copy, byte)
             run(copy.reshape(-1), _padded(np.arange(len(rest)) * copy.shape[1]), _padded(rest), moved)
+
+
+def _placed(rows: int, width: int, room: Tensor | None) -> Tensor:
+    """Return a matrix to write to: new memory costs more than what is written there."""
+    return torch.empty(rows, width, dtype=torch.float32) if room is None else room[: rows * width].view(rows, width)
 
 
 def _padded(numbers: np.ndarray) -> np.ndarray:

@@ -10,8 +10,8 @@ from tersor.ops.trellis_linear.shapes import Line, segments
 from tersor.ops.trellis_linear.shapes import refusal as line_refused
 
 MOST_MEMORY = 16  # bits of windows whose numbers a table holds
-PIECES = (4, 2, 1)  # vectors that a pass over the codes multiplies
-FEW = 8  # vectors that passes serve faster than products of decoded rows
+PIECES = (8, 4, 2, 1)  # vectors that a pass over the codes multiplies
+FEW = 16  # vectors that passes serve faster than products of decoded rows
 BLOCK = 1 << 20  # numbers that are decoded at a time for many vectors
 LEAST = 16  # numbers of a line along inputs: of a register
 

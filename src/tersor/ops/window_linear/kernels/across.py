@@ -16,7 +16,7 @@ from numba.core.extending import intrinsic
 
 from tersor.numerics.machine import njit
 from tersor.ops.vectors import INT, INTS, LANES, LONG
-from tersor.ops.window_linear.kernels.gathers import Gathers
+from tersor.ops.window_linear.kernels.gathers import Gathers, edition
 
 WIDE = 4  # registers of windows that are led down together
 ROWS = 64  # of a tile: its bits and sums stay in the first cache, beside the table
@@ -27,7 +27,7 @@ def _down(blocks: int) -> Any:
     """Return an intrinsic that leads the windows of `16 * blocks` columns down some rows."""
 
     @intrinsic
-    def down(typing: Any, codes: Any, table: Any, met: Any, out: Any, marks: Any, at: Any):
+    def down(typing: Any, codes: Any, table: Any, met: Any, out: Any, marks: Any, at: Any, made: Any):
         """Add products of the columns to sums, or write numbers times scales.
 
         Parameters
@@ -39,9 +39,10 @@ def _down(blocks: int) -> Any:
         at : (byte of the columns' bits in the first row of the circle, bytes of a row of bits, bits of the circle,
               first number, numbers, bits that have entered before, memory, place in `met`, place in `out`, step of
               `out`)
+        made : edition of the instructions
         """
         del typing
-        return types.void(codes, table, met, out, marks, at), _write
+        return types.void(codes, table, met, out, marks, at, made), _write
 
     def _write(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         v = Gathers(context, builder, signature, arguments)
@@ -113,59 +114,68 @@ def _writing(v: Gathers) -> Callable[[Any, list[Any]], None]:
 _WIDE, _ONE = _down(WIDE), _down(1)
 
 
-@njit()
-def multiply(held: Any, x: Any, y: Any, marks: Any, tiles: Any, span: Any) -> None:
-    """Write products of tiles of rows.
+def _multiply(made: str) -> Any:
+    @njit()
+    def multiply(held: Any, x: Any, y: Any, marks: Any, tiles: Any, span: Any) -> None:
+        """Write products of tiles of rows.
 
-    Parameters
-    ----------
-    held : (codes, stride, table, memory)
-        Codes, uint8, are rows of bits, of `stride` bytes, a multiple of 2; the table is float32 (period * 2**memory,).
-    x : tuple of float32 (8 * stride,)
-        Vectors; past the columns that there are: 0. Kernels are compiled for as many as there are.
-    y : float32 (vectors, rows)
-    marks
-        See `_down`.
-    tiles : int64 (tiles, 6)
-        The row in `y`, rows (at most `ROWS`), the first row of bits of the circle, its bits, the first number in the
-        segment, the bits that have entered before.
-    span : (first, last)
-        Tiles.
-    """
-    codes, stride, table, memory = held
-    columns = 8 * stride
-    many = columns // (WIDE * LANES) * WIDE * LANES
-    sums = np.empty((ROWS, len(x), LANES), np.float32)
-    for i in range(span[0], span[1]):
-        row, count, first, total, number, begin = tiles[i]
-        sums[:count] = 0
-        base = first * stride
-        for column in range(0, many, WIDE * LANES):
-            at = (base + column // 8, stride, total, number, count, begin, memory, column, 0, 0)
-            _WIDE(codes, table, x, sums, marks, at)
-        for column in range(many, columns, LANES):
-            at = (base + column // 8, stride, total, number, count, begin, memory, column, 0, 0)
-            _ONE(codes, table, x, sums, marks, at)
-        for turn in range(count):
-            for vector in range(len(x)):
-                summed = np.float32(0)
-                for lane in range(LANES):
-                    summed += sums[turn, vector, lane]
-                y[vector, row + turn] = summed
+        Parameters
+        ----------
+        held : (codes, stride, table, memory)
+            Codes, uint8, are rows of bits, of `stride` bytes, a multiple of 2; the table is float32 (period * 2**memory,).
+        x : tuple of float32 (8 * stride,)
+            Vectors; past the columns that there are: 0. Kernels are compiled for as many as there are.
+        y : float32 (vectors, rows)
+        marks
+            See `_down`.
+        tiles : int64 (tiles, 6)
+            The row in `y`, rows (at most `ROWS`), the first row of bits of the circle, its bits, the first number in the
+            segment, the bits that have entered before.
+        span : (first, last)
+            Tiles.
+        """
+        codes, stride, table, memory = held
+        columns = 8 * stride
+        many = columns // (WIDE * LANES) * WIDE * LANES
+        sums = np.empty((ROWS, len(x), LANES), np.float32)
+        for i in range(span[0], span[1]):
+            row, count, first, total, number, begin = tiles[i]
+            sums[:count] = 0
+            base = first * stride
+            for column in range(0, many, WIDE * LANES):
+                at = (base + column // 8, stride, total, number, count, begin, memory, column, 0, 0)
+                _WIDE(codes, table, x, sums, marks, at, made)
+            for column in range(many, columns, LANES):
+                at = (base + column // 8, stride, total, number, count, begin, memory, column, 0, 0)
+                _ONE(codes, table, x, sums, marks, at, made)
+            for turn in range(count):
+                for vector in range(len(x)):
+                    summed = np.float32(0)
+                    for lane in range(LANES):
+                        summed += sums[turn, vector, lane]
+                    y[vector, row + turn] = summed
+
+    return multiply
 
 
-@njit()
-def decode(held: Any, scales: Any, out: Any, marks: Any, tiles: Any, span: Any) -> None:
-    """Write numbers of tiles of rows, times the rows' scales, to `out`, float32 (rows, 8 * stride); see `multiply`."""
-    codes, stride, table, memory = held
-    columns = 8 * stride
-    many = columns // (WIDE * LANES) * WIDE * LANES
-    for i in range(span[0], span[1]):
-        row, count, first, total, number, begin = tiles[i]
-        base, to = first * stride, row * columns
-        for column in range(0, many, WIDE * LANES):
-            at = (base + column // 8, stride, total, number, count, begin, memory, row, to + column, columns)
-            _WIDE(codes, table, scales, out, marks, at)
-        for column in range(many, columns, LANES):
-            at = (base + column // 8, stride, total, number, count, begin, memory, row, to + column, columns)
-            _ONE(codes, table, scales, out, marks, at)
+def _decode(made: str) -> Any:
+    @njit()
+    def decode(held: Any, scales: Any, out: Any, marks: Any, tiles: Any, span: Any) -> None:
+        """Write numbers of tiles of rows, times the rows' scales, to `out`, float32 (rows, 8 * stride); see `multiply`."""
+        codes, stride, table, memory = held
+        columns = 8 * stride
+        many = columns // (WIDE * LANES) * WIDE * LANES
+        for i in range(span[0], span[1]):
+            row, count, first, total, number, begin = tiles[i]
+            base, to = first * stride, row * columns
+            for column in range(0, many, WIDE * LANES):
+                at = (base + column // 8, stride, total, number, count, begin, memory, row, to + column, columns)
+                _WIDE(codes, table, scales, out, marks, at, made)
+            for column in range(many, columns, LANES):
+                at = (base + column // 8, stride, total, number, count, begin, memory, row, to + column, columns)
+                _ONE(codes, table, scales, out, marks, at, made)
+
+    return decode
+
+
+multiply, decode = _multiply(edition()), _decode(edition())

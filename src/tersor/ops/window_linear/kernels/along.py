@@ -14,14 +14,14 @@ from numba.core.extending import intrinsic
 
 from tersor.numerics.machine import njit
 from tersor.ops.vectors import INT, INTS, LANES, LONG
-from tersor.ops.window_linear.kernels.gathers import Gathers
+from tersor.ops.window_linear.kernels.gathers import Gathers, edition
 
 WORD = 32
 BLOCK = 4 * LANES  # bytes of a row that are transposed together
 
 
 @intrinsic
-def _fill(typing: Any, codes: Any, starts: Any, words: Any, at: Any):
+def _fill(typing: Any, codes: Any, starts: Any, words: Any, at: Any, made: Any):
     """Write the words of 16 rows, transposed, from the second of `words` on.
 
     Parameters
@@ -42,7 +42,7 @@ def _fill(typing: Any, codes: Any, starts: Any, words: Any, at: Any):
                 v.store(column, v.at(words, builder.mul(turn, LONG(LANES))))
         return context.get_dummy_value()
 
-    return types.void(codes, starts, words, at), _write
+    return types.void(codes, starts, words, at, made), _write
 
 
 def _number(v: Gathers, words: Any, table: Any, marks: tuple[Any, Any], number: Any, mask: Any) -> Any:
@@ -57,7 +57,7 @@ def _number(v: Gathers, words: Any, table: Any, marks: tuple[Any, Any], number: 
 
 
 @intrinsic
-def _along(typing: Any, words: Any, table: Any, x: Any, sums: Any, marks: Any, at: Any):
+def _along(typing: Any, words: Any, table: Any, x: Any, sums: Any, marks: Any, at: Any, made: Any):
     """Add products of a segment of 16 rows with vectors to `sums`, float32 (vectors, 16).
 
     Parameters
@@ -87,28 +87,28 @@ def _along(typing: Any, words: Any, table: Any, x: Any, sums: Any, marks: Any, a
             v.store(v.load(total), v.at(sums, vector * LANES))
         return context.get_dummy_value()
 
-    return types.void(words, table, x, sums, marks, at), _write
+    return types.void(words, table, x, sums, marks, at, made), _write
 
 
 @intrinsic
-def _spell(typing: Any, words: Any, table: Any, scales: Any, out: Any, marks: Any, to: Any, at: Any):
+def _spell(typing: Any, words: Any, table: Any, lines: Any, out: Any, marks: Any, at: Any, made: Any):
     """Write the numbers of a segment of 16 rows, times the rows' scales.
 
     Parameters
     ----------
+    lines : (scales, places)
+        Of rows, float32 and int64: where they begin in `out`.
     marks
         As of `_along`.
-    to : int64
-        Where rows begin in `out`.
-    at : (numbers, at least 16, mask, place in `scales` and `to`, column)
+    at : (numbers, at least 16, mask, place in `lines`, column)
     """
     del typing
 
     def _write(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         v = Gathers(context, builder, signature, arguments)
-        words, table, scales, out = (v.array(place) for place in range(4))
-        both, to = (v.array(4, 0), v.array(4, 1)), v.array(5)
-        count, mask, place, column = (v.value(6, i) for i in range(4))
+        words, table, out = (v.array(place) for place in (0, 1, 3))
+        scales, to, both = v.array(2, 0), v.array(2, 1), (v.array(4, 0), v.array(4, 1))
+        count, mask, place, column = (v.value(5, i) for i in range(4))
         mask, scale = builder.trunc(mask, INT), v.load(v.at(scales, place))
         rows = [v.at(out, builder.add(v.number(to, builder.add(place, LONG(i))), column)) for i in range(LANES)]
         blocks = builder.sdiv(builder.add(count, LONG(LANES - 1)), LONG(LANES))
@@ -121,7 +121,7 @@ def _spell(typing: Any, words: Any, table: Any, scales: Any, out: Any, marks: An
                 v.store(numbers, v.at(row, first))
         return context.get_dummy_value()
 
-    return types.void(words, table, scales, out, marks, to, at), _write
+    return types.void(words, table, lines, out, marks, at, made), _write
 
 
 @njit()
@@ -136,49 +136,58 @@ def _close(codes: Any, starts: Any, words: Any, place: Any, byte: Any, total: An
         words[lane] = np.int32(held >> (begin & 7) << (WORD - memory) & 0xFFFFFFFF)
 
 
-@njit()
-def multiply(held: Any, x: Any, y: Any, marks: Any, parts: Any, span: Any) -> None:
-    """Write products of tiles of 16 rows.
+def _multiply(made: str) -> Any:
+    @njit()
+    def multiply(held: Any, x: Any, y: Any, marks: Any, parts: Any, span: Any) -> None:
+        """Write products of tiles of 16 rows.
 
-    Parameters
-    ----------
-    held : (codes, starts, table, memory)
-        Codes, uint8, are streams of which every circle begins with a byte, with `BLOCK` bytes behind the last; rows
-        begin at the bytes `starts`, int64 (16 * tiles,). The table, float32 (period * 2**memory,), is by windows with
-        the oldest bit lowest.
-    x : tuple of float32 (width,)
-        Vectors. Kernels are compiled for as many as there are.
-    y : float32 (vectors, 16 * tiles)
-    marks
-        See `_along`.
-    parts : int64 (segments, 4)
-        Byte of the circle in a row, its bits, first number, numbers.
-    span : (first, last)
-        Tiles.
-    """
-    codes, starts, table, memory = held
-    words = np.empty((2 + parts[:, 1].max() // WORD + LANES) * LANES, np.int32)
-    sums = np.empty(len(x) * LANES, np.float32)
-    for tile in range(span[0], span[1]):
-        sums[:] = 0
-        for i in range(parts.shape[0]):
-            byte, total, first, count = parts[i]
-            _close(codes, starts, words, tile * LANES, byte, total, memory)
-            _fill(codes, starts, words, (tile * LANES, byte, (total + 8 * BLOCK - 1) // (8 * BLOCK)))
-            _along(words, table, x, sums, marks, (count, (1 << memory) - 1, first))
-        for vector in range(len(x)):
-            for lane in range(LANES):
-                y[vector, tile * LANES + lane] = sums[vector * LANES + lane]
+        Parameters
+        ----------
+        held : (codes, starts, table, memory)
+            Codes, uint8, are streams of which every circle begins with a byte, with `BLOCK` bytes behind the last; rows
+            begin at the bytes `starts`, int64 (16 * tiles,). The table, float32 (period * 2**memory,), is by windows with
+            the oldest bit lowest.
+        x : tuple of float32 (width,)
+            Vectors. Kernels are compiled for as many as there are.
+        y : float32 (vectors, 16 * tiles)
+        marks
+            See `_along`.
+        parts : int64 (segments, 4)
+            Byte of the circle in a row, its bits, first number, numbers.
+        span : (first, last)
+            Tiles.
+        """
+        codes, starts, table, memory = held
+        words = np.empty((2 + parts[:, 1].max() // WORD + LANES) * LANES, np.int32)
+        sums = np.empty(len(x) * LANES, np.float32)
+        for tile in range(span[0], span[1]):
+            sums[:] = 0
+            for i in range(parts.shape[0]):
+                byte, total, first, count = parts[i]
+                _close(codes, starts, words, tile * LANES, byte, total, memory)
+                _fill(codes, starts, words, (tile * LANES, byte, (total + 8 * BLOCK - 1) // (8 * BLOCK)), made)
+                _along(words, table, x, sums, marks, (count, (1 << memory) - 1, first), made)
+            for vector in range(len(x)):
+                for lane in range(LANES):
+                    y[vector, tile * LANES + lane] = sums[vector * LANES + lane]
+
+    return multiply
 
 
-@njit()
-def decode(held: Any, scales: Any, out: Any, to: Any, marks: Any, parts: Any, span: Any) -> None:
-    """Write the numbers of tiles of 16 rows, times `scales`, to the places `to` of `out`; see `multiply`."""
-    codes, starts, table, memory = held
-    words = np.empty((2 + parts[:, 1].max() // WORD + LANES) * LANES, np.int32)
-    for tile in range(span[0], span[1]):
-        for i in range(parts.shape[0]):
-            byte, total, first, count = parts[i]
-            _close(codes, starts, words, tile * LANES, byte, total, memory)
-            _fill(codes, starts, words, (tile * LANES, byte, (total + 8 * BLOCK - 1) // (8 * BLOCK)))
-            _spell(words, table, scales, out, marks, to, (count, (1 << memory) - 1, tile * LANES, first))
+def _decode(made: str) -> Any:
+    @njit()
+    def decode(held: Any, scales: Any, out: Any, to: Any, marks: Any, parts: Any, span: Any) -> None:
+        """Write the numbers of tiles of 16 rows, times `scales`, to the places `to` of `out`; see `multiply`."""
+        codes, starts, table, memory = held
+        words = np.empty((2 + parts[:, 1].max() // WORD + LANES) * LANES, np.int32)
+        for tile in range(span[0], span[1]):
+            for i in range(parts.shape[0]):
+                byte, total, first, count = parts[i]
+                _close(codes, starts, words, tile * LANES, byte, total, memory)
+                _fill(codes, starts, words, (tile * LANES, byte, (total + 8 * BLOCK - 1) // (8 * BLOCK)), made)
+                _spell(words, table, (scales, to), out, marks, (count, (1 << memory) - 1, tile * LANES, first), made)
+
+    return decode
+
+
+multiply, decode = _multiply(edition()), _decode(edition())

@@ -9,11 +9,16 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils
 
-from tersor.ops.vectors import FLOATS, INT, LANES, LONG, Vectors
+from tersor.ops.vectors import FLOATS, INT, LANES, LONG, Vectors, how
 
 BYTE = ir.IntType(8)
 ONE, EIGHT = ir.IntType(1), 8
 FLOAT_BYTES = 4
+
+
+def edition() -> str:
+    """Return which edition of the instructions kernels are made of: a value around each, so that none outlives it."""
+    return how(sources=(__file__,))
 
 
 class Gathers(Vectors):
