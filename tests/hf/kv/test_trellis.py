@@ -121,7 +121,7 @@ def test_ladders_by_name() -> None:
         assert len(found) == len(rungs) / 2
         assert list(found) == sorted(found)
         assert {1.5, 2, 2.5, 3, 4} <= found.keys()
-        assert all(memory == window(bits, effort) for bits, memory in found.items())
+        assert all(memory == window(Trellis, bits, effort) for bits, memory in found.items())
         assert max(found.values()) <= WINDOWS[effort]
     with pytest.raises(CodecConfigError, match="one of klt, trellis, all, found 'lm2'"):
         ladder("lm2")
