@@ -89,6 +89,16 @@ def test_the_compiled_kernel_unpacks_the_same(width: int, monkeypatch: pytest.Mo
                 assert torch.equal(unpack(packed, 2**width, start, stop), codes[start:stop])
 
 
+@pytest.mark.parametrize("width", [1, 4])
+def test_models_are_built_under_another_default_device(width: int) -> None:
+    """Transformers load under the meta device, and masks of mixed rows are counted then."""
+    pytest.importorskip("numba")
+    codes = torch.tensor(draw(packing._MANY, 1 << width, width))
+    words = pack(codes, 1 << width)
+    with torch.device("meta"):
+        assert unpack(words, 1 << width, 0, len(codes)).tolist() == codes.tolist()
+
+
 def test_non_contiguous_codes() -> None:
     codes = torch.arange(24, dtype=torch.uint8).reshape(4, 6).T % 5
     assert unpack(pack(codes, 5), 5, 0, 24).tolist() == codes.reshape(-1).tolist()

@@ -119,7 +119,7 @@ def _unpack_compiled(words: Tensor, width: int, start: int, stop: int) -> Tensor
     from tersor.payload import compiled
 
     first = start // 8  # of groups of eight codes, which start with a byte
-    found = torch.empty(-(-stop // 8) - first, dtype=torch.int64)
+    found = torch.empty(-(-stop // 8) - first, dtype=torch.int64, device="cpu")
     compiled.unpack(words.numpy(), width, first * width, found.numpy().view(np.uint64))
     return found.view(torch.uint8)[start - 8 * first : stop - 8 * first]
 

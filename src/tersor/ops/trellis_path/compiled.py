@@ -21,7 +21,7 @@ def states(numbers: Tensor, table: Tensor, steps: Steps) -> Tensor:
     Every segment is walked by itself, so the paths do not depend on the number of threads.
     """
     count, length = numbers.shape
-    out = torch.empty(count, length, dtype=torch.int64)
+    out = torch.empty(count, length, dtype=torch.int64, device="cpu")
     shares = max(1, min(threads_allowed(), count, (count * length << steps.memory) // LEAST_WORK))
     parts = zip(numbers.contiguous().tensor_split(shares), out.tensor_split(shares), strict=True)
     first, *others = [(*part, table.contiguous(), steps) for part in parts]
