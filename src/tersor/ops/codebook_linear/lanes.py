@@ -182,9 +182,9 @@ class _Matrix:
         table, kind = levels.table_of(self.table, self.form), self.table_kind
         met = torch.from_numpy(levels.ordered(x.to(torch.float32).contiguous().numpy(), self.bits))
         met = met.permute(2, 0, 1, 3).reshape(x.shape[0], -1)
-        y = torch.empty(x.shape[0], self.shape[0], dtype=torch.float32)
+        y = torch.empty(x.shape[0], self.shape[0], dtype=torch.float32, device="cpu")
         step = max(levels.ROWS, BLOCK // met.shape[1])
-        room = torch.empty(min(step, self.shape[0]), met.shape[1], dtype=torch.float32)
+        room = torch.empty(min(step, self.shape[0]), met.shape[1], dtype=torch.float32, device="cpu")
         write = spread.spread(self.bits, kind)
         safe = max(0, (len(self.codes) - self.blocks * levels.block_bytes(self.bits)) // self.stride + 1)
         for start in range(0, self.shape[0], step):

@@ -14,7 +14,7 @@ from tersor.ops.trellis_linear.shapes import Line, segments
 
 def numbers(signs: Tensor, taps: Tensor, scales: Tensor | None, line: Line) -> Tensor:
     """Return lines (n, length) of streams (n, stream), times `scales` (length,), float32."""
-    out = torch.empty(len(signs), line.length, dtype=torch.float32)
+    out = torch.empty(len(signs), line.length, dtype=torch.float32, device="cpu")
     factors = np.empty(0, np.float32) if scales is None else _array(scales)
     if out.numel():
         fir.numbers()(_array(signs), _array(taps), *_shape(line), factors, out.numpy())
@@ -23,7 +23,7 @@ def numbers(signs: Tensor, taps: Tensor, scales: Tensor | None, line: Line) -> T
 
 def filtered(lines: Tensor, taps: Tensor, line: Line) -> Tensor:
     """Return what the signs of streams meet instead of lines, float32 (n, stream) for (n, length)."""
-    out = torch.empty(len(lines), line.stream, dtype=torch.float32)
+    out = torch.empty(len(lines), line.stream, dtype=torch.float32, device="cpu")
     if out.numel():
         fir.filtered()(_array(lines), _array(taps), *_shape(line), out.numpy())
     return out

@@ -40,8 +40,8 @@ class Matrix:
         """Return products with vectors (vectors, width), in their dtype, of blocks of rows, decoded in one place."""
         count = len(self.scales)
         step = min(count, max(across.ROWS, BLOCK // self.width // across.ROWS * across.ROWS))
-        wide, out = x.to(torch.float32), torch.empty(len(x), count, dtype=x.dtype)
-        room = torch.empty(step * -(-self.width // LANES) * LANES, dtype=torch.float32)
+        wide, out = x.to(torch.float32), torch.empty(len(x), count, dtype=x.dtype, device="cpu")
+        room = torch.empty(step * -(-self.width // LANES) * LANES, dtype=torch.float32, device="cpu")
         for start in range(0, count, step):
             block = slice(start, min(start + step, count))
             out[:, block] = wide @ self.rows(block, room).T
@@ -50,7 +50,7 @@ class Matrix:
     def few(self, x: Tensor) -> Tensor:
         """Return products with vectors (vectors, width), in their dtype, by passes over the codes."""
         wide = x.to(torch.float32).contiguous()
-        y = torch.empty(len(x), len(self.scales), dtype=torch.float32)
+        y = torch.empty(len(x), len(self.scales), dtype=torch.float32, device="cpu")
         for first, count in pieces(len(x)):
             self._multiply(wide[first : first + count], y[first : first + count])
         return y.mul_(self.scales.to(torch.float32)).to(x.dtype)
@@ -172,7 +172,9 @@ class Along(Matrix):
 
 def _placed(rows: int, width: int, room: Tensor | None) -> Tensor:
     """Return a matrix to write to: new memory costs more than what is written there."""
-    return torch.empty(rows, width, dtype=torch.float32) if room is None else room[: rows * width].view(rows, width)
+    if room is None:
+        return torch.empty(rows, width, dtype=torch.float32, device="cpu")
+    return room[: rows * width].view(rows, width)
 
 
 def _padded(numbers: np.ndarray) -> np.ndarray:
