@@ -125,7 +125,7 @@ def _plan(folder: Path) -> None:
 
 def _read_plan(folder: Path) -> Read:
     picks = from_json(read_json(folder / "plan.json"))
-    ladder = [parse(text) for text in read_ladder(folder / "ladder.json", ())]
+    ladder = [parse(text) for text in read_ladder(folder / "ladder.json")]
     weights = check_weights(["layer0", "layer1"], read_weights(folder / "weights.json"))
     sizes = [codec.nbytes(SHAPE) for codec in picks.values()]
     return {"plan": str(picks), "ladder": str(ladder), "weights": str(weights), "sizes": str(sizes)}

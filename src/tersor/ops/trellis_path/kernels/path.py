@@ -66,8 +66,10 @@ def _off(x, high, low, table, WHOLE: gl.constexpr, LAYOUT: gl.constexpr):
         MIDDLE: gl.constexpr = high.shape[1]
         LOW: gl.constexpr = low.shape[2]
         index = (_tops(TOP, LAYOUT) * MIDDLE + _middles(MIDDLE, LAYOUT)) * LOW + _lows(LOW, LAYOUT)
-        return gl.load(table + index) - x
-    return high + (low - x)
+        off = gl.load(table + index) - x
+    else:
+        off = high + (low - x)
+    return off
 
 
 @gluon.jit
