@@ -118,9 +118,13 @@ def test_gradient(text: str) -> None:
 
 
 def degenerate() -> Tensor:
-    """Return columns of which one is 0, one of equal numbers, and one 2**40 times the others."""
+    """Return columns of which one is 0, one of equal numbers, and one 2**40 times the others.
+
+    The equal numbers are a power of two: a rotation cancels them, and what is left of others times a factor is below
+    the least number once all are 2**-100 as large, on machines that fuse products and sums.
+    """
     matrix = gaussian((40, 40), 5)
-    matrix[:, 3], matrix[:, 7] = 0.0, 3.3
+    matrix[:, 3], matrix[:, 7] = 0.0, 4.0
     matrix[:, 9] *= 2.0**40
     return matrix
 
