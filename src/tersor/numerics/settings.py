@@ -224,7 +224,8 @@ def _subnormals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
+    with _THREADS:  # a thread that asks for the first time while another sets its own learns the other's
+        before = torch.get_num_threads()
     _OWN.allowed = before
     if before == 1:
         yield
