@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tersor.ops import dispatch
 from tersor.ops.codebook_linear import codebook_linear
-from tersor.ops.codebook_linear.shapes.lanes import FEW, pieces, refusal, tiled_pieces
+from tersor.ops.codebook_linear.shapes.lanes import FEW, PIECES, refusal, tiled_pieces
+from tersor.ops.workers import passes
 from tersor.payload import packing
 from tersor.testing import gaussian
 from tests.ops.test_codebook_linear import exact, problem
@@ -151,8 +152,8 @@ def test_what_the_kernels_take() -> None:
     assert "5 bits" in str(refusal(5, 4096, 4096))
     assert "no whole bytes" in str(refusal(2, 7, 7))
     assert "groups of 12" in str(refusal(3, 96, 12))
-    assert pieces(7) == [(0, 4), (4, 2), (6, 1)]
-    assert pieces(0) == []
+    assert passes(7, PIECES) == [(0, 4), (4, 2), (6, 1)]
+    assert passes(0, PIECES) == []
     assert tiled_pieces(2) == [(0, 16)]
     assert tiled_pieces(17) == [(0, 32)]
     assert tiled_pieces(70) == [(0, 64), (64, 16)]

@@ -55,11 +55,15 @@ class Search:
 class ColumnEncoder(abc.ABC):
     """Encoder state over blocks of columns; what error feedback drives.
 
-    The driver hands over blocks of a multiple of `width` columns (the last may be narrower) from left to right, already
+    The driver hands over blocks of `width` columns, or those between `edges`, from left to right, already
     corrected for earlier errors, and uses the decoded block that comes back to correct what follows.
     """
 
     width: int
+
+    def edges(self, columns: int) -> list[int]:
+        """Return the first column of every block that the driver hands over alone, and the number of columns."""
+        return [*range(0, columns, self.width), columns]
 
     @abc.abstractmethod
     def block(self, start: int, columns: Tensor) -> Tensor:

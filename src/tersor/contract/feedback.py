@@ -6,6 +6,9 @@ any codec that offers a `ColumnEncoder`.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -31,32 +34,37 @@ def encode_with_feedback(encoder: ColumnEncoder, matrix: Tensor, hessian: Tensor
     upper = inverse_cholesky(hessian, damping)
     work = matrix.to(torch.float32, copy=True)
     width = work.shape[1]
-    stride = -(-LAZY_BLOCK // encoder.width) * encoder.width
-    inverses = _inverses(upper, encoder.width)
-    for first in range(0, width, stride):
-        last = min(first + stride, width)
+    edges = encoder.edges(width)
+    inverses = _inverses(upper, edges)
+    for blocks in _stripes(edges):
+        first, last = edges[blocks[0]], edges[blocks[-1] + 1]
         errors = torch.empty(work.shape[0], last - first, dtype=torch.float32, device=work.device)
-        for start in range(first, last, encoder.width):
-            stop = min(start + encoder.width, last)
+        for block in blocks:
+            start, stop = edges[block], edges[block + 1]
             columns = work[:, start:stop]
             decoded = encoder.block(start, columns)
             # solve E U_bb = W - Ŵ for the block, then W_later -= E U_b,later
             error = errors[:, start - first : stop - first]
-            torch.mm(columns - decoded, inverses[start // encoder.width][: stop - start, : stop - start], out=error)
+            torch.mm(columns - decoded, inverses[block][: stop - start, : stop - start], out=error)
             work[:, stop:last].addmm_(error, upper[start:stop, stop:last], alpha=-1)
         work[:, last:].addmm_(errors, upper[first:last, last:], alpha=-1)
     return encoder.finish()
 
 
-def _inverses(upper: Tensor, width: int) -> Tensor:
-    """Return the inverses of the blocks (width, width) on the diagonal, all at once; the last ends in ones."""
-    count = -(-len(upper) // width)
-    blocks = torch.eye(width, dtype=upper.dtype, device=upper.device).repeat(count, 1, 1)
-    whole = len(upper) // width
-    inner = upper[: whole * width, : whole * width].unflatten(0, (whole, width)).unflatten(2, (whole, width))
-    blocks[:whole] = inner.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    rest = len(upper) - whole * width
-    if rest:
-        blocks[-1, :rest, :rest] = upper[whole * width :, whole * width :]
-    unit = torch.eye(width, dtype=upper.dtype, device=upper.device).expand_as(blocks)
-    return torch.linalg.solve_triangular(blocks, unit, upper=True)
+def _stripes(edges: list[int]) -> Iterator[range]:
+    """Return blocks in groups of at least `LAZY_BLOCK` columns, but for the last."""
+    first = 0
+    for block in range(1, len(edges)):
+        if block == len(edges) - 1 or edges[block] - edges[first] >= LAZY_BLOCK:
+            yield range(first, block)
+            first = block
+
+
+def _inverses(upper: Tensor, edges: list[int]) -> Tensor:
+    """Return the inverses of the blocks on the diagonal, all at once: narrower ones end in ones."""
+    spans = list(itertools.pairwise(edges))
+    unit = torch.eye(max(stop - start for start, stop in spans), dtype=upper.dtype, device=upper.device)
+    blocks = unit.repeat(len(spans), 1, 1)
+    for block, (start, stop) in zip(blocks, spans, strict=True):
+        block[: stop - start, : stop - start] = upper[start:stop, start:stop]
+    return torch.linalg.solve_triangular(blocks, unit.expand_as(blocks), upper=True)

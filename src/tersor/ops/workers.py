@@ -1,10 +1,10 @@
-"""Shares of a kernel's rows for threads: for kernels on the processor that let go of Python's lock."""
+"""Shares of a kernel's work on the processor: rows for threads, vectors for passes."""
 
 from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
@@ -34,6 +34,16 @@ def share(count: int, nbytes: int, work: Callable[[tuple[int, int]], object]) ->
     work(spans[0])
     for one in waiting:
         one.result()
+
+
+def passes(vectors: int, sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the first vector of every pass over the codes, and how many it multiplies: the most of falling sizes."""
+    found, first = [], 0
+    while first < vectors:
+        size = next(size for size in sizes if size <= vectors - first)
+        found.append((first, size))
+        first += size
+    return found
 
 
 @lru_cache(maxsize=2)

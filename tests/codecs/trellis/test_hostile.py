@@ -192,10 +192,7 @@ def test_decoding_along_outputs_is_bounded() -> None:
     assert seen.elements <= 4000 * 2 * 8 * 8
 
 
-UNEVEN = pytest.mark.xfail(strict=True, reason="uneven segments make one block of all columns: nothing is handed on")
-
-
-@pytest.mark.parametrize("width", [576, 1536, pytest.param(1408, marks=UNEVEN), pytest.param(900, marks=UNEVEN)])
+@pytest.mark.parametrize("width", [576, 1536, 1408, 900])
 def test_feedback_along_inputs_hands_something_on(width: int) -> None:
     codec, matrix = parse("tr2x8"), gaussian((16, width), 3)
     root = gaussian((300, width), 4) * torch.linspace(0.1, 2, width)

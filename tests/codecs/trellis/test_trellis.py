@@ -133,7 +133,7 @@ def test_feedback_lowers_the_proxy() -> None:
     assert errors["rot,tr2x8o", True] < 0.9 * errors["rot,tr2x8o", False]
 
 
-@pytest.mark.parametrize("text", ["tr2x8", "tr3x9o", "tr2.5x8"])
+@pytest.mark.parametrize("text", ["tr2x8", "tr3x9o", "tr2.5x8", "tr2nx8", "tr1.5nx8o"])
 def test_every_stream_decodes(text: str) -> None:
     codec, shape = parse(text), (40, 56)
     layout = codec.layout(shape)

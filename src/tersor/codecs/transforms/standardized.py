@@ -94,6 +94,10 @@ class _Columns(ColumnEncoder):
         self.width = inner.width
         self._codec, self._own, self._inner = codec, own, inner
 
+    def edges(self, columns: int) -> list[int]:
+        """Return the inner encoder's; see `ColumnEncoder`."""
+        return self._inner.edges(columns)
+
     def block(self, start: int, columns: Tensor) -> Tensor:
         """Encode columns; see `ColumnEncoder`."""
         chosen = slice(start, start + columns.shape[1])

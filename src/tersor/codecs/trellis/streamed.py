@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
@@ -20,8 +21,8 @@ from tersor.codecs.trellis.windows import Window
 from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, Traits
 from tersor.contract.feedback import encode_with_feedback
 from tersor.errors import CodecConfigError
-from tersor.ops.trellis_linear import Line, segments
-from tersor.ops.window_linear import MOST_MEMORY, decoded_rows, windows
+from tersor.ops.trellis_linear.shapes import Line, segments, windows
+from tersor.ops.window_linear import MOST_MEMORY, decoded_rows
 from tersor.payload import codes, packing
 from tersor.payload.blocks import Rows, Shape, row_blocks, shape_of
 from tersor.payload.layout import Layout, TensorSpec
@@ -213,6 +214,12 @@ class _Columns(ColumnEncoder):
         self._bits = torch.empty(codec.stream_shape(self._shape), dtype=torch.uint8, device=matrix.device)
         self._sizes = set(segments(self._shape[1]))
         self.width = BLOCK if codec.axis == "out" else self._shape[1] if len(self._sizes) > 1 else min(self._sizes)
+
+    def edges(self, columns: int) -> list[int]:
+        """Return where blocks of columns begin, or, along inputs, segments; see `ColumnEncoder`."""
+        if self._codec.axis == "out":
+            return super().edges(columns)
+        return [0, *itertools.accumulate(segments(columns))]
 
     def block(self, start: int, columns: Tensor) -> Tensor:
         """Encode columns; see `ColumnEncoder`."""

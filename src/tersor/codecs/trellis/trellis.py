@@ -88,6 +88,7 @@ class Trellis(Streamed, MultipliesRotated):
         """Return signs, met by filtered vectors; decoded rows where streams run along outputs."""
         return _Streams(encoded) if self.axis == "in" else super().coordinates(encoded)
 
+
 class _Streams(Coordinates):
     """Signs of the streams, times their rows' scales, as coordinates."""
 

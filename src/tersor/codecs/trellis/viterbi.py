@@ -46,12 +46,12 @@ def coded(code: Window, numbers: Tensor, width: int | None = None) -> tuple[Tens
     length = numbers.shape[1]
     if width is None and code.memory > MOST_MEMORY:
         width = BEAM
-    if code.bits(length) >= max(code.memory, MOST_TRIED + 1) and width is None:
-        return best(numbers, values_on(code, numbers.device), Steps(code.memory, code.shifts, isinstance(code, Filter)))
     if code.bits(length) < max(code.memory, MOST_TRIED + 1):
         bits = _tiny(code, numbers)
+    elif width is None:
+        return best(numbers, values_on(code, numbers.device), Steps(code.memory, code.shifts, isinstance(code, Filter)))
     else:
-        bits = bits_of(beam.entering(numbers, code.sums(), width or BEAM), code.shifts)
+        bits = bits_of(beam.entering(numbers, code.sums(), width), code.shifts)
     return bits, code.numbers(bits.to(torch.float32).mul_(2).sub_(1), length)
 
 

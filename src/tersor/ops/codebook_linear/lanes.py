@@ -19,15 +19,15 @@ from tersor.ops.codebook_linear.kernels import levels, spread, tables, tiles
 from tersor.ops.codebook_linear.shapes.lanes import (
     BLOCK,
     FEW,
+    PIECES,
     TABLE_BITS,
     TILED_BITS,
     TILED_FROM,
     lane_codes,
-    pieces,
     tiled_pieces,
 )
 from tersor.ops.vectors import LANES
-from tersor.ops.workers import share
+from tersor.ops.workers import passes, share
 from tersor.payload import packing
 
 
@@ -124,7 +124,7 @@ class _Matrix:
         x = x.to(torch.float32).contiguous()
         y = np.empty((x.shape[0], self.shape[0]), np.float32)
         by_tables = self.bits in TABLE_BITS and not self.groups.several
-        for first, count in pieces(x.shape[0]):
+        for first, count in passes(x.shape[0], PIECES):
             met, to = x[first : first + count], y[first : first + count]
             if by_tables:
                 self._by_tables(met, to)

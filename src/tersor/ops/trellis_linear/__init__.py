@@ -36,12 +36,7 @@ def trellis_filter(x: Tensor, taps: Tensor, scales: Tensor | None, shifts: Seque
     length : int
         Numbers of a line.
     """
-    line = Line(length, tuple(shifts), taps.shape[1])
-    flat = x.reshape(-1, x.shape[-1])
-    made = reference.filtered(flat, taps, line) if back else reference.numbers(flat, taps, line)
-    if scales is not None:
-        made = made * scales.to(torch.float32)
-    return made.reshape(*x.shape[:-1], -1).to(x.dtype)
+    return reference.filtering(x, taps, scales, Line(length, tuple(shifts), taps.shape[1]), back=back)
 
 
 @trellis_filter.register_fake
@@ -55,14 +50,12 @@ def _(x: Tensor, taps: Tensor, scales: Tensor | None, shifts: Sequence[int], len
 def _(x: Tensor, taps: Tensor, scales: Tensor | None, shifts: Sequence[int], length: int, *,
       back: bool = False) -> Tensor:
     line = Line(length, tuple(shifts), taps.shape[1])
-    flat = x.reshape(-1, x.shape[-1])
-    if compiled_allowed("trellis_filter"):
-        from tersor.ops.trellis_linear import lanes
+    if not compiled_allowed("trellis_filter"):
+        return reference.filtering(x, taps, scales, line, back=back)
+    from tersor.ops.trellis_linear import lanes
 
-        made = lanes.filtered(flat, taps, line) if back else lanes.numbers(flat, taps, scales, line)
-    else:
-        made = reference.filtered(flat, taps, line) if back else reference.numbers(flat, taps, line)
-        made = made if scales is None else made * scales.to(torch.float32)
+    flat = x.reshape(-1, x.shape[-1])
+    made = lanes.filtered(flat, taps, line) if back else lanes.numbers(flat, taps, scales, line)
     return made.reshape(*x.shape[:-1], -1).to(x.dtype)
 
 
@@ -70,15 +63,12 @@ def _(x: Tensor, taps: Tensor, scales: Tensor | None, shifts: Sequence[int], len
 def _(x: Tensor, taps: Tensor, scales: Tensor | None, shifts: Sequence[int], length: int, *,
       back: bool = False) -> Tensor:
     line = Line(length, tuple(shifts), taps.shape[1])
-    flat = x.reshape(-1, x.shape[-1])
     if take_reference("trellis_filter", refusal(line), x.device):
-        made = reference.filtered(flat, taps, line) if back else reference.numbers(flat, taps, line)
-        made = (made if scales is None else made * scales.to(torch.float32)).to(x.dtype)
-    else:
-        from tersor.ops.trellis_linear import launch
+        return reference.filtering(x, taps, scales, line, back=back)
+    from tersor.ops.trellis_linear import launch
 
-        made = (launch.filtered(flat, taps, line, x.dtype) if back
-                else launch.numbers(flat, taps, scales, line, x.dtype))
+    flat = x.reshape(-1, x.shape[-1])
+    made = launch.filtered(flat, taps, line, x.dtype) if back else launch.numbers(flat, taps, scales, line, x.dtype)
     return made.reshape(*x.shape[:-1], -1)
 
 

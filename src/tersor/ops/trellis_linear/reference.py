@@ -9,9 +9,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from tersor.ops.trellis_linear.shapes import Line, segments
+from tersor.ops.trellis_linear.shapes import Line, segments, windows
 from tersor.payload import codes as packed
 from tersor.payload.blocks import Rows
+
+
+def filtering(x: Tensor, taps: Tensor, scales: Tensor | None, line: Line, *, back: bool) -> Tensor:
+    """Return what `trellis_filter` does; arguments as of the op."""
+    flat = x.reshape(-1, x.shape[-1])
+    made = filtered(flat, taps, line) if back else numbers(flat, taps, line)
+    made = made if scales is None else made * scales.to(torch.float32)
+    return made.reshape(*x.shape[:-1], -1).to(x.dtype)
 
 
 def numbers(signs: Tensor, taps: Tensor, line: Line) -> Tensor:
@@ -62,31 +70,18 @@ def rows(codes: Tensor, taps: Tensor, scales: Tensor, line: Line, width: int, ch
     if not across:
         shape = (len(scales), line.stream)
         return numbers(_signs(packed.read(codes, shape, 2, chosen)), taps, line).mul_(scale)
-    place, weights = _line_windows(tuple(map(tuple, taps.tolist())), line)
-    place, weights = place.to(codes.device)[chosen], weights.to(codes.device)[chosen]
+    place, phases = (one.to(codes.device)[chosen] for one in windows(line))
     if isinstance(chosen, slice) and len(place):  # bits of neighbours lie side by side
         first = int(place.min())
         needed, place = slice(first, int(place.max()) + 1), place - first
     else:
         needed, place = place.unique(return_inverse=True)
     signs = _signs(packed.read(codes, (line.stream, width), 2, needed))
-    return embedding_bag(place, signs, mode="sum", per_sample_weights=weights).mul_(scale)
+    return embedding_bag(place, signs, mode="sum", per_sample_weights=taps.to(codes.device)[phases]).mul_(scale)
 
 
 def _signs(bits: Tensor) -> Tensor:
     return bits.to(torch.float32).mul_(2).sub_(1)
-
-
-@lru_cache(maxsize=16)
-def _line_windows(taps: tuple[tuple[float, ...], ...], line: Line) -> tuple[Tensor, Tensor]:
-    """Return which bits of a line's stream each of its numbers is made of, and their weights: (length, memory)."""
-    places, weights, first = [], [], 0
-    for size in segments(line.length):
-        seen, phases, total = line.windows(size)
-        places.append(first + seen)
-        weights.append(torch.tensor(taps)[phases])
-        first += total
-    return torch.cat(places), torch.cat(weights)
 
 
 def matrix(taps: Tensor, line: Line, size: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -57,6 +57,18 @@ class Line:
         total = int(entering.sum())
         newest = entering.cumsum(0) - 1
         return (newest[:, None] - torch.arange(self.memory)) % total, phases, total
+
+
+@lru_cache(maxsize=16)
+def windows(line: Line) -> tuple[Tensor, Tensor]:
+    """Return which bits of a line's stream each of its numbers sees, (length, memory), and its phase (length,)."""
+    places, phases, first = [], [], 0
+    for size in segments(line.length):
+        seen, phase, total = line.windows(size)
+        places.append(first + seen)
+        phases.append(phase)
+        first += total
+    return torch.cat(places), torch.cat(phases)
 
 
 @cache

@@ -15,7 +15,6 @@ from torch import Tensor
 from tersor.ops.dispatch import compiled_allowed
 from tersor.ops.trellis_linear.shapes import Line
 from tersor.ops.window_linear import reference
-from tersor.ops.window_linear.reference import windows
 from tersor.ops.window_linear.shapes import FEW, MOST_MEMORY, refusal
 from tersor.payload.blocks import Rows, row_blocks
 
@@ -85,4 +84,4 @@ def _matrix(codes: Tensor, table: Tensor, scales: Tensor, line: Line, width: int
     return (lanes.Across if across else lanes.Along)(codes.numpy(), table.contiguous(), scales, line, width)
 
 
-__all__ = ["MOST_MEMORY", "Line", "decoded_rows", "window_linear", "windows"]
+__all__ = ["MOST_MEMORY", "Line", "decoded_rows", "window_linear"]

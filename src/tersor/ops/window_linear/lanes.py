@@ -17,8 +17,8 @@ from tersor.ops.trellis_linear.shapes import Line
 from tersor.ops.vectors import LANES
 from tersor.ops.window_linear.kernels import across, along
 from tersor.ops.window_linear.kernels.realigned import realigned
-from tersor.ops.window_linear.shapes import BLOCK, parts, pieces
-from tersor.ops.workers import share
+from tersor.ops.window_linear.shapes import BLOCK, PIECES, parts
+from tersor.ops.workers import passes, share
 from tersor.payload.blocks import Rows
 
 
@@ -51,7 +51,7 @@ class Matrix:
         """Return products with vectors (vectors, width), in their dtype, by passes over the codes."""
         wide = x.to(torch.float32).contiguous()
         y = torch.empty(len(x), len(self.scales), dtype=torch.float32, device="cpu")
-        for first, count in pieces(len(x)):
+        for first, count in passes(len(x), PIECES):
             self._multiply(wide[first : first + count], y[first : first + count])
         return y.mul_(self.scales.to(torch.float32)).to(x.dtype)
 

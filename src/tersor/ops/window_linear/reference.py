@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
-from tersor.ops.trellis_linear.shapes import Line, segments
+from tersor.ops.trellis_linear.shapes import Line, windows
 from tersor.payload import codes as packed
 from tersor.payload.blocks import Rows
 
@@ -42,13 +40,3 @@ def _states(bits: Tensor, places: Tensor, axis: int) -> Tensor:
     return out
 
 
-@lru_cache(maxsize=16)
-def windows(line: Line) -> tuple[Tensor, Tensor]:
-    """Return which bits of a line's stream each of its numbers sees, (length, memory), and its phase (length,)."""
-    places, phases, first = [], [], 0
-    for size in segments(line.length):
-        seen, phase, total = line.windows(size)
-        places.append(first + seen)
-        phases.append(phase)
-        first += total
-    return torch.cat(places), torch.cat(phases)

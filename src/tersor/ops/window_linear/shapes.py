@@ -26,16 +26,6 @@ def refusal(line: Line, *, across: bool) -> str | None:
     return line_refused(line)
 
 
-def pieces(vectors: int) -> list[tuple[int, int]]:
-    """Return the first vector of every pass over the codes, and how many it multiplies."""
-    found, first = [], 0
-    while first < vectors:
-        size = next(size for size in PIECES if size <= vectors - first)
-        found.append((first, size))
-        first += size
-    return found
-
-
 @lru_cache(maxsize=16)
 def parts(line: Line) -> np.ndarray:
     """Return of every segment its first bit in the stream, its bits, its first number and its numbers, int64 (n, 4)."""

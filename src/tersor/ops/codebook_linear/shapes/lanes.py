@@ -17,16 +17,6 @@ def lane_codes(bits: int) -> int:
     return 32 if bits == 3 else 32 // bits
 
 
-def pieces(vectors: int) -> list[tuple[int, int]]:
-    """Return the first vector of every pass over the codes, and how many it multiplies."""
-    found, first = [], 0
-    while first < vectors:
-        size = next(size for size in PIECES if size <= vectors - first)
-        found.append((first, size))
-        first += size
-    return found
-
-
 def tiled_pieces(vectors: int) -> list[tuple[int, int]]:
     """Return the first vector of every pass with matrix tiles, and how many it multiplies at most."""
     found, first = [], 0
