@@ -17,6 +17,7 @@ from torch import Tensor
 from tersor.codecs import Centered
 from tersor.contract.codec import Encoded
 from tersor.payload.blocks import Tables, row_blocks
+from tersor.payload.layout import packed_nbytes
 from tersor.payload.scales import rms
 from tersor.vectors import rowwise
 from tersor.vectors.lists import Lists
@@ -147,13 +148,14 @@ class Held:
     def nbytes(self, own: Iterable[str]) -> int:
         """Return the bytes stored: of each vector's tensors, ids that are no running numbers, tables and centroids.
 
-        The place in a list is not counted: a saved index has its vectors in the order of lists.
+        A vector's list takes as many bits as their number needs.
         """
         names = tuple(own)
         parts = sum(block.encoded.tensors[name].nbytes for block in self.blocks for name in names)
         tables = sum(table.nbytes for table in self.tables.values())
         ids = sum(block.id_bytes for block in self.blocks)
-        return parts + tables + ids + (self.lists.nbytes if self.lists else 0)
+        lists = self.lists.nbytes + packed_nbytes(self.count, max(2, len(self.lists))) if self.lists else 0
+        return parts + tables + ids + lists
 
     def places_of(self, ids: Tensor) -> Tensor:
         """Return the place of each id among all vectors, int64; -1 where there is none."""

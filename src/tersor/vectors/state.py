@@ -88,6 +88,12 @@ class State:
         return self._held.nbytes(self._own)
 
     @property
+    def table_bytes(self) -> int:
+        """Bytes of `nbytes` that all vectors share: tables and centroids."""
+        held = self._held
+        return sum(table.nbytes for table in held.tables.values()) + (held.lists.nbytes if held.lists else 0)
+
+    @property
     def rate(self) -> float:
         """Bits per element, everything stored counted; NaN for an empty index."""
         held = self._held

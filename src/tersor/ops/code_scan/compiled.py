@@ -102,7 +102,7 @@ class _Found:
 def _prepared(lines: Lines, asked: Asked, floors: np.ndarray | None) -> _Queries:
     """Return queries with tables rounded to bytes, and what rounding may move a score by."""
     tables = np.ascontiguousarray(asked.tables.numpy())
-    held = np.empty((len(tables), 5))
+    held = np.zeros((len(tables), 5))
     short = tables.shape[2] <= BYTE
     rough = np.empty(tables.shape if short else (len(tables), 0, 0), np.uint8)
     if short:
