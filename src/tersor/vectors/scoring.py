@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tersor.numerics.kmeans import exponent_of, times_power
+from tersor.numerics.kmeans import times_power
 from tersor.ops import code_scan
 from tersor.ops.dispatch import compiled_allowed
 from tersor.payload.scales import reciprocal
@@ -64,9 +64,10 @@ class _Posed:
 
     def distances(self, scores: Tensor) -> Tensor:
         """Return what users see: squared distances by L2, else scores; float32 (n, k)."""
-        if self.power is None:
-            return times_power(scores.to(torch.float32), self.exponent)
-        return times_power((self.power - 2 * scores.to(torch.float32)).clamp_min_(0), self.exponent)
+        found = scores.to(torch.float32)
+        if self.power is not None:
+            found = torch.add(self.power, found, alpha=-2).clamp_min_(0)
+        return times_power(found, self.exponent) if self.exponent else found
 
     def floors(self, radius: float) -> Tensor:
         """Return the scores of a distance, float64 (n,)."""
@@ -121,12 +122,12 @@ def _posed(held: Held, queries: Tensor, metric: str) -> _Posed:
     if metric == "l2":
         mean = held.lists.origin if held.lists else held.blocks[0].mean
         queries = queries if mean is None else queries - mean
-    exponent = exponent_of(queries)
-    unit = times_power(queries, -exponent)
+    exponent = math.frexp(float(queries.abs().max()))[1]
+    unit = times_power(queries, -exponent) if exponent else queries
     if metric == "l2":
         size = max(exponent, math.frexp(held.longest)[1])
-        power = times_power(unit, exponent - size).square().sum(1, keepdim=True)
-        return _Posed(times_power(unit, exponent - size), size, power, 2 * size)
+        scaled = times_power(unit, exponent - size) if exponent < size else unit
+        return _Posed(scaled, size, scaled.square().sum(1, keepdim=True), 2 * size)
     if metric == "cosine":
         return _Posed(unit * reciprocal(torch.linalg.vector_norm(unit, dim=1, keepdim=True)), 0, None, 0)
     return _Posed(unit, 0, None, exponent)
@@ -144,9 +145,10 @@ def _asked(held: Held, posed: _Posed, wanted: Wanted) -> code_scan.Asked:
     visits = None
     if whole.pieces is not None:
         visits, shared = _probed(held, posed, wanted)[:, whole.pieces], shared[:, whole.pieces]
-    shared = shared.expand(-1, len(whole.counts))
-    ones = torch.ones_like(shared)
-    weights, bases = {"l2": (ones, shared), "ip": (ones, shared), "cosine": (shared, torch.zeros_like(shared))}[metric]
+    elif metric == "ip":
+        shared = shared.expand(-1, len(whole.counts))
+    bases = shared if metric == "ip" or visits is not None and metric == "l2" else None
+    weights = shared if metric == "cosine" else torch.ones(len(queries), 1, dtype=torch.float64)
     masks = None
     if wanted.allowed is not None:
         masks = tuple(part.contiguous() for part in whole.ordered(wanted.allowed.to(torch.uint8)))

@@ -106,6 +106,10 @@ def sums_of(products: Tensor) -> Tensor:
 
     A set bit stands for +1, and others for -1.
     """
+    if compiled_allowed("code_scan"):
+        from tersor.ops.code_scan import compiled
+
+        return compiled.signed_sums(products)
     wide = torch.nn.functional.pad(products.to(torch.float64), (0, 8 * columns_of(products.shape[1]) -
                                                                 products.shape[1]))
     signs = (torch.arange(NIBBLE)[:, None] >> torch.arange(SIGNS) & 1).to(torch.float64) * 2 - 1

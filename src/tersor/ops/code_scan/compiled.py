@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from tersor.ops import workers
-from tersor.ops.code_scan.kernels.scan import rounded, scan, scan_words
-from tersor.ops.code_scan.shapes import BYTE, SLACK, TILE
+from tersor.ops.code_scan.kernels.scan import rounded, scan, scan_words, sort_best, sum_signs
+from tersor.ops.code_scan.shapes import BYTE, NIBBLE, SLACK, TILE, columns_of
 
 if TYPE_CHECKING:
     from tersor.ops.code_scan import Asked, Lines
@@ -49,16 +49,21 @@ def best(lines: Lines, asked: Asked, k: int) -> tuple[Tensor, Tensor]:
     """Return the scores and ids of the best rows, (queries, k); see the op."""
     queries = _prepared(lines, asked, None)
     shares = _shares(lines, asked, queries)
-    scores = np.full((len(shares), len(queries), k), -np.inf)
-    ids = np.full((len(shares), len(queries), k), np.iinfo(np.int64).max)
+    scores = np.full((len(queries), len(shares), k), -np.inf)
+    ids = np.full((len(queries), len(shares), k), np.iinfo(np.int64).max)
     none = np.empty((len(queries), 0), np.int64)
     columns = lines.pieces[0].codes.shape[1]
-    _run(shares, lambda place: _scan(shares[place], queries, columns, (scores[place], ids[place], none)))
-    flat, numbers = (np.moveaxis(one, 0, 1).reshape(len(queries), -1) for one in (scores, ids))
-    order = np.lexsort((numbers, -flat))[:, :k]
-    flat, numbers = np.take_along_axis(flat, order, 1), np.take_along_axis(numbers, order, 1)
-    numbers[flat == -np.inf] = -1
+    _run(shares, lambda place: _scan(shares[place], queries, columns, (scores[:, place], ids[:, place], none)))
+    flat, numbers = np.empty((len(queries), k)), np.empty((len(queries), k), np.int64)
+    sort_best(scores.reshape(len(queries), -1), ids.reshape(len(queries), -1), flat, numbers)
     return torch.from_numpy(flat), torch.from_numpy(numbers)
+
+
+def signed_sums(products: Tensor) -> Tensor:
+    """Return tables of four signs' sums; see the op."""
+    found = np.empty((len(products), 2 * columns_of(products.shape[1]), NIBBLE))
+    sum_signs(products.numpy(), found)
+    return torch.from_numpy(found)
 
 
 def within(lines: Lines, asked: Asked, floors: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -121,6 +126,10 @@ def _shares(lines: Lines, asked: Asked, queries: _Queries) -> list[_Share]:
     if asked.masks is not None:
         pieces = pieces.copy()
         pieces[:, 5] = [mask.data_ptr() for mask in asked.masks]
+    if asked.visits is None and asked.bases is None and asked.weights.shape[1] == 1:
+        plain = _plain(pieces, asked, queries, lines)
+        if plain is not None:
+            return [plain]
     visits = np.ones((len(queries), len(pieces)), bool) if asked.visits is None else asked.visits.numpy()
     bases = np.zeros(visits.shape) if asked.bases is None else asked.bases.numpy()
     terms = np.stack([bases, np.broadcast_to(asked.weights.numpy(), visits.shape)], 2)
@@ -132,6 +141,18 @@ def _shares(lines: Lines, asked: Asked, queries: _Queries) -> list[_Share]:
         edges = [i * len(queries) // threads for i in range(threads + 1)]
         return [_share(pieces, visits[a:b], terms[a:b], a) for a, b in itertools.pairwise(edges)]
     return [_share(*part, 0) for part in _cut(pieces, visits, terms, lines, threads)]
+
+
+def _plain(pieces: np.ndarray, asked: Asked, queries: _Queries, lines: Lines) -> _Share | None:
+    """Return the work of one thread where all queries look at all rows alike; None where that is too much for one."""
+    count = len(queries)
+    nbytes = sum(len(one.factors) for one in lines.pieces) * count * lines.pieces[0].codes.shape[1]
+    if torch.get_num_threads() > 1 and nbytes >= 2 * LEAST_WORK:
+        return None
+    terms = np.zeros((len(pieces), count, 2))
+    terms[:, :, 1] = asked.weights.numpy()[:, 0]
+    who = np.tile(np.arange(count), len(pieces))
+    return _Share(pieces, np.arange(len(pieces) + 1) * count, who, terms.reshape(-1, 2))
 
 
 def _share(pieces: np.ndarray, visits: np.ndarray, terms: np.ndarray, first: int) -> _Share:

@@ -319,6 +319,42 @@ def _keep(scores: Any, ids: Any, filled: Any, score: float, number: int) -> None
 
 
 @njit()
+def sum_signs(products: Any, sums: Any) -> None:
+    """Write the sums of four signed numbers, (queries, bits), for every pattern of their signs, (queries, runs, 16)."""
+    for query in range(products.shape[0]):
+        for run in range(sums.shape[1]):
+            least = 0.0
+            for place in range(4 * run, min(4 * run + 4, products.shape[1])):
+                least -= products[query, place]
+            sums[query, run, 0] = least
+            for bit in range(4):
+                place = 4 * run + bit
+                twice = 2.0 * products[query, place] if place < products.shape[1] else 0.0
+                for pattern in range(1 << bit):
+                    sums[query, run, pattern + (1 << bit)] = sums[query, run, pattern] + twice
+
+
+@njit()
+def sort_best(scores: Any, ids: Any, best: Any, numbers: Any) -> None:
+    """Write the best of some scores and their ids, by falling scores and rising ids; -1 for minus infinity."""
+    for query in range(scores.shape[0]):
+        for place in range(best.shape[1]):
+            best[query, place], numbers[query, place] = -np.inf, np.iinfo(np.int64).max
+        for found in range(scores.shape[1]):
+            score, number = scores[query, found], ids[query, found]
+            if score > best[query, 0] or (score == best[query, 0] and number < numbers[query, 0]):
+                _replace(best[query], numbers[query], score, number)
+        for last in range(best.shape[1] - 1, 0, -1):  # the root is the worst of a heap
+            score, number = best[query, 0], numbers[query, 0]
+            best_last, number_last = best[query, last], numbers[query, last]
+            _replace(best[query, :last], numbers[query, :last], best_last, number_last)
+            best[query, last], numbers[query, last] = score, number
+        for place in range(best.shape[1]):
+            if best[query, place] == -np.inf:
+                numbers[query, place] = -1
+
+
+@njit()
 def scan(pieces: Any, visits: Any, queries: Any, columns: Any, found: Any) -> None:
     """Keep the best rows of every piece for every query, or all rows that reach a floor.
 
