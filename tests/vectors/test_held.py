@@ -17,9 +17,7 @@ from torch import Tensor
 
 from tersor.errors import CodecConfigError, TersorError
 from tersor.testing import gaussian
-from tersor.vectors import Index
-from tersor.vectors import state
-from tersor.vectors.checks import METRICS
+from tersor.vectors import Index, state
 
 DIM = 16
 

@@ -15,8 +15,7 @@ from tersor.ops import reference_only
 from tersor.ops.code_scan import compiled
 from tersor.registry import parse
 from tersor.testing import gaussian
-from tersor.vectors import Index
-from tersor.vectors import state
+from tersor.vectors import Index, state
 from tersor.vectors.checks import METRICS
 from tersor.vectors.choice import EFFORTS
 

@@ -53,9 +53,9 @@ def vectors_of(x: Any, dim: int) -> Tensor:
         return torch.empty(0, dim, dtype=torch.float32)
     if isinstance(x, np.ndarray) and x.dtype == np.float32 and x.flags.c_contiguous and x.flags.writeable:
         x = torch.from_numpy(x)
-    if isinstance(x, Tensor) and x.dtype == torch.float32 and x.device.type == "cpu" and tuple(x.shape[1:]) == (dim,):
-        if float(x.detach().abs().max()) <= LIMIT:  # not so where there are NaN: one look at sound vectors
-            return x.detach()
+    if (isinstance(x, Tensor) and x.dtype == torch.float32 and x.device.type == "cpu" and tuple(x.shape[1:]) == (dim,)
+            and float(x.detach().abs().max()) <= LIMIT):  # one look at sound vectors; NaN are not at most that
+        return x.detach()
     x = api.as_matrix(x).cpu()
     if x.shape[1] != dim:
         raise CodecConfigError(f"index: vectors must be (n, {dim}), found {tuple(x.shape)}")

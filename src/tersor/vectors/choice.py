@@ -58,7 +58,7 @@ def without_lists(codec: str | Codec, rate: float | None) -> tuple[int, str | Co
         lists, codec = int(found[1]), found[2] or TRELLIS
         if lists < 1:
             raise CodecConfigError("index: expected at least one list, as in 'IVF1024,trellis2', found 'IVF0'")
-    named = re.fullmatch(rf"({'|'.join(map(re.escape, index_families()))})(\d+(?:\.\d+)?)", codec)
+    named = re.fullmatch(rf"({'|'.join(map(re.escape, index_families()))})(\d+(?:\.\d+)?)", str(codec))
     if named:
         if rate is not None:
             raise CodecConfigError(f"index: '{codec}' names a rate, and rate={rate!r} is another; leave one out")

@@ -6,6 +6,7 @@ Whoever reads takes them once and sees one state to the end, however many vector
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -162,11 +163,12 @@ class Held:
         if not self.blocks:
             return torch.full_like(ids, -1)
         spans = [block.span for block in self.blocks]
-        if all(spans) and all(a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False)):  # type: ignore[index]
-            first = spans[0][0]  # type: ignore[index]
+        known_spans = [span for span in spans if span]
+        if len(known_spans) == len(spans) and all(a[1] == b[0] for a, b in itertools.pairwise(known_spans)):
+            first = known_spans[0][0]
             return torch.where((ids >= first) & (ids < first + self.count), ids - first, -1)
         known, order = self._sorted
-        found = torch.searchsorted(known, ids).clamp_max(len(known) - 1)
+        found = torch.searchsorted(known, ids.contiguous()).clamp_max(len(known) - 1)
         return torch.where(known[found] == ids, order[found], -1)
 
     def placed(self) -> Iterator[tuple[int, Block]]:

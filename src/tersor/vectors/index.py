@@ -103,7 +103,7 @@ class Index(Reader):
             self._held = Held(tables, (), lists)
 
     def add(self, x: Tensor | np.ndarray) -> None:
-        """Encode vectors (n, dim), any float dtype; ids go on from the largest there has been. All or, on an error, none.
+        """Encode vectors (n, dim), any float dtype; ids go on from the largest so far. All or, on an error, none.
 
         Where all that a codec learns is the vectors' mean, and nothing has been trained, it is that of the first ones.
 
@@ -255,7 +255,6 @@ class Index(Reader):
         """Return what is held, trained on the first vectors if a mean is all that there is to train."""
         held = self._held
         if not self._untaught or self._trained(held) or not len(x):
-            self._check_trained(held) if not self._untaught else None
             return held
         tables, _ = self._learned(x)
         with self._writing:

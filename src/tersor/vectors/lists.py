@@ -36,7 +36,7 @@ class Lists:
 
     @cached_property
     def origin(self) -> Tensor:
-        """The centroids' mean, float32 (dim,): distances are measured from there, so that large means lose no digits."""
+        """The centroids' mean, float32 (dim,): distances are measured from there, so that no digits are lost."""
         return self.centroids.to(torch.float64).mean(0).to(torch.float32)
 
     @classmethod

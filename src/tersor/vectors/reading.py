@@ -145,7 +145,8 @@ class Reader(State):
         if bool((flat < 0).any()):
             missing = index.reshape(-1)[flat < 0]
             hint = "; -1 in a search result stands for no vector" if int(missing.min()) == -1 else ""
-            raise CodecConfigError(f"index: ids must be those of its {held.count} vectors, found {int(missing[0])}{hint}")
+            raise CodecConfigError(f"index: ids must be those of its {held.count} vectors, found {int(missing[0])}"
+                                   f"{hint}")
         out = torch.empty(flat.numel(), self.dim)
         for first, block in held.placed():
             inside = ((flat >= first) & (flat < first + len(block))).nonzero().squeeze(1)

@@ -45,7 +45,8 @@ def write(path: Path, held: Held, settings: Mapping[str, Any]) -> None:
         places = torch.cat([block.places for block in held.blocks if block.places is not None])
         plain[PLACES] = packing.pack(places, max(2, len(held.lists)))
     entries = [store.Entry(name, one.shape, "float32", one.codec) for name, one in matrices.items()]
-    entries += [store.Entry(name, tuple(one.shape), str(one.dtype).removeprefix("torch.")) for name, one in plain.items()]
+    entries += [store.Entry(name, tuple(one.shape), str(one.dtype).removeprefix("torch."))
+                for name, one in plain.items()]
 
     def payload(entry: store.Entry) -> Mapping[str, Tensor]:
         return {"": plain[entry.name]} if entry.codec is None else matrices[entry.name].tensors
@@ -68,7 +69,8 @@ def read(path: Path) -> tuple[Codec, Held, dict[str, Any]]:
         raise CorruptStoreError(f"{path}: not an index; use tersor.load for a matrix")
     settings = _settings(path, opened)
     first = opened.matrix(names[0])
-    tables = {name: first.tensors[name] for name, spec in first.codec.layout((1, first.shape[1])).items() if spec.shared}
+    layout = first.codec.layout((1, first.shape[1]))
+    tables = {name: first.tensors[name] for name, spec in layout.items() if spec.shared}
     counts = [opened.entries[name].shape[0] for name in names]
     ids = _plain(path, opened, IDS, torch.int64, (sum(counts),))
     ids = torch.arange(sum(counts)) if ids is None else ids
@@ -94,8 +96,8 @@ def _settings(path: Path, opened: store.Store) -> dict[str, Any]:
     if not isinstance(found, dict) or not isinstance(found.get("version"), int):
         raise CorruptStoreError(f"{path}: settings of an index expected, found {found!r}")
     if found["version"] > VERSION:
-        raise CorruptStoreError(f"{path}: an index of version {found['version']}, of which this Tersor knows {VERSION}; "
-                                "install a newer Tersor")
+        raise CorruptStoreError(f"{path}: an index of version {found['version']}, of which this Tersor knows "
+                                f"{VERSION}; install a newer Tersor")
     return found
 
 
@@ -151,7 +153,8 @@ class Journal:
         """
         with files.locked(self.path):
             if self._names()[self.count :]:
-                raise BusyError(f"{self.path}: another writer has changed the index since; call refresh() and try again")
+                raise BusyError(f"{self.path}: another writer has changed the index since; call refresh() and try "
+                                "again")
             self._folder.mkdir(exist_ok=True)
             file = self._folder / f"{self.count + 1:09d}.change"
             files.save_sealed(tensors, file, {"version": VERSION, "verb": verb, "number": self.count + 1})

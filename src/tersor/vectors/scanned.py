@@ -25,7 +25,7 @@ MOST_MATRIX = 1 << 22  # numbers of it
 def is_scanned(codec: Codec) -> bool:
     """Tell whether a codec, the mean around it left out, has codes that are scanned."""
     inner = _inside(codec)
-    return isinstance(inner, Trellis) and inner.axis == "in" or bool(_books(inner))
+    return (isinstance(inner, Trellis) and inner.axis == "in") or bool(_books(inner))
 
 
 def codes_of(encoded: Encoded) -> Tensor:

@@ -147,7 +147,7 @@ def _asked(held: Held, posed: _Posed, wanted: Wanted) -> code_scan.Asked:
         visits, shared = _probed(held, posed, wanted)[:, whole.pieces], shared[:, whole.pieces]
     elif metric == "ip":
         shared = shared.expand(-1, len(whole.counts))
-    bases = shared if metric == "ip" or visits is not None and metric == "l2" else None
+    bases = shared if metric == "ip" or (visits is not None and metric == "l2") else None
     weights = shared if metric == "cosine" else torch.ones(len(queries), 1, dtype=torch.float64)
     masks = None
     if wanted.allowed is not None:
@@ -172,7 +172,7 @@ def _shared(held: Held, posed: _Posed, metric: str) -> Tensor:
 
 
 def _scores(held: Held, posed: _Posed, wanted: Wanted) -> Iterator[tuple[Block, Tensor]]:
-    """Yield each block and its scores, float32 (queries, n): products with the codes; minus infinity where not wanted."""
+    """Yield each block and its scores, float32 (queries, n), minus infinity where not wanted."""
     metric, shared = wanted.metric, _shared(held, posed, wanted.metric).to(torch.float32)
     probed = _probed(held, posed, wanted) if held.lists else None
     queries = times_power(posed.queries, -posed.size)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from tersor.ops import workers
-from tersor.ops.code_scan.kernels.scan import rounded, scan, scan_words, sort_best, sum_signs
+from tersor.ops.code_scan.kernels.scan import scan, scan_words, sort_best
+from tersor.ops.code_scan.kernels.tables import rounded, sum_signs
 from tersor.ops.code_scan.shapes import BYTE, NIBBLE, SLACK, TILE, columns_of
 
 if TYPE_CHECKING:

@@ -42,7 +42,7 @@ def within(lines: Lines, asked: Asked, floors: Tensor) -> list[tuple[Tensor, Ten
 
 
 def _scores(lines: Lines, asked: Asked) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the scores of every piece's rows, (queries, count), minus infinity where they are not asked for; and ids."""
+    """Yield the scores of every piece's rows, (queries, count), minus infinity where not asked for; and ids."""
     for place, one in enumerate(lines.pieces):
         codes = codes_of(one, asked.tables.shape[2])
         sums = torch.zeros(len(asked.tables), len(codes), dtype=torch.float64)
