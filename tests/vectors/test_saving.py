@@ -180,7 +180,8 @@ def test_writers_and_readers_at_once(codec: str, tmp_path: Path) -> None:
         index.save(tmp_path / "some")
 
     with ThreadPoolExecutor(9) as pool:
-        jobs = [*(pool.submit(write, part) for part in parts), *(pool.submit(read) for _ in range(4)), pool.submit(save)]
+        jobs = [*(pool.submit(write, part) for part in parts), *(pool.submit(read) for _ in range(4)),
+                pool.submit(save)]
         for job in jobs:
             job.result(120)
     expected = {*IDS[:300].tolist(), *(int(one) for part in parts for one in part.reshape(-1, 6)[:, 3:].reshape(-1))}
