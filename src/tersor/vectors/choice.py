@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-from tersor.codecs import Centered, Dense, LearnedRotation, Product, Rotated, Sum, Trellis
+from tersor.codecs import Centered, Dense, LearnedRotation, Product, Residual, Rotated, Trellis
 from tersor.codecs.trellis.filters import filters
 from tersor.contract.codec import Codec
 from tersor.errors import BudgetError, CodecConfigError, UnknownCodecError
@@ -178,8 +178,6 @@ def _product(dim: int, nbytes: int, family: str) -> Codec:
 
 
 def _residual(dim: int, nbytes: int) -> Codec:
-    """Return as many stages of trained products as fit, each on the residual of those before."""
+    """Return as many stages of codebooks as fit."""
     part = max(d for d in range(1, min(dim, RESIDUAL_DIM) + 1) if dim % d == 0)
-    stage = Product(part, RESIDUAL_WORDS, trained=True)
-    count = nbytes // code_size(stage, dim)
-    return Sum((stage,) * count) if count > 1 else stage
+    return Residual(part, RESIDUAL_WORDS, max(1, nbytes // (dim // part)))

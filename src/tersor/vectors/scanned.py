@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tersor.codecs import LearnedRotation, Product, Rotated, Sum, Trellis
+from tersor.codecs import LearnedRotation, Product, Residual, Rotated, Sum, Trellis
 from tersor.contract.codec import Codec, Encoded
 from tersor.ops.code_scan import packed, sums_of
 from tersor.ops.code_scan.shapes import BYTE, NIBBLE
@@ -39,8 +39,8 @@ def codes_of(encoded: Encoded) -> Tensor:
     books, size = _books(stream.codec), _size(_books(stream.codec))
     parts = []
     for name, book in books:
-        held = stream.tensors[f"{name}codes"]
-        parts.append(codes.read(held, (count, width // book.dim), book.words, slice(0, count)))
+        held, stages = stream.tensors[f"{name}codes"], book.stages if isinstance(book, Residual) else 1
+        parts.append(codes.read(held, (count, width // book.dim * stages), book.words, slice(0, count)))
     found = torch.cat([part.to(torch.int32) for part in parts], 1)
     if size > BYTE:
         return found.to(torch.int16)  # its bits are those of uint16
@@ -72,14 +72,15 @@ class Meeting:
         stream = _stream(encoded)
         self._encoded, self._signs = encoded, isinstance(stream.codec, Trellis)
         width = encoded.shape[1]
-        self._books: list[Tensor] = []
+        self._books: list[tuple[Tensor, int]] = []
         self._matrix: Tensor | None = None
         if not self._signs:
             found = _books(stream.codec)
             self._size = _size(found)
             for name, book in found:
                 own = {key.removeprefix(name): held for key, held in stream.tensors.items() if key.startswith(name)}
-                self._books.append(book.codewords(own, width).contiguous())
+                whole = book.codewords(own) if isinstance(book, Residual) else book.codewords(own, width).unsqueeze(1)
+                self._books.append((whole.flatten(1, 2).contiguous(), book.words))
         elif width * stream.codec.stream_shape((1, width))[1] <= MOST_MATRIX:  # type: ignore[attr-defined]
             self._matrix = _met(encoded, torch.eye(width)).contiguous()
 
@@ -89,9 +90,10 @@ class Meeting:
             few = self._matrix is not None and len(queries) <= FEW
             return sums_of(queries @ self._matrix if few else _met(self._encoded, queries))  # type: ignore[operator]
         met, parts = _met(self._encoded, queries), []
-        for books in self._books:
+        for books, words in self._books:
             split = met.unflatten(1, (books.shape[0], -1)).transpose(0, 1)
-            found = (split @ books.transpose(1, 2)).transpose(0, 1)
+            found = (split @ books.transpose(1, 2)).transpose(0, 1).unflatten(2, (-1, words))
+            found = found.flatten(1, 2)
             pad = found[..., :1].expand(-1, -1, self._size - found.shape[2])
             parts.append(torch.cat([found, pad], 2))
         whole = torch.cat(parts, 1)
@@ -125,16 +127,16 @@ def _is_passed(codec: Codec) -> bool:
     return isinstance(codec, LearnedRotation) or (isinstance(codec, Rotated) and codec.side == "in")
 
 
-def _books(codec: Codec) -> list[tuple[str, Product]]:
+def _books(codec: Codec) -> list[tuple[str, Product | Residual]]:
     """Return product codecs that are summed, with the prefix of their tensors; none where others are."""
-    if isinstance(codec, Product):
+    if isinstance(codec, (Product, Residual)):
         return [("", codec)]
     if isinstance(codec, Sum) and all(isinstance(stage, Product) for stage in codec.stages):
         return [(f"{name}/", stage) for name, stage in codec.children().items() if isinstance(stage, Product)]
     return []
 
 
-def _size(books: Sequence[tuple[str, Product]]) -> int:
+def _size(books: Sequence[tuple[str, Product | Residual]]) -> int:
     """Return the size of tables: of half bytes, of bytes, or of the largest codebook."""
     most = max(book.words for _, book in books)
     return NIBBLE if most <= NIBBLE else BYTE if most <= BYTE else 1 << math.ceil(math.log2(most))
