@@ -79,8 +79,8 @@ class Residual(Codec):
         """
         if shape[1] % self.dim:
             fitting = [d for d in range(1, min(shape[1], 64) + 1) if shape[1] % d == 0]
-            raise CodecConfigError(f"codec '{self.spec()}': dim {self.dim} does not divide the width {shape[1]}; of dims "
-                                   f"up to 64 these do: {', '.join(map(str, fitting))}")
+            raise CodecConfigError(f"codec '{self.spec()}': dim {self.dim} does not divide the width {shape[1]}; of "
+                                   f"dims up to 64 these do: {', '.join(map(str, fitting))}")
         lookups = shape[1] // self.dim * self.stages
         return {"codes": TensorSpec((shape[0], lookups), levels=self.words),
                 "codebooks": TensorSpec((lookups, self.words, self.dim), torch.float16, shared=True),
@@ -144,8 +144,8 @@ class Residual(Codec):
             raise CodecConfigError(f"codec '{self.spec()}' needs its shared codebooks: tables=codec.train(samples)")
         tables = {name: how.tables[name].to(matrix.device) for name in ("codebooks", "scale")}
         if tuple(tables["codebooks"].shape) != layout["codebooks"].shape:
-            raise CodecConfigError(f"codec '{self.spec()}': the codebooks were trained on another width than {shape[1]}; "
-                                   "train on matrices of the same width")
+            raise CodecConfigError(f"codec '{self.spec()}': the codebooks were trained on another width than "
+                                   f"{shape[1]}; train on matrices of the same width")
         books = self._books(tables)
         exponent = max(exponent_of(_finite(matrix, self)), exponent_of(books))
         near = times_power(books, -exponent).cpu()
@@ -187,7 +187,7 @@ class Residual(Codec):
 
 
 def _least_squares(points: Tensor, books: Tensor, chosen: Tensor) -> Tensor:
-    """Return codebooks with less error for the same codes, int64 (n, stages): each in turn the means of what others leave.
+    """Return codebooks with less error for the same codes, int64 (n, stages): each in turn means of what others leave.
 
     A codeword that no point has stays as it is.
     """

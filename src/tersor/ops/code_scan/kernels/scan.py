@@ -196,40 +196,37 @@ def _to_pointer(context: Any, builder: Any, signature: Any, arguments: Any) -> A
 
 
 @njit()
-def _sum(tile: Any, tables: Any, size: int, total: Any) -> None:
-    """Write the sums of a tile's rounded lookups."""
+def _sum(codes: Any, tile: Any, tables: Any, query: Any, total: Any) -> None:
+    """Write the sums of a tile's rounded lookups; by addresses, because a view of an array costs more than a lookup."""
     for row in range(TILE_ROWS):
         total[row] = 0
-    columns = tile.shape[0]
+    columns, lookups, size = codes.shape[1], tables.shape[1], tables.shape[2]
+    held = np.int64(codes.ctypes.data) + tile * columns * TILE_ROWS
+    table = np.int64(tables.ctypes.data) + query * lookups * size
     for first in range(0, columns, MOST):
-        last = min(columns, first + MOST)
+        some = min(columns - first, MOST)
         if size == HALVES:
-            sum_halves(tile[first:].ctypes.data, tables[2 * first :].ctypes.data, last - first, total)
-        elif not sum_bytes(tile[first:].ctypes.data, tables[first:].ctypes.data, last - first, total):
-            for column in range(first, last):
+            sum_halves(held + first * TILE_ROWS, table + 2 * first * HALVES, some, total)
+        elif not sum_bytes(held + first * TILE_ROWS, table + first * TABLE, some, total):
+            for column in range(first, first + some):
                 for row in range(TILE_ROWS):
-                    total[row] += tables[column, tile[column, row]]
+                    total[row] += tables[query, column, codes[tile, column, row]]
 
 
 @njit()
-def _bound(total: Any, factors: Any, offsets: Any, line: Any, weight: Any, upper: Any) -> None:
-    """Write what the scores of a tile's rows are at most; of those that there are, which may be fewer."""
-    slope, level = np.float32(line[0]), np.float32(line[1])
-    if factors.shape[0] == TILE_ROWS:
-        for row in range(TILE_ROWS):
-            upper[row] = factors[row] * (slope * np.float32(total[row]) + level) + offsets[row] * weight
-    else:
-        for row in range(factors.shape[0]):
-            upper[row] = factors[row] * (slope * np.float32(total[row]) + level) + offsets[row] * weight
-        upper[factors.shape[0] :] = -np.inf
+def _bound(total: Any, places: Any, line: Any, upper: Any) -> bool:
+    """Write what the scores of 64 rows are at most; return whether one reaches the floor, or float32 has overflowed.
 
-
-@njit()
-def _any_above(upper: Any, floor: Any) -> bool:
-    """Tell whether any bound reaches the floor, or is no number: float32 may have overflowed."""
+    `places` are the addresses of factors and offsets.
+    """
+    slope, level, weight, floor = line
+    factors = numba.carray(_floats_at(places[0]), (TILE_ROWS,))
+    offsets = numba.carray(_floats_at(places[1]), (TILE_ROWS,))
     found = np.int32(0)
     for row in range(TILE_ROWS):
-        found |= np.int32(not upper[row] < floor)
+        value = factors[row] * (slope * np.float32(total[row]) + level) + offsets[row] * weight
+        upper[row] = value
+        found |= np.int32(not value < floor)
     return found != 0
 
 
@@ -322,7 +319,8 @@ def scan(pieces: Any, visits: Any, queries: Any, columns: Any, found: Any) -> No
     rough, lines, tables = queries
     scores, ids, filled = found
     total, upper = np.empty(TILE_ROWS, np.int32), np.empty(TILE_ROWS, np.float32)
-    size, every = tables.shape[2], filled.shape[1] == 1
+    last = np.zeros((2, TILE_ROWS), np.float32)
+    every = filled.shape[1] == 1
     for piece in range(pieces.shape[0]):
         count = pieces[piece, 4]
         tiles = (count + TILE_ROWS - 1) // TILE_ROWS
@@ -335,13 +333,16 @@ def scan(pieces: Any, visits: Any, queries: Any, columns: Any, found: Any) -> No
         for tile in range(tiles):
             start = tile * TILE_ROWS
             stop = min(count, start + TILE_ROWS)
+            places = pieces[piece, 1] + 4 * start, pieces[piece, 2] + 4 * start
+            if stop < start + TILE_ROWS:  # what lies behind the last row is not read
+                last[0, : stop - start], last[1, : stop - start] = factors[start:stop], offsets[start:stop]
+                places = np.int64(last.ctypes.data), np.int64(last.ctypes.data) + 4 * TILE_ROWS
             for visit in range(starts[piece], starts[piece + 1]):
                 query, base, weight = who[visit], terms[visit, 0], terms[visit, 1]
-                slack = lines[query, 3]
-                floor = (lines[query, 4] if every else scores[query, 0]) - base - slack
-                _sum(held[tile], rough[query], size, total)
-                _bound(total, factors[start:stop], offsets[start:stop], lines[query], np.float32(weight), upper)
-                if not _any_above(upper, np.float32(floor)):
+                floor = (lines[query, 4] if every else scores[query, 0]) - base - lines[query, 3]
+                line = (np.float32(lines[query, 0]), np.float32(lines[query, 1]), np.float32(weight), np.float32(floor))
+                _sum(held, tile, rough, query, total)
+                if not _bound(total, places, line, upper):
                     continue
                 for row in range(stop - start):
                     if upper[row] < floor or (masked and mask[start + row] == 0):
@@ -352,7 +353,7 @@ def scan(pieces: Any, visits: Any, queries: Any, columns: Any, found: Any) -> No
                         continue
                     _keep(scores[query], ids[query], filled[query], score, numbers[start + row])
                     if not every:
-                        floor = scores[query, 0] - base - slack
+                        floor = scores[query, 0] - base - lines[query, 3]
 
 
 @njit()
