@@ -227,8 +227,8 @@ def test_rates_choose_product_codecs() -> None:
     assert str(Index(50, "pq", 2).codec) == "pq5x776t"  # 96 bits: ten codes of 9.6
     assert str(Index(50, "pq", 4).codec) == "pq2x256t"
     assert str(Index(384, "opq", 2).codec) == "opqt,pq4x256t"
-    assert str(Index(50, "rq", 0.5).codec) == "sum(pq50x256t;pq50x256t;pq50x256t)"
-    assert str(Index(384, "rq", 0.2).codec) == "pq64x256t"
+    assert str(Index(50, "rq", 0.5).codec) == "rq50x256s3t"
+    assert str(Index(384, "rq", 0.2).codec) == "rq64x256s1t"
 
 
 @pytest.mark.parametrize("codec", ROW_MIXING)

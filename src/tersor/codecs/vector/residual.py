@@ -30,6 +30,7 @@ ITERATIONS = 10  # of k-means, for a stage
 ROUNDS = 3  # of least squares
 SWEEPS = 4  # through all stages, in a round
 MOST_BEAM = 1 << 10
+SHIFT, LARGEST = 14, 1 - 2.0**-11  # of codewords in fp16: exponents that they have, and the largest number below 1
 MOST_STAGES = 1 << 10
 
 
@@ -102,8 +103,9 @@ class Residual(Codec):
         books = torch.cat([self._fitted(part, seed) for part in points.split(self.dim, 1)])
         peak = float(books.abs().max())
         power = math.frexp(peak)[1] if peak else 0
-        return {"codebooks": times_power(books, -power).to(torch.float16),
-                "scale": torch.tensor([math.ldexp(1.0, power + exponent)])}
+        unit = times_power(books, -power).clamp_(-LARGEST, LARGEST)  # rounded up to 1 it might be beyond float32
+        return {"codebooks": times_power(unit, SHIFT).to(torch.float16),
+                "scale": torch.tensor([math.ldexp(1.0, power + exponent - SHIFT)], dtype=torch.float32)}
 
     def _drawn(self, samples: Sequence[Tensor], exponent: int, seed: int) -> Tensor:
         """Return rows of all samples, float32, at most so many."""

@@ -147,9 +147,10 @@ def _shares(lines: Lines, asked: Asked, queries: _Queries) -> list[_Share]:
 def _plain(pieces: np.ndarray, asked: Asked, queries: _Queries, lines: Lines) -> _Share | None:
     """Return the work of one thread where all queries look at all rows alike; None where that is too much for one."""
     count = len(queries)
-    nbytes = sum(len(one.factors) for one in lines.pieces) * count * lines.pieces[0].codes.shape[1]
-    if torch.get_num_threads() > 1 and nbytes >= 2 * LEAST_WORK:
-        return None
+    if torch.get_num_threads() > 1:
+        nbytes = int(pieces[:, 4].sum()) * count * lines.pieces[0].codes.shape[1]
+        if nbytes >= 2 * LEAST_WORK:
+            return None
     terms = np.zeros((len(pieces), count, 2))
     terms[:, :, 1] = asked.weights.numpy()[:, 0]
     who = np.tile(np.arange(count), len(pieces))

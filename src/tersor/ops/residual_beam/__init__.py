@@ -76,7 +76,7 @@ def _choose(products: Tensor, squares: Tensor, totals: Tensor, chosen: Tensor) -
     if compiled_allowed("residual_beam"):
         from tersor.ops.residual_beam.kernels.beam import choose
 
-        costs = torch.empty(chosen.shape)
+        costs = torch.empty(chosen.shape, dtype=torch.float32)
         choose(products.numpy(), squares.numpy(), totals.numpy(), chosen.numpy(), costs.numpy())
         return
     costs = (products + squares + totals.unsqueeze(2)).flatten(1)

@@ -72,6 +72,9 @@ def choose(products: Any, squares: Any, totals: Any, chosen: Any, costs: Any) ->
                     for word in range(block, min(words, block + BLOCK)):
                         if line[word] < heap[0]:
                             _sink(heap, sources, line[word], path * words + word)
+        for place in range(heap.shape[0]):
+            if heap[place] == np.inf:  # costs beyond float32, which the codec refuses
+                sources[place] = 0
         for place in range(1, heap.shape[0]):  # few: sorted by insertion
             cost, source, before = heap[place], sources[place], place - 1
             while before >= 0 and sources[before] > source:
