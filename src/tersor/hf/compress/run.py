@@ -267,5 +267,5 @@ def conclude(job: encode.Job, matrices: Mapping[str, Any], work: WorkFolder,
     _check_companions(source, work / "output")
     write_json(work / "output" / REPORT, report)
     card.write_card(work / "output", report, card.base_of(source))
-    verify_in_fresh_process(work / "output", source.folder)
+    verify_in_fresh_process(work / "output", source.path)
     return report
