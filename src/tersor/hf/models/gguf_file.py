@@ -6,24 +6,25 @@ same conversions as other checkpoints. Both are asked for one parameter at a tim
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import json
 import math
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.modeling_gguf_pytorch_utils import (
     TENSOR_PROCESSORS,
     TensorProcessor,
     get_gguf_hf_weights_map,
-    load_gguf_checkpoint,
 )
 
 from tersor.errors import ModelError
@@ -143,10 +144,11 @@ def held(path: Path, model: PreTrainedModel) -> Held:
         rules = _rules(arch, model)
         if rules is not None:
             return Held(tensors, transforms=rules)
-        config = load_gguf_checkpoint(str(path), return_tensors=False)["config"]
-        processor = TENSOR_PROCESSORS.get(arch, TensorProcessor)(config=config)
-        names = get_gguf_hf_weights_map(model, processor)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        processor = TENSOR_PROCESSORS.get(arch, TensorProcessor)(config=_fields(path))
+        names = get_gguf_hf_weights_map(cast(Any, _Shallow(model)), processor)
+        if set(shapes) - set(names.values()) - set(model.all_tied_weights_keys):
+            names = get_gguf_hf_weights_map(model, processor)
     sources: dict[str, list[Blocks]] = defaultdict(list)
     found: dict[str, Origin] = {}
     for name, blocks in tensors.items():
@@ -162,6 +164,30 @@ def held(path: Path, model: PreTrainedModel) -> Held:
                              f"'{key}' has shape {shapes[key]}; some are missing or misshapen")
         found[key] = Processed(key, tuple(parts), shapes[key], processor, names)
     return Held(found)
+
+
+class _Shallow:
+    """A model whose only children are models: transformers builds a table of all names anew for every module."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.config, self.state_dict = model.config, model.state_dict
+        self._models = {name: child for name, child in model.named_children() if isinstance(child, PreTrainedModel)}
+
+    def named_children(self) -> list[tuple[str, _Shallow]]:
+        """Return the models inside."""
+        return [(name, _Shallow(child)) for name, child in self._models.items()]
+
+
+@functools.lru_cache(maxsize=1)
+def _fields_of(path: Path, state: tuple[int, int]) -> Mapping[str, Any]:
+    del state
+    return PretrainedConfig.get_config_dict(path.parent, gguf_file=path.name, local_files_only=True)[0]
+
+
+def _fields(path: Path) -> dict[str, Any]:
+    """Return the configuration that transformers reads from a file: asked for twice, and read once, for it is long."""
+    found = path.stat()
+    return copy.deepcopy(dict(_fields_of(path, (found.st_size, found.st_mtime_ns))))
 
 
 def _tensors(path: Path) -> tuple[str, dict[str, Blocks]]:
@@ -191,7 +217,8 @@ def stage(path: Path, folder: Path) -> Path:
     """Write what transformers reads from a GGUF file besides weights to `folder`: configuration and tokenizer."""
     shutil.rmtree(folder, ignore_errors=True)
     with refused(f"{path}: transformers cannot load this checkpoint"), quiet():
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        fields = _fields(path)
+        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
         named = model_class(config).__name__
         fields = config.to_dict() | {"architectures": [named], "dtype": "float32"}
     fields.pop("quantization_config", None)
