@@ -1,4 +1,4 @@
-"""Checkpoints that are published quantized: what is read is what their codes and scales stand for; others are refused."""
+"""Checkpoints that are published quantized: what is read is what codes and scales stand for; others are refused."""
 
 from __future__ import annotations
 
@@ -194,8 +194,8 @@ def gpt_oss(folder: Path) -> dict[str, Tensor]:
         for e in range(stack):
             for o in range(out):
                 for i in range(wide):
-                    byte = int(pairs[e, o, i // 32, i % 32 // 2])
-                    made[e, i, o] = FP4_VALUES[byte >> 4 if i % 2 else byte & 15] * 2.0 ** (int(powers[e, o, i // 32]) - 127)
+                    byte, power = int(pairs[e, o, i // 32, i % 32 // 2]), int(powers[e, o, i // 32]) - 127
+                    made[e, i, o] = FP4_VALUES[byte >> 4 if i % 2 else byte & 15] * 2.0**power
         expected[key] = made.to(DTYPE)
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
     fields = json.loads((folder / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""GGUF files: read tensor by tensor, named and laid out as transformers' own loader does; none is dropped without a word.
+"""GGUF files: read tensor by tensor, named and laid out as transformers' own loader does; none is dropped unsaid.
 
 The library has two ways. Older ones go through a processor of numpy arrays and a table of names, newer ones through the
 same conversions as other checkpoints. Both are asked for one parameter at a time, and for one expert of a stack.
@@ -207,7 +207,7 @@ def _tensors(path: Path) -> tuple[str, dict[str, Blocks]]:
 def _rules(arch: str, model: PreTrainedModel) -> list[Any] | None:
     """Return transformers' conversions for an architecture; None where it goes the older way."""
     try:
-        from transformers.integrations.gguf import get_gguf_conversion_mapping, is_gguf_arch_supported
+        from transformers.integrations.gguf.utils import get_gguf_conversion_mapping, is_gguf_arch_supported
     except ImportError:  # a transformers that has no newer way
         return None
     return get_gguf_conversion_mapping(arch, model.config) if is_gguf_arch_supported(arch) else None

@@ -15,7 +15,7 @@ from tersor.store import DTYPES, Entry, Store
 
 COMPRESSED, KEPT, CARRIED, TIED, REMADE, LEFT_OUT = "compressed", "kept", "carried", "tied", "remade", "left out"
 DENSE = "dense_bytes"
-NO_USE = "it scales what a quantized linear reads, or a cache; a dense model has no use for it"
+NO_USE = "of quantized arithmetic only"
 FATES = (COMPRESSED, KEPT, CARRIED, TIED, REMADE, LEFT_OUT)
 
 
@@ -76,7 +76,7 @@ class Ledger:
             *((account.located[name], COMPRESSED, "") for name in account.located if name in matrices)]
         # of what is split into several parameters, the last fate counts: compressed, if any of them is
         lines = {place.key: Line(fate, place.nbytes, note) for origin, fate, note in told for place in origin.places}
-        dense = dict.fromkeys((COMPRESSED, KEPT, CARRIED), 0)
+        dense: dict[str, int] = dict.fromkeys((COMPRESSED, KEPT, CARRIED), 0)
         for origin, fate, _ in told:
             if fate in dense:
                 dense[fate] += TensorSpec(origin.shape, origin.dtype).nbytes

@@ -180,11 +180,11 @@ def _apart(draft: Converted, name: str, shape: tuple[int, ...]) -> bool:
     That is so where experts are stacked first, or are stacked already, and all else leaves the first axis alone.
     """
     operations = list(draft.converter.operations)
-    merged = isinstance(operations[0], MergeModulelist)
-    within = [axis for op in operations[merged:] for axis in _axes(op)]
-    members = [len(origins) if merged else origins[0].shape[0] if len(origins) == 1 and len(origins[0].shape) == 3
+    first = operations[0] if isinstance(operations[0], MergeModulelist) else None
+    within = [axis for op in operations[first is not None:] for axis in _axes(op)]
+    members = [len(origins) if first else origins[0].shape[0] if len(origins) == 1 and len(origins[0].shape) == 3
                else 0 for origins in draft.sources.values()]
-    if len(shape) != 3 or (merged and operations[0].dim != 0) or set(members) != {shape[0]} or min(within, default=1) < 1:
+    if len(shape) != 3 or (first and first.dim != 0) or set(members) != {shape[0]} or min(within, default=1) < 1:
         return False
     try:
         return tuple(convert(draft, _empty, 0)[name].shape) == (1, *shape[1:])

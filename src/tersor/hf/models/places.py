@@ -80,7 +80,7 @@ class Place:
 
     @property
     def places(self) -> tuple[Place, ...]:
-        """This one."""
+        """Only itself."""
         return (self,)
 
     def read(self, index: int | None = None) -> Tensor:

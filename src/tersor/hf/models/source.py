@@ -51,6 +51,8 @@ class Source:
         Where every tensor of the checkpoint lies.
     tried : Trial
         Whether the class computes with encoded weights, and which of them must stay dense.
+    left_dense : mapping of str to str
+        Parameters that stay dense without having been asked for, and why.
     left_out : mapping of str to str
         Keys that the user asked to leave out, and why.
     seen : mapping of Path to tuple
@@ -63,6 +65,7 @@ class Source:
     layout: Parts
     account: Account
     tried: Trial
+    left_dense: Mapping[str, str]
     left_out: Mapping[str, str]
     seen: Mapping[Path, tuple[int, int, int]]
 
@@ -214,10 +217,15 @@ def open_source(path: Path, staged: Path, *, dense: Sequence[str] | None = (), l
         raise ModelError(f"{path}: a {type(model).__name__} has no matrix to compress")
     found = account(path, held or gguf_file.held(path, model), model, layout)
     tried = trial(config)
-    unreached = tried.unreached if dense is None and takes_text(type(model)) else ()
-    towers = {name for name in layout.parameters if name.startswith(tuple(f"{tower}." for tower in unreached))}
-    layout, left_out = _asked(layout, found, ({*tried.dense, *towers}, dense or ()), leave_out)
-    source = Source(path, folder, config, layout, found, tried, left_out, seen)
+    must = {name: f"its module calls {said} on it" for name, said in tried.dense.items()}
+    for tower in tried.unreached if dense is None and takes_text(type(model)) else ():
+        own = {matrix.parameter for matrix in layout.matrices.values() if matrix.parameter.startswith(f"{tower}.")}
+        must |= dict.fromkeys(own, f"text does not reach {tower}; --dense says otherwise")
+    layout, left_out = _asked(layout, found, (must, dense or ()), leave_out)
+    if not layout.matrices:
+        raise ModelError(f"{path}: no matrix of this {type(model).__name__} is left to compress; --dense PATTERN says "
+                         "which stay as they are, and --dense '' that none do")
+    source = Source(path, folder, config, layout, found, tried, must, left_out, seen)
     source.check_unchanged()
     return source
 
@@ -226,7 +234,7 @@ def _held(path: Path, config: PretrainedConfig) -> Held:
     """Return what the files of a directory hold, dequantized; the configuration then says no more that it is not."""
     tensors, aside = dequantized(locate(path), config, path)
     if settings(config):
-        del config.quantization_config
+        delattr(config, "quantization_config")
     return Held(tensors, aside)
 
 
@@ -251,11 +259,11 @@ def _asked(layout: Parts, account: Account, dense: tuple[Collection[str], Sequen
     Parameters
     ----------
     dense : (collection of str, sequence of str)
-        Parameters that must stay as they are, and patterns of those that the user wants so.
+        Parameters that must stay as they are, and patterns of those that the user wants so; an empty one is for none.
     """
     layout = layout.without(set(layout.parameters) - set(account.located))  # what the class makes by itself
     must, wanted = dense
-    layout = layout.leaving({*must, *(name for pattern in wanted for name in layout.matching(pattern))})
+    layout = layout.leaving({*must, *(name for pattern in wanted if pattern for name in layout.matching(pattern))})
     left_out = {key: f"asked for by --leave-out {pattern}" for pattern in leave_out
                 for key in account.matching(pattern)}
     carried = {key: torch.Size(place.shape) for key, place in account.extra.items() if key not in left_out}

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from tersor import store
 from tersor.contract.codec import Codec, Encoded, Search
 from tersor.errors import ModelError, ReadOnlyError
-from tersor.hf.models.inputs import candidates, reach, run
+from tersor.hf.models.inputs import candidates, reach, run, untouched
 from tersor.hf.models.matrices import FOREIGN, empty_model, walk
 from tersor.hf.models.quantizer import install
 from tersor.nn import MEMORY, Buffers, WeightView
@@ -168,8 +168,8 @@ def _first_unfit(model: PreTrainedModel, names: Mapping[int, str]) -> tuple[str 
     The last are the models inside that the inputs did not reach; they run on inputs of their own.
     """
     unfit, said, ran, inputs = _pass(model, names)
-    unreached = reach(model, inputs)[1] if ran else []
-    for name in unreached:
+    unreached = untouched(model, inputs) if ran else []
+    for name in reach(model, inputs)[1] if ran else ():
         part = model.get_submodule(name)
         assert isinstance(part, PreTrainedModel)
         unfit, reason, _, _ = _pass(part, names)
