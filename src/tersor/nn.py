@@ -53,8 +53,12 @@ class Buffers:
 
     def encoded(self) -> Encoded:
         """Return the encoded matrix that the buffers hold now."""
-        places = {key: self._place(key) for key in self.codec.layout(self.shape)}
-        return Encoded(self.codec, self.shape, {key: module.get_buffer(name) for key, (module, name) in places.items()})
+        found = {key: getattr(module, name) for key, (module, name) in self.places().items()}
+        return Encoded(self.codec, self.shape, found)
+
+    def places(self) -> dict[str, tuple[nn.Module, str]]:
+        """Return the module and the name under which it holds each tensor of the payload."""
+        return {key: self._place(key) for key in self.codec.layout(self.shape)}
 
     def _place(self, key: str) -> tuple[nn.Module, str]:
         return self.shared.get(key, (self.owner, f"{self.prefix}/{key}"))
