@@ -1,9 +1,9 @@
-"""Parameters made of several stored tensors, or of parts of one: equal to what transformers loads, and read sparingly."""
+"""Parameters made of several stored tensors, or of parts of one: as transformers loads them, and read sparingly."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ EXPERTS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "olmoe": ("OlmoeForCausalLM", {"num_experts": 3}),
     "gpt_oss": ("GptOssForCausalLM", {"num_local_experts": 3, "head_dim": 8}),
     "deepseek_v3": ("DeepseekV3ForCausalLM", {
-        "num_key_value_heads": 4, "moe_intermediate_size": 16, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1,
-        "topk_group": 1, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+        "num_key_value_heads": 4, "moe_intermediate_size": 16, "n_routed_experts": 4, "n_shared_experts": 1,
+        "n_group": 1, "topk_group": 1, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
         "v_head_dim": 8, "first_k_dense_replace": 1})}
 
 
@@ -168,7 +168,7 @@ def test_experts_that_do_not_fit_are_refused(damage: str, tmp_path: Path) -> Non
     if damage == "a shape":
         tensors[f"{stem}.2.w2.weight"] = torch.ones(3, 5)
     if damage == "another expert":
-        tensors |= {f"{stem}.4.{part}.weight": tensors[f"{stem}.0.{part}.weight"].clone() for part in ("w1", "w2", "w3")}
+        tensors |= {f"{stem}.4.{w}.weight": tensors[f"{stem}.0.{w}.weight"].clone() for w in ("w1", "w2", "w3")}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match=r"model\.safetensors.*experts") as caught:
         open_source(folder, tmp_path / "s")
