@@ -34,7 +34,8 @@ EXPERTS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "gpt_oss": ("GptOssForCausalLM", {"num_local_experts": 3, "head_dim": 8}),
     "deepseek_v3": ("DeepseekV3ForCausalLM", {
         "num_key_value_heads": 4, "moe_intermediate_size": 16, "n_routed_experts": 4, "n_shared_experts": 1,
-        "n_group": 1, "topk_group": 1, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+        "n_group": 1, "topk_group": 1,
+        "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
         "v_head_dim": 8, "first_k_dense_replace": 1})}
 
 

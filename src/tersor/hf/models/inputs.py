@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tersor.errors import ModelError
@@ -60,12 +60,21 @@ def reach(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[dict[str, 
 
 
 def untouched(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[str]:
-    """Return the models inside of which a run calls nothing, outermost only.
+    """Return the models inside of which a run calls nothing, and what stands beside them of which the same is true.
 
-    Some classes do not call a model inside, but its parts.
+    Some classes do not call a model inside, but its parts. A projector stands beside a vision tower.
     """
     _, called = _traced(model, inputs)
-    return _outermost(model, lambda part: not called & {id(module) for module in part.modules()})
+
+    def idle(part: nn.Module) -> bool:
+        return not called & {id(module) for module in part.modules()}
+
+    found = _outermost(model, idle)
+    for path in dict.fromkeys(name.rpartition(".")[0] for name in found):
+        beside = [f"{path}.{name}".lstrip(".") for name, part in model.get_submodule(path).named_children()
+                  if idle(part) and part.state_dict()]
+        found += [name for name in beside if name not in found]
+    return found
 
 
 def _traced(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[dict[str, Tensor], set[int]]:

@@ -1,7 +1,7 @@
-"""A compressed model on several devices: payloads are placed and offloaded as weights are, and ties stay together.
+"""A compressed model on several devices: payloads are placed and offloaded as weights are; ties stay together.
 
-accelerate moves parameters where a device map says, and keeps them on the CPU or on disk until their module runs. Buffers
-it leaves where the module computes, so payloads, which are buffers, are parameters while a device map is in force.
+accelerate moves parameters where a device map says, and keeps them on the CPU or on disk until their module runs. It
+leaves buffers where the module computes, so payloads, which are buffers, are parameters while a device map is in force.
 """
 
 from __future__ import annotations
