@@ -103,21 +103,20 @@ class Pickled(Place):
 
 
 def read_bytes(file: Path, start: int, size: int) -> np.ndarray[Any, Any]:
-    """Read some bytes of a file, without mapping the rest of it into memory.
+    """Map some bytes of a file into memory, and nothing of the rest; what is written to them stays there.
 
     Raises
     ------
     ModelError
         If they are not there.
     """
+    if not size:
+        return np.empty(0, np.uint8)
     try:
-        data = np.fromfile(file, np.uint8, size, offset=start)
-    except OSError as error:
-        raise ModelError(f"{file}: cannot be read: {error}") from error
-    if data.size != size:
-        raise ModelError(f"{file}: ends at byte {start + data.size}, but a tensor goes on to {start + size}; fetch the "
-                         "model again")
-    return data
+        return np.memmap(file, np.uint8, "c", start, (size,))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file}: has no {size} bytes from byte {start} on, where a tensor should be ({error}); fetch "
+                         "the model again") from error
 
 
 def locate(folder: Path) -> dict[str, Place]:
