@@ -51,6 +51,8 @@ class Converted:
     model : PreTrainedModel
         On the meta device; conversions ask it for shapes.
     shape : tuple of int
+    dtype : torch.dtype
+        The one that holds all sources.
     apart : bool
         Whether a slice of this stack can be made from that slice, or member, of each source.
     """
@@ -61,12 +63,8 @@ class Converted:
     converter: WeightConverter
     model: PreTrainedModel
     shape: tuple[int, ...]
+    dtype: torch.dtype
     apart: bool
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that holds all sources."""
-        return _widest(self.sources)
 
     @property
     def places(self) -> tuple[Place, ...]:
@@ -162,7 +160,7 @@ def mapped(found: Mapping[str, Origin], model: PreTrainedModel,
 def _converted(first: str, sources: Sources, converter: WeightConverter,
                model: PreTrainedModel) -> dict[str, Origin]:
     """Return the parameters that one conversion makes; tried on the meta device, where it takes no memory."""
-    draft = Converted(first, first, sources, converter, model, (), apart=False)
+    draft = Converted(first, first, sources, converter, model, (), _widest(sources), apart=False)
     with refused(f"some tensors of '{first}' are missing or misshapen; transformers cannot make it of "
                  f"{_some(sources)}"):
         shapes = {name: tuple(tensor.shape) for name, tensor in convert(draft, _empty).items()}

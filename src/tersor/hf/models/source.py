@@ -23,7 +23,7 @@ from tersor.hf.models.checkpoint import Account, Held, account
 from tersor.hf.models.classes import model_class, takes_text
 from tersor.hf.models.ledger import Ledger
 from tersor.hf.models.matrices import Matrix, Parts, empty_model, quiet, read_config, refused, walk
-from tersor.hf.models.places import locate
+from tersor.hf.models.places import Origin, locate
 from tersor.hf.models.quantized import dense as dequantized
 from tersor.hf.models.quantized import settings
 from tersor.hf.models.staging import WEIGHT_SUFFIXES
@@ -71,19 +71,23 @@ class Source:
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor in its own dtype; dequantized, and put together, where the checkpoint stores it otherwise."""
-        self.check_unchanged()
-        return self.account.origin(name).read()
+        return self._checked(name).read()
 
     def matrix(self, matrix: Matrix) -> Tensor:
         """Read one matrix (out, in); only its slice of a stack."""
-        self.check_unchanged()
-        origin = self.account.origin(matrix.parameter)
+        origin = self._checked(matrix.parameter)
         return matrix.take(origin.read()) if matrix.index is None else origin.read(matrix.index)
 
-    def check_unchanged(self) -> None:
-        """Raise `ModelError` if a file of the model is no longer the one that was opened."""
-        for file, state in self.seen.items():
-            if _state(file) != state:
+    def _checked(self, name: str) -> Origin:
+        """Return what a tensor is made of, if its files are those that were opened."""
+        origin = self.account.origin(name)
+        self.check_unchanged({place.file for place in origin.places})
+        return origin
+
+    def check_unchanged(self, files: Iterable[Path] | None = None) -> None:
+        """Raise `ModelError` if a file of the model, or one of some, is no longer the one that was opened."""
+        for file in self.seen if files is None else files:
+            if _state(file) != self.seen[file]:
                 raise ModelError(f"{file} has changed since it was opened; run again once the model is no longer being "
                                  "written")
 
