@@ -156,6 +156,10 @@ class CompressedEmbedding(nn.Module):
         """Return (*ids.shape, width)."""
         return self._payload.gather(ids).to(self._dtype)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedEmbedding:
+        self._payload.ready.forget()
+        return super()._apply(fn, recurse)
+
     def extra_repr(self) -> str:
         """Return shape and codec."""
         return f"{self.num_embeddings}, {self.embedding_dim}, codec={self._payload.codec}"
