@@ -24,9 +24,10 @@ def candidate(case: ModelCase, source: Path, folder: Path) -> tuple[nn.Module, i
     """Return the compressed model of a case, its bytes, and the seconds that compressing took."""
     start = time.perf_counter()
     if case.method.startswith("pipeline"):  # without its own evaluation: `compare` takes the same tokens as for peers
-        _, _, method = case.method.partition(":")
-        output = folder / f"{method or 'default'}-{case.rate}"
+        method, _, effort = case.method.partition(":")[2].partition("@")
+        output = folder / f"{method or 'default'}-{effort}-{case.rate}"
         settings = {"method": method} if method else {}
+        settings |= {"effort": effort} if effort else {}
         compress_model(source, output, rate=case.rate, seed=SEED, evaluation_tokens=0, **settings)
         seconds = time.perf_counter() - start
         return evaluation.load_model(output), store.stored_nbytes(output), seconds
