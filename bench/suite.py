@@ -175,6 +175,9 @@ def sections(*names: str) -> Callable[[str], Sequence[Section]]:
 
 
 def chosen(cases: Iterable[Any], words: Iterable[str]) -> list[Any]:
-    """Return the cases whose key holds every word; of a word `a/b/c` one of its parts."""
+    """Return the cases whose key holds every word; of a word `a/b/c` one of its parts; a part `a$` is its end."""
+    def holds(key: str, part: str) -> bool:
+        return key.endswith(part[:-1]) if part.endswith("$") else part in key
+
     asked = [word.split("/") for word in words]
-    return [case for case in cases if all(any(part in case.key for part in parts) for parts in asked)]
+    return [case for case in cases if all(any(holds(case.key, part) for part in parts) for parts in asked)]
