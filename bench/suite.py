@@ -113,13 +113,15 @@ class Table:
     """A table in the documents: the lines that it shows, by the beginnings of their keys (none: all), and its builder.
 
     `source` is the suite whose lines it shows, where that is another one than the suite that brings the table. A table
-    that is `charged` counts what comes with the package (`charges.py`); under others that is said.
+    that is `charged` counts what comes with the package (`charges.py`); under others that is said. Under a `bare` one
+    nothing is said: the text around it says where the same figures stand with their origin.
     """
 
     build: Builder
     prefixes: tuple[str, ...] = ()
     source: str = ""
     charged: bool = False
+    bare: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
