@@ -45,7 +45,7 @@ FRONT_PEERS = ("gguf:IQ2_XXS", "gguf:Q2_K", "gguf:Q3_K", "gguf:Q4_K")
 def front_table(found: Mapping[str, Line]) -> str:
     """Return the table of the front page: the default method beside GGUF, block by block."""
     rows = []
-    for line in sorted(found.values(), key=lambda line: (line["case"]["rate"] % 16, line["bytes"])):
+    for line in sorted(found.values(), key=lambda line: (line["case"]["rate"] % 16, line["bytes"])):  # 16: the original
         method, numbers = line["case"]["method"], line["numbers"]
         if method in FRONT or method in FRONT_PEERS:
             rows.append([FRONT.get(method) or label(method), f"{numbers['rate']:.3f}",
