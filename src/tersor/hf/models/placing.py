@@ -104,7 +104,7 @@ def _hooks(owners: set[nn.Module], kind: type[Any]) -> Iterator[tuple[nn.Module,
 
 def _places(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """Return where payload tensors are, but for shared tables: module and name."""
-    found = [place for payload in _payloads(model) for key, place in payload.places().items()
+    found = [place for payload in _payloads(model) for key, place in payload.places.items()
              if key not in payload.shared]
     return list(dict.fromkeys(found))
 
