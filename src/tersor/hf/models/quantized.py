@@ -65,13 +65,14 @@ class Scaled:
             scales = scales.view(torch.float8_e8m0fnu)
         scales = scales.to(torch.float32)
         if scales.numel() == 1:
-            return (values * scales.reshape(())).to(self.dtype)
+            return values.mul_(scales.reshape(())).to(self.dtype)
         scales = scales.reshape(*scales.shape, *(1 for _ in range(values.ndim - scales.ndim)))
-        rows, columns = values.shape[-2:]
-        for axis, size, count in ((-2, self.block[0], rows), (-1, self.block[1], columns)):
-            if scales.shape[axis] > 1:
-                scales = scales.repeat_interleave(size, axis).narrow(axis, 0, count)
-        return (values * scales).to(self.dtype)
+        if scales.shape[-1] == 1:
+            return values.mul_(scales).to(self.dtype)
+        for number, row in enumerate(scales.unbind(-2)):  # a row of blocks at a time
+            part = values[..., number * self.block[0] : (number + 1) * self.block[0], :]
+            part.mul_(row.repeat_interleave(self.block[1], -1)[..., None, : values.shape[-1]])
+        return values.to(self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
