@@ -14,14 +14,16 @@ from torch import Tensor
 
 from tersor.codecs.trellis.filters import Filter, filters, taps_on
 from tersor.codecs.trellis.streamed import Streamed, signs_of
+from tersor.codecs.trellis.viterbi import image_on, values_on
 from tersor.contract.codec import Encoded
 from tersor.contract.coordinates import Coordinates
 from tersor.contract.rotating import MultipliesRotated
 from tersor.numerics.constants import constant
 from tersor.ops.codebook_linear import codebook_linear
 from tersor.ops.trellis_linear import decoded_rows, trellis_filter, trellis_linear
+from tersor.ops.window_linear import MOST_MEMORY, takes, window_linear
 from tersor.payload import codes
-from tersor.payload.blocks import Rows
+from tersor.payload.blocks import Rows, Shape
 
 FEW = 64  # vectors that meet the signs of streams; for more, rows are decoded
 
@@ -69,9 +71,12 @@ class Trellis(Streamed, MultipliesRotated):
     def matmul_rotated(self, encoded: Encoded, x: Tensor, seed: int | None) -> Tensor | None:
         """Filter the vectors, or the outputs, and multiply by the signs; many vectors meet decoded rows."""
         width, held = encoded.shape[1], encoded.tensors
-        many = x.is_cuda and x.numel() > FEW * width
-        if seed is not None and (many or self.axis == "in"):
+        many, looked = x.is_cuda and x.numel() > FEW * width, self._looked_up(encoded, x)
+        if seed is not None and (many or looked or self.axis == "in"):
             return None
+        if looked:
+            return window_linear(x, held["codes"], values_on(self.code, x.device), held["scales"], self.filter.shifts,
+                                 image_on(self.code, x.device), across=self.axis == "out")
         if many:
             return trellis_linear(x, held["codes"], taps_on(self.filter, x.device), held["scales"], self.filter.shifts,
                                   across=self.axis == "out")
@@ -83,6 +88,10 @@ class Trellis(Streamed, MultipliesRotated):
         ones = _ones_on(self.stream_shape(encoded.shape)[0], x.device)
         y = codebook_linear(x, held["codes"], table, ones, None, 1, width, "symmetric", rotation=seed)
         return self.numbers(y, encoded.shape[0], held["scales"])
+
+    def _looked_up(self, encoded: Encoded, x: Tensor) -> bool:
+        """Tell whether windows are looked up instead: by more than one vector on CUDA, in half precision there."""
+        return x.is_cuda and x.numel() > encoded.shape[1] and _looked_up(self.filter, encoded.shape, self.axis)
 
     def coordinates(self, encoded: Encoded) -> Coordinates:
         """Return signs, met by filtered vectors; decoded rows where streams run along outputs."""
@@ -110,6 +119,13 @@ class _Streams(Coordinates):
         codec = self.encoded.codec
         assert isinstance(codec, Trellis)
         return codec.numbers(y, self.encoded.shape[1])
+
+
+@constant
+def _looked_up(code: Filter, shape: Shape, axis: str) -> bool:
+    """Tell whether kernels look the windows of a matrix up."""
+    line = code.line(shape[0 if axis == "out" else 1])
+    return code.memory <= MOST_MEMORY and takes(line, *shape, across=axis == "out")
 
 
 @constant
