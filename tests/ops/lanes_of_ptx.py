@@ -97,7 +97,7 @@ class Warp:
         else:
             self._write(rest.split(", ")[0], self._read(parts[0]) | self._read(parts[1]) << np.uint64(16))
 
-    def _value(self, name: str, given: list[np.ndarray]) -> np.ndarray:  # noqa: C901, PLR0911
+    def _value(self, name: str, given: list[np.ndarray]) -> np.ndarray:  # noqa: C901
         one = given[0]
         match name:
             case "mov.b32" | "mov.u32":
@@ -131,17 +131,19 @@ class Warp:
                 return high << np.uint64(16) | low
         raise AssertionError(name)
 
+    def _half(self, name: str, place: int) -> np.ndarray:
+        return (self.held[name] >> np.uint64(16 * place)).astype(np.uint16).view(np.float16)
+
     def _multiply(self, registers: list[list[str]]) -> None:
         lanes = np.arange(LANES)
         group, quad = lanes // 4, lanes % 4
         first, second = np.zeros((16, 16)), np.zeros((16, 8))
         total = np.zeros((16, 8), np.float32)
-        halves = lambda name, i: (self.held[name] >> np.uint64(16 * i)).astype(np.uint16).view(np.float16)
         for i in range(2):
             for place, one in enumerate(registers[1]):
-                first[group + 8 * (place % 2), 2 * quad + i + 8 * (place // 2)] = halves(one, i)
+                first[group + 8 * (place % 2), 2 * quad + i + 8 * (place // 2)] = self._half(one, i)
             for place, one in enumerate(registers[2]):
-                second[2 * quad + i + 8 * place, group] = halves(one, i)
+                second[2 * quad + i + 8 * place, group] = self._half(one, i)
         corners = [(group + 8 * (place // 2), 2 * quad + place % 2) for place in range(4)]
         for corner, one in zip(corners, registers[3], strict=True):
             total[corner] = _float(self.held[one])

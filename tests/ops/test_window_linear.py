@@ -19,7 +19,7 @@ from tersor.ops.window_linear.shapes.lanes import FEW, refusal
 from tersor.payload import packing
 from tersor.registry import parse
 from tersor.testing import gaussian
-from tests.ops.devices import DEVICES
+from tests.ops.devices import CUDA, DEVICES
 
 CODES = sorted(folded())
 SOME = [(1.25, 12), (2.0, 12), (2.5, 8), (3.0, 9)]
@@ -160,7 +160,6 @@ def test_codecs_multiply_by_the_table(spec: str, monkeypatch: pytest.MonkeyPatch
         torch.testing.assert_close(encoded.decode(), dense, rtol=0, atol=0 if spec.startswith("tr") else 1e-5)
 
 
-CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA")])
 KINDS = [(folded, 2.0, 12), (folded, 2.0, 8), (folded, 2.5, 12), (folded, 3.0, 12), (folded, 1.0, 12),
          (folded, 4.0, 12), (folded, 1.5, 12), (folded, 2.0, 16), (folded, 5.0, 12), (folded, 2.25, 12),
          (filters, 2.0, 14), (filters, 4.0, 12), (filters, 2.0, 16)]
@@ -189,3 +188,18 @@ def test_products_on_cuda(device: str, dtype: torch.dtype, kind: tuple, *, acros
             assert bool(((found.double() - want[:count]).abs() <= bound).all()), (rows, width, count)
             error = (found.double() - want[:count]).norm() / want[:count].norm()
             assert error < (6e-4 if dtype != torch.bfloat16 else 4e-3), (rows, width, count)
+
+
+@pytest.mark.parametrize("device", [CUDA])
+@pytest.mark.parametrize("across", [False, True])
+def test_many_vectors_meet_blocks_of_rows(monkeypatch: pytest.MonkeyPatch, device: str, *, across: bool) -> None:
+    from tersor.ops.window_linear import launch
+
+    code = folded()[2.0, 12]
+    codes, scales, dense = (one.to(device) for one in held(code, 768, 512, across=across))
+    given = (codes, code.table().to(device), scales, code.shifts, image_of(code.table(), code.shifts).to(device))
+    x = gaussian((80, 512), 5).to(torch.bfloat16).to(device)
+    monkeypatch.setattr(launch, "DECODED_BYTES", 256 * 512 * 2)
+    found = window_linear(x, *given, across=across).double()
+    want = x.double() @ dense.double().T
+    assert (found - want).norm() <= 4e-3 * want.norm()

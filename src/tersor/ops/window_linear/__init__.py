@@ -112,7 +112,8 @@ def decoded_rows(codes: Tensor, table: Tensor, scales: Tensor, line: Line, width
 
     The same bits from all implementations: numbers are those of the table, rounded once when they are scaled.
     """
-    if codes.is_cuda and line.length and width and not take_reference("window_linear", line_refused(line), codes.device):
+    taken = codes.is_cuda and line.length and width
+    if taken and not take_reference("window_linear", line_refused(line), codes.device):
         from tersor.ops.window_linear import launch
 
         matrix = launch.Matrix(codes, table, None, scales, line, width, across)

@@ -74,34 +74,27 @@ class Matrix:
 
 
 @lru_cache(maxsize=64)
-def _shared(look: Look, warps: int, groups: int) -> dict[str, object]:
-    """Return the arguments of all kernels: how shared memory is filled."""
-    return {"TABLE": look.bytes, "REPEATED": look.repeated, "S": warps, "R": groups,
-            "COPIED": ptx.copied(look.bytes // 4, 32 * warps * groups, look.repeated)}
+def _shared(how: Division) -> dict[str, object]:
+    """Return what all kernels are told: how a program's shared memory is filled, and how warps share the work."""
+    look, warps = how.look, how.threads
+    filled = {"COPIED": ptx.copied(look.bytes // 4, 32 * warps, look.repeated), "TABLE": look.bytes,
+              "REPEATED": look.repeated}
+    shared = {"S": how.warps, "R": how.groups, "num_warps": warps, "maxnreg": how.registers, "launch_pdl": True}
+    if how.across:
+        return {**filled, **shared, "TAKEN": tuple(ptx.streams(look, half) for half in range(2)),
+                "BITS": look.bits(RUN), "BEFORE": look.before, "STAGE": tables.stage_bytes(look),
+                "WORDS": tables.WORD * look.words}
+    each = tables.chunk(look)
+    return {**filled, **shared, "FETCHED": ptx.fetched(look, each), "CHUNK": each,
+            "WORDS": look.bits(each) // tables.WORD}
 
 
 @lru_cache(maxsize=64)
-def _of_tiles(look: Look, warps: int, groups: int) -> dict[str, object]:
-    """Return what kernels across lines are told of rows of bits."""
-    return {**_shared(look, warps, groups), "TAKEN": tuple(ptx.streams(look, half) for half in range(2)),
-            "BITS": look.bits(RUN), "BEFORE": look.before, "STAGE": tables.stage_bytes(look),
-            "WORDS": 32 * look.words}
-
-
-@lru_cache(maxsize=64)
-def _of_lines(look: Look, warps: int, groups: int) -> dict[str, object]:
-    """Return what kernels along lines are told of chunks."""
-    chunk = tables.chunk(look)
-    return {**_shared(look, warps, groups), "FETCHED": ptx.fetched(look, chunk), "CHUNK": chunk,
-            "WORDS": look.bits(chunk) // 32}
-
-
-@lru_cache(maxsize=64)
-def _product(look: Look, tiles_of: int, stored: int, *, across: bool) -> str:
-    """Return the text that multiplies."""
+def _product(look: Look, sets: int, stored: int, *, across: bool) -> str:
+    """Return the text that multiplies `sets` of eight vectors."""
     if across:
-        return ptx.across(look, tiles_of, stored)
-    return ptx.along(look, tables.chunk(look), tiles_of, stored)
+        return ptx.across(look, sets, stored)
+    return ptx.along(look, tables.chunk(look), sets, stored)
 
 
 def few(x: Tensor, matrix: Matrix) -> Tensor:
@@ -113,28 +106,24 @@ def few(x: Tensor, matrix: Matrix) -> Tensor:
 def divided(x: Tensor, matrix: Matrix, how: Division) -> Tensor:
     """Return the same, so divided."""
     assert matrix.image is not None
-    device, batch, look = x.device, len(x), how.look
-    stored = tables.stored(batch)
-    chunk = COLUMNS // GROUPS if matrix.across else tables.chunk(look)
-    xp = workspace((how.padded(chunk) * stored * HALF,), torch.int8, device, "vectors in half precision")
+    device, batch, stored = x.device, len(x), tables.stored(len(x))
+    chunk = COLUMNS // GROUPS if matrix.across else tables.chunk(how.look)
+    padded, sets = how.padded(chunk), -(-stored // GROUPS)
+    xp = workspace((padded * stored * HALF,), torch.int8, device, "vectors in half precision")
     peaks = workspace((stored,), torch.float32, device, "powers of two")
     out = torch.empty(batch, matrix.rows, dtype=x.dtype, device=device)
     parts = out if how.parts == 1 else workspace((how.parts, batch, matrix.rows), torch.float32, device, "parts")
     pitch, segment, chunks = matrix.places()
     grid = (min(-(-how.items // how.groups), multiprocessors(device)),)
-    shared = {"num_warps": how.threads, "maxnreg": how.registers, "launch_pdl": True}
     with torch.cuda.device(device):
-        arranged.arrange[(stored, -(-how.padded(chunk) // ARRANGED))](
-            x, xp.view(torch.float16), peaks, matrix.width, x.stride(0), batch, how.padded(chunk), chunk, stored,
-            ARRANGED, min(WHOLE, 1 << (matrix.width - 1).bit_length()), launch_pdl=True)
-        text = _product(look, -(-stored // 8), stored, across=matrix.across)
-        given = (matrix.codes, matrix.image, xp, peaks, matrix.scales, parts, matrix.rows, batch, pitch)
-        if matrix.across:
-            tiles.multiply_tiles[grid](*given, how.items, how.steps, how.parts, segment, TEXT=text,
-                                       TILES=-(-stored // 8), STORED=stored, **_of_tiles(look, how.warps, how.groups), **shared)
-        else:
-            lines.multiply_lines[grid](*given, chunks, how.items, how.steps, how.parts, segment, TEXT=text,
-                                       TILES=-(-stored // 8), STORED=stored, **_of_lines(look, how.warps, how.groups), **shared)
+        arranged.arrange[(stored, -(-padded // ARRANGED))](
+            x, xp.view(torch.float16), peaks, matrix.width, x.stride(0), batch, padded, chunk, stored, ARRANGED,
+            min(WHOLE, 1 << (matrix.width - 1).bit_length()), launch_pdl=True)
+        given = [matrix.codes, matrix.image, xp, peaks, matrix.scales, parts, matrix.rows, batch, pitch]
+        multiply = tiles.multiply_tiles if matrix.across else lines.multiply_lines
+        multiply[grid](*given, *([] if matrix.across else [chunks]), how.items, how.steps, how.parts, segment,
+                       TEXT=_product(how.look, sets, stored, across=matrix.across), TILES=sets, STORED=stored,
+                       **_shared(how))
         if how.parts > 1:
             arranged.sum_parts[(-(-out.numel() // SUMMED),)](parts, out, out.numel(), how.parts, SUMMED,
                                                              launch_pdl=True)
@@ -145,24 +134,24 @@ def spread(matrix: Matrix, first: int, out: Tensor) -> None:
     """Write rows from `first` on, a multiple of 64 across lines, into `out`, (k, width), of 16 bits a number."""
     assert matrix.image is not None
     how = tables.divided(matrix.line, matrix.rows, matrix.width, (WARPS, 1, 1), across=matrix.across)
-    look, rounded = how.look, "f16" if out.dtype == torch.float16 else "bf16"
+    rounded = "f16" if out.dtype == torch.float16 else "bf16"
     pitch, segment, chunks = matrix.places()
-    shared = {"num_warps": how.threads, "maxnreg": how.registers, "launch_pdl": True}
-    if matrix.across:
-        items = len(out) // (GROUPS * RUN)
-        tiles.spread_tiles[(min(items, multiprocessors(out.device)),)](
-            matrix.codes, matrix.image, matrix.scales, out, first, pitch, items, how.steps,
-            WIDTH=matrix.width, SEGMENT=segment, TEXT=ptx_spread(look, HALF * matrix.width, rounded), **_of_tiles(look, how.warps, how.groups),
-            **shared)
-    else:
-        items = -(-len(out) // GROUPS)
-        lines.spread_lines[(min(items, multiprocessors(out.device)),)](
-            matrix.codes, matrix.image, matrix.scales, out, first, len(out), matrix.width, pitch, chunks, items,
-            how.steps, SEGMENT=segment, TEXT=ptx_spread(look, 0, rounded), **_of_lines(look, how.warps, how.groups), **shared)
+    given, most = [matrix.codes, matrix.image, matrix.scales, out], multiprocessors(out.device)
+    with torch.cuda.device(out.device):
+        if matrix.across:
+            items = len(out) // (GROUPS * RUN)
+            tiles.spread_tiles[(min(items, most),)](
+                *given, first // (GROUPS * RUN), pitch, items, how.steps, WIDTH=matrix.width, SEGMENT=segment,
+                TEXT=_written(how.look, HALF * matrix.width, rounded), **_shared(how))
+        else:
+            items = -(-len(out) // GROUPS)
+            lines.spread_lines[(min(items, most),)](
+                *given, first, len(out), matrix.width, pitch, chunks, items, how.steps, SEGMENT=segment,
+                TEXT=_written(how.look, 0, rounded), **_shared(how))
 
 
 @lru_cache(maxsize=64)
-def ptx_spread(look: Look, row_bytes: int, rounded: str) -> str:
+def _written(look: Look, row_bytes: int, rounded: str) -> str:
     """Return the text that writes numbers: of rows of so many bytes, or, where 0, along rows."""
     if row_bytes:
         return ptx.spread(look, row_bytes, rounded=rounded)
@@ -174,8 +163,8 @@ def rows(matrix: Matrix, chosen: Rows, out: Tensor) -> Tensor:
     count, width = out.shape
     if not out.numel():
         return out
-    indexed, line = isinstance(chosen, Tensor), matrix.line
-    index, first = (chosen.to(matrix.codes.device), 0) if indexed else (matrix.codes, chosen.start)
+    line, indexed = matrix.line, isinstance(chosen, Tensor)
+    index, first = (chosen.to(matrix.codes.device), 0) if isinstance(chosen, Tensor) else (matrix.codes, chosen.start)
     shared = (max(1, line.length // UNIT), len(segments(line.length)), UNIT, line.shifts, sum(line.shifts), line.memory)
     given = (matrix.codes, matrix.table, matrix.scales, out, index, first)
     with torch.cuda.device(matrix.codes.device):
@@ -197,8 +186,7 @@ def by_decoding(x: Tensor, matrix: Matrix) -> Tensor:
         part = slice(start, min(start + step, count))
         dense = workspace((part.stop - part.start, width), x.dtype, x.device, "decoded rows")
         if fast:
-            with torch.cuda.device(x.device):
-                spread(matrix, start, dense)
+            spread(matrix, start, dense)
         else:
             rows(matrix, part, dense)
         torch.mm(x, dense.T, out=out[:, part])

@@ -67,6 +67,25 @@ def _place(thread, item, tile, turn, PARTS: gl.constexpr, S: gl.constexpr):
     return row, 8 * tile + 2 * (lane % 4) + number % 2, number
 
 
+@gluon.jit
+def _write(sums, scale, peak, out, room, group, thread, item, items, rows, batch, PARTS: gl.constexpr,
+           TILES: gl.constexpr, S: gl.constexpr):
+    # the products of an item, summed over warps
+    COUNT: gl.constexpr = RUN // 2 * 4
+    TURNS: gl.constexpr = (COUNT + S - 1) // S
+    own_item = gl.minimum(item, items - 1)
+    for tile in gl.static_range(TILES):
+        own = ()
+        for pair in gl.static_range(RUN // 2):
+            own = own + sums[4 * (pair * TILES + tile) : 4 * (pair * TILES + tile) + 4]
+        totals = shared_sums(own, room, group, thread, S)
+        for turn in gl.static_range(TURNS):
+            row, column, number = _place(thread, own_item, tile, turn, PARTS, S)
+            line = (own_item % PARTS * batch + column).to(gl.int64) * rows
+            y = totals[turn] * peak[tile * TURNS + turn] * scale[turn]
+            gl.store(out + line + row, y.to(out.dtype.element_ty), (column < batch) & (number < COUNT) & (item < items))
+
+
 @kernel
 @gluon.jit(do_not_specialize=["items", "steps"])
 def multiply_tiles(codes, image, xp, peaks, scales, out, rows, batch, pitch, items, steps, PARTS: gl.constexpr,
@@ -121,18 +140,7 @@ def multiply_tiles(codes, image, xp, peaks, scales, out, rows, batch, pitch, ite
                 sums = gl.inline_asm_elementwise(
                     TEXT, _registers(COUNT * TILES, WORDS), sums + words + (lane, pointer + 128 * STORED * 2 * half),
                     dtype=_floats(COUNT * TILES), is_pure=False, pack=1)
-        for tile in gl.static_range(TILES):
-            own = ()
-            for pair in gl.static_range(RUN // 2):
-                for corner in gl.static_range(4):
-                    own = own + (sums[4 * (pair * TILES + tile) + corner],)
-            totals = shared_sums(own, room, group, thread, S)
-            for turn in gl.static_range(TURNS):
-                row, column, number = _place(thread, own_item, tile, turn, PARTS, S)
-                line = (own_item % PARTS * batch + column).to(gl.int64) * rows
-                y = totals[turn] * peak[tile * TURNS + turn] * scale[turn]
-                gl.store(out + line + row, y.to(out.dtype.element_ty), (column < batch) & (number < COUNT)
-                         & (item < items))
+        _write(sums, scale, peak, out, room, group, thread, item, items, rows, batch, PARTS, TILES, S)
     wait(lane)
 
 

@@ -83,7 +83,7 @@ class Look:
     @property
     def copies(self) -> int:
         """Copies, as a power of two: lanes with one of their own do not wait for each other."""
-        return min(MOST_COPIES, max(0, (self.room // self.least_bytes).bit_length() - 1))
+        return min(MOST_COPIES, max(1, self.room // self.least_bytes).bit_length() - 1)
 
     @property
     def scale(self) -> int:
@@ -159,7 +159,7 @@ def refusal(line: Line, rows: int, width: int, *, across: bool) -> str | None:
 
 
 def stage_bytes(look: Look) -> int:
-    """Return the bytes of the rows of bits of a warp's step across lines: whole groups of eight units that change places."""
+    """Return the bytes of the rows of bits of a warp's step across lines: of whole groups of eight units."""
     return -(-2 * (look.before + GROUPS * look.bits(RUN)) // 8) * 128
 
 
@@ -208,7 +208,7 @@ def stored(batch: int) -> int:
 
 
 def divided(line: Line, rows: int, width: int, how: tuple[int, int, int], *, across: bool) -> Division:
-    """Return a division with `how` many warps, groups, and parts, and copies of the table as shared memory holds them."""
+    """Return a division with `how` many warps, groups and parts, and as many copies as shared memory holds."""
     warps, groups, parts = how
     look = Look(line.shifts, line.memory)
     own = warps * groups * ((SUMS_BYTES + stage_bytes(look)) if across else SUMS_BYTES // 2)
