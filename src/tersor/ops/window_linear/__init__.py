@@ -20,7 +20,7 @@ from tersor.ops.window_linear.shapes.lanes import FEW, MOST_MEMORY, refusal
 from tersor.ops.window_linear.shapes.tables import MOST_VECTORS, Look
 from tersor.ops.window_linear.shapes.tables import image as made
 from tersor.ops.window_linear.shapes.tables import refusal as table_refused
-from tersor.payload.blocks import Rows, row_blocks
+from tersor.payload.blocks import Few, Rows, row_blocks
 
 if TYPE_CHECKING:
     from tersor.ops.window_linear import lanes
@@ -49,7 +49,10 @@ def window_linear(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, shift
     line, flat = _line(table, shifts, count if across else width), x.detach().flatten(0, -2) if x.ndim > 1 else x[None]
     if flat.numel() and _compiled(codes, line, across=across):
         matrix = _matrix(codes, table, scales, line, width, across=across)
-        out = matrix.few(flat) if len(flat) <= FEW else matrix.many(flat)
+        if len(flat) <= FEW:
+            out = torch.from_numpy(matrix.few(flat.to(torch.float32).contiguous().numpy())).to(x.dtype)
+        else:
+            out = matrix.many(flat)
     else:
         out = _by_blocks(flat, codes, table, scales, line, across=across)
     return out.reshape(*x.shape[:-1], count)
@@ -106,6 +109,13 @@ def _by_blocks(flat: Tensor, codes: Tensor, table: Tensor, scales: Tensor, line:
     return out
 
 
+def ready_windows(codes: Tensor, table: Tensor, scales: Tensor, line: Line, width: int, *, across: bool) -> Few | None:
+    """Return `window_linear` of few vectors, made ready; None where there is none on a device."""
+    if not width or not _compiled(codes, line, across=across):
+        return None
+    return _matrix(codes, table, scales, line, width, across=across).few
+
+
 def decoded_rows(codes: Tensor, table: Tensor, scales: Tensor, line: Line, width: int, rows: Rows, *,
                  across: bool) -> Tensor:
     """Return rows of a matrix of `width` columns, float32 (k, width); the other arguments as of `window_linear`.
@@ -140,4 +150,4 @@ def _matrix(codes: Tensor, table: Tensor, scales: Tensor, line: Line, width: int
     return (lanes.Across if across else lanes.Along)(codes.numpy(), table.contiguous(), scales, line, width)
 
 
-__all__ = ["MOST_MEMORY", "Line", "decoded_rows", "image_of", "takes", "window_linear"]
+__all__ = ["MOST_MEMORY", "Line", "decoded_rows", "image_of", "ready_windows", "takes", "window_linear"]
