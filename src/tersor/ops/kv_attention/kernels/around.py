@@ -1,0 +1,104 @@
+"""What stands around attention over codes: queries taken to coordinates, and parts joined."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from tersor.ops.dispatch import kernel
+
+LOG2E = tl.constexpr(1.4426950408889634)
+NONE = tl.constexpr(float("-inf"))
+
+
+@kernel
+@triton.jit
+def prepare(query, maps, bounds, offset, near, units, shifts, scaling, HEADS: tl.constexpr, ROWS: tl.constexpr,
+            DIM: tl.constexpr, MAPPED: tl.constexpr, PER_HEAD: tl.constexpr, SHIFTED: tl.constexpr, M: tl.constexpr,
+            COLUMNS: tl.constexpr):
+    """Write queries as codes meet them, half precision (part, M, DIM), with their units and their scores of the offset.
+
+    Each is divided by a bound of its coordinates: 2-norms of the query and, in `bounds`, of the longest line of a map.
+    """
+    tl.extra.cuda.gdc_launch_dependents()
+    part = tl.program_id(0)
+    head = part % HEADS
+    row = tl.arange(0, M)
+    place = tl.arange(0, DIM)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    q = tl.load(query + (part * ROWS + row[:, None]) * DIM + place[None, :], (row < ROWS)[:, None] & (place >= 0)[None, :],
+                other=0.0).to(tl.float32)
+    bound = tl.sqrt(tl.sum(q * q, 1))
+    if MAPPED:
+        side = maps + (head * DIM * DIM if PER_HEAD else 0)
+        lines = tl.load(side + column[:, None] * DIM + place[None, :])
+        numbers = tl.dot(q, tl.trans(lines), input_precision="tf32x3")
+        bound *= tl.load(bounds + (head if PER_HEAD else 0))
+    else:
+        numbers = tl.load(query + (part * ROWS + row[:, None]) * DIM + column[None, :],
+                          (row < ROWS)[:, None] & (column >= 0)[None, :], other=0.0).to(tl.float32)
+    inverse = tl.where(bound > 0.0, 1.0 / bound, 0.0)
+    tl.store(near + (part * M + row[:, None]) * DIM + column[None, :], (numbers * inverse[:, None]).to(tl.float16))
+    if tl.program_id(1) == 0:
+        shift = tl.zeros([M], tl.float32)
+        if SHIFTED:
+            shift = tl.sum(q * tl.load(offset + (head * DIM if PER_HEAD else 0) + place)[None, :], 1) * scaling
+        tl.store(units + part * M + row, bound * scaling)
+        tl.store(shifts + part * M + row, shift)
+
+
+@kernel
+@triton.jit(do_not_specialize=["parts", "splits"])
+def merge(peaks, totals, sums, maps, offset, aux, out, parts, splits, HEADS: tl.constexpr, ROWS: tl.constexpr,
+          QUERIES: tl.constexpr, DIM: tl.constexpr, MAPPED: tl.constexpr, PER_HEAD: tl.constexpr,
+          SHIFTED: tl.constexpr, AUX: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Write attention (batch, queries, query heads, DIM) from the parts of every query."""
+    tl.extra.cuda.gdc_wait()
+    line = tl.program_id(0)
+    part = line // ROWS
+    row = line % ROWS
+    head = part % HEADS
+    place = tl.arange(0, DIM)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    number = tl.arange(0, PARTS)
+    first = part.to(tl.int64) * parts * ROWS + row
+    peak = tl.load(peaks + first + number * ROWS, number < parts, other=NONE)
+    most = tl.max(peak, 0)
+    if AUX:
+        extra = tl.load(aux + head * (ROWS // QUERIES) + row // QUERIES).to(tl.float32) * LOG2E
+        most = tl.maximum(most, extra)
+    base = tl.where(most == NONE, 0.0, most)
+    share = tl.exp2(peak - base) * tl.load(totals + first + number * ROWS, number < parts, other=0.0)
+    total = tl.sum(share, 0)
+    if AUX:
+        total += tl.exp2(extra - base)
+    coded = tl.zeros([DIM], tl.float32)
+    for begin in range(0, splits, 16):
+        split = begin + tl.arange(0, 16)
+        at = first + split * ROWS
+        weight = tl.exp2(tl.load(peaks + at, split < splits, other=NONE) - base)
+        found = tl.load(sums + at[:, None] * DIM + place[None, :], (split < splits)[:, None] & (place >= 0)[None, :],
+                        other=0.0)
+        coded += tl.sum(found * weight[:, None], 0)
+    mixed = tl.zeros([COLUMNS], tl.float32)
+    for begin in range(splits, parts, 16):
+        split = begin + tl.arange(0, 16)
+        at = first + split * ROWS
+        weight = tl.exp2(tl.load(peaks + at, split < parts, other=NONE) - base)
+        found = tl.load(sums + at[:, None] * DIM + column[None, :], (split < parts)[:, None] & (column >= 0)[None, :],
+                        other=0.0)
+        mixed += tl.sum(found * weight[:, None], 0)
+    if MAPPED:
+        side = maps + (head * DIM * DIM if PER_HEAD else 0)
+        mixed += tl.sum(coded[:, None] * tl.load(side + place[:, None] * DIM + column[None, :]), 0)
+    else:
+        mixed += tl.sum(tl.where(place[:, None] == column[None, :], coded[:, None], 0.0), 0)
+    if SHIFTED:
+        mixed += tl.sum(tl.where(number < splits, share, 0.0), 0) * tl.load(offset + (head * DIM if PER_HEAD else 0) + column)
+    mixed /= tl.where(total == 0.0, 1.0, total)
+    query = row % QUERIES
+    group = row // QUERIES
+    heads = HEADS * (ROWS // QUERIES)
+    sequence = part // HEADS
+    at = ((sequence.to(tl.int64) * QUERIES + query) * heads + head * (ROWS // QUERIES) + group) * DIM
+    tl.store(out + at + column, mixed.to(out.dtype.element_ty))
