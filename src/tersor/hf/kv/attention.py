@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from tersor.errors import CodecConfigError
 from tersor.hf.kv.padding import Lead
 from tersor.kv import TokenStream
+from tersor.numerics.constants import constant
 from tersor.ops.kv_attention import Closed, Held, How, kv_attention, takes_kernel
 
 NAME = "tersor"
@@ -116,8 +117,7 @@ class LazyStates(Tensor):
     def of(states: States, side: int) -> LazyStates:
         """Return the keys (side 0) or values (side 1)."""
         like = states.tail[side]
-        empty = torch.full((1, 1, 1, 1), float("nan"), dtype=like.dtype, device=like.device)
-        lazy = empty.expand(states.shape(side)).as_subclass(LazyStates)
+        lazy = _nan(like.dtype, like.device).expand(states.shape(side)).as_subclass(LazyStates)
         lazy.states, lazy.side = states, side
         return lazy
 
@@ -131,6 +131,13 @@ class LazyStates(Tensor):
         if func in _METADATA:
             return super().__torch_function__(func, types, args, kwargs or {})
         return func(*_decoded(args), **_decoded(kwargs or {}))
+
+
+@constant
+def _nan(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return one number that is none, fit for any mode."""
+    with torch.inference_mode(False):
+        return torch.full((1, 1, 1, 1), float("nan"), dtype=dtype, device=device)
 
 
 _METADATA = frozenset({

@@ -149,6 +149,13 @@ def finish(acc, peak, total, unit, at, peaks, totals, sums, ROWS: gl.constexpr, 
     gl.store(sums + (at * ROWS + rows) * DIM + column, mixed, (rows < ROWS) & (column >= 0))
 
 
+@gluon.constexpr_function
+def padded_of(bits: int, dim: int) -> int:
+    """Return the numbers of a key as products take them: 16 elements or more."""
+    codes = element_codes(bits, False)
+    return codes * max(16, dim // codes)
+
+
 @gluon.jit
 def fetch(chunk, middle, key_words, value_words, key_pages, value_pages, key_room, value_room, batch, sequence, head,
           HEADS: gl.constexpr, BLOCK: gl.constexpr, PAGE: gl.constexpr, KEYS: gl.constexpr, VALUES: gl.constexpr,
@@ -158,7 +165,7 @@ def fetch(chunk, middle, key_words, value_words, key_pages, value_pages, key_roo
     lv: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     COUNT_K: gl.constexpr = DIM // element_codes(KEYS, False)
     COUNT_V: gl.constexpr = DIM // element_codes(VALUES, wide_elements(VALUES, DIM))
-    PADDED_K: gl.constexpr = COUNT_K if COUNT_K > 16 else 16
+    PADDED_K: gl.constexpr = padded_of(KEYS, DIM) // element_codes(KEYS, False)
     first = (chunk * S + along(S, lk, 0)) * N
     far, line = line_of(first, middle, key_pages, batch, sequence, head, HEADS, BLOCK, PAGE)
     element = along(PADDED_K, lk, 2)
@@ -200,6 +207,18 @@ def load_scales(chunk, middle, words, pages, batch, sequence, head, HEADS: gl.co
 
 
 @gluon.jit
+def load_queries(near, KEYS: gl.constexpr, DIM: gl.constexpr, mma: gl.constexpr, R: gl.constexpr, S: gl.constexpr):
+    """Return queries in the order of codes, then elements, as numbers of keys come."""
+    layout: gl.constexpr = gl.DotOperandLayout(1, mma, RUN)
+    CODES: gl.constexpr = element_codes(KEYS, False)
+    ELEMENTS: gl.constexpr = padded_of(KEYS, DIM) // CODES
+    k = along(CODES * ELEMENTS, layout, 1)
+    element = k % ELEMENTS
+    return gl.load(near + along(R, layout, 2) * DIM + element * CODES + k // ELEMENTS,
+                   (element < DIM // CODES) & (along(R, layout, 2) >= 0) & (along(S, layout, 0) >= 0), other=0.0)
+
+
+@gluon.jit
 def over_codes(split, splits, at, head, sequence, near, units, shifts, key_words, value_words, key_pages, value_pages,
                key_room, value_room, key_table, value_table, mask, softcap, peaks, totals, sums, middle, batch, early,
                mask_head, mask_query, mask_token, mma: gl.constexpr, HEADS: gl.constexpr, ROWS: gl.constexpr,
@@ -209,12 +228,9 @@ def over_codes(split, splits, at, head, sequence, near, units, shifts, key_words
     """Attend to the chunks of closed tokens that are this program's."""
     lk: gl.constexpr = gl.DotOperandLayout(0, mma, RUN)
     lv: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
-    lq: gl.constexpr = gl.DotOperandLayout(1, mma, RUN)
     lw: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
-    CODES_K: gl.constexpr = element_codes(KEYS, False)
     CODES_V: gl.constexpr = element_codes(VALUES, wide_elements(VALUES, DIM))
-    COUNT_K: gl.constexpr = DIM // CODES_K
-    PADDED_K: gl.constexpr = COUNT_K if COUNT_K > 16 else 16
+    K: gl.constexpr = padded_of(KEYS, DIM)
     chunks = (middle + S * N - 1) // (S * N)
     each = (chunks + splits - 1) // splits
     begin = split * each
@@ -222,19 +238,13 @@ def over_codes(split, splits, at, head, sequence, near, units, shifts, key_words
     held = fetch(begin, middle, key_words, value_words, key_pages, value_pages, key_room, value_room, batch, sequence,
                  head, HEADS, BLOCK, PAGE, KEYS, VALUES, DIM, mma, S, N)
     ready = waited()
-    near += ready
-    units += ready
-    shifts += ready
+    part = sequence * HEADS + head
+    queries = load_queries(near + ready + part * R * DIM, KEYS, DIM, mma, R, S)
     near_table = load_table(key_table, along(S, lk, 0))
     far_table = load_table(value_table, along(S, lv, 0))
-    part = sequence * HEADS + head
-    k = along(CODES_K * PADDED_K, lq, 1)
-    element = k % PADDED_K
-    queries = gl.load(near + (part * R + along(R, lq, 2)) * DIM + element * CODES_K + k // PADDED_K,
-                      (element < COUNT_K) & (along(R, lq, 2) >= 0) & (along(S, lq, 0) >= 0), other=0.0)
     row = along(R, mma, 2)
-    unit = gl.load(units + part * R + row)
-    shift = gl.load(shifts + part * R + row)
+    unit = gl.load(units + ready + part * R + row)
+    shift = gl.load(shifts + ready + part * R + row)
     peak = gl.full([S, R], NONE, gl.float32, gl.SliceLayout(1, mma))
     total = gl.zeros([S, R], gl.float32, gl.SliceLayout(1, mma))
     size = gl.zeros([S, 1, 1], gl.float32, mma) + 1e-30
@@ -243,7 +253,7 @@ def over_codes(split, splits, at, head, sequence, near, units, shifts, key_words
         keys, key_scale, values, value_scale = held
         held = fetch(gl.minimum(chunk + 1, end - 1), middle, key_words, value_words, key_pages, value_pages, key_room,
                      value_room, batch, sequence, head, HEADS, BLOCK, PAGE, KEYS, VALUES, DIM, mma, S, N)
-        numbers = columns_of(decoded(keys, near_table, KEYS, False), S, N, CODES_K * PADDED_K)
+        numbers = columns_of(decoded(keys, near_table, KEYS, False), S, N, K)
         scores = mma_v2(gl.convert_layout(numbers, lk, assert_trivial=True), queries,
                         gl.zeros([S, N, R], gl.float32, mma))
         start = (chunk * S + along(S, mma, 0)) * N
