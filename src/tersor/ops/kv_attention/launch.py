@@ -21,6 +21,7 @@ from tersor.ops.kv_attention.shapes import (
 from tersor.ops.workspace import multiprocessors, workspace
 
 COLUMNS = 32  # of a program around attention
+PARTS = 64  # that a program joins at a time
 
 
 def attention(query: Tensor, held: Held, how: How, counts: Tensor | None = None) -> Tensor:
@@ -38,6 +39,7 @@ def attention(query: Tensor, held: Held, how: How, counts: Tensor | None = None)
         scores = workspace((2, parts), torch.float32, query.device, "parts of attention")
         sums = workspace((parts, dim), torch.float32, query.device, "parts of attention")
         out = torch.empty(batch, query.shape[2], query.shape[1], dim, dtype=query.dtype, device=query.device)
+        room = max(16, 1 << (cut.parts - 1).bit_length())
         keys, values = closed.keys.levels, closed.values.levels
         scaling = how.scaling * (LOG2E if how.softcap is None else 1.0)
         prepare[(batch * heads, dim // COLUMNS)](
@@ -49,7 +51,7 @@ def attention(query: Tensor, held: Held, how: How, counts: Tensor | None = None)
             scores[0], scores[1], sums, _or(values.maps, query), _or(values.offset, query), _or(how.s_aux, query), out,
             cut.parts, cut.splits, heads, rows, query.shape[2], dim, values.maps is not None,
             _per_head(values.maps, values.offset), values.offset is not None, how.s_aux is not None,
-            max(16, 1 << (cut.parts - 1).bit_length()), COLUMNS, num_warps=4, launch_pdl=True)
+            room, min(room, PARTS), COLUMNS, num_warps=8, launch_pdl=True)
     return out.transpose(1, 2)
 
 

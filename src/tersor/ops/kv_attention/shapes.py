@@ -16,7 +16,7 @@ ROWS = (8, 16, 32)  # queries that share a head's keys, as products of the tenso
 WARPS = 4
 TURN = 32  # closed tokens that a warp takes at a time, 16 with most queries: blocks hold a multiple
 DENSE_TURN = 16
-PROGRAMS = 3  # of a multiprocessor, where registers allow it
+PROGRAMS = 2  # of a multiprocessor: what registers allow, in one round
 LOG2E = math.log2(math.e)
 
 
@@ -221,6 +221,5 @@ def division_of(closed: int, dense: int, heads: int, rows: int, processors: int)
     turn = TURN if tile < ROWS[-1] else TURN // 2
     others = -(-dense // (WARPS * DENSE_TURN))
     turns = -(-closed // (WARPS * turn))
-    room = (PROGRAMS if tile == ROWS[0] else PROGRAMS - 1) * processors
-    splits = max(1, min(turns, room // heads - others))
+    splits = max(1, min(turns, PROGRAMS * processors // heads - others))
     return Division(-(-turns // -(-turns // splits)), others, tile, turn)

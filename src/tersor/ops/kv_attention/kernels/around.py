@@ -47,54 +47,65 @@ def prepare(query, maps, bounds, offset, near, units, shifts, scaling, HEADS: tl
         tl.store(shifts + part * M + row, shift)
 
 
+@triton.jit
+def shares(sums, first, number, weight, splits, parts, place, column, ROWS: tl.constexpr, DIM: tl.constexpr):
+    """Return the parts' sums of codes, (DIM,), and of dense tokens at `column`, under weights."""
+    at = first + number * ROWS
+    coded = tl.load(sums + at[:, None] * DIM + place[None, :], (number < splits)[:, None] & (place >= 0)[None, :],
+                    other=0.0)
+    dense = tl.load(sums + at[:, None] * DIM + column[None, :],
+                    ((number >= splits) & (number < parts))[:, None] & (column >= 0)[None, :], other=0.0)
+    return tl.sum(coded * weight[:, None], 0), tl.sum(dense * weight[:, None], 0)
+
+
 @kernel
 @triton.jit(do_not_specialize=["parts", "splits"])
 def merge(peaks, totals, sums, maps, offset, aux, out, parts, splits, HEADS: tl.constexpr, ROWS: tl.constexpr,
           QUERIES: tl.constexpr, DIM: tl.constexpr, MAPPED: tl.constexpr, PER_HEAD: tl.constexpr,
-          SHIFTED: tl.constexpr, AUX: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Write attention (batch, queries, query heads, DIM) from the parts of every query."""
-    tl.extra.cuda.gdc_wait()
+          SHIFTED: tl.constexpr, AUX: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr):
+    """Write attention (batch, queries, query heads, DIM) from the parts of every query, TILE of them at a time."""
     line = tl.program_id(0)
     part = line // ROWS
     row = line % ROWS
     head = part % HEADS
     place = tl.arange(0, DIM)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    if MAPPED:  # what no kernel writes is asked for before the parts are there
+        turn = tl.load(maps + (head * DIM * DIM if PER_HEAD else 0) + place[:, None] * DIM + column[None, :])
+    if SHIFTED:
+        added = tl.load(offset + (head * DIM if PER_HEAD else 0) + column)
+    tl.extra.cuda.gdc_wait()
     number = tl.arange(0, PARTS)
     first = part.to(tl.int64) * parts * ROWS + row
     peak = tl.load(peaks + first + number * ROWS, number < parts, other=NONE)
+    share = tl.load(totals + first + number * ROWS, number < parts, other=0.0)
     most = tl.max(peak, 0)
     if AUX:
         extra = tl.load(aux + head * (ROWS // QUERIES) + row // QUERIES).to(tl.float32) * LOG2E
         most = tl.maximum(most, extra)
     base = tl.where(most == NONE, 0.0, most)
-    share = tl.exp2(peak - base) * tl.load(totals + first + number * ROWS, number < parts, other=0.0)
+    weight = tl.exp2(peak - base)
+    share *= weight
     total = tl.sum(share, 0)
     if AUX:
         total += tl.exp2(extra - base)
-    coded = tl.zeros([DIM], tl.float32)
-    for begin in range(0, splits, 16):
-        split = begin + tl.arange(0, 16)
-        at = first + split * ROWS
-        weight = tl.exp2(tl.load(peaks + at, split < splits, other=NONE) - base)
-        found = tl.load(sums + at[:, None] * DIM + place[None, :], (split < splits)[:, None] & (place >= 0)[None, :],
-                        other=0.0)
-        coded += tl.sum(found * weight[:, None], 0)
-    mixed = tl.zeros([COLUMNS], tl.float32)
-    for begin in range(splits, parts, 16):
-        split = begin + tl.arange(0, 16)
-        at = first + split * ROWS
-        weight = tl.exp2(tl.load(peaks + at, split < parts, other=NONE) - base)
-        found = tl.load(sums + at[:, None] * DIM + column[None, :], (split < parts)[:, None] & (column >= 0)[None, :],
-                        other=0.0)
-        mixed += tl.sum(found * weight[:, None], 0)
+    if PARTS == TILE:
+        coded, mixed = shares(sums, first, number, weight, splits, parts, place, column, ROWS, DIM)
+    else:
+        coded = tl.zeros([DIM], tl.float32)
+        mixed = tl.zeros([COLUMNS], tl.float32)
+        for begin in range(0, parts, TILE):
+            near = begin + tl.arange(0, TILE)
+            own = tl.exp2(tl.load(peaks + first + near * ROWS, near < parts, other=NONE) - base)
+            one, other = shares(sums, first, near, own, splits, parts, place, column, ROWS, DIM)
+            coded += one
+            mixed += other
     if MAPPED:
-        side = maps + (head * DIM * DIM if PER_HEAD else 0)
-        mixed += tl.sum(coded[:, None] * tl.load(side + place[:, None] * DIM + column[None, :]), 0)
+        mixed += tl.sum(coded[:, None] * turn, 0)
     else:
         mixed += tl.sum(tl.where(place[:, None] == column[None, :], coded[:, None], 0.0), 0)
     if SHIFTED:
-        mixed += tl.sum(tl.where(number < splits, share, 0.0), 0) * tl.load(offset + (head * DIM if PER_HEAD else 0) + column)
+        mixed += tl.sum(tl.where(number < splits, share, 0.0), 0) * added
     mixed /= tl.where(total == 0.0, 1.0, total)
     query = row % QUERIES
     group = row // QUERIES
