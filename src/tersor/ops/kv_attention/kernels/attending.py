@@ -15,7 +15,6 @@ from tersor.ops.kv_attention.kernels.decoding import decoded, element_codes, loa
 
 LOG2E = gl.constexpr(1.4426950408889634)
 NONE = gl.constexpr(float("-inf"))
-RUN = gl.constexpr(4)  # elements of a key that a lane has in a row
 
 
 @gluon.constexpr_function
@@ -150,72 +149,71 @@ def finish(acc, peak, total, unit, at, peaks, totals, sums, ROWS: gl.constexpr, 
 
 
 @gluon.constexpr_function
-def padded_of(bits: int, dim: int) -> int:
-    """Return the numbers of a key as products take them: 16 elements or more."""
-    codes = element_codes(bits, False)
-    return codes * max(16, dim // codes)
+def run_of(bits: int, dim: int) -> int:
+    """Return how many elements of a key a lane has in a row."""
+    return 4 if dim // element_codes(bits, wide_elements(bits, dim)) >= 16 else 2
 
 
 @gluon.jit
-def fetch(chunk, middle, key_words, value_words, key_pages, value_pages, key_room, value_room, batch, sequence, head,
+def lines_of(words, pages, chunk, batch, SIDE: gl.constexpr, HEADS: gl.constexpr, BLOCK: gl.constexpr,
+             PAGE: gl.constexpr, DIM: gl.constexpr, TURNS: gl.constexpr):
+    """Return where the codes and the scales of a chunk's first block begin, as words: chunks end within pages.
+
+    Pages are given by how far they are from the first, in 16 bytes. A page holds the codes of its blocks, then scales.
+    """
+    token = chunk * TURNS
+    far = gl.load(pages + (token >> shift_of(BLOCK * PAGE))).to(gl.int64) * 4
+    line = ((token >> shift_of(BLOCK)) & (PAGE - 1)).to(gl.int64) * (batch * HEADS)
+    return words + (far + line * (BLOCK * DIM * SIDE // 32)), words + (far + line * (BLOCK // 2))
+
+
+@gluon.jit
+def turn_of(sequence, head, batch, HEADS: gl.constexpr, BLOCK: gl.constexpr, layout: gl.constexpr, S: gl.constexpr,
+            N: gl.constexpr):
+    """Return how far each warp's tokens are from the chunk's first block: rows of a page, (S, 1, 1)."""
+    first = along(S, layout, 0) * N
+    return (((first >> shift_of(BLOCK)) * batch + sequence) * HEADS + head) * BLOCK + (first & (BLOCK - 1))
+
+
+@gluon.jit
+def fetch(chunk, middle, key_words, value_words, key_pages, value_pages, key_room, value_room, rows, batch,
           HEADS: gl.constexpr, BLOCK: gl.constexpr, PAGE: gl.constexpr, KEYS: gl.constexpr, VALUES: gl.constexpr,
           DIM: gl.constexpr, mma: gl.constexpr, S: gl.constexpr, N: gl.constexpr):
-    """Return elements and scales of the keys and the values of a chunk: S turns of N tokens."""
-    lk: gl.constexpr = gl.DotOperandLayout(0, mma, RUN)
+    """Return elements and scales of the keys and the values of a chunk: S turns of N tokens, `rows` as of `turn_of`."""
+    lk: gl.constexpr = gl.DotOperandLayout(0, mma, run_of(KEYS, DIM))
     lv: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
-    COUNT_K: gl.constexpr = DIM // element_codes(KEYS, False)
+    COUNT_K: gl.constexpr = DIM // element_codes(KEYS, wide_elements(KEYS, DIM))
     COUNT_V: gl.constexpr = DIM // element_codes(VALUES, wide_elements(VALUES, DIM))
-    PADDED_K: gl.constexpr = padded_of(KEYS, DIM) // element_codes(KEYS, False)
-    first = (chunk * S + along(S, lk, 0)) * N
-    far, line = line_of(first, middle, key_pages, batch, sequence, head, HEADS, BLOCK, PAGE)
-    element = along(PADDED_K, lk, 2)
-    keys = load_words(key_words + (far + line.to(gl.int64) * (BLOCK * DIM * KEYS // 32)),
-                      (first & (BLOCK - 1)) + along(N, lk, 1), element, (first < middle) & (element < COUNT_K), KEYS,
-                      False, COUNT_K)
-    first = (chunk * S + along(S, lv, 0)) * N
-    far, line = line_of(first, middle, value_pages, batch, sequence, head, HEADS, BLOCK, PAGE)
-    element = along(COUNT_V, lv, 1)
-    values = load_words(value_words + (far + line.to(gl.int64) * (BLOCK * DIM * VALUES // 32)),
-                        (first & (BLOCK - 1)) + along(N, lv, 2), element, (first < middle) & (element >= 0), VALUES,
-                        wide_elements(VALUES, DIM), COUNT_V)
-    key_scale = load_scales(chunk, middle, key_words + key_room, key_pages, batch, sequence, head, HEADS, BLOCK, PAGE,
-                            mma, S, N)
-    value_scale = load_scales(chunk, middle, value_words + value_room, value_pages, batch, sequence, head, HEADS, BLOCK,
-                              PAGE, mma, S, N)
+    codes, scales = lines_of(key_words, key_pages, chunk, batch, KEYS, HEADS, BLOCK, PAGE, DIM, S * N)
+    there = (chunk * S + along(S, lk, 0)) * N < middle
+    keys = load_words(codes, rows[0] + along(N, lk, 1), along(COUNT_K, lk, 2), there & (along(COUNT_K, lk, 2) >= 0), KEYS,
+                      wide_elements(KEYS, DIM), COUNT_K)
+    key_scale = load_scales(scales + key_room, rows[2], chunk, middle, mma, S, N)
+    codes, scales = lines_of(value_words, value_pages, chunk, batch, VALUES, HEADS, BLOCK, PAGE, DIM, S * N)
+    there = (chunk * S + along(S, lv, 0)) * N < middle
+    values = load_words(codes, rows[1] + along(N, lv, 2), along(COUNT_V, lv, 1), there & (along(COUNT_V, lv, 1) >= 0),
+                        VALUES, wide_elements(VALUES, DIM), COUNT_V)
+    value_scale = load_scales(scales + value_room, rows[2], chunk, middle, mma, S, N)
     return keys, key_scale, values, value_scale
 
 
 @gluon.jit
-def line_of(first, middle, pages, batch, sequence, head, HEADS: gl.constexpr, BLOCK: gl.constexpr, PAGE: gl.constexpr):
-    """Return how far the page of tokens `first` is from the first page, in words, and the line of their block in it.
-
-    Pages are given in units of 16 bytes. A page holds the codes of its blocks, line by line, then their scales.
-    """
-    block = first >> shift_of(BLOCK)
-    far = gl.load(pages + (block >> shift_of(PAGE)), first < middle, other=0) * 4
-    return far, ((block & (PAGE - 1)) * batch + sequence) * HEADS + head
-
-
-@gluon.jit
-def load_scales(chunk, middle, words, pages, batch, sequence, head, HEADS: gl.constexpr, BLOCK: gl.constexpr,
-                PAGE: gl.constexpr, mma: gl.constexpr, S: gl.constexpr, N: gl.constexpr):
+def load_scales(scales, rows, chunk, middle, mma: gl.constexpr, S: gl.constexpr, N: gl.constexpr):
     """Return scales of a chunk's tokens, (S, N, 1)."""
-    first = (chunk * S + along(S, mma, 0)) * N
-    far, line = line_of(first, middle, pages, batch, sequence, head, HEADS, BLOCK, PAGE)
-    at = (words + far).to(gl.pointer_type(gl.bfloat16), bitcast=True) + (line * BLOCK + (first & (BLOCK - 1)))
-    return gl.load(at + along(N, mma, 1), (first < middle) & (along(N, mma, 1) >= 0), other=0.0).to(gl.float32)
+    there = (chunk * S + along(S, mma, 0)) * N < middle
+    at = scales.to(gl.pointer_type(gl.bfloat16), bitcast=True) + (rows + along(N, mma, 1))
+    return gl.load(at, there & (along(N, mma, 1) >= 0), other=0.0).to(gl.float32)
 
 
 @gluon.jit
 def load_queries(near, KEYS: gl.constexpr, DIM: gl.constexpr, mma: gl.constexpr, R: gl.constexpr, S: gl.constexpr):
     """Return queries in the order of codes, then elements, as numbers of keys come."""
-    layout: gl.constexpr = gl.DotOperandLayout(1, mma, RUN)
-    CODES: gl.constexpr = element_codes(KEYS, False)
-    ELEMENTS: gl.constexpr = padded_of(KEYS, DIM) // CODES
-    k = along(CODES * ELEMENTS, layout, 1)
-    element = k % ELEMENTS
-    return gl.load(near + along(R, layout, 2) * DIM + element * CODES + k // ELEMENTS,
-                   (element < DIM // CODES) & (along(R, layout, 2) >= 0) & (along(S, layout, 0) >= 0), other=0.0)
+    layout: gl.constexpr = gl.DotOperandLayout(1, mma, run_of(KEYS, DIM))
+    CODES: gl.constexpr = element_codes(KEYS, wide_elements(KEYS, DIM))
+    COUNT: gl.constexpr = DIM // CODES
+    k = along(DIM, layout, 1)
+    return gl.load(near + along(R, layout, 2) * DIM + k % COUNT * CODES + k // COUNT,
+                   (along(R, layout, 2) >= 0) & (along(S, layout, 0) >= 0) & (k >= 0))
 
 
 @gluon.jit
@@ -226,17 +224,18 @@ def over_codes(split, splits, at, head, sequence, near, units, shifts, key_words
                VALUES: gl.constexpr, MASK: gl.constexpr, CAPPED: gl.constexpr, R: gl.constexpr, N: gl.constexpr,
                S: gl.constexpr):
     """Attend to the chunks of closed tokens that are this program's."""
-    lk: gl.constexpr = gl.DotOperandLayout(0, mma, RUN)
+    lk: gl.constexpr = gl.DotOperandLayout(0, mma, run_of(KEYS, DIM))
     lv: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     lw: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
     CODES_V: gl.constexpr = element_codes(VALUES, wide_elements(VALUES, DIM))
-    K: gl.constexpr = padded_of(KEYS, DIM)
     chunks = (middle + S * N - 1) // (S * N)
     each = (chunks + splits - 1) // splits
     begin = split * each
     end = gl.minimum(begin + each, chunks)
-    held = fetch(begin, middle, key_words, value_words, key_pages, value_pages, key_room, value_room, batch, sequence,
-                 head, HEADS, BLOCK, PAGE, KEYS, VALUES, DIM, mma, S, N)
+    rows = (turn_of(sequence, head, batch, HEADS, BLOCK, lk, S, N), turn_of(sequence, head, batch, HEADS, BLOCK, lv, S, N),
+            turn_of(sequence, head, batch, HEADS, BLOCK, mma, S, N))
+    held = fetch(gl.minimum(begin, gl.maximum(chunks - 1, 0)), middle, key_words, value_words, key_pages, value_pages,
+                 key_room, value_room, rows, batch, HEADS, BLOCK, PAGE, KEYS, VALUES, DIM, mma, S, N)
     ready = waited()
     part = sequence * HEADS + head
     queries = load_queries(near + ready + part * R * DIM, KEYS, DIM, mma, R, S)
@@ -252,8 +251,8 @@ def over_codes(split, splits, at, head, sequence, near, units, shifts, key_words
     for chunk in range(begin, end):
         keys, key_scale, values, value_scale = held
         held = fetch(gl.minimum(chunk + 1, end - 1), middle, key_words, value_words, key_pages, value_pages, key_room,
-                     value_room, batch, sequence, head, HEADS, BLOCK, PAGE, KEYS, VALUES, DIM, mma, S, N)
-        numbers = columns_of(decoded(keys, near_table, KEYS, False), S, N, K)
+                     value_room, rows, batch, HEADS, BLOCK, PAGE, KEYS, VALUES, DIM, mma, S, N)
+        numbers = columns_of(decoded(keys, near_table, KEYS, wide_elements(KEYS, DIM)), S, N, DIM)
         scores = mma_v2(gl.convert_layout(numbers, lk, assert_trivial=True), queries,
                         gl.zeros([S, N, R], gl.float32, mma))
         start = (chunk * S + along(S, mma, 0)) * N
