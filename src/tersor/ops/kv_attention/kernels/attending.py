@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from tersor.ops.dispatch import kernel
 from tersor.ops.kv_attention.kernels.decoding import decoded, element_codes, load_table, load_words, wide_elements
+from tersor.ops.kv_attention.kernels.ring import ask, lines_of, make_rings, row_of, take
 
 LOG2E = gl.constexpr(1.4426950408889634)
 NONE = gl.constexpr(float("-inf"))
+STAGES = gl.constexpr(3)  # chunks in the ring; all but one are on their way
 
 
 @gluon.constexpr_function
@@ -23,12 +25,6 @@ def plain(layout, axis: int):
     if axis == 0:
         return gl.SliceLayout(1, gl.SliceLayout(2, layout))
     return gl.SliceLayout(0, gl.SliceLayout(2 if axis == 1 else 1, layout))
-
-
-@gluon.constexpr_function
-def shift_of(count: int) -> int:
-    """Return the logarithm of a power of two."""
-    return count.bit_length() - 1
 
 
 @gluon.jit
@@ -155,36 +151,19 @@ def run_of(bits: int, dim: int) -> int:
 
 
 @gluon.jit
-def lines_of(words, pages, chunk, batch, SIDE: gl.constexpr, HEADS: gl.constexpr, BLOCK: gl.constexpr,
-             PAGE: gl.constexpr, DIM: gl.constexpr, TURNS: gl.constexpr):
-    """Return where the codes and the scales of a chunk's first block begin, as words: chunks end within pages.
-
-    Pages are given by how far they are from the first, in 16 bytes. A page holds the codes of its blocks, then scales.
-    """
-    token = chunk * TURNS
-    far = gl.load(pages + (token >> shift_of(BLOCK * PAGE))).to(gl.int64) * 4
-    line = ((token >> shift_of(BLOCK)) & (PAGE - 1)).to(gl.int64) * (batch * HEADS)
-    return words + (far + line * (BLOCK * DIM * SIDE // 32)), words + (far + line * (BLOCK // 2))
-
-
-@gluon.jit
-def turn_of(sequence, head, batch, HEADS: gl.constexpr, BLOCK: gl.constexpr, layout: gl.constexpr, S: gl.constexpr,
-            N: gl.constexpr):
-    """Return how far each warp's tokens are from the chunk's first block: rows of a page, (S, 1, 1)."""
-    first = along(S, layout, 0) * N
-    return (((first >> shift_of(BLOCK)) * batch + sequence) * HEADS + head) * BLOCK + (first & (BLOCK - 1))
-
-
-@gluon.jit
-def fetch(chunk, middle, key_words, value_words, key_pages, value_pages, key_room, value_room, rows, batch,
-          HEADS: gl.constexpr, BLOCK: gl.constexpr, PAGE: gl.constexpr, KEYS: gl.constexpr, VALUES: gl.constexpr,
-          DIM: gl.constexpr, mma: gl.constexpr, S: gl.constexpr, N: gl.constexpr):
-    """Return elements and scales of the keys and the values of a chunk: S turns of N tokens, `rows` as of `turn_of`."""
+def fetch(chunk, middle, sources, batch, sequence, head, HEADS: gl.constexpr, BLOCK: gl.constexpr, PAGE: gl.constexpr,
+          KEYS: gl.constexpr, VALUES: gl.constexpr, DIM: gl.constexpr, mma: gl.constexpr, S: gl.constexpr,
+          N: gl.constexpr):
+    """Return elements and scales of the keys and the values of a chunk, S turns of N tokens, without a ring."""
+    key_words, value_words, key_pages, value_pages, key_room, value_room = sources
     lk: gl.constexpr = gl.DotOperandLayout(0, mma, run_of(KEYS, DIM))
     lv: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     COUNT_K: gl.constexpr = DIM // element_codes(KEYS, wide_elements(KEYS, DIM))
     COUNT_V: gl.constexpr = DIM // element_codes(VALUES, wide_elements(VALUES, DIM))
     codes, scales = lines_of(key_words, key_pages, chunk, batch, KEYS, HEADS, BLOCK, PAGE, DIM, S * N)
+    rows = (row_of(along(S, lk, 0) * N, sequence, head, batch, HEADS, BLOCK),
+            row_of(along(S, lv, 0) * N, sequence, head, batch, HEADS, BLOCK),
+            row_of(along(S, mma, 0) * N, sequence, head, batch, HEADS, BLOCK))
     there = (chunk * S + along(S, lk, 0)) * N < middle
     keys = load_words(codes, rows[0] + along(N, lk, 1), along(COUNT_K, lk, 2), there & (along(COUNT_K, lk, 2) >= 0), KEYS,
                       wide_elements(KEYS, DIM), COUNT_K)
@@ -217,13 +196,27 @@ def load_queries(near, KEYS: gl.constexpr, DIM: gl.constexpr, mma: gl.constexpr,
 
 
 @gluon.jit
-def over_codes(split, splits, at, head, sequence, near, units, shifts, key_words, value_words, key_pages, value_pages,
-               key_room, value_room, key_table, value_table, mask, softcap, peaks, totals, sums, middle, batch, early,
+def scored(keys, unit, shift, bias, queries, table, softcap, KEYS: gl.constexpr, DIM: gl.constexpr,
+           CAPPED: gl.constexpr, layout: gl.constexpr, mma: gl.constexpr, R: gl.constexpr, N: gl.constexpr,
+           S: gl.constexpr):
+    """Return scores (S, N, R); `bias` is -inf for turns beyond the last token: blocks have N tokens or more."""
+    numbers = columns_of(decoded(keys, table, KEYS, wide_elements(KEYS, DIM)), S, N, DIM)
+    found = mma_v2(gl.convert_layout(numbers, layout, assert_trivial=True), queries,
+                   gl.zeros([S, N, R], gl.float32, mma))
+    if CAPPED:
+        return capped(found * unit + shift, softcap, CAPPED) + bias
+    else:
+        return found * unit + (shift + bias)
+
+
+@gluon.jit
+def over_codes(split, splits, at, head, sequence, near, units, shifts, sources, key_table, value_table, mask, softcap, peaks, totals, sums, middle, batch, early,
                mask_head, mask_query, mask_token, mma: gl.constexpr, HEADS: gl.constexpr, ROWS: gl.constexpr,
                QUERIES: gl.constexpr, DIM: gl.constexpr, BLOCK: gl.constexpr, PAGE: gl.constexpr, KEYS: gl.constexpr,
                VALUES: gl.constexpr, MASK: gl.constexpr, CAPPED: gl.constexpr, R: gl.constexpr, N: gl.constexpr,
                S: gl.constexpr):
     """Attend to the chunks of closed tokens that are this program's."""
+    RING: gl.constexpr = KEYS != 3 and VALUES != 3
     lk: gl.constexpr = gl.DotOperandLayout(0, mma, run_of(KEYS, DIM))
     lv: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     lw: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
@@ -232,10 +225,14 @@ def over_codes(split, splits, at, head, sequence, near, units, shifts, key_words
     each = (chunks + splits - 1) // splits
     begin = split * each
     end = gl.minimum(begin + each, chunks)
-    rows = (turn_of(sequence, head, batch, HEADS, BLOCK, lk, S, N), turn_of(sequence, head, batch, HEADS, BLOCK, lv, S, N),
-            turn_of(sequence, head, batch, HEADS, BLOCK, mma, S, N))
-    held = fetch(gl.minimum(begin, gl.maximum(chunks - 1, 0)), middle, key_words, value_words, key_pages, value_pages,
-                 key_room, value_room, rows, batch, HEADS, BLOCK, PAGE, KEYS, VALUES, DIM, mma, S, N)
+    if RING:
+        rings = make_rings(KEYS, VALUES, DIM, S, N, STAGES)
+        for step in gl.static_range(STAGES - 1):
+            ask(rings, step, begin + step, begin + step < end, middle, sources, batch, sequence, head, HEADS, BLOCK, PAGE,
+                KEYS, VALUES, DIM, S, N)
+    else:
+        held = fetch(gl.minimum(begin, gl.maximum(chunks - 1, 0)), middle, sources, batch, sequence, head, HEADS, BLOCK,
+                     PAGE, KEYS, VALUES, DIM, mma, S, N)
     ready = waited()
     part = sequence * HEADS + head
     queries = load_queries(near + ready + part * R * DIM, KEYS, DIM, mma, R, S)
@@ -249,18 +246,19 @@ def over_codes(split, splits, at, head, sequence, near, units, shifts, key_words
     size = gl.zeros([S, 1, 1], gl.float32, mma) + 1e-30
     acc = gl.zeros([S, DIM, R], gl.float32, mma)
     for chunk in range(begin, end):
-        keys, key_scale, values, value_scale = held
-        held = fetch(gl.minimum(chunk + 1, end - 1), middle, key_words, value_words, key_pages, value_pages, key_room,
-                     value_room, rows, batch, HEADS, BLOCK, PAGE, KEYS, VALUES, DIM, mma, S, N)
-        numbers = columns_of(decoded(keys, near_table, KEYS, wide_elements(KEYS, DIM)), S, N, DIM)
-        scores = mma_v2(gl.convert_layout(numbers, lk, assert_trivial=True), queries,
-                        gl.zeros([S, N, R], gl.float32, mma))
-        start = (chunk * S + along(S, mma, 0)) * N
-        bias = gl.where(start < middle, 0.0, NONE)  # turns are taken whole: blocks have N tokens or more
-        if CAPPED:
-            scores = capped(scores * (unit * key_scale) + shift, softcap, CAPPED) + bias
+        if RING:
+            index = chunk - begin
+            async_copy.wait_group(STAGES - 2)
+            keys, key_scale, values, value_scale = take(rings, index % STAGES, KEYS, VALUES, DIM, lk, lv, mma, S, N)
+            ask(rings, (index + STAGES - 1) % STAGES, chunk + STAGES - 1, chunk + STAGES - 1 < end, middle, sources, batch,
+                sequence, head, HEADS, BLOCK, PAGE, KEYS, VALUES, DIM, S, N)
         else:
-            scores = scores * (unit * key_scale) + (shift + bias)
+            keys, key_scale, values, value_scale = held
+            held = fetch(gl.minimum(chunk + 1, end - 1), middle, sources, batch, sequence, head, HEADS, BLOCK, PAGE, KEYS,
+                         VALUES, DIM, mma, S, N)
+        start = (chunk * S + along(S, mma, 0)) * N
+        scores = scored(keys, unit * key_scale, shift, gl.where(start < middle, 0.0, NONE), queries, near_table, softcap,
+                        KEYS, DIM, CAPPED, lk, mma, R, N, S)
         place = early + gl.minimum(start, middle - N) + along(N, mma, 1)
         scores = masked(scores, mask, place, row, head * (ROWS // QUERIES), mask_head, mask_query, mask_token, ROWS,
                         QUERIES, MASK)
@@ -269,9 +267,9 @@ def over_codes(split, splits, at, head, sequence, near, units, shifts, key_words
         grown = gl.maximum(size, gl.max(value_scale, 1)[:, None, :])
         acc = acc * (shrink[:, None, :] * (size / grown))
         size = grown
-        mixing = gl.convert_layout((weights * (value_scale / size)).to(gl.float16), lw)
-        numbers = rows_of(decoded(values, far_table, VALUES, wide_elements(VALUES, DIM)), S, DIM, N)
-        acc = mma_v2(gl.convert_layout(numbers, lv, assert_trivial=True), mixing, acc)
+        acc = mma_v2(gl.convert_layout(rows_of(decoded(values, far_table, VALUES, wide_elements(VALUES, DIM)), S, DIM, N),
+                                       lv, assert_trivial=True),
+                     gl.convert_layout((weights * (value_scale / size)).to(gl.float16), lw), acc)
     finish(acc, peak, total, size, at, peaks, totals, sums, ROWS, DIM, R, S, CODES_V)
 
 
@@ -351,8 +349,9 @@ def attend(query, near, units, shifts, key_words, value_words, key_pages, value_
         sinks = gl.load(counts + 1)
         recent = gl.load(counts + 2)
     mask += sequence.to(gl.int64) * mask_batch
+    sources = (key_words, value_words, key_pages, value_pages, key_room, value_room)
     if split < splits:
-        over_codes(split, splits, at, head, sequence, near, units, shifts, key_words, value_words, key_pages, value_pages, key_room, value_room, key_table, value_table, mask, softcap, peaks, totals, sums, middle,
+        over_codes(split, splits, at, head, sequence, near, units, shifts, sources, key_table, value_table, mask, softcap, peaks, totals, sums, middle,
                    batch, sinks, mask_head, mask_query, mask_token, mma, HEADS, ROWS, QUERIES, DIM, BLOCK, PAGE, KEYS,
                    VALUES, MASK, CAPPED, R, N, S)
     else:
