@@ -222,9 +222,8 @@ def over_codes(split, splits, at, head, sequence, near, units, shifts, sources, 
     lw: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
     CODES_V: gl.constexpr = element_codes(VALUES, wide_elements(VALUES, DIM))
     chunks = (middle + S * N - 1) // (S * N)
-    each = (chunks + splits - 1) // splits
-    begin = split * each
-    end = gl.minimum(begin + each, chunks)
+    begin = split * ((chunks + splits - 1) // splits)
+    end = gl.minimum(begin + (chunks + splits - 1) // splits, chunks)
     if RING:
         rings = make_rings(KEYS, VALUES, DIM, S, N, STAGES)
         for step in gl.static_range(STAGES - 1):
