@@ -16,7 +16,8 @@ ROWS = (8, 16, 32)  # queries that share a head's keys, as products of the tenso
 WARPS = 4
 TURN = 32  # closed tokens that a warp takes at a time, 16 with most queries: blocks hold a multiple
 DENSE_TURN = 16
-PROGRAMS = 2  # of a multiprocessor: what registers allow, in one round
+PROGRAMS = 2  # of a multiprocessor, over closed tokens; three fit, and those over dense tokens are short
+LEAST_TURNS = 3  # of a warp: beginning and ending cost as much as two or three
 LOG2E = math.log2(math.e)
 
 
@@ -221,5 +222,5 @@ def division_of(closed: int, dense: int, heads: int, rows: int, processors: int)
     turn = TURN if tile < ROWS[-1] else TURN // 2
     others = -(-dense // (WARPS * DENSE_TURN))
     turns = -(-closed // (WARPS * turn))
-    splits = max(1, min(turns, PROGRAMS * processors // heads - others))
-    return Division(-(-turns // -(-turns // splits)), others, tile, turn)
+    each = max(min(LEAST_TURNS, turns), -(-turns // max(1, PROGRAMS * processors // heads)))
+    return Division(-(-turns // each), others, tile, turn)
