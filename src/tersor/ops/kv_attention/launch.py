@@ -17,6 +17,7 @@ from tersor.ops.kv_attention.shapes import (
     How,
     Side,
     division_of,
+    element_codes,
 )
 from tersor.ops.workspace import multiprocessors, workspace
 
@@ -45,7 +46,7 @@ def attention(query: Tensor, held: Held, how: How, counts: Tensor | None = None)
         prepare[(batch * heads, dim // COLUMNS)](
             query, _or(keys.maps, query), _or(keys.bounds, query), _or(keys.offset, query), near, *numbers, scaling,
             heads, rows, dim, keys.maps is not None, _per_head(keys.maps, keys.offset), keys.offset is not None,
-            cut.rows, COLUMNS, num_warps=4)
+            cut.rows, element_codes(keys.bits, dim), COLUMNS, num_warps=4)
         _attend(query, held, closed, how, (cut, near, numbers, scores, sums), scaling, counts)
         merge[(batch * heads * rows, dim // COLUMNS)](
             scores[0], scores[1], sums, _or(values.maps, query), _or(values.offset, query), _or(how.s_aux, query), out,

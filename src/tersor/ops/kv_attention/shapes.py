@@ -31,6 +31,8 @@ class Levels:
         Of a code; 8 are numbers of e4m3.
     table : Tensor or None
         float32 (2**bits,), ascending, on the processor; None with 8 bits.
+    mirrored : bool
+        Whether codes c and 2**bits - 1 - c stand for opposite numbers.
     words : Tensor
         The table as kernels look it up; see `table_words`.
     maps : Tensor or None
@@ -43,6 +45,7 @@ class Levels:
 
     bits: int
     table: Tensor | None
+    mirrored: bool
     words: Tensor
     maps: Tensor | None = None
     bounds: Tensor | None = None
@@ -58,7 +61,8 @@ class Levels:
             device=near, dtype=torch.float32).contiguous() for one in (maps, offset))
         plain = None if table is None else table.to(device="cpu", dtype=torch.float32)
         bounds = None if wide is None else wide.norm(dim=2).amax(1)
-        return cls(bits, plain, table_words(bits, plain).to(near), wide, bounds, shift)
+        mirrored = plain is None or torch.equal(plain, -plain.flip(0))
+        return cls(bits, plain, mirrored, table_words(bits, plain).to(near), wide, bounds, shift)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -159,16 +163,18 @@ def refusal(query: Tensor, held: Held) -> str | None:
             return f"it takes codes of {BITS} bits, found {name} of {side.levels.bits}"
         if side.levels.maps is not None and side.levels.maps.shape[1] != dim:
             return f"{name} have {side.levels.maps.shape[1]} coordinates for {dim} numbers"
-        if side.levels.bits == 4 and not mirrored(side.levels):
+        if side.levels.bits == 4 and not side.levels.mirrored:
             return f"levels of 4 bits must be symmetric, those of {name} are not"
     if closed.block % TURN or closed.block & (closed.block - 1) or closed.blocks & (closed.blocks - 1):
         return f"blocks must be powers of two of at least {TURN} tokens, found {closed.block}"
     return "it takes tokens of one batch" if batch * heads * rows >= 1 << 24 else None
 
 
-def mirrored(levels: Levels) -> bool:
-    """Tell whether codes c and 2**bits - 1 - c stand for opposite numbers."""
-    return levels.table is None or torch.equal(levels.table, -levels.table.flip(0))
+def element_codes(bits: int, dim: int) -> int:
+    """Return how many codes kernels take together: a word of them, or half, so that tokens have eight such elements."""
+    if bits == 8:
+        return 4
+    return 16 if bits == 2 and dim >= 128 else 8
 
 
 def table_words(bits: int, table: Tensor | None) -> Tensor:

@@ -15,8 +15,10 @@ NONE = tl.constexpr(float("-inf"))
 @triton.jit
 def prepare(query, maps, bounds, offset, near, units, shifts, scaling, HEADS: tl.constexpr, ROWS: tl.constexpr,
             DIM: tl.constexpr, MAPPED: tl.constexpr, PER_HEAD: tl.constexpr, SHIFTED: tl.constexpr, M: tl.constexpr,
-            COLUMNS: tl.constexpr):
+            CODES: tl.constexpr, COLUMNS: tl.constexpr):
     """Write queries as codes meet them, half precision (part, M, DIM), with their units and their scores of the offset.
+
+    They come in the order of the codes of an element, CODES of them, then of elements: so programs read them in a row.
 
     Each is divided by a bound of its coordinates: 2-norms of the query and, in `bounds`, of the longest line of a map.
     """
@@ -38,7 +40,8 @@ def prepare(query, maps, bounds, offset, near, units, shifts, scaling, HEADS: tl
         numbers = tl.load(query + (part * ROWS + row[:, None]) * DIM + column[None, :],
                           (row < ROWS)[:, None] & (column >= 0)[None, :], other=0.0).to(tl.float32)
     inverse = tl.where(bound > 0.0, 1.0 / bound, 0.0)
-    tl.store(near + (part * M + row[:, None]) * DIM + column[None, :], (numbers * inverse[:, None]).to(tl.float16))
+    spot = column % CODES * (DIM // CODES) + column // CODES
+    tl.store(near + (part * M + row[:, None]) * DIM + spot[None, :], (numbers * inverse[:, None]).to(tl.float16))
     if tl.program_id(1) == 0:
         shift = tl.zeros([M], tl.float32)
         if SHIFTED:

@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from tersor.ops.dispatch import kernel
-from tersor.ops.kv_attention.kernels.decoding import decoded, element_codes, load_table, load_words, wide_elements
+from tersor.ops.kv_attention.kernels.decoding import codes_of, decoded, is_wide, load_table, load_words
 from tersor.ops.kv_attention.kernels.ring import ask, lines_of, make_rings, row_of, take
 
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -147,7 +147,7 @@ def finish(acc, peak, total, unit, at, peaks, totals, sums, ROWS: gl.constexpr, 
 @gluon.constexpr_function
 def run_of(bits: int, dim: int) -> int:
     """Return how many elements of a key a lane has in a row."""
-    return 4 if dim // element_codes(bits, wide_elements(bits, dim)) >= 16 else 2
+    return 4 if dim // codes_of(bits, dim) >= 16 else 2
 
 
 @gluon.jit
@@ -158,20 +158,20 @@ def fetch(chunk, middle, sources, batch, sequence, head, HEADS: gl.constexpr, BL
     key_words, value_words, key_pages, value_pages, key_room, value_room = sources
     lk: gl.constexpr = gl.DotOperandLayout(0, mma, run_of(KEYS, DIM))
     lv: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
-    COUNT_K: gl.constexpr = DIM // element_codes(KEYS, wide_elements(KEYS, DIM))
-    COUNT_V: gl.constexpr = DIM // element_codes(VALUES, wide_elements(VALUES, DIM))
+    COUNT_K: gl.constexpr = DIM // codes_of(KEYS, DIM)
+    COUNT_V: gl.constexpr = DIM // codes_of(VALUES, DIM)
     codes, scales = lines_of(key_words, key_pages, chunk, batch, KEYS, HEADS, BLOCK, PAGE, DIM, S * N)
     rows = (row_of(along(S, lk, 0) * N, sequence, head, batch, HEADS, BLOCK),
             row_of(along(S, lv, 0) * N, sequence, head, batch, HEADS, BLOCK),
             row_of(along(S, mma, 0) * N, sequence, head, batch, HEADS, BLOCK))
     there = (chunk * S + along(S, lk, 0)) * N < middle
     keys = load_words(codes, rows[0] + along(N, lk, 1), along(COUNT_K, lk, 2), there & (along(COUNT_K, lk, 2) >= 0), KEYS,
-                      wide_elements(KEYS, DIM), COUNT_K)
+                      is_wide(KEYS, DIM), COUNT_K)
     key_scale = load_scales(scales + key_room, rows[2], chunk, middle, mma, S, N)
     codes, scales = lines_of(value_words, value_pages, chunk, batch, VALUES, HEADS, BLOCK, PAGE, DIM, S * N)
     there = (chunk * S + along(S, lv, 0)) * N < middle
     values = load_words(codes, rows[1] + along(N, lv, 2), along(COUNT_V, lv, 1), there & (along(COUNT_V, lv, 1) >= 0),
-                        VALUES, wide_elements(VALUES, DIM), COUNT_V)
+                        VALUES, is_wide(VALUES, DIM), COUNT_V)
     value_scale = load_scales(scales + value_room, rows[2], chunk, middle, mma, S, N)
     return keys, key_scale, values, value_scale
 
@@ -186,13 +186,10 @@ def load_scales(scales, rows, chunk, middle, mma: gl.constexpr, S: gl.constexpr,
 
 @gluon.jit
 def load_queries(near, KEYS: gl.constexpr, DIM: gl.constexpr, mma: gl.constexpr, R: gl.constexpr, S: gl.constexpr):
-    """Return queries in the order of codes, then elements, as numbers of keys come."""
+    """Return queries, in the order of numbers of keys."""
     layout: gl.constexpr = gl.DotOperandLayout(1, mma, run_of(KEYS, DIM))
-    CODES: gl.constexpr = element_codes(KEYS, wide_elements(KEYS, DIM))
-    COUNT: gl.constexpr = DIM // CODES
     k = along(DIM, layout, 1)
-    return gl.load(near + along(R, layout, 2) * DIM + k % COUNT * CODES + k // COUNT,
-                   (along(R, layout, 2) >= 0) & (along(S, layout, 0) >= 0) & (k >= 0))
+    return gl.load(near + along(R, layout, 2) * DIM + k, (along(S, layout, 0) >= 0) & (k >= 0))
 
 
 @gluon.jit
@@ -200,7 +197,7 @@ def scored(keys, unit, shift, bias, queries, table, softcap, KEYS: gl.constexpr,
            CAPPED: gl.constexpr, layout: gl.constexpr, mma: gl.constexpr, R: gl.constexpr, N: gl.constexpr,
            S: gl.constexpr):
     """Return scores (S, N, R); `bias` is -inf for turns beyond the last token: blocks have N tokens or more."""
-    numbers = columns_of(decoded(keys, table, KEYS, wide_elements(KEYS, DIM)), S, N, DIM)
+    numbers = columns_of(decoded(keys, table, KEYS, is_wide(KEYS, DIM)), S, N, DIM)
     found = mma_v2(gl.convert_layout(numbers, layout, assert_trivial=True), queries,
                    gl.zeros([S, N, R], gl.float32, mma))
     if CAPPED:
@@ -220,7 +217,7 @@ def over_codes(split, splits, at, head, sequence, near, units, shifts, sources, 
     lk: gl.constexpr = gl.DotOperandLayout(0, mma, run_of(KEYS, DIM))
     lv: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     lw: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
-    CODES_V: gl.constexpr = element_codes(VALUES, wide_elements(VALUES, DIM))
+    CODES_V: gl.constexpr = codes_of(VALUES, DIM)
     chunks = (middle + S * N - 1) // (S * N)
     begin = split * ((chunks + splits - 1) // splits)
     end = gl.minimum(begin + (chunks + splits - 1) // splits, chunks)
@@ -266,7 +263,7 @@ def over_codes(split, splits, at, head, sequence, near, units, shifts, sources, 
         grown = gl.maximum(size, gl.max(value_scale, 1)[:, None, :])
         acc = acc * (shrink[:, None, :] * (size / grown))
         size = grown
-        acc = mma_v2(gl.convert_layout(rows_of(decoded(values, far_table, VALUES, wide_elements(VALUES, DIM)), S, DIM, N),
+        acc = mma_v2(gl.convert_layout(rows_of(decoded(values, far_table, VALUES, is_wide(VALUES, DIM)), S, DIM, N),
                                        lv, assert_trivial=True),
                      gl.convert_layout((weights * (value_scale / size)).to(gl.float16), lw), acc)
     finish(acc, peak, total, size, at, peaks, totals, sums, ROWS, DIM, R, S, CODES_V)

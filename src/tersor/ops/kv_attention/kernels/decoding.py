@@ -10,22 +10,18 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from tersor.ops.kv_attention.shapes import element_codes
+
 PAIRS = ("0x5140", "0x7362")  # the lower, the upper two bytes of two words, in turn
 
 
-@gluon.constexpr_function
-def element_codes(bits: int, wide: bool) -> int:
-    """Return how many codes an element holds; `wide`: whether elements of 2-bit codes have 32 bits instead of 16."""
-    if bits == 8:
-        return 4
-    return 16 if bits == 2 and wide else 8
+codes_of = gluon.constexpr_function(element_codes)
 
 
 @gluon.constexpr_function
-def wide_elements(bits: int, dim: int) -> bool:
-    """Tell whether elements of values have 32 bits: of 2 bits, where there are then eight or more a token."""
-    return bits == 2 and dim >= 128
-
+def is_wide(bits: int, dim: int) -> bool:
+    """Tell whether elements of 2-bit codes have 32 bits instead of 16."""
+    return bits == 2 and codes_of(bits, dim) == 16
 
 
 @gluon.constexpr_function

@@ -9,7 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from tersor.ops.kv_attention.kernels.decoding import element_codes, wide_elements
+from tersor.ops.kv_attention.kernels.decoding import codes_of
 
 
 @gluon.constexpr_function
@@ -95,8 +95,8 @@ def take_scales(ring, stage, mma: gl.constexpr, S: gl.constexpr, N: gl.constexpr
 def take(rings, stage, KEYS: gl.constexpr, VALUES: gl.constexpr, DIM: gl.constexpr, lk: gl.constexpr, lv: gl.constexpr,
          mma: gl.constexpr, S: gl.constexpr, N: gl.constexpr):
     """Return elements and scales of the keys and the values of a stage."""
-    COUNT_K: gl.constexpr = DIM // element_codes(KEYS, wide_elements(KEYS, DIM))
-    COUNT_V: gl.constexpr = DIM // element_codes(VALUES, wide_elements(VALUES, DIM))
+    COUNT_K: gl.constexpr = DIM // codes_of(KEYS, DIM)
+    COUNT_V: gl.constexpr = DIM // codes_of(VALUES, DIM)
     deep: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     kind_k: gl.constexpr = gl.int16 if N * COUNT_K * 16 == N * DIM * KEYS else gl.int32
     kind_v: gl.constexpr = gl.int16 if N * COUNT_V * 16 == N * DIM * VALUES else gl.int32
