@@ -14,9 +14,10 @@ from torch import Tensor
 
 from tersor.codecs.trellis.angles import FOLD, Folded, folded
 from tersor.codecs.trellis.streamed import Streamed
-from tersor.codecs.trellis.viterbi import values_on
+from tersor.codecs.trellis.viterbi import image_on, values_on
 from tersor.contract.codec import Encoded
-from tersor.ops.window_linear import MOST_MEMORY, window_linear
+from tersor.ops.window_linear import MOST_MEMORY, ready_windows, window_linear
+from tersor.payload.blocks import Few
 
 
 @final
@@ -41,10 +42,19 @@ class FoldedTrellis(Streamed):
         count = len(code.shifts) * self.memory + len(code.curve)
         return {f"turns of {self._named(self.bits, self.memory)}": FOLD // 8 * count}
 
+    def ready(self, encoded: Encoded) -> Few | None:
+        """See `Codec.ready`."""
+        if self.memory > MOST_MEMORY:
+            return None
+        held = encoded.tensors
+        return ready_windows(held["codes"], values_on(self.code, held["codes"].device), held["scales"],
+                             self.line(encoded.shape), encoded.shape[1], across=self.axis == "out")
+
     def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
         """Multiply by the table of windows where they are short enough, else one block of rows dense at a time."""
         if self.memory > MOST_MEMORY:
             return super().matmul(encoded, x)
         held = encoded.tensors
-        return window_linear(x, held["codes"], values_on(self.code, x.device), held["scales"], self.code.shifts,
+        image = image_on(self.code, x.device) if x.is_cuda else None
+        return window_linear(x, held["codes"], values_on(self.code, x.device), held["scales"], self.code.shifts, image,
                              across=self.axis == "out")
