@@ -29,19 +29,14 @@ class MomentSum:
         """Add vectors (count, width)."""
         wide = x.to(torch.float32)
         self._sum.addmm_(wide.T, wide)
-        self._squares += float(wide.to(torch.float64).square().sum())
+        self._squares += float(torch.linalg.vector_norm(wide, dtype=torch.float64)) ** 2
         self.count += x.shape[0]
 
-    def parts(self) -> tuple[Tensor, int, float]:
-        """Return all there is to it, for `of`: the sum, the number of vectors, the sum of squares."""
-        return self._sum, self.count, self._squares
-
-    @classmethod
-    def of(cls, sums: Tensor, count: int, squares: float) -> MomentSum:
-        """Return what `parts` were taken from."""
-        moments = cls(0, sums.device)
-        moments._sum, moments.count, moments._squares = sums, count, squares
-        return moments
+    def merge(self, other: MomentSum) -> None:
+        """Add the vectors that another sum holds."""
+        self._sum += other._sum
+        self._squares += other._squares
+        self.count += other.count
 
     def mean(self, name: str) -> Tensor:
         """Return `E[x xᵀ]`, float32 (width, width), exactly symmetric.
@@ -84,13 +79,7 @@ class Calibration:
 
     def save(self, path: Path) -> None:
         """Write to a safetensors file with a digest of all of it; shared moments once; atomic."""
-        unique: dict[int, str] = {}
-        names: dict[str, str] = {}
-        tensors: dict[str, Tensor] = {}
-        for name, hessian in self.hessians.items():
-            key = unique.setdefault(id(hessian), f"h{len(unique)}")
-            names[name] = key
-            tensors[key] = hessian.contiguous()
+        names, tensors = shared(self.hessians)
         record = {"names": names, "tokens": self.tokens, "source": self.source, "fisher": dict(self.fisher)}
         save_sealed(tensors, path, record)
 
@@ -131,6 +120,13 @@ class Calibration:
         if not sound or odd:
             raise ValueError(f"moments of {odd[:3]} are no float32 squares" if odd else "tokens, source or traces are "
                              "none")
+
+
+def shared(hessians: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Return a key for each name, and each tensor once, by key."""
+    unique: dict[int, str] = {}
+    names = {name: unique.setdefault(id(hessian), f"h{len(unique)}") for name, hessian in hessians.items()}
+    return names, {names[name]: hessian.contiguous() for name, hessian in hessians.items()}
 
 
 def hessian_of(calibration: Calibration | None, name: str, device: str) -> Tensor | None:

@@ -1,0 +1,218 @@
+"""Text on its way through a streamed model: what every batch carries from block to block, and moments of inputs.
+
+Batches are worked on by several threads, each with one thread of torch, and their results are taken in the order of
+the batches: so sums have the same bits however many threads there are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from tersor.hf.models.streamed import Given, Leaves, Streamed
+from tersor.numerics.settings import pinned, threads_allowed
+from tersor.planning.calibration import MomentSum
+
+HELD = 1 << 30  # bytes of activations that are held in memory; what is beyond lies in a file
+MOMENTS = 1 << 31  # bytes of moments of single batches that may wait for those before them
+T = TypeVar("T")
+
+
+class Activations:
+    """What left the last block of each list, by batch: on the device up to a limit, beyond it in mapped files.
+
+    Parameters
+    ----------
+    folder : Path or None
+        Where such files lie; None: everything stays on the device.
+    limit : int
+        Bytes.
+    """
+
+    def __init__(self, folder: Path | None = None, limit: int = HELD) -> None:
+        self._folder, self._limit = folder, limit
+        self._held: dict[tuple[int, str], Leaves] = {}
+        self._used, self._lock = 0, threading.Lock()
+
+    def of(self, batch: int) -> dict[str, Leaves]:
+        """Return what a batch carries, by list."""
+        return {name: leaves for (number, name), leaves in self._held.items() if number == batch}
+
+    def put(self, batch: int, name: str, leaves: Leaves) -> None:
+        """Keep a copy of what a batch's last block of a list returned, in the place of what was kept."""
+        old = self._held.get((batch, name))
+        if old is None or [leaf.shape for leaf in old] != [leaf.shape for leaf in leaves]:
+            old = tuple(self._place(f"{name}.{batch}.{number}", leaf) for number, leaf in enumerate(leaves))
+        for place, leaf in zip(old, leaves, strict=True):
+            place.copy_(leaf)
+        self._held[batch, name] = old
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all that is kept, by names for `restore`."""
+        return {f"{batch}/{name}/{number}": leaf for (batch, name), leaves in self._held.items()
+                for number, leaf in enumerate(leaves)}
+
+    def restore(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        """Keep what `tensors` returned."""
+        found: dict[tuple[int, str], list[tuple[int, Tensor]]] = {}
+        for key, tensor in tensors.items():
+            batch, name, number = key.split("/")
+            found.setdefault((int(batch), name), []).append((int(number), tensor))
+        for (batch, name), parts in found.items():
+            self.put(batch, name, tuple(part.to(device) for _, part in sorted(parts, key=lambda part: part[0])))
+
+    def _place(self, name: str, like: Tensor) -> Tensor:
+        nbytes = like.numel() * like.element_size()
+        with self._lock:
+            held = self._folder is None or self._used + nbytes <= self._limit
+            self._used += nbytes if held else 0
+        if held or self._folder is None:
+            return torch.empty_like(like, memory_format=torch.contiguous_format)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        file = self._folder / name
+        with file.open("wb") as handle:
+            _allocate(handle.fileno(), nbytes)
+        return torch.from_file(str(file), shared=True, size=like.numel(), dtype=like.dtype).reshape(like.shape)
+
+
+def _allocate(handle: int, nbytes: int) -> None:
+    """Take room on the disk: writing to a mapped file that finds none would end the process without a word."""
+    written = 0
+    block = bytes(min(nbytes, 1 << 24))
+    while written < nbytes:
+        written += os.write(handle, block[: nbytes - written])
+
+
+class Flow:
+    """Batches of token ids on their way through a model.
+
+    Parameters
+    ----------
+    streamed : Streamed
+    batches : sequence of Tensor
+        Token ids (batch, length).
+    kept : Activations
+    """
+
+    def __init__(self, streamed: Streamed, batches: Sequence[Tensor], kept: Activations) -> None:
+        self.streamed, self.batches, self.kept = streamed, batches, kept
+
+    def given(self, batch: int) -> Given:
+        """Return a copy of what a batch carries, on the model's device: some blocks write into what they are given."""
+        device = self.streamed.hollow.device
+        return {name: tuple(leaf.to(device, copy=True) for leaf in leaves) for name, leaves in self.kept.of(batch).items()}
+
+    def through(self, stage: int, *, watch: bool, keep: bool, step: Callable[[int], None]) -> dict[str, Tensor]:
+        """Run all batches through a stage that is resident.
+
+        Parameters
+        ----------
+        watch : bool
+            Whether to return `E[x xᵀ]` of what the stage's matrices multiply, by matrix; equal inputs, one tensor.
+        keep : bool
+            Whether batches carry on what the block returns.
+        step : callable
+            Called with the tokens that have passed so far, after each batch.
+        """
+        streamed, inner = self.streamed, stage < len(self.streamed.blocks)
+
+        def work(batch: int) -> dict[str, tuple[list[str], MomentSum]]:
+            with torch.no_grad():
+                out, seen = streamed.step(stage, self.batches[batch], self.given(batch))
+                if keep and inner:
+                    self.kept.put(batch, streamed.blocks[stage].list, out)
+                return _moments(seen)
+
+        total, done = Moments(), 0
+        widest = sum(m.shape[1] ** 2 for m in streamed.matrices(stage)) if watch else 0
+        if not inner and not watch:
+            return {}
+        with streamed.watched(stage) if watch else contextlib.nullcontext():
+            for batch, found in enumerate(in_order(len(self.batches), work, room=MOMENTS // max(1, 4 * widest),
+                                                   device=streamed.hollow.device)):
+                total.add(found)
+                done += self.batches[batch].numel()
+                step(done)
+        return total.means()
+
+
+def _moments(seen: Sequence[tuple[str, Tensor]]) -> dict[str, tuple[list[str], MomentSum]]:
+    """Return the moments of what was seen, each tensor once: the first matrix that read it, to all of them."""
+    found: dict[str, tuple[list[str], MomentSum]] = {}
+    inputs: list[tuple[Tensor, str]] = []
+    for name, x in seen:
+        first = next((leader for tensor, leader in inputs if tensor is x), None)
+        if first is not None:
+            found[first][0].append(name)
+            continue
+        inputs.append((x, name))
+        moments = MomentSum(x.shape[-1], x.device)
+        moments.add(x.detach().reshape(-1, x.shape[-1]))
+        if name in found:
+            found[name][1].merge(moments)
+        else:
+            found[name] = ([name], moments)
+    return found
+
+
+class Moments:
+    """Moments of batches, added up; matrices that read one tensor when they were first seen share one sum."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, MomentSum] = {}
+        self._leader: dict[str, str] = {}
+
+    def add(self, found: Mapping[str, tuple[list[str], MomentSum]]) -> None:
+        """Add those of one batch."""
+        for first, (names, moments) in found.items():
+            for name in names:
+                self._leader.setdefault(name, first)
+            if self._leader[first] != first:
+                continue
+            if first in self._sums:
+                self._sums[first].merge(moments)
+            else:
+                self._sums[first] = moments
+
+    def means(self) -> dict[str, Tensor]:
+        """Return the means by matrix."""
+        means = {first: moments.mean(first) for first, moments in self._sums.items()}
+        return {name: means[first] for name, first in self._leader.items() if first in means}
+
+
+def in_order(count: int, work: Callable[[int], T], *, device: torch.device, room: int = 1 << 20,
+             gradients: bool = False) -> Iterator[T]:
+    """Yield `work(0)`, `work(1)`, …, several of them at once on a processor, each on one thread of torch.
+
+    Parameters
+    ----------
+    room : int
+        How many results may wait.
+    gradients : bool
+        Whether the work records gradients.
+    """
+    def alone(number: int) -> T:
+        with pinned(gradients=gradients), torch.set_grad_enabled(gradients):
+            return work(number)
+
+    workers = min(count, threads_allowed(), max(1, room)) if device.type == "cpu" else 1
+    if workers <= 1:
+        yield from map(alone, range(count))
+        return
+    waiting: deque[Future[T]] = deque()
+    with ThreadPoolExecutor(workers, thread_name_prefix="tersor-batch") as pool:
+        for number in range(count):
+            waiting.append(pool.submit(alone, number))
+            if len(waiting) >= workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
