@@ -17,8 +17,9 @@ from tersor.hf.compress.run import compress_model
 from tersor.hf.compress.verify import verify
 from tersor.hf.models.dense import write_dense
 from tersor.hf.models.evaluate import evaluate, load_compressed
+from tersor.hf.models.hollow import load_dense
 from tersor.hf.models.ledger import FATES
-from tersor.hf.models.source import load_dense, open_source
+from tersor.hf.models.source import open_source
 from tests.hf import zoo
 from tests.hf.tiny import resigned, save_tiny
 

@@ -11,7 +11,7 @@ import torch
 from tersor.contract.codec import Codec
 from tersor.files import exclusive
 from tersor.hf.compress import survey
-from tersor.hf.compress.encode import encode_matrix
+from tersor.hf.compress.desk import encode_matrix
 from tersor.hf.compress.method import check_options, fixed_options, rungs
 from tersor.hf.compress.plan import least_error, predict
 from tersor.hf.compress.request import Request, budget_bytes, check_device, provenance
@@ -91,7 +91,7 @@ def _seconds(source: Source, matrix: Matrix, codec: Codec, request: Request, dev
     took = (0.0, 0.0)
     for _ in range(2):
         began = time.perf_counter()
-        list(survey.trials(source, matrix, [codec], None, request, device, whole=False))
+        list(survey.trials(source, matrix, dense, [codec], None, request, whole=False))
         between = time.perf_counter()
         encode_matrix(dense, codec, None, request.seed, options, matrix.name)
         took = between - began, time.perf_counter() - between

@@ -18,7 +18,7 @@ from tersor.hf.models.flow import Activations, Flow
 from tersor.hf.models.hollow import Hollow
 from tersor.hf.models.matrices import Matrix
 from tersor.hf.models.source import Source, read_matrix
-from tersor.hf.models.streamed import Streamed
+from tersor.hf.models.streamed import Proof, Streamed
 from tersor.hf.models.text import read_ids, text_source, windows
 from tersor.planning.calibration import Calibration
 
@@ -42,6 +42,8 @@ class Reading:
         Keep all weights in memory at once.
     folder : Path
         Where activations go that find no room in memory.
+    proofs : list of Proof
+        That the model runs block by block: none before it was first run.
     """
 
     source: Source
@@ -51,6 +53,7 @@ class Reading:
     device: str
     whole: bool
     folder: Path
+    proofs: list[Proof] = dataclasses.field(default_factory=list)
 
     @classmethod
     def of(cls, source: Source, text: Path, sampling: Sampling, folder: Path, *, device: str = "cpu",
@@ -83,14 +86,17 @@ class Reading:
         return Calibration({}, self.tokens, self.text, sha256=self.mark)
 
     def streamed(self) -> Streamed:
-        """Return the dense model, proven to run block by block.
+        """Return the dense model, proven to run block by block; its own, which may be changed.
 
         Raises
         ------
         ModelError
             If it does not; or NonFiniteError, if a matrix holds NaN or infinity.
         """
-        return Streamed(Hollow(self.source, self.device), self.sequences, whole=self.whole)
+        found = Streamed(Hollow(self.source, self.device), self.sequences, whole=self.whole,
+                         proof=self.proofs[0] if self.proofs else None)
+        self.proofs[:] = [found.proof]
+        return found
 
     def flow(self, streamed: Streamed, name: str) -> Flow:
         """Return the text at the model's entrance."""

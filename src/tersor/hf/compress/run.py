@@ -22,6 +22,7 @@ from tersor.families import DEFAULT, effort_of
 from tersor.files import exclusive, write_json
 from tersor.hf.compress import calibrate, card, encode, plan, survey
 from tersor.hf.compress.method import check_options
+from tersor.hf.compress.reading import Reading
 from tersor.hf.compress.request import (
     Progress,
     Request,
@@ -40,7 +41,6 @@ from tersor.hf.models.samples import samples
 from tersor.hf.models.source import Source, open_source, read_matrix
 from tersor.hf.models.staging import REPORT
 from tersor.hf.models.text import default_calibration, default_heldout, read_ids, text_source
-from tersor.planning.calibration import Calibration
 from tersor.planning.plan import check_weights, to_json
 from tersor.store.manifest import file_digest
 
@@ -76,6 +76,8 @@ class CompressSettings:
     effort : str or None
         `"fast"`, `"normal"` or `"best"`: the encoder's work, for methods that read it (`"trellis"`, `"auto"`); None:
         `"normal"`.
+    whole : bool
+        Keep the whole model in memory while text runs through it, in place of one block at a time.
     """
 
     method: str = DEFAULT
@@ -95,12 +97,18 @@ class CompressSettings:
     samples: int = 0
     base_model: str | None = None
     effort: str | None = None
+    whole: bool = False
 
     def changed(self) -> dict[str, Any]:
         """Return the fields that are not their defaults."""
         default = CompressSettings()
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)
                 if getattr(self, field.name) != getattr(default, field.name)}
+
+    def reading(self, source: Source, folder: Path) -> Reading | None:
+        """Return the calibration text as a source reads it, if there is to be any calibration."""
+        return Reading.of(source, self.text_seen, self.sampling, folder, device=self.device,
+                          whole=self.whole) if self.calibrated else None
 
     @property
     def text_seen(self) -> Path:
@@ -169,7 +177,7 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
     asked = f"--rate {rate:g}" if size is None else f"--size {size}"
     card.write_card(work / "output", report, card.base_of(opened, chosen.base_model),
                     card.command(request, asked, chosen.changed()))
-    work.finish("matrices", "staged")
+    work.finish("matrices", "staged", "activations")
     return report
 
 
@@ -196,8 +204,7 @@ def _check(source: Source, request: Request, settings: CompressSettings) -> None
     check_options(request)
     check_weights(list(source.layout.matrices), request.sensitivities)
     plan.check_reachable(source, None, request, tersor.__version__)
-    if settings.calibrated:
-        read_ids(source, settings.text_seen, settings.sampling.context, settings.sampling.tokens)
+    settings.reading(source, Path())
     if settings.evaluation_tokens:
         read_ids(source, settings.heldout, settings.context, settings.evaluation_tokens)
     for matrix in source.layout.matrices.values():
@@ -216,19 +223,16 @@ def _mark(source: Source, request: Request, settings: CompressSettings) -> str:
 def _stages(source: Source, request: Request, settings: CompressSettings, work: WorkFolder,
             progress: Progress) -> dict[str, Any]:
     """Run the stages, each from the files of those before it; return the report of a verified output."""
-    device, calibration = settings.device, None
-    if settings.calibrated:
-        file = work / "calibration.safetensors"
-        calibration = calibrate.finished(file)
-        if calibration is None:
-            calibrate.run(source, settings.text_seen, file, settings.sampling, device=device, progress=progress)
-            calibration = Calibration.load(file)
-    choices = survey.run(source, calibration, request, work / "survey.jsonl", device=device, progress=progress)
-    record = provenance(source, calibration, request, tersor.__version__)
+    device, reading, known = settings.device, settings.reading(source, work / "activations"), None
+    if reading is not None:
+        known = calibrate.sensitivities(reading, work / "sensitivities.json", progress)
+    choices = survey.run(source, known, request, work / "survey.jsonl", device=device, reading=reading,
+                         progress=progress)
+    record = provenance(source, known, request, tersor.__version__)
     picks = plan.run(source, choices, request, record)
     write_json(work / "plan.json", to_json(picks))
-    job = encode.Job(source, picks, calibration, request, record)
-    matrices = encode.run(job, work, device=device, progress=progress)
+    job = encode.Job(source, picks, known, request, record)
+    matrices = encode.run(job, work, device=device, reading=reading, progress=progress)
     nbytes = store.stored_nbytes(work / "output")
     if nbytes > request.budget:
         raise TersorError(f"internal: wrote {nbytes} bytes for a budget of {request.budget}")

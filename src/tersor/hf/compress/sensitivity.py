@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -160,7 +159,7 @@ class Fisher:
                 self._take(number, found, self._lists[stage] if inner else None)
         finally:
             for parameter in wanted.values():
-                parameter.requires_grad_(requires_grad=False)
+                parameter.requires_grad_(False)
 
     def _held(self, stage: int) -> int:
         """Return the bytes of gradients and logits that one sequence holds at a stage, about."""

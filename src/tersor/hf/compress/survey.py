@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from tersor.contract.codec import Codec
-from tersor.families import stand_in
 from tersor.errors import CorruptStoreError
+from tersor.families import stand_in
 from tersor.files import exclusive, load_sealed, save_sealed, tell_damaged
 from tersor.hf.compress import sensitivity
 from tersor.hf.compress.checkpoint import Checkpoint, part_of
@@ -90,7 +90,7 @@ def _one_by_one(source: Source, calibration: Calibration | None, device: str, ma
 
 def _by_blocks(reading: Reading, calibration: Calibration, output: Path, missing: Callable[[Matrix], bool], work: Work,
                progress: Progress) -> None:
-    """Run text through the dense model; work on the matrices of a block that miss trials while its moments are there."""
+    """Run text through the dense model; work on the matrices of a block that miss trials while it is resident."""
     file = beside(output)
     if not any(map(missing, reading.source.layout.matrices.values())) and outside(file, reading.mark) is not None:
         return
@@ -108,12 +108,37 @@ def _by_blocks(reading: Reading, calibration: Calibration, output: Path, missing
                 if missing(matrix):
                     work(matrix, dense_of(streamed, matrix), dataclasses.replace(calibration, hessians=moments))
             if stage == last:
-                names, tensors = shared(moments)
-                save_sealed(tensors, file, {"job": reading.mark, "names": names})
+                _keep(moments, file, reading.mark)
         place.passed(stage)
     place.drop()
     shutil.rmtree(reading.folder / "survey", ignore_errors=True)
     step(last + 1, 0)
+
+
+def outside_of(reading: Reading, file: Path) -> dict[str, Tensor]:
+    """Return the moments of matrices outside of all blocks; run the text through the dense model if they are not kept.
+
+    They are needed before the blocks only by embeddings that are tied to what comes after the blocks.
+    """
+    layout = reading.source.layout
+    found = outside(file, reading.mark)
+    if found is not None or not any(m.kind == "embedding" and m.parameter in layout.tied.values()
+                                    for m in layout.matrices.values()):
+        return found or {}
+    streamed = reading.streamed()
+    flow, last = reading.flow(streamed, "outside"), len(streamed.blocks)
+    for stage in range(last):
+        with streamed.resident(stage):
+            flow.through(stage, watch=False, keep=True)
+    moments = flow.through(last, watch=True, keep=False)
+    _keep(moments, file, reading.mark)
+    shutil.rmtree(reading.folder / "outside", ignore_errors=True)
+    return moments
+
+
+def _keep(moments: Mapping[str, Tensor], file: Path, mark: str) -> None:
+    names, tensors = shared(moments)
+    save_sealed(tensors, file, {"job": mark, "names": names})
 
 
 def beside(output: Path) -> Path:

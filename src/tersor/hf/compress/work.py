@@ -10,10 +10,10 @@ from pathlib import Path
 
 from tersor.errors import CorruptStoreError
 from tersor.files import finished_name, read_sealed_json, tell_damaged, write_sealed_json
-from tersor.hf.compress.checkpoint import checkpoints
 
-NAMES = ("staged", "fingerprint", "calibration.safetensors", *checkpoints("calibration.safetensors"), "survey.jsonl",
-         "plan.json", "matrices", "output", "blocks", "ranks.json", "gradients.safetensors")
+NAMES = ("staged", "fingerprint", "sensitivities.json", "sensitivities.json.part", "survey.jsonl", "survey.jsonl.part",
+         "survey.jsonl.outside", "plan.json", "encode.part", "activations", "matrices", "output", "blocks",
+         "ranks.json", "gradients.safetensors")
 
 
 class WorkFolder:

@@ -24,8 +24,9 @@ from transformers import PreTrainedModel
 from tersor import store
 from tersor.errors import ModelError, NonFiniteError
 from tersor.hf.models.classes import check_text, feed, model_class, predicts_next_token, run
+from tersor.hf.models.hollow import load_dense
 from tersor.hf.models.matrices import quiet, read_config, refused
-from tersor.hf.models.source import Source, load_dense, made_from
+from tersor.hf.models.source import Source, made_from
 from tersor.hf.models.text import read_ids, text_source
 
 BATCH_TOKENS = 4096  # tokens run at a time

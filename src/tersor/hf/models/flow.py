@@ -109,9 +109,11 @@ class Flow:
     def given(self, batch: int) -> Given:
         """Return a copy of what a batch carries, on the model's device: some blocks write into what they are given."""
         device = self.streamed.hollow.device
-        return {name: tuple(leaf.to(device, copy=True) for leaf in leaves) for name, leaves in self.kept.of(batch).items()}
+        return {name: tuple(leaf.to(device, copy=True) for leaf in leaves)
+                for name, leaves in self.kept.of(batch).items()}
 
-    def through(self, stage: int, *, watch: bool, keep: bool, step: Callable[[int], None]) -> dict[str, Tensor]:
+    def through(self, stage: int, *, watch: bool, keep: bool,
+                step: Callable[[int], None] = lambda done: None) -> dict[str, Tensor]:
         """Run all batches through a stage that is resident.
 
         Parameters

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from tersor.contract.checks import check_matrix
@@ -81,16 +81,6 @@ class Hollow:
                 self.model.generation_config = GenerationConfig.from_pretrained(file.parent, local_files_only=True)
         return self.model
 
-    def replace(self, values: Mapping[str, Tensor]) -> None:
-        """Put other numbers, such as decoded ones, into parameters that are filled, wherever they are used."""
-        for name, value in values.items():
-            made = nn.Parameter(value.to(self.device, self._dtype(name)), requires_grad=False)
-            self._shared.update({name: made} if name in self._shared else {})
-            for module in self.model.modules():
-                for key, held in module._parameters.items():
-                    if held is not None and self._name(module, key) == name:
-                        module._parameters[key] = made
-
     def parameter(self, name: str) -> nn.Parameter:
         """Return a parameter as it is now: on the meta device where it is not filled."""
         return self.model.get_parameter(name)
@@ -139,13 +129,13 @@ def _skeleton(source: Source, dtype: torch.dtype) -> PreTrainedModel:
     with refused(f"transformers cannot build a {kind.__name__} from config.json"), quiet(), torch.device("meta"):
         model = kind._from_config(config, dtype=dtype)
     model = model.to("meta").eval()  # some classes make weights on the CPU, whatever they are told
-    return model.requires_grad_(requires_grad=False)
+    return model.requires_grad_(False)
 
 
 def _make(model: PreTrainedModel, absent: Iterable[str]) -> None:
     """Let the class make what no checkpoint holds: buffers that are not saved, and parameters in `absent`."""
     for value in (*model.parameters(), *model.buffers()):
-        value.__dict__["_is_hf_initialized"] = True  # how transformers marks what it shall leave alone
+        setattr(value, "_is_hf_initialized", True)  # noqa: B010 - how transformers marks what it shall leave alone
     for name in absent:
         path, _, key = name.rpartition(".")
         held = model.get_submodule(path)._parameters[key]
@@ -157,3 +147,10 @@ def _make(model: PreTrainedModel, absent: Iterable[str]) -> None:
         model.get_submodule(path)._buffers[key] = torch.empty_like(buffer, device="cpu")
     with torch.random.fork_rng(devices=[]), quiet():
         model.initialize_weights()
+
+
+def load_dense(source: Source, device: str = "cpu") -> PreTrainedModel:
+    """Load the dense model of a source: in its own dtype on a GPU, in float32 on a CPU."""
+    found = Hollow(source, device).whole()
+    source.check_unchanged()
+    return found

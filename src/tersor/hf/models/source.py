@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from tersor.contract.checks import check_matrix
 from tersor.errors import ModelError
@@ -21,7 +21,7 @@ from tersor.hf.models import checkpoint, staging
 from tersor.hf.models.checkpoint import Account
 from tersor.hf.models.classes import model_class
 from tersor.hf.models.ledger import Ledger
-from tersor.hf.models.matrices import Matrix, Parts, empty_model, quiet, read_config, refused, walk
+from tersor.hf.models.matrices import Matrix, Parts, empty_model, read_config, walk
 from tersor.hf.models.staging import WEIGHT_SUFFIXES
 from tersor.hf.models.trial import Trial, trial
 from tersor.store.manifest import FORMAT_VERSION, file_digest
@@ -265,15 +265,6 @@ def _open_folder(path: Path, folder: Path) -> tuple[PretrainedConfig, Parts, Acc
         raise ModelError(f"{path}: a {type(model).__name__} has no matrix to compress")
     account = checkpoint.account(folder, model, layout)
     return None if account is None else (config, layout, account)
-
-
-def load_dense(source: Source, device: str = "cpu") -> PreTrainedModel:
-    """Load the dense model of a source: in its own dtype on a GPU, in float32 on a CPU."""
-    dtype = torch.float32 if device == "cpu" else "auto"
-    with refused(f"{source.path}: transformers cannot load it"), quiet():
-        model: Any = model_class(source.config).from_pretrained(source.folder, dtype=dtype, local_files_only=True)
-    source.check_unchanged()
-    return model.to(device).eval()
 
 
 def read_matrix(source: Source, matrix: Matrix, device: str) -> Tensor:

@@ -76,6 +76,25 @@ class _Run:
     seen: list[tuple[str, Tensor]] = dataclasses.field(default_factory=list)
 
 
+@dataclasses.dataclass(frozen=True)
+class Proof:
+    """What was found when a model was proven to run block by block.
+
+    Attributes
+    ----------
+    order : tuple of str
+        Names of the blocks, as they are used.
+    forms : mapping of str to tuple of bool or None
+        Which parts of what the blocks of a list return are tensors; None: it is one tensor.
+    last : str or None
+        The last matrix whose inputs the last stage makes.
+    """
+
+    order: tuple[str, ...]
+    forms: Mapping[str, tuple[bool, ...] | None]
+    last: str | None
+
+
 class Streamed:
     """A model, and the stages in which text is run through it: its blocks, then the rest.
 
@@ -86,6 +105,8 @@ class Streamed:
         Token ids (1, length) that the proof runs on, a few of them.
     whole : bool
         Keep all weights in memory; then there is one stage, the model.
+    proof : Proof or None
+        Of the same model, if it was proven before.
 
     Attributes
     ----------
@@ -100,7 +121,7 @@ class Streamed:
         If the model cannot be run block by block; says why.
     """
 
-    def __init__(self, hollow: Hollow, ids: Tensor, *, whole: bool = False) -> None:
+    def __init__(self, hollow: Hollow, ids: Tensor, *, whole: bool = False, proof: Proof | None = None) -> None:
         self.hollow, self.model = hollow, hollow.model
         self.blocks: list[Block] = []
         self.reads = _reads(hollow)
@@ -109,13 +130,22 @@ class Streamed:
         self._lists: dict[str, tuple[bool, ...] | None] = {}  # which parts of an output are tensors; None: it is one
         self._last: nn.Module | None = None  # after what it reads, the last stage has nothing more to watch
         candidates = [] if whole else list(_candidates(hollow))
+        _check_ties(hollow, candidates)
         inside = {id(part) for block in candidates for part in block.module.modules()}
         hollow.fill(part for part in self.model.modules() if id(part) not in inside)
         for block in candidates:
             block.module.__dict__["forward"] = self._forward(block)
-        if candidates:
-            self._prove(ids[:1, :PILOT])
-        elif not whole:
+        if proof is not None:
+            named = {block.name: block for block in candidates}
+            self.blocks = [named[name] for name in proof.order]
+            self._places, self._lists = {name: place for place, name in enumerate(proof.order)}, dict(proof.forms)
+            self._last = None if proof.last is None else self.reads[proof.last]
+            self.proof = proof
+        elif candidates:
+            self.proof = self._prove(ids[:1, :PILOT])
+        elif whole:
+            self.proof = Proof((), {}, None)
+        else:
             raise ModelError(f"no sequence of blocks with matrices was found in a {type(self.model).__name__}; {HINT}")
 
     def matrices(self, stage: int) -> list[Matrix]:
@@ -214,7 +244,7 @@ class Streamed:
         return tuple(part for part in parts if part is not None)
 
     @torch.no_grad()
-    def _prove(self, ids: Tensor) -> None:
+    def _prove(self, ids: Tensor) -> Proof:
         """Run a few tokens from end to end, and find that each stage computes the same when it is run alone."""
         kind = type(self.model).__name__
         self._pilot, self._chain = ids, dict[str, Leaves]()
@@ -228,6 +258,7 @@ class Streamed:
                 used = self.step(last, ids, self._chain)[1]
             self._last = self.reads[used[-1][0]] if used else None
             self._check("what follows the blocks", (expected,), (self.finish(ids, self._chain)[0],))
+            return Proof(tuple(self._places), dict(self._lists), used[-1][0] if used else None)
         except FOREIGN as error:
             raise ModelError(f"a {kind} cannot be run block by block: {type(error).__name__}: "
                              f"{' '.join(str(error).split())[:200]}; {HINT}") from error
@@ -276,6 +307,16 @@ def _candidates(hollow: Hollow) -> Iterator[Block]:
                 block = Block(f"{name}.{number}", name, member)
                 if any(block.holds(parameter) for parameter in parameters):
                     yield block
+
+
+def _check_ties(hollow: Hollow, candidates: list[Block]) -> None:
+    """Raise `ModelError` if a block shares a parameter with another, or with what lies outside."""
+    places = [block.name for block in candidates]
+    for target, origin in hollow.source.layout.tied.items():
+        homes = [next((place for place in places if name.startswith(f"{place}.")), None) for name in (target, origin)]
+        if homes[0] != homes[1]:
+            raise ModelError(f"'{target}' is tied to '{origin}', in another block, so this model cannot be run block "
+                             f"by block; {HINT}")
 
 
 def _reads(hollow: Hollow) -> dict[str, nn.Module]:
