@@ -66,7 +66,7 @@ def _by_blocks(desk: Desk, reading: Reading, work: WorkFolder) -> None:
     ends = outside_of(reading, beside(work / "survey.jsonl"))
     streamed = reading.streamed()
     last = len(streamed.blocks)
-    embeddings = [m for m in streamed.matrices(last) if m.kind == "embedding"]
+    embeddings = [m for m in streamed.matrices(last) if streamed.looks_up(m)]
     _encode(desk, streamed, embeddings, ends)
     flow = reading.flow(streamed, "encode")
     place = Place(flow, Checkpoint(work / "encode.part", desk.mark))

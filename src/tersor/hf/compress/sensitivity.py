@@ -228,7 +228,7 @@ class Fisher:
         """
         key, ids = f"{number}/{matrix.name}", self.sequences[number].unique().to(gradient.device)
         ids = ids[ids < len(gradient)]
-        lookup = matrix.kind == "embedding"
+        lookup = self.streamed.looks_up(matrix)
         if key not in self.rows:
             self.sums[matrix.name] += _square(matrix.take(gradient))
             self.rows[key] = gradient[ids].clone() if lookup else gradient.new_empty(0)

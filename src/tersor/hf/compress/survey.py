@@ -120,13 +120,13 @@ def outside_of(reading: Reading, file: Path) -> dict[str, Tensor]:
 
     They are needed before the blocks only by embeddings that are tied to what comes after the blocks.
     """
-    layout = reading.source.layout
     found = outside(file, reading.mark)
-    if found is not None or not any(m.kind == "embedding" and m.parameter in layout.tied.values()
-                                    for m in layout.matrices.values()):
-        return found or {}
+    if found is not None:
+        return found
     streamed = reading.streamed()
     flow, last = reading.flow(streamed, "outside"), len(streamed.blocks)
+    if not any(m.name in streamed.reads and streamed.looks_up(m) for m in streamed.matrices(last)):
+        return {}
     for stage in range(last):
         with streamed.resident(stage):
             flow.through(stage, watch=False, keep=True)

@@ -155,6 +155,10 @@ class Streamed:
             return [m for m in listed if self.blocks[stage].holds(m.parameter)]
         return [m for m in listed if not any(block.holds(m.parameter) for block in self.blocks)]
 
+    def looks_up(self, matrix: Matrix) -> bool:
+        """Return whether a matrix is a table that tokens are looked up in, whatever else it is."""
+        return isinstance(self.model.get_submodule(matrix.parameter.rpartition(".")[0]), nn.Embedding)
+
     @contextlib.contextmanager
     def resident(self, stage: int) -> Iterator[None]:
         """Hold the weights of a stage's block in memory."""
