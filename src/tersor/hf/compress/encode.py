@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -20,7 +21,10 @@ from tersor.hf.compress.work import WorkFolder
 from tersor.hf.models.matrices import Matrix
 from tersor.hf.models.source import read_matrix
 from tersor.hf.models.streamed import Streamed
-from tersor.planning.calibration import hessian_of
+from tersor.numerics.settings import pinned
+from tersor.planning.calibration import compensated, hessian_of
+
+RIDGE = 1.0  # times the mean square of an input: what holds a matrix to the dense one, see docs/log.md
 
 
 def run(job: Job, work: WorkFolder, *, device: str = "cpu", reading: Reading | None = None,
@@ -60,42 +64,53 @@ def run(job: Job, work: WorkFolder, *, device: str = "cpu", reading: Reading | N
 def _by_blocks(desk: Desk, reading: Reading, work: WorkFolder) -> None:
     """Encode block by block, each on what the blocks before it give once they are encoded.
 
-    Embeddings come first, by the moments that the dense model's head has seen where they are tied to it; what else lies
-    outside of the blocks comes last.
+    A matrix is encoded as the one that makes of those inputs what the dense matrix makes of its own. Embeddings come
+    first, by the moments that the dense model's head has seen where they are tied to it; what else lies outside of the
+    blocks comes last.
     """
     ends = outside_of(reading, beside(work / "survey.jsonl"))
-    streamed = reading.streamed()
-    last = len(streamed.blocks)
-    embeddings = [m for m in streamed.matrices(last) if streamed.looks_up(m)]
-    _encode(desk, streamed, embeddings, ends)
-    flow = reading.flow(streamed, "encode")
-    place = Place(flow, Checkpoint(work / "encode.part", desk.mark))
-    first = next((stage for stage in range(last) if not _finished(desk, streamed.matrices(stage))), last)
+    original = reading.streamed()
+    encoded = reading.streamed(like=original)
+    dense, flow, last = reading.flow(original, "dense"), reading.flow(encoded, "encoded"), len(encoded.blocks)
+    tables = [m for m in encoded.matrices(last) if encoded.looks_up(m)]
+    _encode(desk, original, encoded, tables, (ends, {}))
+    place = Place(Checkpoint(work / "encode.part", desk.mark), dense, flow)
+    first = next((stage for stage in range(last) if not _finished(desk, encoded.matrices(stage))), last)
     for stage in range(place.resume(first), last + 1):
-        matrices = [m for m in streamed.matrices(stage) if m not in embeddings]
-        with streamed.resident(stage):
-            moments: Mapping[str, Tensor] = {}
-            if not _finished(desk, matrices):
-                moments = flow.through(stage, watch=True, keep=False)
-            _encode(desk, streamed, matrices, moments)
+        matrices = [m for m in encoded.matrices(stage) if m not in tables]
+        with original.resident(stage), encoded.resident(stage):
+            moments: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] = {}, {}
+            if _finished(desk, matrices):
+                dense.through(stage, watch=False, keep=True)
+            else:
+                moments = flow.beside(dense, stage)
+            _encode(desk, original, encoded, matrices, moments)
             flow.through(stage, watch=False, keep=True)
         place.passed(stage)
     place.drop()
-    shutil.rmtree(reading.folder / "encode", ignore_errors=True)
+    for name in ("dense", "encoded"):
+        shutil.rmtree(reading.folder / name, ignore_errors=True)
 
 
 def _finished(desk: Desk, matrices: Iterable[Matrix]) -> bool:
     return all([desk.finished(m.name) for m in matrices])
 
 
-def _encode(desk: Desk, streamed: Streamed, matrices: Iterable[Matrix], moments: Mapping[str, Tensor]) -> None:
-    """Encode matrices, and let the model compute with them decoded."""
-    device = streamed.hollow.device
-    for matrix in matrices:
-        desk.encode(matrix.name, lambda matrix=matrix: dense_of(streamed, matrix),
-                    lambda matrix=matrix: None if matrix.name not in moments else moments[matrix.name].to(device))
-    for matrix in matrices:
-        held = streamed.hollow.parameter(matrix.parameter)
+def _encode(desk: Desk, original: Streamed, encoded: Streamed, matrices: Iterable[Matrix],
+            moments: tuple[Mapping[str, Tensor], Mapping[str, Tensor]]) -> None:
+    """Encode matrices, by moments of their inputs and with those of the dense model; then compute with them decoded."""
+    device = encoded.hollow.device
+    own, cross = ({name: tensor.to(device) for name, tensor in held.items()} for held in moments)
+    for m in matrices:
+        aim = functools.partial(_aim, cross[m.name]) if m.name in cross else None
+        desk.encode(m.name, functools.partial(dense_of, original, m), functools.partial(own.get, m.name), aim)
+    for m in matrices:
+        held = encoded.hollow.parameter(m.parameter)
         if not held.is_meta:
             with torch.no_grad():
-                matrix.take(held).copy_(desk.decoded(matrix.name, device))
+                m.take(held).copy_(desk.decoded(m.name, device))
+
+
+def _aim(cross: Tensor, dense: Tensor, hessian: Tensor) -> Tensor:
+    with pinned():
+        return compensated(dense, cross, hessian, RIDGE)

@@ -85,16 +85,21 @@ class Reading:
         """What there is to say of the text before it is read: no moments, no sensitivities."""
         return Calibration({}, self.tokens, self.text, sha256=self.mark)
 
-    def streamed(self) -> Streamed:
-        """Return the dense model, proven to run block by block; its own, which may be changed.
+    def streamed(self, like: Streamed | None = None) -> Streamed:
+        """Return the dense model, proven to run block by block.
+
+        Parameters
+        ----------
+        like : Streamed or None
+            Another one, whose weights are copied where they are in memory.
 
         Raises
         ------
         ModelError
             If it does not; or NonFiniteError, if a matrix holds NaN or infinity.
         """
-        found = Streamed(Hollow(self.source, self.device), self.sequences, whole=self.whole,
-                         proof=self.proofs[0] if self.proofs else None)
+        hollow = Hollow(self.source, self.device, None if like is None else like.hollow)
+        found = Streamed(hollow, self.sequences, whole=self.whole, proof=self.proofs[0] if self.proofs else None)
         self.proofs[:] = [found.proof]
         return found
 
@@ -105,32 +110,37 @@ class Reading:
 
 
 class Place:
-    """Where a flow stands: saved from time to time between blocks, so that a killed run need not go all the way anew.
+    """Where flows stand: saved from time to time between blocks, so that a killed run need not go all the way anew.
 
     Parameters
     ----------
-    flow : Flow
     checkpoint : Checkpoint
+    flows : Flow
+        Of one model.
     """
 
-    def __init__(self, flow: Flow, checkpoint: Checkpoint) -> None:
-        self._flow, self._checkpoint = flow, checkpoint
+    def __init__(self, checkpoint: Checkpoint, *flows: Flow) -> None:
+        self._checkpoint, self._flows = checkpoint, flows
 
     def resume(self, latest: int) -> int:
         """Take up what was saved at a stage up to `latest`, if anything was; return the stage to go on with."""
         found = self._checkpoint.read()
         if found is None or found[1]["stage"] > latest:
             return 0
-        self._flow.kept.restore(found[0], self._flow.streamed.hollow.device)
+        for number, flow in enumerate(self._flows):
+            held = {key.partition(":")[2]: t for key, t in found[0].items() if key.startswith(f"{number}:")}
+            flow.kept.restore(held, flow.streamed.hollow.device)
         return int(found[1]["stage"])
 
     def passed(self, stage: int) -> None:
         """Save, if it is time: batches have passed a stage."""
         if self._checkpoint.due():
-            self._checkpoint.save(self._flow.kept.tensors(), {"stage": stage + 1})
+            tensors = {f"{number}:{key}": tensor for number, flow in enumerate(self._flows)
+                       for key, tensor in flow.kept.tensors().items()}
+            self._checkpoint.save(tensors, {"stage": stage + 1})
 
     def drop(self) -> None:
-        """Remove what was saved: the flow has come to its end."""
+        """Remove what was saved: the flows have come to their end."""
         self._checkpoint.drop()
 
 

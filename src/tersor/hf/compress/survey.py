@@ -98,7 +98,7 @@ def _by_blocks(reading: Reading, calibration: Calibration, output: Path, missing
     last = len(streamed.blocks)
     first = next((stage for stage in range(last) if any(map(missing, streamed.matrices(stage)))), last)
     flow = reading.flow(streamed, "survey")
-    place = Place(flow, Checkpoint(part_of(output), reading.mark))
+    place = Place(Checkpoint(part_of(output), reading.mark), flow)
     step = steps(last + 1, reading.tokens, lambda done, total: progress("survey", done, total))
     for stage in range(place.resume(first), last + 1):
         with streamed.resident(stage):

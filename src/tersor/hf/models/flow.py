@@ -7,6 +7,7 @@ the batches: so sums have the same bits however many threads there are.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import threading
 from collections import deque
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from tersor.hf.models.streamed import Given, Leaves, Streamed
 from tersor.numerics.settings import pinned, threads_allowed
-from tersor.planning.calibration import MomentSum
+from tersor.planning.calibration import CrossSum, MomentSum
 
 HELD = 1 << 30  # bytes of activations that are held in memory; what is beyond lies in a file
 MOMENTS = 1 << 31  # bytes of moments of single batches that may wait for those before them
@@ -125,69 +126,120 @@ class Flow:
         step : callable
             Called with the tokens that have passed so far, after each batch.
         """
-        streamed, inner = self.streamed, stage < len(self.streamed.blocks)
-
-        def work(batch: int) -> dict[str, tuple[list[str], MomentSum]]:
-            with torch.no_grad():
-                out, seen = streamed.step(stage, self.batches[batch], self.given(batch))
-                if keep and inner:
-                    self.kept.put(batch, streamed.blocks[stage].list, out)
-                return _moments(seen)
-
-        total, done = Moments(), 0
-        widest = sum(m.shape[1] ** 2 for m in streamed.matrices(stage)) if watch else 0
-        if not inner and not watch:
+        if not watch and stage == len(self.streamed.blocks):
             return {}
-        with streamed.watched(stage) if watch else contextlib.nullcontext():
-            for batch, found in enumerate(in_order(len(self.batches), work, room=MOMENTS // max(1, 4 * widest),
-                                                   device=streamed.hollow.device)):
-                total.add(found)
-                done += self.batches[batch].numel()
-                step(done)
-        return total.means()
+        with self.streamed.watched(stage) if watch else contextlib.nullcontext():
+            return self._sums(stage, lambda batch: _moments(self._one(stage, batch, keep=keep)), step).means()
+
+    def beside(self, dense: Flow, stage: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Run all batches through a stage that is resident here and in the dense model, whose batches move on.
+
+        Returns
+        -------
+        (dict, dict)
+            `E[y yᵀ]` of what the stage's matrices multiply here, and `E[x yᵀ]` with what they multiply in the dense
+            model, by matrix; the latter where all tokens reach a matrix.
+        """
+        def work(batch: int) -> dict[str, Sums]:
+            expected = dict(dense._one(stage, batch, keep=True))
+            seen = self._one(stage, batch, keep=False)
+            return _moments(seen, {name: x for name, x in expected.items()
+                                   if x.shape[:-1].numel() == self.batches[batch].numel()})
+
+        with self.streamed.watched(stage), dense.streamed.watched(stage):
+            total = self._sums(stage, work, lambda done: None)
+        return total.means(), total.crosses()
+
+    def _one(self, stage: int, batch: int, *, keep: bool) -> list[tuple[str, Tensor]]:
+        with torch.no_grad():
+            out, seen = self.streamed.step(stage, self.batches[batch], self.given(batch))
+            if keep and stage < len(self.streamed.blocks):
+                self.kept.put(batch, self.streamed.blocks[stage].list, out)
+            return seen
+
+    def _sums(self, stage: int, work: Callable[[int], dict[str, Sums]], step: Callable[[int], None]) -> Moments:
+        total, done = Moments(), 0
+        widest = sum(m.shape[1] ** 2 for m in self.streamed.matrices(stage))
+        for batch, found in enumerate(in_order(len(self.batches), work, room=MOMENTS // max(1, 4 * widest),
+                                               device=self.streamed.hollow.device)):
+            total.add(found)
+            done += self.batches[batch].numel()
+            step(done)
+        return total
 
 
-def _moments(seen: Sequence[tuple[str, Tensor]]) -> dict[str, tuple[list[str], MomentSum]]:
-    """Return the moments of what was seen, each tensor once: the first matrix that read it, to all of them."""
-    found: dict[str, tuple[list[str], MomentSum]] = {}
-    inputs: list[tuple[Tensor, str]] = []
-    for name, x in seen:
-        first = next((leader for tensor, leader in inputs if tensor is x), None)
-        if first is not None:
-            found[first][0].append(name)
-            continue
-        inputs.append((x, name))
-        moments = MomentSum(x.shape[-1], x.device)
-        moments.add(x.detach().reshape(-1, x.shape[-1]))
-        if name in found:
-            found[name][1].merge(moments)
+@dataclasses.dataclass(eq=False)
+class Sums:
+    """Sums over what one tensor holds: the matrices that read it, and its moments."""
+
+    names: list[str]
+    moments: MomentSum
+    cross: CrossSum | None = None
+
+    def merge(self, other: Sums) -> None:
+        """Add those of another tensor."""
+        self.moments.merge(other.moments)
+        if self.cross is not None and other.cross is not None:
+            self.cross.merge(other.cross)
         else:
-            found[name] = ([name], moments)
+            self.cross = None
+
+
+def _moments(seen: Sequence[tuple[str, Tensor]], expected: Mapping[str, Tensor] | None = None) -> dict[str, Sums]:
+    """Return the sums of what was seen, each tensor once: the first matrix that read it, to all of them.
+
+    Parameters
+    ----------
+    expected : mapping of str to Tensor or None
+        What the same matrices multiply in the dense model.
+    """
+    found: dict[str, Sums] = {}
+    inputs: list[tuple[Tensor, str]] = []
+    for name, y in seen:
+        first = next((leader for tensor, leader in inputs if tensor is y), None)
+        if first is not None:
+            found[first].names.append(name)
+            continue
+        inputs.append((y, name))
+        rows, x = y.detach().reshape(-1, y.shape[-1]), (expected or {}).get(name)
+        sums = Sums([name], MomentSum(y.shape[-1], y.device))
+        sums.moments.add(rows)
+        if x is not None and x.shape == y.shape:
+            sums.cross = CrossSum(x.detach().reshape(rows.shape), rows)
+        if name in found:
+            found[name].merge(sums)
+        else:
+            found[name] = sums
     return found
 
 
 class Moments:
-    """Moments of batches, added up; matrices that read one tensor when they were first seen share one sum."""
+    """Sums of batches, added up; matrices that read one tensor when they were first seen share one sum."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, MomentSum] = {}
+        self._sums: dict[str, Sums] = {}
         self._leader: dict[str, str] = {}
 
-    def add(self, found: Mapping[str, tuple[list[str], MomentSum]]) -> None:
+    def add(self, found: Mapping[str, Sums]) -> None:
         """Add those of one batch."""
-        for first, (names, moments) in found.items():
-            for name in names:
+        for first, sums in found.items():
+            for name in sums.names:
                 self._leader.setdefault(name, first)
             if self._leader[first] != first:
                 continue
             if first in self._sums:
-                self._sums[first].merge(moments)
+                self._sums[first].merge(sums)
             else:
-                self._sums[first] = moments
+                self._sums[first] = sums
 
     def means(self) -> dict[str, Tensor]:
-        """Return the means by matrix."""
-        means = {first: moments.mean(first) for first, moments in self._sums.items()}
+        """Return the means of `x xᵀ` by matrix."""
+        means = {first: sums.moments.mean(first) for first, sums in self._sums.items()}
+        return {name: means[first] for name, first in self._leader.items() if first in means}
+
+    def crosses(self) -> dict[str, Tensor]:
+        """Return the means of pairs by matrix."""
+        means = {first: sums.cross.mean() for first, sums in self._sums.items() if sums.cross is not None}
         return {name: means[first] for name, first in self._leader.items() if first in means}
 
 

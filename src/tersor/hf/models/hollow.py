@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from tersor.contract.checks import check_matrix
@@ -31,6 +31,8 @@ class Hollow:
     source : Source
     device : str
         Weights are float32 on a processor, and of the model's own dtype elsewhere.
+    like : Hollow or None
+        Another one of the same source, whose weights are copied where it is filled.
 
     Attributes
     ----------
@@ -39,7 +41,8 @@ class Hollow:
     dtype : torch.dtype
     """
 
-    def __init__(self, source: Source, device: str = "cpu") -> None:
+    def __init__(self, source: Source, device: str = "cpu", like: Hollow | None = None) -> None:
+        self._like = like
         self.source, self.device, self.dtype = source, torch.device(device), dtype_on(source, device)
         self.model = _skeleton(source, self.dtype)
         self._names = {id(module): name for name, module in self.model.named_modules()}
@@ -92,14 +95,20 @@ class Hollow:
 
     def _read(self, name: str) -> nn.Parameter:
         if name not in self._shared:
-            tensor = self.source.tensor(name)
-            if name in self._matrices:
-                check_matrix(tensor.flatten(0, -2), name)
+            tensor = self._copied(name)
+            if tensor is None:
+                tensor = self.source.tensor(name)
+                if name in self._matrices:
+                    check_matrix(tensor.flatten(0, -2), name)
             made = nn.Parameter(tensor.to(self.device, self._dtype(name)), requires_grad=False)
             if name not in self.source.layout.tied.values():
                 return made
             self._shared[name] = made
         return self._shared[name]
+
+    def _copied(self, name: str) -> Tensor | None:
+        held = None if self._like is None else self._like.parameter(name)
+        return None if held is None or held.is_meta else held.detach().clone()
 
     def _dtype(self, name: str) -> torch.dtype:
         return torch.float32 if any(pattern.search(name) for pattern in self._float32) else self.dtype
