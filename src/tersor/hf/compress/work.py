@@ -14,6 +14,7 @@ from tersor.files import finished_name, read_sealed_json, tell_damaged, write_se
 NAMES = ("staged", "fingerprint", "sensitivities.json", "sensitivities.json.part", "survey.jsonl", "survey.jsonl.part",
          "survey.jsonl.outside", "plan.json", "encode.part", "activations", "matrices", "output", "blocks",
          "ranks.json", "gradients.safetensors")
+FORMER = ("calibration.safetensors", "calibration.safetensors.moments", "calibration.safetensors.fisher")
 
 
 class WorkFolder:
@@ -38,7 +39,7 @@ class WorkFolder:
         self.path = self.target.with_name(f"{self.target.name}.work")
 
     def __truediv__(self, name: str) -> Path:
-        """Return the place of one of `NAMES`."""
+        """Return the place of one of `NAMES`; earlier versions left those of `FORMER`, which are removed."""
         return self.path / name
 
     def claim(self) -> WorkFolder:
@@ -52,7 +53,7 @@ class WorkFolder:
         if self.target.exists():
             raise FileExistsError(f"{self.target} exists; remove it or name another output")
         found = [child.name for child in self.path.iterdir()] if self.path.is_dir() else []
-        strange = sorted(name for name in found if finished_name(name) not in NAMES)
+        strange = sorted(name for name in found if finished_name(name) not in (*NAMES, *FORMER))
         if strange or (self.path.exists() and not self.path.is_dir()):
             raise FileExistsError(f"{self.path} is where this run would keep its files, but holds others "
                                   f"({', '.join(strange[:3])}); move them, or name another output")
