@@ -14,7 +14,7 @@ from tersor.hf.compress import survey
 from tersor.hf.compress.desk import encode_matrix
 from tersor.hf.compress.method import check_options, fixed_options, rungs
 from tersor.hf.compress.plan import least_error, predict
-from tersor.hf.compress.request import Request, budget_bytes, check_device, provenance
+from tersor.hf.compress.request import Request, budget_bytes, provenance
 from tersor.hf.compress.run import CompressSettings
 from tersor.hf.compress.work import WorkFolder
 from tersor.hf.models.matrices import Matrix
@@ -52,7 +52,6 @@ def estimate(src: Path, output: Path, rate: float | None, size: int | None,
 def _estimate(source: Source, rate: float | None, size: int | None, settings: CompressSettings) -> dict[str, Any]:
     request = Request(budget_bytes(source, rate, size), settings.method, settings.seed, settings.options,
                       settings.sensitivities, settings.effort)
-    check_device(settings.device)
     check_options(request)
     check_weights(list(source.layout.matrices), request.sensitivities)
     if request.budget >= source.nbytes:

@@ -77,6 +77,7 @@ def _by_blocks(desk: Desk, reading: Reading, work: WorkFolder) -> None:
     place = Place(Checkpoint(work / "encode.part", desk.mark), dense, flow)
     first = next((stage for stage in range(last) if not _finished(desk, encoded.matrices(stage))), last)
     for stage in range(place.resume(first), last + 1):
+        reading.position[:] = stage, last
         matrices = [m for m in encoded.matrices(stage) if m not in tables]
         with original.resident(stage), encoded.resident(stage):
             moments: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] = {}, {}

@@ -44,6 +44,8 @@ class Reading:
         Where activations go that find no room in memory.
     proofs : list of Proof
         That the model runs block by block: none before it was first run.
+    position : list of int
+        The stage that is worked on, and the number of blocks.
     """
 
     source: Source
@@ -54,6 +56,7 @@ class Reading:
     whole: bool
     folder: Path
     proofs: list[Proof] = dataclasses.field(default_factory=list)
+    position: list[int] = dataclasses.field(default_factory=list)
 
     @classmethod
     def of(cls, source: Source, text: Path, sampling: Sampling, folder: Path, *, device: str = "cpu",
@@ -68,6 +71,14 @@ class Reading:
         check_text(model_class(source.config))
         sequences = windows(read_ids(source, text, sampling.context, sampling.tokens), sampling.context)
         return cls(source, sequences, text_source(text), sampling, device, whole, folder)
+
+    @property
+    def place(self) -> str:
+        """The stage that is worked on, in words."""
+        if not self.position or self.whole:
+            return ""
+        stage, blocks = self.position
+        return f"block {stage + 1} of {blocks}" if stage < blocks else "outside the blocks"
 
     @property
     def tokens(self) -> int:

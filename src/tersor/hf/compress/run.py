@@ -28,10 +28,11 @@ from tersor.hf.compress.request import (
     Request,
     Sampling,
     budget_bytes,
-    check_device,
     no_progress,
     provenance,
+    usable_device,
 )
+from tersor.hf.compress.status import Teller
 from tersor.hf.compress.verify import verify_in_fresh_process
 from tersor.hf.compress.work import WorkFolder, peak_memory
 from tersor.hf.models.classes import check_language_model, check_text, model_class
@@ -152,6 +153,7 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
         Its subclasses; FileExistsError if the output exists.
     """
     chosen, began = dataclasses.replace(settings or CompressSettings(), **changes), time.perf_counter()
+    chosen = dataclasses.replace(chosen, device=usable_device(chosen.device))
     card.check_name(chosen.base_model)
     effort_of(chosen.method, chosen.effort)
     work = WorkFolder(Path(output)).claim()
@@ -169,8 +171,10 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
         work.clear("staged")
         raise
     work.stamp(_mark(opened, request, chosen), resume=chosen.resume)
-    report = _stages(opened, request, chosen, work, progress)
-    report |= _judged(opened, chosen, work, progress)
+    reading = chosen.reading(opened, work / "activations")
+    tell = Teller(progress, work, opened.nbytes, lambda: "" if reading is None else reading.place)
+    report = _stages(opened, request, chosen.device, work, reading, tell)
+    report |= _judged(opened, chosen, work, tell)
     report["summary"]["seconds"] = time.perf_counter() - began
     report["summary"]["peak_memory_bytes"] = peak_memory()
     write_json(work / "output" / REPORT, report)
@@ -199,7 +203,6 @@ def _check(source: Source, request: Request, settings: CompressSettings) -> None
         check_text(model_class(source.config))
     if settings.samples:
         check_language_model(source.config, "a sample")
-    check_device(settings.device)
     source.tried.check()
     check_options(request)
     check_weights(list(source.layout.matrices), request.sensitivities)
@@ -220,10 +223,10 @@ def _mark(source: Source, request: Request, settings: CompressSettings) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _stages(source: Source, request: Request, settings: CompressSettings, work: WorkFolder,
+def _stages(source: Source, request: Request, device: str, work: WorkFolder, reading: Reading | None,
             progress: Progress) -> dict[str, Any]:
     """Run the stages, each from the files of those before it; return the report of a verified output."""
-    device, reading, known = settings.device, settings.reading(source, work / "activations"), None
+    known = None
     if reading is not None:
         known = calibrate.sensitivities(reading, work / "sensitivities.json", progress)
     choices = survey.run(source, known, request, work / "survey.jsonl", device=device, reading=reading,

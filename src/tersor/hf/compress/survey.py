@@ -101,6 +101,7 @@ def _by_blocks(reading: Reading, calibration: Calibration, output: Path, missing
     place = Place(Checkpoint(part_of(output), reading.mark), flow)
     step = steps(last + 1, reading.tokens, lambda done, total: progress("survey", done, total))
     for stage in range(place.resume(first), last + 1):
+        reading.position[:] = stage, last
         with streamed.resident(stage):
             wanted = stage == last or any(map(missing, streamed.matrices(stage)))
             moments = flow.through(stage, watch=wanted, keep=True, step=lambda done, stage=stage: step(stage, done))
