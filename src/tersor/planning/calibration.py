@@ -53,37 +53,38 @@ class MomentSum:
         return (self._sum + self._sum.T) / (2.0 * max(1, self.count))
 
 
-class CrossSum:
-    """Streamed `E[x yᵀ]` of pairs of vectors, accumulated in float32."""
+class ChangeSum:
+    """Streamed `E[(x - y) yᵀ]` of pairs of vectors, accumulated in float32: how inputs y differ from those meant, x."""
 
     def __init__(self, x: Tensor, y: Tensor) -> None:
+        wide = y.to(torch.float32)
         self.count = x.shape[0]
-        self._sum = x.to(torch.float32).T @ y.to(torch.float32)
+        self._sum = (x.to(torch.float32) - wide).T @ wide
 
-    def merge(self, other: CrossSum) -> None:
+    def merge(self, other: ChangeSum) -> None:
         """Add the pairs that another sum holds."""
         self._sum += other._sum
         self.count += other.count
 
     def mean(self) -> Tensor:
-        """Return `E[x yᵀ]`, float32 (width of x, width of y)."""
+        """Return the mean, float32 (width, width)."""
         return self._sum / max(1, self.count)
 
 
-def compensated(matrix: Tensor, cross: Tensor, hessian: Tensor, ridge: float) -> Tensor:
-    """Return the matrix that, of inputs y, comes nearest to what `matrix` (out, in) makes of x, float32.
+def compensated(matrix: Tensor, change: Tensor, hessian: Tensor, ridge: float) -> Tensor:
+    """Return the matrix that makes of inputs y what comes nearest to what `matrix` (out, in) makes of x, float32.
 
     It minimizes `E‖W x - V y‖² + λ ‖V - W‖²` over V, λ being `ridge` times the mean square of an input y.
 
     Parameters
     ----------
-    cross, hessian : Tensor
-        `E[x yᵀ]` and `E[y yᵀ]`, (in, in).
+    change, hessian : Tensor
+        `E[(x - y) yᵀ]` and `E[y yᵀ]`, (in, in).
     """
     dense, regular = matrix.to(torch.float32), hessian.to(torch.float32, copy=True)
     regular.diagonal().add_(ridge * float(regular.diagonal().mean(dtype=torch.float64)) or 1.0)
     factor = torch.linalg.cholesky(regular)
-    return dense + torch.cholesky_solve((dense @ (cross - hessian)).T, factor).T
+    return dense + torch.cholesky_solve((dense @ change).T, factor).T
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

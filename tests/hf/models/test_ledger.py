@@ -121,14 +121,14 @@ def test_a_tokenizer_that_changes_between_kill_and_resume_starts_anew(tmp_path: 
 
     src = Path(shutil.copytree(short, tmp_path / "src"))
     seen: list[str] = []
-    real = run.calibrate.run
+    real = run.calibrate.sensitivities
 
     def stopped(*args: Any, **kwargs: Any) -> Any:
         seen.append("calibrated")
         real(*args, **kwargs)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run.calibrate, "run", stopped)
+    monkeypatch.setattr(run.calibrate, "sensitivities", stopped)
     settings: dict[str, Any] = {"rate": 6, "method": "rtn4", "evaluation_tokens": 0,
                                 "sampling": run.Sampling(tokens=64, fisher_tokens=0, context=32)}
     for _ in range(2):

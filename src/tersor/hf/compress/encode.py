@@ -24,6 +24,7 @@ from tersor.hf.models.streamed import Streamed
 from tersor.numerics.settings import pinned
 from tersor.planning.calibration import compensated, hessian_of
 
+PAIRED = 1  # one batch in so many is run through the dense model as well
 RIDGE = 1.0  # times the mean square of an input: what holds a matrix to the dense one, see docs/log.md
 
 
@@ -71,7 +72,7 @@ def _by_blocks(desk: Desk, reading: Reading, work: WorkFolder) -> None:
     ends = outside_of(reading, beside(work / "survey.jsonl"))
     original = reading.streamed()
     encoded = reading.streamed(like=original)
-    dense, flow, last = reading.flow(original, "dense"), reading.flow(encoded, "encoded"), len(encoded.blocks)
+    dense, flow, last = reading.flow(original, "dense", PAIRED), reading.flow(encoded, "encoded"), len(encoded.blocks)
     tables = [m for m in encoded.matrices(last) if encoded.looks_up(m)]
     _encode(desk, original, encoded, tables, (ends, {}))
     place = Place(Checkpoint(work / "encode.part", desk.mark), dense, flow)
@@ -101,9 +102,9 @@ def _encode(desk: Desk, original: Streamed, encoded: Streamed, matrices: Iterabl
             moments: tuple[Mapping[str, Tensor], Mapping[str, Tensor]]) -> None:
     """Encode matrices, by moments of their inputs and with those of the dense model; then compute with them decoded."""
     device = encoded.hollow.device
-    own, cross = ({name: tensor.to(device) for name, tensor in held.items()} for held in moments)
+    own, change = ({name: tensor.to(device) for name, tensor in held.items()} for held in moments)
     for m in matrices:
-        aim = functools.partial(_aim, cross[m.name]) if m.name in cross else None
+        aim = functools.partial(_aim, change[m.name]) if m.name in change else None
         desk.encode(m.name, functools.partial(dense_of, original, m), functools.partial(own.get, m.name), aim)
     for m in matrices:
         held = encoded.hollow.parameter(m.parameter)
@@ -112,6 +113,6 @@ def _encode(desk: Desk, original: Streamed, encoded: Streamed, matrices: Iterabl
                 m.take(held).copy_(desk.decoded(m.name, device))
 
 
-def _aim(cross: Tensor, dense: Tensor, hessian: Tensor) -> Tensor:
+def _aim(change: Tensor, dense: Tensor, hessian: Tensor) -> Tensor:
     with pinned():
-        return compensated(dense, cross, hessian, RIDGE)
+        return compensated(dense, change, hessian, RIDGE)

@@ -88,8 +88,12 @@ def status(path: Path) -> dict[str, Any]:
                                 "its work folder, OUT.work")
     state = "finished" if work.target.exists() else "running" if _busy(work.target) else "stopped"
     found: dict[str, Any] = {"state": state}
-    told = read_json(work / STATUS) if (work / STATUS).is_file() else None
-    return found if told is None or state == "finished" else found | _figures(told, work, running=state == "running")
+    if state == "finished" or not (work / STATUS).is_file():
+        return found
+    try:
+        return found | _figures(read_json(work / STATUS), work, running=state == "running")
+    except (ValueError, LookupError, TypeError):  # damaged; the run itself never reads it
+        return found
 
 
 def _figures(told: dict[str, Any], work: WorkFolder, *, running: bool) -> dict[str, Any]:

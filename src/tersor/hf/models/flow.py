@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tersor.hf.models.streamed import Given, Leaves, Streamed
 from tersor.numerics.settings import pinned, threads_allowed
-from tersor.planning.calibration import CrossSum, MomentSum
+from tersor.planning.calibration import ChangeSum, MomentSum
 
 HELD = 1 << 30  # bytes of activations that are held in memory; what is beyond lies in a file
 MOMENTS = 1 << 31  # bytes of moments of single batches that may wait for those before them
@@ -134,21 +134,28 @@ class Flow:
     def beside(self, dense: Flow, stage: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Run all batches through a stage that is resident here and in the dense model, whose batches move on.
 
+        Parameters
+        ----------
+        dense : Flow
+            Of the same batches, or of evenly spaced ones.
+
         Returns
         -------
         (dict, dict)
-            `E[y yᵀ]` of what the stage's matrices multiply here, and `E[x yᵀ]` with what they multiply in the dense
-            model, by matrix; the latter where all tokens reach a matrix.
+            `E[y yᵀ]` of what the stage's matrices multiply here, and `E[(x - y) yᵀ]` where x is what they multiply in
+            the dense model, by matrix; the latter where all tokens reach a matrix.
         """
+        every = -(-len(self.batches) // len(dense.batches))
+
         def work(batch: int) -> dict[str, Sums]:
-            expected = dict(dense._one(stage, batch, keep=True))
+            expected = {} if batch % every else dict(dense._one(stage, batch // every, keep=True))
             seen = self._one(stage, batch, keep=False)
             return _moments(seen, {name: x for name, x in expected.items()
                                    if x.shape[:-1].numel() == self.batches[batch].numel()})
 
         with self.streamed.watched(stage), dense.streamed.watched(stage):
             total = self._sums(stage, work, lambda done: None)
-        return total.means(), total.crosses()
+        return total.means(), total.changes()
 
     def _one(self, stage: int, batch: int, *, keep: bool) -> list[tuple[str, Tensor]]:
         with torch.no_grad():
@@ -174,15 +181,15 @@ class Sums:
 
     names: list[str]
     moments: MomentSum
-    cross: CrossSum | None = None
+    change: ChangeSum | None = None
 
     def merge(self, other: Sums) -> None:
         """Add those of another tensor."""
         self.moments.merge(other.moments)
-        if self.cross is not None and other.cross is not None:
-            self.cross.merge(other.cross)
-        else:
-            self.cross = None
+        if self.change is None:
+            self.change = other.change
+        elif other.change is not None:
+            self.change.merge(other.change)
 
 
 def _moments(seen: Sequence[tuple[str, Tensor]], expected: Mapping[str, Tensor] | None = None) -> dict[str, Sums]:
@@ -205,7 +212,7 @@ def _moments(seen: Sequence[tuple[str, Tensor]], expected: Mapping[str, Tensor] 
         sums = Sums([name], MomentSum(y.shape[-1], y.device))
         sums.moments.add(rows)
         if x is not None and x.shape == y.shape:
-            sums.cross = CrossSum(x.detach().reshape(rows.shape), rows)
+            sums.change = ChangeSum(x.detach().reshape(rows.shape), rows)
         if name in found:
             found[name].merge(sums)
         else:
@@ -237,9 +244,9 @@ class Moments:
         means = {first: sums.moments.mean(first) for first, sums in self._sums.items()}
         return {name: means[first] for name, first in self._leader.items() if first in means}
 
-    def crosses(self) -> dict[str, Tensor]:
+    def changes(self) -> dict[str, Tensor]:
         """Return the means of pairs by matrix."""
-        means = {first: sums.cross.mean() for first, sums in self._sums.items() if sums.cross is not None}
+        means = {first: sums.change.mean() for first, sums in self._sums.items() if sums.change is not None}
         return {name: means[first] for name, first in self._leader.items() if first in means}
 
 
