@@ -181,7 +181,8 @@ def test_ten_damages(small: Path, tmp_path: Path) -> None:
     taken = snapshots(compress, small, tmp_path, STAGES)
     kinds = {file.relative_to(folder).parts[0] for folder in taken for file in folder.rglob("*") if file.is_file()}
     assert kinds == {"staged", "fingerprint", "status.json", "sensitivities.json", "sensitivities.json.part",
-                     "survey.jsonl", "survey.jsonl.part", "survey.jsonl.outside", "plan.json", "encode.part", "matrices"}
+                     "survey.jsonl", "survey.jsonl.part", "survey.jsonl.outside", "plan.json", "encode.part",
+                     "matrices"}
     counts = damage_and_resume(compress, small, tmp_path, taken, 10, 0)
     assert sum(counts.values()) == 10
     assert sum(number for what, number in counts.items() if "said so" in what or "refused" in what) >= 5, counts

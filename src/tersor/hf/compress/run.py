@@ -20,7 +20,7 @@ from tersor.contract.derived import package_nbytes
 from tersor.errors import ModelError, TersorError
 from tersor.families import DEFAULT, effort_of
 from tersor.files import exclusive, write_json
-from tersor.hf.compress import calibrate, card, encode, plan, survey
+from tersor.hf.compress import calibrate, card, encode, needs, plan, survey
 from tersor.hf.compress.method import check_options
 from tersor.hf.compress.reading import Reading
 from tersor.hf.compress.request import (
@@ -166,7 +166,7 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
         work.clear("staged")
         return {"copied": True, "summary": summary}
     try:
-        _check(opened, request, chosen)
+        _check(opened, request, chosen, work)
     except TersorError:
         work.clear("staged")
         raise
@@ -197,8 +197,11 @@ def _judged(source: Source, settings: CompressSettings, work: WorkFolder, progre
     return found
 
 
-def _check(source: Source, request: Request, settings: CompressSettings) -> None:
+def _check(source: Source, request: Request, settings: CompressSettings, work: WorkFolder) -> None:
     """Refuse before any work what would fail after it."""
+    shapes = needs.Shapes.of(source, settings.device, whole=settings.whole)
+    needs.check_disk(work.path, needs.disk(shapes, request.budget, settings.sampling, calibrated=settings.calibrated))
+    needs.check_memory(shapes, settings.device)
     if settings.calibrated or settings.evaluation_tokens:
         check_text(model_class(source.config))
     if settings.samples:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tersor.errors import ModelError
 from tersor.hf.models.classes import feed, run
 from tersor.hf.models.hollow import Hollow
-from tersor.hf.models.matrices import FOREIGN, Matrix
+from tersor.hf.models.matrices import FOREIGN, Matrix, Parts
 
 PILOT = 16  # tokens that the proof runs on
 CLOSE = 1e-4  # relative distance of two runs of the same code on the same numbers
@@ -129,19 +129,19 @@ class Streamed:
         self._local = threading.local()
         self._lists: dict[str, tuple[bool, ...] | None] = {}  # which parts of an output are tensors; None: it is one
         self._last: nn.Module | None = None  # after what it reads, the last stage has nothing more to watch
-        candidates = [] if whole else list(_candidates(hollow))
-        _check_ties(hollow, candidates)
-        inside = {id(part) for block in candidates for part in block.module.modules()}
+        found = [] if whole else list(candidates(self.model, hollow.source.layout))
+        _check_ties(hollow, found)
+        inside = {id(part) for block in found for part in block.module.modules()}
         hollow.fill(part for part in self.model.modules() if id(part) not in inside)
-        for block in candidates:
+        for block in found:
             block.module.__dict__["forward"] = self._forward(block)
         if proof is not None:
-            named = {block.name: block for block in candidates}
+            named = {block.name: block for block in found}
             self.blocks = [named[name] for name in proof.order]
             self._places, self._lists = {name: place for place, name in enumerate(proof.order)}, dict(proof.forms)
             self._last = None if proof.last is None else self.reads[proof.last]
             self.proof = proof
-        elif candidates:
+        elif found:
             self.proof = self._prove(ids[:1, :PILOT])
         elif whole:
             self.proof = Proof((), {}, None)
@@ -300,11 +300,11 @@ def _alike(expected: Tensor, found: Tensor) -> bool:
     return torch.equal(expected, found) or bool(off <= CLOSE * size)
 
 
-def _candidates(hollow: Hollow) -> Iterator[Block]:
-    """Yield the members of outermost module lists that hold a matrix."""
-    parameters = {m.parameter for m in hollow.source.layout.matrices.values()}
+def candidates(model: nn.Module, layout: Parts) -> Iterator[Block]:
+    """Yield the members of outermost module lists that hold a matrix of the layout."""
+    parameters = {m.parameter for m in layout.matrices.values()}
     lists: list[str] = []
-    for name, module in hollow.model.named_modules():
+    for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
             lists.append(name)
             for number, member in enumerate(module):
@@ -313,9 +313,9 @@ def _candidates(hollow: Hollow) -> Iterator[Block]:
                     yield block
 
 
-def _check_ties(hollow: Hollow, candidates: list[Block]) -> None:
+def _check_ties(hollow: Hollow, blocks: list[Block]) -> None:
     """Raise `ModelError` if a block shares a parameter with another, or with what lies outside."""
-    places = [block.name for block in candidates]
+    places = [block.name for block in blocks]
     for target, origin in hollow.source.layout.tied.items():
         homes = [next((place for place in places if name.startswith(f"{place}.")), None) for name in (target, origin)]
         if homes[0] != homes[1]:
