@@ -106,7 +106,7 @@ def memory_by_stage(shapes: Shapes, sampling: Sampling, evaluation_tokens: int, 
                  "encode": 2 * (rest + block + held + moments) + max(workers * (2 * moving + 2 * moments), encoder)}
     if evaluation_tokens:
         tokens = max(context, min(4096, evaluation_tokens, LOGITS // shapes.vocabulary))
-        found["evaluate"] = rest + block + (shapes.outside + shapes.block * shapes.blocks) // 2 + 16 * (
+        found["evaluate"] = rest + block + (shapes.outside + shapes.block * shapes.blocks) // 2 + 8 * (
             tokens * shapes.vocabulary)
     return found | {"verify": 4 * COPIES * shapes.largest}
 
