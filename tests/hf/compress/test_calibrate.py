@@ -113,7 +113,7 @@ def by_blocks(source: Source, folder: Path, *, whole: bool = False) -> tuple[dic
 
 
 def test_a_survey_by_blocks_sees_what_the_whole_model_shows(source: Source, tmp_path: Path) -> None:
-    """By blocks, by the model at once, and by a file of all moments: the same figures."""
+    """By blocks, by the model at once, and by a file of all moments: the same figures, of one and the same text."""
     streamed, known, _ = by_blocks(source, tmp_path / "a")
     at_once = by_blocks(source, tmp_path / "b", whole=True)[0]
     calibrate.run(source, default_calibration(), tmp_path / "c", SAMPLING)

@@ -10,7 +10,7 @@ import torch
 
 from tersor.contract.codec import Codec
 from tersor.files import exclusive
-from tersor.hf.compress import encode, survey
+from tersor.hf.compress import survey
 from tersor.hf.compress.desk import encode_matrix
 from tersor.hf.compress.method import check_options, fixed_options, rungs
 from tersor.hf.compress.needs import Shapes, disk, memory_by_stage
@@ -139,6 +139,6 @@ def _forward_seconds(matrices: list[Matrix], sample: Matrix, settings: CompressS
     products = 2 * sum(m.shape[0] * m.shape[1] for m in matrices)
     moments = 2 * sum(m.shape[1] ** 2 for m in matrices) / SHARING
     passed = flop * OVERHEAD / workers
-    return {"calibrate": drawn * 4 * products * passed, "survey": read * (products + moments) * passed,
-            "encode": read * (2 * products + moments + (products + moments) / encode.PAIRED) * passed,
+    return {"calibrate": drawn * 4 * products * passed, "survey": read * (products + moments) * passed / survey.EVERY,
+            "encode": read * (3 * products + 2 * moments) * passed,
             "evaluate": tokens * 2 * products * flop * OVERHEAD}

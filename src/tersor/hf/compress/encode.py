@@ -24,7 +24,6 @@ from tersor.hf.models.streamed import Streamed
 from tersor.numerics.settings import pinned
 from tersor.planning.calibration import compensated, hessian_of
 
-PAIRED = 1  # one batch in so many is run through the dense model as well
 RIDGE = 1.0  # times the mean square of an input: what holds a matrix to the dense one, see docs/log.md
 
 
@@ -72,7 +71,7 @@ def _by_blocks(desk: Desk, reading: Reading, work: WorkFolder) -> None:
     ends = outside_of(reading, beside(work / "survey.jsonl"))
     original = reading.streamed()
     encoded = reading.streamed(like=original)
-    dense, flow, last = reading.flow(original, "dense", PAIRED), reading.flow(encoded, "encoded"), len(encoded.blocks)
+    dense, flow, last = reading.flow(original, "dense"), reading.flow(encoded, "encoded"), len(encoded.blocks)
     tables = [m for m in encoded.matrices(last) if encoded.looks_up(m)]
     _encode(desk, original, encoded, tables, (ends, {}))
     place = Place(Checkpoint(work / "encode.part", desk.mark), dense, flow)

@@ -137,7 +137,7 @@ class Flow:
         Parameters
         ----------
         dense : Flow
-            Of the same batches, or of evenly spaced ones.
+            Of the same batches.
 
         Returns
         -------
@@ -145,10 +145,8 @@ class Flow:
             `E[y yᵀ]` of what the stage's matrices multiply here, and `E[(x - y) yᵀ]` where x is what they multiply in
             the dense model, by matrix; the latter where all tokens reach a matrix.
         """
-        every = -(-len(self.batches) // len(dense.batches))
-
         def work(batch: int) -> dict[str, Sums]:
-            expected = {} if batch % every else dict(dense._one(stage, batch // every, keep=True))
+            expected = dict(dense._one(stage, batch, keep=True))
             seen = self._one(stage, batch, keep=False)
             return _moments(seen, {name: x for name, x in expected.items()
                                    if x.shape[:-1].numel() == self.batches[batch].numel()})
@@ -186,10 +184,10 @@ class Sums:
     def merge(self, other: Sums) -> None:
         """Add those of another tensor."""
         self.moments.merge(other.moments)
-        if self.change is None:
-            self.change = other.change
-        elif other.change is not None:
+        if self.change is not None and other.change is not None:
             self.change.merge(other.change)
+        else:
+            self.change = None
 
 
 def _moments(seen: Sequence[tuple[str, Tensor]], expected: Mapping[str, Tensor] | None = None) -> dict[str, Sums]:
