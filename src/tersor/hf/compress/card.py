@@ -147,6 +147,8 @@ def command(request: Request, budget: str, changed: Mapping[str, Any]) -> str:
         words += ["--codec", request.method]
     if not changed.get("calibrated", True):
         words.append("--uncalibrated")
+    if changed.get("whole", False):
+        words.append("--whole-model")
     if "sampling" in changed and changed["sampling"].tokens != Sampling.tokens:
         words += ["--tokens", str(changed["sampling"].tokens)]
     for field, flag in FLAGS.items():

@@ -100,7 +100,8 @@ def _by_blocks(reading: Reading, calibration: Calibration, output: Path, missing
     first = next((stage for stage in range(last) if any(map(missing, streamed.matrices(stage)))), last)
     flow = reading.flow(streamed, "survey", EVERY)
     place = Place(Checkpoint(part_of(output), reading.mark), flow)
-    step = steps(last + 1, sum(batch.numel() for batch in flow.batches), lambda done, total: progress("survey", done, total))
+    tokens = sum(batch.numel() for batch in flow.batches)
+    step = steps(last + 1, tokens, lambda done, total: progress("survey", done, total))
     for stage in range(place.resume(first), last + 1):
         reading.position[:] = stage, last
         with streamed.resident(stage):
