@@ -145,10 +145,7 @@ def command(request: Request, budget: str, changed: Mapping[str, Any]) -> str:
     known = request.method in families()
     if "method" in changed:
         words += ["--codec", request.method]
-    if not changed.get("calibrated", True):
-        words.append("--uncalibrated")
-    if changed.get("whole", False):
-        words.append("--whole-model")
+    words += [flag for field, flag in (("calibrated", "--uncalibrated"), ("whole", "--whole-model")) if field in changed]
     if "sampling" in changed and changed["sampling"].tokens != Sampling.tokens:
         words += ["--tokens", str(changed["sampling"].tokens)]
     for field, flag in FLAGS.items():
