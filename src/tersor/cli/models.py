@@ -31,6 +31,8 @@ from tersor.cli.base import (
     Size,
     Src,
     Tokens,
+    Whole,
+    device_of,
     emit,
     existing_model,
     open_source,
@@ -76,7 +78,7 @@ def compress(src: Src, output: Out, rate: BudgetRate = None, size: Size = None, 
              text: HeldoutText = None, tokens: Tokens = 65536, evaluation_tokens: EvaluationTokens = 8192,
              context: Context = 512, effort: Effort = None, seed: Seed = 0, device: Device = "cpu",
              option: OptionTexts = None, sensitivities: Sensitivities = None, dense: Dense = None,
-             leave_out: LeaveOut = None, resume: Resume = True,
+             leave_out: LeaveOut = None, resume: Resume = True, whole_model: Whole = False,
              samples: Annotated[int, typer.Option(help="sample generations in the report; 0: none")] = 3,
              base_model: Annotated[str | None, typer.Option(help="OWNER/NAME of the original, for the card")] = None,
              dry_run: Annotated[bool, typer.Option("--dry-run", help="estimate bytes, memory and time only")] = False,
@@ -92,8 +94,8 @@ def compress(src: Src, output: Out, rate: BudgetRate = None, size: Size = None, 
     existing_model(src)
     settings = run.CompressSettings(
         codec, calibration, calibrated, text, Sampling(tokens, context=context, seed=seed),
-        evaluation_tokens, context, seed, device, resume, parse_options(option), read_weights(sensitivities),
-        None if dense is None else tuple(dense), tuple(leave_out or ()), samples, base_model, effort)
+        evaluation_tokens, context, seed, device_of(device), resume, parse_options(option), read_weights(sensitivities),
+        None if dense is None else tuple(dense), tuple(leave_out or ()), samples, base_model, effort, whole_model)
     nbytes = None if size is None else parse_size(size)
     rate = 3.0 if rate is None and nbytes is None else rate
     if dry_run:
@@ -117,8 +119,9 @@ def calibrate(src: Src, output: Annotated[Path, typer.Argument(metavar="CALIB", 
               text: CalibrationText = None,
               tokens: Annotated[int, typer.Option(min=1, help="tokens for the moments")] = 65536,
               fisher_tokens: Annotated[int, typer.Option(min=0, help="tokens for sensitivities; 0: none")] = 4096,
-              context: Context = 512, seed: Seed = 0, device: Device = "cpu", as_json: AsJson = False) -> None:
-    """Collect the moments of inputs, and sensitivities."""
+              context: Context = 512, seed: Seed = 0, device: Device = "cpu", whole_model: Whole = False,
+              as_json: AsJson = False) -> None:
+    """Collect the moments of inputs, and sensitivities. Keeps them all; compress does without."""
     from tersor.hf.compress import calibrate as stage
     from tersor.hf.compress.request import Sampling
     from tersor.hf.models.text import default_calibration
@@ -126,7 +129,8 @@ def calibrate(src: Src, output: Annotated[Path, typer.Argument(metavar="CALIB", 
     refuse_existing(output)
     with Bars() as progress:
         found = stage.run(open_source(src, output), text or default_calibration(), output,
-                          Sampling(tokens, fisher_tokens, context, seed), device=device, progress=progress)
+                          Sampling(tokens, fisher_tokens, context, seed), device=device_of(device), whole=whole_model,
+                          progress=progress)
     emit({"tokens": found.tokens, "matrices": len(found.hessians), "source": found.source, "file": str(output)},
          as_json, "calibration")
 
@@ -143,7 +147,8 @@ def survey(src: Src, output: Annotated[Path, typer.Argument(metavar="SURVEY", he
     source = open_source(src, output, dense, leave_out)
     request = Request(budget_bytes(source, rate, None), codec, seed, parse_options(option), effort=effort)
     with Bars() as progress:
-        choices = stage.run(source, read_calibration(calib), request, output, device=device, progress=progress)
+        choices = stage.run(source, read_calibration(calib), request, output, device=device_of(device),
+                            progress=progress)
     emit({"matrices": len(choices), "trials": sum(map(len, choices.values())), "file": str(output)}, as_json, "survey")
 
 
@@ -188,5 +193,14 @@ def evaluate(path: Annotated[Path, typer.Argument(metavar="OUT", help="a compres
     existing(path, "a model compressed by tersor")
     with Bars() as progress:
         record = run_evaluation(path, open_source(against, path), text or default_heldout(), context=context,
-                                stride=stride, tokens=tokens, device=device, progress=progress)
+                                stride=stride, tokens=tokens, device=device_of(device), progress=progress)
     emit(record, as_json, f"{path} against {against}")
+
+
+def status(path: Annotated[Path, typer.Argument(metavar="OUT.work", help="the work folder of a run, or its output")],
+           as_json: AsJson = False) -> None:
+    """Tell how far a run of compress is, and whether it still runs."""
+    from tersor.hf.compress.status import status as run_status
+
+    record = run_status(path)
+    emit(record, as_json, str(path))

@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM
 from tersor.errors import ModelError
 from tersor.hf.compress.run import compress_model
 from tersor.hf.models import gguf_file
+from tersor.hf.models.hollow import load_dense
 from tersor.hf.models.ledger import Line
-from tersor.hf.models.source import load_dense, open_source
+from tersor.hf.models.source import open_source
 from tersor.store import read
 from tests.hf.tiny import save_tiny
 

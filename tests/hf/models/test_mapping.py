@@ -20,9 +20,10 @@ from tersor.hf.compress.verify import verify
 from tersor.hf.models import places
 from tersor.hf.models.dense import write_dense
 from tersor.hf.models.evaluate import load_compressed
+from tersor.hf.models.hollow import load_dense
 from tersor.hf.models.mapping import mapped
 from tersor.hf.models.places import Place, locate
-from tersor.hf.models.source import load_dense, open_source
+from tersor.hf.models.source import open_source
 from tersor.store import read
 from tests.hf.tiny import load_original, save_tiny
 

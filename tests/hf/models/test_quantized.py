@@ -19,10 +19,11 @@ from tersor.errors import ModelError
 from tersor.hf.compress.run import compress_model
 from tersor.hf.compress.verify import verify
 from tersor.hf.models.dense import write_dense
+from tersor.hf.models.hollow import load_dense
 from tersor.hf.models.ledger import Line
 from tersor.hf.models.places import Place
 from tersor.hf.models.quantized import Scaled, _block
-from tersor.hf.models.source import Source, load_dense, open_source
+from tersor.hf.models.source import Source, open_source
 from tests.hf.tiny import save_tiny
 
 FP8, DTYPE = torch.float8_e4m3fn, torch.bfloat16

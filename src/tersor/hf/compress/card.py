@@ -29,6 +29,7 @@ CARD = "README.md"
 CARRIED = ("license", "license_name", "license_link", "pipeline_tag")  # of the base's front matter
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FRONT_MATTER = 65536  # characters of the base's card that are looked at
+SWITCHES = {"calibrated": "--uncalibrated", "whole": "--whole-model"}
 FLAGS = {"calibration": "--calibration-text", "text": "--text", "evaluation_tokens": "--evaluation-tokens",
          "context": "--context", "effort": "--effort", "seed": "--seed", "device": "--device",
          "base_model": "--base-model"}
@@ -145,8 +146,7 @@ def command(request: Request, budget: str, changed: Mapping[str, Any]) -> str:
     known = request.method in families()
     if "method" in changed:
         words += ["--codec", request.method]
-    if not changed.get("calibrated", True):
-        words.append("--uncalibrated")
+    words += [flag for field, flag in SWITCHES.items() if field in changed]
     if "sampling" in changed and changed["sampling"].tokens != Sampling.tokens:
         words += ["--tokens", str(changed["sampling"].tokens)]
     for field, flag in FLAGS.items():
