@@ -1,0 +1,94 @@
+"""A span of columns while it is encoded: codes, and the scales that they are multiplied by, as float32 numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from tersor.gguf.types.base import Fields, ScalarType
+
+MOST_HALF = 65504.0
+
+
+def to_half(numbers: Tensor) -> Tensor:
+    """Return the nearest finite numbers of float16, as float32."""
+    return numbers.clamp(-MOST_HALF, MOST_HALF).to(torch.float16).to(torch.float32)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class State:
+    """What some rows of a span hold: g blocks, k sub-blocks and w weights a row.
+
+    A weight is `d * scale * level - dmin * min`; types without integer scales have ones, those without minima zeros.
+
+    Attributes
+    ----------
+    codes : Tensor
+        uint8 (n, w).
+    d, dmin : Tensor
+        (n, g), numbers of float16.
+    scales, mins : Tensor
+        (n, k), whole numbers.
+    """
+
+    codes: Tensor
+    d: Tensor
+    scales: Tensor
+    dmin: Tensor
+    mins: Tensor
+
+    def steps(self) -> Tensor:
+        """Return what a level is multiplied by, (n, k)."""
+        return _spread(self.d, self.scales) * self.scales
+
+    def floors(self) -> Tensor:
+        """Return what is subtracted, (n, k)."""
+        return _spread(self.dmin, self.mins) * self.mins
+
+    def values(self, kind: ScalarType) -> Tensor:
+        """Return the weights (n, w)."""
+        levels = levels_of(kind, self.codes)[self.codes.to(torch.int64)].reshape(*self.scales.shape, -1)
+        return (self.steps()[..., None] * levels - self.floors()[..., None]).reshape(self.codes.shape)
+
+    def where(self, better: Tensor, other: State) -> State:
+        """Return these rows where `better` (n,) says so, and those of the other state elsewhere."""
+        pick = better[:, None]
+        return State(*(torch.where(pick, mine, theirs) for mine, theirs in zip(self.parts(), other.parts(), strict=True)))
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return the tensors, in the order of the fields."""
+        return self.codes, self.d, self.scales, self.dmin, self.mins
+
+    def fields(self, kind: ScalarType) -> Fields:
+        """Return the fields of the blocks, (n * g) in the order of a row."""
+        blocks = self.codes.numel() // kind.block
+        whole = kind.scales is not None
+        return Fields(self.codes.reshape(blocks, -1), self.d.reshape(-1).to(torch.float16),
+                      self.scales.reshape(blocks, -1).to(torch.int32) if whole else None,
+                      self.dmin.reshape(-1).to(torch.float16) if kind.shifted else None,
+                      self.mins.reshape(blocks, -1).to(torch.int32) if kind.mins is not None else None)
+
+
+def levels_of(kind: ScalarType, like: Tensor) -> Tensor:
+    """Return the levels of a type, float32, where a tensor is."""
+    return torch.tensor(kind.levels, dtype=torch.float32, device=like.device)
+
+
+def _spread(block: Tensor, sub: Tensor) -> Tensor:
+    return block.repeat_interleave(sub.shape[1] // block.shape[1], 1)
+
+
+def nearest(kind: ScalarType, scaled: Tensor) -> Tensor:
+    """Return the positions, int64, of the levels nearest to numbers."""
+    low, high = kind.levels[0], kind.levels[-1]
+    if high - low == len(kind.levels) - 1:
+        return (scaled.round().clamp_(low, high) - low).to(torch.int64)
+    levels = levels_of(kind, scaled)
+    return torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2)
+
+
+def inverse(steps: Tensor) -> Tensor:
+    """Return reciprocals, zero for zero."""
+    return torch.where(steps == 0, 0.0, 1.0 / steps)
