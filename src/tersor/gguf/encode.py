@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from tersor.gguf.solve import Metric, plainly, solve
-from tersor.gguf.types.base import ScalarType
+from tersor.gguf.types.base import BlockType, ScalarType
 from tersor.numerics.linalg import inverse_cholesky
 from tersor.numerics.settings import steadily
 
 SPAN = 256  # columns that are solved together: one block, or eight of the small types
-ROWS = 1 << 14  # rows at a time
+PART = 1 << 23  # weights at a time
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,8 +41,9 @@ class Inputs:
 
 def encode(kind: ScalarType, matrix: Tensor, inputs: Inputs | None, rounds: int = 2) -> Tensor:
     """Return the bytes uint8 (out, bytes of a row) of a matrix (out, in)."""
+    count = max(1, PART // matrix.shape[1])
     return steadily(lambda: torch.cat([_rows(kind, part.to(torch.float32), inputs, rounds)
-                                       for part in matrix.split(ROWS)]))
+                                       for part in matrix.split(count)]))
 
 
 def _rows(kind: ScalarType, rows: Tensor, inputs: Inputs | None, rounds: int) -> Tensor:
@@ -63,6 +64,7 @@ def _rows(kind: ScalarType, rows: Tensor, inputs: Inputs | None, rounds: int) ->
     return torch.cat(parts, 1)
 
 
-def decode(kind: ScalarType, stored: Tensor, width: int) -> Tensor:
+def decode(kind: BlockType, stored: Tensor, width: int) -> Tensor:
     """Return the matrix float32 (out, in) of its bytes."""
-    return torch.cat([kind.decode(part.reshape(-1, kind.nbytes)).reshape(-1, width) for part in stored.split(ROWS)])
+    parts = stored.split(max(1, PART // width))
+    return torch.cat([kind.decode(part.reshape(-1, kind.nbytes)).reshape(-1, width) for part in parts])

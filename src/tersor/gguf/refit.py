@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
 from tersor.gguf.state import State, inverse, levels_of, to_half
 from tersor.gguf.types.base import ScalarType
+
+Pair: TypeAlias = tuple[Tensor, Tensor]
+
+
+def _chosen(better: Tensor, mine: Pair, theirs: Pair) -> Pair:
+    return torch.where(better, mine[0], theirs[0]), torch.where(better, mine[1], theirs[1])
 
 
 class Refit:
@@ -67,8 +75,7 @@ class Refit:
             return to_half(wanted), scale
         return d, (wanted * inverse(d)).round().clamp(*self._kind.scales)
 
-    def _both(self, block: int, sub: int, sums: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-              ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def _both(self, block: int, sub: int, sums: tuple[Tensor, ...]) -> tuple[Pair, Pair]:
         """Return the best pair of a scale and a minimum, each as (number of the block, whole number).
 
         Scales next to the optimum are tried, each with the minimum that goes best with it; the present pair as well.
@@ -92,8 +99,7 @@ class Refit:
                 moved * up + shift * down)
             better = cost < best
             best = torch.where(better, cost, best)
-            found = tuple((torch.where(better, mine[0], theirs[0]), torch.where(better, mine[1], theirs[1]))
-                          for mine, theirs in zip((new, low), found, strict=True))
+            found = _chosen(better, new, found[0]), _chosen(better, low, found[1])
         return found
 
     def _block(self) -> None:

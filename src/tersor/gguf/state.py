@@ -55,7 +55,8 @@ class State:
     def where(self, better: Tensor, other: State) -> State:
         """Return these rows where `better` (n,) says so, and those of the other state elsewhere."""
         pick = better[:, None]
-        return State(*(torch.where(pick, mine, theirs) for mine, theirs in zip(self.parts(), other.parts(), strict=True)))
+        both = zip(self.parts(), other.parts(), strict=True)
+        return State(*(torch.where(pick, mine, theirs) for mine, theirs in both))
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return the tensors, in the order of the fields."""

@@ -33,6 +33,13 @@ class Fields:
     dmin: Tensor | None = None
     mins: Tensor | None = None
 
+    def shifted(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return scales, `dmin` and minima of a type that has them all."""
+        assert self.scales is not None
+        assert self.dmin is not None
+        assert self.mins is not None
+        return self.scales, self.dmin, self.mins
+
 
 @dataclasses.dataclass(frozen=True)
 class BlockType(abc.ABC):

@@ -28,10 +28,10 @@ class Q2K(ScalarType):
 
     def pack(self, fields: Fields) -> Tensor:
         """See `ScalarType.pack`."""
-        assert fields.scales is not None and fields.mins is not None and fields.dmin is not None
-        both = fields.scales.to(torch.int32) | fields.mins.to(torch.int32) << 4
+        scales, dmin, mins = fields.shifted()
+        both = scales.to(torch.int32) | mins.to(torch.int32) << 4
         return torch.cat([both.to(torch.uint8), gather(fields.codes, 2, 32, 2), half_bytes(fields.d),
-                          half_bytes(fields.dmin)], 1)
+                          half_bytes(dmin)], 1)
 
     def unpack(self, stored: Tensor) -> Fields:
         """See `ScalarType.unpack`."""

@@ -25,8 +25,8 @@ class Q50(ScalarType):
 
     def pack(self, fields: Fields) -> Tensor:
         """See `ScalarType.pack`."""
-        return torch.cat([half_bytes(fields.d), gather(fields.codes >> 4, 4, 1, 1), gather(fields.codes & 15, 1, 16, 4)],
-                         1)
+        high, low = gather(fields.codes >> 4, 4, 1, 1), gather(fields.codes & 15, 1, 16, 4)
+        return torch.cat([half_bytes(fields.d), high, low], 1)
 
     def unpack(self, stored: Tensor) -> Fields:
         """See `ScalarType.unpack`."""

@@ -28,8 +28,8 @@ class Q5K(ScalarType):
 
     def pack(self, fields: Fields) -> Tensor:
         """See `ScalarType.pack`."""
-        assert fields.scales is not None and fields.mins is not None and fields.dmin is not None
-        return torch.cat([half_bytes(fields.d), half_bytes(fields.dmin), six_bits(fields.scales, fields.mins),
+        scales, dmin, mins = fields.shifted()
+        return torch.cat([half_bytes(fields.d), half_bytes(dmin), six_bits(scales, mins),
                           gather(fields.codes >> 4, 1, 32, 1), gather(fields.codes & 15, 4, 32, 4)], 1)
 
     def unpack(self, stored: Tensor) -> Fields:

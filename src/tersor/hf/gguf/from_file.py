@@ -105,8 +105,8 @@ def _decoded(found: GgufFile, entry: Entry) -> Tensor:
 
     known = {kind.value: kind for kind in gguf.GGMLQuantizationType}
     if entry.number not in known:
-        raise ModelError(f"{found.path}: '{entry.name}' is of the unknown type {entry.number}; a newer package gguf may "
-                         "know it")
+        raise ModelError(f"{found.path}: '{entry.name}' is of the unknown type {entry.number}; a newer package gguf "
+                         "may know it")
     kind = known[entry.number]
     block, nbytes = gguf.GGML_QUANT_SIZES[kind]
     stored = found.bytes_of(entry, entry.elements // block * nbytes).numpy()

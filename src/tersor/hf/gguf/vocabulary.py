@@ -49,8 +49,9 @@ def _merges(told: Mapping[str, Any], words: int, path: Path) -> list[Pair]:
     model = told.get("model", {})
     cut = CUTS.get(tuple(map(_cut, _steps(told.get("pre_tokenizer")))))
     if model.get("type") != "BPE" or cut is None:
-        raise ModelError(f"{path}: its tokenizer ({model.get('type')}, cut by {json.dumps(told.get('pre_tokenizer'))[:200]}"
-                         f") is none that is known here; {OTHERWISE}")
+        cutter = json.dumps(told.get("pre_tokenizer"))[:200]
+        raise ModelError(f"{path}: its tokenizer ({model.get('type')}, cut by {cutter}) is none that is known here; "
+                         f"{OTHERWISE}")
     tokens, kinds = [f"[PAD{number}]" for number in range(words)], [UNUSED] * words
     for token, number in model["vocab"].items():
         _place(tokens, kinds, (number, token, NORMAL), path)
@@ -106,7 +107,8 @@ def _pieces(folder: Path, words: int) -> list[Pair]:
     space = told.get("add_prefix_space", told.get("add_dummy_prefix"))
     gemma = "Gemma" in str(told.get("tokenizer_class"))
     return [metadata.text("tokenizer.ggml.model", "llama"), metadata.text("tokenizer.ggml.pre", "default"),
-            metadata.texts("tokenizer.ggml.tokens", tokens), metadata.numbers("tokenizer.ggml.scores", metadata.F32, scores),
+            metadata.texts("tokenizer.ggml.tokens", tokens),
+            metadata.numbers("tokenizer.ggml.scores", metadata.F32, scores),
             metadata.numbers("tokenizer.ggml.token_type", metadata.I32, kinds),
             metadata.flag("tokenizer.ggml.add_space_prefix", not gemma and space is not False)]
 
