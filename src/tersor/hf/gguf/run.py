@@ -163,6 +163,8 @@ def budget_bytes(origin: Origin, rate: float | None, size: int | None) -> int:
 
 
 def _open(path: Path, staged: Path, settings: GgufSettings) -> Origin:
+    if not path.exists():
+        raise ModelError(f"{path}: no such file or directory")
     if path.is_dir():
         return open_folder(path, staged)
     if path.suffix != ".gguf":
