@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tersor.gguf.solve import Metric, plainly, solve
-from tersor.gguf.types.base import BlockType, ScalarType
+from tersor.gguf.types.base import BlockType, CodedType, ScalarType
 from tersor.numerics.linalg import inverse_cholesky
 from tersor.numerics.settings import steadily
 
@@ -39,25 +39,27 @@ class Inputs:
         return cls(upper, tuple(Metric.of(upper[s : s + SPAN, s : s + SPAN].contiguous()) for s in spans))
 
 
-def encode(kind: ScalarType, matrix: Tensor, inputs: Inputs | None, rounds: int = 2) -> Tensor:
+def encode(kind: CodedType, matrix: Tensor, inputs: Inputs | None, rounds: int = 2) -> Tensor:
     """Return the bytes uint8 (out, bytes of a row) of a matrix (out, in)."""
     count = max(1, PART // matrix.shape[1])
     return steadily(lambda: torch.cat([_rows(kind, part.to(torch.float32), inputs, rounds)
                                        for part in matrix.split(count)]))
 
 
-def _rows(kind: ScalarType, rows: Tensor, inputs: Inputs | None, rounds: int) -> Tensor:
+def _rows(kind: CodedType, rows: Tensor, inputs: Inputs | None, rounds: int) -> Tensor:
     work, width = rows.clone(), rows.shape[1]
     parts = []
     for number, start in enumerate(range(0, width, SPAN)):
         stop = min(start + SPAN, width)
         target = work[:, start:stop]
-        if inputs is None:
+        if inputs is None and isinstance(kind, ScalarType):
             state = plainly(kind, target, torch.ones(stop - start), rounds)
+        elif inputs is None:
+            state = solve(kind, target, Metric.of(torch.eye(stop - start)), rounds)
         else:
             metric = inputs.metrics[number]
             state = solve(kind, target, metric, rounds)
-            error = target - state.values(kind)
+            error = target - state.values()
             scaled = torch.linalg.solve_triangular(metric.upper, error, upper=True, left=False)
             work[:, stop:] -= scaled @ inputs.upper[start:stop, stop:]
         parts.append(kind.pack(state.fields(kind)).reshape(len(rows), -1))

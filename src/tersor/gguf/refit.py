@@ -7,8 +7,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from tersor.gguf.state import State, inverse, levels_of, to_half
-from tersor.gguf.types.base import ScalarType
+from tersor.gguf.state import State, inverse, to_half
+from tersor.gguf.types.base import CodedType
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
 
@@ -22,7 +22,7 @@ class Refit:
 
     Parameters
     ----------
-    kind : ScalarType
+    kind : CodedType
     target : Tensor
         (n, w).
     metric : Tensor
@@ -30,12 +30,11 @@ class Refit:
     state : State
     """
 
-    def __init__(self, kind: ScalarType, target: Tensor, metric: Tensor, state: State) -> None:
+    def __init__(self, kind: CodedType, target: Tensor, metric: Tensor, state: State) -> None:
         self._kind, self._metric = kind, metric
-        self._levels = levels_of(kind, target)[state.codes.to(torch.int64)]
-        self._codes = state.codes
+        self._held, self._levels = state.levels, state.levels.to(torch.float32)
         self._d, self._scales, self._dmin, self._mins = (part.clone() for part in state.parts()[1:])
-        self._gradient = (target - state.values(kind)) @ metric  # of the error, (n, w)
+        self._gradient = (target - state.values()) @ metric  # of the error, (n, w)
 
     def run(self, rounds: int = 2) -> State:
         """Fit sub-blocks and blocks in turn; return the state."""
@@ -44,7 +43,7 @@ class Refit:
                 self._sub_block(sub)
             if self._kind.scales is not None:
                 self._block()
-        return State(self._codes, self._d, self._scales, self._dmin, self._mins)
+        return State(self._held, self._d, self._scales, self._dmin, self._mins)
 
     def _sub_block(self, sub: int) -> None:
         """Choose the scale and the minimum of one sub-block anew: the best of the whole numbers near the optimum."""
@@ -73,7 +72,7 @@ class Refit:
         wanted = d * scale + change
         if self._kind.scales is None:
             return to_half(wanted), scale
-        return d, (wanted * inverse(d)).round().clamp(*self._kind.scales)
+        return d, self._kind.whole(wanted * inverse(d))
 
     def _both(self, block: int, sub: int, sums: tuple[Tensor, ...]) -> tuple[Pair, Pair]:
         """Return the best pair of a scale and a minimum, each as (number of the block, whole number).
@@ -89,7 +88,7 @@ class Refit:
         base = (d * scale + change) * inverse(d)
         tried = [base] if kind.scales is None else [base.floor() + step for step in (-1.0, 0.0, 1.0, 2.0)]
         for one in tried:
-            new = (to_half(d * scale + change), scale) if kind.scales is None else (d, one.clamp(*kind.scales))
+            new = (to_half(d * scale + change), scale) if kind.scales is None else (d, kind.whole(one))
             moved = new[0] * new[1] - d * scale
             wanted = dmin * least + (down - moved * cross) / mass
             low = (to_half(wanted), least) if kind.mins is None else (
@@ -110,7 +109,7 @@ class Refit:
         up, power = (self._gradient * rise).sum(1), (pulled * rise).sum(1)
         d, dmin = self._d[:, 0], self._dmin[:, 0]
         if not self._kind.shifted:
-            new = to_half(d + up * inverse(power))
+            new = to_half(d + up * inverse(power), self._kind.unit)
             move, least = new - d, dmin
             cost = move * move * power - 2 * move * up
             floor, shift = rise, move * 0.0

@@ -2,54 +2,66 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from tersor.gguf.state import State, inverse, levels_of, nearest, to_half
-from tersor.gguf.types.base import ScalarType
+from tersor.gguf.state import State, inverse, nearest, to_half
+from tersor.gguf.types.base import CodedType
 
 TRIALS = 16  # widths of a sub-block's levels that are tried
 SUPER_TRIALS = 12  # of a block's
 
 
-def first_state(kind: ScalarType, target: Tensor, weights: Tensor) -> State:
-    """Return a state whose scales fit `target` (n, w) under weights (w,), and whose codes are the nearest."""
+def first_state(kind: CodedType, target: Tensor, weights: Tensor) -> State:
+    """Return a state whose scales fit `target` (n, w) under weights (w,), and whose levels are the nearest.
+
+    Levels of a type of words are those that each weight would have by itself.
+    """
     n, width = target.shape
     parts, by_sub = target.reshape(n, -1, kind.sub), weights.reshape(1, -1, kind.sub)
     steps, floors = _shifted(kind, parts, by_sub) if kind.shifted else (_symmetric(kind, parts, by_sub), None)
     blocks = width // kind.block
-    d, scales = _whole(steps, by_sub.sum(-1), kind.scales, blocks)
-    zeros = torch.zeros_like(scales)
-    dmin, mins = _whole(floors, by_sub.sum(-1), kind.mins, blocks) if floors is not None else (d * 0.0, zeros)
-    state = State(torch.zeros_like(target, dtype=torch.uint8), d, scales, dmin, mins)
-    return rounded(kind, target, state)
+    weight = by_sub.sum(-1)
+    d, scales = (to_half(steps), torch.ones_like(steps)) if kind.scales is None else _whole(
+        steps, weight, kind.whole, (blocks, kind.scales, kind.unit))
+    if floors is None:
+        dmin, mins = d * 0.0, scales * 0.0
+    elif kind.mins is None:
+        dmin, mins = to_half(floors), torch.ones_like(floors)
+    else:
+        bounds = kind.mins
+        dmin, mins = _whole(floors, weight, lambda wanted: wanted.round().clamp(*bounds), (blocks, bounds, 1.0))
+    return rounded(kind, target, State(torch.zeros_like(target, dtype=torch.int8), d, scales, dmin, mins))
 
 
-def rounded(kind: ScalarType, target: Tensor, state: State) -> State:
-    """Return a state with the codes nearest to the target."""
+def rounded(kind: CodedType, target: Tensor, state: State) -> State:
+    """Return a state with the levels nearest to the target."""
     n, k = state.scales.shape
     scaled = (target.reshape(n, k, -1) + state.floors()[..., None]) * inverse(state.steps())[..., None]
-    codes = nearest(kind, scaled).to(torch.uint8).reshape(target.shape)
-    return State(codes, state.d, state.scales, state.dmin, state.mins)
+    levels = nearest(kind, scaled).to(torch.int8).reshape(target.shape)
+    return State(levels, state.d, state.scales, state.dmin, state.mins)
 
 
-def _shares(kind: ScalarType) -> list[float]:
+def _shares(kind: CodedType) -> list[float]:
     """Return what shares of the largest weight the levels are tried to reach."""
     low = {2: 0.45, 3: 0.55, 4: 0.75, 5: 0.85, 6: 0.92}.get((len(kind.levels) - 1).bit_length(), 0.97)
     return torch.linspace(low, 1.05, TRIALS).tolist()
 
 
-def _symmetric(kind: ScalarType, parts: Tensor, weights: Tensor) -> Tensor:
+def _symmetric(kind: CodedType, parts: Tensor, weights: Tensor) -> Tensor:
     """Return the scales (n, k), of either sign, that fit sub-blocks (n, k, s) best."""
-    levels = levels_of(kind, parts)
+    if kind.scales is not None and kind.scales[0] > 0:  # levels without signs
+        parts = parts.abs()
     peak = parts.abs().amax(-1)
-    reach = float(max(-levels[0], levels[-1]))
+    reach = float(max(-kind.levels[0], kind.levels[-1]))
     signs = (1.0,) if kind.scales is not None and kind.scales[0] >= 0 else (1.0, -1.0)
     best, found = torch.full_like(peak, -1.0), torch.zeros_like(peak)
     for sign in signs:
         for share in _shares(kind):
             step = sign * share * peak / reach
-            level = levels[nearest(kind, parts * inverse(step)[..., None])]
+            level = nearest(kind, parts * inverse(step)[..., None])
             fit = (weights * parts * level).sum(-1)
             size = (weights * level * level).sum(-1)
             gain = torch.where(size > 0, fit * fit * inverse(size), 0.0)
@@ -58,7 +70,7 @@ def _symmetric(kind: ScalarType, parts: Tensor, weights: Tensor) -> Tensor:
     return found
 
 
-def _shifted(kind: ScalarType, parts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def _shifted(kind: CodedType, parts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Return scales and minima (n, k), none negative where they are stored as whole numbers."""
     top = float(len(kind.levels) - 1)
     low, high = parts.amin(-1), parts.amax(-1)
@@ -71,7 +83,7 @@ def _shifted(kind: ScalarType, parts: Tensor, weights: Tensor) -> tuple[Tensor, 
         middle = (high + low) / 2
         step, floor = share * (high - low) / top, share * (high - low) / 2 - middle
         for _ in range(2):
-            level = nearest(kind, (parts + floor[..., None]) * inverse(step)[..., None]).to(torch.float32)
+            level = nearest(kind, (parts + floor[..., None]) * inverse(step)[..., None])
             cross, sums = (weights * level * parts).sum(-1), (weights * level).sum(-1)
             squares = (weights * level * level).sum(-1)
             step = (total * cross - first * sums) * inverse(total * squares - sums * sums)
@@ -88,21 +100,28 @@ def _shifted(kind: ScalarType, parts: Tensor, weights: Tensor) -> tuple[Tensor, 
     return steps, floors
 
 
-def _whole(wanted: Tensor, weights: Tensor, bounds: tuple[int, int] | None, blocks: int) -> tuple[Tensor, Tensor]:
-    """Return block scales (n, g) and whole numbers (n, k) whose products are near the wanted scales (n, k)."""
-    if bounds is None:
-        return to_half(wanted), torch.ones_like(wanted)
-    n = len(wanted)
+def _whole(wanted: Tensor, weights: Tensor, rounding: Callable[[Tensor], Tensor],
+           shape: tuple[int, tuple[int, int], float]) -> tuple[Tensor, Tensor]:
+    """Return block scales (n, g) and whole numbers (n, k) whose products are near the wanted scales (n, k).
+
+    Parameters
+    ----------
+    rounding : callable
+        Returns the nearest whole numbers.
+    shape : (int, (int, int), float)
+        Blocks, the bounds of whole numbers, and the unit of block scales.
+    """
+    n, (blocks, bounds, unit) = len(wanted), shape
     apart, heavy = wanted.reshape(n, blocks, -1), weights.expand(n, -1).reshape(n, blocks, -1)
     peak = apart.gather(-1, apart.abs().argmax(-1, keepdim=True))
     best, found = torch.full_like(peak, torch.inf), torch.zeros_like(peak)
-    ends = [float(bound) for bound in bounds if bound]
+    ends = [float(bound) for bound in bounds if abs(bound) > 1]
     for end in ends:
         for trial in range(SUPER_TRIALS):
-            d = to_half(peak / (end * (1.0 - 0.03 * trial)))
-            whole = (apart * inverse(d)).round().clamp_(*bounds)
+            d = to_half(peak / (end * (1.0 - 0.03 * trial)), unit)
+            whole = rounding(apart * inverse(d))
             error = (heavy * (apart - d * whole).square()).sum(-1, keepdim=True)
             better = error < best
             best, found = torch.where(better, error, best), torch.where(better, d, found)
-    whole = (apart * inverse(found)).round().clamp_(*bounds)
+    whole = rounding(apart * inverse(found))
     return found[..., 0], whole.reshape(n, -1)

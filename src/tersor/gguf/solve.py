@@ -1,4 +1,4 @@
-"""One span of columns: codes by error feedback inside it, scales fitted again, the better of all tries by row."""
+"""One span of columns: levels by error feedback inside it, scales fitted again, the better of all tries by row."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from torch import Tensor
 
 from tersor.gguf.refit import Refit
 from tersor.gguf.scales import first_state, rounded
-from tersor.gguf.state import State, inverse, levels_of, nearest
-from tersor.gguf.types.base import ScalarType
+from tersor.gguf.state import State, inverse, nearest
+from tersor.gguf.types.base import CodedType
+from tersor.gguf.types.words import WordType
+from tersor.gguf.wording import worded
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,49 +47,50 @@ class Metric:
         return ((error @ self.whole) * error).sum(1)
 
 
-def solve(kind: ScalarType, target: Tensor, metric: Metric, rounds: int) -> State:
+def solve(kind: CodedType, target: Tensor, metric: Metric, rounds: int) -> State:
     """Return a state near `target` (n, w): first scales, feedback, then rounds of fitting and feedback."""
     best = fed_back(kind, target, first_state(kind, target, metric.weights), metric)
-    least = metric.cost(target - best.values(kind))
+    least = metric.cost(target - best.values())
     state = best
     for _ in range(rounds):
         fitted = Refit(kind, target, metric.whole, state).run()
         state = fed_back(kind, target, fitted, metric)
         for one in (fitted, state):
-            cost = metric.cost(target - one.values(kind))
+            cost = metric.cost(target - one.values())
             best = one.where(cost < least, best)
             least = torch.minimum(cost, least)
     return best
 
 
-def fed_back(kind: ScalarType, target: Tensor, state: State, metric: Metric) -> State:
-    """Return the codes that a state's scales give from left to right, each column's error pushed onto later ones."""
-    levels, upper = levels_of(kind, target), metric.upper
-    work = target.T.contiguous()
-    codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
+def fed_back(kind: CodedType, target: Tensor, state: State, metric: Metric) -> State:
+    """Return the levels that a state's scales give from left to right, each column's error pushed onto later ones."""
+    if isinstance(kind, WordType):
+        return dataclasses.replace(state, levels=worded(kind, target, state.steps(), metric.upper))
+    upper, work = metric.upper, target.T.contiguous()
+    levels = torch.empty(work.shape, dtype=torch.int8, device=work.device)
     steps, floors = state.steps().T.contiguous(), state.floors().T.contiguous()
     over = inverse(steps)
     for sub in range(len(steps)):
         start, stop = sub * kind.sub, (sub + 1) * kind.sub
         errors = torch.empty(kind.sub, work.shape[1], device=work.device)
         for column in range(start, stop):
-            code = nearest(kind, (work[column] + floors[sub]) * over[sub])
-            codes[column] = code.to(torch.uint8)
-            error = (work[column] - (steps[sub] * levels[code] - floors[sub])) / upper[column, column]
+            level = nearest(kind, (work[column] + floors[sub]) * over[sub])
+            levels[column] = level.to(torch.int8)
+            error = (work[column] - (steps[sub] * level - floors[sub])) / upper[column, column]
             errors[column - start] = error
             work[column + 1 : stop].addr_(upper[column, column + 1 : stop], error, alpha=-1)
         work[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
-    return dataclasses.replace(state, codes=codes.T.contiguous())
+    return dataclasses.replace(state, levels=levels.T.contiguous())
 
 
-def plainly(kind: ScalarType, target: Tensor, weights: Tensor, rounds: int) -> State:
+def plainly(kind: CodedType, target: Tensor, weights: Tensor, rounds: int) -> State:
     """Return a state near `target` where errors of different columns do not make up for one another."""
     best = state = first_state(kind, target, weights)
     metric = torch.diag(weights)
-    least = (weights * (target - best.values(kind)).square()).sum(1)
+    least = (weights * (target - best.values()).square()).sum(1)
     for _ in range(rounds):
         state = rounded(kind, target, Refit(kind, target, metric, state).run())
-        cost = (weights * (target - state.values(kind)).square()).sum(1)
+        cost = (weights * (target - state.values()).square()).sum(1)
         best = state.where(cost < least, best)
         least = torch.minimum(cost, least)
     return best

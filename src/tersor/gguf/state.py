@@ -7,14 +7,14 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from tersor.gguf.types.base import Fields, ScalarType
+from tersor.gguf.types.base import CodedType, Fields
 
 MOST_HALF = 65504.0
 
 
-def to_half(numbers: Tensor) -> Tensor:
-    """Return the nearest finite numbers of float16, as float32."""
-    return numbers.clamp(-MOST_HALF, MOST_HALF).to(torch.float16).to(torch.float32)
+def to_half(numbers: Tensor, unit: float = 1.0) -> Tensor:
+    """Return the nearest finite numbers of float16, times a unit, as float32."""
+    return (numbers / unit).clamp(-MOST_HALF, MOST_HALF).to(torch.float16).to(torch.float32) * unit
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -25,15 +25,15 @@ class State:
 
     Attributes
     ----------
-    codes : Tensor
-        uint8 (n, w).
+    levels : Tensor
+        int8 (n, w).
     d, dmin : Tensor
-        (n, g), numbers of float16.
+        (n, g), numbers of float16, `d` times the type's unit.
     scales, mins : Tensor
         (n, k), whole numbers.
     """
 
-    codes: Tensor
+    levels: Tensor
     d: Tensor
     scales: Tensor
     dmin: Tensor
@@ -47,10 +47,10 @@ class State:
         """Return what is subtracted, (n, k)."""
         return _spread(self.dmin, self.mins) * self.mins
 
-    def values(self, kind: ScalarType) -> Tensor:
+    def values(self) -> Tensor:
         """Return the weights (n, w)."""
-        levels = levels_of(kind, self.codes)[self.codes.to(torch.int64)].reshape(*self.scales.shape, -1)
-        return (self.steps()[..., None] * levels - self.floors()[..., None]).reshape(self.codes.shape)
+        levels = self.levels.to(torch.float32).reshape(*self.scales.shape, -1)
+        return (self.steps()[..., None] * levels - self.floors()[..., None]).reshape(self.levels.shape)
 
     def where(self, better: Tensor, other: State) -> State:
         """Return these rows where `better` (n,) says so, and those of the other state elsewhere."""
@@ -60,19 +60,16 @@ class State:
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return the tensors, in the order of the fields."""
-        return self.codes, self.d, self.scales, self.dmin, self.mins
+        return self.levels, self.d, self.scales, self.dmin, self.mins
 
-    def fields(self, kind: ScalarType) -> Fields:
+    def fields(self, kind: CodedType) -> Fields:
         """Return the fields of the blocks, (n * g) in the order of a row."""
-        blocks = self.codes.numel() // kind.block
-        whole = kind.scales is not None
-        return Fields(self.codes.reshape(blocks, -1), self.d.reshape(-1).to(torch.float16),
-                      self.scales.reshape(blocks, -1).to(torch.int32) if whole else None,
-                      self.dmin.reshape(-1).to(torch.float16) if kind.shifted else None,
-                      self.mins.reshape(blocks, -1).to(torch.int32) if kind.mins is not None else None)
+        blocks = self.levels.numel() // kind.block
+        return kind.fields(self.levels.reshape(blocks, -1), self.d.reshape(-1), self.scales.reshape(blocks, -1),
+                           self.dmin.reshape(-1), self.mins.reshape(blocks, -1))
 
 
-def levels_of(kind: ScalarType, like: Tensor) -> Tensor:
+def levels_of(kind: CodedType, like: Tensor) -> Tensor:
     """Return the levels of a type, float32, where a tensor is."""
     return torch.tensor(kind.levels, dtype=torch.float32, device=like.device)
 
@@ -81,13 +78,13 @@ def _spread(block: Tensor, sub: Tensor) -> Tensor:
     return block.repeat_interleave(sub.shape[1] // block.shape[1], 1)
 
 
-def nearest(kind: ScalarType, scaled: Tensor) -> Tensor:
-    """Return the positions, int64, of the levels nearest to numbers."""
+def nearest(kind: CodedType, scaled: Tensor) -> Tensor:
+    """Return the levels nearest to numbers, float32."""
     low, high = kind.levels[0], kind.levels[-1]
     if high - low == len(kind.levels) - 1:
-        return (scaled.round().clamp_(low, high) - low).to(torch.int64)
+        return scaled.round().clamp_(low, high)
     levels = levels_of(kind, scaled)
-    return torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2)
+    return levels[torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2)]
 
 
 def inverse(steps: Tensor) -> Tensor:

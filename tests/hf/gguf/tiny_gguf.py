@@ -18,7 +18,7 @@ GEMMA = {"query_pre_attn_scalar": 64, "sliding_window": 32, "tie_word_embeddings
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": False},
     "qwen2": {"tie_word_embeddings": True},
-    "qwen3": {"tie_word_embeddings": True},
+    "qwen3": {"tie_word_embeddings": True, "num_attention_heads": 2, "head_dim": 128},
     "gemma2": GEMMA,
     "gemma3_text": {**GEMMA, "num_hidden_layers": 6},
     "gpt_neox": {},

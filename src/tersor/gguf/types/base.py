@@ -16,7 +16,7 @@ class Fields:
     Attributes
     ----------
     codes : Tensor
-        uint8 (n, block): positions in the type's levels.
+        uint8 (n, block): positions in the type's levels; of a type of words int8, the levels with their signs.
     d : Tensor
         float16 (n,): the block's scale.
     scales : Tensor or None
@@ -84,15 +84,15 @@ class BlockType(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True)
-class ScalarType(BlockType):
-    """A type in which every weight has a code of its own: a level times a scale, less a minimum.
+class CodedType(BlockType):
+    """A type that matrices are encoded into: a weight is a level times a scale, less a minimum where there is one.
 
     Attributes
     ----------
     sub : int
         Weights that share a scale.
     levels : tuple of int
-        What codes stand for, rising.
+        What weights are before they are scaled, rising; of a type of words, without signs.
     scales : (int, int) or None
         Least and largest integer scale; None: the block has one scale, in float16.
     mins : (int, int) or None
@@ -107,6 +107,20 @@ class ScalarType(BlockType):
     mins: tuple[int, int] | None = None
     shifted: bool = False
 
+    @property
+    def unit(self) -> float:
+        """A power of two by which the stored `d` is multiplied."""
+        return 1.0
+
+    def whole(self, wanted: Tensor) -> Tensor:
+        """Return the nearest whole scales."""
+        assert self.scales is not None
+        return wanted.round().clamp(*self.scales)
+
+    @abc.abstractmethod
+    def fields(self, levels: Tensor, d: Tensor, scales: Tensor, dmin: Tensor, mins: Tensor) -> Fields:
+        """Return the fields of n blocks of levels int8 (n, block); the rest as in `Fields`, but as float32."""
+
     @abc.abstractmethod
     def pack(self, fields: Fields) -> Tensor:
         """Return the bytes (n, nbytes) of n blocks."""
@@ -115,12 +129,29 @@ class ScalarType(BlockType):
     def unpack(self, stored: Tensor) -> Fields:
         """Return what bytes (n, nbytes) hold; the inverse of `pack`."""
 
+    @abc.abstractmethod
+    def values(self, fields: Fields) -> Tensor:
+        """Return the weights float32 (n, block) of fields, in ggml's order of operations."""
+
     def decode(self, stored: Tensor) -> Tensor:
         """See `BlockType.decode`."""
         return self.values(self.unpack(stored))
 
+
+@dataclasses.dataclass(frozen=True)
+class ScalarType(CodedType):
+    """A type in which every weight has a code of its own: a position among the levels."""
+
+    def fields(self, levels: Tensor, d: Tensor, scales: Tensor, dmin: Tensor, mins: Tensor) -> Fields:
+        """See `CodedType.fields`."""
+        table = torch.tensor(self.levels, dtype=torch.int16, device=levels.device)
+        return Fields(torch.searchsorted(table, levels.to(torch.int16)).to(torch.uint8), d.to(torch.float16),
+                      None if self.scales is None else scales.to(torch.int32),
+                      dmin.to(torch.float16) if self.shifted else None,
+                      None if self.mins is None else mins.to(torch.int32))
+
     def values(self, fields: Fields) -> Tensor:
-        """Return the weights float32 (n, block) of fields, in ggml's order of operations."""
+        """See `CodedType.values`."""
         n = len(fields.codes)
         scale = fields.d.to(torch.float32).reshape(n, 1)
         if fields.scales is not None:

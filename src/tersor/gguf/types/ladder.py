@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from tersor.errors import CodecConfigError
-from tersor.gguf.types.base import BlockType, ScalarType
+from tersor.gguf.types.base import BlockType, CodedType
+from tersor.gguf.types.iq2_s import IQ2S
+from tersor.gguf.types.iq2_xxs import IQ2XXS
+from tersor.gguf.types.iq3_s import IQ3S
+from tersor.gguf.types.iq3_xxs import IQ3XXS
 from tersor.gguf.types.iq4_nl import IQ4NL
 from tersor.gguf.types.iq4_xs import IQ4XS
 from tersor.gguf.types.plain import BF16, F16, F32
@@ -17,12 +21,13 @@ from tersor.gguf.types.q5_k import Q5K
 from tersor.gguf.types.q6_k import Q6K
 from tersor.gguf.types.q8_0 import Q80
 
-LADDER: tuple[ScalarType, ...] = (Q2K(), Q3K(), IQ4XS(), Q4K(), IQ4NL(), Q41(), Q5K(), Q50(), Q51(), Q6K(), Q80())
+LADDER: tuple[CodedType, ...] = (IQ2XXS(), IQ2S(), Q2K(), IQ3XXS(), IQ3S(), Q3K(), IQ4XS(), Q4K(), IQ4NL(), Q41(),
+                                 Q5K(), Q50(), Q51(), Q6K(), Q80())
 BY_NUMBER: dict[int, BlockType] = {kind.number: kind for kind in (*LADDER, F32, F16, BF16)}
 BY_NAME: dict[str, BlockType] = {kind.name: kind for kind in BY_NUMBER.values()}
 
 
-def rungs(width: int) -> list[ScalarType]:
+def rungs(width: int) -> list[CodedType]:
     """Return the types that rows of `width` weights can have, by rising bytes; small blocks only where needed."""
     taken = [kind for kind in LADDER if kind.takes(width)]
     large = any(kind.block == 256 for kind in taken)

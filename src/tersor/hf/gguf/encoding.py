@@ -19,7 +19,7 @@ from tersor.files import load_sealed, save_sealed, tell_damaged
 from tersor.gguf import file, plan
 from tersor.gguf.encode import decode, encode
 from tersor.gguf.file import Entry
-from tersor.gguf.types.base import BlockType, ScalarType
+from tersor.gguf.types.base import BlockType, CodedType
 from tersor.hf.compress.request import Progress
 from tersor.hf.gguf.inputs import Known, distortion, rows_of
 from tersor.hf.gguf.origin import Item, Origin
@@ -61,7 +61,7 @@ def run(job: Job, folder: Path, target: Path, progress: Progress) -> dict[str, d
     for number, item in enumerate(job.origin.items):
         progress("encode", number, total)
         name, kind = item.entry.name, job.types[item.entry.name]
-        if isinstance(kind, ScalarType):
+        if isinstance(kind, CodedType):
             places[name] = folder / f"{number:06d}.safetensors"
             report[name] = _finished(places[name], _stamp(job, name)) or _encode(job, item, kind, places[name])
         else:
@@ -74,7 +74,7 @@ def run(job: Job, folder: Path, target: Path, progress: Progress) -> dict[str, d
     return report
 
 
-def _encode(job: Job, item: Item, kind: ScalarType, place: Path) -> dict[str, Any]:
+def _encode(job: Job, item: Item, kind: CodedType, place: Path) -> dict[str, Any]:
     matrix, name = rows_of(item), item.entry.name
     check_matrix(matrix, name)
     stored = encode(kind, matrix, job.known.inputs(item), job.rounds)

@@ -10,7 +10,7 @@ from typing import Any
 
 import tersor
 from tersor.gguf.encode import decode, encode
-from tersor.gguf.types.base import BlockType, ScalarType
+from tersor.gguf.types.base import BlockType, CodedType
 from tersor.gguf.types.ladder import BY_NUMBER, rungs
 from tersor.hf.compress.request import Progress
 from tersor.hf.gguf.inputs import Known, distortion, filled, rows_of
@@ -27,7 +27,7 @@ def run(origin: Origin, items: Sequence[Item], known: Known, file: Path, *, rate
         progress: Progress) -> dict[str, list[Choice[BlockType]]]:
     """Return the choices of every tensor; a line a trial in `file`, from which a killed run goes on."""
     trials = _open(file, mark)
-    lines: dict[str, list[tuple[ScalarType, Any]]] = {}
+    lines: dict[str, list[tuple[CodedType, Any]]] = {}
     for number, item in enumerate(items):
         progress("survey", number, len(items))
         name = item.entry.name
@@ -47,13 +47,13 @@ def run(origin: Origin, items: Sequence[Item], known: Known, file: Path, *, rate
     return choices
 
 
-def near(item: Item, rate: float) -> list[ScalarType]:
+def near(item: Item, rate: float) -> list[CodedType]:
     """Return the types worth trying on a tensor when the file has `rate` bits a weight; always the least."""
     listed = sorted(rungs(item.entry.shape[-1]), key=lambda kind: kind.rate)
     return [kind for kind in listed if kind is listed[0] or SPAN[0] * rate <= kind.rate <= max(SPAN[1] * rate, 4.5)]
 
 
-def _trial(item: Item, kind: ScalarType, known: Known) -> dict[str, Any]:
+def _trial(item: Item, kind: CodedType, known: Known) -> dict[str, Any]:
     rows = rows_of(item)
     sample = rows[:: max(1, rows.numel() // ELEMENTS)]
     decoded = decode(kind, encode(kind, sample, known.inputs(item), ROUNDS), rows.shape[1])
