@@ -38,6 +38,8 @@ def gguf(src: Src, output: Annotated[Path, typer.Argument(metavar="OUT.gguf", he
          dense: Annotated[list[str] | None, typer.Option("--dense", metavar="PATTERN",
                                                          help="leave the tensors that this shell pattern matches, as "
                                                               "llama.cpp names them, as they are; repeatable")] = None,
+         types: Annotated[str | None, typer.Option(metavar="NAMES", help="types that tensors may have, such as "
+                                                   "Q3_K,Q4_K,Q6_K", show_default="all")] = None,
          requantize: Annotated[bool, typer.Option("--requantize", help="take a file that is quantized already; errors "
                                                                        "add up")] = False,
          resume: Resume = True, as_json: AsJson = False) -> None:
@@ -47,7 +49,8 @@ def gguf(src: Src, output: Annotated[Path, typer.Argument(metavar="OUT.gguf", he
 
     existing_model(src)
     settings = GgufSettings(calibration, calibrated, text, Sampling(tokens, context=context, seed=seed),
-                            evaluation_tokens, context, effort or "normal", resume, requantize, tuple(dense or ()))
+                            evaluation_tokens, context, effort or "normal", resume, requantize, tuple(dense or ()),
+                            tuple(types.split(",")) if types else ())
     nbytes = None if size is None else parse_size(size)
     with Bars() as progress:
         report = write_gguf(src, output, 4.5 if rate is None and nbytes is None else rate, size=nbytes,

@@ -1,4 +1,4 @@
-"""Words by error feedback: eight columns at a time, the best of the likeliest words, errors pushed onto later columns."""
+"""Words by error feedback: eight columns at a time, the best of the likeliest words, errors pushed onto later ones."""
 
 from __future__ import annotations
 

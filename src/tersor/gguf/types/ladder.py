@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from tersor.errors import CodecConfigError
 from tersor.gguf.types.base import BlockType, CodedType
 from tersor.gguf.types.iq2_s import IQ2S
@@ -24,24 +26,30 @@ from tersor.gguf.types.q8_0 import Q80
 LADDER: tuple[CodedType, ...] = (IQ2XXS(), IQ2S(), Q2K(), IQ3XXS(), IQ3S(), Q3K(), IQ4XS(), Q4K(), IQ4NL(), Q41(),
                                  Q5K(), Q50(), Q51(), Q6K(), Q80())
 BY_NUMBER: dict[int, BlockType] = {kind.number: kind for kind in (*LADDER, F32, F16, BF16)}
-BY_NAME: dict[str, BlockType] = {kind.name: kind for kind in BY_NUMBER.values()}
 
 
-def rungs(width: int) -> list[CodedType]:
-    """Return the types that rows of `width` weights can have, by rising bytes; small blocks only where needed."""
-    taken = [kind for kind in LADDER if kind.takes(width)]
+def rungs(width: int, allowed: Collection[str] = ()) -> list[CodedType]:
+    """Return the types that rows of `width` weights can have, by rising bytes; small blocks only where needed.
+
+    Parameters
+    ----------
+    allowed : collection of str
+        Names of types; none: all.
+    """
+    taken = [kind for kind in LADDER if kind.takes(width) and (not allowed or kind.name in allowed)]
     large = any(kind.block == 256 for kind in taken)
     return [kind for kind in taken if kind.block == 256 or kind.name == "Q8_0" or not large]
 
 
-def type_of(name: str) -> BlockType:
-    """Return the type of a name.
+def type_of(name: str) -> CodedType:
+    """Return the type of a name on the ladder.
 
     Raises
     ------
     CodecConfigError
         If there is none.
     """
-    if name not in BY_NAME:
-        raise CodecConfigError(f"type '{name}': expected one of {', '.join(BY_NAME)}")
-    return BY_NAME[name]
+    found = next((kind for kind in LADDER if kind.name == name), None)
+    if found is None:
+        raise CodecConfigError(f"type '{name}': expected one of {', '.join(kind.name for kind in LADDER)}")
+    return found

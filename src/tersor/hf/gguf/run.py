@@ -22,7 +22,7 @@ from tersor.files import exclusive, write_json
 from tersor.gguf import plan
 from tersor.gguf.quantizable import quantizable
 from tersor.gguf.types.base import BlockType
-from tersor.gguf.types.ladder import BY_NUMBER, rungs
+from tersor.gguf.types.ladder import BY_NUMBER, rungs, type_of
 from tersor.hf.compress.request import Progress, Sampling, no_progress
 from tersor.hf.compress.work import WorkFolder, peak_memory
 from tersor.hf.gguf import encoding, survey
@@ -66,6 +66,8 @@ class GgufSettings:
         Take a GGUF file whose tensors are quantized already.
     dense : tuple of str
         Shell patterns of tensors, as llama.cpp names them, that stay as they are.
+    types : tuple of str
+        The types that tensors may have besides their own; none: all.
     """
 
     calibration: Path | None = None
@@ -78,6 +80,7 @@ class GgufSettings:
     resume: bool = True
     requantize: bool = False
     dense: tuple[str, ...] = ()
+    types: tuple[str, ...] = ()
 
     @property
     def text_seen(self) -> Path:
@@ -122,6 +125,8 @@ def write_gguf(source: str | Path, output: str | Path, rate: float | None = None
     chosen, began = dataclasses.replace(settings or GgufSettings(), **changes), time.perf_counter()
     if chosen.effort not in ROUNDS:
         raise CodecConfigError(f"effort: expected one of {', '.join(ROUNDS)}, found {chosen.effort!r}")
+    for name in chosen.types:
+        type_of(name)
     target = Path(output)
     if target.suffix != ".gguf":
         raise CodecConfigError(f"OUT: expected the name of a new .gguf file, found '{target}'")
@@ -129,13 +134,13 @@ def write_gguf(source: str | Path, output: str | Path, rate: float | None = None
     origin = _open(Path(source), work / "staged", chosen)
     budget = budget_bytes(origin, rate, size)
     try:
-        items = _encodable(origin, chosen.dense)
+        items = _encodable(origin, chosen)
         _check(origin, items, budget, chosen)
     except TersorError:
         work.clear("staged")
         raise
     mark = _mark(origin, chosen)
-    work.stamp(_digest([mark, budget]), resume=chosen.resume)
+    work.stamp(_digest([mark, budget, sorted(chosen.types)]), resume=chosen.resume)
     report = _stages((origin, items), budget, chosen, work, progress)
     report["summary"] |= {"seconds": time.perf_counter() - began, "peak_memory_bytes": peak_memory()}
     write_json(target.with_name(f"{target.name}.report.json"), report)
@@ -179,21 +184,21 @@ def _open(path: Path, staged: Path, settings: GgufSettings) -> Origin:
         raise
 
 
-def _encodable(origin: Origin, dense: Sequence[str]) -> list[Item]:
+def _encodable(origin: Origin, settings: GgufSettings) -> list[Item]:
     """Return the tensors that may be quantized, and whose width some type takes."""
     names = [item.entry.name for item in origin.items]
-    for pattern in dense:
+    for pattern in settings.dense:
         if not fnmatch.filter(names, pattern):
             raise ModelError(f"--dense '{pattern}' matches none of the tensors, such as {names[:3]}")
-    return [item for item in origin.items if quantizable(item.entry) and rungs(item.entry.shape[-1])
-            and not any(fnmatch.fnmatchcase(item.entry.name, pattern) for pattern in dense)]
+    return [item for item in origin.items if quantizable(item.entry) and rungs(item.entry.shape[-1], settings.types)
+            and not any(fnmatch.fnmatchcase(item.entry.name, pattern) for pattern in settings.dense)]
 
 
 def _check(origin: Origin, items: Sequence[Item], budget: int, settings: GgufSettings) -> None:
     """Refuse before any work what would fail after it."""
     if not items:
         raise ModelError(f"{origin.path}: no tensor of it can be quantized")
-    least = _least(origin, items)
+    least = _least(origin, items, settings.types)
     plan.spend_file(origin.pairs, [item.entry for item in origin.items], least, budget)
     if settings.calibrated or settings.evaluation_tokens:
         check_text(model_class(origin.known().config))
@@ -203,14 +208,14 @@ def _check(origin: Origin, items: Sequence[Item], budget: int, settings: GgufSet
         read_ids(origin.known(), settings.heldout, settings.context, settings.evaluation_tokens)
 
 
-def _least(origin: Origin, items: Sequence[Item]) -> dict[str, list[plan.Choice[BlockType]]]:
+def _least(origin: Origin, items: Sequence[Item], allowed: Sequence[str]) -> dict[str, list[plan.Choice[BlockType]]]:
     """Return the least choice of every tensor."""
     chosen = {item.entry.name for item in items}
     found: dict[str, list[plan.Choice[BlockType]]] = {}
     for item in origin.items:
         kinds: list[BlockType] = [BY_NUMBER[item.entry.number]]
         if item.entry.name in chosen:
-            kinds += rungs(item.entry.shape[-1])
+            kinds += rungs(item.entry.shape[-1], allowed)
         least = min(kinds, key=lambda kind: kind.rate)
         found[item.entry.name] = [plan.Choice(least, least.tensor_nbytes(item.entry.elements), 0.0)]
     return found
@@ -235,8 +240,8 @@ def _stages(model: tuple[Origin, Sequence[Item]], budget: int, settings: GgufSet
                                  settings.sampling, progress)
     mark = [*_mark(origin, settings), None if calibration is None else calibration.sha256]
     known = Known(calibration, items)
-    choices = survey.run(origin, items, known, work / "survey.jsonl", rate=8 * budget / origin.elements, mark=mark,
-                         progress=progress)
+    choices = survey.run(origin, items, known, work / "survey.jsonl", rate=8 * budget / origin.elements,
+                         allowed=settings.types, mark=mark, progress=progress)
     entries = [item.entry for item in origin.items]
     types = plan.spend_file(origin.pairs, entries, choices, budget)
     write_json(work / "plan.json", {name: kind.name for name, kind in types.items()})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,15 @@ SPAN = (0.5, 2.4)  # types tried, as multiples of the rate asked for
 ROUNDS = 1
 
 
-def run(origin: Origin, items: Sequence[Item], known: Known, file: Path, *, rate: float, mark: Any,
-        progress: Progress) -> dict[str, list[Choice[BlockType]]]:
+def run(origin: Origin, items: Sequence[Item], known: Known, file: Path, *, rate: float, allowed: Collection[str],
+        mark: Any, progress: Progress) -> dict[str, list[Choice[BlockType]]]:
     """Return the choices of every tensor; a line a trial in `file`, from which a killed run goes on."""
     trials = _open(file, mark)
     lines: dict[str, list[tuple[CodedType, Any]]] = {}
     for number, item in enumerate(items):
         progress("survey", number, len(items))
         name = item.entry.name
-        tried = near(item, rate)
+        tried = near(item, rate, allowed)
         for kind in tried:
             if trials.find(name, kind.name) is None:
                 trials.add(_trial(item, kind, known))
@@ -47,9 +47,9 @@ def run(origin: Origin, items: Sequence[Item], known: Known, file: Path, *, rate
     return choices
 
 
-def near(item: Item, rate: float) -> list[CodedType]:
+def near(item: Item, rate: float, allowed: Collection[str]) -> list[CodedType]:
     """Return the types worth trying on a tensor when the file has `rate` bits a weight; always the least."""
-    listed = sorted(rungs(item.entry.shape[-1]), key=lambda kind: kind.rate)
+    listed = sorted(rungs(item.entry.shape[-1], allowed), key=lambda kind: kind.rate)
     return [kind for kind in listed if kind is listed[0] or SPAN[0] * rate <= kind.rate <= max(SPAN[1] * rate, 4.5)]
 
 
