@@ -14,7 +14,9 @@ def label(method: str) -> str:
     if method == "original":
         return "original, bf16"
     if head == "pipeline":
-        return f"**Tersor**, calibrated and planned{f', `{rest}`' if rest else ''}"
+        family, _, effort = rest.partition("@")
+        told = (f", `{family}`" if family else "") + (f", effort {effort}" if effort else "")
+        return f"**Tersor**, calibrated and planned{told}"
     if method.startswith("tersor:qet@"):
         return "QET as published, plain"
     if head == "tersor":

@@ -26,11 +26,13 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("suite", nargs="?", help="see --list")
     found.add_argument("words", nargs="*", metavar="WORD",
-                       help="run the cases whose key holds every word; of a word 'a/b' one of its parts")
+                       help="run the cases whose key holds every word; of a word 'a/b' one of its parts; "
+                            "a part that ends in $ is a key's end")
     found.add_argument("--list", action="store_true", help="list the suites, or a suite's cases, and measure nothing")
     found.add_argument("--write", action="store_true", help="append lines to bench/results; from a clean tree only")
     found.add_argument("--missing", action="store_true", help="leave out cases that have a line in bench/results")
     found.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    found.add_argument("--threads", type=int, metavar="N", help="torch's threads; the suite's own number else")
     found.add_argument("--out", type=Path, metavar="DIR", help="append lines there instead, of any tree")
     found.add_argument("--merge", type=Path, metavar="DIR", help="append the lines of --out DIR to bench/results")
     found.add_argument("--models", type=Path, default=MODELS, metavar="DIR", help="where fable-7m and fable-22m lie")
@@ -82,7 +84,7 @@ def measured(suite: Suite, words: Iterable[str], arguments: argparse.Namespace) 
         cases = [case for case in cases if case.key not in held]
     recorder = results.Recorder(arguments.out) if arguments.write or arguments.out else None
     missed = count = 0
-    with results.threads(suite.threads):
+    with results.threads(arguments.threads or suite.threads):
         for outcome in suite.measure(cases, Asked(arguments.device, arguments.models, arguments.out)):
             count += 1
             if isinstance(outcome, Result):

@@ -113,13 +113,15 @@ class Table:
     """A table in the documents: the lines that it shows, by the beginnings of their keys (none: all), and its builder.
 
     `source` is the suite whose lines it shows, where that is another one than the suite that brings the table. A table
-    that is `charged` counts what comes with the package (`charges.py`); under others that is said.
+    that is `charged` counts what comes with the package (`charges.py`); under others that is said. Under a `bare` one
+    nothing is said: the text around it says where the same figures stand with their origin.
     """
 
     build: Builder
     prefixes: tuple[str, ...] = ()
     source: str = ""
     charged: bool = False
+    bare: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +177,9 @@ def sections(*names: str) -> Callable[[str], Sequence[Section]]:
 
 
 def chosen(cases: Iterable[Any], words: Iterable[str]) -> list[Any]:
-    """Return the cases whose key holds every word; of a word `a/b/c` one of its parts."""
+    """Return the cases whose key holds every word; of a word `a/b/c` one of its parts; a part `a$` is its end."""
+    def holds(key: str, part: str) -> bool:
+        return key.endswith(part[:-1]) if part.endswith("$") else part in key
+
     asked = [word.split("/") for word in words]
-    return [case for case in cases if all(any(part in case.key for part in parts) for parts in asked)]
+    return [case for case in cases if all(any(holds(case.key, part) for part in parts) for parts in asked)]

@@ -29,7 +29,7 @@ def tables() -> Mapping[str, tuple[str, Table]]:
 
 
 def render(name: str) -> str:
-    """Return a table and its provenance.
+    """Return a table and, unless it is bare, its provenance.
 
     Raises
     ------
@@ -44,6 +44,8 @@ def render(name: str) -> str:
     found = {key: line for key, line in results.newest(source).items() if key.startswith(starts)}
     if not found:
         raise LookupError(f"no results for 'bench:{name}'; run the suite '{source}' first")
+    if table.bare:
+        return f"{table.build(found)}\n"
     uncounted = "" if table.charged else charges.note(found.values())
     return f"{table.build(found)}\n\n{markdown.provenance(found.values())}{uncounted}\n"
 

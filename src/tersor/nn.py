@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from tersor.contract.codec import Codec, Encoded
+from tersor.contract.ready import Made, Ready
 from tersor.errors import ReadOnlyError
+from tersor.ops.dispatch import direct
 from tersor.payload.blocks import Shape
 
 SharedTables: TypeAlias = Mapping[str, tuple[nn.Module, str]]
@@ -43,6 +46,7 @@ class Buffers:
     codec: Codec
     shape: Shape
     shared: SharedTables = dataclasses.field(default_factory=dict)
+    ready: Ready = dataclasses.field(default_factory=Ready, init=False, repr=False)
 
     def register(self, device: str) -> None:
         """Create the buffers, empty, on `device`; a shared table only if it is not there yet."""
@@ -55,6 +59,25 @@ class Buffers:
         """Return the encoded matrix that the buffers hold now."""
         places = {key: self._place(key) for key in self.codec.layout(self.shape)}
         return Encoded(self.codec, self.shape, {key: module.get_buffer(name) for key, (module, name) in places.items()})
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Return `x` times the transpose, as `Encoded.matmul` does: by a product made ready where nothing watches."""
+        if torch.compiler.is_compiling() or not direct(x):
+            return self.encoded().matmul(x)
+        return self._made().multiply(x)
+
+    def gather(self, ids: Tensor) -> Tensor:
+        """Return rows, as `Encoded.gather` does."""
+        if torch.compiler.is_compiling():
+            return self.encoded().gather(ids)
+        return self._made().encoded.gather(ids)
+
+    def _made(self) -> Made:
+        return self.ready.made([module.get_buffer(name) for module, name in self._places], self.encoded)
+
+    @cached_property
+    def _places(self) -> list[tuple[nn.Module, str]]:
+        return [self._place(key) for key in self.codec.layout(self.shape)]
 
     def _place(self, key: str) -> tuple[nn.Module, str]:
         return self.shared.get(key, (self.owner, f"{self.prefix}/{key}"))
@@ -96,8 +119,12 @@ class CompressedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (*batch, out) for x (*batch, in)."""
-        y = self._payload.encoded().matmul(x)
+        y = self._payload.multiply(x)
         return y if self.bias is None else y + self.bias
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedLinear:
+        self._payload.ready.forget()  # which would keep the tensors that are replaced here
+        return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         """Return shape and codec."""
@@ -127,7 +154,11 @@ class CompressedEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return (*ids.shape, width)."""
-        return self._payload.encoded().gather(ids).to(self._dtype)
+        return self._payload.gather(ids).to(self._dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedEmbedding:
+        self._payload.ready.forget()
+        return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         """Return shape and codec."""
@@ -148,7 +179,7 @@ class TiedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (*batch, entries) for x (*batch, width)."""
-        y = self._payload.encoded().matmul(x)
+        y = self._payload.multiply(x)
         return y if self.bias is None else y + self.bias
 
 
@@ -308,13 +339,13 @@ def _encoded(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         return None
     payload = second.payloads[0]
     if func is nn.functional.embedding and not second.transposed and len(args) < 4 and kwargs.get("max_norm") is None:
-        return payload.encoded().gather(first).to(second.dtype)
+        return payload.gather(first).to(second.dtype)
     if func is nn.functional.linear and not second.transposed:
         bias = args[2] if len(args) > 2 else kwargs.get("bias")
-        y = payload.encoded().matmul(first)
+        y = payload.multiply(first)
         return y if bias is None else y + bias
     if func in _PRODUCTS and second.transposed and not kwargs and first.shape[-1] == second.shape[0]:
-        return payload.encoded().matmul(first)
+        return payload.multiply(first)
     return None
 
 

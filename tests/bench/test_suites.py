@@ -62,8 +62,10 @@ def test_cases_are_frozen_records_with_keys_of_their_own(suite: Suite, device: s
 
 
 def test_words_choose_cases() -> None:
-    """A case is chosen by all words; a word of several parts by any of them."""
+    """A case is chosen by all words; a word of several parts by any of them; a part with a dollar is the end."""
     cases = suites.named("gaussian").cases("cpu")
     keys = [case.key for case in chosen(cases, ["outliers", "rot,lm2/rot,lm3"])]
     assert keys == ["outliers|rot,lm2|4096", "outliers|rot,lm3|4096"]
     assert chosen(cases, []) == list(cases)
+    models = suites.named("models").cases("cpu")
+    assert [case.key for case in chosen(models, ["fable-22m|2|pipeline$"])] == ["fable-22m|2|pipeline"]

@@ -15,7 +15,8 @@ class ModelCase:
     rate : int
         Bits a parameter that Tersor's rows must stay within; peers in the same block use as many bytes or more.
     method : str
-        A matrix method, `"original"`, or `"pipeline"`: `tersor.hf.compress_model` at `rate`.
+        A matrix method, `"original"`, or `"pipeline"`: `tersor.hf.compress_model` at `rate`, by the default family and
+        effort, or by those of `"pipeline:FAMILY"` and `"pipeline:FAMILY@EFFORT"`.
     """
 
     model: str
@@ -28,8 +29,10 @@ class ModelCase:
         return f"{self.model}|{self.rate}|{self.method}"
 
 
-# "pipeline" is the default method
-OURS = ("pipeline", "pipeline:rotated_scalar", "tersor:qet_plus@{rate}", "tersor:rotated_scalar@{rate}", "rot,lm{rate}")
+# "pipeline" is the default family, `trellis`, with effort normal
+OURS = ("pipeline", "pipeline:trellis@fast", "pipeline:trellis@best", "pipeline:folded", "pipeline:folded@best",
+        "pipeline:qet_plus", "pipeline:rotated_scalar", "tersor:trellis@{rate}", "tersor:qet_plus@{rate}",
+        "tersor:rotated_scalar@{rate}", "rot,lm{rate}")
 # published QET is among them from 3 bits on: its masks alone are 1.5 bits, and 2 words a stage need more than 2
 PEERS = {
     2: ("rtn2g128", "rtn2g64", "quanto:2g128", "quanto:2g64hqq", "torchao:2g64", "hqq:2g64", "gguf:IQ2_XXS",

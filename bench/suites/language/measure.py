@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from bench import baselines, evaluation, models
@@ -20,14 +21,16 @@ MOST_TOKENS = 40_000  # of each text
 LOCKSTEP = 6  # candidates that share the original's forward pass
 
 
-def candidate(case: ModelCase, source: Path, folder: Path) -> tuple[nn.Module, int, float]:
+def candidate(case: ModelCase, source: Path, folder: Path, device: str) -> tuple[nn.Module, int, float]:
     """Return the compressed model of a case, its bytes, and the seconds that compressing took."""
     start = time.perf_counter()
     if case.method.startswith("pipeline"):  # without its own evaluation: `compare` takes the same tokens as for peers
-        _, _, method = case.method.partition(":")
-        output = folder / f"{method or 'default'}-{case.rate}"
+        method, _, effort = case.method.partition(":")[2].partition("@")
+        output = folder / f"{method or 'default'}-{effort}-{case.rate}"
         settings = {"method": method} if method else {}
-        compress_model(source, output, rate=case.rate, seed=SEED, evaluation_tokens=0, **settings)
+        settings |= {"effort": effort} if effort else {}
+        compress_model(source, output, rate=case.rate, seed=SEED, evaluation_tokens=0, device=device,
+                       **settings)
         seconds = time.perf_counter() - start
         return evaluation.load_model(output), store.stored_nbytes(output), seconds
     model = evaluation.load_model(source)
@@ -38,22 +41,23 @@ def candidate(case: ModelCase, source: Path, folder: Path) -> tuple[nn.Module, i
     return model, nbytes, time.perf_counter() - start
 
 
-def one_model(cases: Sequence[ModelCase], source: Path, tokens: int) -> Iterator[Outcome]:
+def one_model(cases: Sequence[ModelCase], source: Path, tokens: int, device: str) -> Iterator[Outcome]:
     """Yield the cases of one model, a few measured at a time."""
     original = evaluation.load_model(source)
+    name = "" if device == "cpu" else torch.cuda.get_device_name()  # of the pipeline; the evaluation is the processor's
     elements = sum(p.numel() for p in original.parameters())
     texts = evaluation.windows(source, tokens)
     predictions = sum(text.shape[0] * (text.shape[1] - 1) for text in texts.values())
     for first in range(0, len(cases), LOCKSTEP):
         group = cases[first : first + LOCKSTEP]
         with tempfile.TemporaryDirectory() as folder:
-            made = {case: candidate(case, source, Path(folder)) for case in group}
+            made = {case: candidate(case, source, Path(folder), device) for case in group}
         found = evaluation.compare(original, {case.key: made[case][0] for case in group}, texts)
         for case in group:
             _, nbytes, seconds = made[case]
             numbers = {"rate": 8 * nbytes / elements, "parameters": elements, "seconds": seconds,
                        "predictions": predictions, "context": evaluation.CONTEXT, **found[case.key]}
-            yield Result.of(case, nbytes, numbers, seed=SEED)
+            yield Result.of(case, nbytes, numbers, seed=SEED, device=name)
 
 
 def measure(cases: Sequence[ModelCase], asked: Asked) -> Iterator[Outcome]:
@@ -63,4 +67,5 @@ def measure(cases: Sequence[ModelCase], asked: Asked) -> Iterator[Outcome]:
         here = [case for case in own if case.method.startswith("pipeline") or baselines.available(case.method)]
         yield from (Unmeasured(case.key, "its package is not installed") for case in own if case not in here)
         if here:
-            yield from one_model(here, models.locate(name, asked.models), TOKENS.get(name, MOST_TOKENS))
+            yield from one_model(here, models.locate(name, asked.models), TOKENS.get(name, MOST_TOKENS),
+                                 asked.device)

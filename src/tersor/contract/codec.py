@@ -25,7 +25,7 @@ from tersor.contract.operator import Operator, as_tensor, like
 from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
 from tersor.numerics.kmeans import exponent_of, times_power
 from tersor.numerics.settings import pinned, steadily
-from tersor.payload.blocks import Rows, Shape, Tables, row_blocks
+from tersor.payload.blocks import Few, Rows, Shape, Tables, row_blocks
 from tersor.payload.layout import Layout
 
 LOST = 2.0**-10  # of the norm, and of the error: what tiny numbers may lose more than larger ones do
@@ -158,6 +158,10 @@ class Codec(Derived, abc.ABC):
         for block in row_blocks(encoded.shape):
             out[..., block] = (wide @ self.decode_rows(encoded, block).T).to(x.dtype)
         return out
+
+    def ready(self, encoded: Encoded) -> Few | None:
+        """Return `matmul` of few vectors, with all done that depends on the payload alone; None where there is none."""
+        del encoded
 
     def matmul_transposed(self, encoded: Encoded, y: Tensor) -> Tensor:
         """Return `y @ decode()` for `y` (*batch, out), in its dtype: the gradient of `matmul`; as it, by blocks."""

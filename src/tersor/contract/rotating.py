@@ -7,6 +7,7 @@ import abc
 from torch import Tensor
 
 from tersor.contract.codec import Codec, Encoded
+from tersor.payload.blocks import Few
 
 
 class MultipliesRotated(Codec):
@@ -15,6 +16,14 @@ class MultipliesRotated(Codec):
     @abc.abstractmethod
     def matmul_rotated(self, encoded: Encoded, x: Tensor, seed: int | None) -> Tensor | None:
         """Return `matmul` of `x` rotated by `Rotation(in, seed)` (None: as it is) where one op does both, else None."""
+
+    @abc.abstractmethod
+    def ready_rotated(self, encoded: Encoded, seed: int | None) -> Few | None:
+        """Return `ready` of `matmul_rotated`, or None."""
+
+    def ready(self, encoded: Encoded) -> Few | None:
+        """See `Codec.ready`."""
+        return self.ready_rotated(encoded, None)
 
     def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
         """Multiply by the op where it serves, else one block of rows dense at a time."""

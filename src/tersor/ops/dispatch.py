@@ -14,9 +14,13 @@ from functools import cache
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.jit import is_tracing  # pyright: ignore[reportPrivateImportUsage]
 
 from tersor.payload.packing import has_numba
 
+_transformed: Any = torch._C._functorch.peek_interpreter_stack  # pyright: ignore[reportAttributeAccessIssue]
 CAPABILITY = (9, 0)  # of kernels that are launched early: `griddepcontrol`
 _LOG = logging.getLogger("tersor.ops")
 _REFERENCE = ContextVar("tersor_reference_only", default=False)
@@ -51,6 +55,16 @@ def reference_only() -> Iterator[None]:
 def kernels_allowed() -> bool:
     """Tell whether ops may run kernels: not within `reference_only`."""
     return not _REFERENCE.get()
+
+
+def direct(x: Tensor) -> bool:
+    """Tell whether a product with `x` may be computed without torch's dispatcher, which would do nothing but call it.
+
+    Not where something records, traces, transforms or watches operations, nor within `reference_only`.
+    """
+    return (not torch.compiler.is_compiling() and type(x) is Tensor and not x.requires_grad and not x.is_neg()
+            and kernels_allowed() and not torch._C._len_torch_dispatch_stack()
+            and _transformed() is None and not is_tracing() and forward_ad.unpack_dual(x).tangent is None)
 
 
 def compiled_allowed(op: str) -> bool:

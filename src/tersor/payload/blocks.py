@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TypeAlias
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
 Shape: TypeAlias = tuple[int, int]
 Rows: TypeAlias = slice | Tensor
 Tables: TypeAlias = Mapping[str, Tensor]
+# a product with few vectors, float32 arrays of NumPy (n, in) to (n, out) on the processor; see `Codec.ready`
+Few: TypeAlias = Callable[[Any], Any]
 
 BLOCK_ELEMENTS = 1 << 20  # elements of a row block: bounds every dense temporary of decode and matmul
+
+
+def after(second: Few | None, first: Few | None) -> Few | None:
+    """Return one after the other, or None where either is missing."""
+    if first is None or second is None:
+        return None
+    return lambda x: second(first(x))
 
 
 def shape_of(matrix: Tensor) -> Shape:

@@ -55,10 +55,11 @@ def test_the_codec_is_the_oracle_segment_by_segment(text: str, width: int) -> No
 
 @pytest.mark.parametrize("text", SHORT)
 @pytest.mark.parametrize("axis", ["", "o"])
-def test_products_are_those_of_decoded_rows(text: str, axis: str) -> None:
+@pytest.mark.parametrize("vectors", [5, 70])
+def test_products_are_those_of_decoded_rows(text: str, axis: str, vectors: int) -> None:
     """In float32, within a rounding of as many terms as there are; along outputs the filter acts on the product."""
     encoded = parse(text + axis).encode(gaussian((37, 90), 3))
-    x, rows = gaussian((5, 90), 4), encoded.decode().double()
+    x, rows = gaussian((vectors, 90), 4), encoded.decode().double()
     exact = x.double() @ rows.T
     allowed = tolerance(torch.float32, sum(encoded.shape)) * float(x.double().norm()) * float(rows.norm())
     assert float((encoded.matmul(x) - exact).norm()) <= allowed

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import ClassVar, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from tersor.contract.codec import Codec, Encoded, Search
 from tersor.contract.nesting import nest, nest_tensors
 from tersor.errors import CodecConfigError
 from tersor.payload import packing
-from tersor.payload.blocks import Rows, Shape, Tables, row_blocks, shape_of
+from tersor.payload.blocks import Few, Rows, Shape, Tables, row_blocks, shape_of
 from tersor.payload.layout import Layout, TensorSpec
 
 ORDERS = {"energy": "rows", "head": "head"}
@@ -101,6 +102,22 @@ class MixedRows(Codec):
         for child, taken in zip(self._parts(encoded), (in_first, ~in_first), strict=True):
             out[..., taken] = child.codec.matmul(child, x)
         return out
+
+    def ready(self, encoded: Encoded) -> Few | None:
+        """See `Codec.ready`."""
+        first, second = (child.codec.ready(child) for child in self._parts(encoded))
+        if first is None or second is None or encoded.device.type != "cpu":
+            return None
+        taken = self._places(encoded)[0].numpy()
+        halves = (first, np.flatnonzero(taken)), (second, np.flatnonzero(~taken))
+
+        def scattered(x: np.ndarray) -> np.ndarray:
+            out = np.empty((len(x), len(taken)), np.float32)
+            for half, places in halves:
+                out[:, places] = half(x)
+            return out
+
+        return scattered
 
     def matmul_transposed(self, encoded: Encoded, y: Tensor) -> Tensor:
         """Multiply each part by the outputs that it has."""

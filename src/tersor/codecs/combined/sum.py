@@ -18,7 +18,7 @@ from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, Traits
 from tersor.contract.feedback import encode_with_feedback
 from tersor.contract.nesting import nest, nest_tensors
 from tersor.errors import CodecConfigError
-from tersor.payload.blocks import Rows, Shape, Tables, shape_of
+from tersor.payload.blocks import Few, Rows, Shape, Tables, shape_of
 from tersor.payload.layout import Layout
 from tersor.quality import measure
 
@@ -144,6 +144,14 @@ class Sum(Codec):
         wide = x.to(torch.float32)
         return _total([stage.matmul(encoded.child(name, stage, encoded.shape), wide)
                        for name, stage in self.children().items()]).to(x.dtype)
+
+    def ready(self, encoded: Encoded) -> Few | None:
+        """See `Codec.ready`."""
+        found = [stage.ready(encoded.child(name, stage, encoded.shape)) for name, stage in self.children().items()]
+        stages = [few for few in found if few is not None]
+        if len(stages) < len(found) or encoded.device.type != "cpu":
+            return None
+        return lambda x: _total([torch.from_numpy(stage(x)) for stage in stages]).numpy()
 
     def matmul_transposed(self, encoded: Encoded, y: Tensor) -> Tensor:
         """Return the sum of the stages' products."""

@@ -25,9 +25,9 @@ from tersor.contract.rotating import MultipliesRotated
 from tersor.errors import CodecConfigError
 from tersor.numerics.constants import constant
 from tersor.numerics.lloyd import lloyd_sorted, midpoints, nearest
-from tersor.ops.codebook_linear import codebook_linear
+from tersor.ops.codebook_linear import codebook_linear, ready_product
 from tersor.payload import codes
-from tersor.payload.blocks import Rows, Shape, Tables, shape_of
+from tersor.payload.blocks import Few, Rows, Shape, Tables, shape_of
 from tersor.payload.groups import Grid
 from tersor.payload.layout import Layout, TensorSpec
 from tersor.payload.scales import bounded, reciprocal, rms
@@ -142,13 +142,31 @@ class Scalar(MultipliesRotated):
 
     def matmul_rotated(self, encoded: Encoded, x: Tensor, seed: int | None) -> Tensor | None:
         """Multiply by the codes where they are of whole bits."""
-        if self.axis == "out" or self.levels & (self.levels - 1):
+        if not self._of_bits:
             return None
-        tensors, grid = encoded.tensors, Grid(encoded.shape, self.group_size, self.axis)
-        table = _table_on(self.levels, x.device) if self.codebook == "gaussian" else tensors["table"]
-        return codebook_linear(x, tensors["codes"], table, tensors["scales"], None,
-                               self.levels.bit_length() - 1, grid.width,
-                               "symmetric" if self.codebook == "gaussian" else "any", rotation=seed)
+        held, group = encoded.tensors, Grid(encoded.shape, self.group_size, self.axis).width
+        return codebook_linear(x, held["codes"], self._levels(held, x.device), held["scales"], None,
+                               self.levels.bit_length() - 1, group, self._form, rotation=seed)
+
+    def ready_rotated(self, encoded: Encoded, seed: int | None) -> Few | None:
+        """See `MultipliesRotated.ready_rotated`."""
+        if not self._of_bits:
+            return None
+        held, group = encoded.tensors, Grid(encoded.shape, self.group_size, self.axis).width
+        return ready_product(held["codes"], self._levels(held, held["codes"].device), held["scales"], None,
+                             self.levels.bit_length() - 1, (encoded.shape[1], group), self._form, rotation=seed)
+
+    @property
+    def _of_bits(self) -> bool:
+        """Whether rows are of codes of whole bits."""
+        return self.axis == "in" and not self.levels & (self.levels - 1)
+
+    @property
+    def _form(self) -> str:
+        return "symmetric" if self.codebook == "gaussian" else "any"
+
+    def _levels(self, tensors: Tables, device: torch.device) -> Tensor:
+        return _table_on(self.levels, device) if self.codebook == "gaussian" else tensors["table"]
 
     def spec(self) -> str:
         """Return for example `lm3` (Gaussian, 8 levels), `fit4g128`, `tab2` (shared table) or `lmL6o`."""

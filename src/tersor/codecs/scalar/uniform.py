@@ -17,9 +17,9 @@ from tersor.contract.feedback import encode_with_feedback
 from tersor.contract.rotating import MultipliesRotated
 from tersor.errors import CodecConfigError
 from tersor.numerics.constants import constant
-from tersor.ops.codebook_linear import codebook_linear
+from tersor.ops.codebook_linear import codebook_linear, ready_product
 from tersor.payload import codes
-from tersor.payload.blocks import Rows, Shape, shape_of
+from tersor.payload.blocks import Few, Rows, Shape, shape_of
 from tersor.payload.groups import Grid
 from tersor.payload.layout import Layout, TensorSpec
 from tersor.payload.packing import pack, unpack
@@ -129,13 +129,27 @@ class Uniform(MultipliesRotated):
 
     def matmul_rotated(self, encoded: Encoded, x: Tensor, seed: int | None) -> Tensor | None:
         """Multiply by the codes where they are of whole bits."""
-        if self.axis == "out" or self.levels & (self.levels - 1):
+        if not self._of_bits:
             return None
-        tensors, grid = encoded.tensors, Grid(encoded.shape, self.group_size, self.axis)
-        table = _steps(self.levels, (self.levels - 1) / 2 if self.symmetric else 0.0, x.device)
-        return codebook_linear(x, tensors["codes"], table, tensors["scales"], tensors.get("zeros"),
-                               self.levels.bit_length() - 1, grid.width, "affine",
-                               rotation=seed)
+        held, group = encoded.tensors, Grid(encoded.shape, self.group_size, self.axis).width
+        return codebook_linear(x, held["codes"], self._table_on(x.device), held["scales"], held.get("zeros"),
+                               self.levels.bit_length() - 1, group, "affine", rotation=seed)
+
+    def ready_rotated(self, encoded: Encoded, seed: int | None) -> Few | None:
+        """See `MultipliesRotated.ready_rotated`."""
+        if not self._of_bits:
+            return None
+        held, group = encoded.tensors, Grid(encoded.shape, self.group_size, self.axis).width
+        return ready_product(held["codes"], self._table_on(held["codes"].device), held["scales"], held.get("zeros"),
+                             self.levels.bit_length() - 1, (encoded.shape[1], group), "affine", rotation=seed)
+
+    @property
+    def _of_bits(self) -> bool:
+        """Whether rows are of codes of whole bits."""
+        return self.axis == "in" and not self.levels & (self.levels - 1)
+
+    def _table_on(self, device: torch.device) -> Tensor:
+        return _steps(self.levels, (self.levels - 1) / 2 if self.symmetric else 0.0, device)
 
     def spec(self) -> str:
         """Return for example `rtn4g64`, `rtn3s` (symmetric, a scale a row) or `rtnL5g32o` (5 levels, along outputs)."""

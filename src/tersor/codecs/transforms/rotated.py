@@ -20,8 +20,8 @@ from tersor.contract.rotating import MultipliesRotated
 from tersor.contract.wrapper import Wrapped
 from tersor.errors import CodecConfigError
 from tersor.numerics.rotation import Rotation
-from tersor.ops.hadamard import SEEDS, hadamard
-from tersor.payload.blocks import Rows, row_blocks, shape_of
+from tersor.ops.hadamard import SEEDS, hadamard, ready_rotation
+from tersor.payload.blocks import Few, Rows, after, row_blocks, shape_of
 
 SIDES = {"in": "rot", "out": "rotout", "both": "rotboth"}
 
@@ -118,12 +118,24 @@ class Rotated(Wrapped):
         kind = x.dtype if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) else torch.float32
         turn, child, y = self._in(encoded.shape[1]), self.child(encoded), None
         if isinstance(self.inner, MultipliesRotated) and self.side != "out" and turn.seed < SEEDS:
-            y = self.inner.matmul_rotated(child, x, turn.seed)
+            y = self.inner.matmul_rotated(child, x.to(kind), turn.seed)
         if y is None:
             y = self.inner.matmul(child, x.to(kind) if self.side == "out" else hadamard(x, turn, dtype=kind))
         if self.side != "in":
             y = hadamard(y, self._out(encoded.shape[0]), inverse=True, dtype=x.dtype)
         return y.to(x.dtype)
+
+    def ready(self, encoded: Encoded) -> Few | None:
+        """Return the same made ready; see `Codec.ready`."""
+        turn, child, few = self._in(encoded.shape[1]), self.child(encoded), None
+        if isinstance(self.inner, MultipliesRotated) and self.side != "out" and turn.seed < SEEDS:
+            few = self.inner.ready_rotated(child, turn.seed)
+        if few is None:
+            few = self.inner.ready(child)
+            few = few if self.side == "out" else after(few, ready_rotation(turn, encoded.device))
+        if self.side != "in":
+            few = after(ready_rotation(self._out(encoded.shape[0]), encoded.device, inverse=True), few)
+        return few
 
     def matmul_transposed(self, encoded: Encoded, y: Tensor) -> Tensor:
         """Rotate the gradients of outputs, multiply by the transposed inner matrix, rotate back."""

@@ -16,7 +16,8 @@ from tersor.codecs.trellis.angles import FOLD, Folded, folded
 from tersor.codecs.trellis.streamed import Streamed
 from tersor.codecs.trellis.viterbi import values_on
 from tersor.contract.codec import Encoded
-from tersor.ops.window_linear import MOST_MEMORY, window_linear
+from tersor.ops.window_linear import MOST_MEMORY, ready_windows, window_linear
+from tersor.payload.blocks import Few
 
 
 @final
@@ -40,6 +41,14 @@ class FoldedTrellis(Streamed):
         code = self.packaged()[self.bits, self.memory]
         count = len(code.shifts) * self.memory + len(code.curve)
         return {f"turns of {self._named(self.bits, self.memory)}": FOLD // 8 * count}
+
+    def ready(self, encoded: Encoded) -> Few | None:
+        """See `Codec.ready`."""
+        if self.memory > MOST_MEMORY:
+            return None
+        held = encoded.tensors
+        return ready_windows(held["codes"], values_on(self.code, held["codes"].device), held["scales"],
+                             self.line(encoded.shape), encoded.shape[1], across=self.axis == "out")
 
     def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
         """Multiply by the table of windows where they are short enough, else one block of rows dense at a time."""

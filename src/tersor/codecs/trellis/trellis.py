@@ -14,14 +14,16 @@ from torch import Tensor
 
 from tersor.codecs.trellis.filters import Filter, filters, taps_on
 from tersor.codecs.trellis.streamed import Streamed, signs_of
+from tersor.codecs.trellis.viterbi import values_on
 from tersor.contract.codec import Encoded
 from tersor.contract.coordinates import Coordinates
 from tersor.contract.rotating import MultipliesRotated
 from tersor.numerics.constants import constant
-from tersor.ops.codebook_linear import codebook_linear
-from tersor.ops.trellis_linear import decoded_rows, trellis_filter, trellis_linear
+from tersor.ops.codebook_linear import codebook_linear, ready_product, widened
+from tersor.ops.trellis_linear import decoded_rows, ready_filter, trellis_filter, trellis_linear
+from tersor.ops.window_linear import MOST_MEMORY, window_linear
 from tersor.payload import codes
-from tersor.payload.blocks import Rows
+from tersor.payload.blocks import Few, Rows, after
 
 FEW = 64  # vectors that meet the signs of streams; for more, rows are decoded
 
@@ -69,20 +71,37 @@ class Trellis(Streamed, MultipliesRotated):
     def matmul_rotated(self, encoded: Encoded, x: Tensor, seed: int | None) -> Tensor | None:
         """Filter the vectors, or the outputs, and multiply by the signs; many vectors meet decoded rows."""
         width, held = encoded.shape[1], encoded.tensors
-        many = x.is_cuda and x.numel() > FEW * width
+        many = x.numel() > FEW * width and (x.is_cuda or self.memory <= MOST_MEMORY)
         if seed is not None and (many or self.axis == "in"):
             return None
-        if many:
+        if many and x.is_cuda:
             return trellis_linear(x, held["codes"], taps_on(self.filter, x.device), held["scales"], self.filter.shifts,
                                   across=self.axis == "out")
-        table = _signs_on(x.device)
+        if many:
+            return window_linear(x, held["codes"], values_on(self.code, x.device), held["scales"], self.filter.shifts,
+                                 across=self.axis == "out")
+        dtype, table = x.dtype, _signs_on(x.device)
+        x = x if x.is_cuda else widened(x)
         if self.axis == "in":
             met = self.filtered(x)
             return codebook_linear(met, held["codes"], table, held["scales"][:, None], None, 1, met.shape[-1],
-                                   "symmetric")
+                                   "symmetric").to(dtype)
         ones = _ones_on(self.stream_shape(encoded.shape)[0], x.device)
         y = codebook_linear(x, held["codes"], table, ones, None, 1, width, "symmetric", rotation=seed)
-        return self.numbers(y, encoded.shape[0], held["scales"])
+        return self.numbers(y, encoded.shape[0], held["scales"]).to(dtype)
+
+    def ready_rotated(self, encoded: Encoded, seed: int | None) -> Few | None:
+        """See `MultipliesRotated.ready_rotated`."""
+        held, line, width = encoded.tensors, self.line(encoded.shape), encoded.shape[1]
+        taps, table = taps_on(self.filter, held["codes"].device), _signs_on(held["codes"].device)
+        if self.axis == "in":
+            met = None if seed is not None else ready_filter(taps, None, line, back=True)
+            shape = line.stream, line.stream
+            product = ready_product(held["codes"], table, held["scales"][:, None], None, 1, shape, "symmetric")
+            return after(product, met)
+        ones = _ones_on(line.stream, held["codes"].device)
+        product = ready_product(held["codes"], table, ones, None, 1, (width, width), "symmetric", rotation=seed)
+        return after(ready_filter(taps, held["scales"], line), product)
 
     def coordinates(self, encoded: Encoded) -> Coordinates:
         """Return signs, met by filtered vectors; decoded rows where streams run along outputs."""

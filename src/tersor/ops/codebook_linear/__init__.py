@@ -11,10 +11,12 @@ from tersor.errors import CodecConfigError
 from tersor.numerics.rotation import Rotation
 from tersor.ops.codebook_linear import reference
 from tersor.ops.codebook_linear.launch.operand import Around
+from tersor.ops.codebook_linear.shapes.lanes import TILED_FROM
 from tersor.ops.codebook_linear.shapes.lanes import refusal as lanes_refuse
 from tersor.ops.codebook_linear.shapes.limits import refusal
 from tersor.ops.dispatch import compiled_allowed, take_reference
-from tersor.ops.hadamard import hadamard
+from tersor.ops.hadamard import hadamard, ready_rotation
+from tersor.payload.blocks import Few
 
 
 @torch.library.custom_op("tersor::codebook_linear", mutates_args=())
@@ -44,6 +46,32 @@ def codebook_linear(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, zer
         goes through first; the kernel for one vector does it on the way.
     """
     return reference.codebook_linear(_rotated(x, rotation), codes, table, scales, zeros, bits, group).to(x.dtype)
+
+
+def ready_product(codes: Tensor, table: Tensor, scales: Tensor, zeros: Tensor | None, bits: int,
+                  shape: tuple[int, int], form: str, *, rotation: int | None = None) -> Few | None:
+    """Return `codebook_linear` of few vectors, made ready; None where there is none on a device.
+
+    Parameters
+    ----------
+    shape : (int, int)
+        The width, and the codes of a group.
+    """
+    if codes.device.type != "cpu" or not len(scales) or not shape[0] or lanes_refuse(bits, *shape):
+        return None
+    turned = None if rotation is None else ready_rotation(Rotation(shape[0], rotation), codes.device)
+    if not compiled_allowed("codebook_linear") or (rotation is not None and turned is None):
+        return None
+    from tersor.ops.codebook_linear import lanes
+
+    product = lanes.Matrix.of(codes, table, scales, zeros, bits, (len(scales), *shape), form).few
+    return product if turned is None else lambda x: product(turned(x))
+
+
+def widened(x: Tensor) -> Tensor:
+    """Return vectors as the processor multiplies them: few, or of no bf16, in float32."""
+    few = x.numel() < TILED_FROM * x.shape[-1]
+    return x.to(torch.float32) if few or x.dtype != torch.bfloat16 else x
 
 
 def _rotated(x: Tensor, rotation: int | None) -> Tensor:

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from tersor.numerics.rotation import Rotation
-from tersor.ops.dispatch import take_reference
+from tersor.ops.dispatch import kernels_allowed, take_reference
 from tersor.ops.hadamard import reference
-from tersor.ops.hadamard.shapes import refusal
+from tersor.ops.hadamard.shapes import DTYPES, LANE_VECTORS, refusal
+from tersor.payload.blocks import Few
+from tersor.payload.packing import has_numba
 
 SEEDS = 2**63  # an operator's integers have 64 bits; rotations of larger seeds are not traced
 
@@ -32,6 +34,15 @@ def hadamard(x: Tensor, rotation: Rotation, *, inverse: bool = False, dtype: tor
     return _op(x, rotation.width, rotation.seed, inverse, dtype or x.dtype)
 
 
+def ready_rotation(rotation: Rotation, device: torch.device, *, inverse: bool = False) -> Few | None:
+    """Return `hadamard` of few vectors in float32, made ready; None where there is none on a device."""
+    if device.type != "cpu" or rotation.seed >= SEEDS or not has_numba():
+        return None
+    from tersor.ops.hadamard import lanes
+
+    return lanes.ready(rotation, inverse=inverse)
+
+
 @torch.library.custom_op("tersor::hadamard", mutates_args=())
 def _op(x: Tensor, width: int, seed: int, inverse: bool, dtype: torch.dtype) -> Tensor:
     return reference.rotate(x, Rotation(width, seed), inverse, dtype)
@@ -41,6 +52,18 @@ def _op(x: Tensor, width: int, seed: int, inverse: bool, dtype: torch.dtype) -> 
 def _fake(x: Tensor, width: int, seed: int, inverse: bool, dtype: torch.dtype) -> Tensor:
     del width, seed, inverse
     return torch.empty(x.shape, dtype=dtype, device=x.device)
+
+
+@_op.register_kernel("cpu")
+def _cpu(x: Tensor, width: int, seed: int, inverse: bool, dtype: torch.dtype) -> Tensor:
+    rotation, count = Rotation(width, seed), x.numel() // width
+    few = 0 < count <= LANE_VECTORS and x.dtype in DTYPES and not inverse
+    if not (few and kernels_allowed() and has_numba()):
+        return reference.rotate(x, rotation, inverse, dtype)
+    from tersor.ops.hadamard import lanes
+
+    windows = x.detach().to(torch.float32).reshape(-1, width).contiguous()
+    return torch.from_numpy(lanes.ready(rotation)(windows.numpy())).reshape(x.shape).to(dtype)
 
 
 @_op.register_kernel("cuda")

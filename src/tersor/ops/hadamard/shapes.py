@@ -26,6 +26,7 @@ FEW_ROWS = 32  # padded; a thread holds its share of the left factor
 FEW_PARTS = 16
 FEW_PROGRAMS = 512  # above that, reading each vector once a part is the longer way
 FEW_COLUMNS, FEW_COLUMNS_LED = 1024, 64  # of a part, without and with a left factor
+LANE_VECTORS = 8  # that loops on the processor rotate; torch rotates more
 TOGETHER = 4096  # numbers that a program takes at a time, of several vectors where these are shorter
 
 

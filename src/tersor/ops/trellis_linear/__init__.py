@@ -15,7 +15,7 @@ from torch import Tensor
 from tersor.ops.dispatch import compiled_allowed, take_reference
 from tersor.ops.trellis_linear import reference
 from tersor.ops.trellis_linear.shapes import Line, refusal, segments
-from tersor.payload.blocks import Rows, row_blocks
+from tersor.payload.blocks import Few, Rows, row_blocks
 
 
 @torch.library.custom_op("tersor::trellis_filter", mutates_args=())
@@ -56,7 +56,7 @@ def _(x: Tensor, taps: Tensor, scales: Tensor | None, shifts: Sequence[int], len
 
     flat = x.reshape(-1, x.shape[-1])
     made = lanes.filtered(flat, taps, line) if back else lanes.numbers(flat, taps, scales, line)
-    return made.reshape(*x.shape[:-1], -1).to(x.dtype)
+    return made.reshape(*x.shape[:-1], made.shape[1]).to(x.dtype)
 
 
 @trellis_filter.register_kernel("cuda")
@@ -69,7 +69,17 @@ def _(x: Tensor, taps: Tensor, scales: Tensor | None, shifts: Sequence[int], len
 
     flat = x.reshape(-1, x.shape[-1])
     made = launch.filtered(flat, taps, line, x.dtype) if back else launch.numbers(flat, taps, scales, line, x.dtype)
-    return made.reshape(*x.shape[:-1], -1)
+    return made.reshape(*x.shape[:-1], made.shape[1])
+
+
+def ready_filter(taps: Tensor, scales: Tensor | None, line: Line, *, back: bool = False) -> Few | None:
+    """Return `trellis_filter` of few lines, made ready; None where there is none on a device."""
+    if taps.device.type != "cpu" or not compiled_allowed("trellis_filter"):
+        return None
+    from tersor.ops.trellis_linear import lanes
+
+    made = lanes.Filtering.of(taps, scales, line)
+    return made.filtered if back else made.numbers
 
 
 @torch.library.custom_op("tersor::trellis_linear", mutates_args=())
@@ -136,4 +146,4 @@ def decoded_rows(codes: Tensor, taps: Tensor, scales: Tensor, line: Line, width:
     return reference.rows(codes, taps, scales, line, width, rows, across=across)
 
 
-__all__ = ["Line", "decoded_rows", "segments", "trellis_filter", "trellis_linear"]
+__all__ = ["Line", "decoded_rows", "ready_filter", "segments", "trellis_filter", "trellis_linear"]

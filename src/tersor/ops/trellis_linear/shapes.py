@@ -13,6 +13,7 @@ UNIT = 4  # numbers: periods divide it, so all segments but the last of a line h
 MOST_PERIOD = UNIT
 
 
+@lru_cache(maxsize=64)
 def segments(length: int) -> tuple[int, ...]:
     """Return the sizes of a line's segments, as even as whole units allow; the last takes the rest."""
     units = length // UNIT
@@ -48,7 +49,7 @@ class Line:
     @property
     def stream(self) -> int:
         """Bits of all segments."""
-        return sum(self.bits(size) for size in segments(self.length))
+        return _stream(self)
 
     def windows(self, size: int) -> tuple[Tensor, Tensor, int]:
         """Return which bits of a segment's circle each number sees, (size, memory), its phase (size,), and all bits."""
@@ -57,6 +58,11 @@ class Line:
         total = int(entering.sum())
         newest = entering.cumsum(0) - 1
         return (newest[:, None] - torch.arange(self.memory)) % total, phases, total
+
+
+@lru_cache(maxsize=64)
+def _stream(line: Line) -> int:
+    return sum(line.bits(size) for size in segments(line.length))
 
 
 @lru_cache(maxsize=16)

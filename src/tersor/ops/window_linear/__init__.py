@@ -16,7 +16,7 @@ from tersor.ops.dispatch import compiled_allowed
 from tersor.ops.trellis_linear.shapes import Line
 from tersor.ops.window_linear import reference
 from tersor.ops.window_linear.shapes import FEW, MOST_MEMORY, refusal
-from tersor.payload.blocks import Rows, row_blocks
+from tersor.payload.blocks import Few, Rows, row_blocks
 
 if TYPE_CHECKING:
     from tersor.ops.window_linear import lanes
@@ -42,7 +42,10 @@ def window_linear(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, shift
     line, flat = _line(table, shifts, count if across else width), x.detach().flatten(0, -2) if x.ndim > 1 else x[None]
     if flat.numel() and _compiled(codes, line, across=across):
         matrix = _matrix(codes, table, scales, line, width, across=across)
-        out = matrix.few(flat) if len(flat) <= FEW else matrix.many(flat)
+        if len(flat) <= FEW:
+            out = torch.from_numpy(matrix.few(flat.to(torch.float32).contiguous().numpy())).to(x.dtype)
+        else:
+            out = matrix.many(flat)
     else:
         out = torch.empty(len(flat), count, dtype=x.dtype, device=x.device)
         for block in row_blocks((count, width)):
@@ -55,6 +58,13 @@ def window_linear(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, shift
 def _(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, shifts: Sequence[int], *, across: bool) -> Tensor:
     del codes, table, shifts, across
     return x.new_empty(*x.shape[:-1], scales.shape[0])
+
+
+def ready_windows(codes: Tensor, table: Tensor, scales: Tensor, line: Line, width: int, *, across: bool) -> Few | None:
+    """Return `window_linear` of few vectors, made ready; None where there is none on a device."""
+    if not width or not _compiled(codes, line, across=across):
+        return None
+    return _matrix(codes, table, scales, line, width, across=across).few
 
 
 def decoded_rows(codes: Tensor, table: Tensor, scales: Tensor, line: Line, width: int, rows: Rows, *,
@@ -84,4 +94,4 @@ def _matrix(codes: Tensor, table: Tensor, scales: Tensor, line: Line, width: int
     return (lanes.Across if across else lanes.Along)(codes.numpy(), table.contiguous(), scales, line, width)
 
 
-__all__ = ["MOST_MEMORY", "Line", "decoded_rows", "window_linear"]
+__all__ = ["MOST_MEMORY", "Line", "decoded_rows", "ready_windows", "window_linear"]

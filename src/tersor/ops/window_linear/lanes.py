@@ -22,7 +22,7 @@ from tersor.ops.workers import passes, share
 from tersor.payload.blocks import Rows
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Matrix:
     """Packed bits of a matrix of `width` columns, the table of its windows, and the scales of its rows."""
 
@@ -47,16 +47,21 @@ class Matrix:
             out[:, block] = wide @ self.rows(block, room).T
         return out
 
-    def few(self, x: Tensor) -> Tensor:
-        """Return products with vectors (vectors, width), in their dtype, by passes over the codes."""
-        wide = x.to(torch.float32).contiguous()
-        y = torch.empty(len(x), len(self.scales), dtype=torch.float32, device="cpu")
+    def few(self, x: np.ndarray) -> np.ndarray:
+        """Return products with vectors, float32 (vectors, width) to (vectors, rows), by passes over the codes."""
+        y = np.empty((len(x), len(self.scales)), np.float32)
         for first, count in passes(len(x), PIECES):
-            self._multiply(wide[first : first + count], y[first : first + count])
-        return y.mul_(self.scales.to(torch.float32)).to(x.dtype)
+            self._multiply(x[first : first + count], y[first : first + count])
+        torch.from_numpy(y).mul_(self.factors)  # NumPy would warn of overflow
+        return y
 
-    def _multiply(self, x: Tensor, y: Tensor) -> None:
+    def _multiply(self, x: np.ndarray, y: np.ndarray) -> None:
         raise NotImplementedError
+
+    @cached_property
+    def factors(self) -> Tensor:
+        """Scales of rows, float32."""
+        return self.scales.to(torch.float32)
 
     @cached_property
     def marks(self) -> tuple[np.ndarray, np.ndarray]:
@@ -73,7 +78,7 @@ class Across(Matrix):
         count = len(rows) if isinstance(rows, Tensor) else rows.stop - rows.start
         codes, stride, tiles = self._whole_words(tiles)
         out, scales = _placed(count, 8 * stride, room), self.scales.to(torch.float32)[rows].contiguous()
-        held = codes, stride, self.table.reshape(-1).numpy(), self.line.memory
+        held = codes, stride, self._flat, self.line.memory
         to, scale = out.numpy(), scales.numpy()
 
         def run(span: tuple[int, int]) -> None:
@@ -82,16 +87,20 @@ class Across(Matrix):
         share(len(tiles), count * stride, run)
         return out if 8 * stride == self.width else out[:, : self.width].contiguous()
 
-    def _multiply(self, x: Tensor, y: Tensor) -> None:
+    def _multiply(self, x: np.ndarray, y: np.ndarray) -> None:
         codes, stride, tiles = self._whole_words(_tiles(self.line, 0, self.line.length))
-        met = torch.nn.functional.pad(x, (0, 8 * stride - self.width))
-        held = codes, stride, self.table.reshape(-1).numpy(), self.line.memory
-        vectors, to = tuple(met.numpy()), y.numpy()
+        if 8 * stride > self.width:
+            x = np.pad(x, ((0, 0), (0, 8 * stride - self.width)))
+        held, vectors = (codes, stride, self._flat, self.line.memory), tuple(x)
 
         def run(span: tuple[int, int]) -> None:
-            across.multiply(held, vectors, to, self.marks, tiles, span)
+            across.multiply(held, vectors, y, self.marks, tiles, span)
 
         share(len(tiles), len(codes), run)
+
+    @cached_property
+    def _flat(self) -> np.ndarray:
+        return self.table.reshape(-1).numpy()
 
     def _whole_words(self, tiles: np.ndarray) -> tuple[np.ndarray, int, np.ndarray]:
         """Return rows of bits that are whole words of 16 bits, their bytes, and the tiles of them."""
@@ -113,7 +122,7 @@ class Along(Matrix):
         index = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows.numpy()
         out = _placed(len(index), self.width, room)
         to, scales = out.numpy().reshape(-1), self.scales.to(torch.float32)[rows].numpy()
-        table, memory, places = self._table(), self.line.memory, self._places
+        table, memory, places = self._table, self.line.memory, self._places
 
         def run(codes: np.ndarray, starts: np.ndarray, chosen: np.ndarray, cut: np.ndarray) -> None:
             held, scale = (codes, starts, table, memory), np.ascontiguousarray(scales[chosen])
@@ -123,27 +132,27 @@ class Along(Matrix):
         self._in_bytes(index, run)
         return out
 
-    def _multiply(self, x: Tensor, y: Tensor) -> None:
-        table, memory, places = self._table(), self.line.memory, self._places
-        vectors, out = tuple(x.numpy()), y.numpy()
+    def _multiply(self, x: np.ndarray, y: np.ndarray) -> None:
+        table, memory, places, vectors = self._table, self.line.memory, self._places, tuple(x)
 
         def run(codes: np.ndarray, starts: np.ndarray, chosen: np.ndarray, cut: np.ndarray) -> None:
             held, to = (codes, starts, table, memory), np.empty((len(vectors), len(starts)), np.float32)
             share(len(starts) // LANES, len(chosen) * self.line.stream // 8,
                   lambda span: along.multiply(held, vectors, to, places, cut, span))
-            out[:, chosen] = to
+            y[:, chosen] = to
 
         self._in_bytes(np.arange(len(self.scales)), run)
 
-    @property
+    @cached_property
     def _places(self) -> tuple[np.ndarray, np.ndarray]:
         """Marks, with the bit at which a number's window begins: those of the circle follow a word."""
         ends, offsets = self.marks
         return ends + along.WORD - self.line.memory, offsets
 
+    @cached_property
     def _table(self) -> np.ndarray:
-        """Return the table by windows with the oldest bit lowest."""
-        return np.ascontiguousarray(self.table.numpy()[:, _reversed(self.line.memory)]).reshape(-1)
+        """The table by windows with the oldest bit lowest."""
+        return _turned(self.table)
 
     def _in_bytes(self, index: np.ndarray, run: Callable[..., None]) -> None:
         """Run a kernel over rows whose circles begin with bytes: those that do not, or are the last, are copied.
@@ -187,6 +196,12 @@ def _marks(line: Line) -> tuple[np.ndarray, np.ndarray]:
     size = int(parts(line)[:, 3].max())
     phases = np.arange(size) % len(line.shifts)
     return np.array(line.shifts, np.int64)[phases].cumsum(), phases << line.memory
+
+
+@lru_cache(maxsize=16)
+def _turned(table: Tensor) -> np.ndarray:
+    """Return a table, which is a constant, by windows with the oldest bit lowest."""
+    return np.ascontiguousarray(table.numpy()[:, _reversed(table.shape[1].bit_length() - 1)]).reshape(-1)
 
 
 @lru_cache(maxsize=16)
