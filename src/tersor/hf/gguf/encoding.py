@@ -17,11 +17,12 @@ from tersor.contract.checks import check_matrix
 from tersor.errors import CorruptStoreError
 from tersor.files import load_sealed, save_sealed, tell_damaged
 from tersor.gguf import file, plan
-from tersor.gguf.encode import decode, encode
+from tersor.gguf.encode import encode
 from tersor.gguf.file import Entry
 from tersor.gguf.types.base import BlockType, CodedType
 from tersor.hf.compress.request import Progress
-from tersor.hf.gguf.inputs import Known, distortion, rows_of
+from tersor.hf.gguf.errors import measured
+from tersor.hf.gguf.inputs import Known, rows_of
 from tersor.hf.gguf.origin import Item, Origin
 
 PART = 1 << 24  # weights of a plain tensor that are copied at a time
@@ -78,10 +79,9 @@ def _encode(job: Job, item: Item, kind: CodedType, place: Path) -> dict[str, Any
     matrix, name = rows_of(item), item.entry.name
     check_matrix(matrix, name)
     stored = encode(kind, matrix, job.known.inputs(item), job.rounds)
-    decoded = decode(kind, stored, matrix.shape[1])
+    errors = measured(kind, stored, matrix, job.known.hessian(item))
     found = {"type": kind.name, "shape": list(item.entry.shape), "nbytes": stored.numel(),
-             "relative_error": distortion(matrix, decoded, None),
-             "distortion": distortion(matrix, decoded, job.known.hessian(item))}
+             "relative_error": errors.relative, "distortion": errors.distortion}
     save_sealed({"blocks": stored}, place, {"job": _stamp(job, name), "report": found})
     return found
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from tersor.gguf.encode import Inputs
 from tersor.gguf.file import Entry
 from tersor.hf.compress import calibrate, sensitivity
 from tersor.hf.compress.request import Progress, Sampling
+from tersor.hf.gguf.errors import PART
 from tersor.hf.gguf.origin import Item, Origin
 from tersor.hf.models.source import Source
 from tersor.numerics.settings import pinned
@@ -79,8 +79,10 @@ class Known:
         trace = None if item.matrix is None else self._calibration.fisher.get(item.matrix)
         if trace is None:
             return None
-        with pinned():
-            return sensitivity.weight(trace, rows_of(item), self.hessian(item))
+        rows, hessian = rows_of(item), self.hessian(item)
+        with pinned():  # a mean over rows, by parts of them
+            return sum(sensitivity.weight(trace, part, hessian) * len(part) / len(rows)
+                       for part in rows.split(max(1, PART // rows.shape[1])))
 
 
 def filled(weights: Mapping[str, float | None], origin: Origin) -> dict[str, float]:
@@ -89,13 +91,3 @@ def filled(weights: Mapping[str, float | None], origin: Origin) -> dict[str, flo
     known = {name: weight for name, weight in weights.items() if weight is not None}
     rate = sum(known.values()) / sum(elements[name] for name in known) if known else 1.0
     return {name: elements[name] * rate if weight is None else weight for name, weight in weights.items()}
-
-
-def distortion(matrix: Tensor, decoded: Tensor, hessian: Tensor | None) -> float:
-    """Return `tr(E H Eᵀ) / tr(W H Wᵀ)` of an error E, with the identity for an unknown H."""
-    wide = matrix.to(torch.float32)
-    error = wide - decoded
-    with pinned():
-        noise, signal = (float((part if hessian is None else part @ hessian).mul(part).sum(dtype=torch.float64))
-                         for part in (error, wide))
-    return max(noise, 0.0) / signal if signal > 0 else float(noise > 0)

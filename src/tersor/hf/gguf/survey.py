@@ -8,12 +8,15 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 import tersor
-from tersor.gguf.encode import decode, encode
+from tersor.gguf.encode import encode
 from tersor.gguf.types.base import BlockType, CodedType
 from tersor.gguf.types.ladder import BY_NUMBER, rungs
 from tersor.hf.compress.request import Progress
-from tersor.hf.gguf.inputs import Known, distortion, filled, rows_of
+from tersor.hf.gguf.errors import measured
+from tersor.hf.gguf.inputs import Known, filled, rows_of
 from tersor.hf.gguf.origin import Item, Origin
 from tersor.planning.plan import Choice
 from tersor.planning.trials import Trials
@@ -32,9 +35,11 @@ def run(origin: Origin, items: Sequence[Item], known: Known, file: Path, *, rate
         progress("survey", number, len(items))
         name = item.entry.name
         tried = near(item, rate, allowed)
-        for kind in tried:
-            if trials.find(name, kind.name) is None:
-                trials.add(_trial(item, kind, known))
+        missing = [kind for kind in tried if trials.find(name, kind.name) is None]
+        if missing:
+            sample = _sample(item)
+            for kind in missing:
+                trials.add(_trial(item, kind, known, sample))
         lines[name] = [(kind, trials.find(name, kind.name)) for kind in tried]
     progress("survey", len(items), len(items))
     weights = filled({item.entry.name: known.weight(item) for item in items}, origin)
@@ -53,12 +58,15 @@ def near(item: Item, rate: float, allowed: Collection[str]) -> list[CodedType]:
     return [kind for kind in listed if kind is listed[0] or SPAN[0] * rate <= kind.rate <= max(SPAN[1] * rate, 4.5)]
 
 
-def _trial(item: Item, kind: CodedType, known: Known) -> dict[str, Any]:
+def _sample(item: Item) -> Tensor:
     rows = rows_of(item)
-    sample = rows[:: max(1, rows.numel() // ELEMENTS)]
-    decoded = decode(kind, encode(kind, sample, known.inputs(item), ROUNDS), rows.shape[1])
-    return {"tensor": item.entry.name, "type": kind.name, "nbytes": kind.tensor_nbytes(rows.numel()),
-            "distortion": distortion(sample, decoded, known.hessian(item))}
+    return rows[:: max(1, rows.numel() // ELEMENTS)].clone()
+
+
+def _trial(item: Item, kind: CodedType, known: Known, sample: Tensor) -> dict[str, Any]:
+    stored = encode(kind, sample, known.inputs(item), ROUNDS)
+    return {"tensor": item.entry.name, "type": kind.name, "nbytes": kind.tensor_nbytes(item.entry.elements),
+            "distortion": measured(kind, stored, sample, known.hessian(item)).distortion}
 
 
 def _open(file: Path, mark: Any) -> Trials:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from tersor.errors import VerificationError
@@ -17,11 +16,11 @@ from tersor.gguf.encode import decode
 from tersor.gguf.types.base import BlockType
 from tersor.gguf.types.ladder import BY_NUMBER
 from tersor.hf.compress.request import Progress, no_progress
-from tersor.hf.gguf.inputs import distortion, flat, rows_of
+from tersor.hf.gguf.errors import measured, parts
+from tersor.hf.gguf.inputs import rows_of
 from tersor.hf.gguf.origin import Item, Origin
 
 AGREEMENT, FLOOR = 1e-3, 1e-12  # only the order of sums may differ from what the encoder measured
-PART = 1 << 22  # weights compared at a time
 
 
 def verify(path: Path, origin: Origin, report: Mapping[str, Mapping[str, Any]],
@@ -59,15 +58,10 @@ def verify(path: Path, origin: Origin, report: Mapping[str, Mapping[str, Any]],
 
 def _error(path: Path, stored: Tensor, kind: BlockType, item: Item) -> float:
     """Return the relative error of a stored tensor."""
-    rows, width = flat(item.entry)
-    step = max(1, PART // width)
-    matrix, blocks = rows_of(item), stored.reshape(rows, -1)
-    parts = []
-    for start in range(0, rows, step):
-        mine = decode(kind, blocks[start : start + step], width)
-        _check_decoded(path, item.entry.name, kind, blocks[start : start + step], mine)
-        parts.append(mine)
-    return distortion(matrix, torch.cat(parts), None)
+    matrix = rows_of(item)
+    for rows, blocks in parts(matrix, stored):
+        _check_decoded(path, item.entry.name, kind, blocks, decode(kind, blocks, rows.shape[1]))
+    return measured(kind, stored, matrix, None).relative
 
 
 def _check_decoded(path: Path, name: str, kind: BlockType, blocks: Tensor, mine: Tensor) -> None:
