@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tersor.gguf.solve import Metric, plainly, solve
-from tersor.gguf.types.base import BlockType, CodedType, ScalarType
+from tersor.gguf.types.base import BlockType, CodedType
 from tersor.numerics.linalg import inverse_cholesky
 from tersor.numerics.settings import steadily
 
@@ -52,10 +52,8 @@ def _rows(kind: CodedType, rows: Tensor, inputs: Inputs | None, rounds: int) -> 
     for number, start in enumerate(range(0, width, SPAN)):
         stop = min(start + SPAN, width)
         target = work[:, start:stop]
-        if inputs is None and isinstance(kind, ScalarType):
+        if inputs is None:
             state = plainly(kind, target, torch.ones(stop - start), rounds)
-        elif inputs is None:
-            state = solve(kind, target, Metric.of(torch.eye(stop - start)), rounds)
         else:
             metric = inputs.metrics[number]
             state = solve(kind, target, metric, rounds)

@@ -9,16 +9,15 @@ from torch import Tensor
 
 from tersor.gguf.state import State, inverse, nearest, to_half
 from tersor.gguf.types.base import CodedType
+from tersor.gguf.types.words import GROUP, WordType
+from tersor.gguf.wording import nearest_words
 
 TRIALS = 16  # widths of a sub-block's levels that are tried
 SUPER_TRIALS = 12  # of a block's
 
 
 def first_state(kind: CodedType, target: Tensor, weights: Tensor) -> State:
-    """Return a state whose scales fit `target` (n, w) under weights (w,), and whose levels are the nearest.
-
-    Levels of a type of words are those that each weight would have by itself.
-    """
+    """Return a state whose scales fit `target` (n, w) under weights (w,); levels are still to be chosen."""
     n, width = target.shape
     parts, by_sub = target.reshape(n, -1, kind.sub), weights.reshape(1, -1, kind.sub)
     steps, floors = _shifted(kind, parts, by_sub) if kind.shifted else (_symmetric(kind, parts, by_sub), None)
@@ -33,14 +32,16 @@ def first_state(kind: CodedType, target: Tensor, weights: Tensor) -> State:
     else:
         bounds = kind.mins
         dmin, mins = _whole(floors, weight, lambda wanted: wanted.round().clamp(*bounds), (blocks, bounds, 1.0))
-    return rounded(kind, target, State(torch.zeros_like(target, dtype=torch.int8), d, scales, dmin, mins))
+    return State(torch.zeros_like(target, dtype=torch.int8), d, scales, dmin, mins)
 
 
 def rounded(kind: CodedType, target: Tensor, state: State) -> State:
     """Return a state with the levels nearest to the target."""
     n, k = state.scales.shape
     scaled = (target.reshape(n, k, -1) + state.floors()[..., None]) * inverse(state.steps())[..., None]
-    levels = nearest(kind, scaled).to(torch.int8).reshape(target.shape)
+    found = nearest_words(kind, scaled.reshape(-1, GROUP), torch.eye(GROUP)) if isinstance(kind, WordType) else (
+        nearest(kind, scaled))
+    levels = found.to(torch.int8).reshape(target.shape)
     return State(levels, state.d, state.scales, state.dmin, state.mins)
 
 

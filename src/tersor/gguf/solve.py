@@ -85,7 +85,7 @@ def fed_back(kind: CodedType, target: Tensor, state: State, metric: Metric) -> S
 
 def plainly(kind: CodedType, target: Tensor, weights: Tensor, rounds: int) -> State:
     """Return a state near `target` where errors of different columns do not make up for one another."""
-    best = state = first_state(kind, target, weights)
+    best = state = rounded(kind, target, first_state(kind, target, weights))
     metric = torch.diag(weights)
     least = (weights * (target - best.values()).square()).sum(1)
     for _ in range(rounds):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 from torch import Tensor
@@ -83,8 +84,15 @@ def nearest(kind: CodedType, scaled: Tensor) -> Tensor:
     low, high = kind.levels[0], kind.levels[-1]
     if high - low == len(kind.levels) - 1:
         return scaled.round().clamp_(low, high)
-    levels = levels_of(kind, scaled)
-    return levels[torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2)]
+    return _halfway(kind.levels)[(2.0 * scaled.clamp(low, high)).ceil().to(torch.int64) - 2 * low]
+
+
+@functools.cache
+def _halfway(levels: tuple[int, ...]) -> Tensor:
+    """Return the level nearest to each half number from the least to the largest; the lower one halfway between."""
+    table = torch.tensor(levels, dtype=torch.float32)
+    halves = torch.arange(2 * levels[0], 2 * levels[-1] + 1, dtype=torch.float32) / 2
+    return table[torch.bucketize(halves, (table[1:] + table[:-1]) / 2)]
 
 
 def inverse(steps: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from tersor.gguf.state import inverse
 from tersor.gguf.types.words import GROUP, WordType
 
-LIKELY = 8  # words that are weighed under the whole metric, after the first choice under its diagonal
+LIKELY = 16  # words that are weighed under the whole metric, after the first choice under its diagonal
 HALVES = 4  # of each half, where a word has four weights
 
 
@@ -56,6 +56,15 @@ def nearest_words(kind: WordType, scaled: Tensor, metric: Tensor) -> Tensor:
 
 
 def _likely(words: Tensor, sizes: Tensor, weights: Tensor, count: int) -> Tensor:
-    """Return the positions (n, count) of the words nearest to magnitudes under weights of their columns."""
-    costs = torch.addmm(words.square() @ weights, sizes * weights, words.T, alpha=-2)
-    return costs.topk(count, dim=-1, largest=False, sorted=False).indices
+    """Return positions (n, count) of words near to magnitudes under weights of their columns, the nearest among them.
+
+    Words are dealt into as many hands as are wanted, and the best of each is taken. Costs are not negative, so that
+    they are ordered as their bits are, the last of which give way to the word's number: one minimum finds both, which
+    is ten times as fast as a sort.
+    """
+    scaled = sizes * weights
+    costs = torch.addmm((words.square() @ weights)[:, None], words, scaled.T, alpha=-2)
+    bits = costs.add_((scaled * sizes).sum(1)).clamp_(min=0.0).view(torch.int32)
+    numbers = torch.arange(len(words), dtype=torch.int32, device=bits.device)
+    marked = bits.bitwise_and_(-len(words)).bitwise_or_(numbers[:, None])
+    return (marked.reshape(-1, count, len(sizes)).amin(0) & len(words) - 1).T.to(torch.int64)

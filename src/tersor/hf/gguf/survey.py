@@ -22,8 +22,8 @@ from tersor.planning.plan import Choice
 from tersor.planning.trials import Trials
 
 ELEMENTS = 1 << 16  # weights of a tensor that a trial encodes
-SPAN = (0.5, 2.4)  # types tried, as multiples of the rate asked for
-ROUNDS = 1
+SPAN = (0.6, 2.0)  # types tried, as multiples of the rate asked for
+ROUNDS = 1  # of fitting scales again
 
 
 def run(origin: Origin, items: Sequence[Item], known: Known, file: Path, *, rate: float, allowed: Collection[str],
