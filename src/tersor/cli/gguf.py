@@ -10,6 +10,7 @@ import typer
 from tersor.cli.base import (
     SIZE,
     AsJson,
+    Calib,
     CalibrationText,
     Context,
     Effort,
@@ -46,6 +47,7 @@ def compress_to(name: str, unread: list[str]) -> None:
 def gguf(src: Src, output: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="file to write; must not exist")],
          rate: Annotated[float | None, typer.Option(help=GGUF_RATE, show_default="4.5, unless --size is given")] = None,
          size: Annotated[str | None, typer.Option(help=SIZE)] = None, calibration: CalibrationText = None,
+         moments: Calib = None,
          calibrated: Annotated[bool, typer.Option("--calibrated/--uncalibrated",
                                                   help="weigh errors by what text shows of the inputs")] = True,
          text: HeldoutText = None, tokens: Tokens = 65536, evaluation_tokens: EvaluationTokens = 8192,
@@ -63,13 +65,18 @@ def gguf(src: Src, output: Annotated[Path, typer.Argument(metavar="OUT.gguf", he
     from tersor.hf.gguf.run import GgufSettings, write_gguf
 
     existing_model(src)
-    settings = GgufSettings(calibration, calibrated, text, Sampling(tokens, context=context, seed=seed),
-                            evaluation_tokens, context, effort or "normal", resume, requantize, tuple(dense or ()),
-                            tuple(types.split(",")) if types else ())
+    settings = GgufSettings(calibration=calibration, calibrated=calibrated, moments=moments, text=text,
+                            sampling=Sampling(tokens, context=context, seed=seed), evaluation_tokens=evaluation_tokens,
+                            context=context, effort=effort or "normal", resume=resume, requantize=requantize,
+                            dense=tuple(dense or ()), types=tuple(types.split(",")) if types else ())
     nbytes = None if size is None else parse_size(size)
     with Bars() as progress:
         report = write_gguf(src, output, 4.5 if rate is None and nbytes is None else rate, size=nbytes,
                             settings=settings, progress=progress)
+    for width, line in report["widths"].items():
+        takes = f"no type but {', '.join(line['types'])}" if line["types"] else "no type, and stay as they are"
+        VOICE.get().say(f"{line['tensors']} matrices with rows of {width} weights, such as '{line['such_as']}', take "
+                        f"{takes}")
     summary = dict(report["summary"])
     types = ", ".join(f"{count} {name}" for name, count in summary.pop("types").items())
     VOICE.get().say(f"types of the matrices: {types}")

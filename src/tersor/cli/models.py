@@ -99,8 +99,9 @@ def compress(src: Src, output: NewOut, rate: BudgetRate = None, size: Size = Non
                   "--leave-out": leave_out, "--dry-run": dry_run, "--base-model": base_model,
                   "--device": device != "cpu"}
         compress_to(file_format, [name for name, given in unread.items() if given])
-        gguf(src, output, rate, size, calibration, calibrated, text, tokens, evaluation_tokens, context, effort, seed,
-             dense, resume=resume, as_json=as_json)
+        gguf(src, output, rate, size, calibration=calibration, calibrated=calibrated, text=text, tokens=tokens,
+             evaluation_tokens=evaluation_tokens, context=context, effort=effort, seed=seed, dense=dense, resume=resume,
+             as_json=as_json)
         return
     directory(output)
     settings = run.CompressSettings(

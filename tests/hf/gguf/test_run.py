@@ -12,11 +12,15 @@ import torch
 from tersor.errors import BudgetError, CodecConfigError, ModelError, VerificationError
 from tersor.gguf import file
 from tersor.gguf.types.ladder import BY_NUMBER
+from tersor.hf.compress import calibrate
 from tersor.hf.compress.request import Sampling
 from tersor.hf.gguf import encoding
 from tersor.hf.gguf.from_folder import open_folder
 from tersor.hf.gguf.run import write_gguf
 from tersor.hf.gguf.verify import verify
+from tersor.hf.models.source import open_source
+from tersor.hf.models.text import default_calibration
+from tersor.planning.calibration import Calibration
 from tests.hf.gguf.tiny_gguf import save
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -46,6 +50,8 @@ def test_a_directory_becomes_a_file_of_its_size(folder: Path, tmp_path: Path) ->
     assert json.loads((tmp_path / "m.gguf.report.json").read_text())["tensors"] == report["tensors"]
     types = {name: line["type"] for name, line in report["tensors"].items()}
     assert types["output_norm.weight"] == types["blk.0.ffn_norm.weight"] == "F32"
+    assert report["widths"] == {"320": {"tensors": 1, "such_as": "blk.0.ffn_down.weight",
+                                        "types": ["IQ4_NL", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]}}
     assert types["blk.0.ffn_down.weight"] in ("IQ4_NL", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "BF16")  # rows of 320
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf", "m.gguf.report.json", "m.gguf.work"]
 
@@ -128,6 +134,18 @@ def test_quantized_files_need_to_be_asked_for(dense: Path, tmp_path: Path) -> No
         write_gguf(tmp_path / "six.gguf", tmp_path / "four.gguf", 6, **PLAIN)
     report = write_gguf(tmp_path / "six.gguf", tmp_path / "four.gguf", 6, requantize=True, **PLAIN)
     assert report["summary"]["bytes"] < (tmp_path / "six.gguf").stat().st_size
+
+
+def test_one_calibration_serves_several_sizes(folder: Path, tmp_path: Path) -> None:
+    source = open_source(folder, tmp_path / "staged")
+    calibrate.run(source, default_calibration(), tmp_path / "calib", QUICK["sampling"])
+    given = write_gguf(folder, tmp_path / "a.gguf", 5, moments=tmp_path / "calib", **QUICK)
+    own = write_gguf(folder, tmp_path / "b.gguf", 5, **QUICK)
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+    assert given["provenance"] == own["provenance"]
+    Calibration({"other": torch.eye(4)}, 1, "text").save(tmp_path / "odd")
+    with pytest.raises(CodecConfigError, match="names no matrix"):
+        write_gguf(folder, tmp_path / "c.gguf", 5, moments=tmp_path / "odd", **QUICK)
 
 
 def test_tensors_stay_dense_where_asked(folder: Path, tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ from tersor.planning.calibration import Calibration
 
 ROUNDS = {"fast": 0, "normal": 2, "best": 6}
 OUTPUT = "output"
+LARGE = 256  # weights of the blocks of most types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,8 @@ class GgufSettings:
         Text; None uses the packaged one.
     calibrated : bool
         False: no calibration; errors of all weights count alike, and there is no error feedback.
+    moments : Path or None
+        A file that `tersor calibrate` wrote of the same model, instead of reading the text: for several sizes.
     text : Path or None
         Held-out text to evaluate on; None uses the packaged one.
     sampling : Sampling
@@ -72,6 +75,7 @@ class GgufSettings:
 
     calibration: Path | None = None
     calibrated: bool = True
+    moments: Path | None = None
     text: Path | None = None
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     evaluation_tokens: int = 8192
@@ -115,7 +119,7 @@ def write_gguf(source: str | Path, output: str | Path, rate: float | None = None
     Returns
     -------
     dict
-        The report: `summary`, `tensors` by name, `evaluation`, `provenance`.
+        The report: `summary`, `tensors` by name, `widths` that most types do not take, `evaluation`, `provenance`.
 
     Raises
     ------
@@ -202,10 +206,30 @@ def _check(origin: Origin, items: Sequence[Item], budget: int, settings: GgufSet
     plan.spend_file(origin.pairs, [item.entry for item in origin.items], least, budget)
     if settings.calibrated or settings.evaluation_tokens:
         check_text(model_class(origin.known().config))
-    if settings.calibrated:
+    if settings.moments is not None:
+        _read_moments(settings, items)
+    elif settings.calibrated:
         read_ids(origin.known(), settings.text_seen, settings.sampling.context, settings.sampling.tokens)
     if settings.evaluation_tokens:
         read_ids(origin.known(), settings.heldout, settings.context, settings.evaluation_tokens)
+
+
+def _read_moments(settings: GgufSettings, items: Sequence[Item]) -> Calibration:
+    """Return the calibration in the user's file.
+
+    Raises
+    ------
+    CodecConfigError
+        If it is of another model, or calibration is not wanted.
+    """
+    assert settings.moments is not None
+    if not settings.calibrated:
+        raise CodecConfigError(f"{settings.moments}: a calibration, but none is wanted; leave out one of both")
+    found = Calibration.load(settings.moments)
+    if not any(item.matrix in found.hessians for item in items):
+        raise CodecConfigError(f"{settings.moments}: names no matrix of this model, but {sorted(found.hessians)[:3]}; "
+                               "calibrate this model")
+    return found
 
 
 def _least(origin: Origin, items: Sequence[Item], allowed: Sequence[str]) -> dict[str, list[plan.Choice[BlockType]]]:
@@ -223,7 +247,11 @@ def _least(origin: Origin, items: Sequence[Item], allowed: Sequence[str]) -> dic
 
 def _mark(origin: Origin, settings: GgufSettings) -> list[Any]:
     """Return what the bytes of a tensor depend on, besides its type."""
-    seen = [text_source(settings.text_seen), dataclasses.asdict(settings.sampling)] if settings.calibrated else None
+    seen: Any = None
+    if settings.moments is not None:
+        seen = Calibration.load(settings.moments).sha256
+    elif settings.calibrated:
+        seen = [text_source(settings.text_seen), dataclasses.asdict(settings.sampling)]
     return [tersor.__version__, origin.fingerprint, seen, settings.effort, list(settings.dense)]
 
 
@@ -235,7 +263,9 @@ def _stages(model: tuple[Origin, Sequence[Item]], budget: int, settings: GgufSet
             progress: Progress) -> dict[str, Any]:
     origin, items = model
     calibration: Calibration | None = None
-    if settings.calibrated:
+    if settings.moments is not None:
+        calibration = _read_moments(settings, items)
+    elif settings.calibrated:
         calibration = calibrated(origin.known(), settings.text_seen, work / "calibration.safetensors",
                                  settings.sampling, progress)
     mark = [*_mark(origin, settings), None if calibration is None else calibration.sha256]
@@ -251,7 +281,8 @@ def _stages(model: tuple[Origin, Sequence[Item]], budget: int, settings: GgufSet
     if nbytes > budget or nbytes != plan.file_nbytes(origin.pairs, entries, types):
         raise TersorError(f"internal: wrote {nbytes} bytes for a budget of {budget}")
     checked = verify(work / OUTPUT, origin, lines, progress)
-    report: dict[str, Any] = {"summary": _summary(origin, lines, nbytes, budget) | checked, "tensors": lines}
+    report: dict[str, Any] = {"summary": _summary(origin, lines, nbytes, budget) | checked, "tensors": lines,
+                              "widths": _widths(origin, settings)}
     if settings.evaluation_tokens:
         report["evaluation"] = evaluate(work / OUTPUT, origin, settings.heldout, context=settings.context,
                                         tokens=settings.evaluation_tokens, progress=progress)
@@ -259,6 +290,18 @@ def _stages(model: tuple[Origin, Sequence[Item]], budget: int, settings: GgufSet
     report["provenance"] = {"tersor": tersor.__version__, "source_sha256": origin.fingerprint, "calibration": seen,
                             "effort": settings.effort, "dense": list(settings.dense)}
     return report
+
+
+def _widths(origin: Origin, settings: GgufSettings) -> dict[str, dict[str, Any]]:
+    """Return the widths of matrices that are no multiple of a large block: how many matrices, and what they can be."""
+    found: dict[str, dict[str, Any]] = {}
+    for item in origin.items:
+        width = item.entry.shape[-1]
+        if quantizable(item.entry) and width % LARGE:
+            line = found.setdefault(str(width), {"tensors": 0, "such_as": item.entry.name})
+            line["tensors"] += 1
+            line["types"] = [kind.name for kind in rungs(width, settings.types)]
+    return found
 
 
 def _summary(origin: Origin, lines: Mapping[str, Mapping[str, Any]], nbytes: int, budget: int) -> dict[str, Any]:
