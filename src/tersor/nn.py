@@ -57,8 +57,13 @@ class Buffers:
 
     def encoded(self) -> Encoded:
         """Return the encoded matrix that the buffers hold now."""
-        places = {key: self._place(key) for key in self.codec.layout(self.shape)}
-        return Encoded(self.codec, self.shape, {key: module.get_buffer(name) for key, (module, name) in places.items()})
+        found = {key: getattr(module, name) for key, (module, name) in self.places.items()}
+        return Encoded(self.codec, self.shape, found)
+
+    @cached_property
+    def places(self) -> dict[str, tuple[nn.Module, str]]:
+        """The module and the name under which it holds each tensor of the payload."""
+        return {key: self._place(key) for key in self.codec.layout(self.shape)}
 
     def multiply(self, x: Tensor) -> Tensor:
         """Return `x` times the transpose, as `Encoded.matmul` does: by a product made ready where nothing watches."""
@@ -73,11 +78,10 @@ class Buffers:
         return self._made().encoded.gather(ids)
 
     def _made(self) -> Made:
-        return self.ready.made([module.get_buffer(name) for module, name in self._places], self.encoded)
-
-    @cached_property
-    def _places(self) -> list[tuple[nn.Module, str]]:
-        return [self._place(key) for key in self.codec.layout(self.shape)]
+        tensors = [getattr(module, name) for module, name in self.places.values()]
+        if any(isinstance(tensor, nn.Parameter) for tensor in tensors):  # a device map may take them away: none is kept
+            return Made(tensors, self.encoded())
+        return self.ready.made(tensors, self.encoded)
 
     def _place(self, key: str) -> tuple[nn.Module, str]:
         return self.shared.get(key, (self.owner, f"{self.prefix}/{key}"))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tersor.codecs.trellis.angles import FOLD, Folded, folded
 from tersor.codecs.trellis.streamed import Streamed
-from tersor.codecs.trellis.viterbi import values_on
+from tersor.codecs.trellis.viterbi import image_on, values_on
 from tersor.contract.codec import Encoded
 from tersor.ops.window_linear import MOST_MEMORY, ready_windows, window_linear
 from tersor.payload.blocks import Few
@@ -55,5 +55,6 @@ class FoldedTrellis(Streamed):
         if self.memory > MOST_MEMORY:
             return super().matmul(encoded, x)
         held = encoded.tensors
-        return window_linear(x, held["codes"], values_on(self.code, x.device), held["scales"], self.code.shifts,
+        image = image_on(self.code, x.device) if x.is_cuda else None
+        return window_linear(x, held["codes"], values_on(self.code, x.device), held["scales"], self.code.shifts, image,
                              across=self.axis == "out")

@@ -56,7 +56,7 @@ def _given(numbers: Tensor) -> Callable[[], Tensor]:
 
 
 def _item(source: Source, known: Architecture, parameter: str, name: str) -> Item:
-    shape = tuple(source.account.place(parameter).shape)
+    shape = tuple(source.account.origin(parameter).shape)
     dtype = source.dtypes[parameter]
     if dtype not in PLAIN:
         raise ModelError(f"{source.path}: '{parameter}' is of {dtype}; expected float32, float16 or bfloat16")

@@ -18,6 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tersor import store
 from tersor.errors import CorruptStoreError
+from tersor.hf.models import placing
 from tersor.hf.models.matrices import Matrix, unsaved, walk
 from tersor.nn import Buffers, CompressedEmbedding, CompressedLinear, TiedLinear, WeightView
 
@@ -62,6 +63,14 @@ class TersorQuantizer(HfQuantizer):
         opened.check_loaded(kwargs["checkpoint_files"])
         opened.verify(complete=folder.parent.name != "snapshots")  # of a hub's cache, which holds what was asked for
         install(model, opened)
+        if placing.spreads(kwargs.get("device_map")):
+            placing.check_tables(model, kwargs["device_map"])
+            placing.as_parameters(model)
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        del kwargs
+        placing.settle(model)
         return model
 
 
