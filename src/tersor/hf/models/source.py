@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from tersor.contract.checks import check_matrix
 from tersor.errors import ModelError
@@ -22,7 +22,7 @@ from tersor.hf.models import gguf_file, staging
 from tersor.hf.models.checkpoint import Account, Held, account
 from tersor.hf.models.classes import model_class, takes_text
 from tersor.hf.models.ledger import Ledger
-from tersor.hf.models.matrices import Matrix, Parts, empty_model, quiet, read_config, refused, walk
+from tersor.hf.models.matrices import Matrix, Parts, empty_model, read_config, walk
 from tersor.hf.models.places import Origin, locate
 from tersor.hf.models.quantized import dense as dequantized
 from tersor.hf.models.quantized import settings
@@ -32,6 +32,7 @@ from tersor.payload.layout import TensorSpec
 from tersor.store.manifest import FORMAT_VERSION, file_digest
 
 ADAPTER = "adapter_config.json"
+DIGESTS = 4  # files whose digests are computed at a time
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -178,9 +179,13 @@ def _state(file: Path) -> tuple[int, int, int]:
 
 def _digest(files: Iterable[Path]) -> str:
     """Return the SHA-256 over files: a configuration as it is, weights by their own digests."""
+    def digest(file: Path) -> bytes:
+        return file.read_bytes() if file.name == "config.json" else bytes.fromhex(file_digest(file))
+
     sha = hashlib.sha256()
-    for file in files:
-        sha.update(file.read_bytes() if file.name == "config.json" else bytes.fromhex(file_digest(file)))
+    with ThreadPoolExecutor(DIGESTS) as pool:
+        for part in pool.map(digest, files):
+            sha.update(part)
     return sha.hexdigest()
 
 
@@ -272,21 +277,6 @@ def _asked(layout: Parts, account: Account, dense: tuple[Collection[str], Sequen
                 for key in account.matching(pattern)}
     carried = {key: torch.Size(place.shape) for key, place in account.extra.items() if key not in left_out}
     return dataclasses.replace(layout, plain={**layout.plain, **carried}), left_out
-
-
-def load_dense(source: Source, device: str = "cpu") -> PreTrainedModel:
-    """Load the dense model of a source: in its own dtype on a GPU, in float32 on a CPU."""
-    dtype = torch.float32 if device == "cpu" else "auto"
-    kind: Any = model_class(source.config)
-    as_it_is = source.path.is_dir() and not settings(read_config(source.path))
-    given: dict[str, Any] = {"pretrained_model_name_or_path": source.folder if as_it_is else None}
-    if not as_it_is:
-        tensors = {name: source.tensor(name) for name in source.account.located}
-        given |= {"config": copy.deepcopy(source.config), "state_dict": tensors}
-    with refused(f"{source.path}: transformers cannot load it"), quiet():
-        model = kind.from_pretrained(**given, dtype=dtype, local_files_only=True)
-    source.check_unchanged()
-    return model.to(device).eval()
 
 
 def read_matrix(source: Source, matrix: Matrix, device: str) -> Tensor:
