@@ -16,10 +16,10 @@ from tersor.gguf.types.ladder import BY_NUMBER
 from tersor.hf.compress.request import Progress
 from tersor.hf.gguf.inputs import flat
 from tersor.hf.gguf.origin import Origin
-from tersor.hf.models.classes import predicts_next_token
-from tersor.hf.models.evaluate import compare
+from tersor.hf.models.evaluate import Original, batched, compare, vocabulary
+from tersor.hf.models.hollow import load_dense
 from tersor.hf.models.matrices import quiet, refused
-from tersor.hf.models.source import Source, load_dense
+from tersor.hf.models.source import Source
 from tersor.hf.models.text import read_ids, text_source
 
 
@@ -28,12 +28,14 @@ def evaluate(path: Path, origin: Origin, text: Path, *, context: int, tokens: in
     """Return the figures of a file's model on a held-out text, by its decoded weights in float32."""
     source = origin.known()
     ids = read_ids(source, text, context, tokens)
+    batches = batched(ids, context, context, vocabulary(source))
+    original = Original(source, [inputs for inputs, _ in batches])
     model = _read(path) if origin.path.is_file() else _filled(path, origin, source)
-    original = load_dense(source)
-    score = compare(model, original, ids, context, context, lambda done, total: progress("evaluate", done, total))
+    score = compare(model, original, batches, next_token=original.next_token,
+                    step=lambda done, total: progress("evaluate", done, total))
     if not math.isfinite(score.nll + score.kl + score.error):
         raise NonFiniteError(f"{path}: the encoded model's outputs hold NaN or infinity on {text}")
-    return {**score.figures(next_token=predicts_next_token(type(original))), "context": context,
+    return {**score.figures(next_token=original.next_token), "context": context,
             "tokens": score.positions, "text": text_source(text)}
 
 

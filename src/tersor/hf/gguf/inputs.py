@@ -7,6 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from tersor.errors import CorruptStoreError
+from tersor.files import tell_damaged
 from tersor.gguf.encode import Inputs
 from tersor.gguf.file import Entry
 from tersor.hf.compress import calibrate, sensitivity
@@ -20,11 +22,14 @@ from tersor.planning.calibration import Calibration, hessian_of
 
 def calibrated(source: Source, text: Path, file: Path, sampling: Sampling, progress: Progress) -> Calibration:
     """Return the calibration in a file of the work folder, which is made if it is not there."""
-    found = calibrate.finished(file)
-    if found is None:
-        calibrate.run(source, text, file, sampling, progress=progress)
-        found = Calibration.load(file)
-    return found
+    if file.exists():
+        try:
+            return Calibration.load(file)
+        except CorruptStoreError as error:
+            tell_damaged(error)
+            file.unlink()
+    calibrate.run(source, text, file, sampling, progress=progress)
+    return Calibration.load(file)
 
 
 def rows_of(item: Item) -> Tensor:
