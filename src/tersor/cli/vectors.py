@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
@@ -100,9 +101,7 @@ def export(place: Set, output: Annotated[Path, typer.Argument(metavar="OUT", hel
         raise CodecConfigError(f"--to: expected faiss, found '{to}'")
     refuse_existing(output)
     found = vectors.to_faiss(Index.load(_index(place)))
-    import faiss
-
-    held = faiss.serialize_index(found)
+    held = importlib.import_module("faiss").serialize_index(found)
     write_new(output, lambda handle: handle.write(held.tobytes()))
     emit({"kind": type(found).__name__, "vectors": found.ntotal, "bytes": len(held)}, as_json, f"{place} → {output}")
 
