@@ -178,6 +178,12 @@ class Held:
             yield first, block
             first += len(block)
 
+    def is_kin(self, other: Held) -> bool:
+        """Tell whether both have the same tables and lists."""
+        mine, theirs = (({} if one.lists is None else {"": one.lists.centroids}) | dict(one.tables)
+                        for one in (self, other))
+        return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
     def plus(self, added: Iterable[Block], rows: int) -> Held:
         """Return this with more vectors, encoded with the same tables, in blocks of at most `rows`.
 

@@ -9,6 +9,8 @@ writers encode side by side and replace it one after another.
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self, SupportsIndex, final
@@ -22,7 +24,7 @@ from tersor.contract.operator import like
 from tersor.errors import CodecConfigError
 from tersor.payload.blocks import Tables
 from tersor.vectors import rowwise, saving
-from tersor.vectors.checks import METRICS, Ids, ids_of, new_ids, vectors_of
+from tersor.vectors.checks import METRICS, Ids, ids_of, integer, new_ids, vectors_of
 from tersor.vectors.choice import TRELLIS
 from tersor.vectors.held import Block, Held
 from tersor.vectors.lists import SAMPLES, Lists
@@ -137,6 +139,45 @@ class Index(Reader):
     def reset(self) -> None:
         """Remove all vectors; what was trained stays, and ids begin anew."""
         self._changed("reset", lambda held: (Held(held.tables, (), held.lists), {}, held.count))
+
+    def emptied(self) -> Self:
+        """Return an index without vectors, of the same settings and training: parts that will be merged start so."""
+        other = copy.copy(self)
+        other._held = Held(self._held.tables, (), self._held.lists)
+        return other
+
+    def merge(self, other: Index) -> None:
+        """Add the vectors of an index that was trained with this one (`emptied`, `shard`, copies); ids stay.
+
+        Raises
+        ------
+        CodecConfigError
+            If it was trained apart, so that its codes mean something else, or has ids of this one.
+        """
+        theirs = other._held
+
+        def change(held: Held) -> tuple[Held, Mapping[str, Tensor], int]:
+            if other.codec != self.codec or not held.is_kin(theirs):
+                raise CodecConfigError("index: it was trained apart from the other, so codes of one say nothing in the "
+                                       "other; train once, and start parts from emptied()")
+            _check_new(held, theirs.ids)
+            blocks = list(theirs.blocks)
+            return held.plus(blocks, self._rows), saving.change_of(blocks) if self._journal else {}, theirs.count
+
+        if theirs.blocks:
+            self._changed("add", change)
+
+    def shard(self, count: SupportsIndex) -> list[Self]:
+        """Return so many indexes with a share of the vectors each, in order; ids stay. `merge` joins them again."""
+        held, parts = self._held, integer(count, "count", 1)
+        edges = [i * held.count // parts for i in range(parts + 1)]
+        found = []
+        for first, last in itertools.pairwise(edges):
+            one, keep = self.emptied(), torch.zeros(held.count, dtype=torch.bool)
+            keep[first:last] = True
+            one._held = held.without(keep)
+            found.append(one)
+        return found
 
     def sa_encode(self, x: Tensor | np.ndarray) -> Any:
         """Return stand-alone codes of vectors (n, dim): uint8 (n, code_size), an array for an array.

@@ -171,7 +171,7 @@ def test_a_file_that_ends_early_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     refused(folder, tmp_path / "s", r"model-00003-of-00004\.safetensors: missing, damaged or no safetensors file")
     sound = open_source(tiny("llama"), tmp_path / "s")
     place = sound.account.origin(UP).places[0]
-    with pytest.raises(ModelError, match="has no .* bytes from byte"):
+    with pytest.raises(ModelError, match=r"has no .* bytes from byte"):
         dataclasses.replace(place, start=place.file.stat().st_size).read()
 
 

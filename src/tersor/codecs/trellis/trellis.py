@@ -25,7 +25,8 @@ from tersor.ops.window_linear import MOST_MEMORY, takes, window_linear
 from tersor.payload import codes
 from tersor.payload.blocks import Few, Rows, Shape, after
 
-FEW = 64  # vectors that meet the signs of streams; for more, rows are decoded
+FEW = 64  # vectors that meet the signs of streams, or windows; for more, rows are decoded
+SIGNED = 8  # vectors that meet signs also where kernels look windows up: as many as one product of signs takes
 
 
 @final
@@ -106,12 +107,13 @@ class Trellis(Streamed, MultipliesRotated):
         return after(ready_filter(taps, held["scales"], line), product)
 
     def _looked_up(self, encoded: Encoded, x: Tensor) -> bool:
-        """Tell whether windows are looked up instead: on CUDA by more than one vector, in half precision there."""
+        """Tell whether windows are looked up instead: by many vectors on the processor, and by some on CUDA."""
         if self.memory > MOST_MEMORY:
             return False
+        width = encoded.shape[1]
         if not x.is_cuda:
-            return x.numel() > FEW * encoded.shape[1]
-        return x.numel() > encoded.shape[1] and _looked_up(self.filter, encoded.shape, self.axis)
+            return x.numel() > FEW * width
+        return SIGNED * width < x.numel() <= FEW * width and _looked_up(self.filter, encoded.shape, self.axis)
 
     def coordinates(self, encoded: Encoded) -> Coordinates:
         """Return signs, met by filtered vectors; decoded rows where streams run along outputs."""

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from tersor.payload.layout import TensorSpec
 from tersor.store.manifest import FORMAT_VERSION, file_digest
 
 ADAPTER = "adapter_config.json"
+DIGESTS = 4  # files whose digests are computed at a time
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -177,9 +179,13 @@ def _state(file: Path) -> tuple[int, int, int]:
 
 def _digest(files: Iterable[Path]) -> str:
     """Return the SHA-256 over files: a configuration as it is, weights by their own digests."""
+    def digest(file: Path) -> bytes:
+        return file.read_bytes() if file.name == "config.json" else bytes.fromhex(file_digest(file))
+
     sha = hashlib.sha256()
-    for file in files:
-        sha.update(file.read_bytes() if file.name == "config.json" else bytes.fromhex(file_digest(file)))
+    with ThreadPoolExecutor(DIGESTS) as pool:
+        for part in pool.map(digest, files):
+            sha.update(part)
     return sha.hexdigest()
 
 

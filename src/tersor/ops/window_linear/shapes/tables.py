@@ -21,7 +21,6 @@ COLUMNS = 256  # of a warp's step across lines: whole sectors of every row of bi
 LEAST = 128  # columns that 16 bytes hold
 MOST_BEFORE = 16  # rows of bits before a tile: of two bytes of lanes
 CHUNKS = (32, 64, 128)  # numbers of a lane along lines, the first of whole 16 bytes
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MOST_VECTORS = 64
 WARPS = 8  # of a program
 SHARES = ((4, 2), (8, 1))  # warps that share rows, and groups of them
