@@ -83,7 +83,7 @@ def test_bad_files_are_named(files: dict[str, Path], tmp_path: Path) -> None:
                           ("cut.fvecs", "vectors of one length"), ("odd.fvecs", "different lengths"),
                           ("none.fvecs", "vectors of one length"), ("x.csv", "found '.csv'")):
         with pytest.raises(CodecConfigError, match=message):
-            open_vectors(tmp_path / name)
+            list(open_vectors(tmp_path / name).chunks())
     with pytest.raises(CodecConfigError, match="of tables only"):
         open_vectors(files["x.npy"], "v")
     with pytest.raises(FileNotFoundError, match="no such file; expected vectors"):

@@ -24,7 +24,6 @@ from tersor.cli.base import (
     HeldoutText,
     LeaveOut,
     OptionTexts,
-    Out,
     Resume,
     Seed,
     Sensitivities,
@@ -33,6 +32,7 @@ from tersor.cli.base import (
     Tokens,
     Whole,
     device_of,
+    directory,
     emit,
     existing_model,
     open_source,
@@ -43,12 +43,16 @@ from tersor.cli.base import (
 )
 from tersor.cli.figures import parse_size
 from tersor.cli.funnel import existing
+from tersor.cli.gguf import FORMATS, FileFormat, compress_to, gguf
 from tersor.cli.reduce import REDUCTIONS
 from tersor.cli.telling import VOICE, Bars
 from tersor.errors import CodecConfigError
 from tersor.families import DEFAULT
 from tersor.files import exclusive
 from tersor.planning.plan import to_json
+
+NewOut = Annotated[Path, typer.Argument(metavar="OUT", help="output directory, or the file of another --format; must "
+                                                              "not exist")]
 
 
 def read_weights(path: Path | None) -> dict[str, float]:
@@ -71,7 +75,7 @@ def families(as_json: AsJson = False) -> None:
 
 
 @exclusive("output")
-def compress(src: Src, output: Out, rate: BudgetRate = None, size: Size = None, codec: Codec = DEFAULT,
+def compress(src: Src, output: NewOut, rate: BudgetRate = None, size: Size = None, codec: Codec = DEFAULT,
              calibration: CalibrationText = None,
              calibrated: Annotated[bool, typer.Option("--calibrated/--uncalibrated",
                                                       help="weigh errors by what text shows of the inputs")] = True,
@@ -82,7 +86,7 @@ def compress(src: Src, output: Out, rate: BudgetRate = None, size: Size = None, 
              samples: Annotated[int, typer.Option(help="sample generations in the report; 0: none")] = 3,
              base_model: Annotated[str | None, typer.Option(help="OWNER/NAME of the original, for the card")] = None,
              dry_run: Annotated[bool, typer.Option("--dry-run", help="estimate bytes, memory and time only")] = False,
-             as_json: AsJson = False) -> None:
+             file_format: FileFormat = FORMATS[0], as_json: AsJson = False) -> None:
     """Compress a model to a budget. Calibrates, surveys, plans, encodes, verifies and evaluates."""
     from tersor.cli.report import write_html
     from tersor.hf.compress import card, dryrun, run
@@ -92,6 +96,16 @@ def compress(src: Src, output: Out, rate: BudgetRate = None, size: Size = None, 
         raise CodecConfigError(f"'{codec}' is a reduction, which has a verb of its own: tersor reduce SRC OUT "
                                f"--method {codec}")
     existing_model(src)
+    if file_format != FORMATS[0]:
+        unread = {"--codec": codec != DEFAULT, "--option": option, "--sensitivities": sensitivities,
+                  "--leave-out": leave_out, "--dry-run": dry_run, "--base-model": base_model,
+                  "--device": device != "cpu", "--whole-model": whole_model}
+        compress_to(file_format, [name for name, given in unread.items() if given])
+        gguf(src, output, rate, size, calibration=calibration, calibrated=calibrated, text=text, tokens=tokens,
+             evaluation_tokens=evaluation_tokens, context=context, effort=effort, seed=seed, dense=dense, resume=resume,
+             as_json=as_json)
+        return
+    directory(output)
     settings = run.CompressSettings(
         codec, calibration, calibrated, text, Sampling(tokens, context=context, seed=seed),
         evaluation_tokens, context, seed, device_of(device), resume, parse_options(option), read_weights(sensitivities),

@@ -83,27 +83,34 @@ class _Mapped(Source):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if path.suffix.lower() == ".npy":
-            try:
-                self._rows: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-            except (ValueError, EOFError) as error:
-                raise CodecConfigError(f"{path}: expected an array as .npy: {error}") from error
-            if self._rows.ndim != 2 or self._rows.dtype.kind != "f":
-                raise CodecConfigError(f"{path}: expected floats (n, dim), found {self._rows.dtype} {self._rows.shape}")
-        else:
-            self._rows = _lengths_apart(path)
-        self.shape = self._rows.shape[0], self._rows.shape[1]
+        rows = self._mapped()
+        width = rows.dtype["numbers"].shape[0] if rows.dtype.names else rows.shape[1]
+        self.shape = rows.shape[0], width
+
+    def _mapped(self) -> np.ndarray:
+        """Return the rows, mapped anew: what has been read of a file counts as memory for as long as a map stays."""
+        if self.path.suffix.lower() != ".npy":
+            return _lengths_apart(self.path)
+        try:
+            rows = np.load(self.path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise CodecConfigError(f"{self.path}: expected an array as .npy: {error}") from error
+        if rows.ndim != 2 or rows.dtype.kind != "f":
+            raise CodecConfigError(f"{self.path}: expected floats (n, dim), found {rows.dtype} {rows.shape}")
+        return rows
 
     def chunks(self) -> Iterator[np.ndarray]:
-        """See `Source`; each chunk is a copy, so that the map's pages may go again."""
+        """See `Source`; each chunk is a copy."""
         step = max(1, CHUNK_BYTES // (4 * self.shape[1]))
         for start in range(0, self.shape[0], step):
-            part = np.array(self._rows[start : start + step])
+            part = np.array(self._mapped()[start : start + step])
+            if part.dtype.names:
+                part = _without_lengths(part, self.path)
             yield part if part.dtype.kind == "f" else part.astype(np.float32)
 
 
 def _lengths_apart(path: Path) -> np.ndarray:
-    """Return the numbers of a file of vectors with their lengths before them, mapped."""
+    """Return the records of a file of vectors with their lengths before them, mapped."""
     number, nbytes = _VECTORS[path.suffix.lower()], path.stat().st_size
     head = np.fromfile(path, "<i4", 1)
     dim = int(head[0]) if len(head) else 0
@@ -111,10 +118,15 @@ def _lengths_apart(path: Path) -> np.ndarray:
     if dim < 1 or nbytes % line:
         raise CodecConfigError(f"{path}: expected vectors of one length, each after that length; found a first length "
                                f"of {dim} in {nbytes} bytes")
-    rows = np.memmap(path, np.dtype([("dim", "<i4"), ("numbers", number, (dim,))]), "r")
+    return np.memmap(path, np.dtype([("dim", "<i4"), ("numbers", number, (dim,))]), "r")
+
+
+def _without_lengths(rows: np.ndarray, path: Path) -> np.ndarray:
+    """Return the numbers of vectors, whose lengths must all be the same."""
+    dim = rows["numbers"].shape[1]
     if not (rows["dim"] == dim).all():
-        raise CodecConfigError(f"{path}: vectors of different lengths: the first of {dim}, and another")
-    return rows["numbers"]
+        raise CodecConfigError(f"{path}: vectors of different lengths: {dim}, and another")
+    return np.ascontiguousarray(rows["numbers"])
 
 
 class _Table(Source):

@@ -134,6 +134,15 @@ def test_what_a_file_lacks_is_not_made_up(tmp_path: Path) -> None:
         open_source(file, tmp_path / "staged")
 
 
+def test_a_part_of_a_split_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf.GGUFWriter, "add_rope_dimension_count",
+                        lambda self, count: self.add_uint16("split.count", 3) or self.add_uint32(
+                            "llama.rope.dimension_count", count))
+    file = write(save_tiny("llama", tmp_path / "src"), tmp_path / "m-00001-of-00003.gguf")
+    with pytest.raises(ModelError, match=r"is one of 3 files .* llama-gguf-split --merge"):
+        open_source(file, tmp_path / "staged")
+
+
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     file = write(save_tiny("llama", tmp_path / "src"), tmp_path / "m.gguf")
     for length in (0, 3, 40, 2000, file.stat().st_size // 2):

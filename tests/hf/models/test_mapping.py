@@ -43,7 +43,7 @@ EXPERTS: dict[str, tuple[str, Mapping[str, Any]]] = {
 def save(name: str, folder: Path) -> Path:
     kind, own = EXPERTS[name]
     fields = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-              "num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 64, "num_experts_per_tok": 2,
+              "num_key_value_heads": 2, "vocab_size": 128, "max_position_embeddings": 64, "num_experts_per_tok": 2,
               "pad_token_id": None, "bos_token_id": None, "eos_token_id": None, **own}
     with torch.random.fork_rng():
         torch.manual_seed(0)

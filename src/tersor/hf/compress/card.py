@@ -153,8 +153,7 @@ def command(request: Request, budget: str, changed: Mapping[str, Any]) -> str:
         if field in changed:
             value = changed[field]
             words += [flag, value.name if isinstance(value, Path) else str(value)]
-    for field, flag in (("dense", "--dense"), ("leave_out", "--leave-out")):
-        words += [word for pattern in (changed[field] or ("",)) for word in (flag, pattern)] if field in changed else []
+    words += _patterns(changed)
     defaults = family_options(request.method) if known else {}
     for name, value in request.options.items():
         if name not in defaults or defaults[name] != value:
@@ -162,6 +161,13 @@ def command(request: Request, budget: str, changed: Mapping[str, Any]) -> str:
     if request.sensitivities:
         words += ["--sensitivities", "FILE"]
     return shlex.join(words)
+
+
+def _patterns(changed: Mapping[str, Any]) -> list[str]:
+    """Return the words that say which tensors stay dense, or are left out; none of them is a pattern, too."""
+    flags = {"dense": "--dense", "leave_out": "--leave-out"}
+    return [word for field, flag in flags.items() if field in changed
+            for pattern in changed[field] or ("",) for word in (flag, pattern)]
 
 
 def made_by() -> str:

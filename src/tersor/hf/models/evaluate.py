@@ -171,7 +171,8 @@ def compare(model: PreTrainedModel, original: Callable[[int], tuple[Tensor, bool
     return score
 
 
-def _vocabulary(source: Source) -> int:
+def vocabulary(source: Source) -> int:
+    """Return how many tokens a model's configuration names; 1 where it names none."""
     found = source.config.get_text_config(decoder=True).to_dict().get("vocab_size")
     return found if isinstance(found, int) and found > 0 else 1
 
@@ -230,7 +231,7 @@ def evaluate(path: Path, source: Source, text: Path, *, context: int = 512, stri
                          "the model that it was made from")
     check_text(model_class(source.config))
     ids = read_ids(source, text, context, tokens)
-    batches = batched(ids, context, stride, _vocabulary(source))
+    batches = batched(ids, context, stride, vocabulary(source))
 
     def tell(begun: float, done: int, total: int) -> None:
         if progress is not None:
