@@ -57,10 +57,11 @@ def test_traces_are_those_of_the_whole_model(source: Source) -> None:
     whole = Fisher(Streamed(Hollow(source), IDS, whole=True), IDS, 3).traces(lambda done: None)
     model, sums = load_dense(source), dict.fromkeys(source.layout.matrices, 0.0)
     model.requires_grad_(True)
+    generator = torch.Generator().manual_seed(3)
     for number in range(len(IDS)):
         model.zero_grad(set_to_none=True)
         output, logits = run(model, feed(model, IDS[number : number + 1]))
-        output.backward(score(output, 3, number, logits=logits))
+        output.backward(score(output, generator, logits=logits))
         for name, matrix in source.layout.matrices.items():
             gradient = model.get_parameter(matrix.parameter).grad
             if gradient is not None:

@@ -114,10 +114,10 @@ class Reading:
         self.proofs[:] = [found.proof]
         return found
 
-    def flow(self, streamed: Streamed, name: str, every: int = 1) -> Flow:
-        """Return the text at the model's entrance: all batches, or one in `every`."""
+    def flow(self, streamed: Streamed, name: str) -> Flow:
+        """Return the text at the model's entrance."""
         batches = self.sequences.split(max(1, BATCH_TOKENS // self.sampling.context))
-        return Flow(streamed, batches[::every], Activations(self.folder / name))
+        return Flow(streamed, batches, Activations(self.folder / name))
 
 
 class Place:

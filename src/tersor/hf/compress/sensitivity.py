@@ -24,13 +24,11 @@ from tersor.hf.compress.checkpoint import Checkpoint
 from tersor.hf.models.flow import HELD, Activations, in_order
 from tersor.hf.models.matrices import Matrix
 from tersor.hf.models.streamed import HINT, Leaves, Streamed
-from tersor.numerics.rng import uniforms
 
-ROWS = 64  # of a distribution over tokens that are drawn from at a time
-ROOM = 1 << 30  # bytes of gradients and logits that several sequences may hold at once
+ROOM = 1 << 30  # bytes of gradients that several sequences may hold at once
 
 
-def score(output: Tensor, seed: int, number: int, *, logits: bool = True) -> Tensor:
+def score(output: Tensor, generator: torch.Generator, *, logits: bool = True) -> Tensor:
     """Return the gradient, by the output, of the negative log-likelihood of what is drawn from the model's own output.
 
     An output that is no logits counts as the mean of a Gaussian, whose deviation is the output's own root mean square:
@@ -40,22 +38,15 @@ def score(output: Tensor, seed: int, number: int, *, logits: bool = True) -> Ten
     ----------
     output : Tensor
         (..., vocabulary), or (..., width).
-    number : int
-        Of the sequence; each draws by itself.
     """
     flat = output.detach().to(torch.float32).flatten(0, -2)
     if not logits:
-        noise = torch.randn(flat.shape, generator=torch.Generator().manual_seed((seed + number) % 2**63))
+        noise = torch.randn(flat.shape, generator=generator)
         size = flat.square().mean(dtype=torch.float64).sqrt().to(torch.float32)
         return (noise.to(flat.device) / size).reshape(output.shape).to(output.dtype)
-    found = torch.empty_like(flat)
-    drawn = torch.from_numpy(uniforms(seed, number, len(flat))).to(flat.device, torch.float32)
-    for part in range(0, len(flat), ROWS):
-        rows = slice(part, part + ROWS)
-        shares = torch.softmax(flat[rows], -1)
-        sums = shares.cumsum(-1)
-        picks = (sums < drawn[rows, None] * sums[:, -1:]).sum(-1, keepdim=True).clamp_max(flat.shape[-1] - 1)
-        found[rows] = shares.scatter_add_(-1, picks, shares.new_full(picks.shape, -1.0))
+    found = torch.log_softmax(flat, -1).exp_()
+    drawn = torch.multinomial(found.cpu(), 1, generator=generator).to(flat.device)
+    found.scatter_add_(-1, drawn, found.new_full(drawn.shape, -1.0))
     return found.reshape(output.shape).to(output.dtype)
 
 
@@ -80,7 +71,8 @@ class Fisher:
     """
 
     def __init__(self, streamed: Streamed, sequences: Tensor, seed: int, folder: Path | None = None) -> None:
-        self.streamed, self.sequences, self.seed = streamed, sequences, seed
+        self.streamed, self.sequences = streamed, sequences
+        self._generator = torch.Generator().manual_seed(seed)  # read in the order of the sequences
         self._last = len(streamed.blocks)
         self._kept = Activations(folder, HELD)
         self._lists = [block.list for block in streamed.blocks]
@@ -155,19 +147,18 @@ class Fisher:
         try:
             for number, found in enumerate(in_order(
                     len(self.sequences), lambda n: self._one(stage, n, wanted), device=hollow.device, gradients=True,
-                    room=ROOM // max(1, self._held(stage)))):
+                    room=ROOM // max(1, self._held(stage)) if inner else 1)):
                 self._take(number, found, self._lists[stage] if inner else None)
         finally:
             for parameter in wanted.values():
                 parameter.requires_grad_(False)
 
     def _held(self, stage: int) -> int:
-        """Return the bytes of gradients and logits that one sequence holds at a stage, about."""
+        """Return the bytes of gradients that one sequence holds at a block, about."""
         first = stage < self._last and self._lists[stage] not in self._lists[:stage]
-        listed = [] if stage == self._last else self.streamed.matrices(stage)
-        elements = sum(m.shape[0] * m.shape[1] for m in (*listed, *(self._outside if first or not listed else ())))
-        logits = max((m.shape[0] for m in self._outside), default=0) if stage == self._last else 0
-        return 4 * elements + 16 * logits * self.sequences.shape[1]
+        listed = self.streamed.matrices(min(stage, self._last))
+        elements = sum(m.shape[0] * m.shape[1] for m in (*listed, *(self._outside if first else ())))
+        return 4 * elements
 
     def _one(self, stage: int, number: int, wanted: Mapping[str, nn.Parameter]) -> _Found:
         ids, streamed = self.sequences[number : number + 1], self.streamed
@@ -176,7 +167,7 @@ class Fisher:
         copies = {name: tuple(leaf.clone() for leaf in leaves) for name, leaves in given.items()}  # may be written to
         if stage == self._last:
             output, logits = streamed.finish(ids, copies)
-            pairs = [(output, score(output, self.seed, number, logits=logits))]
+            pairs = [(output, score(output, self._generator, logits=logits))]
         else:
             out, _ = streamed.step(stage, ids, copies)
             carried = [self.gradients.get(f"{number}/{self._lists[stage]}/{i}") for i in range(len(out))]

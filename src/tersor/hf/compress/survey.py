@@ -30,7 +30,6 @@ from tersor.planning.plan import Choice, check_weights
 from tersor.planning.trials import Trials
 from tersor.quality import measure
 
-EVERY = 4  # one batch of the text in so many is surveyed on: errors are linear in the moments, and so unbiased
 SURVEY_ELEMENTS = 1 << 16  # elements of a matrix that a trial encodes
 
 
@@ -98,10 +97,9 @@ def _by_blocks(reading: Reading, calibration: Calibration, output: Path, missing
     streamed = reading.streamed()
     last = len(streamed.blocks)
     first = next((stage for stage in range(last) if any(map(missing, streamed.matrices(stage)))), last)
-    flow = reading.flow(streamed, "survey", EVERY)
+    flow = reading.flow(streamed, "survey")
     place = Place(Checkpoint(part_of(output), reading.mark), flow)
-    tokens = sum(batch.numel() for batch in flow.batches)
-    step = steps(last + 1, tokens, lambda done, total: progress("survey", done, total))
+    step = steps(last + 1, reading.tokens, lambda done, total: progress("survey", done, total))
     for stage in range(place.resume(first), last + 1):
         reading.position[:] = stage, last
         with streamed.resident(stage):
@@ -127,7 +125,7 @@ def outside_of(reading: Reading, file: Path) -> dict[str, Tensor]:
     if found is not None:
         return found
     streamed = reading.streamed()
-    flow, last = reading.flow(streamed, "outside", EVERY), len(streamed.blocks)
+    flow, last = reading.flow(streamed, "outside"), len(streamed.blocks)
     if not any(m.name in streamed.reads and streamed.looks_up(m) for m in streamed.matrices(last)):
         return {}
     for stage in range(last):
