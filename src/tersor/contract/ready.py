@@ -13,6 +13,7 @@ from tersor.contract.codec import Encoded
 from tersor.payload.blocks import Few
 
 MOST = {torch.float32: 16, torch.bfloat16: 4, torch.float16: 4}  # vectors that a product made ready takes
+MOST_LAUNCHED = 8  # on CUDA: those of one launch, or of a few
 
 
 class Ready:
@@ -48,6 +49,7 @@ class Made:
         self.encoded = encoded
         self._tensors, self._marks = list(tensors), [_mark(one) for one in tensors]
         self._width, self._device = encoded.shape[1], encoded.device
+        self._launched = self._device.type == "cuda"
 
     @cached_property
     def few(self) -> Few | None:
@@ -64,13 +66,17 @@ class Made:
     def multiply(self, x: Tensor) -> Tensor:
         """Return (*batch, out) for x (*batch, in), in its dtype: `Encoded.matmul`, the same bits."""
         width, dtype = self._width, x.dtype
-        count = x.numel() // width if width else 0
-        taken = x.ndim and x.shape[-1] == width and x.device == self._device and 0 < count <= MOST.get(dtype, 0)
+        count, most = x.numel() // width if width else 0, MOST.get(dtype, 0)
+        most = MOST_LAUNCHED if most and self._launched else most
+        taken = x.ndim and x.shape[-1] == width and x.device == self._device and 0 < count <= most
         few = self.few if taken else None
         if few is None:
             return self.encoded.matmul(x)
         shape = x.shape
         flat = x if x.ndim == 2 else x.reshape(count, width)
+        if self._launched:
+            y = few(flat.contiguous())
+            return y if len(shape) == 2 else y.view(*shape[:-1], -1)
         flat = flat if dtype is torch.float32 else flat.to(torch.float32)
         y = torch.from_numpy(few(flat.contiguous().numpy()))
         if len(shape) != 2:

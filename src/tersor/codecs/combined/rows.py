@@ -106,9 +106,20 @@ class MixedRows(Codec):
     def ready(self, encoded: Encoded) -> Few | None:
         """See `Codec.ready`."""
         first, second = (child.codec.ready(child) for child in self._parts(encoded))
-        if first is None or second is None or encoded.device.type != "cpu":
+        if first is None or second is None:
             return None
-        taken = self._places(encoded)[0].numpy()
+        mask = self._places(encoded)[0]
+        if encoded.device.type != "cpu":
+            where = (first, mask.nonzero()[:, 0]), (second, (~mask).nonzero()[:, 0])
+
+            def placed(x: Tensor) -> Tensor:
+                out = torch.empty(len(x), len(mask), dtype=x.dtype, device=x.device)
+                for half, places in where:
+                    out.index_copy_(1, places, half(x))
+                return out
+
+            return placed
+        taken = mask.numpy()
         halves = (first, np.flatnonzero(taken)), (second, np.flatnonzero(~taken))
 
         def scattered(x: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tersor.ops.dispatch import compiled_allowed, take_reference
+from tersor.ops.tapes import Taped
 from tersor.ops.trellis_linear import reference
 from tersor.ops.trellis_linear.shapes import Line, refusal, segments
 from tersor.payload.blocks import Few, Rows, row_blocks
@@ -74,6 +75,11 @@ def _(x: Tensor, taps: Tensor, scales: Tensor | None, shifts: Sequence[int], len
 
 def ready_filter(taps: Tensor, scales: Tensor | None, line: Line, *, back: bool = False) -> Few | None:
     """Return `trellis_filter` of few lines, made ready; None where there is none on a device."""
+    if taps.is_cuda and not take_reference("trellis_filter", refusal(line), taps.device):
+        from tersor.ops.trellis_linear import launch
+
+        return Taped(lambda x: launch.filtered(x, taps, line, x.dtype) if back
+                     else launch.numbers(x, taps, scales, line, x.dtype))
     if taps.device.type != "cpu" or not compiled_allowed("trellis_filter"):
         return None
     from tersor.ops.trellis_linear import lanes
