@@ -51,14 +51,14 @@ class Buffers:
     def register(self, device: str) -> None:
         """Create the buffers, empty, on `device`; a shared table only if it is not there yet."""
         for key, spec in self.codec.layout(self.shape).items():
-            module, name = self._place(key)
+            module, name = self._places[key]
             if name not in module._buffers:
                 module.register_buffer(name, torch.empty(spec.stored_shape, dtype=spec.dtype, device=device))
 
     def encoded(self) -> Encoded:
         """Return the encoded matrix that the buffers hold now."""
-        places = {key: self._place(key) for key in self.codec.layout(self.shape)}
-        return Encoded(self.codec, self.shape, {key: module.get_buffer(name) for key, (module, name) in places.items()})
+        held = {key: module.get_buffer(name) for key, (module, name) in self._places.items()}
+        return Encoded(self.codec, self.shape, held)
 
     def multiply(self, x: Tensor) -> Tensor:
         """Return `x` times the transpose, as `Encoded.matmul` does: by a product made ready where nothing watches."""
@@ -73,14 +73,12 @@ class Buffers:
         return self._made().encoded.gather(ids)
 
     def _made(self) -> Made:
-        return self.ready.made([module.get_buffer(name) for module, name in self._places], self.encoded)
+        return self.ready.made([module.get_buffer(name) for module, name in self._places.values()], self.encoded)
 
     @cached_property
-    def _places(self) -> list[tuple[nn.Module, str]]:
-        return [self._place(key) for key in self.codec.layout(self.shape)]
-
-    def _place(self, key: str) -> tuple[nn.Module, str]:
-        return self.shared.get(key, (self.owner, f"{self.prefix}/{key}"))
+    def _places(self) -> dict[str, tuple[nn.Module, str]]:
+        """Where the tensors of the layout are; found once, in `register`, and so not by what traces a module."""
+        return {key: self.shared.get(key, (self.owner, f"{self.prefix}/{key}")) for key in self.codec.layout(self.shape)}
 
 
 class CompressedLinear(nn.Module):

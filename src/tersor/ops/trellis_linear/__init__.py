@@ -143,6 +143,8 @@ def _by_blocks(x: Tensor, codes: Tensor, taps: Tensor, scales: Tensor, shifts: S
 def decoded_rows(codes: Tensor, taps: Tensor, scales: Tensor, line: Line, width: int, rows: Rows, *,
                  across: bool) -> Tensor:
     """Return rows of a matrix of `width` columns, float32 (k, width); the other arguments as of `trellis_linear`."""
+    if torch.compiler.is_compiling() and isinstance(rows, Tensor):
+        return trellis_rows(codes, taps, scales, rows, line.shifts, width, across=across)
     if codes.is_cuda and not take_reference("trellis_linear", _refusal(line, width, across=across), codes.device):
         from tersor.ops.trellis_linear import launch
 
@@ -150,6 +152,21 @@ def decoded_rows(codes: Tensor, taps: Tensor, scales: Tensor, line: Line, width:
         out = torch.empty(count, width, dtype=torch.float32, device=codes.device)
         return launch.rows(codes, taps, scales, line, rows, out, across=across)
     return reference.rows(codes, taps, scales, line, width, rows, across=across)
+
+
+@torch.library.custom_op("tersor::trellis_rows", mutates_args=())
+def trellis_rows(codes: Tensor, taps: Tensor, scales: Tensor, rows: Tensor, shifts: Sequence[int], width: int, *,
+                 across: bool) -> Tensor:
+    """Return `decoded_rows` of an index (k,): the operation that compiled graphs call."""
+    line = Line(scales.shape[0] if across else width, tuple(shifts), taps.shape[1])
+    return decoded_rows(codes, taps, scales, line, width, rows, across=across)
+
+
+@trellis_rows.register_fake
+def _(codes: Tensor, taps: Tensor, scales: Tensor, rows: Tensor, shifts: Sequence[int], width: int, *,
+      across: bool) -> Tensor:
+    del taps, scales, shifts, across
+    return torch.empty(rows.shape[0], width, dtype=torch.float32, device=codes.device)
 
 
 __all__ = ["Line", "decoded_rows", "ready_filter", "segments", "trellis_filter", "trellis_linear"]
