@@ -35,9 +35,23 @@ def backend(graph: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None = 
     """
     from torch import _inductor as inductor
 
+    tell_apart(graph)
     fuse_products(graph)
     join_attention(graph)
     settings: dict[str, Any] = dict(inductor.list_mode_options(mode)) if mode else {}
     settings |= {name.replace("-", "_"): value for name, value in (options or {}).items()}
     compiled: Any = inductor.compile(graph, list(inputs), options=settings)
     return compiled
+
+
+def tell_apart(graph: fx.GraphModule) -> None:
+    """Give each constant of a graph a source of its own.
+
+    Dynamo names all that come from `numerics.constants` alike, and AOT autograd refuses two of one name.
+    """
+    from torch._dynamo.source import ConstantSource
+
+    sources: dict[str, Any] = vars(graph).get("_param_name_to_source") or {}
+    for name, source in sources.items():
+        if isinstance(source, ConstantSource):
+            sources[name] = ConstantSource(source_name=name)
