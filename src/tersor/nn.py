@@ -57,12 +57,12 @@ class Buffers:
 
     def encoded(self) -> Encoded:
         """Return the encoded matrix that the buffers hold now."""
-        held = {key: module.get_buffer(name) for key, (module, name) in self._places.items()}
+        held = {key: _held(module, name) for key, (module, name) in self._places.items()}
         return Encoded(self.codec, self.shape, held)
 
     def multiply(self, x: Tensor) -> Tensor:
         """Return `x` times the transpose, as `Encoded.matmul` does: by a product made ready where nothing watches."""
-        if torch.compiler.is_compiling() or not direct(x):
+        if not direct(x):
             return self.encoded().matmul(x)
         return self._made().multiply(x)
 
@@ -73,12 +73,19 @@ class Buffers:
         return self._made().encoded.gather(ids)
 
     def _made(self) -> Made:
-        return self.ready.made([module.get_buffer(name) for module, name in self._places.values()], self.encoded)
+        return self.ready.made([_held(module, name) for module, name in self._places.values()], self.encoded)
 
     @cached_property
     def _places(self) -> dict[str, tuple[nn.Module, str]]:
         """Where the tensors of the layout are; found once, in `register`, and so not by what traces a module."""
         return {key: self.shared.get(key, (self.owner, f"{self.prefix}/{key}")) for key in self.codec.layout(self.shape)}
+
+
+def _held(module: nn.Module, name: str) -> Tensor:
+    """Return a buffer: `get_buffer`, which takes names apart at every call, costs more than some kernels."""
+    found = module._buffers[name]
+    assert found is not None
+    return found
 
 
 class CompressedLinear(nn.Module):

@@ -77,7 +77,7 @@ def meant(x: Tensor) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def _device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 17, raising=False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     JITTED.launches.clear()
@@ -97,6 +97,14 @@ def test_repeats_launches_with_new_memory() -> None:
     assert torch.equal(first, meant(vectors(1, 0)))
     for seed, y in zip((1, 2), found, strict=True):
         assert torch.equal(y, meant(vectors(1, seed)))
+
+
+def test_vectors_of_several_dimensions() -> None:
+    taped = Taped(twice)
+    for shape in ((2, 3, 8), (8,), (2, 3, 8), (8,)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
+        assert torch.equal(taped(x), meant(x))
+    assert len(JITTED.launches) == 4
 
 
 def test_has_a_tape_for_each_number_of_vectors() -> None:
@@ -176,7 +184,7 @@ def test_what_does_more_than_launch_is_called_as_it_is(function: Callable[[Tenso
     assert record(function, vectors(1, 0))[1] is None
     if function is not looks:  # which reads what it writes
         for seed in (1, 2):
-            assert torch.equal(taped(vectors(1, seed)), function(vectors(1, seed)))
+            assert torch.equal(taped(vectors(1, seed)), function(vectors(1, seed)).view(1, -1))
     assert JITTED.launches == []
 
 

@@ -65,23 +65,26 @@ class Made:
 
     def multiply(self, x: Tensor) -> Tensor:
         """Return (*batch, out) for x (*batch, in), in its dtype: `Encoded.matmul`, the same bits."""
-        width, dtype = self._width, x.dtype
-        count, most = x.numel() // width if width else 0, MOST.get(dtype, 0)
-        most = MOST_LAUNCHED if most and self._launched else most
-        taken = x.ndim and x.shape[-1] == width and x.device == self._device and 0 < count <= most
-        few = self.few if taken else None
+        few = self._few_of(x)
         if few is None:
             return self.encoded.matmul(x)
-        shape = x.shape
-        flat = x if x.ndim == 2 else x.reshape(count, width)
         if self._launched:
-            y = few(flat.contiguous())
-            return y if len(shape) == 2 else y.view(*shape[:-1], -1)
+            return few(x.contiguous())
+        shape, dtype = x.shape, x.dtype
+        flat = x if x.ndim == 2 else x.reshape(-1, self._width)
         flat = flat if dtype is torch.float32 else flat.to(torch.float32)
         y = torch.from_numpy(few(flat.contiguous().numpy()))
         if len(shape) != 2:
             y = y.view(*shape[:-1], -1)
         return y if dtype is torch.float32 else y.to(dtype)
+
+    def _few_of(self, x: Tensor) -> Few | None:
+        """Return the product, if it takes as many vectors of such a dtype and width, on their device."""
+        width, dtype = self._width, x.dtype
+        most = MOST_LAUNCHED if self._launched and dtype in MOST else MOST.get(dtype, 0)
+        count = x.numel() // width if width else 0
+        taken = 0 < count <= most and x.ndim and x.shape[-1] == width and x.device == self._device
+        return self.few if taken else None
 
 
 def _mark(tensor: Tensor) -> tuple[int, int]:

@@ -11,7 +11,12 @@ from torch import Tensor
 
 def constant(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Cache a function of plain values: `torch.compile` takes the tensor it returns, and does not trace its making."""
-    cached = functools.lru_cache(maxsize=32)(make)
+    @functools.lru_cache(maxsize=32)
+    def cached(*arguments: Any) -> Tensor:
+        tensor = make(*arguments)
+        # `torch._dynamo.mark_static`: to the compiler all constants have one name, so shapes would seem to change
+        vars(tensor)["_dynamo_static_indices"] = set(range(tensor.ndim))
+        return tensor
 
     @functools.wraps(make)
     def made(*arguments: Any) -> Tensor:

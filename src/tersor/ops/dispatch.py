@@ -20,6 +20,7 @@ from torch.jit import is_tracing  # pyright: ignore[reportPrivateImportUsage]
 
 from tersor.payload.packing import has_numba
 
+_levels: Any = forward_ad
 _transformed: Any = torch._C._functorch.peek_interpreter_stack  # pyright: ignore[reportAttributeAccessIssue]
 CAPABILITY = (9, 0)  # of kernels that are launched early: `griddepcontrol`
 _LOG = logging.getLogger("tersor.ops")
@@ -80,8 +81,9 @@ def direct(x: Tensor) -> bool:
     Not where something records, traces, transforms or watches operations, nor within `reference_only`.
     """
     return (not torch.compiler.is_compiling() and type(x) is Tensor and not x.requires_grad and not x.is_neg()
-            and kernels_allowed() and not torch._C._len_torch_dispatch_stack()
-            and _transformed() is None and not is_tracing() and forward_ad.unpack_dual(x).tangent is None)
+            and not _REFERENCE.get() and not torch._C._len_torch_dispatch_stack()
+            and _transformed() is None and not is_tracing()
+            and (_levels._current_level < 0 or forward_ad.unpack_dual(x).tangent is None))
 
 
 def compiled_allowed(op: str) -> bool:

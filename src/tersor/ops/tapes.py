@@ -26,19 +26,19 @@ _cuda: Any = torch._C  # whose functions below are there in builds for CUDA
 
 
 class Taped:
-    """A function of few vectors, (n, width) on CUDA, contiguous, that does nothing with them but launch kernels.
+    """A function of few vectors, (n, width) on CUDA, that does nothing with them but launch kernels.
 
-    Its launches are written down at the first call with so many vectors of a dtype, and repeated later. Where that
+    Its launches are written down at the first call with vectors of a shape and dtype, and repeated later. Where that
     cannot be, for example while a graph is captured, or if it does something else with vectors, it is called as it is.
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        self._function = function
-        self._tapes: dict[tuple[int, torch.dtype], Tape | None] = {}
+        self._flat = function
+        self._tapes: dict[tuple[torch.Size, torch.dtype], Tape | None] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return what the function returns."""
-        pointer, key = x.data_ptr(), (x.shape[0], x.dtype)
+        """Return (*batch, out) for x (*batch, width), contiguous: what the function returns, of all vectors."""
+        pointer, key = x.data_ptr(), (x.shape, x.dtype)
         if pointer % ALIGNED:
             return self._function(x)
         if key in self._tapes:
@@ -48,6 +48,9 @@ class Taped:
             return self._function(x)
         y, self._tapes[key] = record(self._function, x)
         return y
+
+    def _function(self, x: Tensor) -> Tensor:
+        return self._flat(x.view(-1, x.shape[-1])).view(*x.shape[:-1], -1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,8 +79,9 @@ class Tape:
     Attributes
     ----------
     launches : sequence of Launch
-    shape, dtype, device
-        Of the result.
+    like : Tensor
+        A result, for the shape of others.
+    device : int
     room : int
         Bytes of piece 2.
     kept : sequence of Tensor
@@ -85,22 +89,21 @@ class Tape:
     """
 
     launches: Sequence[Launch]
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
+    like: Tensor
+    device: int
     room: int
     kept: Sequence[Tensor]
 
     def play(self, vectors: int) -> Tensor:
         """Return the result for vectors at an address, on the device's current stream."""
-        index = self.device.index
+        index = self.device
         if _cuda._cuda_getDevice() != index:
             with torch.cuda.device(index):
                 return self.play(vectors)
-        out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        out = torch.empty_like(self.like)
         pieces = vectors, out.data_ptr(), 0
         if self.room:
-            rest = torch.empty(self.room, dtype=torch.uint8, device=self.device)  # let go of at the end, as by torch
+            rest = torch.empty(self.room, dtype=torch.uint8, device=out.device)  # let go of at the end, as by torch
             pieces = vectors, pieces[1], rest.data_ptr()
         stream = _cuda._cuda_getCurrentRawStream(index)
         for launch in self.launches:
@@ -167,7 +170,8 @@ class _Watch(TorchDispatchMode):
         launches = [self._written(one, places) for one in self._launches]
         if None in launches:
             return None
-        return Tape([one for one in launches if one is not None], y.shape, y.dtype, y.device, room, tuple(self._kept))
+        return Tape([one for one in launches if one is not None], torch.empty_like(y), y.get_device(), room,
+                    tuple(self._kept))
 
     def _written(self, one: tuple[Any, tuple[int, ...], tuple[Any, ...]],
                  places: Mapping[int, tuple[int, int]]) -> Launch | None:

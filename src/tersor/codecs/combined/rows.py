@@ -111,7 +111,7 @@ class MixedRows(Codec):
             return None
         if encoded.device.type != "cpu":
             order = self._order(encoded)
-            return lambda x: torch.cat([first(x), second(x)], 1).index_select(1, order)
+            return lambda x: torch.cat([first(x), second(x)], -1).index_select(-1, order)
         taken = self._places(encoded)[0].numpy()
         halves = (first, np.flatnonzero(taken)), (second, np.flatnonzero(~taken))
 

@@ -100,6 +100,8 @@ def _ready_launches(codes: Tensor, table: Tensor, scales: Tensor, zeros: Tensor 
 def widened(x: Tensor) -> Tensor:
     """Return vectors as the processor multiplies them: few, or of no bf16, in float32."""
     few = x.numel() < TILED_FROM * x.shape[-1]
+    if x.dtype == torch.float32:
+        return x  # in a graph, each conversion would be a vector of its own
     return x.to(torch.float32) if few or x.dtype != torch.bfloat16 else x
 
 
