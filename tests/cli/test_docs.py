@@ -34,6 +34,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_every_command_in_the_readme_exists() -> None:
     commands = {c.name or c.callback.__name__ for c in cli.app.registered_commands if c.callback}
+    commands |= {group.name for group in cli.app.registered_groups}
     shown = set(re.findall(r"^tersor (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE))
     assert shown
     assert shown <= commands

@@ -47,6 +47,11 @@ def _gemma3() -> Any:
                           vision_config=VISION, mm_tokens_per_image=4)
 
 
+def _idefics3() -> Any:
+    return T.Idefics3Config(text_config=T.LlamaConfig(**ROPE), vision_config=VISION, image_token_id=V - 1,
+                            scale_factor=2)
+
+
 Made = tuple[str, Callable[[], Any], Mapping[str, Tensor]]
 ZOO: dict[str, Made] = {
     "llama": ("LlamaForCausalLM", lambda: T.LlamaConfig(**ROPE), TEXT),
@@ -54,6 +59,11 @@ ZOO: dict[str, Made] = {
     "llama-classifier": ("LlamaForSequenceClassification", lambda: T.LlamaConfig(**ROPE, num_labels=3), TEXT),
     "llama-reranker": ("LlamaForSequenceClassification", lambda: T.LlamaConfig(**ROPE, num_labels=1), TEXT),
     "qwen3-embedding": ("Qwen3Model", lambda: T.Qwen3Config(**ROPE, head_dim=8), TEXT),
+    "qwen2": ("Qwen2ForCausalLM", lambda: T.Qwen2Config(**ROPE), TEXT),
+    "qwen3": ("Qwen3ForCausalLM", lambda: T.Qwen3Config(**ROPE, head_dim=8), TEXT),
+    "mistral": ("MistralForCausalLM", lambda: T.MistralConfig(**ROPE), TEXT),
+    "phi3": ("Phi3ForCausalLM", lambda: T.Phi3Config(**ROPE, bos_token_id=1, eos_token_id=2), TEXT),
+    "gemma3-text": ("Gemma3ForCausalLM", lambda: T.Gemma3TextConfig(**ROPE, head_dim=8, sliding_window=16), TEXT),
     "gemma2": ("Gemma2ForCausalLM", lambda: T.Gemma2Config(**ROPE, head_dim=8), TEXT),
     "gpt2": ("GPT2LMHeadModel", lambda: T.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=V, n_positions=64,
                                                      bos_token_id=0, eos_token_id=0), TEXT),
@@ -68,6 +78,10 @@ ZOO: dict[str, Made] = {
             TEXT),
     "phi": ("PhiForCausalLM", lambda: T.PhiConfig(**ROPE), TEXT),
     "mixtral": ("MixtralForCausalLM", lambda: T.MixtralConfig(**ROPE, num_local_experts=4), TEXT),
+    "qwen3-moe": ("Qwen3MoeForCausalLM", lambda: T.Qwen3MoeConfig(**ROPE, num_experts=4, num_experts_per_tok=2,
+                                                                  moe_intermediate_size=16), TEXT),
+    "gpt-oss": ("GptOssForCausalLM", lambda: T.GptOssConfig(**ROPE, head_dim=8, num_local_experts=4,
+                                                            num_experts_per_tok=2), TEXT),
     "deepseek-v3": ("DeepseekV3ForCausalLM", lambda: T.DeepseekV3Config(
         **{**ROPE, "num_key_value_heads": 4}, moe_intermediate_size=16, n_routed_experts=4, n_shared_experts=1,
         num_experts_per_tok=2, n_group=1, topk_group=1, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8,
@@ -91,6 +105,7 @@ ZOO: dict[str, Made] = {
     "bert": ("BertModel", lambda: T.BertConfig(**BERT), TEXT),
     "bert-masked": ("BertForMaskedLM", lambda: T.BertConfig(**BERT), TEXT),
     "roberta-classifier": ("RobertaForSequenceClassification", lambda: T.RobertaConfig(**BERT, num_labels=3), TEXT),
+    "deberta": ("DebertaV2ForSequenceClassification", lambda: T.DebertaV2Config(**BERT, num_labels=3), TEXT),
     "modernbert": ("ModernBertModel", lambda: T.ModernBertConfig(**BERT, cls_token_id=1, sep_token_id=2, bos_token_id=1,
                                                                  eos_token_id=2), TEXT),
     "t5": ("T5ForConditionalGeneration", lambda: T.T5Config(**T5), PAIR),
@@ -104,6 +119,7 @@ ZOO: dict[str, Made] = {
         begin_suppress_tokens=None, suppress_tokens=None), SOUND),
     "llava": ("LlavaForConditionalGeneration", _llava, TEXT),
     "qwen2-vl": ("Qwen2VLForConditionalGeneration", _qwen_vl, TEXT),
+    "idefics3": ("Idefics3ForConditionalGeneration", _idefics3, TEXT),
     "gemma3": ("Gemma3ForConditionalGeneration", _gemma3, TEXT),
     "clip": ("CLIPModel", lambda: T.CLIPConfig(text_config=T.CLIPTextConfig(**BERT, bos_token_id=1, eos_token_id=2),
                                                vision_config=T.CLIPVisionConfig(**VISION), projection_dim=16),

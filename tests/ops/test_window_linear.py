@@ -14,12 +14,12 @@ from tersor.codecs.trellis.streamed import signs_of
 from tersor.codecs.trellis.windows import Window
 from tersor.ops import dispatch, reference_only, workers
 from tersor.ops.trellis_linear import segments
-from tersor.ops.window_linear import decoded_rows, reference, window_linear
-from tersor.ops.window_linear.shapes import FEW, refusal
+from tersor.ops.window_linear import decoded_rows, image_of, reference, window_linear
+from tersor.ops.window_linear.shapes.lanes import FEW, refusal
 from tersor.payload import packing
 from tersor.registry import parse
 from tersor.testing import gaussian
-from tests.ops.devices import DEVICES
+from tests.ops.devices import CUDA, DEVICES
 
 CODES = sorted(folded())
 SOME = [(1.25, 12), (2.0, 12), (2.5, 8), (3.0, 9)]
@@ -158,3 +158,48 @@ def test_codecs_multiply_by_the_table(spec: str, monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(encoded.matmul(x), x @ dense.T, rtol=1e-5, atol=1e-4)
     with reference_only():
         torch.testing.assert_close(encoded.decode(), dense, rtol=0, atol=0 if spec.startswith("tr") else 1e-5)
+
+
+KINDS = [(folded, 2.0, 12), (folded, 2.0, 8), (folded, 2.5, 12), (folded, 3.0, 12), (folded, 1.0, 12),
+         (folded, 4.0, 12), (folded, 1.5, 12), (folded, 2.0, 16), (folded, 5.0, 12), (folded, 2.25, 12),
+         (filters, 2.0, 14), (filters, 4.0, 12), (filters, 2.0, 16)]
+LARGE = [(256, 512), (768, 1152), (1024, 2944), (512, 300)]
+
+
+@pytest.mark.parametrize("device", [CUDA])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind[0].__name__}-{kind[1]:g}x{kind[2]}")
+@pytest.mark.parametrize("across", [False, True])
+def test_products_on_cuda(device: str, dtype: torch.dtype, kind: tuple, *, across: bool) -> None:
+    """Numbers and vectors are rounded to half precision, or both to the vectors' 16 bits; sums are of float32."""
+    code = kind[0]()[kind[1:]]
+    for rows, width in LARGE:
+        codes, scales, dense = (one.to(device) for one in held(code, rows, width, across=across))
+        image, table = image_of(code.table(), code.shifts).to(device), code.table().to(device)
+        x = (gaussian((70, width), 5) * torch.logspace(-2, 1, 70)[:, None]).to(dtype).to(device)
+        want, size = x.double() @ dense.double().T, x.double().abs() @ dense.double().abs().T
+        tiny = 2.0**-25 * x.double().abs().amax(1, keepdim=True) * dense.double().abs().sum(1)
+        last = {torch.float32: 2.0**-11, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-9}[dtype]
+        for count in (1, 2, 8, 9, 16, 31, 64, 70):
+            found = window_linear(x[:count], codes, table, scales, code.shifts, image, across=across)
+            bound = (4 * last + (width + 3) * LAST) * size[:count] + tiny[:count] + last * 2 * want[:count].abs()
+            assert found.shape == (count, rows)
+            assert found.dtype == dtype
+            assert bool(((found.double() - want[:count]).abs() <= bound).all()), (rows, width, count)
+            error = (found.double() - want[:count]).norm() / want[:count].norm()
+            assert error < (6e-4 if dtype != torch.bfloat16 else 4e-3), (rows, width, count)
+
+
+@pytest.mark.parametrize("device", [CUDA])
+@pytest.mark.parametrize("across", [False, True])
+def test_many_vectors_meet_blocks_of_rows(monkeypatch: pytest.MonkeyPatch, device: str, *, across: bool) -> None:
+    from tersor.ops.window_linear import launch
+
+    code = folded()[2.0, 12]
+    codes, scales, dense = (one.to(device) for one in held(code, 768, 512, across=across))
+    given = (codes, code.table().to(device), scales, code.shifts, image_of(code.table(), code.shifts).to(device))
+    x = gaussian((80, 512), 5).to(torch.bfloat16).to(device)
+    monkeypatch.setattr(launch, "DECODED_BYTES", 256 * 512 * 2)
+    found = window_linear(x, *given, across=across).double()
+    want = x.double() @ dense.double().T
+    assert (found - want).norm() <= 4e-3 * want.norm()

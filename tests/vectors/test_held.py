@@ -17,8 +17,7 @@ from torch import Tensor
 
 from tersor.errors import CodecConfigError, TersorError
 from tersor.testing import gaussian
-from tersor.vectors import Index
-from tersor.vectors import index as vectors
+from tersor.vectors import Index, state
 
 DIM = 16
 
@@ -38,7 +37,7 @@ def together(*acts: Callable[[], object]) -> list[object]:
 @pytest.mark.parametrize("codec", ["rot,lm4", "pq4x16t", "ctr8,rot,tr4x8"])
 def test_adders_lose_nothing(codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four of them, many small adds each, merging blocks as they go; each finds its own in order."""
-    monkeypatch.setattr(vectors, "BLOCK_ROWS", 128)
+    monkeypatch.setattr(state, "BLOCK_ROWS", 128)
     index, parts = Index(DIM, codec), [gaussian((150, DIM), seed) + 10.0 * seed for seed in range(4)]
     index.train(torch.cat(parts))
 
@@ -61,7 +60,7 @@ def test_adders_lose_nothing(codec: str, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 def test_searches_see_one_state(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """While vectors are added a search finds what it would find among the first n, for an n of that time."""
-    monkeypatch.setattr(vectors, "BLOCK_ROWS", 128)
+    monkeypatch.setattr(state, "BLOCK_ROWS", 128)
     x, queries = gaussian((320, DIM), 1), gaussian((3, DIM), 2)
     index, done = Index(DIM, "rot,lm4"), threading.Event()
     index.add(x[:40])

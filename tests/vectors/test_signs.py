@@ -12,11 +12,11 @@ import torch
 from tersor.codecs import Centered
 from tersor.errors import CodecConfigError, NonFiniteError
 from tersor.ops import reference_only
-from tersor.ops.sign_scan import compiled
+from tersor.ops.code_scan import compiled
 from tersor.registry import parse
 from tersor.testing import gaussian
-from tersor.vectors import Index
-from tersor.vectors import index as vectors
+from tersor.vectors import Index, state
+from tersor.vectors.checks import METRICS
 from tersor.vectors.choice import EFFORTS
 
 DIMS = (8, 25, 50, 96, 100, 384, 768, 1024)
@@ -27,7 +27,7 @@ def recall(index: Index, x: torch.Tensor, queries: torch.Tensor) -> float:
     return float((index.search(queries, 10)[1].unsqueeze(2) == truth.unsqueeze(1)).any(1).float().mean())
 
 
-@pytest.mark.parametrize("metric", vectors.METRICS)
+@pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dim", DIMS)
 def test_a_scan_finds_what_a_product_finds(dim: int, metric: str) -> None:
     index, x, queries = Index(dim, rate=4, effort="fast"), gaussian((300, dim), 1) + 2, gaussian((11, dim), 2) + 2
@@ -71,7 +71,7 @@ def test_any_number_of_threads_and_blocks(monkeypatch: pytest.MonkeyPatch) -> No
     whole = Index(50, "ctr8,rot,tr2x8")
     whole.add(x)
     expected = whole.search(queries, 12)
-    monkeypatch.setattr(vectors, "BLOCK_ROWS", 100)
+    monkeypatch.setattr(state, "BLOCK_ROWS", 100)
     monkeypatch.setattr(compiled, "LEAST_WORK", 1)
     parts = Index(50, "ctr8,rot,tr2x8")
     parts.train(x)

@@ -9,8 +9,8 @@ from typing import ClassVar
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192))
 BATCHES = (1, 4, 8, 16, 64, 4096)
 CODECS = ("bf16", "int4", "nf4", "two2x2", "lm2", "rot,lm2", "lm3", "rot,lm3", "lm4", "rot,lm4",
-          "rot,tr2o", "rot,tr2.5o", "rot,tr3o", "rot,tr4o", "lm8", "rtn4g128", "pq4x256", "swap1,pq4x16",
-          "lr256(fp16;fp16)", "bf16")
+          "rot,tr2o", "rot,tr2.5o", "rot,tr3o", "rot,tr4o", "tr2n", "tr2no", "tr3no", "tr4no", "lm8", "rtn4g128",
+          "pq4x256", "swap1,pq4x16", "lr256(fp16;fp16)", "bf16")
 HADAMARDS = ((8192, 4096), (8192, 14336), (8192, 576), (8192, 8192), (1, 4096), (1, 14336))
 SMALL_CODECS = tuple(codec.replace("lr256", "lr16") for codec in CODECS)
 SMALL_SHAPES, SMALL_BATCHES, SMALL_HADAMARDS = ((64, 256), (256, 64)), (1, 16), ((16, 64), (1, 576))

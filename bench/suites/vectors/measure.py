@@ -98,7 +98,7 @@ def exact(x: Tensor, queries: Tensor) -> Tensor:
     best = Best(len(queries), K)
     for start in range(0, len(x), 8192):
         part = x[start : start + 8192]
-        best.offer(queries @ part.T - part.square().sum(1) / 2, start)
+        best.offer(queries @ part.T - part.square().sum(1) / 2, torch.arange(start, start + len(part)))
     return best.ids
 
 
@@ -132,7 +132,7 @@ def run_tersor(case: VectorCase, x: Tensor, queries: Tensor, truth: Tensor) -> d
     seconds, (_, ids) = timed(lambda: index.search(queries, K))
     again, _ = timed(lambda: index.search(queries, K))
     one, _ = timed(lambda: [index.search(queries[i : i + 1], K) for i in range(FEW_QUERIES)])
-    tables = sum(table.nbytes for table in index._tables.values())
+    tables = index.table_bytes
     wrong = error(x, lambda i, j: index.reconstruct(torch.arange(i, j)))
     return {"codec": str(index.codec), "code_bytes": index.code_size, "stored_bytes": (index.nbytes - tables) / len(x),
             "table_bytes": tables, "recall": recall(ids, truth), "relative_mse": wrong,

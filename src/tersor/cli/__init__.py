@@ -17,6 +17,7 @@ from tersor.cli.models import calibrate, compress, evaluate, families, plan, sur
 from tersor.cli.reduce import reduce
 from tersor.cli.stores import decode, encode, inspect, verify
 from tersor.cli.telling import LogFile, Quiet, Verbose, set_voice, spoken, tell_warning
+from tersor.cli.vectors import app as vectors
 
 VERBS = (compress, evaluate, verify, inspect, decode, encode, image, kv_plan, reduce, calibrate, survey, plan, families)
 
@@ -47,6 +48,7 @@ def common(ctx: typer.Context, quiet: Quiet = False, verbose: Verbose = False, l
 
 for verb in VERBS:
     app.command(cls=Verb)(spoken(verb))
+app.add_typer(vectors, name="vectors")
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
@@ -73,7 +73,8 @@ OptionTexts = Annotated[list[str] | None, typer.Option("--option", metavar="NAME
 Sensitivities = Annotated[Path | None, typer.Option(help="JSON: matrix name to weight of its relative distortion",
                                                     show_default="from the calibration")]
 Dense = Annotated[list[str] | None, typer.Option(
-    "--dense", metavar="PATTERN", help="leave the parameters that this shell pattern matches as they are; repeatable")]
+    "--dense", metavar="PATTERN", help="leave the parameters that this shell pattern matches as they are; repeatable; "
+    "'' for none", show_default="what text does not reach, such as a vision tower")]
 LeaveOut = Annotated[list[str] | None, typer.Option(
     "--leave-out", metavar="PATTERN", help="leave out tensors that no parameter takes, which are carried along "
     "otherwise; repeatable")]
@@ -144,13 +145,13 @@ def refuse_existing(path: Path) -> None:
         raise FileExistsError(f"{path} exists; remove it or name another output")
 
 
-def open_source(src: Path, output: Path, dense: list[str] | None = None, leave_out: list[str] | None = None) -> Any:
+def open_source(src: Path, output: Path, dense: Sequence[str] | None = (), leave_out: list[str] | None = None) -> Any:
     """Return the source model of a command that writes `output`; what is staged for it goes when it does."""
     from tersor.hf.compress.work import WorkFolder
     from tersor.hf.models import source
 
     work = WorkFolder(output)
-    found = source.open_source(existing_model(src), work / "staged", dense=dense or (), leave_out=leave_out or ())
+    found = source.open_source(existing_model(src), work / "staged", dense=dense, leave_out=leave_out or ())
     if found.folder == work / "staged":
         weakref.finalize(found, work.clear, "staged")
     return found

@@ -145,6 +145,24 @@ def bars(title: str, lengths: Mapping[str, float], told: Mapping[str, str]) -> s
     return _svg(title, left + longest + 12 + room, ROW * len(lengths), parts)
 
 
+def scatter(title: str, points: Mapping[str, tuple[float, float]]) -> str:
+    """Return points by name, (x, y): x from 0 to 1, and y, positive, on a logarithmic axis."""
+    width, height, margin = 520.0, 300.0, 50.0
+    scale = Scale.over((y for _, y in points.values()), logarithmic=True, digits=".0f")
+    parts = [f'<text x="{margin:.0f}" y="18">{html.escape(title)}</text>']
+    for step in range(6):
+        x = margin + width * step / 5
+        parts.append(_label(x, height + margin + 18, f"{step / 5:.1f}", "middle"))
+    for place in (0.0, 0.5, 1.0):
+        parts.append(_label(margin - 6, margin + height * (1 - place) + 4, f"{scale.at(place):.0f}", "end"))
+    for name, (x, y) in points.items():
+        left, top = margin + width * x, margin + height * (1 - scale.place(y))
+        told = html.escape(f"{name}: {x:.3f}, {y:.0f}")
+        parts.append(f'<g><title>{told}</title><circle cx="{left:.0f}" cy="{top:.0f}" r="4"/>'
+                     f'{_label(left - 8, top - 6, name, "end" if x > 0.5 else "start")}</g>')
+    return _svg(title, width + 2 * margin, height + 2 * margin, parts)
+
+
 def _label(x: float, y: float, text: str, anchor: str) -> str:
     return f'<text class="ink" x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}">{html.escape(text)}</text>'
 

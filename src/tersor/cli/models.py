@@ -93,7 +93,7 @@ def compress(src: Src, output: Out, rate: BudgetRate = None, size: Size = None, 
     settings = run.CompressSettings(
         codec, calibration, calibrated, text, Sampling(tokens, context=context, seed=seed),
         evaluation_tokens, context, seed, device, resume, parse_options(option), read_weights(sensitivities),
-        tuple(dense or ()), tuple(leave_out or ()), samples, base_model, effort)
+        None if dense is None else tuple(dense), tuple(leave_out or ()), samples, base_model, effort)
     nbytes = None if size is None else parse_size(size)
     rate = 3.0 if rate is None and nbytes is None else rate
     if dry_run:

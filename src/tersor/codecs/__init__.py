@@ -21,11 +21,13 @@ from tersor.codecs.trellis.folded import FoldedTrellis
 from tersor.codecs.trellis.trellis import Trellis
 from tersor.codecs.vector.klt import Klt
 from tersor.codecs.vector.product import Product
+from tersor.codecs.vector.residual import Residual
 from tersor.codecs.vector.symmetric import Symmetric
 
 BUILT_IN = (Dense, Uniform, Scalar, Rotated, Sum, MixedRows, Product, Swap, LearnedRotation, Standardized, Symmetric,
-            Kashin, TwoBasis, MinMax, Shifted, LowRank, Allocated, Klt, Interpolative, Trellis, FoldedTrellis, Centered)
+            Kashin, TwoBasis, MinMax, Shifted, LowRank, Allocated, Klt, Interpolative, Trellis, FoldedTrellis, Centered,
+            Residual)
 
 __all__ = ["Allocated", "BUILT_IN", "Centered", "Dense", "FoldedTrellis", "Interpolative", "Kashin", "Klt",
-           "LearnedRotation", "LowRank", "MinMax", "MixedRows", "Product", "Rotated", "Scalar", "Shifted",
+           "LearnedRotation", "LowRank", "MinMax", "MixedRows", "Product", "Residual", "Rotated", "Scalar", "Shifted",
            "Standardized", "Sum", "Swap", "Symmetric", "Trellis", "TwoBasis", "Uniform"]

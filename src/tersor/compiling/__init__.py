@@ -3,8 +3,8 @@
 `torch.compile(model, backend="tersor")`, or `backend=tersor.compiling.backend`. A layer of a language model multiplies
 the same vector by several matrices: queries, keys and values; gate and up. Such products are short, and one kernel for
 all of them fills a GPU better than one after another; it also takes the norm before them, and one product the sum
-after it. Attention of one token over a cache becomes one kernel, too. What belongs together is read off the graph, so no
-architecture is named here.
+after it. Attention of one token over a cache becomes one kernel, too. What belongs together is read off the graph, so
+no architecture is named here.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ _RECORDED: ContextVar[Launches | None] = ContextVar("tersor_recorded", default=N
 
 
 class Kernel:
-    """A jitted function that the host launches, unlike those that kernels call: `kernel[grid](*arguments, num_warps=…)`.
+    """A jitted function that the host launches: `kernel[grid](*arguments, num_warps=…)`; kernels call others.
 
     `triton.jit` and `gluon.jit` have no types of their own where Triton is not installed.
     """

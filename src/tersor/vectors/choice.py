@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 
-from tersor.codecs import Centered, Dense, LearnedRotation, Product, Rotated, Sum, Trellis
+from tersor.codecs import Centered, Dense, LearnedRotation, Product, Residual, Rotated, Trellis
 from tersor.codecs.trellis.filters import filters
 from tersor.contract.codec import Codec
 from tersor.errors import BudgetError, CodecConfigError, UnknownCodecError
@@ -37,6 +38,32 @@ def _is_rowwise(codec: Codec) -> bool:
     except CodecConfigError:
         return False
     return True
+
+
+def without_lists(codec: str | Codec, rate: float | None) -> tuple[int, str | Codec, float | None]:
+    """Return the lists that a factory string asks for, 0 for none, and the codec and the rate that are left.
+
+    `"IVF1024,rot,tr2"` is 1,024 lists around a codec, `"trellis2.5"` a family and a rate, and `"IVF1024,pq2"` both.
+
+    Raises
+    ------
+    CodecConfigError
+        If a rate is given twice, or lists of nothing.
+    """
+    lists = 0
+    if not isinstance(codec, str):
+        return lists, codec, rate
+    found = re.fullmatch(r"(?i:ivf)(\d{1,9})(?:,(.*))?", codec)
+    if found:
+        lists, codec = int(found[1]), found[2] or TRELLIS
+        if lists < 1:
+            raise CodecConfigError("index: expected at least one list, as in 'IVF1024,trellis2', found 'IVF0'")
+    named = re.fullmatch(rf"({'|'.join(map(re.escape, index_families()))})(\d+(?:\.\d+)?)", str(codec))
+    if named:
+        if rate is not None:
+            raise CodecConfigError(f"index: '{codec}' names a rate, and rate={rate!r} is another; leave one out")
+        codec, rate = named[1], float(named[2])
+    return lists, codec, rate
 
 
 def choose(dim: int, codec: str | Codec, rate: float | None, effort: str) -> Codec:
@@ -151,8 +178,6 @@ def _product(dim: int, nbytes: int, family: str) -> Codec:
 
 
 def _residual(dim: int, nbytes: int) -> Codec:
-    """Return as many stages of trained products as fit, each on the residual of those before."""
+    """Return as many stages of codebooks as fit."""
     part = max(d for d in range(1, min(dim, RESIDUAL_DIM) + 1) if dim % d == 0)
-    stage = Product(part, RESIDUAL_WORDS, trained=True)
-    count = nbytes // code_size(stage, dim)
-    return Sum((stage,) * count) if count > 1 else stage
+    return Residual(part, RESIDUAL_WORDS, max(1, nbytes // (dim // part)))

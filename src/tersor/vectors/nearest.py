@@ -12,7 +12,7 @@ WORST = torch.finfo(torch.float32).max
 
 
 class Best:
-    """Running top k of each query, best first; of equal scores the one offered first.
+    """Running top k of each query, best first; of equal scores the lowest id.
 
     Attributes
     ----------
@@ -24,8 +24,11 @@ class Best:
         self.scores = torch.full((queries, k), -math.inf)
         self.ids = torch.full((queries, k), -1)
 
-    def offer(self, scores: Tensor, first: int) -> None:
-        """Merge finite scores (queries, n) of the ids from `first` on, which must rise from call to call."""
+    def offer(self, scores: Tensor, numbers: Tensor) -> None:
+        """Merge scores (queries, n), minus infinity for what is not offered, of distinct ids, int64 (n,)."""
+        if bool((numbers[1:] < numbers[:-1]).any()):
+            numbers, order = numbers.sort()
+            scores = scores[:, order]
         count, k = scores.shape[1], self.ids.shape[1]
         floor = self.scores[:, -1:]
         if count % GROUP:
@@ -36,28 +39,31 @@ class Best:
         most = 2 * len(scores) * take
         for last in (False, True):
             if last:  # what is not in the top k of these is of no use
-                floor = torch.maximum(floor, torch.nextafter(scores.topk(take).values[:, -1:], floor))
-            query, group = (peaks > floor).nonzero(as_tuple=True)
+                floor = torch.maximum(floor, scores.topk(take).values[:, -1:])
+            query, group = ((peaks >= floor) & (peaks > -math.inf)).nonzero(as_tuple=True)
             if len(query) > most:
                 continue
             near = groups[query, group]
-            place, inside = (near > floor[query]).nonzero(as_tuple=True)
+            place, inside = ((near >= floor[query]) & (near > -math.inf)).nonzero(as_tuple=True)
             if len(place) <= most:
-                self._merge(query[place], near[place, inside], group[place] * GROUP + inside + first)
+                self._merge(query[place], near[place, inside], numbers[group[place] * GROUP + inside])
                 return
         values, order = scores.sort(dim=1, descending=True, stable=True)  # many equal scores
-        query = torch.arange(len(scores)).repeat_interleave(take)
-        self._merge(query, values[:, :take].reshape(-1), order[:, :take].reshape(-1) + first)
+        query, values, order = torch.arange(len(scores)).repeat_interleave(take), values[:, :take], order[:, :take]
+        found = (values > -math.inf).reshape(-1)
+        padded = torch.nn.functional.pad(numbers, (0, scores.shape[1] - count))
+        self._merge(query[found], values.reshape(-1)[found], padded[order.reshape(-1)[found]])
 
     def _merge(self, query: Tensor, scores: Tensor, ids: Tensor) -> None:
-        """Merge candidates, ordered by query and then by score or by id."""
+        """Merge candidates: finite scores, and ids."""
         if not len(query):
             return
         queries, k = self.ids.shape
         query = torch.cat([torch.arange(queries).repeat_interleave(k), query])
         scores = torch.cat([self.scores.reshape(-1), scores])
         ids = torch.cat([self.ids.reshape(-1), ids])
-        order = torch.argsort(scores, descending=True, stable=True)
+        order = torch.argsort(ids, stable=True)
+        order = order[torch.argsort(scores[order], descending=True, stable=True)]
         order = order[torch.argsort(query[order], stable=True)]
         sizes = torch.bincount(query, minlength=queries)
         chosen = order[(sizes.cumsum(0) - sizes).unsqueeze(1) + torch.arange(k)]

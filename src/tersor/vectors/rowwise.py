@@ -76,6 +76,12 @@ def joined(head: Encoded, tail: Encoded) -> Encoded:
     return packed(rows, head.codec, head.shape[1], head.tensors)
 
 
+def chosen(encoded: Encoded, keep: Tensor) -> Encoded:
+    """Return some rows of a matrix, by a mask or by their numbers, as a matrix."""
+    rows = {name: part[keep] for name, part in unpacked(encoded).items()}
+    return packed(rows, encoded.codec, encoded.shape[1], encoded.tensors)
+
+
 def to_bytes(encoded: Encoded) -> Tensor:
     """Return each row's payload as bytes of its own, uint8 (out, code_size): each tensor in turn, padded to bytes."""
     layout = encoded.codec.layout((1, encoded.shape[1]))

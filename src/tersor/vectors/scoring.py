@@ -1,4 +1,4 @@
-"""Scores of queries with all vectors that an index holds, whatever the magnitude of either.
+"""Scores of queries with the vectors that an index holds, whatever the magnitude of either.
 
 Squares of numbers near `2**-70` are nothing in float32, so what is compared is divided by powers of two first, which
 changes no digit.
@@ -6,74 +6,188 @@ changes no digit.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from tersor.numerics.kmeans import exponent_of, times_power
-from tersor.ops import sign_scan
+from tersor.numerics.kmeans import times_power
+from tersor.ops import code_scan
 from tersor.ops.dispatch import compiled_allowed
 from tersor.payload.scales import reciprocal
-from tersor.vectors.held import Held
+from tersor.vectors.frames import laid, lines
+from tersor.vectors.held import Block, Held
 from tersor.vectors.nearest import Best
-from tersor.vectors.signs import are_signs, filtered
+from tersor.vectors.scanned import is_scanned
 
 
-def best_of(held: Held, queries: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Wanted:
+    """Which vectors a search looks at.
+
+    Attributes
+    ----------
+    metric : str
+    allowed : Tensor or None
+        bool (n,), in the order in which vectors were added; None: all.
+    probes : int
+        Lists that are looked into, where there are lists.
+    """
+
+    metric: str
+    allowed: Tensor | None = None
+    probes: int = 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Posed:
+    """Queries as codes meet them, and the way back to distances.
+
+    Attributes
+    ----------
+    queries : Tensor
+        float32 (n, dim).
+    size : int
+        Vectors are divided by `2**size`.
+    power : Tensor or None
+        Squared norms of queries, by L2; float32 (n, 1).
+    exponent : int
+        Of the power of two that scores are multiplied by.
+    """
+
+    queries: Tensor
+    size: int
+    power: Tensor | None
+    exponent: int
+
+    def distances(self, scores: Tensor) -> Tensor:
+        """Return what users see: squared distances by L2, else scores; float32 (n, k)."""
+        found = scores.to(torch.float32)
+        if self.power is not None:
+            found = torch.add(self.power, found, alpha=-2).clamp_min_(0)
+        return times_power(found, self.exponent) if self.exponent else found
+
+    def floors(self, radius: float) -> Tensor:
+        """Return the scores of a distance, float64 (n,)."""
+        value = math.ldexp(radius, -self.exponent)
+        if self.power is None:
+            return torch.full((len(self.queries),), value, dtype=torch.float64)
+        return (self.power.to(torch.float64).squeeze(1) - value) / 2
+
+
+def best_of(held: Held, queries: Tensor, k: int, wanted: Wanted) -> tuple[Tensor, Tensor]:
     """Return scores or squared distances, and ids, (queries, k), of the best vectors for float32 queries (n, dim)."""
     if not len(queries):
         return queries.new_zeros(0, k), torch.zeros(0, k, dtype=torch.int64)
-    if metric == "l2":
-        mean = held.blocks[0].mean
-        return _distances(held, queries if mean is None else queries - mean, k)
-    exponent = exponent_of(queries)
-    unit = times_power(queries, -exponent)
-    if metric == "cosine":
-        unit = unit * reciprocal(torch.linalg.vector_norm(unit, dim=1, keepdim=True))
+    posed = _posed(held, queries, wanted.metric)
     if _scans(held):
-        scores, ids = _scanned(held, unit, k, metric, 0)
+        scores, ids = code_scan.best(lines(held, wanted.metric, posed.size), _asked(held, posed, wanted), k)
     else:
         best = Best(len(queries), k)
-        for first, block in held.placed():
-            found = block.encoded.matmul(unit)
-            best.offer(found.mul_(reciprocal(block.norms())) if metric == "cosine" else found, first)
+        for block, found in _scores(held, posed, wanted):
+            best.offer(found, block.ids)
         scores, ids = best.scores, best.ids
-    return times_power(scores, exponent) if metric == "ip" else scores, ids
+    return posed.distances(scores), ids
 
 
-def _distances(held: Held, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return squared distances, less what mean there is on both sides, and ids.
+def within(held: Held, queries: Tensor, radius: float, wanted: Wanted) -> list[tuple[Tensor, Tensor]]:
+    """Return scores or distances and ids of all vectors that lie within a radius, or score as much: of each query."""
+    posed = _posed(held, queries, wanted.metric)
+    floors = posed.floors(radius)
+    if _scans(held):
+        found = code_scan.within(lines(held, wanted.metric, posed.size), _asked(held, posed, wanted), floors)
+    else:
+        parts = list(_scores(held, posed, wanted))
+        scores = torch.cat([part for _, part in parts], 1).to(torch.float64)
+        found = []
+        for row, floor in zip(scores, floors, strict=True):
+            inside = ((row >= floor) & (row > -math.inf)).nonzero().squeeze(1)
+            numbers, order = torch.cat([block.ids for block, _ in parts])[inside].sort()
+            values, best = row[inside][order].sort(descending=True, stable=True)
+            found.append((values, numbers[best]))
+    out = []
+    for i, (scores, ids) in enumerate(found):
+        own = dataclasses.replace(posed, power=None if posed.power is None else posed.power[i : i + 1])
+        out.append((own.distances(scores[None])[0], ids))
+    return out
+
+
+def _posed(held: Held, queries: Tensor, metric: str) -> _Posed:
+    """Return queries, scaled, less what mean there is on both sides by L2.
 
     `|q - x|² = |q|² - 2 (q x - |x|² / 2)`, all divided by the square of a power of two beyond all norms.
     """
-    exponent = exponent_of(queries)
-    unit = times_power(queries, -exponent)
-    size = max(exponent, math.frexp(held.longest)[1])
-    power = times_power(unit, exponent - size).square().sum(1, keepdim=True)
-    if _scans(held):
-        scores, ids = _scanned(held, times_power(unit, exponent - size), k, "l2", size)
-    else:
-        queries = times_power(unit, exponent - 2 * size)
-        best = Best(len(unit), k)
-        for first, block in held.placed():
-            found = block.core.matmul(queries)
-            best.offer(found.sub_(times_power(block.norms(core=True), -size).square_() / 2), first)
-        scores, ids = best.scores, best.ids
-    return times_power((power - 2 * scores).clamp_min_(0), 2 * size), ids
+    if metric == "l2":
+        mean = held.lists.origin if held.lists else held.blocks[0].mean
+        queries = queries if mean is None else queries - mean
+    exponent = math.frexp(float(queries.abs().max()))[1]
+    unit = times_power(queries, -exponent) if exponent else queries
+    if metric == "l2":
+        size = max(exponent, math.frexp(held.longest)[1])
+        scaled = times_power(unit, exponent - size) if exponent < size else unit
+        return _Posed(scaled, size, scaled.square().sum(1, keepdim=True), 2 * size)
+    if metric == "cosine":
+        return _Posed(unit * reciprocal(torch.linalg.vector_norm(unit, dim=1, keepdim=True)), 0, None, 0)
+    return _Posed(unit, 0, None, exponent)
 
 
 def _scans(held: Held) -> bool:
-    """Tell whether codes are scanned as signs, and not multiplied."""
-    return are_signs(held.blocks[0].core) and compiled_allowed("sign_scan")
+    """Tell whether codes are scanned, and not multiplied."""
+    return is_scanned(held.blocks[0].core.codec) and compiled_allowed("code_scan")
 
 
-def _scanned(held: Held, queries: Tensor, k: int, metric: str, size: int) -> tuple[Tensor, Tensor]:
-    """Return scores, float32, and ids from a scan; see `Block.scanned`."""
-    head = held.blocks[0]
-    products, means = filtered(head.core, queries), queries.new_zeros(len(queries), dtype=torch.float64)
-    if head.mean is not None and metric != "l2":
-        means = queries.to(torch.float64) @ head.mean.to(torch.float64)
-    weights = {"l2": torch.ones_like(means), "ip": torch.zeros_like(means), "cosine": means}[metric]
-    scores, ids = sign_scan.best(held.scanned(metric, size), products, weights, k)
-    return (scores + means[:, None] if metric == "ip" else scores).to(torch.float32), ids
+def _asked(held: Held, posed: _Posed, wanted: Wanted) -> code_scan.Asked:
+    """Return what a scan is asked for; see `frames.lines` for what its rows have."""
+    whole, queries, metric = laid(held), posed.queries, wanted.metric
+    shared = _shared(held, posed, metric)
+    visits = None
+    if whole.pieces is not None:
+        visits, shared = _probed(held, posed, wanted)[:, whole.pieces], shared[:, whole.pieces]
+    elif metric == "ip":
+        shared = shared.expand(-1, len(whole.counts))
+    bases = shared if metric == "ip" or (visits is not None and metric == "l2") else None
+    weights = shared if metric == "cosine" else torch.ones(len(queries), 1, dtype=torch.float64)
+    masks = None
+    if wanted.allowed is not None:
+        masks = tuple(part.contiguous() for part in whole.ordered(wanted.allowed.to(torch.uint8)))
+    return code_scan.Asked(held.meeting.tables(queries), weights, visits, bases, masks)
+
+
+def _probed(held: Held, posed: _Posed, wanted: Wanted) -> Tensor:
+    """Return which lists are looked into, bool (queries, lists)."""
+    assert held.lists is not None
+    return held.lists.probed(times_power(posed.queries, posed.size), wanted.probes, wanted.metric)
+
+
+def _shared(held: Held, posed: _Posed, metric: str) -> Tensor:
+    """Return the products of queries with what vectors have in common: float64 (queries, lists), or (queries, 1)."""
+    mean, queries = held.blocks[0].mean, posed.queries
+    none = torch.zeros(len(queries), 1, dtype=torch.float64)
+    if held.lists is None:
+        return none if mean is None or metric == "l2" else queries.to(torch.float64) @ mean.to(torch.float64)[:, None]
+    own = none if mean is None else queries.to(torch.float64) @ mean.to(torch.float64)[:, None]
+    return (held.lists.products(queries, metric == "l2") + own) * 2.0**-posed.size
+
+
+def _scores(held: Held, posed: _Posed, wanted: Wanted) -> Iterator[tuple[Block, Tensor]]:
+    """Yield each block and its scores, float32 (queries, n), minus infinity where not wanted."""
+    metric, shared = wanted.metric, _shared(held, posed, wanted.metric).to(torch.float32)
+    probed = _probed(held, posed, wanted) if held.lists else None
+    queries = times_power(posed.queries, -posed.size)
+    for first, block in held.placed():
+        found = block.core.matmul(queries)
+        if block.places is not None and probed is not None:
+            places = block.places.to(torch.int64)
+            found += shared[:, places]
+            found.masked_fill_(~probed[:, places], -math.inf)
+        elif metric != "l2":
+            found += shared
+        if metric == "l2":
+            found.sub_(times_power(block.norms(around=True), -posed.size).square_() / 2)
+        elif metric == "cosine":
+            found.mul_(reciprocal(block.norms()))
+        if wanted.allowed is not None:
+            found.masked_fill_(~wanted.allowed[first : first + len(block)], -math.inf)
+        yield block, found

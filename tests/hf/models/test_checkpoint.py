@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaModel
 from tersor.errors import ModelError
 from tersor.hf.models.ledger import Line
 from tersor.hf.models.source import open_source
+from tests.cli.test_cli import fails
 from tests.hf.tiny import save_tiny
 
 Tiny = Callable[[str], Path]
@@ -132,7 +134,7 @@ def test_the_index_says_where_tensors_lie(tiny: Tiny, tmp_path: Path) -> None:
     save_file({UP: torch.zeros_like(expected)}, folder / "model-99999-of-99999.safetensors", {"format": "pt"})
     assert torch.equal(open_source(folder, tmp_path / "s").tensor(UP), expected)
     (folder / "model.safetensors.index.json").unlink()
-    refused(folder, tmp_path / "s", "lies in both")
+    refused(folder, tmp_path / "s", r"model-00001-of-00004\.safetensors and .* but no model\.safetensors\.index\.json")
 
 
 @pytest.mark.parametrize("damage", ["key", "file", "json", "outside"])
@@ -148,6 +150,29 @@ def test_a_damaged_index_is_refused(damage: str, tiny: Tiny, tmp_path: Path) -> 
         record["weight_map"][UP] = "../other.safetensors"
     file.write_text("{" if damage == "json" else json.dumps(record))
     refused(folder, tmp_path / "s", "index|missing")
+
+
+def test_a_missing_file_is_named_before_any_work(tiny: Tiny, tmp_path: Path) -> None:
+    """In one line, and with the exit code of a usage error."""
+    folder = sharded(tiny("llama"), tmp_path / "m")
+    (folder / "model-00003-of-00004.safetensors").unlink()
+    said = (r"m: model\.safetensors\.index\.json names 4 files, but 1 of them are missing, such as "
+            r"model-00003-of-00004\.safetensors; fetch them, then run again$")
+    refused(folder, tmp_path / "s", said)
+    fails("compress", folder, tmp_path / "out", "--rate", "4", says="model-00003-of-00004.safetensors")
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.work").exists()
+
+
+def test_a_file_that_ends_early_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    folder = sharded(tiny("llama"), tmp_path / "m")
+    file = folder / "model-00003-of-00004.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    refused(folder, tmp_path / "s", r"model-00003-of-00004\.safetensors: missing, damaged or no safetensors file")
+    sound = open_source(tiny("llama"), tmp_path / "s")
+    place = sound.account.origin(UP).places[0]
+    with pytest.raises(ModelError, match=r"has no .* bytes from byte"):
+        dataclasses.replace(place, start=place.file.stat().st_size).read()
 
 
 def test_one_file_comes_before_strays(tiny: Tiny, tmp_path: Path) -> None:

@@ -58,6 +58,27 @@ def test_a_tower_may_stay_as_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("verified_here")
+@pytest.mark.parametrize("name", ["llava", "qwen2-vl", "idefics3", "gemma3"])
+def test_what_text_does_not_reach_stays_bit_for_bit(name: str, tmp_path: Path) -> None:
+    """A vision tower, and the projector beside it, unless the user says otherwise."""
+    model = zoo.save(name, tmp_path / "src")
+    lossy: dict[str, Any] = {**LOSSLESS, "method": "rtn8"}
+    report = compress_model(tmp_path / "src", tmp_path / "out", **lossy)
+    opened, state = store.read(tmp_path / "out"), model.state_dict()
+    assert all(torch.equal(opened.plain(key), state[key]) for key in opened.plain_names())
+    sight = {key for key in state if "vision" in key or "visual" in key or "connector" in key or "projector" in key}
+    assert sight & set(opened.plain_names()) == sight
+    assert not any("vision" in key or "visual" in key for key in opened.matrix_names())
+    assert set(report["left_dense"].values()) == {
+        f"text does not reach {tower}; --dense says otherwise"
+        for tower in open_source(tmp_path / "src", tmp_path / "s", dense=None).tried.unreached
+        if any(key.startswith(f"{tower}.") for key in report["left_dense"])}
+    compress_model(tmp_path / "src", tmp_path / "all", **lossy, dense=())
+    assert any("vision" in key or "visual" in key for key in store.read(tmp_path / "all").matrix_names())
+    assert verify(tmp_path / "all", open_source(tmp_path / "src", tmp_path / "s"))["plain"] > 0
+
+
+@pytest.mark.usefixtures("verified_here")
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_extra_tensors_go_through_compression_and_back(name: str, tmp_path: Path) -> None:
     src = save_tiny(name, tmp_path / "src")

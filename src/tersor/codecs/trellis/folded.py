@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tersor.codecs.trellis.angles import FOLD, Folded, folded
 from tersor.codecs.trellis.streamed import Streamed
-from tersor.codecs.trellis.viterbi import values_on
+from tersor.codecs.trellis.viterbi import image_on, values_on
 from tersor.contract.codec import Encoded
 from tersor.numerics.constants import constant
 from tersor.ops.window_linear import MOST_MEMORY, ready_windows, window_linear
@@ -60,10 +60,16 @@ class FoldedTrellis(Streamed):
         if self.memory > MOST_MEMORY:
             return super().matmul(encoded, x)
         held = encoded.tensors
-        return window_linear(x, held["codes"], self._values(x.device), held["scales"], self.code.shifts,
+        image = _image_on(self.bits, self.memory, x.device) if x.is_cuda else None
+        return window_linear(x, held["codes"], self._values(x.device), held["scales"], self.code.shifts, image,
                              across=self.axis == "out")
 
 
 @constant
 def _values_on(bits: float, memory: int, device: torch.device) -> Tensor:
     return values_on(folded()[bits, memory], device)
+
+
+@constant
+def _image_on(bits: float, memory: int, device: torch.device) -> Tensor:
+    return image_on(folded()[bits, memory], device)

@@ -14,18 +14,19 @@ from torch import Tensor
 
 from tersor.codecs.trellis.filters import Filter, filters, taps_on
 from tersor.codecs.trellis.streamed import Streamed, signs_of
-from tersor.codecs.trellis.viterbi import values_on
+from tersor.codecs.trellis.viterbi import image_on, values_on
 from tersor.contract.codec import Encoded
 from tersor.contract.coordinates import Coordinates
 from tersor.contract.rotating import MultipliesRotated
 from tersor.numerics.constants import constant
 from tersor.ops.codebook_linear import codebook_linear, ready_product, widened
 from tersor.ops.trellis_linear import decoded_rows, ready_filter, trellis_filter, trellis_linear
-from tersor.ops.window_linear import MOST_MEMORY, window_linear
+from tersor.ops.window_linear import MOST_MEMORY, takes, window_linear
 from tersor.payload import codes
-from tersor.payload.blocks import Few, Rows, after
+from tersor.payload.blocks import Few, Rows, Shape, after
 
-FEW = 64  # vectors that meet the signs of streams; for more, rows are decoded
+FEW = 64  # vectors that meet the signs of streams, or windows; for more, rows are decoded
+SIGNED = 8  # vectors that meet signs also where kernels look windows up: as many as one product of signs takes
 
 
 @final
@@ -76,15 +77,17 @@ class Trellis(Streamed, MultipliesRotated):
     def matmul_rotated(self, encoded: Encoded, x: Tensor, seed: int | None) -> Tensor | None:
         """Filter the vectors, or the outputs, and multiply by the signs; many vectors meet decoded rows."""
         width, held = encoded.shape[1], encoded.tensors
-        many = x.numel() > FEW * width and (x.is_cuda or self.memory <= MOST_MEMORY)
-        if seed is not None and (many or self.axis == "in"):
+        many, across = x.is_cuda and x.numel() > FEW * width, self.axis == "out"
+        looked = self._looked_up(encoded, x)
+        if seed is not None and (many or looked or not across):
             return None
-        if many and x.is_cuda:
-            return trellis_linear(x, held["codes"], taps_on(self.bits, self.memory, x.device), held["scales"], self.filter.shifts,
-                                  across=self.axis == "out")
-        if many:
+        if looked:
+            image = _image_on(self.bits, self.memory, x.device) if x.is_cuda else None
             return window_linear(x, held["codes"], self._values(x.device), held["scales"], self.filter.shifts,
-                                 across=self.axis == "out")
+                                 image, across=across)
+        if many:
+            return trellis_linear(x, held["codes"], taps_on(self.bits, self.memory, x.device), held["scales"],
+                                  self.filter.shifts, across=across)
         dtype, table = x.dtype, _signs_on(x.device)
         x = x if x.is_cuda else widened(x)
         if self.axis == "in":
@@ -107,6 +110,15 @@ class Trellis(Streamed, MultipliesRotated):
         ones = _ones_on(self.bits, self.memory, line.length, held["codes"].device)
         product = ready_product(held["codes"], table, ones, None, 1, (width, width), "symmetric", rotation=seed)
         return after(ready_filter(taps, held["scales"], line), product)
+
+    def _looked_up(self, encoded: Encoded, x: Tensor) -> bool:
+        """Tell whether windows are looked up instead: by many vectors on the processor, and by some on CUDA."""
+        if self.memory > MOST_MEMORY:
+            return False
+        width = encoded.shape[1]
+        if not x.is_cuda:
+            return x.numel() > FEW * width
+        return SIGNED * width < x.numel() <= FEW * width and _looked_up(self.bits, self.memory, encoded.shape, self.axis)
 
     def coordinates(self, encoded: Encoded) -> Coordinates:
         """Return signs, met by filtered vectors; decoded rows where streams run along outputs."""
@@ -137,6 +149,12 @@ class _Streams(Coordinates):
 
 
 @constant
+def _looked_up(bits: float, memory: int, shape: Shape, axis: str) -> bool:
+    """Tell whether kernels look the windows of a matrix up."""
+    return takes(filters()[bits, memory].line(shape[0 if axis == "out" else 1]), *shape, across=axis == "out")
+
+
+@constant
 def _signs_on(device: torch.device) -> Tensor:
     """Return what a bit stands for."""
     return torch.tensor([-1.0, 1.0], device=device)
@@ -151,3 +169,8 @@ def _ones_on(bits: float, memory: int, length: int, device: torch.device) -> Ten
 @constant
 def _values_on(bits: float, memory: int, device: torch.device) -> Tensor:
     return values_on(filters()[bits, memory], device)
+
+
+@constant
+def _image_on(bits: float, memory: int, device: torch.device) -> Tensor:
+    return image_on(filters()[bits, memory], device)

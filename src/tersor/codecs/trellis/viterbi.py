@@ -11,6 +11,7 @@ from tersor.codecs.trellis.filters import Filter, segment_matrix
 from tersor.codecs.trellis.windows import Window, every_window
 from tersor.numerics.constants import constant
 from tersor.ops.trellis_path import Steps, beam, best, bits_of
+from tersor.ops.window_linear import image_of
 
 MOST_MEMORY = 16  # bits of windows of which all states are walked
 MOST_TRIED = 14  # bits of streams that are all tried
@@ -28,6 +29,12 @@ def values(code: Window) -> Tensor:
 def values_on(code: Window, device: torch.device) -> Tensor:
     """Return `values` on a device."""
     return values(code).to(device)
+
+
+@constant
+def image_on(code: Window, device: torch.device) -> Tensor:
+    """Return `values` as products on CUDA look them up."""
+    return image_of(values(code), code.shifts).to(device)
 
 
 def encode(code: Window, numbers: Tensor, width: int | None = None) -> Tensor:

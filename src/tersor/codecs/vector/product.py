@@ -134,6 +134,11 @@ class Product(Codec):
         """Look products of `x` and codewords up for few `x`; else multiply block by block; sums in float32."""
         return product_linear(x, self.payload(encoded.tensors, encoded.shape))
 
+    def codewords(self, tensors: Tables, width: int) -> Tensor:
+        """Return every group's codewords, float32 (groups, words, dim)."""
+        books = self._table(tensors, width).reshape(-1, self.words, self.dim)
+        return books.expand(width // self.dim, -1, -1)
+
     def payload(self, tensors: Tables, shape: Shape, mask: Tensor | None = None, layers: int = 0) -> Codewords:
         """Return what `ops.product_linear` multiplies by, perhaps with masks of swaps around it."""
         books = shape[1] // self.dim if self.scope == "group" else 1

@@ -154,7 +154,7 @@ def command(request: Request, budget: str, changed: Mapping[str, Any]) -> str:
             value = changed[field]
             words += [flag, value.name if isinstance(value, Path) else str(value)]
     for field, flag in (("dense", "--dense"), ("leave_out", "--leave-out")):
-        words += [word for pattern in changed.get(field, ()) for word in (flag, pattern)]
+        words += [word for pattern in (changed[field] or ("",)) for word in (flag, pattern)] if field in changed else []
     defaults = family_options(request.method) if known else {}
     for name, value in request.options.items():
         if name not in defaults or defaults[name] != value:

@@ -65,8 +65,9 @@ class CompressSettings:
         Tokens to evaluate on; 0 skips the evaluation.
     context : int
         Window length of the evaluation, in tokens.
-    dense : tuple of str
-        Shell patterns of parameters that stay as they are, such as a vision tower's.
+    dense : tuple of str or None
+        Shell patterns of parameters that stay as they are; None: of a model that reads text, what text does not reach,
+        such as a vision tower.
     leave_out : tuple of str
         Shell patterns of tensors to leave out, among those that no parameter of the class takes.
     samples : int
@@ -90,7 +91,7 @@ class CompressSettings:
     resume: bool = True
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     sensitivities: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    dense: tuple[str, ...] = ()
+    dense: tuple[str, ...] | None = None
     leave_out: tuple[str, ...] = ()
     samples: int = 0
     base_model: str | None = None
@@ -262,10 +263,10 @@ def conclude(job: encode.Job, matrices: Mapping[str, Any], work: WorkFolder,
                "bytes_original": source.original_nbytes}
     summary["package_bytes"] = package_nbytes(job.picks.values())
     report = {"summary": summary, "matrices": matrices, "ledger": source.ledger.report(),
-              "left_dense": {name: f"its module calls {said} on it" for name, said in source.tried.dense.items()},
+              "left_dense": source.left_dense,
               "provenance": job.provenance}
     _check_companions(source, work / "output")
     write_json(work / "output" / REPORT, report)
     card.write_card(work / "output", report, card.base_of(source))
-    verify_in_fresh_process(work / "output", source.folder)
+    verify_in_fresh_process(work / "output", source.path)
     return report

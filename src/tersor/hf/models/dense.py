@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import defaultdict
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -43,11 +44,12 @@ def write_dense(opened: store.Store, to: Path) -> None:
             by_parameter[matrix.parameter].append(matrix)
     with whole(to) as partial:
         partial.mkdir(parents=True)
-        _write_shards(opened, names, by_parameter, partial)
+        _write_shards(names, lambda name: parameter(opened, by_parameter[name]) if name in by_parameter
+                      else opened.plain(name), partial)
         _write_companions(opened, partial)
 
 
-def _write_shards(opened: store.Store, names: list[str], by_parameter: dict[str, list[Matrix]], folder: Path) -> None:
+def _write_shards(names: Iterable[str], read: Callable[[str], Tensor], folder: Path) -> None:
     shards: list[str] = []
     weight_map: dict[str, str] = {}
     held: dict[str, Tensor] = {}
@@ -61,7 +63,7 @@ def _write_shards(opened: store.Store, names: list[str], by_parameter: dict[str,
         held.clear()
 
     for name in names:
-        tensor = parameter(opened, by_parameter[name]) if name in by_parameter else opened.plain(name)
+        tensor = read(name)
         nbytes = tensor.numel() * tensor.element_size()
         if held and sum(t.numel() * t.element_size() for t in held.values()) + nbytes > SHARD_BYTES:
             flush()
@@ -98,6 +100,8 @@ def _write_companions(opened: store.Store, folder: Path) -> None:
 
 
 def copy_dense(source: Source, output: Path) -> None:
-    """Copy the dense model as it is, for budgets that it already meets; atomic."""
+    """Copy the model as it is, for budgets that it already meets: its folder, or a .gguf file made dense; atomic."""
     with whole(output) as partial:
         shutil.copytree(source.folder, partial)
+        if source.path.is_file():
+            _write_shards(source.layout.parameters, source.tensor, partial)

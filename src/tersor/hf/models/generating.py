@@ -1,4 +1,4 @@
-"""What `generate` does with a compressed model over a static cache: it compiles decoding steps with Tersor's backend."""
+"""How `generate` decodes by a compressed model over a static cache: steps are compiled with Tersor's backend."""
 
 from __future__ import annotations
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tersor.errors import ModelError
@@ -55,19 +55,46 @@ def reach(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[dict[str, 
 
     Text does not reach a vision tower, for example.
     """
-    inner = {name: part for name, part in model.named_modules() if name and isinstance(part, PreTrainedModel)}
+    outputs, called = _traced(model, inputs)
+    return outputs, _outermost(model, lambda part: id(part) not in called)
+
+
+def untouched(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[str]:
+    """Return the models inside of which a run calls nothing, and what stands beside them of which the same is true.
+
+    Some classes do not call a model inside, but its parts. A projector stands beside a vision tower.
+    """
+    _, called = _traced(model, inputs)
+
+    def idle(part: nn.Module) -> bool:
+        return not called & {id(module) for module in part.modules()}
+
+    found = _outermost(model, idle)
+    for path in dict.fromkeys(name.rpartition(".")[0] for name in found):
+        beside = [f"{path}.{name}".lstrip(".") for name, part in model.get_submodule(path).named_children()
+                  if idle(part) and part.state_dict()]
+        found += [name for name in beside if name not in found]
+    return found
+
+
+def _traced(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[dict[str, Tensor], set[int]]:
+    """Run a model once; return its outputs, and the ids of the modules that were called."""
     called: set[int] = set()
-    hooks = [part.register_forward_pre_hook(lambda part, _: called.add(id(part))) for part in inner.values()]
+    hooks = [part.register_forward_pre_hook(lambda part, _: called.add(id(part))) for part in model.modules()]
     try:
-        outputs = run(model, inputs)
+        return run(model, inputs), called
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _outermost(model: PreTrainedModel, chosen: Callable[[PreTrainedModel], bool]) -> list[str]:
     found: list[str] = []
-    for name, part in inner.items():
-        if id(part) not in called and not any(name.startswith(f"{outer}.") for outer in found):
+    for name, part in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if name and isinstance(part, PreTrainedModel) and not inside and chosen(part):
             found.append(name)
-    return outputs, found
+    return found
 
 
 def candidates(model: PreTrainedModel, seed: int) -> Iterator[dict[str, Any]]:

@@ -18,6 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tersor import store
 from tersor.errors import CorruptStoreError
+from tersor.hf.models import placing
 from tersor.hf.models.generating import CompiledCall, compiles
 from tersor.hf.models.matrices import Matrix, unsaved, walk
 from tersor.nn import Buffers, CompressedEmbedding, CompressedLinear, TiedLinear, WeightView
@@ -71,6 +72,14 @@ class TersorQuantizer(HfQuantizer):
         install(model, opened)
         self._compiles = compiles(model)
         model.get_compiled_call = CompiledCall(model)
+        if placing.spreads(kwargs.get("device_map")):
+            placing.check_tables(model, kwargs["device_map"])
+            placing.as_parameters(model)
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        del kwargs
+        placing.settle(model)
         return model
 
 

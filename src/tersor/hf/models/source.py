@@ -1,12 +1,14 @@
-"""Where a model's dense tensors come from: read one at a time from safetensors, or staged when they need converting."""
+"""Where a model's dense tensors come from: each is read, and converted where need be, when it is asked for."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +19,21 @@ from transformers import PretrainedConfig, PreTrainedModel
 from tersor.contract.checks import check_matrix
 from tersor.errors import ModelError
 from tersor.files import read_json
-from tersor.hf.models import checkpoint, staging
-from tersor.hf.models.checkpoint import Account
-from tersor.hf.models.classes import model_class
+from tersor.hf.models import gguf_file, staging
+from tersor.hf.models.checkpoint import Account, Held, account
+from tersor.hf.models.classes import model_class, takes_text
 from tersor.hf.models.ledger import Ledger
 from tersor.hf.models.matrices import Matrix, Parts, empty_model, quiet, read_config, refused, walk
+from tersor.hf.models.places import Origin, locate
+from tersor.hf.models.quantized import dense as dequantized
+from tersor.hf.models.quantized import settings
 from tersor.hf.models.staging import WEIGHT_SUFFIXES
 from tersor.hf.models.trial import Trial, trial
+from tersor.payload.layout import TensorSpec
 from tersor.store.manifest import FORMAT_VERSION, file_digest
 
 ADAPTER = "adapter_config.json"
+DIGESTS = 4  # files whose digests are computed at a time
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,7 +45,7 @@ class Source:
     path : Path
         What the user named: a directory, or a .gguf file.
     folder : Path
-        Directory that holds configuration and safetensors: `path`, or where it was staged.
+        Directory that holds configuration and tokenizer: `path`, or where those of a .gguf file were written.
     config : PretrainedConfig
     layout : Parts
         What is compressed, what is stored as it is (tensors that no parameter takes, too), and what is tied.
@@ -46,6 +53,8 @@ class Source:
         Where every tensor of the checkpoint lies.
     tried : Trial
         Whether the class computes with encoded weights, and which of them must stay dense.
+    left_dense : mapping of str to str
+        Parameters that stay dense without having been asked for, and why.
     left_out : mapping of str to str
         Keys that the user asked to leave out, and why.
     seen : mapping of Path to tuple
@@ -58,50 +67,56 @@ class Source:
     layout: Parts
     account: Account
     tried: Trial
+    left_dense: Mapping[str, str]
     left_out: Mapping[str, str]
     seen: Mapping[Path, tuple[int, int, int]]
 
     def tensor(self, name: str) -> Tensor:
-        """Read one tensor in its own dtype."""
-        self.check_unchanged()
-        return checkpoint.read(self.account.place(name))
+        """Read one tensor in its own dtype; dequantized, and put together, where the checkpoint stores it otherwise."""
+        return self._checked(name).read()
 
     def matrix(self, matrix: Matrix) -> Tensor:
         """Read one matrix (out, in); only its slice of a stack."""
-        self.check_unchanged()
-        place = self.account.place(matrix.parameter)
-        return matrix.take(checkpoint.read(place)) if matrix.index is None else checkpoint.read(place, matrix.index)
+        origin = self._checked(matrix.parameter)
+        return matrix.take(origin.read()) if matrix.index is None else origin.read(matrix.index)
 
-    def check_unchanged(self) -> None:
-        """Raise `ModelError` if a file of the model is no longer the one that was opened."""
-        for file, state in self.seen.items():
-            if _state(file) != state:
+    def _checked(self, name: str) -> Origin:
+        """Return what a tensor is made of, if its files are those that were opened."""
+        origin = self.account.origin(name)
+        self.check_unchanged({place.file for place in origin.places})
+        return origin
+
+    def check_unchanged(self, files: Iterable[Path] | None = None) -> None:
+        """Raise `ModelError` if a file of the model, or one of some, is no longer the one that was opened."""
+        for file in self.seen if files is None else files:
+            if _state(file) != self.seen[file]:
                 raise ModelError(f"{file} has changed since it was opened; run again once the model is no longer being "
                                  "written")
 
     @functools.cached_property
     def dtypes(self) -> Mapping[str, torch.dtype]:
         """The stored dtype of every tensor."""
-        return {name: self.account.place(name).dtype for name in self.layout.parameters}
+        return {name: self.account.origin(name).dtype for name in self.layout.parameters}
 
     @functools.cached_property
     def ledger(self) -> Ledger:
         """What becomes of every tensor of the checkpoint."""
-        return Ledger.of(self.layout, self.account, self.left_out, self.nbytes)
+        return Ledger.of(self.layout, self.account, self.left_out, self.original_nbytes)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the dense safetensors files, staged ones included."""
-        return sum(file.stat().st_size for file in self._files)
+        """Bytes of a directory that holds the model as it is: of the files of a checkpoint, or of a dense .gguf."""
+        return self.original_nbytes if self.path.is_dir() else sum(
+            TensorSpec(origin.shape, origin.dtype).nbytes for origin in self.account.located.values())
 
-    @property
+    @functools.cached_property
     def _files(self) -> list[Path]:
         return sorted({place.file for place in self.account.places})
 
     @property
     def original_nbytes(self) -> int:
-        """Bytes of what the user gave: the .gguf file, or the dense safetensors files."""
-        return self.path.stat().st_size if self.path.is_file() else self.nbytes
+        """Bytes of what the user gave: the .gguf file, or the checkpoint's files."""
+        return sum(file.stat().st_size for file in self._files)
 
     @property
     def elements(self) -> int:
@@ -112,18 +127,12 @@ class Source:
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 over configuration and weights as the user gave them; read once."""
-        if self.folder == self.path:
-            return _digest([self.folder / "config.json", *self._files])
-        given = [self.path] if self.path.is_file() else [
-            self.path / "config.json", *sorted({place.file for place in staging.files_of(self.path).values()})]
-        return _digest(given)
+        return _digest(self._files if self.path.is_file() else [self.folder / "config.json", *self._files])
 
     @functools.cached_property
     def fingerprints(self) -> Mapping[str, str]:
-        """What the manifest says of the source: its fingerprint, and that of what it was converted to, if it was."""
+        """What the manifest says of the source: its fingerprint."""
         found = {"source_sha256": self.fingerprint}
-        if self.folder != self.path:
-            found["converted_sha256"] = _digest([self.folder / "config.json", *self._files])
         self.check_unchanged()
         return found
 
@@ -171,22 +180,27 @@ def _state(file: Path) -> tuple[int, int, int]:
 
 def _digest(files: Iterable[Path]) -> str:
     """Return the SHA-256 over files: a configuration as it is, weights by their own digests."""
+    def digest(file: Path) -> bytes:
+        return file.read_bytes() if file.name == "config.json" else bytes.fromhex(file_digest(file))
+
     sha = hashlib.sha256()
-    for file in files:
-        sha.update(file.read_bytes() if file.name == "config.json" else bytes.fromhex(file_digest(file)))
+    with ThreadPoolExecutor(DIGESTS) as pool:
+        for part in pool.map(digest, files):
+            sha.update(part)
     return sha.hexdigest()
 
 
-def open_source(path: Path, staged: Path, *, dense: Sequence[str] = (), leave_out: Sequence[str] = ()) -> Source:
+def open_source(path: Path, staged: Path, *, dense: Sequence[str] | None = (), leave_out: Sequence[str] = ()) -> Source:
     """Open a transformers directory or a .gguf file.
 
-    Tensors are read straight from safetensors where the checkpoint stores the model's own parameters; a checkpoint that
-    transformers must convert (GGUF, pickles, experts stored one by one) is loaded once and staged in `staged`.
+    Nothing is loaded: tensors are read, dequantized and put together one at a time, when they are asked for. The
+    configuration and the tokenizer of a .gguf file are written to `staged`.
 
     Parameters
     ----------
-    dense : sequence of str
-        Shell patterns of parameters that stay as they are.
+    dense : sequence of str or None
+        Shell patterns of parameters that stay as they are; None: of a model that reads text, what text does not reach,
+        such as a vision tower.
     leave_out : sequence of str
         Shell patterns of tensors to leave out, among those that no parameter takes; the others are carried along.
 
@@ -197,29 +211,44 @@ def open_source(path: Path, staged: Path, *, dense: Sequence[str] = (), leave_ou
     """
     if not path.exists():
         raise ModelError(f"{path}: no such file or directory")
+    seen = {file: _state(file) for file in _watched(path)}
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(f"{path}: expected a model directory or a .gguf file")
+        folder = gguf_file.stage(path, staged)
+        config = read_config(folder)
     else:
+        folder, config = path, read_config(path)
         _check_folder(path)
-    seen = {file: _state(file) for file in _watched(path)}
-    folder, found = path, None if path.is_file() else _open_folder(path, path)
-    if found is None:
-        folder = staging.stage(path, staged)
-        found = _open_folder(path, folder)
-        assert found is not None, "a staged checkpoint stores the model's own parameters"
-    config, layout, account = found
+    held = None if path.is_file() else _held(path, config)
+    model = empty_model(config)
+    layout = walk(model)
+    if not layout.matrices:
+        raise ModelError(f"{path}: a {type(model).__name__} has no matrix to compress")
+    found = account(path, held or gguf_file.held(path, model), model, layout)
     tried = trial(config)
-    layout, left_out = _asked(layout, account, (tried.dense, dense), leave_out)
-    source = Source(path, folder, config, layout, account, tried, left_out, seen)
+    must = {name: f"its module calls {said} on it" for name, said in tried.dense.items()}
+    for tower in tried.unreached if dense is None and takes_text(type(model)) else ():
+        own = {matrix.parameter for matrix in layout.matrices.values() if matrix.parameter.startswith(f"{tower}.")}
+        must |= dict.fromkeys(own, f"text does not reach {tower}; --dense says otherwise")
+    layout, left_out = _asked(layout, found, (must, dense or ()), leave_out)
+    if not layout.matrices:
+        raise ModelError(f"{path}: no matrix of this {type(model).__name__} is left to compress; --dense PATTERN says "
+                         "which stay as they are, and --dense '' that none do")
+    source = Source(path, folder, config, layout, found, tried, must, left_out, seen)
     source.check_unchanged()
     return source
 
 
+def _held(path: Path, config: PretrainedConfig) -> Held:
+    """Return what the files of a directory hold, dequantized; the configuration then says no more that it is not."""
+    tensors, aside = dequantized(locate(path), config, path)
+    if settings(config):
+        delattr(config, "quantization_config")
+    return Held(tensors, aside)
+
+
 def _check_folder(path: Path) -> None:
-    config = read_config(path)
-    if getattr(config, "quantization_config", None) is not None:
-        raise ModelError(f"{path}: already quantized ({_method(config)}); give Tersor the original model")
     if (path / ADAPTER).exists():
         raise ModelError(f"{path}: holds {ADAPTER}, with which transformers loads an adapter on top; merge it into the "
                          "weights first, or move it away")
@@ -240,38 +269,28 @@ def _asked(layout: Parts, account: Account, dense: tuple[Collection[str], Sequen
     Parameters
     ----------
     dense : (collection of str, sequence of str)
-        Parameters that must stay as they are, and patterns of those that the user wants so.
+        Parameters that must stay as they are, and patterns of those that the user wants so; an empty one is for none.
     """
     layout = layout.without(set(layout.parameters) - set(account.located))  # what the class makes by itself
     must, wanted = dense
-    layout = layout.leaving({*must, *(name for pattern in wanted for name in layout.matching(pattern))})
+    layout = layout.leaving({*must, *(name for pattern in wanted if pattern for name in layout.matching(pattern))})
     left_out = {key: f"asked for by --leave-out {pattern}" for pattern in leave_out
                 for key in account.matching(pattern)}
     carried = {key: torch.Size(place.shape) for key, place in account.extra.items() if key not in left_out}
     return dataclasses.replace(layout, plain={**layout.plain, **carried}), left_out
 
 
-def _method(config: PretrainedConfig) -> str:
-    found: Any = config.quantization_config
-    return str(found.get("quant_method", "?") if isinstance(found, dict) else found.quant_method)
-
-
-def _open_folder(path: Path, folder: Path) -> tuple[PretrainedConfig, Parts, Account] | None:
-    """Open a folder whose safetensors hold the model's own parameters; None where they need converting."""
-    config = read_config(folder)
-    model = empty_model(config)
-    layout = walk(model)
-    if not layout.matrices:
-        raise ModelError(f"{path}: a {type(model).__name__} has no matrix to compress")
-    account = checkpoint.account(folder, model, layout)
-    return None if account is None else (config, layout, account)
-
-
 def load_dense(source: Source, device: str = "cpu") -> PreTrainedModel:
     """Load the dense model of a source: in its own dtype on a GPU, in float32 on a CPU."""
     dtype = torch.float32 if device == "cpu" else "auto"
+    kind: Any = model_class(source.config)
+    as_it_is = source.path.is_dir() and not settings(read_config(source.path))
+    given: dict[str, Any] = {"pretrained_model_name_or_path": source.folder if as_it_is else None}
+    if not as_it_is:
+        tensors = {name: source.tensor(name) for name in source.account.located}
+        given |= {"config": copy.deepcopy(source.config), "state_dict": tensors}
     with refused(f"{source.path}: transformers cannot load it"), quiet():
-        model: Any = model_class(source.config).from_pretrained(source.folder, dtype=dtype, local_files_only=True)
+        model = kind.from_pretrained(**given, dtype=dtype, local_files_only=True)
     source.check_unchanged()
     return model.to(device).eval()
 

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from tersor import store
 from tersor.contract.codec import Codec, Encoded, Search
 from tersor.errors import ModelError, ReadOnlyError
-from tersor.hf.models.inputs import candidates, reach, run
+from tersor.hf.models.inputs import candidates, reach, run, untouched
 from tersor.hf.models.matrices import FOREIGN, empty_model, walk
 from tersor.hf.models.quantizer import install
 from tersor.nn import MEMORY, Buffers, WeightView
@@ -99,11 +99,14 @@ class Trial:
         Whether the class ran to its end on inputs made up for it.
     said : str
         What it said where it did not.
+    unreached : tuple of str
+        The models inside that the inputs did not reach, outermost only.
     """
 
     dense: Mapping[str, str]
     ran: bool
     said: str = ""
+    unreached: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Raise `ModelError` unless the class ran: no output of it could be proven."""
@@ -117,9 +120,9 @@ def trial(config: PretrainedConfig) -> Trial:
     dense: dict[str, str] = {}
     for _ in range(ROUNDS):
         model, names = _blank_model(config, dense)
-        unfit, said, ran = _first_unfit(model, names)
+        unfit, said, ran, unreached = _first_unfit(model, names)
         if unfit is None:
-            return Trial(dense, ran, said)
+            return Trial(dense, ran, said, tuple(unreached))
         alike = re.sub(r"\d+", "#", unfit)  # of other layers, too
         dense |= {name: said for name in names.values() if re.sub(r"\d+", "#", name) == alike}
     return Trial(dense, ran=False, said=f"more than {ROUNDS} kinds of weights cannot be encoded")
@@ -159,16 +162,20 @@ def _zeros(value: Tensor) -> Tensor:
     return torch.zeros(value.shape, dtype=value.dtype)
 
 
-def _first_unfit(model: PreTrainedModel, names: Mapping[int, str]) -> tuple[str | None, str, bool]:
-    """Return the first parameter that cannot be encoded, why, and whether the model ran to its end."""
+def _first_unfit(model: PreTrainedModel, names: Mapping[int, str]) -> tuple[str | None, str, bool, list[str]]:
+    """Return the first parameter that cannot be encoded, why, whether the model ran to its end, and what it left out.
+
+    The last are the models inside that the inputs did not reach; they run on inputs of their own.
+    """
     unfit, said, ran, inputs = _pass(model, names)
+    unreached = untouched(model, inputs) if ran else []
     for name in reach(model, inputs)[1] if ran else ():
         part = model.get_submodule(name)
         assert isinstance(part, PreTrainedModel)
         unfit, reason, _, _ = _pass(part, names)
         if unfit is not None:
-            return unfit, reason, False
-    return unfit, said, ran
+            return unfit, reason, False, unreached
+    return unfit, said, ran, unreached
 
 
 def _pass(model: PreTrainedModel, names: Mapping[int, str]) -> tuple[str | None, str, bool, Mapping[str, Any]]:

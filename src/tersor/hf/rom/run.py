@@ -139,7 +139,7 @@ def reduce_model(source: str | Path, output: str | Path, keep: float | None = No
     work.stamp(stamp, resume=reads.resume)
     (work / "blocks").mkdir(exist_ok=True)
     report = _reduce(opened, chosen, ids, record, stamp, work, progress)
-    verify_in_fresh_process(work / "output", opened.folder)
+    verify_in_fresh_process(work / "output", opened.path)
     report["seconds"] = time.perf_counter() - began
     report["peak_memory_bytes"] = peak_memory()
     work.finish()

@@ -11,7 +11,8 @@ from tersor.ops.trellis_linear.shapes import UNIT, Line, segments
 from tersor.ops.workspace import workspace
 from tersor.payload.blocks import Rows
 
-BLOCK = 128  # numbers that a program makes
+BLOCK = 128  # numbers that a program decodes
+FILTERED = 64  # numbers that a program filters
 ROWS, BYTES = 16, 32  # of a program that decodes across lines
 WORDS = 16  # the same, of 32 numbers
 WINDOW = 33  # bits that two words hold from any place on
@@ -29,10 +30,10 @@ def numbers(signs: Tensor, taps: Tensor, scales: Tensor | None, line: Line, dtyp
     out = torch.empty(len(signs), line.length, dtype=dtype, device=signs.device)
     if out.numel():
         with torch.cuda.device(signs.device):
-            filtering.numbers[(-(-line.length // BLOCK), len(signs))](
+            filtering.numbers[(-(-line.length // FILTERED), len(signs))](
                 signs.contiguous(), taps, taps if scales is None else scales, out, line.length, line.stream,
-                *_places(line), UNIT, line.shifts, sum(line.shifts), line.memory, scales is not None, BLOCK,
-                launch_pdl=True)
+                *_places(line), UNIT, line.shifts, sum(line.shifts), line.memory, scales is not None, FILTERED,
+                1 << (line.memory - 1).bit_length(), launch_pdl=True)
     return out
 
 
@@ -43,9 +44,9 @@ def filtered(lines: Tensor, taps: Tensor, line: Line, dtype: torch.dtype) -> Ten
     steps = (-(-line.memory // step) + 1) * period
     if out.numel():
         with torch.cuda.device(lines.device):
-            filtering.filtered[(-(-line.stream // BLOCK), len(lines))](
+            filtering.filtered[(-(-line.stream // FILTERED), len(lines))](
                 lines.contiguous(), taps, out, line.length, line.stream, *_places(line), UNIT, line.shifts, step,
-                line.memory, steps, BLOCK, launch_pdl=True)
+                line.memory, steps, FILTERED, 1 << (steps - 1).bit_length(), launch_pdl=True)
     return out
 
 

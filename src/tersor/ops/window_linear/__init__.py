@@ -1,7 +1,7 @@
 """Trellis codes in products by a table of their windows' numbers, for windows of at most 16 bits: any such code's.
 
-On the processor few vectors meet numbers as they are decoded, in registers; for many, blocks of rows are decoded. See
-docs/codecs/trellis.md.
+Few vectors meet numbers as they are decoded, in registers; for many, blocks of rows are decoded. README.md says how on
+CUDA, docs/codecs/trellis.md what windows are.
 """
 
 from __future__ import annotations
@@ -12,10 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tersor.ops.dispatch import compiled_allowed
+from tersor.ops.dispatch import compiled_allowed, take_reference
 from tersor.ops.trellis_linear.shapes import Line
+from tersor.ops.trellis_linear.shapes import refusal as line_refused
 from tersor.ops.window_linear import reference
-from tersor.ops.window_linear.shapes import FEW, MOST_MEMORY, refusal
+from tersor.ops.window_linear.shapes.lanes import FEW, MOST_MEMORY, refusal
+from tersor.ops.window_linear.shapes.tables import MOST_VECTORS, Look
+from tersor.ops.window_linear.shapes.tables import image as made
+from tersor.ops.window_linear.shapes.tables import refusal as table_refused
 from tersor.payload.blocks import Few, Rows, row_blocks
 
 if TYPE_CHECKING:
@@ -23,8 +27,8 @@ if TYPE_CHECKING:
 
 
 @torch.library.custom_op("tersor::window_linear", mutates_args=())
-def window_linear(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, shifts: Sequence[int], *,
-                  across: bool) -> Tensor:
+def window_linear(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, shifts: Sequence[int],
+                  image: Tensor | None = None, *, across: bool) -> Tensor:
     """Return (*batch, rows) in the dtype of `x`, (*batch, width), any float dtype; sums are float32.
 
     Parameters
@@ -37,7 +41,10 @@ def window_linear(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, shift
         (rows,), any float dtype.
     shifts : sequence of int
         New bits a number, by phase.
+    image : Tensor or None
+        `image_of` the table, on the device; without it, CUDA decodes rows also for few vectors.
     """
+    del image
     width, count = x.shape[-1], len(scales)
     line, flat = _line(table, shifts, count if across else width), x.detach().flatten(0, -2) if x.ndim > 1 else x[None]
     if flat.numel() and _compiled(codes, line, across=across):
@@ -47,17 +54,59 @@ def window_linear(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, shift
         else:
             out = matrix.many(flat)
     else:
-        out = torch.empty(len(flat), count, dtype=x.dtype, device=x.device)
-        for block in row_blocks((count, width)):
-            dense = reference.rows(codes, table, scales, line, width, block, across=across)
-            out[:, block] = (flat.to(torch.float32) @ dense.T).to(x.dtype)
+        out = _by_blocks(flat, codes, table, scales, line, across=across)
     return out.reshape(*x.shape[:-1], count)
 
 
 @window_linear.register_fake
-def _(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, shifts: Sequence[int], *, across: bool) -> Tensor:
-    del codes, table, shifts, across
+def _(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, shifts: Sequence[int],
+      image: Tensor | None = None, *, across: bool) -> Tensor:
+    del codes, table, shifts, across, image
     return x.new_empty(*x.shape[:-1], scales.shape[0])
+
+
+@window_linear.register_kernel("cuda")
+def _(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, shifts: Sequence[int],
+      image: Tensor | None = None, *, across: bool) -> Tensor:
+    width, count = x.shape[-1], len(scales)
+    line, flat = _line(table, shifts, count if across else width), x.reshape(-1, width)
+    if take_reference("window_linear", _refused(line, x), x.device):
+        return _by_blocks(flat, codes, table, scales, line, across=across).reshape(*x.shape[:-1], count)
+    from tersor.ops.window_linear import launch
+
+    matrix = launch.Matrix(codes, table, image, scales, line, width, across)
+    if 0 < len(flat) <= MOST_VECTORS and matrix.refusal is None:
+        out = launch.few(flat.contiguous(), matrix)
+    else:
+        out = launch.by_decoding(flat, matrix)
+    return out.reshape(*x.shape[:-1], count)
+
+
+def image_of(table: Tensor, shifts: Sequence[int]) -> Tensor:
+    """Return a table as kernels for CUDA hold it, int32; empty where it is too long for them."""
+    look = Look(tuple(shifts), table.shape[1].bit_length() - 1)
+    return made(table, look) if look.fits else torch.empty(0, dtype=torch.int32, device="cpu")
+
+
+def takes(line: Line, rows: int, width: int, *, across: bool) -> bool:
+    """Tell whether CUDA multiplies few vectors without decoding whole rows."""
+    return table_refused(line, rows, width, across=across) is None
+
+
+def _refused(line: Line, x: Tensor) -> str | None:
+    if not x.numel() or not line.length:
+        return "there is nothing to multiply"
+    return line_refused(line)
+
+
+def _by_blocks(flat: Tensor, codes: Tensor, table: Tensor, scales: Tensor, line: Line, *, across: bool) -> Tensor:
+    """Return products, (n, rows), with blocks of rows in plain torch."""
+    width, count = flat.shape[1], len(scales)
+    out = torch.empty(len(flat), count, dtype=flat.dtype, device=flat.device)
+    for block in row_blocks((count, width)):
+        dense = reference.rows(codes, table, scales, line, width, block, across=across)
+        out[:, block] = (flat.to(torch.float32) @ dense.T).to(flat.dtype)
+    return out
 
 
 def ready_windows(codes: Tensor, table: Tensor, scales: Tensor, line: Line, width: int, *, across: bool) -> Few | None:
@@ -75,6 +124,13 @@ def decoded_rows(codes: Tensor, table: Tensor, scales: Tensor, line: Line, width
     """
     if torch.compiler.is_compiling() and isinstance(rows, Tensor):
         return window_rows(codes, table, scales, rows, line.shifts, width, across=across)
+    taken = codes.is_cuda and line.length and width
+    if taken and not take_reference("window_linear", line_refused(line), codes.device):
+        from tersor.ops.window_linear import launch
+
+        matrix = launch.Matrix(codes, table, None, scales, line, width, across)
+        count = len(rows) if isinstance(rows, Tensor) else rows.stop - rows.start
+        return launch.rows(matrix, rows, torch.empty(count, width, dtype=torch.float32, device=codes.device))
     if width and _compiled(codes, line, across=across):
         rows = rows if isinstance(rows, slice) else rows.cpu()
         return _matrix(codes, table, scales, line, width, across=across).rows(rows)
@@ -111,4 +167,4 @@ def _matrix(codes: Tensor, table: Tensor, scales: Tensor, line: Line, width: int
     return (lanes.Across if across else lanes.Along)(codes.numpy(), table.contiguous(), scales, line, width)
 
 
-__all__ = ["MOST_MEMORY", "Line", "decoded_rows", "ready_windows", "window_linear"]
+__all__ = ["MOST_MEMORY", "Line", "decoded_rows", "image_of", "ready_windows", "takes", "window_linear"]

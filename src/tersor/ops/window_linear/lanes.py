@@ -17,7 +17,7 @@ from tersor.ops.trellis_linear.shapes import Line
 from tersor.ops.vectors import LANES
 from tersor.ops.window_linear.kernels import across, along
 from tersor.ops.window_linear.kernels.realigned import realigned
-from tersor.ops.window_linear.shapes import BLOCK, PIECES, parts
+from tersor.ops.window_linear.shapes.lanes import BLOCK, PIECES, parts
 from tersor.ops.workers import passes, share
 from tersor.payload.blocks import Rows
 

@@ -149,6 +149,8 @@ def vector_fitted(tiling: VectorTiling, streams: Sequence[VectorStream], *, rota
 
 # measured configurations for one vector: streams and their bits together, rows and width; see README.md
 VECTOR_CONFIGURATIONS = {
+    (1, 1): {(28672, 4096): VectorTiling(4, 32, 4, 2), (57344, 8192): VectorTiling(4, 32, 4, 2),
+             (8192, 14336): VectorTiling(8, 32, 2, 2), (16384, 14336): VectorTiling(8, 32, 2, 2)},
     (1, 2): {(4096, 4096): VectorTiling(4, 16, 1, 8), (14336, 4096): VectorTiling(4, 16, 4, 3),
              (4096, 14336): VectorTiling(8, 16, 1, 6, 2), (28672, 8192): VectorTiling(8, 16, 3, 2)},
     (1, 3): {(4096, 4096): VectorTiling(4, 16, 1, 3, 3), (14336, 4096): VectorTiling(4, 16, 2, 1),
@@ -160,6 +162,8 @@ VECTOR_CONFIGURATIONS = {
 }
 # the same where the kernel rotates the vector first; of (4096, 4096) and joined products as they stand in a model
 ROTATED_CONFIGURATIONS = {
+    (1, 1): {(8192, 4096): VectorTiling(4, 32, 1, 4), (16384, 4096): VectorTiling(4, 32, 1, 4),
+             (28672, 4096): VectorTiling(4, 32, 2, 2), (57344, 4096): VectorTiling(4, 32, 2, 2)},
     (1, 2): {(4096, 4096): VectorTiling(4, 16, 1, 5, 2), (6144, 4096): VectorTiling(4, 32, 1, 4),
              (14336, 4096): VectorTiling(4, 32, 2, 4), (28672, 4096): VectorTiling(8, 32, 2, 2)},
     (1, 3): {(4096, 4096): VectorTiling(4, 16, 1, 1), (6144, 4096): VectorTiling(4, 16, 2, 1),

@@ -35,8 +35,11 @@ def bits_of(size, SHIFTS: tl.constexpr, STEP: tl.constexpr):
 @kernel
 @triton.jit
 def numbers(signs, taps, scales, out, length, stream, units, count, UNIT: tl.constexpr, SHIFTS: tl.constexpr,
-            STEP: tl.constexpr, MEMORY: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr):
-    """Lines (n, length) of streams (n, stream): each number from the signs of its window."""
+            STEP: tl.constexpr, MEMORY: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr, AGES: tl.constexpr):
+    """Lines (n, length) of streams (n, stream): each number from the signs of its window, AGES at a time.
+
+    All that a number needs is asked for at once, and what the kernel before does not write before it has ended.
+    """
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.program_id(1).to(tl.int64)
     inside = place < length
@@ -46,23 +49,23 @@ def numbers(signs, taps, scales, out, length, stream, units, count, UNIT: tl.con
     newest = own // len(SHIFTS) * STEP + bits_until(phase + 1, SHIFTS) - 1
     total = bits_of(size, SHIFTS, STEP)
     near = signs + row * stream + start // len(SHIFTS) * STEP
-    value = tl.zeros((BLOCK,), tl.float32)
+    age = tl.arange(0, AGES)[None, :]
+    seen = inside[:, None] & (age < MEMORY)
+    tap = tl.load(taps + phase[:, None] * MEMORY + age, seen, other=0.0)
+    scale = tl.load(scales + place, inside, other=0.0).to(tl.float32) if SCALED else tl.full((BLOCK,), 1.0, tl.float32)
+    bit = newest[:, None] - age
+    bit = tl.where(bit < 0, bit + total[:, None], bit)
     tl.extra.cuda.gdc_launch_dependents()
     tl.extra.cuda.gdc_wait()  # the kernel before may still write what is filtered
-    for age in tl.static_range(MEMORY):
-        bit = newest - age
-        bit = tl.where(bit < 0, bit + total, bit)
-        value += tl.load(taps + phase * MEMORY + age) * tl.load(near + bit, inside, other=0.0).to(tl.float32)
-    if SCALED:
-        value *= tl.load(scales + place, inside, other=0.0).to(tl.float32)
+    value = tl.sum(tap * tl.load(near[:, None] + bit, seen, other=0.0).to(tl.float32), 1) * scale
     tl.store(out + row * length + place, value.to(out.dtype.element_ty), inside)
 
 
 @kernel
 @triton.jit
 def filtered(lines, taps, out, length, stream, units, count, UNIT: tl.constexpr, SHIFTS: tl.constexpr,
-             STEP: tl.constexpr, MEMORY: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr):
-    """What the signs of streams meet, (n, stream), of lines (n, length): each sign's from the numbers that see it."""
+             STEP: tl.constexpr, MEMORY: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr, AGES: tl.constexpr):
+    """What the signs of streams meet, (n, stream), of lines (n, length): each sign's from the STEPS that see it."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.program_id(1).to(tl.int64)
     inside = place < stream
@@ -74,16 +77,16 @@ def filtered(lines, taps, out, length, stream, units, count, UNIT: tl.constexpr,
     first = own // STEP * len(SHIFTS)
     for p in tl.static_range(len(SHIFTS) - 1):  # the number that the bit entered with
         first += tl.where(rest >= bits_until(p + 1 + rest * 0, SHIFTS), 1, 0)
-    value = tl.zeros((BLOCK,), tl.float32)
+    later = tl.arange(0, AGES)[None, :]
+    at = first[:, None] + later
+    turned = at >= size[:, None]
+    at = tl.where(turned, at - size[:, None], at)
+    phase = at % len(SHIFTS)
+    age = (at // len(SHIFTS) * STEP + bits_until(phase + 1, SHIFTS) - 1 + tl.where(turned, total[:, None], 0)
+           - own[:, None])
+    seen = inside[:, None] & (later < STEPS) & (age < MEMORY)
+    tap = tl.load(taps + phase * MEMORY + age, seen, other=0.0)
     tl.extra.cuda.gdc_launch_dependents()
     tl.extra.cuda.gdc_wait()  # the kernel before may still write what is filtered
-    for later in tl.static_range(STEPS):
-        at = first + later
-        turned = at >= size
-        at = tl.where(turned, at - size, at)
-        phase = at % len(SHIFTS)
-        age = at // len(SHIFTS) * STEP + bits_until(phase + 1, SHIFTS) - 1 + tl.where(turned, total, 0) - own
-        seen = inside & (age < MEMORY)
-        value += (tl.load(taps + phase * MEMORY + age, seen, other=0.0)
-                  * tl.load(lines + row * length + start + at, seen, other=0.0).to(tl.float32))
+    value = tl.sum(tap * tl.load(lines + row * length + start[:, None] + at, seen, other=0.0).to(tl.float32), 1)
     tl.store(out + row * stream + place, value.to(out.dtype.element_ty), inside)

@@ -1,0 +1,149 @@
+"""The best rows of many, or all good ones, each a line of codes: a search among codes that are never decoded.
+
+Row r scores `factors[r] * Σ_l tables[l, code[r, l]] + offsets[r] * weight + base` for a query's tables, a weight and a
+base for the piece that the row lies in. So scores are inner products, cosines, or, with half of each row's squared
+norm as its offset, an order by distance. Signs are codes, too: four of them are one, and the table has signed sums.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tersor.ops.code_scan import reference
+from tersor.ops.code_scan.shapes import NIBBLE, SIGNS, TILE, columns_of
+from tersor.ops.dispatch import compiled_allowed
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows of a set, as a scan reads them.
+
+    Attributes
+    ----------
+    codes : Tensor
+        uint8 or, of more than 256 words, int16 (tiles, columns, TILE); see `laid_out`.
+    factors, offsets : Tensor
+        float32 (count,), finite; factors not negative.
+    ids : Tensor
+        int64 (count,), each a row's own.
+    """
+
+    codes: Tensor
+    factors: Tensor
+    offsets: Tensor
+    ids: Tensor
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Lines:
+    """All rows of a set, in pieces, on the processor."""
+
+    pieces: tuple[Rows, ...]
+
+    def __reduce__(self) -> tuple[type[Lines], tuple[tuple[Rows, ...]]]:
+        """Copy without the addresses: those of a copy are others."""
+        return Lines, (self.pieces,)
+
+    @cached_property
+    def peaks(self) -> tuple[float, float]:
+        """The largest factor, and the largest magnitude of an offset."""
+        held = [one for one in self.pieces if len(one.factors)]
+        return (max(float(one.factors.max()) for one in held), max(float(one.offsets.abs().max()) for one in held))
+
+    @cached_property
+    def places(self) -> np.ndarray:
+        """Addresses of codes, factors, offsets and ids, counts, and 0: no mask, int64 (pieces, 6)."""
+        return np.array([(one.codes.data_ptr(), one.factors.data_ptr(), one.offsets.data_ptr(), one.ids.data_ptr(),
+                          len(one.factors), 0) for one in self.pieces], np.int64)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Asked:
+    """What is asked of some lines.
+
+    Attributes
+    ----------
+    tables : Tensor
+        What codes are looked up in, float64 (queries, lookups, size), finite. A size of 16: each byte of a row is two
+        codes, the lower bits first.
+    weights : Tensor
+        Of offsets, float64 (queries, pieces), or (queries, 1) for all pieces.
+    visits : Tensor or None
+        bool (queries, pieces): the pieces that are looked at; None: all.
+    bases : Tensor or None
+        float64 (queries, pieces), finite; None: 0.
+    masks : tuple of Tensor or None
+        uint8 (count,) a piece: 0 for rows that are left out.
+    """
+
+    tables: Tensor
+    weights: Tensor
+    visits: Tensor | None = None
+    bases: Tensor | None = None
+    masks: tuple[Tensor, ...] | None = None
+
+
+def laid_out(codes: Tensor) -> Tensor:
+    """Return rows of codes (n, columns), uint8 or int16, in tiles: (tiles, columns, TILE), padded with 0."""
+    count, columns = codes.shape
+    wide = torch.zeros(-(-count // TILE) * TILE, columns, dtype=codes.dtype)
+    wide[:count] = codes
+    return wide.reshape(-1, TILE, columns).transpose(1, 2).contiguous()
+
+
+def packed(bits: Tensor) -> Tensor:
+    """Return rows of bits, uint8 (n, bits) of 0 and 1, as bytes, uint8 (n, columns): the first is the lowest."""
+    return torch.from_numpy(np.packbits(bits.numpy(), axis=1, bitorder="little"))
+
+
+def sums_of(products: Tensor) -> Tensor:
+    """Return tables of four signs' sums, float64 (queries, lookups, 16), for what signs are multiplied by.
+
+    A set bit stands for +1, and others for -1.
+    """
+    if compiled_allowed("code_scan"):
+        from tersor.ops.code_scan import compiled
+
+        return compiled.signed_sums(products)
+    wide = torch.nn.functional.pad(products.to(torch.float64), (0, 8 * columns_of(products.shape[1]) -
+                                                                products.shape[1]))
+    signs = (torch.arange(NIBBLE)[:, None] >> torch.arange(SIGNS) & 1).to(torch.float64) * 2 - 1
+    return (wide.unflatten(1, (-1, SIGNS)).unsqueeze(2) * signs).sum(3)
+
+
+def best(lines: Lines, asked: Asked, k: int) -> tuple[Tensor, Tensor]:
+    """Return the scores, float64, and ids, int64, of the best rows of each query, (queries, k).
+
+    Best first; of equal scores the least id first. Where there are fewer rows, minus infinity and -1.
+
+    Notes
+    -----
+    The kernel rounds every table to bytes and sums those in vectors, as FAISS' fast scans do (André, Kermarrec and Le
+    Scouarnec, VLDB 2015; arXiv 1812.09162). That bounds every score, and those whose bound reaches the k-th best so far
+    are computed in float64. The bound is certain, so results are those of float64, on any number of threads.
+    """
+    if compiled_allowed("code_scan"):
+        from tersor.ops.code_scan import compiled
+
+        return compiled.best(lines, asked, k)
+    return reference.best(lines, asked, k)
+
+
+def within(lines: Lines, asked: Asked, floors: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return the scores and ids of all rows that score at least so much, float64 (queries,): those of each query.
+
+    Best first, as `best` orders them.
+    """
+    if compiled_allowed("code_scan"):
+        from tersor.ops.code_scan import compiled
+
+        return compiled.within(lines, asked, floors)
+    return reference.within(lines, asked, floors)
+
+
+__all__ = ["Asked", "Lines", "Rows", "best", "laid_out", "packed", "sums_of", "within"]

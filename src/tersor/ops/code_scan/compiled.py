@@ -1,0 +1,202 @@
+"""The scan on the processor: queries' tables in bytes, whose turn it is where, threads."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tersor.ops import workers
+from tersor.ops.code_scan.kernels.scan import scan, scan_words, sort_best
+from tersor.ops.code_scan.kernels.tables import rounded, sum_signs
+from tersor.ops.code_scan.shapes import BYTE, NIBBLE, SLACK, TILE, columns_of
+
+if TYPE_CHECKING:
+    from tersor.ops.code_scan import Asked, Lines
+
+LEAST_WORK = 1 << 20  # bytes of codes times queries that are worth a thread: some tenths of a millisecond
+ROOM = 1024  # rows within a floor that there is room for at first
+_FLOAT, _LONG = 4, 8
+
+
+@dataclasses.dataclass(frozen=True)
+class _Queries:
+    """Queries as the kernel takes them, as arrays; see `scan`."""
+
+    rough: np.ndarray
+    lines: np.ndarray
+    tables: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tables)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Share:
+    """The work of a thread: pieces, and who visits them; see `scan`."""
+
+    pieces: np.ndarray
+    starts: np.ndarray
+    who: np.ndarray
+    terms: np.ndarray
+
+
+def best(lines: Lines, asked: Asked, k: int) -> tuple[Tensor, Tensor]:
+    """Return the scores and ids of the best rows, (queries, k); see the op."""
+    queries = _prepared(lines, asked, None)
+    shares = _shares(lines, asked, queries)
+    scores = np.full((len(queries), len(shares), k), -np.inf)
+    ids = np.full((len(queries), len(shares), k), np.iinfo(np.int64).max)
+    none = np.empty((len(queries), 0), np.int64)
+    columns = lines.pieces[0].codes.shape[1]
+    _run(shares, lambda place: _scan(shares[place], queries, columns, (scores[:, place], ids[:, place], none)))
+    flat, numbers = np.empty((len(queries), k)), np.empty((len(queries), k), np.int64)
+    sort_best(scores.reshape(len(queries), -1), ids.reshape(len(queries), -1), flat, numbers)
+    return torch.from_numpy(flat), torch.from_numpy(numbers)
+
+
+def signed_sums(products: Tensor) -> Tensor:
+    """Return tables of four signs' sums; see the op."""
+    found = np.empty((len(products), 2 * columns_of(products.shape[1]), NIBBLE))
+    sum_signs(products.numpy(), found)
+    return torch.from_numpy(found)
+
+
+def within(lines: Lines, asked: Asked, floors: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return the scores and ids of all rows from a floor on; see the op."""
+    queries = _prepared(lines, asked, floors.numpy())
+    shares = _shares(lines, asked, queries)
+    columns, parts = lines.pieces[0].codes.shape[1], [_Found(queries) for _ in shares]
+    _run(shares, lambda place: parts[place].fill(shares[place], columns))
+    out = []
+    for query in range(len(queries)):
+        scores, ids = (np.concatenate([part.of(query)[i] for part in parts]) for i in range(2))
+        order = np.lexsort((ids, -scores))
+        out.append((torch.from_numpy(scores[order]), torch.from_numpy(ids[order])))
+    return out
+
+
+class _Found:
+    """What a thread has found within floors; room grows until all fit."""
+
+    def __init__(self, queries: _Queries) -> None:
+        self.queries, self.room = queries, ROOM
+
+    def fill(self, share: _Share, columns: int) -> None:
+        """Scan, once more where there was no room."""
+        while True:
+            shape = len(self.queries), self.room
+            self.scores, self.ids = np.empty(shape), np.empty(shape, np.int64)
+            self.counts = np.zeros((len(self.queries), 1), np.int64)
+            _scan(share, self.queries, columns, (self.scores, self.ids, self.counts))
+            most = int(self.counts.max(initial=0))
+            if most <= self.room:
+                return
+            self.room = most
+
+    def of(self, query: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return scores and ids of a query."""
+        count = int(self.counts[query, 0])
+        return self.scores[query, :count], self.ids[query, :count]
+
+
+def _prepared(lines: Lines, asked: Asked, floors: np.ndarray | None) -> _Queries:
+    """Return queries with tables rounded to bytes, and what rounding may move a score by."""
+    tables = np.ascontiguousarray(asked.tables.numpy())
+    held = np.zeros((len(tables), 5))
+    short = tables.shape[2] <= BYTE
+    rough = np.empty(tables.shape if short else (len(tables), 0, 0), np.uint8)
+    if short:
+        made = np.empty((len(tables), 3))
+        rounded(tables, rough, made)
+        held[:, :3] = made
+    steepest, highest = lines.peaks
+    held[:, 3] = SLACK * (4 * steepest * held[:, 2] + highest * np.abs(asked.weights.numpy()).max(1))
+    held[:, 4] = -np.inf if floors is None else floors
+    return _Queries(rough, held, tables)
+
+
+def _shares(lines: Lines, asked: Asked, queries: _Queries) -> list[_Share]:
+    """Return the work of every thread: some of the queries in all pieces, or, of one or of few, some rows."""
+    pieces = lines.places
+    if asked.masks is not None:
+        pieces = pieces.copy()
+        pieces[:, 5] = [mask.data_ptr() for mask in asked.masks]
+    if asked.visits is None and asked.bases is None and asked.weights.shape[1] == 1:
+        plain = _plain(pieces, asked, queries, lines)
+        if plain is not None:
+            return [plain]
+    visits = np.ones((len(queries), len(pieces)), bool) if asked.visits is None else asked.visits.numpy()
+    bases = np.zeros(visits.shape) if asked.bases is None else asked.bases.numpy()
+    terms = np.stack([bases, np.broadcast_to(asked.weights.numpy(), visits.shape)], 2)
+    nbytes = int(visits.sum(0) @ pieces[:, 4]) * lines.pieces[0].codes.shape[1]
+    threads = max(1, min(torch.get_num_threads(), nbytes // LEAST_WORK))
+    if threads == 1:
+        return [_share(pieces, visits, terms, 0)]
+    if len(queries) >= 2 * threads:
+        edges = [i * len(queries) // threads for i in range(threads + 1)]
+        return [_share(pieces, visits[a:b], terms[a:b], a) for a, b in itertools.pairwise(edges)]
+    return [_share(*part, 0) for part in _cut(pieces, visits, terms, lines, threads)]
+
+
+def _plain(pieces: np.ndarray, asked: Asked, queries: _Queries, lines: Lines) -> _Share | None:
+    """Return the work of one thread where all queries look at all rows alike; None where that is too much for one."""
+    count = len(queries)
+    if torch.get_num_threads() > 1:
+        nbytes = int(pieces[:, 4].sum()) * count * lines.pieces[0].codes.shape[1]
+        if nbytes >= 2 * LEAST_WORK:
+            return None
+    terms = np.zeros((len(pieces), count, 2))
+    terms[:, :, 1] = asked.weights.numpy()[:, 0]
+    who = np.tile(np.arange(count), len(pieces))
+    return _Share(pieces, np.arange(len(pieces) + 1) * count, who, terms.reshape(-1, 2))
+
+
+def _share(pieces: np.ndarray, visits: np.ndarray, terms: np.ndarray, first: int) -> _Share:
+    """Return whose turn it is in every piece that anybody visits; nearest pieces first, where bases say so."""
+    places = np.flatnonzero(visits.any(0))
+    if len(places) > 1:
+        best_of = np.where(visits[:, places], terms[:, places, 0], -np.inf).max(0)
+        places = places[np.argsort(-best_of, kind="stable")]
+    inside = visits[:, places].T
+    place, who = np.nonzero(inside)
+    starts = np.concatenate([[0], np.cumsum(inside.sum(1))]).astype(np.int64)
+    return _Share(pieces[places], starts, who + first, terms[who, places[place]])
+
+
+def _cut(pieces: np.ndarray, visits: np.ndarray, terms: np.ndarray, lines: Lines,
+         threads: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Return the pieces cut for threads, in whole tiles, with who visits them."""
+    tile = TILE * lines.pieces[0].codes.shape[1] * lines.pieces[0].codes.element_size()
+    total = int(pieces[:, 4].sum())
+    edges = [-(-i * total // threads // TILE) * TILE for i in range(threads)] + [total]
+    found = []
+    for first, last in itertools.pairwise(edges):
+        places, rows, start = [], [], 0
+        for place, (codes, factors, offsets, ids, count, mask) in enumerate(pieces.tolist()):
+            low, high = (min(count, -(-max(0, edge - start) // TILE) * TILE) for edge in (first, last))
+            if high > low:
+                places.append(place)
+                rows.append((codes + low // TILE * tile, factors + low * _FLOAT, offsets + low * _FLOAT,
+                             ids + low * _LONG, high - low, mask + low if mask else 0))
+            start += count
+        if rows:
+            found.append((np.array(rows, np.int64), visits[:, places], terms[:, places]))
+    return found
+
+
+def _scan(share: _Share, queries: _Queries, columns: int, found: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+    visits = share.starts, share.who, share.terms
+    if queries.tables.shape[2] > BYTE:
+        scan_words(share.pieces, visits, (queries.lines, queries.tables), columns, found)
+    else:
+        scan(share.pieces, visits, (queries.rough, queries.lines, queries.tables), columns, found)
+
+
+def _run(shares: Sequence[_Share], act: Callable[[int], object]) -> None:
+    workers.share(len(shares), len(shares) * workers.LEAST, lambda span: [act(place) for place in range(*span)])

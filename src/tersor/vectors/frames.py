@@ -1,0 +1,119 @@
+"""A set as a scan reads it: pieces of rows that lie together, one a block, or, with lists, one a list."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from tersor.numerics.kmeans import times_power
+from tersor.ops.code_scan import Lines, Rows, laid_out
+from tersor.ops.code_scan.shapes import TILE
+from tersor.payload.scales import reciprocal
+from tersor.vectors.held import Block, Held
+from tersor.vectors.scanned import codes_of, scales_of
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Laid:
+    """Codes in tiles, and what goes with their rows.
+
+    Attributes
+    ----------
+    codes : tuple of Tensor
+        A piece's tiles; see `Rows`.
+    order : Tensor or None
+        The place of every row among all vectors, int64 (n,), piece after piece; None where they are as they were added.
+    counts : tuple of int
+        Rows of each piece.
+    pieces : Tensor or None
+        The list that each piece is, int64; None without lists.
+    scales, ids : Tensor
+        float32 and int64 (n,).
+    """
+
+    codes: tuple[Tensor, ...]
+    order: Tensor | None
+    counts: tuple[int, ...]
+    pieces: Tensor | None
+    scales: Tensor
+    ids: Tensor
+
+    def ordered(self, values: Tensor) -> tuple[Tensor, ...]:
+        """Return values of all vectors, as they were added, as those of each piece's rows."""
+        return (values if self.order is None else values[self.order]).split(self.counts)
+
+
+def laid(held: Held) -> Laid:
+    """Return the codes in tiles, kept."""
+    found = held.made.get("laid")
+    if found is None:
+        held.made["laid"] = found = _by_lists(held) if held.lists else _by_blocks(held)
+    return found
+
+
+def lines(held: Held, metric: str, size: int) -> Lines:
+    """Return all rows as a scan reads them, kept for every metric until another size is asked for.
+
+    Parameters
+    ----------
+    held : Held
+    metric : str
+        Scores are inner products of what the mean or the centroid leaves, such products less half the squared norm, or
+        cosines, whose offsets are the inverse norms: the share of the mean or the centroid in them.
+    size : int
+        Vectors are divided by `2**size`.
+    """
+    found = held.made.get(metric)
+    if found is not None and found[0] == size:
+        return found[1]
+    whole = laid(held)
+    if metric == "l2":
+        norms = whole.ordered(torch.cat([block.norms(around=True) for block in held.blocks]))
+        factors = times_power(whole.scales, -size).split(whole.counts)
+        offsets = tuple(times_power(part, -size).square() / -2 for part in norms)
+    elif metric == "cosine":
+        offsets = whole.ordered(reciprocal(torch.cat([block.norms() for block in held.blocks])))
+        factors = tuple(scale * part for scale, part in zip(whole.scales.split(whole.counts), offsets, strict=True))
+    else:
+        factors = times_power(whole.scales, -size).split(whole.counts)
+        offsets = tuple(torch.zeros_like(part) for part in factors)
+    held.made[metric] = found = size, Lines(tuple(Rows(*one) for one in zip(
+        whole.codes, factors, offsets, whole.ids.split(whole.counts), strict=True)))
+    return found[1]
+
+
+def _by_blocks(held: Held) -> Laid:
+    tiles = tuple(_tiles(block) for block in held.blocks)
+    scales = torch.cat([scales_of(block.core) for block in held.blocks])
+    return Laid(tiles, None, tuple(len(block) for block in held.blocks), None, scales, held.ids)
+
+
+def _tiles(block: Block) -> Tensor:
+    found = block.made.get("tiles")
+    if found is None:
+        block.made["tiles"] = found = laid_out(codes_of(block.core))
+    return found
+
+
+def _by_lists(held: Held) -> Laid:
+    """Return the rows of each list together, from a tile's first place on."""
+    assert held.lists is not None
+    places = torch.cat([block.places for block in held.blocks if block.places is not None]).to(torch.int64)
+    order = places.argsort(stable=True)
+    counts = places.bincount(minlength=len(held.lists))
+    filled = counts.nonzero().squeeze(1)
+    tiles = -(-counts // TILE)
+    starts, rows = (tiles.cumsum(0) - tiles) * TILE, counts.cumsum(0) - counts
+    sorted_places = places[order]
+    target = starts[sorted_places] + torch.arange(len(order)) - rows[sorted_places]
+    first = codes_of(held.blocks[0].core)
+    wide = torch.zeros(int(tiles.sum()) * TILE, first.shape[1], dtype=first.dtype)
+    back = torch.empty_like(target)
+    back[order] = target
+    for start, block in held.placed():
+        wide[back[start : start + len(block)]] = codes_of(block.core)
+    whole = laid_out(wide).split(tiles[filled].tolist())
+    scales = torch.cat([scales_of(block.core) for block in held.blocks])[order]
+    return Laid(whole, order, tuple(counts[filled].tolist()), filled, scales, held.ids[order])

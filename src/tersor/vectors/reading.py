@@ -1,0 +1,189 @@
+"""What is asked of an index: the nearest vectors, all near ones, and vectors themselves."""
+
+from __future__ import annotations
+
+from typing import Any, SupportsIndex
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tersor.contract.operator import like
+from tersor.errors import CodecConfigError
+from tersor.vectors import rowwise
+from tersor.vectors.checks import Ids, allowed_of, as_tensor, ids_of, integer, metric_of, radius_of, vectors_of
+from tersor.vectors.held import Held
+from tersor.vectors.nearest import WORST
+from tersor.vectors.refining import Finer, refined
+from tersor.vectors.scoring import Wanted, best_of, within
+from tersor.vectors.state import State, nothing
+
+CHUNK_QUERIES = 256
+REFINED = 4  # vectors that are looked at once more, for each that is asked for
+
+
+class Reader(State):
+    """The verbs that change nothing."""
+
+    def search(self, queries: Tensor | np.ndarray, k: SupportsIndex = 10, metric: str | None = None, *,
+               filter: Ids | None = None, nprobe: SupportsIndex | None = None, refine: Finer | None = None,
+               refine_k: SupportsIndex | None = None) -> tuple[Any, Any]:
+        """Return the k best vectors of each query.
+
+        The first search by L2 or cosine keeps the norms of the decoded vectors: 4 bytes a vector in memory, not stored.
+
+        Parameters
+        ----------
+        queries : Tensor or ndarray
+            (q, dim), any float dtype; computed in float32.
+        k : int
+        metric : str or None
+            `"l2"`: squared distance, ascending; `"ip"`: scalar product, `"cosine"`: of unit vectors, both descending.
+            None: that of the index.
+        filter : array of bool, or ids
+            What may be found: a mask of all vectors in the order of `ids`, or their ids.
+        nprobe : int or None
+            Lists that are looked into; None: `nprobe` of the index. Nothing without lists.
+        refine : Tensor, ndarray, Index or None
+            Scores are computed anew from the rows of this array, which ids number, or from another index.
+        refine_k : int or None
+            Vectors that this is done for; None: four times k.
+
+        Returns
+        -------
+        distances, ids : Tensor, or ndarray where the queries are one
+            float32 and int64 (q, k). Of equal scores the lower id comes first. Where there are fewer than k, the id is
+            -1 and the distance the largest float32 (the lowest, descending).
+
+        Raises
+        ------
+        CodecConfigError
+            If the index is empty, the width is not `dim`, or another argument is unsound.
+        NonFiniteError
+            If a query holds NaN, infinity or numbers beyond 2**50.
+        """
+        given, queries = queries, vectors_of(queries, self.dim).to(torch.float32)
+        held, k = self._held, integer(k, "k", 1)
+        self._check_filled(held)
+        wanted = self._wanted(held, metric, filter, nprobe)
+        worst = WORST if wanted.metric == "l2" else -WORST
+        if refine is None and refine_k is not None:
+            raise CodecConfigError("index: refine_k says how many vectors refine= scores anew; give refine=, too")
+        first = k if refine is None else max(k, integer(REFINED * k if refine_k is None else refine_k, "refine_k", 1))
+        distances, ids = nothing(len(queries), first, worst)
+        most = min(first, held.count)
+        for start in range(0, len(queries), CHUNK_QUERIES):
+            part = slice(start, start + CHUNK_QUERIES)
+            found, numbers = best_of(held, queries[part], most, wanted)
+            distances[part, :most] = found.masked_fill(numbers < 0, worst)
+            ids[part, :most] = numbers
+        if refine is not None:
+            distances, ids = refined(queries, ids, k, wanted.metric, refine)
+        return like(given, distances), like(given, ids)
+
+    def range_search(self, queries: Tensor | np.ndarray, radius: float, metric: str | None = None, *,
+                     filter: Ids | None = None, nprobe: SupportsIndex | None = None) -> tuple[Any, Any, Any]:
+        """Return all vectors whose squared distance is at most `radius`, or whose score is at least that.
+
+        Parameters
+        ----------
+        queries : Tensor or ndarray
+            (q, dim).
+        radius : float
+        metric, filter, nprobe
+            As of `search`.
+
+        Returns
+        -------
+        limits, distances, ids : Tensor, or ndarray where the queries are one
+            int64 (q + 1,), float32 (n,) and int64 (n,): those of query i lie from `limits[i]` to `limits[i + 1]`, best
+            first.
+        """
+        given, queries = queries, vectors_of(queries, self.dim).to(torch.float32)
+        held = self._held
+        self._check_filled(held)
+        wanted = self._wanted(held, metric, filter, nprobe)
+        radius = radius_of(radius, wanted.metric)
+        found = [one for start in range(0, len(queries), CHUNK_QUERIES)
+                 for one in within(held, queries[start : start + CHUNK_QUERIES], radius, wanted)]
+        counts = torch.tensor([0, *(len(one) for one, _ in found)])
+        distances = torch.cat([torch.empty(0), *(one for one, _ in found)])
+        ids = torch.cat([torch.empty(0, dtype=torch.int64), *(one for _, one in found)])
+        return like(given, counts.cumsum(0)), like(given, distances), like(given, ids)
+
+    def kneighbors(self, X: Tensor | np.ndarray, n_neighbors: SupportsIndex = 5,
+                   return_distance: bool = True) -> Any:
+        """Return what scikit-learn's `NearestNeighbors.kneighbors` returns: distances, ascending, and ids.
+
+        Distances are Euclidean ones, not squared, or `1 - cosine`. Inner products are no distances.
+
+        Raises
+        ------
+        CodecConfigError
+            If the metric is `"ip"`, or there are fewer vectors than neighbours.
+        """
+        k = integer(n_neighbors, "n_neighbors", 1)
+        if self.metric == "ip":
+            raise CodecConfigError("index: inner products are no distances, which kneighbors returns; use search")
+        if k > self.ntotal:
+            raise CodecConfigError(f"index: expected n_neighbors <= {self.ntotal}, found {k}")
+        found, ids = self.search(X, k)
+        if not return_distance:
+            return ids
+        return (found**0.5 if self.metric == "l2" else 1 - found), ids
+
+    def reconstruct(self, ids: Ids) -> Any:
+        """Return the decoded vectors of `ids`, integers of any shape: float32 (*ids.shape, dim), an array for an array.
+
+        Raises
+        ------
+        CodecConfigError
+            If an id is not that of a vector, -1 included.
+        """
+        index, held = ids_of(ids), self._held
+        flat = held.places_of(index.reshape(-1))
+        if bool((flat < 0).any()):
+            missing = index.reshape(-1)[flat < 0]
+            hint = "; -1 in a search result stands for no vector" if int(missing.min()) == -1 else ""
+            raise CodecConfigError(f"index: ids must be those of its {held.count} vectors, found {int(missing[0])}"
+                                   f"{hint}")
+        out = torch.empty(flat.numel(), self.dim)
+        for first, block in held.placed():
+            inside = ((flat >= first) & (flat < first + len(block))).nonzero().squeeze(1)
+            if inside.numel():
+                out[inside] = block.points(flat[inside] - first)
+        return like(ids, out.reshape(*index.shape, self.dim))
+
+    def sa_decode(self, codes: Tensor | np.ndarray) -> Any:
+        """Return the vectors of stand-alone codes, uint8 (n, code_size): float32 (n, dim), an array for an array.
+
+        Raises
+        ------
+        CodecConfigError
+            If the index is not trained, has lists, or dtype or shape are not those of codes.
+        CorruptStoreError
+            If the codes decode to NaN or infinity.
+        """
+        held = self._held
+        self._check_alone(held)
+        given, codes = codes, as_tensor(codes, "codes").cpu()
+        if codes.dtype != torch.uint8 or codes.ndim != 2 or codes.shape[1] != self.code_size:
+            raise CodecConfigError(f"index: codes must be uint8 (n, {self.code_size}), found {codes.dtype} "
+                                   f"{tuple(codes.shape)}")
+        out = torch.empty(len(codes), self.dim)
+        for start in range(0, len(codes), self._rows):
+            part = codes[start : start + self._rows]
+            encoded = rowwise.from_bytes(part, self.codec, self.dim, held.tables)
+            out[start : start + len(part)] = encoded.check("codes").decode()
+        return like(given, out)
+
+    def _check_alone(self, held: Held) -> None:
+        self._check_trained(held)
+        if self.nlist:
+            raise CodecConfigError("index: a code says nothing without its list; use an index without lists for "
+                                   "stand-alone codes")
+
+    def _wanted(self, held: Held, metric: str | None, allowed: Ids | None, nprobe: SupportsIndex | None) -> Wanted:
+        probes = self._nprobe if nprobe is None else integer(nprobe, "nprobe", 1)
+        chosen = self.metric if metric is None else metric_of(metric)
+        return Wanted(chosen, allowed_of(allowed, held.ids) if allowed is not None else None, probes)

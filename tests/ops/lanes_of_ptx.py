@@ -1,0 +1,169 @@
+"""Some PTX, run for the 32 lanes of a warp in numpy: so that what kernels put together as text is tested anywhere."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+LANES = 32
+
+
+class Warp:
+    """Registers of 32 lanes, and memory.
+
+    Attributes
+    ----------
+    shared, memory : uint8 arrays
+        What addresses count from; shared memory begins at `base`.
+    """
+
+    def __init__(self, shared: np.ndarray, memory: np.ndarray, base: int = 1024) -> None:
+        self.shared, self.memory, self.base = shared, memory, base
+        self.held: dict[str, np.ndarray] = {}
+
+    def run(self, text: str) -> None:
+        """Run a block; `$n` are registers as well."""
+        for line in text.splitlines():
+            for one in line.split("; "):
+                self._run(one.rstrip(";"))
+
+    def _read(self, name: str) -> np.ndarray:
+        if name == "global_smem":
+            return np.full(LANES, self.base, np.uint64)
+        if re.fullmatch(r"-?\d+|0x[0-9a-f]+", name):
+            return np.full(LANES, int(name, 0) & (1 << 64) - 1, np.uint64)
+        return self.held[name]
+
+    def _write(self, name: str, values: np.ndarray) -> None:
+        self.held[name] = values.astype(np.uint64) & np.uint64(0xFFFF if name.startswith("h") else 0xFFFFFFFF)
+
+    def _place(self, where: str) -> np.ndarray:
+        parts = where.strip("[]").split("+")
+        return sum((self._read(part) for part in parts[1:]), self._read(parts[0])).astype(np.int64)
+
+    def _load(self, memory: np.ndarray, places: np.ndarray, size: int) -> np.ndarray:
+        assert not (places % size).any()
+        return sum(memory[places + byte].astype(np.uint64) << np.uint64(8 * byte) for byte in range(size))
+
+    def _run(self, line: str) -> None:
+        if line in ("{", "}", "") or line.startswith(".reg"):
+            return
+        name, rest = line.removeprefix("@inside ").split(" ", 1)  # all lanes are
+        if name == "setp.ne.b32":
+            assert self._read(rest.split(", ")[1]).all()
+            return
+        lists = re.findall(r"\{([^}]*)\}", rest)
+        if name.startswith("mma"):
+            self._multiply([one.split(", ") for one in lists])
+        elif name.startswith(("ld.", "st.")):
+            self._move(name, rest)
+        elif name == "mov.b32" and lists:
+            self._halves(rest, lists[0].split(", "))
+        else:
+            out, *rest = rest.split(", ")
+            self._write(out, self._value(name, [self._read(one) for one in rest]))
+
+    def _move(self, name: str, rest: str) -> None:
+        where = re.search(r"\[[^]]*\]", rest)
+        assert where is not None
+        names = re.sub(r"\[[^]]*\]|[{}]", "", rest).strip(", ").split(", ")
+        size = 2 if name.endswith("b16") else 4
+        places = self._place(where[0])
+        if "shared" in name:
+            self._near(name, names, places - self.base, size)
+            return
+        assert not (places % (4 * len(names))).any()
+        for i, one in enumerate(names):
+            if name.startswith("ld"):
+                self._write(one, self._load(self.memory, places + 4 * i, 4))
+            else:
+                for byte in range(4):
+                    self.memory[places + 4 * i + byte] = self.held[one] >> np.uint64(8 * byte) & np.uint64(255)
+
+    def _near(self, name: str, names: list[str], places: np.ndarray, size: int) -> None:
+        if name.startswith("ld"):
+            self._write(names[0], self._load(self.shared, places, size))
+            return
+        for i, one in enumerate(names):
+            for byte in range(4):
+                self.shared[places + 4 * i + byte] = self.held[one] >> np.uint64(8 * byte) & np.uint64(255)
+
+    def _halves(self, rest: str, parts: list[str]) -> None:
+        if rest.startswith("{"):
+            whole = self._read(rest.split("}, ")[1])
+            for i, one in enumerate(parts):
+                self._write(one, whole >> np.uint64(16 * i) & np.uint64(0xFFFF))
+        else:
+            self._write(rest.split(", ")[0], self._read(parts[0]) | self._read(parts[1]) << np.uint64(16))
+
+    def _value(self, name: str, given: list[np.ndarray]) -> np.ndarray:  # noqa: C901
+        one = given[0]
+        match name:
+            case "mov.b32" | "mov.u32":
+                return one
+            case "and.b32":
+                return one & given[1]
+            case "xor.b32":
+                return one ^ given[1]
+            case "add.u32":
+                return one + given[1]
+            case "shl.b32":
+                return one << given[1]
+            case "shr.u32":
+                return one >> given[1]
+            case "mad.lo.u32":
+                return one * given[1] + given[2]
+            case "shf.r.wrap.b32":
+                return (one | given[1] << np.uint64(32)) >> given[2]
+            case "lop3.b32":
+                return _any_of_three(one, given[1], given[2], int(given[3][0]))
+            case "prmt.b32":
+                both, kinds = one | given[1] << np.uint64(32), int(given[2][0])
+                return sum((both >> np.uint64(8 * (kinds >> 4 * i & 7)) & np.uint64(255)) << np.uint64(8 * i)
+                           for i in range(4))
+            case "mul.f32":
+                return _bits(_float(one) * _float(given[1]))
+            case "cvt.f32.f16":
+                return _bits(one.astype(np.uint16).view(np.float16).astype(np.float32))
+            case "cvt.rn.f16x2.f32":
+                high, low = (_float(each).astype(np.float16).view(np.uint16).astype(np.uint64) for each in given)
+                return high << np.uint64(16) | low
+        raise AssertionError(name)
+
+    def _half(self, name: str, place: int) -> np.ndarray:
+        return (self.held[name] >> np.uint64(16 * place)).astype(np.uint16).view(np.float16)
+
+    def _multiply(self, registers: list[list[str]]) -> None:
+        lanes = np.arange(LANES)
+        group, quad = lanes // 4, lanes % 4
+        first, second = np.zeros((16, 16)), np.zeros((16, 8))
+        total = np.zeros((16, 8), np.float32)
+        for i in range(2):
+            for place, one in enumerate(registers[1]):
+                first[group + 8 * (place % 2), 2 * quad + i + 8 * (place // 2)] = self._half(one, i)
+            for place, one in enumerate(registers[2]):
+                second[2 * quad + i + 8 * place, group] = self._half(one, i)
+        corners = [(group + 8 * (place // 2), 2 * quad + place % 2) for place in range(4)]
+        for corner, one in zip(corners, registers[3], strict=True):
+            total[corner] = _float(self.held[one])
+        total = (total + first @ second).astype(np.float32)
+        for corner, one in zip(corners, registers[0], strict=True):
+            self._write(one, _bits(total[corner]))
+
+
+def _any_of_three(one: np.ndarray, other: np.ndarray, third: np.ndarray, table: int) -> np.ndarray:
+    out = np.zeros(LANES, np.uint64)
+    for case in range(8):
+        if table >> case & 1:
+            signs = [value if case >> 2 - i & 1 else ~value for i, value in enumerate((one, other, third))]
+            out |= signs[0] & signs[1] & signs[2]
+    return out & np.uint64(0xFFFFFFFF)
+
+
+def _float(values: np.ndarray) -> np.ndarray:
+    return values.astype(np.uint32).view(np.float32)
+
+
+def _bits(values: np.ndarray) -> np.ndarray:
+    return np.asarray(values, np.float32).view(np.uint32).astype(np.uint64)
