@@ -63,8 +63,8 @@ def _unrepeated(node: Any, until: fx.Node, writers: Sequence[fx.Node]) -> Any:
 
     Repeating copies, so nothing may write in between.
     """
-    wide = node.args[0] if called(node) == "reshape" else None
-    narrow = wide.args[0] if called(wide) == "expand" else None
+    wide: Any = node.args[0] if called(node) == "reshape" else None
+    narrow: Any = wide.args[0] if called(wide) == "expand" else None
     if narrow is None or called(narrow) != "getitem" or narrow.target is not operator.getitem:
         return node
     source, index = narrow.args

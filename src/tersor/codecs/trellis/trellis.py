@@ -118,7 +118,8 @@ class Trellis(Streamed, MultipliesRotated):
         width = encoded.shape[1]
         if not x.is_cuda:
             return x.numel() > FEW * width
-        return SIGNED * width < x.numel() <= FEW * width and _looked_up(self.bits, self.memory, encoded.shape, self.axis)
+        some = SIGNED * width < x.numel() <= FEW * width
+        return some and _looked_up(self.bits, self.memory, encoded.shape, self.axis)
 
     def coordinates(self, encoded: Encoded) -> Coordinates:
         """Return signs, met by filtered vectors; decoded rows where streams run along outputs."""

@@ -26,6 +26,7 @@ from tersor.errors import ModelError, NonFiniteError
 from tersor.hf.models.classes import check_text, feed, model_class, predicts_next_token, run
 from tersor.hf.models.matrices import quiet, read_config, refused
 from tersor.hf.models.source import Source, load_dense, made_from
+from tersor.hf.models.speed import LEAST, generation
 from tersor.hf.models.text import read_ids, text_source
 
 BATCH_TOKENS = 4096  # tokens run at a time
@@ -126,6 +127,15 @@ def resident_bytes(model: torch.nn.Module) -> int:
     return sum(seen.values())
 
 
+def _generation(model: PreTrainedModel, original: PreTrainedModel, ids: Tensor, new: int) -> dict[str, float]:
+    """Return how fast both models generate, where they do."""
+    if not new or not (predicts_next_token(type(original)) and original.can_generate()):
+        return {}
+    with quiet():
+        ours, theirs = generation(model, ids, new), generation(original, ids, new)
+    return ours | {f"{name}_original": value for name, value in theirs.items()}
+
+
 def load_compressed(path: Path, device: str = "cpu") -> PreTrainedModel:
     """Load a compressed model through `from_pretrained`; float32 activations on a CPU."""
     from tersor.hf.models import quantizer  # noqa: F401 - registers the quantizer
@@ -138,7 +148,7 @@ def load_compressed(path: Path, device: str = "cpu") -> PreTrainedModel:
 
 
 def evaluate(path: Path, source: Source, text: Path, *, context: int = 512, stride: int | None = None,
-             tokens: int | None = None, device: str = "cpu",
+             tokens: int | None = None, device: str = "cpu", generate: int = 0,
              progress: Callable[[str, int, int], None] | None = None) -> dict[str, Any]:
     """Evaluate the compressed model at `path` against its dense source on a held-out text.
 
@@ -148,22 +158,28 @@ def evaluate(path: Path, source: Source, text: Path, *, context: int = 512, stri
         Window length and distance, in tokens; stride defaults to the context.
     tokens : int or None
         Use at most this many tokens of the text.
+    generate : int
+        Time the generation of so many tokens, at least two; 0 for none.
 
     Returns
     -------
     dict
         Flat: `perplexity`, `perplexity_original`, `kl`, `top1` (or `output_error`, `output_cosine`), `bytes`,
-        `bytes_original`, `rate`, `resident_bytes`, `tokens_per_second`, `tokens_per_second_original`, `context`,
-        `stride`, `tokens`, `text`.
+        `bytes_original`, `rate`, `resident_bytes`, `prompt_tokens_per_second` (of windows, several at a time),
+        `context`, `stride`, `tokens`, `text`. With `generate`, where the model does: `first_token_seconds` and
+        `decoding_tokens_per_second`; on CUDA the same with `static_` before them, and `compile_seconds`. Figures of the
+        original end in `_original`.
 
     Raises
     ------
     ModelError
-        If the text is shorter than one context, the store was made from another model, or the class reads no text.
+        If `generate` is 1 or negative, the text is shorter than one context, the store was made from another model, or the class reads no text.
     NonFiniteError
         If the compressed model's logits are not finite.
     """
     stride = context if stride is None else stride
+    if generate != 0 and generate < LEAST:
+        raise ModelError(f"generate must be 0 or at least {LEAST} tokens, found {generate}")
     if not 0 < stride <= context:
         raise ModelError(f"stride must lie between 1 and the context of {context}, found {stride}")
     opened = store.read(path)
@@ -184,7 +200,8 @@ def evaluate(path: Path, source: Source, text: Path, *, context: int = 512, stri
         **score.figures(next_token=predicts_next_token(type(original))),
         "bytes": nbytes, "bytes_original": source.original_nbytes, "rate": 8 * nbytes / store.params(opened),
         "resident_bytes": resident_bytes(model), "resident_bytes_original": resident_bytes(original),
-        "tokens_per_second": score.tokens / score.seconds,
-        "tokens_per_second_original": score.tokens / score.seconds_original,
+        "prompt_tokens_per_second": score.tokens / score.seconds,
+        "prompt_tokens_per_second_original": score.tokens / score.seconds_original,
+        **_generation(model, original, ids, generate),
         "context": context, "stride": stride, "tokens": score.positions, "text": text_source(text),
     }

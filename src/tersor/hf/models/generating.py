@@ -41,8 +41,9 @@ class CompiledCall:
             return type(self._model).get_compiled_call(self._model, compile_config)
         seen = tuple(_looked_at(self._model))
         if self._config is None or seen != self._seen:
+            none: Any = None  # of modes: torch takes these or options
             self._seen = seen
-            self._config = CompileConfig(backend=Steps(), mode=None, options={"guard_filter_fn": _outside_model})
+            self._config = CompileConfig(backend=Steps(), mode=none, options={"guard_filter_fn": _outside_model})
         return type(self._model).get_compiled_call(self._model, self._config)
 
 
