@@ -1,5 +1,6 @@
 """Two runs on one output: the second is refused at once, whichever command or function it is; nothing is left."""
 
+import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,7 @@ from tersor.hf.compress import calibrate, dryrun, survey
 from tersor.hf.compress.request import Request
 from tersor.hf.compress.run import CompressSettings
 from tersor.hf.models.source import open_source
+from tersor.hf.models.staging import REPORT
 from tersor.hf.models.text import default_calibration
 from tersor.hf.rom.contest import compress_best
 from tersor.hf.rom.run import reduce_model
@@ -98,14 +100,24 @@ def test_commands_leave_nothing_but_what_they_write(tmp_path: Path) -> None:
     torch.save(load_file(source / "model.safetensors"), source / "pytorch_model.bin")
     (source / "model.safetensors").unlink()
     place = tmp_path / "made"
-    small = ("--tokens", 256, "--context", 64)
+    small, text = ("--tokens", 256, "--context", 64), default_calibration()
     for line in (("calibrate", source, place / "c", *small, "--fisher-tokens", 0),
                  ("survey", source, place / "s.jsonl", "--method", "rot,lm3", "--rate", 6),
                  ("plan", source, place / "s.jsonl", place / "p.json", "--method", "rot,lm3", "--rate", 6),
                  ("encode", source, place / "e", "--plan", place / "p.json"),
+                 ("encode", source, place / "f", "--plan", place / "p.json", "--calibration-text", text, *small),
+                 ("status", place / "f"),
                  ("verify", place / "e", "--against", source),
                  ("compress", source, place / "copy", "--rate", 40),
                  ("compress", source, place / "d", "--rate", 6, "--codec", "rot,lm3", "--dry-run")):
         command(*line)
+    assert measured(place / "f") != measured(place / "e")  # it has seen the text
     fails("compress", source, place / "x", "--rate", 0.1, says="needs at least")
-    assert sorted(path.name for path in place.iterdir()) == ["c", "copy", "e", "p.json", "s.jsonl"]
+    fails("encode", source, place / "x", "--plan", place / "p.json", "--calibration-text", text, "--calibration",
+          place / "c", says="expected one of them")
+    fails("status", place / "x", says="no such folder")
+    assert sorted(path.name for path in place.iterdir()) == ["c", "copy", "e", "f", "p.json", "s.jsonl"]
+
+
+def measured(out: Path) -> list[float]:
+    return [line["distortion"] for line in json.loads((out / REPORT).read_text())["matrices"].values()]

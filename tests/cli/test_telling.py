@@ -7,6 +7,7 @@ import pytest
 
 from tersor.cli import telling
 from tersor.cli.telling import VOICE, Bars, Lines, Voice
+from tersor.figures import Amount
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +56,16 @@ def test_a_long_step_is_not_a_silent_one(monkeypatch: pytest.MonkeyPatch) -> Non
     assert told[:2] == ["encode: 0 of 4", "encode: 1 of 4, 60 s, about 3.0 min left".replace("3.0", "3")]
     assert told[-1].startswith(("encode: 4 of 4", "after encode"))
     assert any(line.startswith("encode: 4 of 4, 60 s") for line in told)
+
+
+def test_an_amount_says_where_how_fast_and_how_large() -> None:
+    told: list[str] = []
+    lines = Lines(told.append)
+    lines.update("encode", Amount(0, "block 1 of 4", 0, 10**9), 8)
+    lines._began -= 20.0
+    lines.update("encode", Amount(8, "block 4 of 4", 2 * 10**8, 10**9), 8)
+    assert told[0] == "encode: 0 of 8, block 1 of 4"
+    assert told[1].startswith("encode: 8 of 8, block 4 of 4, 10.0 MB/s, 1.0 GB in memory, 20 s")
 
 
 def test_notices_are_whole_lines(capsys: pytest.CaptureFixture[str]) -> None:

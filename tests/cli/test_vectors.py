@@ -64,7 +64,8 @@ def test_what_is_found_is_scored_again() -> None:
 
 
 def test_beside_faiss() -> None:
-    found = json.loads(run("bench", "x.npy", "--codec", "trellis3", "--codec", "rot,lm4", "--plot", "plot.svg", "--json"))
+    asked = "--codec", "trellis3", "--codec", "rot,lm4", "--plot", "plot.svg"
+    found = json.loads(run("bench", "x.npy", *asked, "--json"))
     ours = [one for one in found["methods"] if not one["method"].startswith("FAISS")]
     assert [one["method"] for one in ours] == [str(Index(DIM, "trellis3").codec), "rot,lm4"]
     assert all(0.3 < one["recall"] <= 1 for one in ours)

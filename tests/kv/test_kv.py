@@ -152,14 +152,26 @@ def test_appending_to_one_of_two_copies(text: str) -> None:
     assert torch.equal(made.decode(), kept)
 
 
-def test_room_grows_by_an_eighth() -> None:
-    """Slack is at most an eighth and one block; blocks are copied a bounded number of times."""
+def test_pages_are_added_and_nothing_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Growing adds pages; those there stay where they are, and copies share all but what is written to."""
+    monkeypatch.setattr(kv, "CHUNK_ELEMENTS", 1)
     made, given = stream("rot,lm2"), states(BLOCK, 1)
-    for count in range(1, 41):
+    places: list[int] = []
+    for count in range(1, 2 * kv.PAGE_BLOCKS + 2):
         made.append(given)
-        room = len(next(iter(made._payload.values())))
-        assert count <= room <= count + count // 8 + 1
-    assert made.tokens == 40 * BLOCK
+        assert made._pages is not None
+        now = [buffer.data_ptr() for buffer in made._pages.buffers()]
+        assert now[: len(places)] == places
+        assert len(now) == -(-count // kv.PAGE_BLOCKS)
+        places = now
+    twin = made.copy()
+    twin.append(given)
+    assert [buffer.data_ptr() for buffer in twin._pages.buffers()][:2] == places[:2]
+    assert twin._pages.buffers()[2].data_ptr() != places[2]
+    assert [buffer.data_ptr() for buffer in made._pages.buffers()] == places
+    far = made._pages.addresses()
+    assert far.tolist() == [(place - places[0]) // 16 for place in places]
+    assert made._pages.addresses() is far
 
 
 def test_chunks_bound_what_is_dense() -> None:
@@ -271,5 +283,5 @@ def test_fp8_is_within_half_a_step() -> None:
 
 def test_third_party_codecs_fall_back_to_decoded_rows() -> None:
     """A codec that knows nothing of coordinates is served by its rows."""
-    assert parse("lm2").traits().runs is None
-    assert Codec.coordinates is type(parse("lm2")).coordinates
+    assert parse("rtn2g16").traits().runs is None
+    assert Codec.coordinates is type(parse("rtn2g16")).coordinates

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tersor.errors import CorruptStoreError, NonFiniteError
-from tersor.planning.calibration import Calibration, MomentSum
+from tersor.planning.calibration import Calibration, ChangeSum, MomentSum, compensated
 from tersor.testing import gaussian
 
 
@@ -24,6 +24,34 @@ def test_moments_equal_float64() -> None:
     assert bool(((got.double() - expected).abs() <= bound).all())
     assert torch.equal(got, got.T)
     assert moments.count == 400
+
+
+def test_sums_of_parts_are_those_of_the_whole() -> None:
+    x, y = gaussian((96, 8), 0), gaussian((96, 8), 1)
+    moments, change = MomentSum(8, torch.device("cpu")), ChangeSum(x[:32], y[:32])
+    for part in (slice(0, 32), slice(32, 96)):
+        own = MomentSum(8, torch.device("cpu"))
+        own.add(x[part])
+        moments.merge(own)
+    change.merge(ChangeSum(x[32:], y[32:]))
+    torch.testing.assert_close(moments.mean("m"), x.T @ x / 96)
+    torch.testing.assert_close(change.mean(), (x - y).T @ y / 96)
+
+
+@pytest.mark.parametrize("ridge", [0.01, 1.0])
+def test_compensation_is_the_least_squares_solution(ridge: float) -> None:
+    """Against the normal equations' slow form: stacked rows of inputs and of the ridge, solved in float64."""
+    x, w = gaussian((200, 12), 0).double(), gaussian((5, 12), 1).double()
+    y = x + 0.3 * gaussian((200, 12), 2) + 0.2 * x[:, :1]
+    hessian = y.T @ y / 200
+    weight = (ridge * float(hessian.diagonal().mean()) * 200) ** 0.5
+    rows = torch.cat([y, weight * torch.eye(12, dtype=torch.float64)])
+    expected = torch.linalg.lstsq(rows, torch.cat([x @ w.T, weight * w.T])).solution.T
+    found = compensated(w.float(), ((x - y).T @ y / 200).float(), hessian.float(), ridge)
+    # float32, conditioned by (1 + ridge) / ridge times the spread of the moments' eigenvalues, below 100 here
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
+    same = compensated(w.float(), torch.zeros(12, 12), hessian.float(), ridge)
+    assert torch.equal(same, w.float())  # equal inputs need no other matrix
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])

@@ -26,4 +26,6 @@ SUITES = (
           deferred("bench.suites.kv.codecs"), needs=("transformers",)),
     Suite("kv_gpu", "decoding after 8k and 32k tokens on a GPU beside quanto's cache", gpu_cases.cases,
           deferred("bench.suites.kv.gpu"), gpu_tables.TABLES, ("transformers",)),
+    Suite("kv_attention", "attention of one token over codes, alone, on a GPU beside dense attention",
+          gpu_cases.attending, deferred("bench.suites.kv.gpu_attention"), gpu_tables.ATTENTION),
 )

@@ -27,6 +27,27 @@ class Caching:
         return f"{kind}|{self.tokens}|{self.method}{self.again}|{self.attention}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Attending:
+    """Attention of one token a sequence over a cache after so many tokens; `none` is the dense one."""
+
+    method: str
+    tokens: int
+    batch: int = 1
+
+    @property
+    def key(self) -> str:
+        """The case's name in results."""
+        return f"attend|{self.tokens}|{self.batch}|{self.method}"
+
+
+def attending(device: str) -> list[Attending]:
+    """Return the cases of attention alone."""
+    del device
+    return [Attending(method, tokens, batch) for batch in (1, 8) for tokens in (8192, 32768, 131072)
+            for method in ("none", "rot,lm2", "rot,lm3", "rot,lm4", "fp8")]
+
+
 def cases(device: str) -> list[Caching]:
     """Return the cases; profiles last: once the profiler is there, launches are slower."""
     found = []

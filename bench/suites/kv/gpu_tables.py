@@ -45,4 +45,22 @@ def _total(line: Line) -> float:
     return line["numbers"]["step_ms"] + line["numbers"]["encode_ms"]
 
 
+def attention(found: Mapping[str, Line]) -> str:
+    """Attention alone, a line for each codec, columns by sequences and tokens: microseconds, and times dense."""
+    places = sorted({(line["case"]["batch"], line["case"]["tokens"]) for line in found.values()})
+    by_case = {(line["case"]["method"], line["case"]["batch"], line["case"]["tokens"]): line["numbers"]
+               for line in found.values()}
+    body = []
+    for method in dict.fromkeys(line["case"]["method"] for line in found.values()):
+        cells = []
+        for place in places:
+            numbers = by_case.get((method, *place), {})
+            ratio = f" ({numbers['x_dense']:.2f})" if "x_dense" in numbers else ""
+            timed = f"{numbers['us']:.1f}{ratio}" if "us" in numbers else ""
+            cells.append("**wrong**" if numbers.get("red") else timed)
+        body.append(["dense, bf16" if method == "none" else f"`{method}`", *cells])
+    return table(["cache", *(f"{batch} x {tokens:,}" for batch, tokens in places)], body)
+
+
+ATTENTION = {"kv-attention": Table(attention, ("attend",))}
 TABLES = {"kv-gpu": Table(kv, ("gpu", "gpuprofile"))}

@@ -29,7 +29,8 @@ from tersor.errors import TersorError
 from tersor.hf.compress.run import compress_model
 from tersor.hf.compress.work import peak_memory
 from tersor.hf.models.evaluate import load_compressed
-from tersor.hf.models.source import load_dense, open_source
+from tersor.hf.models.hollow import load_dense
+from tersor.hf.models.source import open_source
 from tersor.hf.models.text import read_tokenizer
 from tersor.hf.rom.run import PRESETS, reduce_model
 

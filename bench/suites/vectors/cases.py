@@ -13,10 +13,10 @@ class VectorCase:
     Parameters
     ----------
     data : str
-        `"glove"` or `"banking77"`.
+        `"glove"`, `"banking77"` or `"anisotropic"`.
     bits : float
     method : str
-        `"tersor:"` and a codec or a family (at `bits`), or `"faiss:"` and a factory string.
+        `"tersor:"` and a codec or a family (at `bits`), perhaps behind lists, or `"faiss:"` and a factory string.
     """
 
     data: str
@@ -29,11 +29,14 @@ class VectorCase:
         return f"{self.data}|{self.bits}|{self.method}"
 
 
-METHODS: Mapping[tuple[str, float], tuple[str, ...]] = {
+_REAL: Mapping[tuple[str, float], tuple[str, ...]] = {
+    ("glove", 1): ("tersor:trellis", "tersor:pq", "tersor:opq", "tersor:rq", "faiss:PQ5x8np", "faiss:OPQ5,PQ5x8np",
+                   "faiss:RQ6x8", "faiss:PQ10x4fs", "faiss:RaBitQ"),
     ("glove", 2): ("tersor:trellis", "tersor:qet_plus", "tersor:pq", "tersor:pq5x1024t", "tersor:opq", "tersor:rq",
                    "tersor:rotated_scalar", "tersor:rot,sym14", "tersor:rot,tr1.75", "faiss:PQ10x8np", "faiss:PQ10x9np",
                    "faiss:PQ10x10np", "faiss:PQ25x4np", "faiss:OPQ10,PQ10x9np", "faiss:RQ12x8", "faiss:LSQ12x8",
-                   "faiss:RaBitQ"),
+                   "faiss:RaBitQ", "faiss:PQ25x4fs", "faiss:RQ24x4fs_32_Nrq2x4", "tersor:IVF1024,trellis",
+                   "faiss:IVF1024,PQ10x8np"),
     ("glove", 3): ("tersor:trellis", "tersor:qet_plus", "tersor:pq", "tersor:rq", "tersor:rotated_scalar",
                    "faiss:PQ25x6np", "faiss:RQ18x8", "faiss:RaBitQ"),
     ("glove", 4): ("tersor:trellis", "tersor:qet_plus", "tersor:pq", "tersor:opq", "tersor:rq",
@@ -49,4 +52,8 @@ METHODS: Mapping[tuple[str, float], tuple[str, ...]] = {
     ("banking77", 4): ("tersor:ctr8,rot,tr4", "tersor:qet_plus", "tersor:pq", "tersor:rotated_scalar",
                        "faiss:PQ192x8np", "faiss:RaBitQ"),
 }
+METHODS: Mapping[tuple[str, float], tuple[str, ...]] = {**_REAL, **{("anisotropic", bits): (
+    "tersor:trellis", "tersor:pq", "tersor:opq", "tersor:rq", f"faiss:PQ{16 * bits}x8np",
+    f"faiss:OPQ{16 * bits},PQ{16 * bits}x8np", *([f"faiss:RQ{16 * bits}x8"] if bits < 4 else []),
+    f"faiss:PQ{32 * bits}x4fs", "faiss:RaBitQ") for bits in (1, 2, 4)}}
 CASES = tuple(VectorCase(data, bits, method) for (data, bits), methods in METHODS.items() for method in methods)

@@ -30,7 +30,8 @@ def _name(line: Line) -> str:
     stages = codec.removeprefix("sum(").rstrip(")").split(";")
     if len(stages) > 2:
         codec = f"sum of {len(stages)} {stages[0]}"
-    return f"**Tersor** `{codec}`" if engine == "tersor" else f"FAISS {codec.removesuffix('np')}"
+    method = method.partition(",")[0] + "," if method.startswith("IVF") else ""
+    return f"**Tersor** `{method}{codec}`" if engine == "tersor" else f"FAISS {codec.removesuffix('np')}"
 
 
 def _row(line: Line) -> tuple[str, ...]:

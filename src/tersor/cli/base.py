@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -17,6 +18,7 @@ from rich.text import Text
 from tersor import files
 from tersor.cli.figures import readable
 from tersor.cli.funnel import existing
+from tersor.cli.telling import VOICE
 from tersor.errors import CodecConfigError
 from tersor.families import EFFORTS, families
 from tersor.files import whole
@@ -67,7 +69,8 @@ Effort = Annotated[str | None, typer.Option(help=f"the encoder's work: {', '.joi
                                             show_default="normal, where it is read",
                                             autocompletion=lambda: EFFORTS)]
 Seed = Annotated[int, typer.Option(min=0, max=MOST_SEED, help="seed of the encoder's search")]
-Device = Annotated[str, typer.Option(help="cpu or cuda")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto: a GPU if there is one")]
+Whole = Annotated[bool, typer.Option("--whole-model", help="keep the whole model in memory, not a block at a time")]
 OptionTexts = Annotated[list[str] | None, typer.Option("--option", metavar="NAME=VALUE",
                                                        help="encoder option; repeatable")]
 Sensitivities = Annotated[Path | None, typer.Option(help="JSON: matrix name to weight of its relative distortion",
@@ -82,6 +85,23 @@ Tokens = Annotated[int, typer.Option(min=1, help="calibration tokens")]
 EvaluationTokens = Annotated[int, typer.Option(min=0, help="evaluation tokens; 0: none")]
 Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="go on with what a killed run has finished")]
 Context = Annotated[int, typer.Option(min=2, help="window length in tokens")]
+
+
+def device_of(text: str) -> str:
+    """Return the device that is meant; which one `auto` has found is told.
+
+    Raises
+    ------
+    ModelError
+        If torch cannot use it.
+    """
+    from tersor.hf.compress.request import usable_device
+
+    found = usable_device(text)
+    if text == "auto":
+        VOICE.get().say("device: cpu, as torch finds no GPU" if found == "cpu" else
+                        f"device: {found}, {torch.cuda.get_device_name(found)}")
+    return found
 
 
 def parse_options(texts: list[str] | None) -> dict[str, Any]:

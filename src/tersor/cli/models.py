@@ -24,13 +24,15 @@ from tersor.cli.base import (
     HeldoutText,
     LeaveOut,
     OptionTexts,
-    Out,
     Resume,
     Seed,
     Sensitivities,
     Size,
     Src,
     Tokens,
+    Whole,
+    device_of,
+    directory,
     emit,
     existing_model,
     open_source,
@@ -41,12 +43,16 @@ from tersor.cli.base import (
 )
 from tersor.cli.figures import parse_size
 from tersor.cli.funnel import existing
+from tersor.cli.gguf import FORMATS, FileFormat, compress_to, gguf
 from tersor.cli.reduce import REDUCTIONS
 from tersor.cli.telling import VOICE, Bars
 from tersor.errors import CodecConfigError
 from tersor.families import DEFAULT
 from tersor.files import exclusive
 from tersor.planning.plan import to_json
+
+NewOut = Annotated[Path, typer.Argument(metavar="OUT", help="output directory, or the file of another --format; must "
+                                                              "not exist")]
 
 
 def read_weights(path: Path | None) -> dict[str, float]:
@@ -69,18 +75,18 @@ def families(as_json: AsJson = False) -> None:
 
 
 @exclusive("output")
-def compress(src: Src, output: Out, rate: BudgetRate = None, size: Size = None, codec: Codec = DEFAULT,
+def compress(src: Src, output: NewOut, rate: BudgetRate = None, size: Size = None, codec: Codec = DEFAULT,
              calibration: CalibrationText = None,
              calibrated: Annotated[bool, typer.Option("--calibrated/--uncalibrated",
                                                       help="weigh errors by what text shows of the inputs")] = True,
              text: HeldoutText = None, tokens: Tokens = 65536, evaluation_tokens: EvaluationTokens = 8192,
              context: Context = 512, effort: Effort = None, seed: Seed = 0, device: Device = "cpu",
              option: OptionTexts = None, sensitivities: Sensitivities = None, dense: Dense = None,
-             leave_out: LeaveOut = None, resume: Resume = True,
+             leave_out: LeaveOut = None, resume: Resume = True, whole_model: Whole = False,
              samples: Annotated[int, typer.Option(help="sample generations in the report; 0: none")] = 3,
              base_model: Annotated[str | None, typer.Option(help="OWNER/NAME of the original, for the card")] = None,
              dry_run: Annotated[bool, typer.Option("--dry-run", help="estimate bytes, memory and time only")] = False,
-             as_json: AsJson = False) -> None:
+             file_format: FileFormat = FORMATS[0], as_json: AsJson = False) -> None:
     """Compress a model to a budget. Calibrates, surveys, plans, encodes, verifies and evaluates."""
     from tersor.cli.report import write_html
     from tersor.hf.compress import card, dryrun, run
@@ -90,10 +96,20 @@ def compress(src: Src, output: Out, rate: BudgetRate = None, size: Size = None, 
         raise CodecConfigError(f"'{codec}' is a reduction, which has a verb of its own: tersor reduce SRC OUT "
                                f"--method {codec}")
     existing_model(src)
+    if file_format != FORMATS[0]:
+        unread = {"--codec": codec != DEFAULT, "--option": option, "--sensitivities": sensitivities,
+                  "--leave-out": leave_out, "--dry-run": dry_run, "--base-model": base_model,
+                  "--device": device != "cpu", "--whole-model": whole_model}
+        compress_to(file_format, [name for name, given in unread.items() if given])
+        gguf(src, output, rate, size, calibration=calibration, calibrated=calibrated, text=text, tokens=tokens,
+             evaluation_tokens=evaluation_tokens, context=context, effort=effort, seed=seed, dense=dense, resume=resume,
+             as_json=as_json)
+        return
+    directory(output)
     settings = run.CompressSettings(
         codec, calibration, calibrated, text, Sampling(tokens, context=context, seed=seed),
-        evaluation_tokens, context, seed, device, resume, parse_options(option), read_weights(sensitivities),
-        None if dense is None else tuple(dense), tuple(leave_out or ()), samples, base_model, effort)
+        evaluation_tokens, context, seed, device_of(device), resume, parse_options(option), read_weights(sensitivities),
+        None if dense is None else tuple(dense), tuple(leave_out or ()), samples, base_model, effort, whole_model)
     nbytes = None if size is None else parse_size(size)
     rate = 3.0 if rate is None and nbytes is None else rate
     if dry_run:
@@ -117,8 +133,9 @@ def calibrate(src: Src, output: Annotated[Path, typer.Argument(metavar="CALIB", 
               text: CalibrationText = None,
               tokens: Annotated[int, typer.Option(min=1, help="tokens for the moments")] = 65536,
               fisher_tokens: Annotated[int, typer.Option(min=0, help="tokens for sensitivities; 0: none")] = 4096,
-              context: Context = 512, seed: Seed = 0, device: Device = "cpu", as_json: AsJson = False) -> None:
-    """Collect the moments of inputs, and sensitivities."""
+              context: Context = 512, seed: Seed = 0, device: Device = "cpu", whole_model: Whole = False,
+              as_json: AsJson = False) -> None:
+    """Collect the moments of inputs, and sensitivities. Keeps them all; compress does without."""
     from tersor.hf.compress import calibrate as stage
     from tersor.hf.compress.request import Sampling
     from tersor.hf.models.text import default_calibration
@@ -126,7 +143,8 @@ def calibrate(src: Src, output: Annotated[Path, typer.Argument(metavar="CALIB", 
     refuse_existing(output)
     with Bars() as progress:
         found = stage.run(open_source(src, output), text or default_calibration(), output,
-                          Sampling(tokens, fisher_tokens, context, seed), device=device, progress=progress)
+                          Sampling(tokens, fisher_tokens, context, seed), device=device_of(device), whole=whole_model,
+                          progress=progress)
     emit({"tokens": found.tokens, "matrices": len(found.hessians), "source": found.source, "file": str(output)},
          as_json, "calibration")
 
@@ -143,7 +161,8 @@ def survey(src: Src, output: Annotated[Path, typer.Argument(metavar="SURVEY", he
     source = open_source(src, output, dense, leave_out)
     request = Request(budget_bytes(source, rate, None), codec, seed, parse_options(option), effort=effort)
     with Bars() as progress:
-        choices = stage.run(source, read_calibration(calib), request, output, device=device, progress=progress)
+        choices = stage.run(source, read_calibration(calib), request, output, device=device_of(device),
+                            progress=progress)
     emit({"matrices": len(choices), "trials": sum(map(len, choices.values())), "file": str(output)}, as_json, "survey")
 
 
@@ -181,17 +200,33 @@ def evaluate(path: Annotated[Path, typer.Argument(metavar="OUT", help="a compres
              tokens: Annotated[int | None, typer.Option(min=1, help="use at most this many tokens",
                                                         show_default="all of the text")] = None,
              device: Device = "cpu",
-             generate: Annotated[int, typer.Option(min=0, help="time the generation of so many tokens; 0: none")] = 32,
+             generate: Annotated[int, typer.Option(min=0, help="time so many tokens of generation by both models; the "
+                                                                   "original is loaded whole; 0: none")] = 0,
              as_json: AsJson = False) -> None:
     """Compare a compressed model with its original. Perplexity, KL, top-1 agreement, sizes and speed.
 
     Speeds are of prompts (windows of the text, several at a time) and of decoding (one sequence, token by token).
     """
     from tersor.hf.models.evaluate import evaluate as run_evaluation
+    from tersor.hf.models.speed import LEAST, speeds
     from tersor.hf.models.text import default_heldout
 
+    if generate and generate < LEAST:
+        raise CodecConfigError(f"--generate takes 0 or at least {LEAST} tokens, found {generate}")
     existing(path, "a model compressed by tersor")
     with Bars() as progress:
         record = run_evaluation(path, open_source(against, path), text or default_heldout(), context=context,
-                                stride=stride, tokens=tokens, device=device, generate=generate, progress=progress)
+                                stride=stride, tokens=tokens, device=device_of(device), progress=progress)
+        if generate:
+            record |= speeds(path, open_source(against, path), text or default_heldout(), generate,
+                             device=device_of(device))
     emit(record, as_json, f"{path} against {against}")
+
+
+def status(path: Annotated[Path, typer.Argument(metavar="OUT.work", help="the work folder of a run, or its output")],
+           as_json: AsJson = False) -> None:
+    """Tell how far a run of compress is, and whether it still runs."""
+    from tersor.hf.compress.status import status as run_status
+
+    record = run_status(path)
+    emit(record, as_json, str(path))

@@ -26,12 +26,16 @@ from tersor.cli.base import (
     RATE,
     AsJson,
     Calib,
+    Context,
     Dense,
     Device,
     Effort,
     LeaveOut,
     OptionTexts,
     Seed,
+    Tokens,
+    Whole,
+    device_of,
     directory,
     emit,
     open_source,
@@ -65,6 +69,9 @@ def encode(src: Annotated[Path, typer.Argument(metavar="SRC",
                                                       show_default="3 for a family")] = None,
            codec: Annotated[str | None, typer.Option(help=f"{CODEC}; for matrices", show_default="auto",
                                                      autocompletion=families)] = None,
+           calibration_text: Annotated[Path | None, typer.Option(
+               help="text to calibrate each block on, behind those that are encoded; for models")] = None,
+           tokens: Tokens = 65536, context: Context = 512, whole_model: Whole = False,
            effort: Effort = None, seed: Seed = 0, device: Device = "cpu", option: OptionTexts = None,
            dense: Dense = None, leave_out: LeaveOut = None, as_json: AsJson = False) -> None:
     """Encode a model by a plan, or a matrix (.npy) by a codec."""
@@ -76,9 +83,9 @@ def encode(src: Annotated[Path, typer.Argument(metavar="SRC",
     refuse_existing(target)
     with locked(target):
         if src.suffix == ".npy":
-            if plan_file is not None or calib is not None or device != "cpu":
-                raise CodecConfigError("--plan, --calibration and --device are for models; a matrix takes --codec, "
-                                       "--rate and --option")
+            if plan_file is not None or calib is not None or calibration_text is not None or device != "cpu":
+                raise CodecConfigError("--plan, --calibration, --calibration-text and --device are for models; a "
+                                       "matrix takes --codec, --rate and --option")
             record = _encode_matrix(src, target, rate, codec or "auto", seed,
                                     {**parse_options(option), "effort": effort})
         elif src.is_file() and src.suffix != ".gguf":
@@ -87,29 +94,37 @@ def encode(src: Annotated[Path, typer.Argument(metavar="SRC",
             if plan_file is None or rate is not None or codec is not None or effort is not None:
                 raise ModelError("encoding a model takes --plan, and no --rate, --codec or --effort; make a plan with "
                                  "'tersor plan', or use 'tersor compress'")
-            from tersor.hf.compress.request import check_device
-
-            check_device(device)
+            if calib is not None and calibration_text is not None:
+                raise ModelError("--calibration and --calibration-text: expected one of them")
             picks, source = from_json(read_json(plan_file)), open_source(src, target, dense, leave_out)
-            record = _encode_model(source, target, picks, read_calibration(calib), seed, device, parse_options(option))
+            text = None if calibration_text is None else (existing(calibration_text, "a UTF-8 text file"), tokens,
+                                                          context, whole_model)
+            record = _encode_model(source, target, picks, read_calibration(calib) or text, seed, device_of(device),
+                                   parse_options(option))
     emit(record, as_json, f"{src} → {target}")
 
 
 def _encode_model(source: Any, target: Path, picks: dict[str, Any], calibration: Any, seed: int, device: str,
                   options: dict[str, Any]) -> dict[str, Any]:
     from tersor.hf.compress import encode as stage
-    from tersor.hf.compress.request import Request, provenance
+    from tersor.hf.compress.reading import Reading
+    from tersor.hf.compress.request import Request, Sampling, provenance
     from tersor.hf.compress.run import conclude
     from tersor.hf.compress.work import WorkFolder
 
-    work = WorkFolder(target).claim()
+    work, reading = WorkFolder(target).claim(), None
     request = Request(source.nbytes, "plan", seed, options)
+    if isinstance(calibration, tuple):
+        text, tokens, context, whole = calibration
+        reading = Reading.of(source, text, Sampling(tokens, context=context), work / "activations", device=device,
+                             whole=whole)
+        calibration = reading.seen
     record = provenance(source, calibration, request, tersor.__version__)
     job = stage.Job(source, picks, calibration, request, record)
     with Bars() as progress:
-        matrices = stage.run(job, work, device=device, progress=progress)
+        matrices = stage.run(job, work, device=device, reading=reading, progress=progress)
     summary = conclude(job, matrices, work, {})["summary"]
-    work.finish("matrices", "staged")
+    work.finish("matrices", "staged", "activations", "survey.jsonl.outside")
     return summary
 
 

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from tersor.cli.figures import seconds_text
+from tersor.figures import Amount, size_text
 
 err = Console(stderr=True)
 EVERY = 30.0  # seconds between two lines of one stage
@@ -154,6 +155,7 @@ class Lines:
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say, self._lock, self._ended = say, threading.Lock(), threading.Event()
         self._stage, self._done, self._total = "", 0, 0
+        self._amount = Amount(0)
         self._began = self._told = time.monotonic()
         self._ended_at: float | None = None
         self._thread: threading.Thread | None = None
@@ -170,8 +172,9 @@ class Lines:
             self._thread.join()
 
     def update(self, stage: str, done: int, total: int) -> None:
-        """Take note of a stage's progress."""
+        """Take note of a stage's progress; an `Amount` says more than a count."""
         with self._lock:
+            self._amount = done if isinstance(done, Amount) else Amount(done)
             now, fresh = time.monotonic(), stage != self._stage
             if fresh:
                 self._stage, self._began = stage, now
@@ -192,6 +195,12 @@ class Lines:
         text = f"{self._stage}: {self._done} of {self._total}"
         if self._ended_at is not None and now > self._ended_at:
             text = f"after {self._stage}"
+        if self._amount.place:
+            text += f", {self._amount.place}"
+        if self._amount.nbytes and elapsed >= 1:
+            text += f", {size_text(self._amount.nbytes / elapsed)}/s"
+        if self._amount.memory and elapsed >= 1:
+            text += f", {size_text(self._amount.memory)} in memory"
         if elapsed >= 1:
             text += f", {seconds_text(elapsed)}"
         if 0 < self._done < self._total and elapsed >= 1:

@@ -8,6 +8,7 @@ for weights w, `Σ w r = out_of(Σ w c) + (Σ w) offset`. Only maps that depend 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -16,6 +17,32 @@ from tersor.payload.blocks import Rows
 
 if TYPE_CHECKING:
     from tersor.contract.codec import Encoded
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Coded:
+    """Coordinates as codes that attention reads as they are: each `table[code]` times its row's scale.
+
+    Attributes
+    ----------
+    codes, scales : str
+        Names of the stored tensors: codes of `bits` bits, packed row after row; a bf16 scale a row.
+    bits : int
+    table : Tensor or None
+        float32 (2**bits,), ascending; None: codes are numbers of 8 bits, e4m3.
+    refits : int
+        How often the codec's encoder fits a row's scale by least squares; with e4m3 the row's peak is the largest.
+    """
+
+    codes: str
+    scales: str
+    bits: int
+    table: Tensor | None = None
+    refits: int = 0
+
+    def under(self, prefix: str) -> Coded:
+        """Return this as a wrapping codec names it."""
+        return dataclasses.replace(self, codes=f"{prefix}/{self.codes}", scales=f"{prefix}/{self.scales}")
 
 
 class Coordinates:
@@ -32,6 +59,10 @@ class Coordinates:
     def rows(self, rows: Rows) -> Tensor:
         """Return the coordinates of `rows`, float32 (k, n)."""
         return self.encoded.codec.decode_rows(self.encoded, rows)
+
+    def coded(self) -> Coded | None:
+        """Return how the coordinates are stored, where that is as plain codes with a scale a row; else None."""
+        return None
 
     def into(self, x: Tensor) -> Tensor:
         """Return vectors (..., in) as what products with coordinates need, (..., n)."""

@@ -17,16 +17,19 @@ from torch import Tensor
 from tersor.contract.checks import may_overflow
 from tersor.contract.codec import Codec, Encoded
 from tersor.contract.coordinates import Coordinates
-from tersor.errors import CodecConfigError, CorruptStoreError
+from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
+from tersor.kv.beside import lie_side_by_side
+from tersor.kv.coded import Form, Watch
+from tersor.kv.pages import Pages
 from tersor.kv.saved import check
 from tersor.numerics.memory import check_memory
-from tersor.payload import packing
+from tersor.ops.kv_attention import Side
 from tersor.payload.blocks import Shape, Tables
-from tersor.payload.layout import Layout, TensorSpec
+from tersor.payload.layout import Layout
 
 CHUNK_ELEMENTS = 1 << 18  # dense numbers that `scores` and `mix` decode at a time: 1 MiB, which caches hold
-SLACK = 8  # a full stream grows by an eighth of its blocks
-PROBE = 1e-3  # relative difference, above rounding, that shows a codec to mix the rows of different blocks
+ENCODED_ELEMENTS = 1 << 22  # numbers that a GPU encodes at a time
+PAGE_BLOCKS = 16  # least blocks of a page
 
 
 class TokenStream:
@@ -58,7 +61,9 @@ class TokenStream:
         self.codec, self.block, self.seed, self.options = codec, block, seed, dict(options or {})
         self.batch = self.heads = self.dim = self._blocks = 0
         self._given, self._tables = dict(tables or {}), {}
-        self._payload: dict[str, Tensor] = {}  # (room, batch, ...), each entry one block of one sequence
+        self._pages: Pages | None = None
+        self._form: tuple[Form | None] | None = None  # made at the first use
+        self._watch = Watch()
         self._single: list[list[Encoded]] | None = None  # [block][sequence], where payloads cannot lie side by side
 
     @property
@@ -72,9 +77,8 @@ class TokenStream:
         if self._single is not None:
             held = (t for row in self._single for one in row for name, t in one.tensors.items()
                     if name not in self._tables)
-        else:
-            held = (t[: self._blocks] for t in self._payload.values())
-        return sum(t.numel() * t.element_size() for t in held)
+            return sum(t.numel() * t.element_size() for t in held)
+        return 0 if self._pages is None else self._pages.nbytes
 
     @property
     def table_nbytes(self) -> int:
@@ -100,19 +104,25 @@ class TokenStream:
             if self.codec.traits().runs not in (None, (heads, self.block)):
                 raise CodecConfigError(f"kv: codec '{self.codec}' is for (heads, tokens of a block) = "
                                        f"{self.codec.traits().runs}, the states have {(heads, self.block)}")
-            self._payload, self._single = {}, None if self._stackable() else []
+            self._pages, self._single = None, None if lie_side_by_side(self.codec, self._unit, self._given) else []
         elif (batch, heads, dim) != (self.batch, self.heads, self.dim):
             raise CodecConfigError(f"kv: states of batch {batch}, {heads} heads and dimension {dim} do not continue "
                                    f"those of batch {self.batch}, {self.heads} heads and dimension {self.dim}")
-        fresh = [self._encode(states[:, :, first : first + self.block]) for first in range(0, tokens, self.block)]
-        if self._single is None:
-            self._reserve(self._blocks + len(fresh), fresh[0][0])
-            for number, (encoded,) in enumerate(fresh):
-                for name, room in self._payload.items():
-                    room[self._blocks + number] = encoded.tensors[name].reshape(room.shape[1:])
+        if self._watch.told():
+            raise NonFiniteError("a block that was closed earlier holds NaN or infinity; its scores are NaN")
+        blocks = tokens // self.block
+        if self._single is not None:
+            self._single += [self._encode(part) for part in states.split(self.block, 2)]
+        elif (form := self._encoder(states.device)) is not None:
+            payload, flag = form.encode(states, self.block)
+            self._append({name: payload[name].unflatten(2, spec.stored_shape) for name, spec in self._own().items()},
+                         blocks)
+            self._watch.take(flag)
         else:
-            self._single += fresh
-        self._blocks += len(fresh)
+            step = self._step(ENCODED_ELEMENTS) if states.is_cuda else 1
+            parts = [self._side_by_side(part) for part in states.split(step * self.block, 2)]
+            self._append({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, blocks)
+        self._blocks += blocks
 
     def decode(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Return tokens `start` to `stop`, float32 (batch, heads, stop - start, dim)."""
@@ -176,8 +186,8 @@ class TokenStream:
             return
         if self._single is not None:
             self._single = [[row[k] for k in index.tolist()] for row in self._single]
-        self._payload = {name: t[: self._blocks].index_select(1, index.to(t.device))
-                         for name, t in self._payload.items()}
+        if self._pages is not None:
+            self._pages = self._pages.select(index)
         self.batch = index.numel()
 
     def crop(self, tokens: int) -> Tensor:
@@ -190,7 +200,8 @@ class TokenStream:
         whole = tokens // self.block
         rest = self.decode(whole * self.block, tokens)
         self._blocks = whole
-        self._payload = {name: t[:whole].clone() for name, t in self._payload.items()}
+        if self._pages is not None:
+            self._pages.cut(whole)
         if self._single is not None:
             del self._single[whole:]
         return rest
@@ -199,18 +210,37 @@ class TokenStream:
         """Return an independent stream with the same tokens; blocks are shared until one of the two changes."""
         twin = TokenStream(self.codec, self.block, tables=self._given, seed=self.seed, options=self.options)
         twin.batch, twin.heads, twin.dim, twin._blocks = self.batch, self.heads, self.dim, self._blocks
-        twin._tables = dict(self._tables)
-        twin._payload = {name: t[: self._blocks] for name, t in self._payload.items()}  # no room: appending moves it
+        twin._tables, twin._form, twin._watch = dict(self._tables), self._form, self._watch
+        twin._pages = None if self._pages is None else self._pages.copy()
         twin._single = None if self._single is None else [list(row) for row in self._single]
         return twin
+
+    def side(self) -> Side | None:
+        """Return the tokens as attention's kernels read them, or None where they are coded otherwise or there are none.
+
+        It is good until the stream changes.
+        """
+        if self._pages is None or not self._blocks or (form := self._as_codes(self._pages.device)) is None:
+            return None
+        starts = self._pages.starts
+        return Side(form.levels, self._pages.buffers(), self._pages.addresses(), starts[form.coded.codes],
+                    starts[form.coded.scales])
+
+    @property
+    def page_blocks(self) -> int:
+        """Blocks of a page, 0 before there is one."""
+        return 0 if self._pages is None else self._pages.blocks
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return (tensors, JSON-able configuration), from which `from_state` makes an equal stream.
 
         Shared tables are named `tables/…`; a writer may keep equal ones of many streams once.
         """
+        if self._watch.settled():
+            raise NonFiniteError("a closed block holds NaN or infinity, so this is not to be kept")
         tensors = {f"tables/{name}": t for name, t in (self._tables or self._given).items()}
-        tensors |= {f"blocks/{name}": t[: self._blocks].contiguous() for name, t in self._payload.items()}
+        if self._pages is not None and self._blocks:
+            tensors |= {f"blocks/{name}": self._pages.tensor(name) for name in self._pages.names}
         for number, row in enumerate(self._single or ()):
             for sequence, one in enumerate(row):
                 tensors |= {f"block{number}/{sequence}/{name}": t for name, t in one.tensors.items()
@@ -236,11 +266,11 @@ class TokenStream:
         if not stream._blocks:
             return stream
         stream._tables = {name: saved.tables[name] for name, spec in saved.layout.items() if spec.shared}
-        if stream._stackable() != saved.stacked:
+        if lie_side_by_side(stream.codec, stream._unit, stream._given) != saved.stacked:
             raise CorruptStoreError(f"kv: blocks of codec '{saved.codec}' do not lie as this codec has them")
         own = [name for name, spec in saved.layout.items() if not spec.shared]
         if saved.stacked:
-            stream._payload = {name: saved.own[f"blocks/{name}"] for name in own}
+            stream._append({name: saved.own[f"blocks/{name}"] for name in own}, stream._blocks)
         else:
             stream._single = [[Encoded(stream.codec, stream._unit, {
                 **stream._tables, **{name: saved.own[f"block{number}/{sequence}/{name}"] for name in own}})
@@ -260,7 +290,7 @@ class TokenStream:
     def _device(self) -> torch.device | None:
         if self._single:
             return next(iter(self._single[0][0].tensors.values())).device
-        return next((t.device for t in self._payload.values()), None)
+        return None if self._pages is None else self._pages.device
 
     def _range(self, start: int, stop: int | None) -> tuple[int, int]:
         stop = self.tokens if stop is None else stop
@@ -279,43 +309,60 @@ class TokenStream:
         return max(1, (CHUNK_ELEMENTS if elements is None else elements) // one)
 
     def _chunked(self, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
-        """Yield (first block, last block + 1, first token, last token + 1) of chunks."""
-        step, end = self._step(), -(-stop // self.block)
-        for low in range(start // self.block, end if stop > start else 0, step):
-            high = min(low + step, end)
+        """Yield (first block, last block + 1, first token, last token + 1) of chunks, each within a page."""
+        step, end, low = self._step(), -(-stop // self.block), start // self.block
+        while low < end and start < stop:
+            room = step if self._pages is None else self._pages.blocks - low % self._pages.blocks
+            high = min(low + min(step, room), end)
             yield low, high, max(start, low * self.block), min(stop, high * self.block)
+            low = high
 
     def _encode(self, states: Tensor) -> list[Encoded]:
-        """Encode one block: as one matrix where payloads lie side by side, else sequence by sequence."""
-        parts = [states] if self._single is None else list(states.split(1))
-        found = []
-        for part in parts:
-            encoded = self.codec.encode(part.reshape(-1, self.dim), seed=self.seed, options=self.options,
-                                        tables=self._given)
-            if not self._tables:
-                layout = self.codec.layout(encoded.shape)
-                self._tables = {name: encoded.tensors[name] for name, spec in layout.items() if spec.shared}
-            found.append(dataclasses.replace(encoded, tensors={**encoded.tensors, **self._tables}))
-        return found
+        """Encode one block, sequence by sequence."""
+        return [self._encoded(part) for part in states.split(1)]
 
-    def _reserve(self, blocks: int, like: Encoded) -> None:
-        """Make room for so many blocks."""
-        for name, spec in self.codec.layout(self._unit).items():
-            if spec.shared:
-                continue
-            held = self._payload.get(name)
-            if held is not None and len(held) >= blocks:
-                continue
-            room = blocks if held is None else max(blocks, len(held) + len(held) // SLACK + 1)
-            fresh = torch.zeros(room, self.batch, *spec.stored_shape, dtype=spec.dtype,
-                                device=like.tensors[name].device)
-            if held is not None:
-                fresh[: self._blocks] = held[: self._blocks]
-            self._payload[name] = fresh
+    def _side_by_side(self, states: Tensor) -> dict[str, Tensor]:
+        """Encode some blocks as one matrix; return their payload by name, (blocks, batch, *stored shape)."""
+        rows = states.unflatten(2, (-1, self.block)).permute(2, 0, 1, 3, 4)
+        found = self._encoded(rows).tensors
+        return {name: found[name].reshape(len(rows), self.batch, *spec.stored_shape)
+                for name, spec in self._own().items()}
+
+    def _encoded(self, states: Tensor) -> Encoded:
+        """Encode states (..., dim) as one matrix."""
+        encoded = self.codec.encode(states.reshape(-1, self.dim), seed=self.seed, options=self.options,
+                                    tables=self._given)
+        if not self._tables:
+            layout = self.codec.layout(encoded.shape)
+            self._tables = {name: encoded.tensors[name] for name, spec in layout.items() if spec.shared}
+        return dataclasses.replace(encoded, tensors={**encoded.tensors, **self._tables})
+
+    def _encoder(self, device: torch.device) -> Form | None:
+        """Return what encodes blocks by one kernel, where there is one."""
+        form = None if device.type != "cuda" or self.options else self._as_codes(device)
+        return form if form is not None and form.encodes else None
+
+    def _as_codes(self, device: torch.device) -> Form | None:
+        """Return how blocks that lie side by side are coded, where attention's kernels know such."""
+        if self._form is None:
+            self._form = (Form.of(self.codec, self._unit, self._tables or self._given, device),)
+        return self._form[0]
+
+    def _own(self) -> Layout:
+        """Return the layout of one block of one sequence, shared tables apart."""
+        return {name: spec for name, spec in self.codec.layout(self._unit).items() if not spec.shared}
+
+    def _append(self, tensors: Mapping[str, Tensor], blocks: int) -> None:
+        """Write blocks that lie side by side behind those held."""
+        if self._pages is None:
+            room = 1 << (max(PAGE_BLOCKS, self._step()) - 1).bit_length()
+            self._pages = Pages(self._own(), self.batch, room, next(iter(tensors.values())).device)
+        self._pages.append(tensors, blocks)
 
     def _view(self, low: int, high: int) -> Encoded:
         """Return blocks `low` to `high` as one encoded matrix."""
-        tensors = {name: t[low:high].flatten(0, 2) for name, t in self._payload.items()}
+        assert self._pages is not None
+        tensors = {name: self._pages.part(name, low, high).flatten(0, 2) for name in self._pages.names}
         return Encoded(self.codec, ((high - low) * self.batch * self.heads * self.block, self.dim),
                        {**tensors, **self._tables})
 
@@ -333,56 +380,13 @@ class TokenStream:
         """Return the coordinates of blocks that lie side by side; their maps are those of any block."""
         return None if self._single is not None or not self._blocks else self.codec.coordinates(self._view(0, 1))
 
-    def _stackable(self) -> bool:
-        """Tell whether payloads of blocks, side by side, are the payload of the blocks as one matrix."""
-        rows, dim = self._unit
-        single = self.codec.layout(self._unit)
-        for name, spec in single.items():
-            given = self._given.get(name)
-            if spec.shared and (given is None or tuple(given.shape) != spec.stored_shape or given.dtype != spec.dtype):
-                found = "none" if given is None else f"{given.dtype} {tuple(given.shape)}"
-                raise CodecConfigError(f"codec '{self.codec}' needs its shared tables, trained for such heads: '{name}'"
-                                       f" {spec.dtype} {spec.stored_shape}, found {found}")
-        for count in (2, 3):
-            grown = {name: spec if spec.shared else _times(spec, count) for name, spec in single.items()}
-            if grown != dict(self.codec.layout((count * rows, dim))):
-                return False
-        if any(spec.levels and spec.numel % packing.group_codes(spec.levels) for spec in single.values()):
-            return False  # a block's codes end within a byte
-        return self._independent(single)
-
-    def _independent(self, layout: Layout) -> bool:
-        """Tell, on payloads of random codes, whether blocks decode side by side as they do alone."""
-        generator = torch.Generator().manual_seed(0)
-        tables = {name: self._given[name].cpu() for name, spec in layout.items() if spec.shared}
-        alone = [{name: _random(spec, generator) for name, spec in layout.items() if not spec.shared}
-                 for _ in range(2)]
-        both = {name: torch.cat([one[name] for one in alone]) for name in alone[0]}
-        rows, dim = self._unit
-        check_memory(16 * rows * dim, f"kv: a block of shape {self._unit}", "use smaller blocks")
-        found = Encoded(self.codec, (2 * rows, dim), {**both, **tables}).decode()
-        wanted = torch.cat([Encoded(self.codec, self._unit, {**one, **tables}).decode() for one in alone])
-        return float((found - wanted).norm()) <= PROBE * float(wanted.norm())
-
     def _check_finite(self) -> None:
         """Raise `CorruptStoreError` if numbers side by side are so large that they decode to infinity or NaN."""
-        if may_overflow([*self._tables.values(), *self._payload.values()]) and not all(
+        held = [] if self._pages is None else [self._pages.tensor(name) for name in self._pages.names]
+        if may_overflow([*self._tables.values(), *held]) and not all(
                 bool(torch.isfinite(self.decode(start, stop)).all()) for start, stop in self.chunks()):
             raise CorruptStoreError(f"kv: blocks of codec '{self.codec}' decode to NaN or infinity, from numbers that "
                                     "are finite but too large; the file is damaged or was forged")
-
-
-def _times(spec: TensorSpec, count: int) -> TensorSpec:
-    return dataclasses.replace(spec, shape=(count * spec.shape[0], *spec.shape[1:]))
-
-
-def _random(spec: TensorSpec, generator: torch.Generator) -> Tensor:
-    """Return some stored tensor of a specification: random codes, numbers about 1."""
-    if spec.levels is not None:
-        return packing.pack(torch.randint(spec.levels, spec.shape, generator=generator), spec.levels)
-    if spec.dtype.is_floating_point:
-        return (0.5 + torch.rand(spec.shape, generator=generator, dtype=torch.float32)).to(spec.dtype)
-    return torch.zeros(spec.shape, dtype=spec.dtype)
 
 
 def matrices(states: Tensor, block: int) -> Sequence[Tensor]:

@@ -29,19 +29,14 @@ class MomentSum:
         """Add vectors (count, width)."""
         wide = x.to(torch.float32)
         self._sum.addmm_(wide.T, wide)
-        self._squares += float(wide.to(torch.float64).square().sum())
+        self._squares += float(torch.linalg.vector_norm(wide, dtype=torch.float64)) ** 2
         self.count += x.shape[0]
 
-    def parts(self) -> tuple[Tensor, int, float]:
-        """Return all there is to it, for `of`: the sum, the number of vectors, the sum of squares."""
-        return self._sum, self.count, self._squares
-
-    @classmethod
-    def of(cls, sums: Tensor, count: int, squares: float) -> MomentSum:
-        """Return what `parts` were taken from."""
-        moments = cls(0, sums.device)
-        moments._sum, moments.count, moments._squares = sums, count, squares
-        return moments
+    def merge(self, other: MomentSum) -> None:
+        """Add the vectors that another sum holds."""
+        self._sum += other._sum
+        self._squares += other._squares
+        self.count += other.count
 
     def mean(self, name: str) -> Tensor:
         """Return `E[x xᵀ]`, float32 (width, width), exactly symmetric.
@@ -56,6 +51,40 @@ class MomentSum:
             raise NonFiniteError(f"calibration of '{name}': float32 moments ({trace:.6g}) and the float64 check "
                                  f"({self._squares:.6g}) differ; the activations hold NaN, infinity or huge values")
         return (self._sum + self._sum.T) / (2.0 * max(1, self.count))
+
+
+class ChangeSum:
+    """Streamed `E[(x - y) yᵀ]` of pairs of vectors, accumulated in float32: how inputs y differ from those meant, x."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        wide = y.to(torch.float32)
+        self.count = x.shape[0]
+        self._sum = (x.to(torch.float32) - wide).T @ wide
+
+    def merge(self, other: ChangeSum) -> None:
+        """Add the pairs that another sum holds."""
+        self._sum += other._sum
+        self.count += other.count
+
+    def mean(self) -> Tensor:
+        """Return the mean, float32 (width, width)."""
+        return self._sum / max(1, self.count)
+
+
+def compensated(matrix: Tensor, change: Tensor, hessian: Tensor, ridge: float) -> Tensor:
+    """Return the matrix that makes of inputs y what comes nearest to what `matrix` (out, in) makes of x, float32.
+
+    It minimizes `E‖W x - V y‖² + λ ‖V - W‖²` over V, λ being `ridge` times the mean square of an input y.
+
+    Parameters
+    ----------
+    change, hessian : Tensor
+        `E[(x - y) yᵀ]` and `E[y yᵀ]`, (in, in).
+    """
+    dense, regular = matrix.to(torch.float32), hessian.to(torch.float32, copy=True)
+    regular.diagonal().add_(ridge * float(regular.diagonal().mean(dtype=torch.float64)) or 1.0)
+    factor = torch.linalg.cholesky(regular)
+    return dense + torch.cholesky_solve((dense @ change).T, factor).T
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,13 +113,7 @@ class Calibration:
 
     def save(self, path: Path) -> None:
         """Write to a safetensors file with a digest of all of it; shared moments once; atomic."""
-        unique: dict[int, str] = {}
-        names: dict[str, str] = {}
-        tensors: dict[str, Tensor] = {}
-        for name, hessian in self.hessians.items():
-            key = unique.setdefault(id(hessian), f"h{len(unique)}")
-            names[name] = key
-            tensors[key] = hessian.contiguous()
+        names, tensors = shared(self.hessians)
         record = {"names": names, "tokens": self.tokens, "source": self.source, "fisher": dict(self.fisher)}
         save_sealed(tensors, path, record)
 
@@ -131,6 +154,13 @@ class Calibration:
         if not sound or odd:
             raise ValueError(f"moments of {odd[:3]} are no float32 squares" if odd else "tokens, source or traces are "
                              "none")
+
+
+def shared(hessians: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Return a key for each name, and each tensor once, by key."""
+    unique: dict[int, str] = {}
+    names = {name: unique.setdefault(id(hessian), f"h{len(unique)}") for name, hessian in hessians.items()}
+    return names, {names[name]: hessian.contiguous() for name, hessian in hessians.items()}
 
 
 def hessian_of(calibration: Calibration | None, name: str, device: str) -> Tensor | None:

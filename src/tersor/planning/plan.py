@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -18,36 +18,37 @@ _CELLS = 6e8  # work of the dynamic program: matrices x choices x budget units
 _UNITS = 200_000
 
 Plan: TypeAlias = Mapping[str, Codec]
+C = TypeVar("C")
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class Choice(Generic[C]):
     """One codec tried on one matrix.
 
     Attributes
     ----------
-    codec : Codec
+    codec : Codec, or another way to store a matrix
     nbytes : int
         Stored bytes.
     distortion : float
         What the plan minimizes the sum of: usually relative distortion times the matrix's sensitivity.
     """
 
-    codec: Codec
+    codec: C
     nbytes: int
     distortion: float
 
 
-def frontier(choices: Sequence[Choice]) -> list[Choice]:
+def frontier(choices: Sequence[Choice[C]]) -> list[Choice[C]]:
     """Return the choices that no other beats in both bytes and distortion, by rising bytes."""
-    kept: list[Choice] = []
+    kept: list[Choice[C]] = []
     for choice in sorted(choices, key=lambda c: (c.nbytes, c.distortion)):
         if not kept or choice.distortion < kept[-1].distortion:
             kept.append(choice)
     return kept
 
 
-def spend(choices: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, Choice]:
+def spend(choices: Mapping[str, Sequence[Choice[C]]], budget: int) -> dict[str, Choice[C]]:
     """Pick one choice a matrix so that the bytes stay within `budget` and the distortions sum to the least.
 
     A multiple-choice knapsack: solved by dynamic programming over bytes for up to `EXACT_LIMIT` matrices (exact up to
@@ -71,7 +72,7 @@ def spend(choices: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, Cho
     return {name: front[pick] for name, front, pick in zip(names, fronts, picks, strict=True)}
 
 
-def _dynamic(fronts: Sequence[Sequence[Choice]], spare: int) -> list[int]:
+def _dynamic(fronts: Sequence[Sequence[Choice[Any]]], spare: int) -> list[int]:
     total = sum(len(front) for front in fronts)
     cells = int(max(1000, min(_UNITS, _CELLS / total, spare))) if spare else 1
     unit = max(1, -(-spare // cells))
@@ -97,7 +98,7 @@ def _dynamic(fronts: Sequence[Sequence[Choice]], spare: int) -> list[int]:
     return picks
 
 
-def _hull_greedy(fronts: Sequence[Sequence[Choice]], spare: int) -> list[int]:
+def _hull_greedy(fronts: Sequence[Sequence[Choice[Any]]], spare: int) -> list[int]:
     """Take the steps of all convex hulls in order of distortion saved per byte while they fit."""
     steps: list[tuple[float, int, int, int]] = []
     for row, front in enumerate(fronts):
@@ -117,7 +118,7 @@ def _hull_greedy(fronts: Sequence[Sequence[Choice]], spare: int) -> list[int]:
     return picks
 
 
-def _spend_rest(fronts: Sequence[Sequence[Choice]], picks: list[int], budget: int) -> None:
+def _spend_rest(fronts: Sequence[Sequence[Choice[Any]]], picks: list[int], budget: int) -> None:
     """Take the single upgrade that saves the most distortion and fits, until none does; in place."""
     rest = budget - sum(front[pick].nbytes for front, pick in zip(fronts, picks, strict=True))
     while True:

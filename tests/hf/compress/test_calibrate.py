@@ -1,19 +1,23 @@
-"""A killed calibration goes on from its sums, to the same bytes; damaged sums and those of other jobs are not taken."""
+"""Text read block by block: a killed reading goes on between two blocks, to the same bytes; others' sums are left."""
 
 from pathlib import Path
 
 import pytest
+import torch
 
 from tersor.errors import DamagedWorkWarning
-from tersor.hf.compress import calibrate, checkpoint
-from tersor.hf.compress.request import Sampling
+from tersor.hf.compress import calibrate, checkpoint, encode, survey
+from tersor.hf.compress.reading import Reading
+from tersor.hf.compress.request import Request, Sampling, provenance
+from tersor.hf.compress.work import WorkFolder
 from tersor.hf.models.source import Source, open_source
 from tersor.hf.models.text import default_calibration
 from tersor.planning.calibration import Calibration
+from tersor.registry import parse
 from tests.hf.tiny import save_tiny, save_tokenizer
 
-SAMPLING = Sampling(1024, 256, 32)  # 4 batches of the moments, 8 sequences of the traces
-MOMENTS, FISHER = checkpoint.checkpoints("c")
+SAMPLING = Sampling(1024, 256, 32)
+FISHER, MOMENTS = "c.fisher", "c.moments"
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +34,16 @@ def unbroken(source: Source, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return file.read_bytes()
 
 
-def interrupted(source: Source, file: Path, at: float, sampling: Sampling = SAMPLING) -> list[str]:
-    """Calibrate until a share of the work is done; return what is left."""
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "EVERY", 0.0)
+    monkeypatch.setattr(checkpoint, "SHARE", 1e9)
+
+
+def interrupted(source: Source, file: Path, at: tuple[str, float], sampling: Sampling = SAMPLING) -> list[str]:
+    """Calibrate until a share of a stage is done; return what is left."""
     def stop(stage: str, done: int, total: int) -> None:
-        if done >= at * total:
+        if stage == at[0] and done >= at[1] * total:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -41,33 +51,24 @@ def interrupted(source: Source, file: Path, at: float, sampling: Sampling = SAMP
     return sorted(left.name for left in file.parent.iterdir())
 
 
-def resumed(source: Source, file: Path, sampling: Sampling = SAMPLING) -> float:
-    """Calibrate to the end; return the share of the work that was done before."""
-    seen: list[float] = []
-    calibrate.run(source, default_calibration(), file, sampling,
-                  progress=lambda stage, done, total: seen.append(done / total))
-    assert seen[-1] == 1
+def resumed(source: Source, file: Path) -> None:
+    calibrate.run(source, default_calibration(), file, SAMPLING)
     assert [left.name for left in file.parent.iterdir()] == ["c"]
-    return seen[1]
 
 
-@pytest.mark.parametrize(("at", "left"), [(0.3, [MOMENTS]), (0.57, [MOMENTS]), (0.6, [FISHER, MOMENTS]),
-                                          (0.9, [FISHER, MOMENTS])])
-def test_it_goes_on_to_the_same_bytes(at: float, left: list[str], source: Source, unbroken: bytes, tmp_path: Path,
-                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "EVERY", 0.0)
-    monkeypatch.setattr(checkpoint, "SHARE", 1e9)
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize(("at", "left"), [(("calibrate", 0.7), [FISHER]), (("moments", 0.6), [FISHER, MOMENTS])])
+def test_it_goes_on_to_the_same_bytes(at: tuple[str, float], left: list[str], source: Source, unbroken: bytes,
+                                      tmp_path: Path) -> None:
     assert interrupted(source, tmp_path / "c", at) == left
-    assert resumed(source, tmp_path / "c") >= min(at, 0.57) - 0.15
+    resumed(source, tmp_path / "c")
     assert (tmp_path / "c").read_bytes() == unbroken
 
 
+@pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize("name", [MOMENTS, FISHER])
-def test_damaged_sums_are_made_again(name: str, source: Source, unbroken: bytes, tmp_path: Path,
-                                     monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "EVERY", 0.0)
-    monkeypatch.setattr(checkpoint, "SHARE", 1e9)
-    interrupted(source, tmp_path / "c", 0.8)
+def test_damaged_sums_are_made_again(name: str, source: Source, unbroken: bytes, tmp_path: Path) -> None:
+    interrupted(source, tmp_path / "c", ("moments", 0.6))
     damaged = bytearray((tmp_path / name).read_bytes())
     damaged[-3] ^= 1
     (tmp_path / name).write_bytes(damaged)
@@ -76,16 +77,16 @@ def test_damaged_sums_are_made_again(name: str, source: Source, unbroken: bytes,
     assert (tmp_path / "c").read_bytes() == unbroken
 
 
-def test_sums_of_another_job_are_not_taken(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "EVERY", 0.0)
-    other = Sampling(1024, 256, 32, seed=1)
-    interrupted(source, tmp_path / "c", 0.8, other)
-    assert resumed(source, tmp_path / "c") < 0.2
+@pytest.mark.usefixtures("hasty")
+def test_sums_of_another_job_are_not_taken(source: Source, unbroken: bytes, tmp_path: Path) -> None:
+    interrupted(source, tmp_path / "c", ("moments", 0.6), Sampling(1024, 256, 32, seed=1))
+    resumed(source, tmp_path / "c")
+    assert (tmp_path / "c").read_bytes() == unbroken
 
 
-def test_sums_are_saved_seldom(source: Source, unbroken: bytes, tmp_path: Path) -> None:
+def test_sums_are_saved_seldom(source: Source, tmp_path: Path) -> None:
     """Every half minute at most, and in a tenth of the time: what takes no half minute saves nothing."""
-    assert interrupted(source, tmp_path / "c", 0.9) == []
+    assert interrupted(source, tmp_path / "c", ("moments", 0.9)) == []
     slow = checkpoint.Checkpoint(tmp_path / "c.moments", "m")
     slow._cost, slow._saved = 60.0, slow._saved - 599
     assert not slow.due()
@@ -96,7 +97,39 @@ def test_sums_are_saved_seldom(source: Source, unbroken: bytes, tmp_path: Path) 
 def test_the_file_has_no_bit_that_is_believed(unbroken: bytes, tmp_path: Path) -> None:
     (tmp_path / "c").write_bytes(unbroken)
     assert Calibration.load(tmp_path / "c").tokens == 1024
-    assert calibrate.finished(tmp_path / "missing") is None
-    (tmp_path / "c").write_bytes(unbroken[:-1] + bytes([unbroken[-1] ^ 128]))
-    with pytest.warns(DamagedWorkWarning, match="calibrate"):
-        assert calibrate.finished(tmp_path / "c") is None
+
+
+def by_blocks(source: Source, folder: Path, *, whole: bool = False) -> tuple[dict[str, float], Calibration, Path]:
+    """Survey and encode block by block; return the survey's errors, what is known of the text, and the output."""
+    work, request = WorkFolder(folder / "out"), Request(source.nbytes, "rot,lm3")
+    work.path.mkdir(parents=True, exist_ok=True)
+    reading = Reading.of(source, default_calibration(), SAMPLING, work / "activations", whole=whole)
+    known = calibrate.sensitivities(reading, work / "sensitivities.json")
+    choices = survey.run(source, known, request, work / "survey.jsonl", reading=reading)
+    picks = dict.fromkeys(source.layout.matrices, parse("rot,lm3"))
+    job = encode.Job(source, picks, known, request, provenance(source, known, request, "0"))
+    encode.run(job, work, reading=reading)
+    return {name: one[0].distortion for name, one in choices.items()}, known, work / "output"
+
+
+def test_a_survey_by_blocks_sees_what_the_whole_model_shows(source: Source, tmp_path: Path) -> None:
+    """By blocks, by the model at once, and by a file of all moments: the same figures, of one and the same text."""
+    streamed, known, _ = by_blocks(source, tmp_path / "a")
+    at_once = by_blocks(source, tmp_path / "b", whole=True)[0]
+    calibrate.run(source, default_calibration(), tmp_path / "c", SAMPLING)
+    calibration = Calibration.load(tmp_path / "c")
+    assert calibration.fisher == known.fisher
+    listed = survey.run(source, calibration, Request(source.nbytes, "rot,lm3"), tmp_path / "survey.jsonl")
+    for name, distortion in streamed.items():
+        assert distortion == pytest.approx(at_once[name], rel=1e-4)
+        assert distortion == pytest.approx(listed[name][0].distortion, rel=1e-4)
+
+
+def test_bytes_do_not_depend_on_threads(source: Source, tmp_path: Path) -> None:
+    threads, found = torch.get_num_threads(), []
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        output = by_blocks(source, tmp_path / str(count))[2]
+        found.append((output / "model.safetensors").read_bytes())
+    torch.set_num_threads(threads)
+    assert found[0] == found[1]

@@ -170,7 +170,7 @@ def damage_and_resume(job: Job, source: Path, folder: Path, taken: list[Path], t
     return counts
 
 
-STAGES = {"calibrate": 0.8, "survey": 0.5, "encode": 0.5}
+STAGES = {"calibrate": 0.8, "survey": 0.75, "encode": 0.95}
 
 
 def test_kill_9_three_times(forks: Forks, small: Path, tmp_path: Path) -> None:
@@ -180,8 +180,9 @@ def test_kill_9_three_times(forks: Forks, small: Path, tmp_path: Path) -> None:
 def test_ten_damages(small: Path, tmp_path: Path) -> None:
     taken = snapshots(compress, small, tmp_path, STAGES)
     kinds = {file.relative_to(folder).parts[0] for folder in taken for file in folder.rglob("*") if file.is_file()}
-    assert kinds == {"staged", "fingerprint", "calibration.safetensors", "calibration.safetensors.moments",
-                     "calibration.safetensors.fisher", "survey.jsonl", "plan.json", "matrices"}
+    assert kinds == {"staged", "fingerprint", "status.json", "sensitivities.json", "sensitivities.json.part",
+                     "survey.jsonl", "survey.jsonl.part", "survey.jsonl.outside", "plan.json", "encode.part",
+                     "matrices"}
     counts = damage_and_resume(compress, small, tmp_path, taken, 10, 0)
     assert sum(counts.values()) == 10
     assert sum(number for what, number in counts.items() if "said so" in what or "refused" in what) >= 5, counts

@@ -108,7 +108,7 @@ def test_leftovers_of_a_killed_run_do_not_stop_the_next(tiny: Callable[[str], Pa
     work = WorkFolder(tmp_path / "out").path
     (work / ".output.partial-7").mkdir(parents=True)
     (work / ".output.partial-7" / "model.safetensors").write_bytes(b"half")
-    (work / ".calibration.safetensors.partial-7").write_bytes(b"half")
+    (work / ".survey.jsonl.outside.partial-7").write_bytes(b"half")
     compress_model(tiny("llama"), tmp_path / "out", 3.5, **FAST)
     assert not [f.name for f in work.iterdir() if "partial" in f.name]
     shutil.rmtree(tmp_path / "out")

@@ -12,7 +12,7 @@ def left_by_a_run(output: Path, mark: str) -> WorkFolder:
     """Return the folder of a run that was killed while it wrote its output."""
     work = WorkFolder(output).claim()
     work.stamp(mark, resume=True)
-    for name in ("survey.jsonl", "plan.json", ".plan.json.partial-17"):
+    for name in ("survey.jsonl", "plan.json", ".plan.json.partial-17", "encode.part"):
         (work / name).write_text(name)
     for name in ("staged", "matrices", "output", ".output.partial-17"):
         (work / name).mkdir()
@@ -27,7 +27,7 @@ def names(work: WorkFolder) -> list[str]:
 def test_a_run_of_the_same_mark_keeps_what_is_finished(tmp_path: Path) -> None:
     work = left_by_a_run(tmp_path / "out", "m")
     work.claim().stamp("m", resume=True)
-    assert names(work) == ["fingerprint", "matrices", "plan.json", "staged", "survey.jsonl"]
+    assert names(work) == ["encode.part", "fingerprint", "matrices", "plan.json", "staged", "survey.jsonl"]
 
 
 @pytest.mark.parametrize(("mark", "resume"), [("other", True), ("m", False)])
@@ -36,6 +36,13 @@ def test_another_run_starts_anew_beside_its_staged_source(mark: str, resume: boo
     work.claim().stamp(mark, resume=resume)
     assert names(work) == ["fingerprint", "staged"]
     assert read_sealed_json(work / "fingerprint") == mark
+
+
+def test_files_of_earlier_versions_are_removed(tmp_path: Path) -> None:
+    work = left_by_a_run(tmp_path / "out", "m")
+    (work / "calibration.safetensors").write_text("moments")
+    work.claim().stamp("m", resume=True)
+    assert not (work / "calibration.safetensors").exists()
 
 
 def test_files_of_others_are_never_touched(tmp_path: Path) -> None:
@@ -53,7 +60,7 @@ def test_files_of_others_are_never_touched(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("spent", "left"), [
-    (("matrices", "staged"), [".output.partial-17", ".plan.json.partial-17", "fingerprint", "plan.json",
+    (("matrices", "staged"), [".output.partial-17", ".plan.json.partial-17", "encode.part", "fingerprint", "plan.json",
                               "survey.jsonl"]), ((), None)])
 def test_the_output_moves_to_its_place(spent: tuple[str, ...], left: list[str] | None, tmp_path: Path) -> None:
     work = left_by_a_run(tmp_path / "out", "m")

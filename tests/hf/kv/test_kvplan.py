@@ -17,7 +17,8 @@ from tersor.hf.kv import plan
 from tersor.hf.kv.cache import CompressedCache
 from tersor.hf.kv.observe import observe
 from tersor.hf.kv.plan import KVPlan, Lab, PlanSettings, plan_cache, read_plan
-from tersor.hf.models.source import Source, load_dense, open_source
+from tersor.hf.models.hollow import load_dense
+from tersor.hf.models.source import Source, open_source
 from tersor.hf.models.text import default_calibration
 from tersor.registry import parse
 from tersor.testing import tolerance

@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM
 from tersor.errors import ModelError
 from tersor.hf.compress.run import compress_model
 from tersor.hf.models import gguf_file
+from tersor.hf.models.hollow import load_dense
 from tersor.hf.models.ledger import Line
-from tersor.hf.models.source import load_dense, open_source
+from tersor.hf.models.source import open_source
 from tersor.store import read
 from tests.hf.tiny import save_tiny
 
@@ -130,6 +131,15 @@ def test_what_no_parameter_takes_is_carried_along(tmp_path: Path) -> None:
 def test_what_a_file_lacks_is_not_made_up(tmp_path: Path) -> None:
     file = write(save_tiny("llama", tmp_path / "src"), tmp_path / "m.gguf", without="layers.1.mlp.up_proj")
     with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.weight"):
+        open_source(file, tmp_path / "staged")
+
+
+def test_a_part_of_a_split_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf.GGUFWriter, "add_rope_dimension_count",
+                        lambda self, count: self.add_uint16("split.count", 3) or self.add_uint32(
+                            "llama.rope.dimension_count", count))
+    file = write(save_tiny("llama", tmp_path / "src"), tmp_path / "m-00001-of-00003.gguf")
+    with pytest.raises(ModelError, match=r"is one of 3 files .* llama-gguf-split --merge"):
         open_source(file, tmp_path / "staged")
 
 

@@ -17,8 +17,9 @@ from tersor.hf.compress.run import compress_model
 from tersor.hf.compress.verify import verify
 from tersor.hf.models.dense import write_dense
 from tersor.hf.models.evaluate import evaluate, load_compressed
+from tersor.hf.models.hollow import load_dense
 from tersor.hf.models.ledger import FATES
-from tersor.hf.models.source import load_dense, open_source
+from tersor.hf.models.source import open_source
 from tests.hf import zoo
 from tests.hf.tiny import resigned, save_tiny
 
@@ -141,14 +142,14 @@ def test_a_tokenizer_that_changes_between_kill_and_resume_starts_anew(tmp_path: 
 
     src = Path(shutil.copytree(short, tmp_path / "src"))
     seen: list[str] = []
-    real = run.calibrate.run
+    real = run.calibrate.sensitivities
 
     def stopped(*args: Any, **kwargs: Any) -> Any:
         seen.append("calibrated")
         real(*args, **kwargs)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run.calibrate, "run", stopped)
+    monkeypatch.setattr(run.calibrate, "sensitivities", stopped)
     settings: dict[str, Any] = {"rate": 6, "method": "rtn4", "evaluation_tokens": 0,
                                 "sampling": run.Sampling(tokens=64, fisher_tokens=0, context=32)}
     for _ in range(2):

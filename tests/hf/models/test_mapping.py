@@ -20,9 +20,10 @@ from tersor.hf.compress.verify import verify
 from tersor.hf.models import places
 from tersor.hf.models.dense import write_dense
 from tersor.hf.models.evaluate import load_compressed
+from tersor.hf.models.hollow import load_dense
 from tersor.hf.models.mapping import mapped
 from tersor.hf.models.places import Place, locate
-from tersor.hf.models.source import load_dense, open_source
+from tersor.hf.models.source import open_source
 from tersor.store import read
 from tests.hf.tiny import load_original, save_tiny
 
@@ -42,7 +43,7 @@ EXPERTS: dict[str, tuple[str, Mapping[str, Any]]] = {
 def save(name: str, folder: Path) -> Path:
     kind, own = EXPERTS[name]
     fields = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-              "num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 64, "num_experts_per_tok": 2,
+              "num_key_value_heads": 2, "vocab_size": 128, "max_position_embeddings": 64, "num_experts_per_tok": 2,
               "pad_token_id": None, "bos_token_id": None, "eos_token_id": None, **own}
     with torch.random.fork_rng():
         torch.manual_seed(0)

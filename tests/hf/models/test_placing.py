@@ -17,6 +17,7 @@ from tersor.hf.models.source import open_source
 from tersor.registry import parse
 from tests.hf import zoo
 
+pytest.importorskip("accelerate")
 IDS = torch.arange(20).reshape(2, 10)
 NAMES = ["llama_tied", "mixtral", "gpt2"]
 Tiny = Callable[[str], Path]

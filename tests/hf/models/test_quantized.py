@@ -19,10 +19,11 @@ from tersor.errors import ModelError
 from tersor.hf.compress.run import compress_model
 from tersor.hf.compress.verify import verify
 from tersor.hf.models.dense import write_dense
+from tersor.hf.models.hollow import load_dense
 from tersor.hf.models.ledger import Line
 from tersor.hf.models.places import Place
 from tersor.hf.models.quantized import Scaled, _block
-from tersor.hf.models.source import Source, load_dense, open_source
+from tersor.hf.models.source import Source, open_source
 from tests.hf.tiny import save_tiny
 
 FP8, DTYPE = torch.float8_e4m3fn, torch.bfloat16
@@ -153,20 +154,24 @@ def test_experts_of_eight_bits_are_read_one_at_a_time(tmp_path: Path) -> None:
         matrix = source.layout.matrices[f"model.layers.1.mlp.experts.gate_up_proj/{expert}"]
         assert torch.equal(source.matrix(matrix), torch.cat(parts))
         assert torch.equal(source.tensor(matrix.parameter)[expert], torch.cat(parts))
+        down = decoded(stored[f"{stem}.down_proj.weight"], stored[f"{stem}.down_proj.weight{suffix}"], (32, 48))
+        assert torch.equal(source.tensor("model.layers.1.mlp.experts.down_proj")[expert], down)
 
 
 def test_a_stack_of_eight_bits(tmp_path: Path) -> None:
     """Fused experts with a scale a block, a row, or an expert."""
     drawn = torch.Generator().manual_seed(0)
     codes = torch.randn(3, 8, 12, generator=drawn).to(FP8)
-    for number, shape in enumerate([(3, 2, 3), (3, 8, 1), (3, 8), (3, 1, 1), (3,), (1,), ()]):
+    for number, shape in enumerate([(3, 2, 3), (3, 8, 1), (3, 8), (3, 1, 1), (3,), (1,), (), (3, 2, 1), (3, 1, 3)]):
         scales, file = torch.rand(shape, generator=drawn), tmp_path / f"{number}.bin"
         file.write_bytes(codes.view(torch.uint8).numpy().tobytes() + scales.numpy().tobytes())
         places = Place(file, "w", (3, 8, 12), FP8, 0), Place(file, "s", shape, torch.float32, codes.numel())
-        block = _block(*places, {"weight_block_size": [4, 4]})
+        wide = {(3, 2, 1): [4, 16], (3, 1, 3): [16, 4]}.get(shape, [4, 4])
+        block = _block(*places, {"weight_block_size": wide})
         assert block is not None
-        grid = (scales.repeat_interleave(4, 1).repeat_interleave(4, 2) if shape == (3, 2, 3) else
-                scales.reshape(*shape, *[1] * (3 - len(shape))))
+        grid = scales.reshape(*shape, *[1] * (3 - len(shape)))
+        grid = grid.repeat_interleave(4, 1) if grid.shape[1] == 2 else grid
+        grid = grid.repeat_interleave(4, 2) if grid.shape[2] == 3 else grid
         made = Scaled(*places, DTYPE, block)
         expected = (codes.float() * grid).to(DTYPE)
         assert torch.equal(made.read(), expected)
@@ -176,7 +181,7 @@ def test_a_stack_of_eight_bits(tmp_path: Path) -> None:
 def gpt_oss(folder: Path) -> dict[str, Tensor]:
     """Write a tiny gpt-oss in MXFP4, as it is published; return what its stacks stand for, by loops."""
     config = GptOssConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
-                          num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2, vocab_size=64,
+                          num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2, vocab_size=128,
                           max_position_embeddings=64, pad_token_id=None, eos_token_id=None, dtype=DTYPE)
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from tersor.errors import ModelError
-from tersor.hf.models import evaluate as evaluating
 from tersor.hf.models import speed
 from tests.hf.tiny import load_original
 
@@ -50,16 +49,16 @@ def test_compiling_is_what_the_first_call_takes_longer(monkeypatch: pytest.Monke
                      "static_decoding_tokens_per_second": 16, "compile_seconds": 7}
 
 
-def test_evaluate_tells_both_models_speeds(tiny: Callable[[str], Path]) -> None:
+def test_a_model_that_generates(tiny: Callable[[str], Path]) -> None:
     model: Any = load_original(tiny("llama"))
-    assert evaluating._generation(model, model, IDS, 0) == {}
-    found = evaluating._generation(model, model, IDS, 3)
-    names = {"first_token_seconds", "decoding_tokens_per_second"}
-    assert set(found) == names | {f"{name}_original" for name in names}
+    found = speed._generation(model, IDS, 3)
+    assert set(found) == {"first_token_seconds", "decoding_tokens_per_second"}
     assert all(value > 0 for value in found.values())
 
 
-def test_one_token_has_no_rate() -> None:
+def test_what_has_no_speed_is_refused() -> None:
+    with pytest.raises(ModelError, match="Linear generates no tokens"):
+        speed._generation(torch.nn.Linear(1, 1), IDS, 3)
     for wrong in (1, -1):
         with pytest.raises(ModelError, match=f"found {wrong}"):
-            evaluating.evaluate(Path("no"), None, Path("no"), generate=wrong)  # pyright: ignore[reportArgumentType]
+            speed.speeds(Path("no"), None, Path("no"), wrong)  # pyright: ignore[reportArgumentType]

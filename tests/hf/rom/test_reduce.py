@@ -27,7 +27,8 @@ from tersor.files import read_sealed_json
 from tersor.hf.compress.verify import verify
 from tersor.hf.models.blocks import enter, find_blocks, inputs_of
 from tersor.hf.models.evaluate import load_compressed
-from tersor.hf.models.source import load_dense, open_source
+from tersor.hf.models.hollow import load_dense
+from tersor.hf.models.source import open_source
 from tersor.hf.rom import run as reducing
 from tersor.hf.rom.recipe import PRESETS, Recipe
 from tersor.hf.rom.run import reduce_model

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tersor.contract.codec import Codec, Encoded, Search
+from tersor.contract.coordinates import Coded, Coordinates
 from tersor.errors import CodecConfigError, NonFiniteError
 from tersor.payload.blocks import Rows, Shape, row_blocks, shape_of
 from tersor.payload.layout import Layout, TensorSpec
@@ -77,6 +78,10 @@ class Dense(Codec):
             return found.reshape(values.shape).mul_(scales.unsqueeze(1))
         return encoded.tensors["values"][rows].to(torch.float32)
 
+    def coordinates(self, encoded: Encoded) -> Coordinates:
+        """Return the rows, and how they are coded where they are of 8 bits."""
+        return _Rows(encoded)
+
     def spec(self) -> str:
         """Return the dtype's name."""
         return self.dtype
@@ -86,6 +91,15 @@ class Dense(Codec):
         """Parse a dtype's name."""
         del parts
         return cls(match["dtype"])
+
+
+class _Rows(Coordinates):
+    """The rows themselves."""
+
+    def coded(self) -> Coded | None:
+        """Return numbers of 8 bits with their scales."""
+        codec = self.encoded.codec
+        return Coded("values", "scales", 8) if isinstance(codec, Dense) and codec.dtype == "fp8" else None
 
 
 def _fades(matrix: Tensor, values: Tensor) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor
 from tersor.codecs.scalar.columns import ScalarColumns
 from tersor.codecs.scalar.tokens import check_fields, group_token, levels_token, parse_levels
 from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, Traits
+from tersor.contract.coordinates import Coded, Coordinates
 from tersor.contract.feedback import encode_with_feedback
 from tersor.contract.rotating import MultipliesRotated
 from tersor.errors import CodecConfigError
@@ -140,6 +141,10 @@ class Scalar(MultipliesRotated):
         chosen = codes.read(encoded.tensors["codes"], encoded.shape, self.levels, rows)
         return table[chosen.to(torch.int32)].mul_(scales)
 
+    def coordinates(self, encoded: Encoded) -> Coordinates:
+        """Return the decoded rows, and how they are coded where that is a scale a row and whole bits."""
+        return _Rows(encoded)
+
     def matmul_rotated(self, encoded: Encoded, x: Tensor, seed: int | None) -> Tensor | None:
         """Multiply by the codes where they are of whole bits."""
         if not self._of_bits:
@@ -220,6 +225,19 @@ class Scalar(MultipliesRotated):
         if self.codebook != "gaussian":
             tensors["table"] = table.to(torch.float16)
         return Encoded(self, shape, tensors)
+
+
+class _Rows(Coordinates):
+    """The rows, which are codes times their scales."""
+
+    def coded(self) -> Coded | None:
+        """Return the codes, where a row has one scale and a shared or packaged table of 4, 8 or 16 levels."""
+        codec = self.encoded.codec
+        assert isinstance(codec, Scalar)
+        whole = codec.axis == "in" and codec.group_size is None and codec.levels in (4, 8, 16)
+        if not whole or codec.codebook == "fitted":
+            return None
+        return Coded("codes", "scales", codec.levels.bit_length() - 1, codec._table(self.encoded.tensors), REFITS)
 
 
 @lru_cache(maxsize=1)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tersor.contract.codec import Codec, Encoded, Search, Traits
-from tersor.contract.coordinates import Coordinates
+from tersor.contract.coordinates import Coded, Coordinates
 from tersor.contract.rotating import MultipliesRotated
 from tersor.contract.wrapper import Wrapped
 from tersor.errors import CodecConfigError
@@ -172,6 +172,11 @@ class _Turned(Coordinates):
     def rows(self, rows: Rows) -> Tensor:
         """Return the inner coordinates."""
         return self._inner.rows(rows)
+
+    def coded(self) -> Coded | None:
+        """Return the inner codes."""
+        inner = self._inner.coded()
+        return None if inner is None else inner.under("inner")
 
     def into(self, x: Tensor) -> Tensor:
         """Rotate."""

@@ -29,6 +29,7 @@ CARD = "README.md"
 CARRIED = ("license", "license_name", "license_link", "pipeline_tag")  # of the base's front matter
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FRONT_MATTER = 65536  # characters of the base's card that are looked at
+SWITCHES = {"calibrated": "--uncalibrated", "whole": "--whole-model"}
 FLAGS = {"calibration": "--calibration-text", "text": "--text", "evaluation_tokens": "--evaluation-tokens",
          "context": "--context", "effort": "--effort", "seed": "--seed", "device": "--device",
          "base_model": "--base-model"}
@@ -145,16 +146,14 @@ def command(request: Request, budget: str, changed: Mapping[str, Any]) -> str:
     known = request.method in families()
     if "method" in changed:
         words += ["--codec", request.method]
-    if not changed.get("calibrated", True):
-        words.append("--uncalibrated")
+    words += [flag for field, flag in SWITCHES.items() if field in changed]
     if "sampling" in changed and changed["sampling"].tokens != Sampling.tokens:
         words += ["--tokens", str(changed["sampling"].tokens)]
     for field, flag in FLAGS.items():
         if field in changed:
             value = changed[field]
             words += [flag, value.name if isinstance(value, Path) else str(value)]
-    for field, flag in (("dense", "--dense"), ("leave_out", "--leave-out")):
-        words += [word for pattern in (changed[field] or ("",)) for word in (flag, pattern)] if field in changed else []
+    words += _patterns(changed)
     defaults = family_options(request.method) if known else {}
     for name, value in request.options.items():
         if name not in defaults or defaults[name] != value:
@@ -162,6 +161,13 @@ def command(request: Request, budget: str, changed: Mapping[str, Any]) -> str:
     if request.sensitivities:
         words += ["--sensitivities", "FILE"]
     return shlex.join(words)
+
+
+def _patterns(changed: Mapping[str, Any]) -> list[str]:
+    """Return the words that say which tensors stay dense, or are left out; none of them is a pattern, too."""
+    flags = {"dense": "--dense", "leave_out": "--leave-out"}
+    return [word for field, flag in flags.items() if field in changed
+            for pattern in changed[field] or ("",) for word in (flag, pattern)]
 
 
 def made_by() -> str:

@@ -1,4 +1,4 @@
-"""What a killed calibration goes on from: partial sums in files beside the one that it is to write."""
+"""What a killed job goes on from: sums and activations, in files beside the one that it is to write."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ from tersor.errors import CorruptStoreError
 from tersor.files import load_sealed, save_sealed, tell_damaged
 
 EVERY = 30.0  # seconds between two savings, at least
-SHARE = 0.1  # of the time that savings may take: moments of large models are large
-PARTS = ("moments", "fisher")
+SHARE = 0.1  # of the time that savings may take: activations of large models are large
 
 
-def checkpoints(name: str) -> tuple[str, ...]:
-    """Return the names of the files of partial sums of a calibration file."""
-    return tuple(f"{name}.{part}" for part in PARTS)
+def part_of(file: Path) -> Path:
+    """Return the file of what a killed job has done so far, beside the one that it is to write."""
+    return file.with_name(f"{file.name}.part")
+
+
+def checkpoints(file: Path) -> tuple[Path, Path]:
+    """Return the files of the sensitivities and of the moments of a calibration that is to be written."""
+    return file.with_name(f"{file.name}.fisher"), file.with_name(f"{file.name}.moments")
 
 
 class Checkpoint:
@@ -39,7 +43,7 @@ class Checkpoint:
         self._saved, self._cost = time.monotonic(), 0.0
 
     def read(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Return what was saved last; None if nothing was, it is damaged, or another job's."""
+        """Return what was saved last, tensors mapped; None if nothing was, it is damaged, or another job's."""
         if not self.path.exists():
             return None
         try:
@@ -47,8 +51,7 @@ class Checkpoint:
         except CorruptStoreError as error:
             tell_damaged(error)
             return None
-        # The file is replaced while the sums grow, so they are copied out of it.
-        return ({k: t.clone() for k, t in tensors.items()}, record) if record.get("job") == self._mark else None
+        return (tensors, record) if record.get("job") == self._mark else None
 
     def due(self) -> bool:
         """Return whether it is time to save."""

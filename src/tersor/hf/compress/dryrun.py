@@ -1,4 +1,4 @@
-"""What a run would take: bytes, peak memory and time, estimated from one real matrix."""
+"""What a run would take: bytes, room, peak memory and time, from shapes and one real matrix."""
 
 from __future__ import annotations
 
@@ -11,30 +11,37 @@ import torch
 from tersor.contract.codec import Codec
 from tersor.files import exclusive
 from tersor.hf.compress import survey
-from tersor.hf.compress.encode import encode_matrix
+from tersor.hf.compress.desk import encode_matrix
 from tersor.hf.compress.method import check_options, fixed_options, rungs
+from tersor.hf.compress.needs import Shapes, disk, memory_by_stage
 from tersor.hf.compress.plan import least_error, predict
-from tersor.hf.compress.request import Request, budget_bytes, check_device, provenance
+from tersor.hf.compress.reading import BATCH_TOKENS
+from tersor.hf.compress.request import Request, budget_bytes, provenance
 from tersor.hf.compress.run import CompressSettings
-from tersor.hf.compress.work import WorkFolder
+from tersor.hf.compress.work import WorkFolder, memory
 from tersor.hf.models.matrices import Matrix
 from tersor.hf.models.source import Source, open_source, read_matrix
+from tersor.numerics.settings import pinned, threads_allowed
 from tersor.planning.plan import check_weights
 
-_INTERPRETER = 600 * 10**6  # Python with torch and transformers
-_PASSES = {True: 3.0, False: 1.0}  # encode with feedback, and its measurement, in units of a plain trial
+ENCODED = 1 << 19  # elements of a matrix that are encoded to take the time
+PRODUCT = 2048  # vectors of the product that is timed
+OVERHEAD = 1.4  # of a pass over its matrix products: attention, norms, and what moves in memory
+SHARING = 2  # matrices that read one tensor, about: their moments are one
+VERIFY = 10.0  # seconds in which a new process imports what it needs
 
 
 @exclusive("output")
 def estimate(src: Path, output: Path, rate: float | None, size: int | None,
              settings: CompressSettings) -> dict[str, Any]:
-    """Encode the matrix of median size once and scale up; reads nothing else and writes no output.
+    """Encode a part of the matrix of median size and scale up; reads nothing else and writes no output.
 
     Returns
     -------
     dict
-        `bytes` (the budget), `bytes_original`, `peak_memory_bytes`, `seconds_survey`, `seconds_encode`,
-        `seconds_calibrate_and_evaluate`, `seconds`, `matrices`, `least_bytes`.
+        `bytes` (the budget), `bytes_original`, `least_bytes`, `matrices`, `peak_memory_bytes`, `device_memory_bytes`,
+        `disk_bytes`, `seconds_calibrate`, `seconds_survey`, `seconds_encode`, `seconds_verify`, `seconds_evaluate`,
+        `seconds`.
 
     Raises
     ------
@@ -52,7 +59,6 @@ def estimate(src: Path, output: Path, rate: float | None, size: int | None,
 def _estimate(source: Source, rate: float | None, size: int | None, settings: CompressSettings) -> dict[str, Any]:
     request = Request(budget_bytes(source, rate, size), settings.method, settings.seed, settings.options,
                       settings.sensitivities, settings.effort)
-    check_device(settings.device)
     check_options(request)
     check_weights(list(source.layout.matrices), request.sensitivities)
     if request.budget >= source.nbytes:
@@ -64,47 +70,75 @@ def _estimate(source: Source, rate: float | None, size: int | None, settings: Co
     least_bytes = predict(source, least, record)
     if least_bytes > request.budget:
         raise least_error(source, request, least_bytes)
+    shapes = Shapes.of(source, settings.device, whole=settings.whole)
+    seconds = _seconds(source, matrices, request, settings)
+    stages = memory_by_stage(shapes, settings.sampling, settings.evaluation_tokens, settings.context,
+                             calibrated=settings.calibrated, workers=threads_allowed())
+    host = torch.device(settings.device).type == "cpu"
+    return {"bytes": request.budget, "bytes_original": source.original_nbytes, "least_bytes": least_bytes,
+            "matrices": len(matrices), "peak_memory_bytes": memory() + (max(stages.values()) if host else 0),
+            "device_memory_bytes": None if host else max(stages.values()),
+            "disk_bytes": disk(shapes, request.budget, settings.sampling, calibrated=settings.calibrated),
+            **{f"seconds_{stage}": took for stage, took in seconds.items()}, "seconds": sum(seconds.values())}
+
+
+def _seconds(source: Source, matrices: list[Matrix], request: Request, settings: CompressSettings) -> dict[str, float]:
+    """Return the seconds of each stage, from one matrix that is tried, encoded and decoded, and a product timed."""
     sample = matrices[len(matrices) // 2]
+    model_rate = 8 * request.budget / source.elements
     tried = rungs(request, sample.shape, model_rate)
     nearest = min(tried, key=lambda codec: abs(codec.rate(sample.shape) - model_rate))
-    trial, encoding = _seconds(source, sample, nearest, request, settings.device)
+    trial, encoding, decoding = _timed(source, sample, nearest, request, settings)
     elements = sum(m.shape[0] * m.shape[1] for m in matrices)
     surveyed = sum(min(m.shape[0] * m.shape[1], 2 * survey.SURVEY_ELEMENTS) for m in matrices)
-    surveying, encoding = trial * surveyed * len(tried), encoding * elements * _PASSES[settings.calibrated]
-    forward = _forward_seconds(source.elements, settings)
-    largest = 4 * matrices[-1].shape[0] * matrices[-1].shape[1]
-    resident = 4 * source.elements if settings.calibrated or settings.evaluation_tokens else 0
-    moments = 4 * sum({m.shape[1] ** 2 for m in matrices}) if settings.calibrated else 0
-    return {"bytes": request.budget, "bytes_original": source.original_nbytes, "least_bytes": least_bytes,
-            "matrices": len(matrices), "peak_memory_bytes": _INTERPRETER + max(resident + moments, 3 * largest),
-            "seconds_survey": surveying, "seconds_encode": encoding, "seconds_calibrate_and_evaluate": forward,
-            "seconds": surveying + encoding + forward}
+    reading = _forward_seconds(matrices, sample, settings)
+    return {"calibrate": reading["calibrate"], "survey": trial * surveyed * len(tried) + reading["survey"],
+            "encode": encoding * elements + reading["encode"], "verify": VERIFY + 4 * decoding * elements,
+            "evaluate": reading["evaluate"] + (2 * decoding * elements if settings.evaluation_tokens else 0)}
 
 
-def _seconds(source: Source, matrix: Matrix, codec: Codec, request: Request, device: str) -> tuple[float, float]:
-    """Return the seconds an element that a trial of a codec takes, and that encoding takes; the second of two runs.
+def _timed(source: Source, matrix: Matrix, codec: Codec, request: Request,
+           settings: CompressSettings) -> tuple[float, float, float]:
+    """Return the seconds an element that a trial of a codec takes, encoding, and decoding; the second of two runs.
 
     The first run loads, or compiles, what the encoder calls.
     """
-    dense = survey.sampled(read_matrix(source, matrix, device))
-    options = fixed_options(codec, {**request.options, "feedback": False}, calibrated=False)
-    took = (0.0, 0.0)
+    whole = read_matrix(source, matrix, settings.device)
+    dense = whole[: max(1, min(len(whole), ENCODED // matrix.shape[1]))].to(torch.float32)
+    hessian = torch.eye(matrix.shape[1], device=dense.device) if settings.calibrated else None
+    options = fixed_options(codec, request.options, calibrated=settings.calibrated)
+    took = (0.0, 0.0, 0.0)
     for _ in range(2):
-        began = time.perf_counter()
-        list(survey.trials(source, matrix, [codec], None, request, device, whole=False))
-        between = time.perf_counter()
-        encode_matrix(dense, codec, None, request.seed, options, matrix.name)
-        took = between - began, time.perf_counter() - between
-    return took[0] / dense.numel(), took[1] / dense.numel()
+        times = [time.perf_counter()]
+        list(survey.trials(source, matrix, whole, [codec], None, request, whole=False))
+        times.append(time.perf_counter())
+        encoded, _ = encode_matrix(dense, codec, hessian, request.seed, options, matrix.name)
+        times.append(time.perf_counter())
+        encoded.decode()
+        times.append(time.perf_counter())
+        took = times[1] - times[0], times[2] - times[1], times[3] - times[2]
+    sampled = survey.sampled(whole).numel()
+    return took[0] / sampled, took[1] / dense.numel(), took[2] / dense.numel()
 
 
-def _forward_seconds(elements: int, settings: CompressSettings) -> float:
-    """Scale a timed matrix product to the forward and backward passes of calibration and evaluation."""
-    side = torch.ones(1024, 1024, device=settings.device)
-    began = time.perf_counter()
-    for _ in range(4):
-        torch.mm(side, side)
-    flop_seconds = (time.perf_counter() - began) / (4 * 2 * 1024**3)
-    sampling = settings.sampling
-    tokens = (sampling.tokens + 3 * sampling.fisher_tokens) if settings.calibrated else 0
-    return 2 * elements * (tokens + 2 * settings.evaluation_tokens) * flop_seconds * 2
+def _forward_seconds(matrices: list[Matrix], sample: Matrix, settings: CompressSettings) -> dict[str, float]:
+    """Scale a timed matrix product to the passes of text through the model, stage by stage."""
+    x = torch.ones(PRODUCT, sample.shape[1], device=settings.device, dtype=torch.float32)
+    w = torch.ones(sample.shape[1], sample.shape[0], device=settings.device, dtype=torch.float32)
+    with pinned():
+        took = []
+        for _ in range(4):
+            began = time.perf_counter()
+            float(torch.mm(x, w)[0, 0])
+            took.append(time.perf_counter() - began)
+    flop = min(took) / (2 * PRODUCT * sample.shape[0] * sample.shape[1])
+    sampling, tokens = settings.sampling, settings.evaluation_tokens
+    read = sampling.tokens if settings.calibrated else 0
+    drawn = sampling.fisher_tokens if settings.calibrated else 0
+    workers = max(1, min(threads_allowed(), read // BATCH_TOKENS))
+    products = 2 * sum(m.shape[0] * m.shape[1] for m in matrices)
+    moments = 2 * sum(m.shape[1] ** 2 for m in matrices) / SHARING
+    passed = flop * OVERHEAD / workers
+    return {"calibrate": drawn * 4 * products * passed, "survey": read * (products + moments) * passed / survey.EVERY,
+            "encode": read * (3 * products + 2 * moments) * passed,
+            "evaluate": tokens * 2 * products * flop * OVERHEAD}

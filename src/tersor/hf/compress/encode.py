@@ -2,126 +2,116 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
+import functools
 import shutil
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tersor import store
-from tersor.contract.codec import Codec, Encoded
-from tersor.errors import CorruptStoreError
-from tersor.files import load_sealed, save_sealed, tell_damaged
-from tersor.hf.compress.method import fixed_options
+from tersor.hf.compress.checkpoint import Checkpoint
+from tersor.hf.compress.desk import Desk, Job, read_payload
 from tersor.hf.compress.plan import check_plan, entries
-from tersor.hf.compress.request import Progress, Request, no_progress
+from tersor.hf.compress.reading import Place, Reading, dense_of
+from tersor.hf.compress.request import Progress, no_progress
+from tersor.hf.compress.survey import beside, outside_of
 from tersor.hf.compress.work import WorkFolder
-from tersor.hf.models.source import Source, read_matrix
-from tersor.planning.calibration import Calibration, hessian_of
-from tersor.quality import measure
+from tersor.hf.models.matrices import Matrix
+from tersor.hf.models.source import read_matrix
+from tersor.hf.models.streamed import Streamed
+from tersor.numerics.settings import pinned
+from tersor.planning.calibration import compensated, hessian_of
+
+RIDGE = 1.0  # times the mean square of an input: what holds a matrix to the dense one, see docs/log.md
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Job:
-    """A plan and what it is carried out with.
-
-    Attributes
-    ----------
-    source : Source
-    picks : mapping of str to Codec
-        The plan.
-    calibration : Calibration or None
-    request : Request
-    provenance : mapping
-        For the manifest.
-    """
-
-    source: Source
-    picks: Mapping[str, Codec]
-    calibration: Calibration | None
-    request: Request
-    provenance: Mapping[str, Any]
-
-
-def run(job: Job, work: WorkFolder, *, device: str = "cpu", progress: Progress = no_progress) -> dict[str, Any]:
+def run(job: Job, work: WorkFolder, *, device: str = "cpu", reading: Reading | None = None,
+        progress: Progress = no_progress) -> dict[str, Any]:
     """Encode one matrix at a time into the work folder, then write the store there as `output`; return the report.
 
     A killed run continues from the last finished matrix, and gives the same bytes as an unbroken one.
+
+    Parameters
+    ----------
+    reading : Reading or None
+        Text that is run through the blocks as they are encoded, so that each is calibrated on what it will be given;
+        without it, moments are those of the job's calibration.
     """
-    source, picks, calibration, request = job.source, job.picks, job.calibration, job.request
+    source, picks = job.source, job.picks
     check_plan(source, picks)
-    folder = work / "matrices"
-    folder.mkdir(parents=True, exist_ok=True)
-    report: dict[str, Any] = {}
-    files: dict[str, Path] = {}
-    for number, (name, codec) in enumerate(picks.items()):
-        progress("encode", number, len(picks))
-        files[name] = folder / f"{number:06d}.safetensors"
-        matrix = source.layout.matrices[name]
-        known = calibration is not None and name in calibration.hessians
-        options = fixed_options(codec, request.options, calibrated=known)
-        stamp = _stamp(job, name, codec, options)
-        found = _finished(files[name], stamp)
-        if found is None:
-            dense, hessian = read_matrix(source, matrix, device), hessian_of(calibration, matrix.name, device)
-            encoded, found = encode_matrix(dense, codec, hessian, request.seed, options, name)
-            del dense
-            save_sealed(encoded.tensors, files[name], {"job": stamp, "report": found})
-        report[name] = found
-    progress("encode", len(picks), len(picks))
+    desk = Desk(job, work / "matrices", progress)
+    if reading is None:
+        for name in picks:
+            matrix = source.layout.matrices[name]
+            desk.encode(name, lambda matrix=matrix: read_matrix(source, matrix, device),
+                        lambda matrix=matrix: hessian_of(job.calibration, matrix.name, device))
+    else:
+        _by_blocks(desk, reading, work)
 
     def payload(entry: store.Entry) -> Mapping[str, Tensor]:
-        return {"": source.tensor(entry.name)} if entry.codec is None else read_payload(files[entry.name])
+        return {"": source.tensor(entry.name)} if entry.codec is None else read_payload(desk.files[entry.name])
 
     shutil.rmtree(work / "output", ignore_errors=True)  # of a run that was killed before it was verified
     store.write(work / "output", entries(source, picks), payload, kind="model", provenance=job.provenance,
                 files=source.stored_files())
-    return report
+    return {name: desk.report[name] for name in picks}
 
 
-def _stamp(job: Job, name: str, codec: Codec, options: Mapping[str, Any]) -> str:
-    seen = None if job.calibration is None else job.calibration.sha256
-    text = json.dumps([dict(job.provenance), seen, name, codec.spec(), codec.version, dict(options)], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def encode_matrix(dense: Tensor, codec: Codec, hessian: Tensor | None, seed: int, options: Mapping[str, Any],
-                  name: str) -> tuple[Encoded, dict[str, Any]]:
-    """Encode one matrix, check the payload and measure it; return it with its line of the report."""
-    tables = codec.train([dense], seed=seed)
-    encoded = codec.encode(dense, hessian=hessian, seed=seed, options=options, tables=tables).check(name)
-    quality = measure(dense, encoded, hessian)
-    return encoded, {
-        "codec": codec.spec(), "shape": list(encoded.shape), "nbytes": encoded.nbytes, "rate": encoded.rate,
-        "relative_error": quality.relative_error, "distortion": quality.distortion, "sqnr_db": quality.sqnr,
-        "shannon_gap_db": quality.shannon_gap, "options": dict(options)}
+def _by_blocks(desk: Desk, reading: Reading, work: WorkFolder) -> None:
+    """Encode block by block, each on what the blocks before it give once they are encoded.
 
-
-def _finished(file: Path, stamp: str) -> dict[str, Any] | None:
-    """Return the report of a finished matrix; None if there is none, it is damaged, or another job's."""
-    if not file.exists():
-        return None
-    try:
-        record = load_sealed(file)[1]
-    except CorruptStoreError as error:
-        tell_damaged(error)
-        return None
-    return record["report"] if record.get("job") == stamp else None
-
-
-def read_payload(file: Path) -> dict[str, Tensor]:
-    """Read one finished matrix's payload from the work folder.
-
-    Raises
-    ------
-    CorruptStoreError
-        If it has been damaged since it was finished; the next run makes it again.
+    A matrix is encoded as the one that makes of those inputs what the dense matrix makes of its own. Embeddings come
+    first, by the moments that the dense model's head has seen where they are tied to it; what else lies outside of the
+    blocks comes last.
     """
-    try:
-        return load_sealed(file)[0]
-    except CorruptStoreError as error:
-        raise CorruptStoreError(f"{error}; run again, and this matrix is encoded again") from error
+    ends = outside_of(reading, beside(work / "survey.jsonl"))
+    original = reading.streamed()
+    encoded = reading.streamed(like=original)
+    dense, flow, last = reading.flow(original, "dense"), reading.flow(encoded, "encoded"), len(encoded.blocks)
+    tables = [m for m in encoded.matrices(last) if encoded.looks_up(m)]
+    _encode(desk, original, encoded, tables, (ends, {}))
+    place = Place(Checkpoint(work / "encode.part", desk.mark), dense, flow)
+    first = next((stage for stage in range(last) if not _finished(desk, encoded.matrices(stage))), last)
+    for stage in range(place.resume(first), last + 1):
+        reading.position[:] = stage, last
+        matrices = [m for m in encoded.matrices(stage) if m not in tables]
+        with original.resident(stage), encoded.resident(stage):
+            moments: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] = {}, {}
+            if _finished(desk, matrices):
+                dense.through(stage, watch=False, keep=True)
+            else:
+                moments = flow.beside(dense, stage)
+            _encode(desk, original, encoded, matrices, moments)
+            flow.through(stage, watch=False, keep=True)
+        place.passed(stage)
+    place.drop()
+    for name in ("dense", "encoded"):
+        shutil.rmtree(reading.folder / name, ignore_errors=True)
+
+
+def _finished(desk: Desk, matrices: Iterable[Matrix]) -> bool:
+    return all([desk.finished(m.name) for m in matrices])
+
+
+def _encode(desk: Desk, original: Streamed, encoded: Streamed, matrices: Iterable[Matrix],
+            moments: tuple[Mapping[str, Tensor], Mapping[str, Tensor]]) -> None:
+    """Encode matrices, by moments of their inputs and with those of the dense model; then compute with them decoded."""
+    device = encoded.hollow.device
+    own, change = ({name: tensor.to(device) for name, tensor in held.items()} for held in moments)
+    for m in matrices:
+        aim = functools.partial(_aim, change[m.name]) if m.name in change else None
+        desk.encode(m.name, functools.partial(dense_of, original, m), functools.partial(own.get, m.name), aim)
+    for m in matrices:
+        held = encoded.hollow.parameter(m.parameter)
+        if not held.is_meta:
+            with torch.no_grad():
+                m.take(held).copy_(desk.decoded(m.name, device))
+
+
+def _aim(change: Tensor, dense: Tensor, hessian: Tensor) -> Tensor:
+    with pinned():
+        return compensated(dense, change, hessian, RIDGE)

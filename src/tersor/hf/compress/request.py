@@ -82,6 +82,20 @@ class Sampling:
     seed: int = 0
 
 
+def usable_device(device: str) -> str:
+    """Return the device that is meant: of `"auto"`, a GPU if torch can use one here, else the processor.
+
+    Raises
+    ------
+    ModelError
+        If torch cannot use it.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(device)
+    return device
+
+
 def check_device(device: str) -> None:
     """Raise `ModelError` unless torch can use `device` here."""
     try:

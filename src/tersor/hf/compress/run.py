@@ -20,17 +20,19 @@ from tersor.contract.derived import package_nbytes
 from tersor.errors import ModelError, TersorError
 from tersor.families import DEFAULT, effort_of
 from tersor.files import exclusive, write_json
-from tersor.hf.compress import calibrate, card, encode, plan, survey
+from tersor.hf.compress import calibrate, card, encode, needs, plan, survey
 from tersor.hf.compress.method import check_options
+from tersor.hf.compress.reading import Reading
 from tersor.hf.compress.request import (
     Progress,
     Request,
     Sampling,
     budget_bytes,
-    check_device,
     no_progress,
     provenance,
+    usable_device,
 )
+from tersor.hf.compress.status import Teller
 from tersor.hf.compress.verify import verify_in_fresh_process
 from tersor.hf.compress.work import WorkFolder, peak_memory
 from tersor.hf.models.classes import check_language_model, check_text, model_class
@@ -40,7 +42,6 @@ from tersor.hf.models.samples import samples
 from tersor.hf.models.source import Source, open_source, read_matrix
 from tersor.hf.models.staging import REPORT
 from tersor.hf.models.text import default_calibration, default_heldout, read_ids, text_source
-from tersor.planning.calibration import Calibration
 from tersor.planning.plan import check_weights, to_json
 from tersor.store.manifest import file_digest
 
@@ -77,6 +78,8 @@ class CompressSettings:
     effort : str or None
         `"fast"`, `"normal"` or `"best"`: the encoder's work, for methods that read it (`"trellis"`, `"auto"`); None:
         `"normal"`.
+    whole : bool
+        Keep the whole model in memory while text runs through it, in place of one block at a time.
     """
 
     method: str = DEFAULT
@@ -96,12 +99,18 @@ class CompressSettings:
     samples: int = 0
     base_model: str | None = None
     effort: str | None = None
+    whole: bool = False
 
     def changed(self) -> dict[str, Any]:
         """Return the fields that are not their defaults."""
         default = CompressSettings()
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)
                 if getattr(self, field.name) != getattr(default, field.name)}
+
+    def reading(self, source: Source, folder: Path) -> Reading | None:
+        """Return the calibration text as a source reads it, if there is to be any calibration."""
+        return Reading.of(source, self.text_seen, self.sampling, folder, device=self.device,
+                          whole=self.whole) if self.calibrated else None
 
     @property
     def text_seen(self) -> Path:
@@ -145,6 +154,7 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
         Its subclasses; FileExistsError if the output exists.
     """
     chosen, began = dataclasses.replace(settings or CompressSettings(), **changes), time.perf_counter()
+    chosen = dataclasses.replace(chosen, device=usable_device(chosen.device))
     card.check_name(chosen.base_model)
     effort_of(chosen.method, chosen.effort)
     work = WorkFolder(Path(output)).claim()
@@ -157,20 +167,22 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
         work.clear("staged")
         return {"copied": True, "summary": summary}
     try:
-        _check(opened, request, chosen)
+        _check(opened, request, chosen, work)
     except TersorError:
         work.clear("staged")
         raise
     work.stamp(_mark(opened, request, chosen), resume=chosen.resume)
-    report = _stages(opened, request, chosen, work, progress)
-    report |= _judged(opened, chosen, work, progress)
+    reading = chosen.reading(opened, work / "activations")
+    tell = Teller(progress, work, opened.nbytes, lambda: "" if reading is None else reading.place)
+    report = _stages(opened, request, chosen.device, work, reading, tell)
+    report |= _judged(opened, chosen, work, tell)
     report["summary"]["seconds"] = time.perf_counter() - began
     report["summary"]["peak_memory_bytes"] = peak_memory()
     write_json(work / "output" / REPORT, report)
     asked = f"--rate {rate:g}" if size is None else f"--size {size}"
     card.write_card(work / "output", report, card.base_of(opened, chosen.base_model),
                     card.command(request, asked, chosen.changed()))
-    work.finish("matrices", "staged")
+    work.finish("matrices", "staged", "activations")
     return report
 
 
@@ -186,19 +198,20 @@ def _judged(source: Source, settings: CompressSettings, work: WorkFolder, progre
     return found
 
 
-def _check(source: Source, request: Request, settings: CompressSettings) -> None:
+def _check(source: Source, request: Request, settings: CompressSettings, work: WorkFolder) -> None:
     """Refuse before any work what would fail after it."""
+    shapes = needs.Shapes.of(source, settings.device, whole=settings.whole)
+    needs.check_disk(work.path, needs.disk(shapes, request.budget, settings.sampling, calibrated=settings.calibrated))
+    needs.check_memory(shapes, settings.device)
     if settings.calibrated or settings.evaluation_tokens:
         check_text(model_class(source.config))
     if settings.samples:
         check_language_model(source.config, "a sample")
-    check_device(settings.device)
     source.tried.check()
     check_options(request)
     check_weights(list(source.layout.matrices), request.sensitivities)
     plan.check_reachable(source, None, request, tersor.__version__)
-    if settings.calibrated:
-        read_ids(source, settings.text_seen, settings.sampling.context, settings.sampling.tokens)
+    settings.reading(source, Path())
     if settings.evaluation_tokens:
         read_ids(source, settings.heldout, settings.context, settings.evaluation_tokens)
     for matrix in source.layout.matrices.values():
@@ -214,22 +227,19 @@ def _mark(source: Source, request: Request, settings: CompressSettings) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _stages(source: Source, request: Request, settings: CompressSettings, work: WorkFolder,
+def _stages(source: Source, request: Request, device: str, work: WorkFolder, reading: Reading | None,
             progress: Progress) -> dict[str, Any]:
     """Run the stages, each from the files of those before it; return the report of a verified output."""
-    device, calibration = settings.device, None
-    if settings.calibrated:
-        file = work / "calibration.safetensors"
-        calibration = calibrate.finished(file)
-        if calibration is None:
-            calibrate.run(source, settings.text_seen, file, settings.sampling, device=device, progress=progress)
-            calibration = Calibration.load(file)
-    choices = survey.run(source, calibration, request, work / "survey.jsonl", device=device, progress=progress)
-    record = provenance(source, calibration, request, tersor.__version__)
+    known = None
+    if reading is not None:
+        known = calibrate.sensitivities(reading, work / "sensitivities.json", progress)
+    choices = survey.run(source, known, request, work / "survey.jsonl", device=device, reading=reading,
+                         progress=progress)
+    record = provenance(source, known, request, tersor.__version__)
     picks = plan.run(source, choices, request, record)
     write_json(work / "plan.json", to_json(picks))
-    job = encode.Job(source, picks, calibration, request, record)
-    matrices = encode.run(job, work, device=device, progress=progress)
+    job = encode.Job(source, picks, known, request, record)
+    matrices = encode.run(job, work, device=device, reading=reading, progress=progress)
     nbytes = store.stored_nbytes(work / "output")
     if nbytes > request.budget:
         raise TersorError(f"internal: wrote {nbytes} bytes for a budget of {request.budget}")

@@ -5,24 +5,33 @@ element that a rotation has made isotropic, a matrix costs `s² tr(F) / 2`, wher
 the gradient of the log-likelihood of tokens *sampled from the model* (summing over a sequence leaves the expectation of
 the squared norm additive over tokens, because scores have mean zero). Divided by the distortion that such errors have,
 it is the weight of that matrix's relative distortion in the planner's sum, which so estimates the KL in nats a token.
+
+The pass goes forward once, keeping what enters each block, and back block by block: each is computed anew with its
+gradients, which are let go once their norms are known.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
-from tersor.hf.models.classes import feed, run
-from tersor.hf.models.matrices import walk
-from tersor.numerics.settings import pinned
+from tersor.errors import ModelError
+from tersor.hf.compress.checkpoint import Checkpoint
+from tersor.hf.models.flow import HELD, Activations, in_order
+from tersor.hf.models.matrices import Matrix
+from tersor.hf.models.streamed import HINT, Leaves, Streamed
+from tersor.numerics.rng import uniforms
+
+ROWS = 64  # of a distribution over tokens that are drawn from at a time
+ROOM = 1 << 30  # bytes of gradients and logits that several sequences may hold at once
 
 
-def sampled_loss(output: Tensor, generator: torch.Generator, *, logits: bool = True) -> Tensor:
-    """Return the negative log-likelihood, summed, of tokens or labels drawn from the model's own distribution.
+def score(output: Tensor, seed: int, number: int, *, logits: bool = True) -> Tensor:
+    """Return the gradient, by the output, of the negative log-likelihood of what is drawn from the model's own output.
 
     An output that is no logits counts as the mean of a Gaussian, whose deviation is the output's own root mean square:
     so KL is half the relative squared error.
@@ -31,67 +40,210 @@ def sampled_loss(output: Tensor, generator: torch.Generator, *, logits: bool = T
     ----------
     output : Tensor
         (..., vocabulary), or (..., width).
+    number : int
+        Of the sequence; each draws by itself.
     """
+    flat = output.detach().to(torch.float32).flatten(0, -2)
     if not logits:
-        noise = torch.randn(output.shape, generator=generator).to(output.device)
-        scaled = output.to(torch.float32)
-        return (noise * scaled).sum() / scaled.detach().square().mean(dtype=torch.float64).sqrt().to(torch.float32)
-    flat = torch.log_softmax(output.to(torch.float32).flatten(0, -2), -1)
-    drawn = torch.multinomial(flat.detach().exp().cpu(), 1, generator=generator).to(flat.device)
-    return -flat.gather(-1, drawn).sum()
+        noise = torch.randn(flat.shape, generator=torch.Generator().manual_seed((seed + number) % 2**63))
+        size = flat.square().mean(dtype=torch.float64).sqrt().to(torch.float32)
+        return (noise.to(flat.device) / size).reshape(output.shape).to(output.dtype)
+    found = torch.empty_like(flat)
+    drawn = torch.from_numpy(uniforms(seed, number, len(flat))).to(flat.device, torch.float32)
+    for part in range(0, len(flat), ROWS):
+        rows = slice(part, part + ROWS)
+        shares = torch.softmax(flat[rows], -1)
+        sums = shares.cumsum(-1)
+        picks = (sums < drawn[rows, None] * sums[:, -1:]).sum(-1, keepdim=True).clamp_max(flat.shape[-1] - 1)
+        found[rows] = shares.scatter_add_(-1, picks, shares.new_full(picks.shape, -1.0))
+    return found.reshape(output.shape).to(output.dtype)
 
 
-@dataclasses.dataclass
-class Traces:
-    """Sums of squared gradients so far, by matrix name; from them, and the generator, a killed run goes on.
+@dataclasses.dataclass(eq=False)
+class _Found:
+    """What one sequence gives at one stage: gradients by what batches carry, and sums of squares by matrix."""
 
-    Attributes
-    ----------
-    generator : torch.Generator
-        Of the tokens that are drawn.
-    done : int
-        Sequences in the sums.
-    """
-
-    generator: torch.Generator
-    sums: dict[str, float] = dataclasses.field(default_factory=dict)
-    done: int = 0
+    carried: dict[str, list[Tensor | None]]
+    squares: dict[str, float]
+    outside: dict[str, Tensor]
 
 
-def fisher_traces(model: PreTrainedModel, sequences: Tensor, seed: int, step: Callable[[int], None] | None = None,
-                  begun: Traces | None = None) -> dict[str, float]:
-    """Return `tr(F)` a token for every matrix of the model.
+class Fisher:
+    """The pass.
 
     Parameters
     ----------
     sequences : Tensor
         Token ids (sequences, length); one backward pass each.
-    step : callable or None
-        Called with the tokens of each sequence when it is in the sums.
-    begun : Traces or None
-        Sums of the first sequences, to go on from; changed in place.
+    folder : Path or None
+        Where activations go that find no room in memory.
     """
-    matrices = walk(model).matrices
-    wanted = {m.parameter for m in matrices.values()}
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in wanted)
-    traces = begun or Traces(torch.Generator().manual_seed(seed))
-    totals = traces.sums
-    for ids in sequences[traces.done :]:
-        with pinned(gradients=True):  # the plan follows from these sums, so their order must not depend on the threads
-            model.zero_grad(set_to_none=True)
-            output, logits = run(model, feed(model, ids[None]))
-            sampled_loss(output, traces.generator, logits=logits).backward()
-            for name, matrix in matrices.items():
-                gradient = model.get_parameter(matrix.parameter).grad
+
+    def __init__(self, streamed: Streamed, sequences: Tensor, seed: int, folder: Path | None = None) -> None:
+        self.streamed, self.sequences, self.seed = streamed, sequences, seed
+        self._last = len(streamed.blocks)
+        self._kept = Activations(folder, HELD)
+        self._lists = [block.list for block in streamed.blocks]
+        self._outside = [m for m in streamed.matrices(self._last) if not streamed.hollow.parameter(m.parameter).is_meta]
+        self.sums: dict[str, float] = dict.fromkeys(streamed.hollow.source.layout.matrices, 0.0)
+        self.gradients: dict[str, Tensor] = {}  # by what batches carry, "sequence/list/number"
+        self.rows: dict[str, Tensor] = {}  # of embeddings, those of a sequence's tokens, "sequence/parameter"
+        self.stage = self._last + 1  # stages from here on are done
+
+    def traces(self, step: Callable[[int], None], checkpoint: Checkpoint | None = None) -> dict[str, float]:
+        """Return `tr(F)` a token for every matrix of the model.
+
+        Parameters
+        ----------
+        step : callable
+            Called with tokens: three times all of them in the end, for one pass forward and two back.
+        checkpoint : Checkpoint or None
+            Where sums are saved, and gone on from, between two blocks.
+        """
+        total = 0
+        count = self.sequences.numel()
+
+        def tell(share: float) -> None:
+            nonlocal total
+            step(int(share * count) - total)
+            total = int(share * count)
+
+        self._resume(checkpoint)
+        for stage in range(min(self.stage, self._last)):
+            with self.streamed.resident(stage):
+                for _ in in_order(len(self.sequences), lambda n, stage=stage: self._forward(stage, n),
+                                  device=self.streamed.hollow.device):
+                    pass
+            tell((stage + 1) / max(1, self._last))
+        for stage in range(self.stage - 1, -1, -1):
+            with self.streamed.resident(stage):
+                self._backward(stage)
+            self.stage = stage
+            if checkpoint is not None and checkpoint.due():
+                tensors = {f"{kind}:{key}": tensor for kind, held in (("g", self.gradients), ("r", self.rows))
+                           for key, tensor in held.items()}
+                checkpoint.save(tensors, {"stage": stage, "sums": self.sums})
+            tell(1 + 2 * (self._last + 1 - stage) / (self._last + 1))
+        return {name: total / count for name, total in self.sums.items()}
+
+    def _resume(self, checkpoint: Checkpoint | None) -> None:
+        found = None if checkpoint is None else checkpoint.read()
+        if found is not None:
+            self.stage, self.sums = found[1]["stage"], found[1]["sums"]
+            for key, tensor in found[0].items():
+                kind, _, name = key.partition(":")
+                (self.gradients if kind == "g" else self.rows)[name] = tensor.clone()
+
+    def _given(self, stage: int, number: int) -> dict[str, Leaves]:
+        """Return what a sequence carries to a stage: what the last block of each list before it returned."""
+        device, kept = self.streamed.hollow.device, self._kept.of(number)
+        latest = {name: place for place, name in enumerate(self._lists[:stage])}
+        return {name: tuple(leaf.to(device, copy=True) for leaf in kept[str(place)]) for name, place in latest.items()}
+
+    def _forward(self, stage: int, number: int) -> None:
+        with torch.no_grad():
+            out, _ = self.streamed.step(stage, self.sequences[number : number + 1], self._given(stage, number))
+            self._kept.put(number, str(stage), out)
+
+    def _backward(self, stage: int) -> None:
+        """Take all sequences back through a stage that is resident."""
+        hollow, inner = self.streamed.hollow, stage < self._last
+        own = [m for m in self.streamed.matrices(stage) if not hollow.parameter(m.parameter).is_meta]
+        wanted = {m.parameter: hollow.parameter(m.parameter) for m in (*own, *self._outside)}
+        for parameter in wanted.values():
+            parameter.requires_grad_()
+        try:
+            for number, found in enumerate(in_order(
+                    len(self.sequences), lambda n: self._one(stage, n, wanted), device=hollow.device, gradients=True,
+                    room=ROOM // max(1, self._held(stage)))):
+                self._take(number, found, self._lists[stage] if inner else None)
+        finally:
+            for parameter in wanted.values():
+                parameter.requires_grad_(False)
+
+    def _held(self, stage: int) -> int:
+        """Return the bytes of gradients and logits that one sequence holds at a stage, about."""
+        first = stage < self._last and self._lists[stage] not in self._lists[:stage]
+        listed = [] if stage == self._last else self.streamed.matrices(stage)
+        elements = sum(m.shape[0] * m.shape[1] for m in (*listed, *(self._outside if first or not listed else ())))
+        logits = max((m.shape[0] for m in self._outside), default=0) if stage == self._last else 0
+        return 4 * elements + 16 * logits * self.sequences.shape[1]
+
+    def _one(self, stage: int, number: int, wanted: Mapping[str, nn.Parameter]) -> _Found:
+        ids, streamed = self.sequences[number : number + 1], self.streamed
+        given = {name: tuple(leaf.detach().requires_grad_(leaf.is_floating_point()) for leaf in leaves)
+                 for name, leaves in self._given(stage, number).items()}
+        copies = {name: tuple(leaf.clone() for leaf in leaves) for name, leaves in given.items()}  # may be written to
+        if stage == self._last:
+            output, logits = streamed.finish(ids, copies)
+            pairs = [(output, score(output, self.seed, number, logits=logits))]
+        else:
+            out, _ = streamed.step(stage, ids, copies)
+            carried = [self.gradients.get(f"{number}/{self._lists[stage]}/{i}") for i in range(len(out))]
+            pairs = [(leaf, gradient.to(leaf.device)) for leaf, gradient in zip(out, carried, strict=True)
+                     if gradient is not None and leaf.requires_grad]
+        leaves = [leaf for listed in given.values() for leaf in listed if leaf.requires_grad]
+        asked = [*wanted.values(), *leaves]
+        found: Sequence[Tensor | None] = [None] * len(asked)
+        if pairs:
+            found = torch.autograd.grad([out for out, _ in pairs], asked, [gradient for _, gradient in pairs],
+                                        allow_unused=True)
+        return self._sorted(stage, given, wanted, list(found))
+
+    def _sorted(self, stage: int, given: Mapping[str, Leaves], wanted: Mapping[str, nn.Parameter],
+                found: list[Tensor | None]) -> _Found:
+        own = {m.parameter for m in self.streamed.matrices(stage)} if stage < self._last else set[str]()
+        parameters, rest = dict(zip(wanted, found, strict=False)), iter(found[len(wanted) :])
+        carried = {name: [next(rest) if leaf.requires_grad else None for leaf in leaves]
+                   for name, leaves in given.items()}
+        squares: dict[str, float] = {}
+        for matrix in self.streamed.matrices(stage):
+            gradient = parameters.get(matrix.parameter)
+            if gradient is not None and matrix.parameter in own:
+                squares[matrix.name] = _square(matrix.take(gradient))
+        outside = {name: gradient for name, gradient in parameters.items() if gradient is not None and name not in own}
+        return _Found(carried, squares, outside)
+
+    def _take(self, number: int, found: _Found, block_list: str | None) -> None:
+        """Add what a sequence gave at a stage; gradients of what the block itself returned are spent."""
+        if block_list is not None:
+            for key in [key for key in self.gradients if key.startswith(f"{number}/{block_list}/")]:
+                del self.gradients[key]
+        for name, gradients in found.carried.items():
+            for i, gradient in enumerate(gradients):
                 if gradient is not None:
-                    square = float(matrix.take(gradient).square().sum(dtype=torch.float64))
-                    totals[name] = totals.get(name, 0.0) + square
-        traces.done += 1
-        if step is not None:
-            step(ids.numel())
-    model.zero_grad(set_to_none=True)
-    return {name: totals.get(name, 0.0) / sequences.numel() for name in matrices}
+                    key = f"{number}/{name}/{i}"
+                    self.gradients[key] = self.gradients[key] + gradient if key in self.gradients else gradient
+        for name, square in found.squares.items():
+            self.sums[name] += square
+        for matrix in self._outside:
+            if matrix.parameter in found.outside:
+                self._add_outside(number, matrix, found.outside[matrix.parameter])
+
+    def _add_outside(self, number: int, matrix: Matrix, gradient: Tensor) -> None:
+        """Add the gradient of a matrix that lies outside of all blocks, and may be used more than once.
+
+        Uses but the first are lookups, whose gradients have rows of the sequence's tokens only: so these rows of what
+        was there before are all that is kept.
+        """
+        key, ids = f"{number}/{matrix.name}", self.sequences[number].unique().to(gradient.device)
+        ids = ids[ids < len(gradient)]
+        lookup = self.streamed.looks_up(matrix)
+        if key not in self.rows:
+            self.sums[matrix.name] += _square(matrix.take(gradient))
+            self.rows[key] = gradient[ids].clone() if lookup else gradient.new_empty(0)
+            return
+        rows = gradient[ids] if lookup else gradient
+        if not lookup or _square(rows) < (1 - 1e-6) * _square(gradient):
+            raise ModelError(f"several blocks compute with '{matrix.parameter}', so its sensitivity cannot be measured "
+                             f"block by block; {HINT}")
+        before = self.rows[key]
+        self.rows[key] = before + rows
+        self.sums[matrix.name] += _square(self.rows[key]) - _square(before)
+
+
+def _square(gradient: Tensor) -> float:
+    return float(torch.linalg.vector_norm(gradient.to(torch.float32), dtype=torch.float64)) ** 2
 
 
 def weight(trace: float, matrix: Tensor, hessian: Tensor | None) -> float:

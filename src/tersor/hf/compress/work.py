@@ -10,10 +10,11 @@ from pathlib import Path
 
 from tersor.errors import CorruptStoreError
 from tersor.files import finished_name, read_sealed_json, tell_damaged, write_sealed_json
-from tersor.hf.compress.checkpoint import checkpoints
 
-NAMES = ("staged", "fingerprint", "calibration.safetensors", *checkpoints("calibration.safetensors"), "survey.jsonl",
-         "plan.json", "matrices", "output", "blocks", "ranks.json", "gradients.safetensors")
+NAMES = ("staged", "fingerprint", "status.json", "sensitivities.json", "sensitivities.json.part", "survey.jsonl",
+         "survey.jsonl.part", "survey.jsonl.outside", "plan.json", "encode.part", "activations", "matrices", "output",
+         "blocks", "ranks.json", "gradients.safetensors")
+FORMER = ("calibration.safetensors", "calibration.safetensors.moments", "calibration.safetensors.fisher")
 
 
 class WorkFolder:
@@ -38,7 +39,7 @@ class WorkFolder:
         self.path = self.target.with_name(f"{self.target.name}.work")
 
     def __truediv__(self, name: str) -> Path:
-        """Return the place of one of `NAMES`."""
+        """Return the place of one of `NAMES`; earlier versions left those of `FORMER`, which are removed."""
         return self.path / name
 
     def claim(self) -> WorkFolder:
@@ -52,7 +53,7 @@ class WorkFolder:
         if self.target.exists():
             raise FileExistsError(f"{self.target} exists; remove it or name another output")
         found = [child.name for child in self.path.iterdir()] if self.path.is_dir() else []
-        strange = sorted(name for name in found if finished_name(name) not in NAMES)
+        strange = sorted(name for name in found if finished_name(name) not in (*NAMES, *FORMER))
         if strange or (self.path.exists() and not self.path.is_dir()):
             raise FileExistsError(f"{self.path} is where this run would keep its files, but holds others "
                                   f"({', '.join(strange[:3])}); move them, or name another output")
@@ -78,14 +79,16 @@ class WorkFolder:
         Parameters
         ----------
         spent : str
-            Names of folders; none: all there is.
+            Names of files and folders; none: all there is.
         """
         (self / "output").rename(self.target)
         self.clear(*spent)
 
     def clear(self, *spent: str) -> None:
-        """Remove folders by name (none: all there is), and the work folder itself if nothing is left."""
+        """Remove files and folders by name (none: all there is), and the work folder itself if nothing is left."""
         for place in [self / name for name in spent] or [self.path]:
+            if place.is_file():
+                place.unlink()
             shutil.rmtree(place, ignore_errors=True)
         with contextlib.suppress(OSError):  # not empty, or gone
             self.path.rmdir()
@@ -110,3 +113,12 @@ def peak_memory() -> int:
         return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def memory() -> int:
+    """Return this process's resident size now, in bytes; the largest so far where the system does not tell."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return peak_memory()
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) * 1024

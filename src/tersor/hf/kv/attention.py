@@ -21,6 +21,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from tersor.errors import CodecConfigError
 from tersor.hf.kv.padding import Lead
 from tersor.kv import TokenStream
+from tersor.numerics.constants import constant
+from tersor.ops.kv_attention import Closed, Held, How, kv_attention, takes_kernel
 
 NAME = "tersor"
 PART_TOKENS = 512  # dense tokens taken at a time
@@ -57,6 +59,15 @@ class States:
     def tokens(self) -> int:
         """Tokens that the call sees, its own included."""
         return self.sinks[0].shape[-2] + self.middle + self.tail[0].shape[-2]
+
+    def closed(self) -> Closed | None:
+        """Return the compressed tokens as kernels of attention read them, None where they do not know the codecs."""
+        if self.streams is None or not self.middle or self.streams[0].page_blocks != self.streams[1].page_blocks:
+            return None
+        keys, values = (stream.side() for stream in self.streams)
+        if keys is None or values is None:
+            return None
+        return Closed(keys, values, self.middle, self.streams[0].block, self.streams[0].page_blocks)
 
     def shape(self, side: int) -> tuple[int, int, int, int]:
         """Return (batch, heads, tokens, dim) of the keys (side 0) or the values (side 1)."""
@@ -106,8 +117,7 @@ class LazyStates(Tensor):
     def of(states: States, side: int) -> LazyStates:
         """Return the keys (side 0) or values (side 1)."""
         like = states.tail[side]
-        empty = torch.full((1, 1, 1, 1), float("nan"), dtype=like.dtype, device=like.device)
-        lazy = empty.expand(states.shape(side)).as_subclass(LazyStates)
+        lazy = _nan(like.dtype, like.device).expand(states.shape(side)).as_subclass(LazyStates)
         lazy.states, lazy.side = states, side
         return lazy
 
@@ -121,6 +131,13 @@ class LazyStates(Tensor):
         if func in _METADATA:
             return super().__torch_function__(func, types, args, kwargs or {})
         return func(*_decoded(args), **_decoded(kwargs or {}))
+
+
+@constant
+def _nan(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return one number that is none, fit for any mode."""
+    with torch.inference_mode(False):
+        return torch.full((1, 1, 1, 1), float("nan"), dtype=dtype, device=device)
 
 
 _METADATA = frozenset({
@@ -243,10 +260,11 @@ class Scores:
 
 
 def attend(query: Tensor, states: States, how: Scores) -> Tensor:
-    """Return attention of `query` over `states`, float32 (batch, query heads, queries, value dim).
+    """Return attention of `query` over `states`, (batch, query heads, queries, value dim).
 
-    Keys and values are taken a part at a time; heads that share keys are one matrix product, nothing is repeated. A
-    query that may see nothing gets zeros.
+    On CUDA few queries over plain codes go to kernels (`tersor.ops.kv_attention`), and come in the dtype of `query`.
+    Else keys and values are taken a part at a time, in float32; heads that share keys are one matrix product, nothing
+    is repeated. A query that may see nothing gets zeros.
 
     Parameters
     ----------
@@ -263,8 +281,13 @@ def attend(query: Tensor, states: States, how: Scores) -> Tensor:
     if states.lead is not None and how.mask is not None:  # without a mask the first tokens are seen by all queries
         mask = how.mask.expand(batch, -1, -1, -1)
         how = dataclasses.replace(how, mask=states.lead.held(mask, 3))
-    groups = query.shape[1] // heads
     scaling = dim**-0.5 if how.scaling is None else how.scaling
+    if (closed := states.closed() if query.is_cuda else None) is not None:
+        held = Held(states.sinks, states.tail, closed)
+        if takes_kernel(query, held):
+            aux = None if how.s_aux is None else how.s_aux.reshape(-1)
+            return kv_attention(query, held, How(scaling, how.mask, how.causal, how.softcap, aux))
+    groups = query.shape[1] // heads
     query = (query.to(torch.float32) * scaling).reshape(batch, heads, groups, queries, dim)
     total = query.new_zeros(batch, heads, groups, queries, 1)
     peak = torch.full_like(total, float("-inf"))

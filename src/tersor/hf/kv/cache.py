@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PretrainedConfig
+from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from tersor.contract.codec import Codec
 from tersor.errors import CodecConfigError, ModelError
 from tersor.hf.kv import padding, store
-from tersor.hf.kv.attention import NAME, Pair
+from tersor.hf.kv.attention import NAME, Pair, register_attention
 from tersor.hf.kv.layer import CacheReport, CompressedCacheLayer, SideCodec, Window, nbytes_of
 from tersor.hf.kv.plan import KVPlan, read_plan
 from tersor.hf.kv.store import SIDES
@@ -91,6 +91,22 @@ class CompressedCache(Cache):
             warnings.warn(f"this cache compresses nothing: of the model's {count} layers none is a full-attention "
                           f"layer with codecs for keys and values ({kinds}; {len(skipped)} skipped); it is as large "
                           "as DynamicCache", stacklevel=2)
+
+    @classmethod
+    def for_model(cls, model: PreTrainedModel, key: Specs = "rot,lm4", value: Specs = "rot,lm4",
+                  **settings: Any) -> CompressedCache:
+        """Return a cache for a model, which from now on attends to the compressed blocks as they are.
+
+        It is `CompressedCache(model.config, …)` after `model.set_attn_implementation(register_attention())`.
+
+        Parameters
+        ----------
+        **settings
+            `residual`, `sink`, `skip_layers`, `block`, `tables`.
+        """
+        if model.config.get_text_config(decoder=True)._attn_implementation != NAME:
+            model.set_attn_implementation(register_attention())
+        return cls(model.config, key, value, **settings)
 
     def mark_padding(self, attention_mask: Tensor) -> None:
         """Say which first tokens are padding, before the first call.

@@ -33,7 +33,8 @@ from tersor.hf.kv.observe import Notes, observe
 from tersor.hf.kv.store import SIDES, damaged, fields_of
 from tersor.hf.models.classes import check_language_model
 from tersor.hf.models.evaluate import Score
-from tersor.hf.models.source import Source, load_dense
+from tersor.hf.models.hollow import load_dense
+from tersor.hf.models.source import Source
 from tersor.hf.models.text import read_ids, text_source, windows
 from tersor.kv import TokenStream, matrices
 from tersor.numerics.settings import pinned

@@ -70,20 +70,13 @@ def check_language_model(config: PretrainedConfig, verb: str) -> None:
                          f"{kind.__name__}")
 
 
-def feed(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) -> dict[str, Any]:
+def feed(model: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
     """Return the arguments with which a model reads token ids (batch, length).
 
     The decoder of an encoder-decoder reads the same ids as its encoder.
-
-    Parameters
-    ----------
-    mask : Tensor or None
-        (batch, length), 0 on padding.
     """
     taken = inspect.signature(model.forward).parameters
-    inputs: dict[str, Any] = {"input_ids": ids.to(model.device)}
-    if mask is not None and "attention_mask" in taken:
-        inputs["attention_mask"] = mask.to(model.device)
+    inputs: dict[str, Any] = {"input_ids": ids}
     if model.config.is_encoder_decoder and "decoder_input_ids" in taken:
         inputs["decoder_input_ids"] = inputs["input_ids"]
     if "use_cache" in taken:

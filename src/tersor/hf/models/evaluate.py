@@ -11,9 +11,10 @@ their output, and its mean cosine to the original's.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,15 @@ from transformers import PreTrainedModel
 from tersor import store
 from tersor.errors import ModelError, NonFiniteError
 from tersor.hf.models.classes import check_text, feed, model_class, predicts_next_token, run
+from tersor.hf.models.flow import Activations, Flow
+from tersor.hf.models.hollow import Hollow
 from tersor.hf.models.matrices import quiet, read_config, refused
-from tersor.hf.models.source import Source, load_dense, made_from
-from tersor.hf.models.speed import LEAST, generation
+from tersor.hf.models.source import Source, made_from
+from tersor.hf.models.streamed import Streamed
 from tersor.hf.models.text import read_ids, text_source
 
 BATCH_TOKENS = 4096  # tokens run at a time
+LOGITS = 1 << 26  # elements of logits that a batch may have
 LOGIT_ELEMENTS = 1 << 24  # logits compared at a time
 
 
@@ -46,7 +50,6 @@ class Score:
     signal: float = 0.0
     cosine: float = 0.0
     seconds: float = 0.0
-    seconds_original: float = 0.0
     tokens: int = 0
 
     def add(self, logits: Tensor, original: Tensor, targets: Tensor | None) -> None:
@@ -91,49 +94,92 @@ def spans(tokens: int, context: int, stride: int) -> Iterator[tuple[int, int]]:
         scored = start + context
 
 
-@torch.no_grad()
-def compare(model: PreTrainedModel, original: PreTrainedModel, ids: Tensor, context: int, stride: int,
-            step: Callable[[int, int], None] | None = None) -> Score:
-    """Run both models over the windows of `ids` (tokens,) and return the sums."""
-    score, next_token = Score(), predicts_next_token(type(original))
+class Original:
+    """What the dense model makes of batches: run block by block at once, but for what comes after the blocks.
+
+    Parameters
+    ----------
+    source : Source
+    batches : sequence of Tensor
+        Token ids (batch, length).
+    step : callable or None
+        Called with the stages that are done, and their number.
+    """
+
+    def __init__(self, source: Source, batches: Sequence[Tensor], device: str = "cpu",
+                 step: Callable[[int, int], None] | None = None) -> None:
+        self._streamed = _streamed(source, batches[0], device)
+        self._flow = Flow(self._streamed, batches, Activations())
+        model, began, last = self._streamed.model, time.perf_counter(), len(self._streamed.blocks)
+        self.next_token = predicts_next_token(type(model))
+        self.nbytes = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+        for stage in range(last):
+            with self._streamed.resident(stage):
+                self._flow.through(stage, watch=False, keep=True)
+            if step is not None:
+                step(stage + 1, last)
+        self.seconds = time.perf_counter() - began
+
+    def __call__(self, batch: int) -> tuple[Tensor, bool]:
+        """Return the model's main output for a batch, and whether that is logits."""
+        began = time.perf_counter()
+        found = self._streamed.finish(self._flow.batches[batch], self._flow.given(batch))
+        self.seconds += time.perf_counter() - began
+        return found
+
+
+def _streamed(source: Source, ids: Tensor, device: str) -> Streamed:
+    """Return the dense model, all in memory only if it cannot be run block by block."""
+    try:
+        return Streamed(Hollow(source, device), ids)
+    except ModelError:
+        return Streamed(Hollow(source, device), ids, whole=True)
+
+
+def batched(ids: Tensor, context: int, stride: int, vocabulary: int) -> list[tuple[Tensor, list[int]]]:
+    """Return batches of windows (batch, context), and the first position scored within each window."""
     listed = list(spans(ids.numel(), context, stride))
-    batch = max(1, BATCH_TOKENS // context)
-    for number in range(0, len(listed), batch):
-        group = listed[number : number + batch]
-        inputs = torch.stack([ids[start : start + context] for start, _ in group]).to(model.device)
+    size = max(1, min(BATCH_TOKENS, LOGITS // vocabulary) // context)
+    groups = [listed[number : number + size] for number in range(0, len(listed), size)]
+    return [(torch.stack([ids[start : start + context] for start, _ in group]), [first for _, first in group])
+            for group in groups]
+
+
+@torch.no_grad()
+def compare(model: PreTrainedModel, original: Callable[[int], tuple[Tensor, bool]],
+            batches: Sequence[tuple[Tensor, list[int]]], *, next_token: bool = True,
+            step: Callable[[int, int], None] | None = None) -> Score:
+    """Run a model over batches of windows, beside what its original makes of each batch; return the sums."""
+    score = Score()
+    for number, (ids, firsts) in enumerate(batches):
+        inputs = ids.to(model.device)
         began = time.perf_counter()
         output, logits = run(model, feed(model, inputs))
-        middle = time.perf_counter()
-        reference, _ = run(original, feed(original, inputs))
-        score.seconds += middle - began
-        score.seconds_original += time.perf_counter() - middle
+        score.seconds += time.perf_counter() - began
         score.tokens += inputs.numel()
+        reference = original(number)[0]
         if not logits:
             score.add_output(output, reference)
         elif output.ndim == 2:  # one distribution over labels a window
             score.add(output, reference, None)
         else:
-            for row, (_, first) in enumerate(group):
+            for row, first in enumerate(firsts):
                 score.add(output[row, first - 1 : -1], reference[row, first - 1 : -1],
                           inputs[row, first:] if next_token else None)
         if step is not None:
-            step(number + len(group), len(listed))
+            step(number + 1, len(batches))
     return score
+
+
+def _vocabulary(source: Source) -> int:
+    found = source.config.get_text_config(decoder=True).to_dict().get("vocab_size")
+    return found if isinstance(found, int) and found > 0 else 1
 
 
 def resident_bytes(model: torch.nn.Module) -> int:
     """Return the bytes of all parameters and buffers held in memory, each once."""
     seen = {t.data_ptr(): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()) if t.numel()}
     return sum(seen.values())
-
-
-def _generation(model: PreTrainedModel, original: PreTrainedModel, ids: Tensor, new: int) -> dict[str, float]:
-    """Return how fast both models generate, where they do."""
-    if not new or not (predicts_next_token(type(original)) and original.can_generate()):
-        return {}
-    with quiet():
-        ours, theirs = generation(model, ids, new), generation(original, ids, new)
-    return ours | {f"{name}_original": value for name, value in theirs.items()}
 
 
 def load_compressed(path: Path, device: str = "cpu") -> PreTrainedModel:
@@ -148,7 +194,7 @@ def load_compressed(path: Path, device: str = "cpu") -> PreTrainedModel:
 
 
 def evaluate(path: Path, source: Source, text: Path, *, context: int = 512, stride: int | None = None,
-             tokens: int | None = None, device: str = "cpu", generate: int = 0,
+             tokens: int | None = None, device: str = "cpu",
              progress: Callable[[str, int, int], None] | None = None) -> dict[str, Any]:
     """Evaluate the compressed model at `path` against its dense source on a held-out text.
 
@@ -158,28 +204,22 @@ def evaluate(path: Path, source: Source, text: Path, *, context: int = 512, stri
         Window length and distance, in tokens; stride defaults to the context.
     tokens : int or None
         Use at most this many tokens of the text.
-    generate : int
-        Time the generation of so many tokens, at least two; 0 for none.
 
     Returns
     -------
     dict
         Flat: `perplexity`, `perplexity_original`, `kl`, `top1` (or `output_error`, `output_cosine`), `bytes`,
         `bytes_original`, `rate`, `resident_bytes`, `prompt_tokens_per_second` (of windows, several at a time),
-        `context`, `stride`, `tokens`, `text`. With `generate`, where the model does: `first_token_seconds` and
-        `decoding_tokens_per_second`; on CUDA the same with `static_` before them, and `compile_seconds`. Figures of the
-        original end in `_original`.
+        `context`, `stride`, `tokens`, `text`.
 
     Raises
     ------
     ModelError
-        If `generate` is 1 or negative, the text is shorter than one context, the store was made from another model, or the class reads no text.
+        If the text is shorter than one context, the store was made from another model, or the class reads no text.
     NonFiniteError
         If the compressed model's logits are not finite.
     """
     stride = context if stride is None else stride
-    if generate != 0 and generate < LEAST:
-        raise ModelError(f"generate must be 0 or at least {LEAST} tokens, found {generate}")
     if not 0 < stride <= context:
         raise ModelError(f"stride must lie between 1 and the context of {context}, found {stride}")
     opened = store.read(path)
@@ -190,18 +230,23 @@ def evaluate(path: Path, source: Source, text: Path, *, context: int = 512, stri
                          "the model that it was made from")
     check_text(model_class(source.config))
     ids = read_ids(source, text, context, tokens)
-    model, original = load_compressed(path, device), load_dense(source, device)
-    score = compare(model, original, ids, context, stride,
-                    None if progress is None else lambda done, total: progress("evaluate", done, total))
+    batches = batched(ids, context, stride, _vocabulary(source))
+
+    def tell(begun: float, done: int, total: int) -> None:
+        if progress is not None:
+            progress("evaluate", round(100 * (begun + done / total)), 200)
+
+    original = Original(source, [inputs for inputs, _ in batches], device, functools.partial(tell, 0.0))
+    model = load_compressed(path, device)
+    score = compare(model, original, batches, next_token=original.next_token, step=functools.partial(tell, 1.0))
     if not math.isfinite(score.nll + score.kl + score.error):
         raise NonFiniteError(f"{path}: the compressed model's outputs hold NaN or infinity on {text}")
     nbytes = store.stored_nbytes(path)
     return {
-        **score.figures(next_token=predicts_next_token(type(original))),
+        **score.figures(next_token=original.next_token),
         "bytes": nbytes, "bytes_original": source.original_nbytes, "rate": 8 * nbytes / store.params(opened),
-        "resident_bytes": resident_bytes(model), "resident_bytes_original": resident_bytes(original),
+        "resident_bytes": resident_bytes(model), "resident_bytes_original": original.nbytes,
         "prompt_tokens_per_second": score.tokens / score.seconds,
-        "prompt_tokens_per_second_original": score.tokens / score.seconds_original,
-        **_generation(model, original, ids, generate),
+        "prompt_tokens_per_second_original": score.tokens / original.seconds,
         "context": context, "stride": stride, "tokens": score.positions, "text": text_source(text),
     }

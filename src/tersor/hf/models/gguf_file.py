@@ -197,6 +197,10 @@ def _tensors(path: Path) -> tuple[str, dict[str, Blocks]]:
     except ImportError as error:
         raise ModelError(f"{path}: GGUF files need the extra 'gguf': pip install 'tersor[gguf]'") from error
     reader = gguf.GGUFReader(path)
+    parts = reader.fields.get("split.count")
+    if parts is not None and int(parts.contents()) > 1:
+        raise ModelError(f"{path}: is one of {int(parts.contents())} files into which a model was split; merge them "
+                         "first, for example with llama.cpp's llama-gguf-split --merge")
     found = {}
     for one in reader.tensors:
         place = Place(path, str(one.name), (int(one.n_bytes),), torch.uint8, int(one.data_offset))

@@ -67,7 +67,7 @@ class Scaled:
         if scales.numel() == 1:
             return values.mul_(scales.reshape(())).to(self.dtype)
         scales = scales.reshape(*scales.shape, *(1 for _ in range(values.ndim - scales.ndim)))
-        if scales.shape[-1] == 1:
+        if scales.shape[-2] in (1, values.shape[-2]) and scales.shape[-1] == 1:
             return values.mul_(scales).to(self.dtype)
         for number, row in enumerate(scales.unbind(-2)):  # a row of blocks at a time
             part = values[..., number * self.block[0] : (number + 1) * self.block[0], :]

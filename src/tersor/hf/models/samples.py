@@ -11,8 +11,9 @@ from torch import Tensor
 
 from tersor.hf.models.classes import model_class, predicts_next_token
 from tersor.hf.models.evaluate import load_compressed
+from tersor.hf.models.hollow import load_dense
 from tersor.hf.models.matrices import quiet
-from tersor.hf.models.source import Source, load_dense
+from tersor.hf.models.source import Source
 from tersor.hf.models.text import read_text, read_tokenizer
 
 PROMPT_TOKENS = 20

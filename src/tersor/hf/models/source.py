@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import hashlib
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from tersor.contract.checks import check_matrix
 from tersor.errors import ModelError
@@ -23,7 +22,7 @@ from tersor.hf.models import gguf_file, staging
 from tersor.hf.models.checkpoint import Account, Held, account
 from tersor.hf.models.classes import model_class, takes_text
 from tersor.hf.models.ledger import Ledger
-from tersor.hf.models.matrices import Matrix, Parts, empty_model, quiet, read_config, refused, walk
+from tersor.hf.models.matrices import Matrix, Parts, empty_model, read_config, walk
 from tersor.hf.models.places import Origin, locate
 from tersor.hf.models.quantized import dense as dequantized
 from tersor.hf.models.quantized import settings
@@ -278,21 +277,6 @@ def _asked(layout: Parts, account: Account, dense: tuple[Collection[str], Sequen
                 for key in account.matching(pattern)}
     carried = {key: torch.Size(place.shape) for key, place in account.extra.items() if key not in left_out}
     return dataclasses.replace(layout, plain={**layout.plain, **carried}), left_out
-
-
-def load_dense(source: Source, device: str = "cpu") -> PreTrainedModel:
-    """Load the dense model of a source: in its own dtype on a GPU, in float32 on a CPU."""
-    dtype = torch.float32 if device == "cpu" else "auto"
-    kind: Any = model_class(source.config)
-    as_it_is = source.path.is_dir() and not settings(read_config(source.path))
-    given: dict[str, Any] = {"pretrained_model_name_or_path": source.folder if as_it_is else None}
-    if not as_it_is:
-        tensors = {name: source.tensor(name) for name in source.account.located}
-        given |= {"config": copy.deepcopy(source.config), "state_dict": tensors}
-    with refused(f"{source.path}: transformers cannot load it"), quiet():
-        model = kind.from_pretrained(**given, dtype=dtype, local_files_only=True)
-    source.check_unchanged()
-    return model.to(device).eval()
 
 
 def read_matrix(source: Source, matrix: Matrix, device: str) -> Tensor:

@@ -4,14 +4,48 @@ from __future__ import annotations
 
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tersor.errors import ModelError
+from tersor.hf.models.classes import predicts_next_token
+from tersor.hf.models.evaluate import load_compressed
+from tersor.hf.models.hollow import load_dense
+from tersor.hf.models.matrices import quiet
+from tersor.hf.models.source import Source
+from tersor.hf.models.text import read_ids
+
 PROMPT = 16  # tokens, at most
 TURNS = 3  # of which the median counts
 LEAST = 2  # tokens: the second is the first that is decoded
+
+
+def speeds(path: Path, source: Source, text: Path, new: int, *, device: str = "cpu") -> dict[str, float]:
+    """Return how fast a compressed model and its original generate, one after another; the original is loaded whole.
+
+    Figures are those of `generation`; the original's end in `_original`.
+
+    Raises
+    ------
+    ModelError
+        If fewer than two tokens are asked for, or the model generates none.
+    """
+    if new < LEAST:
+        raise ModelError(f"generate must be at least {LEAST} tokens, found {new}")
+    ids = read_ids(source, text, PROMPT, PROMPT)
+    ours = _generation(load_compressed(path, device), ids, new)
+    theirs = _generation(load_dense(source, device), ids, new)
+    return ours | {f"{name}_original": value for name, value in theirs.items()}
+
+
+def _generation(model: Any, ids: Tensor, new: int) -> dict[str, float]:
+    if not (predicts_next_token(type(model)) and model.can_generate()):
+        raise ModelError(f"{type(model).__name__} generates no tokens; leave --generate out")
+    with quiet():
+        return generation(model, ids, new)
 
 
 def generation(model: Any, ids: Tensor, new: int) -> dict[str, float]:

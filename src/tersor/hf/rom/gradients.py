@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tersor.hf.compress.sensitivity import sampled_loss
 from tersor.numerics.settings import pinned
 
 
@@ -63,3 +62,10 @@ def _watch(name: str, sums: dict[str, Tensor], whole: bool) -> Any:
         out.register_hook(collect)
 
     return hook
+
+
+def sampled_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Return the negative log-likelihood, summed, of tokens drawn from the model's own distribution."""
+    flat = torch.log_softmax(logits.to(torch.float32).flatten(0, -2), -1)
+    drawn = torch.multinomial(flat.detach().exp().cpu(), 1, generator=generator).to(flat.device)
+    return -flat.gather(-1, drawn).sum()

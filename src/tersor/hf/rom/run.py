@@ -29,7 +29,8 @@ from tersor.hf.compress.verify import verify_in_fresh_process
 from tersor.hf.compress.work import WorkFolder, peak_memory
 from tersor.hf.models.blocks import enter, find_blocks
 from tersor.hf.models.classes import check_language_model
-from tersor.hf.models.source import Source, load_dense, open_source
+from tersor.hf.models.hollow import load_dense
+from tersor.hf.models.source import Source, open_source
 from tersor.hf.models.text import default_calibration, read_ids, text_source, windows
 from tersor.hf.rom import block
 from tersor.hf.rom.assemble import assemble, largest_keep

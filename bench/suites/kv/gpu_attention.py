@@ -1,0 +1,127 @@
+"""Attention of one decoded token over a cache on a GPU, alone: dense beside codes, by context and sequences.
+
+Shapes are an 8B Llama's: 32 query heads, 8 of keys and values, dimension 128, bf16. Payloads are random bytes, several
+caches in turn, so that none stays in the device's own cache. Calls are captured in a CUDA graph: what is timed are the
+kernels. Dense is the fastest of torch's attentions, of which some take the queries that share a head as one block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from bench.suite import Asked, Outcome, Result
+from bench.suites.gpu.timing import PlainTorch, device, relative, settle, time_calls
+from bench.suites.kv.gpu_cases import Attending
+from tersor.kv.coded import Form
+from tersor.kv.pages import Pages
+from tersor.ops.kv_attention import Closed, Held, How, Side, kv_attention, reference
+from tersor.registry import parse
+
+HEADS, GROUP, DIM, BLOCK, PAGE, SINK, RECENT = 8, 4, 128, 64, 16, 4, 160
+SPREAD = 2e8  # bytes of all caches in turn: several times a device's own cache
+MOST = 24  # caches in turn
+TOLERANCE = 0.01  # against float64: half precision in scores and weights, bf16 in the result
+CHECKED = 8192  # tokens up to which results are compared
+BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+
+
+def random(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Return normal numbers, bf16."""
+    return torch.randn(shape, device=device(), generator=generator).to(torch.bfloat16)
+
+
+def side(text: str, batch: int, tokens: int, generator: torch.Generator) -> Side:
+    """Return closed tokens of random codes."""
+    codec, unit = parse(text), (HEADS * BLOCK, DIM)
+    form = Form.of(codec, unit, {}, device())
+    assert form is not None
+    specs = {name: spec for name, spec in codec.layout(unit).items() if not spec.shared}
+    pages, blocks, coded = Pages(specs, batch, PAGE, device()), tokens // BLOCK, form.coded
+    for first in range(0, blocks, PAGE):
+        count = min(PAGE, blocks - first)
+        codes = torch.randint(0, 256, (count, batch, *specs[coded.codes].stored_shape), dtype=torch.uint8,
+                              device=device(), generator=generator)
+        shape = (count, batch, *specs[coded.scales].stored_shape)
+        scales = (0.5 + torch.rand(shape, device=device(), generator=generator)).to(torch.bfloat16)
+        if coded.bits == 8:
+            codes &= 0x77  # NaN are none
+        pages.append({coded.codes: codes, coded.scales: scales}, count)
+    return Side(form.levels, pages.buffers(), pages.addresses(), pages.starts[coded.codes], pages.starts[coded.scales])
+
+
+def held(case: Attending, seed: int) -> Held:
+    """Return a cache of random codes."""
+    generator = torch.Generator(device()).manual_seed(seed)
+    tokens = (case.tokens - SINK - RECENT) // BLOCK * BLOCK
+    keys, values = (side(case.method, case.batch, tokens, generator) for _ in range(2))
+    parts = [random((case.batch, HEADS, count, DIM), generator) for count in (SINK, SINK, RECENT, RECENT)]
+    return Held((parts[0], parts[1]), (parts[2], parts[3]), Closed(keys, values, tokens, BLOCK, PAGE))
+
+
+def coded(case: Attending) -> tuple[int, dict[str, Any]]:
+    """Return bytes of the closed tokens and what was measured of attention over codes."""
+    first = held(case, 0)
+    assert first.closed is not None
+    parts = (first.closed.keys, first.closed.values)
+    nbytes = sum(page.numel() for one in parts for page in one.pages)
+    caches = [first, *(held(case, seed) for seed in range(1, max(1, min(MOST, int(SPREAD // nbytes) + 1))))]
+    query = random((case.batch, HEADS * GROUP, 1, DIM), torch.Generator(device()).manual_seed(99))
+    how, numbers = How(DIM**-0.5), dict[str, Any]()
+    if case.tokens <= CHECKED:
+        wanted = reference.attention(query, first, how, torch.float64)
+        numbers["error"] = relative(kv_attention(query, first, how), wanted)
+        numbers["red"] = not numbers["error"] <= TOLERANCE
+    with PlainTorch() as plain:
+        timing = time_calls([lambda one=one: kv_attention(query, one, how) for one in caches])
+    return nbytes, {**numbers, **timing.numbers(), **plain.numbers()}
+
+
+def dense(case: Attending) -> tuple[int, dict[str, Any]]:
+    """Return bytes and the time of the fastest dense attention, and which it was."""
+    generator = torch.Generator(device()).manual_seed(0)
+    shape = (case.batch, HEADS, case.tokens, DIM)
+    nbytes = 2 * 2 * case.batch * HEADS * case.tokens * DIM
+    pairs = [(random(shape, generator), random(shape, generator)) for _ in range(int(2 * SPREAD // nbytes) + 1)]
+    query = random((case.batch, HEADS * GROUP, 1, DIM), generator)
+    best: tuple[float, str, dict[str, Any]] | None = None
+    for backend in BACKENDS:
+        for grouped in (False, True):
+            with contextlib.suppress(RuntimeError):  # a backend that does not take this
+                timing = time_calls([_dense_call(backend, query, pair, grouped) for pair in pairs])
+                if best is None or timing.seconds < best[0]:
+                    best = timing.seconds, f"{backend.name.lower()}{', grouped' if grouped else ''}", timing.numbers()
+    settle()
+    return nbytes, {} if best is None else {**best[2], "attention": best[1]}
+
+
+def _dense_call(backend: Any, query: Tensor, pair: tuple[Tensor, Tensor], grouped: bool) -> Callable[[], Tensor]:
+    asked = query.reshape(query.shape[0], HEADS, GROUP, DIM) if grouped else query
+
+    def call() -> Tensor:
+        with sdpa_kernel(backend):
+            return scaled_dot_product_attention(asked, *pair, enable_gqa=not grouped)
+
+    return call
+
+
+def measure(cases: Sequence[Attending], asked: Asked) -> Iterator[Outcome]:
+    """Yield results as they come; dense first, for the ratios of its context."""
+    del asked
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    times: dict[tuple[int, int], float] = {}
+    for given in cases:
+        case = given if name else dataclasses.replace(given, tokens=min(given.tokens, 512))
+        nbytes, numbers = dense(case) if case.method == "none" else coded(case)
+        if case.method == "none" and numbers:
+            times[given.tokens, given.batch] = numbers["us"]
+        elif (given.tokens, given.batch) in times:
+            numbers["x_dense"] = float(f"{times[given.tokens, given.batch] / numbers['us']:.4g}")
+        yield Result.of(given, nbytes, numbers, device=name)

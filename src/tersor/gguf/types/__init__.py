@@ -1,0 +1,1 @@
+"""Block types of ggml, one file each: what a block holds, byte by byte."""

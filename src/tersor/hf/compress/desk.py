@@ -1,0 +1,161 @@
+"""Where matrices are encoded one by one, and what is finished is put down for a run that goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tersor.contract.codec import Codec, Encoded
+from tersor.errors import CorruptStoreError
+from tersor.files import load_sealed, save_sealed, seal, tell_damaged
+from tersor.hf.compress.method import fixed_options
+from tersor.hf.compress.request import Progress, Request
+from tersor.hf.models.source import Source
+from tersor.numerics.settings import pinned
+from tersor.planning.calibration import Calibration
+from tersor.planning.plan import to_json
+from tersor.quality import measure
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Job:
+    """A plan and what it is carried out with.
+
+    Attributes
+    ----------
+    source : Source
+    picks : mapping of str to Codec
+        The plan.
+    calibration : Calibration or None
+    request : Request
+    provenance : mapping
+        For the manifest.
+    """
+
+    source: Source
+    picks: Mapping[str, Codec]
+    calibration: Calibration | None
+    request: Request
+    provenance: Mapping[str, Any]
+
+
+class Desk:
+    """Where matrices are encoded, and put down when they are finished.
+
+    Attributes
+    ----------
+    files : mapping of str to Path
+        Of the payloads, by matrix.
+    report : dict of str to dict
+        What is finished.
+    """
+
+    def __init__(self, job: Job, folder: Path, progress: Progress) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.job, self.report, self._progress = job, dict[str, Any](), progress
+        self.files = {name: folder / f"{number:06d}.safetensors" for number, name in enumerate(job.picks)}
+
+    @property
+    def mark(self) -> str:
+        """A digest of the job, for what belongs to all of its matrices."""
+        return seal(_facts(self.job))
+
+    def finished(self, name: str) -> bool:
+        """Return whether a matrix is there, as this job would encode it."""
+        if name not in self.report:
+            known = (False,) if self.job.calibration is None else (False, True)
+            found = _finished(self.files[name], {_stamp(self.job, name, self._options(name, calibrated=calibrated))
+                                                 for calibrated in known})
+            self.report.update({} if found is None else {name: found})
+        return name in self.report
+
+    def encode(self, name: str, dense: Callable[[], Tensor], hessian: Callable[[], Tensor | None],
+               target: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
+        """Encode a matrix, unless it is there; it is read, and its Hessian made, if it is not.
+
+        Parameters
+        ----------
+        target : callable or None
+            From the matrix and its Hessian to what is encoded in its place; errors are those against the matrix.
+        """
+        self._progress("encode", len(self.report), len(self.job.picks))
+        if not self.finished(name):
+            given, metric = dense(), hessian()
+            options = self._options(name, calibrated=metric is not None)
+            aim = given if target is None or metric is None else target(given, metric)
+            encoded, found = encode_matrix(given, self.job.picks[name], metric, self.job.request.seed, options, name,
+                                           aim=aim)
+            save_sealed(encoded.tensors, self.files[name], {"job": _stamp(self.job, name, options), "report": found})
+            self.report[name] = found
+        self._progress("encode", len(self.report), len(self.job.picks))
+
+    def decoded(self, name: str, device: torch.device) -> Tensor:
+        """Return a finished matrix as it decodes, float32 (out, in)."""
+        tensors = {key: tensor.to(device) for key, tensor in read_payload(self.files[name]).items()}
+        with pinned():  # what is encoded later depends on it, and must not depend on threads
+            return Encoded(self.job.picks[name], self.job.source.layout.matrices[name].shape, tensors).decode()
+
+    def _options(self, name: str, *, calibrated: bool) -> dict[str, Any]:
+        return fixed_options(self.job.picks[name], self.job.request.options, calibrated=calibrated)
+
+
+def _facts(job: Job) -> list[Any]:
+    """Return what all matrices of a job depend on; under a text, each depends on how those before it are encoded."""
+    known = job.calibration
+    plan = to_json(job.picks) if known is not None and not known.hessians else None
+    return [dict(job.provenance), None if known is None else known.sha256, plan]
+
+
+def _stamp(job: Job, name: str, options: Mapping[str, Any]) -> str:
+    codec = job.picks[name]
+    return seal([*_facts(job), name, codec.spec(), codec.version, dict(options)])
+
+
+def encode_matrix(dense: Tensor, codec: Codec, hessian: Tensor | None, seed: int, options: Mapping[str, Any],
+                  name: str, *, aim: Tensor | None = None) -> tuple[Encoded, dict[str, Any]]:
+    """Encode one matrix, check the payload and measure it; return it with its line of the report.
+
+    Parameters
+    ----------
+    aim : Tensor or None
+        What is encoded in place of the matrix, (out, in); what is measured is the error against the matrix.
+    """
+    given = dense if aim is None else aim
+    tables = codec.train([given], seed=seed)
+    encoded = codec.encode(given, hessian=hessian, seed=seed, options=options, tables=tables).check(name)
+    quality = measure(dense, encoded, hessian)
+    return encoded, {
+        "codec": codec.spec(), "shape": list(encoded.shape), "nbytes": encoded.nbytes, "rate": encoded.rate,
+        "relative_error": quality.relative_error, "distortion": quality.distortion, "sqnr_db": quality.sqnr,
+        "shannon_gap_db": quality.shannon_gap, "options": dict(options)}
+
+
+def _finished(file: Path, stamps: Collection[str]) -> dict[str, Any] | None:
+    """Return the report of a finished matrix; None if there is none, it is damaged, or another job's."""
+    if not file.exists():
+        return None
+    try:
+        record = load_sealed(file)[1]
+    except CorruptStoreError as error:
+        tell_damaged(error)
+        return None
+    return record["report"] if record.get("job") in stamps else None
+
+
+def read_payload(file: Path) -> dict[str, Tensor]:
+    """Read one finished matrix's payload from the work folder.
+
+    Raises
+    ------
+    CorruptStoreError
+        If it has been damaged since it was finished; the next run makes it again.
+    """
+    try:
+        return load_sealed(file)[0]
+    except CorruptStoreError as error:
+        raise CorruptStoreError(f"{error}; run again, and this matrix is encoded again") from error

@@ -1,0 +1,172 @@
+"""Calibration text and the model that reads it, block by block."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+import tersor
+from tersor.files import seal
+from tersor.hf.compress.checkpoint import Checkpoint
+from tersor.hf.compress.request import Sampling
+from tersor.hf.models.classes import check_text, model_class
+from tersor.hf.models.flow import Activations, Flow
+from tersor.hf.models.hollow import Hollow
+from tersor.hf.models.matrices import Matrix
+from tersor.hf.models.source import Source, read_matrix
+from tersor.hf.models.streamed import Proof, Streamed
+from tersor.hf.models.text import read_ids, text_source, windows
+from tersor.planning.calibration import Calibration
+
+BATCH_TOKENS = 4096  # run at a time
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reading:
+    """Calibration text, cut into windows, and who reads it.
+
+    Attributes
+    ----------
+    source : Source
+    sequences : Tensor
+        Token ids (windows, context).
+    text : str
+        The file's name and digest.
+    sampling : Sampling
+    device : str
+    whole : bool
+        Keep all weights in memory at once.
+    folder : Path
+        Where activations go that find no room in memory.
+    proofs : list of Proof
+        That the model runs block by block: none before it was first run.
+    position : list of int
+        The stage that is worked on, and the number of blocks.
+    """
+
+    source: Source
+    sequences: Tensor
+    text: str
+    sampling: Sampling
+    device: str
+    whole: bool
+    folder: Path
+    proofs: list[Proof] = dataclasses.field(default_factory=list)
+    position: list[int] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def of(cls, source: Source, text: Path, sampling: Sampling, folder: Path, *, device: str = "cpu",
+           whole: bool = False) -> Reading:
+        """Return the reading of a text file; `folder` is made when it is needed.
+
+        Raises
+        ------
+        ModelError
+            If the model reads no text, or the text cannot be read or is too short.
+        """
+        check_text(model_class(source.config))
+        sequences = windows(read_ids(source, text, sampling.context, sampling.tokens), sampling.context)
+        return cls(source, sequences, text_source(text), sampling, device, whole, folder)
+
+    @property
+    def place(self) -> str:
+        """The stage that is worked on, in words."""
+        if not self.position or self.whole:
+            return ""
+        stage, blocks = self.position
+        return f"block {stage + 1} of {blocks}" if stage < blocks else "outside the blocks"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all windows."""
+        return self.sequences.numel()
+
+    @functools.cached_property
+    def mark(self) -> str:
+        """A digest of all that sums over the text depend on."""
+        return seal([tersor.__version__, self.source.fingerprint, self.text, dataclasses.asdict(self.sampling),
+                     self.device, BATCH_TOKENS])
+
+    @property
+    def seen(self) -> Calibration:
+        """What there is to say of the text before it is read: no moments, no sensitivities."""
+        return Calibration({}, self.tokens, self.text, sha256=self.mark)
+
+    def streamed(self, like: Streamed | None = None) -> Streamed:
+        """Return the dense model, proven to run block by block.
+
+        Parameters
+        ----------
+        like : Streamed or None
+            Another one, whose weights are copied where they are in memory.
+
+        Raises
+        ------
+        ModelError
+            If it does not; or NonFiniteError, if a matrix holds NaN or infinity.
+        """
+        hollow = Hollow(self.source, self.device, None if like is None else like.hollow)
+        found = Streamed(hollow, self.sequences, whole=self.whole, proof=self.proofs[0] if self.proofs else None)
+        self.proofs[:] = [found.proof]
+        return found
+
+    def flow(self, streamed: Streamed, name: str, every: int = 1) -> Flow:
+        """Return the text at the model's entrance: all batches, or one in `every`."""
+        batches = self.sequences.split(max(1, BATCH_TOKENS // self.sampling.context))
+        return Flow(streamed, batches[::every], Activations(self.folder / name))
+
+
+class Place:
+    """Where flows stand: saved from time to time between blocks, so that a killed run need not go all the way anew.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    flows : Flow
+        Of one model.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *flows: Flow) -> None:
+        self._checkpoint, self._flows = checkpoint, flows
+
+    def resume(self, latest: int) -> int:
+        """Take up what was saved at a stage up to `latest`, if anything was; return the stage to go on with."""
+        found = self._checkpoint.read()
+        if found is None or found[1]["stage"] > latest:
+            return 0
+        for number, flow in enumerate(self._flows):
+            held = {key.partition(":")[2]: t for key, t in found[0].items() if key.startswith(f"{number}:")}
+            flow.kept.restore(held, flow.streamed.hollow.device)
+        return int(found[1]["stage"])
+
+    def passed(self, stage: int) -> None:
+        """Save, if it is time: batches have passed a stage."""
+        if self._checkpoint.due():
+            tensors = {f"{number}:{key}": tensor for number, flow in enumerate(self._flows)
+                       for key, tensor in flow.kept.tensors().items()}
+            self._checkpoint.save(tensors, {"stage": stage + 1})
+
+    def drop(self) -> None:
+        """Remove what was saved: the flows have come to their end."""
+        self._checkpoint.drop()
+
+
+def steps(stages: int, tokens: int, tell: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    """Return what takes a stage and tokens done in it, and tells what is done of all stages."""
+    def step(stage: int, done: int) -> None:
+        tell(stage * tokens + done, stages * tokens)
+    return step
+
+
+def dense_of(streamed: Streamed, matrix: Matrix) -> Tensor:
+    """Return a matrix (out, in) of the resident weights, or read it where no text reaches its module."""
+    held = streamed.hollow.parameter(matrix.parameter)
+    if held.is_meta:
+        return read_matrix(streamed.hollow.source, matrix, str(streamed.hollow.device))
+    return matrix.take(held.detach())
+
+

@@ -1,0 +1,59 @@
+"""The model in a finished file, beside its original: perplexity, KL, and the share of equal answers."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from tersor.errors import NonFiniteError
+from tersor.gguf import file
+from tersor.gguf.encode import decode
+from tersor.gguf.types.ladder import BY_NUMBER
+from tersor.hf.compress.request import Progress
+from tersor.hf.gguf.inputs import flat
+from tersor.hf.gguf.origin import Origin
+from tersor.hf.models.classes import predicts_next_token
+from tersor.hf.models.evaluate import compare
+from tersor.hf.models.matrices import quiet, refused
+from tersor.hf.models.hollow import load_dense
+from tersor.hf.models.source import Source
+from tersor.hf.models.text import read_ids, text_source
+
+
+def evaluate(path: Path, origin: Origin, text: Path, *, context: int, tokens: int,
+             progress: Progress) -> dict[str, Any]:
+    """Return the figures of a file's model on a held-out text, by its decoded weights in float32."""
+    source = origin.known()
+    ids = read_ids(source, text, context, tokens)
+    model = _read(path) if origin.path.is_file() else _filled(path, origin, source)
+    original = load_dense(source)
+    score = compare(model, original, ids, context, context, lambda done, total: progress("evaluate", done, total))
+    if not math.isfinite(score.nll + score.kl + score.error):
+        raise NonFiniteError(f"{path}: the encoded model's outputs hold NaN or infinity on {text}")
+    return {**score.figures(next_token=predicts_next_token(type(original))), "context": context,
+            "tokens": score.positions, "text": text_source(text)}
+
+
+def _read(path: Path) -> PreTrainedModel:
+    """Return a file's model as transformers reads it."""
+    with refused(f"{path}: transformers cannot read it back"), quiet():
+        model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32,
+                                                          local_files_only=True)
+    return model.eval()
+
+
+@torch.no_grad()
+def _filled(path: Path, origin: Origin, source: Source) -> PreTrainedModel:
+    """Return the original with its matrices replaced by those of a file."""
+    model, found = load_dense(source), file.read(path)
+    for entry, item in zip(found.entries, origin.items, strict=True):
+        if item.matrix is None or item.undo is None:
+            continue
+        kind, (rows, width) = BY_NUMBER[entry.number], flat(entry)
+        stored = found.bytes_of(entry, kind.tensor_nbytes(entry.elements)).reshape(rows, -1)
+        model.get_parameter(item.matrix).copy_(item.undo(decode(kind, stored, width)))
+    return model

@@ -1,0 +1,106 @@
+"""Attention over a compressed cache on CUDA: three launches, of which none waits for the processor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tersor.ops.kv_attention.kernels.around import merge, prepare
+from tersor.ops.kv_attention.kernels.attending import attend
+from tersor.ops.kv_attention.shapes import (
+    DENSE_TURN,
+    LOG2E,
+    WARPS,
+    Closed,
+    Division,
+    Held,
+    How,
+    Side,
+    division_of,
+    element_codes,
+)
+from tersor.ops.workspace import multiprocessors, workspace
+
+COLUMNS = 32  # of a program around attention
+PARTS = 64  # that a program joins at a time
+
+
+def attention(query: Tensor, held: Held, how: How, counts: Tensor | None = None) -> Tensor:
+    """Return (batch, query heads, queries, dim) in the dtype of `query`; arguments as of the op."""
+    closed, query = held.closed, query.contiguous()
+    assert closed is not None
+    batch, heads, _, dim = held.recent[0].shape
+    rows = query.shape[1] // heads * query.shape[2]
+    dense = held.sinks[0].shape[2] + held.recent[0].shape[2]
+    with torch.cuda.device(query.device):
+        cut = division_of(closed.tokens, dense, batch * heads, rows, multiprocessors(query.device))
+        near = workspace((batch * heads, cut.rows, dim), torch.float16, query.device, "queries")
+        numbers = workspace((2, batch * heads, cut.rows), torch.float32, query.device, "queries")
+        parts = batch * heads * cut.parts * rows
+        scores = workspace((2, parts), torch.float32, query.device, "parts of attention")
+        sums = workspace((parts, dim), torch.float32, query.device, "parts of attention")
+        out = torch.empty(batch, query.shape[2], query.shape[1], dim, dtype=query.dtype, device=query.device)
+        room = max(16, 1 << (cut.parts - 1).bit_length())
+        keys, values = closed.keys.levels, closed.values.levels
+        scaling = how.scaling * (LOG2E if how.softcap is None else 1.0)
+        prepare[(batch * heads, dim // COLUMNS)](
+            query, _or(keys.maps, query), _or(keys.bounds, query), _or(keys.offset, query), near, *numbers, scaling,
+            heads, rows, dim, keys.maps is not None, _per_head(keys.maps, keys.offset), keys.offset is not None,
+            cut.rows, element_codes(keys.bits, dim), COLUMNS, num_warps=4)
+        _attend(query, held, closed, how, (cut, near, numbers, scores, sums), scaling, counts)
+        merge[(batch * heads * rows, dim // COLUMNS)](
+            scores[0], scores[1], sums, _or(values.maps, query), _or(values.offset, query), _or(how.s_aux, query), out,
+            cut.parts, cut.splits, heads, rows, query.shape[2], dim, values.maps is not None,
+            _per_head(values.maps, values.offset), values.offset is not None, how.s_aux is not None,
+            room, min(room, PARTS), COLUMNS, num_warps=8, launch_pdl=True)
+    return out.transpose(1, 2)
+
+
+def _attend(query: Tensor, held: Held, closed: Closed, how: How,
+            work: tuple[Division, Tensor, Tensor, Tensor, Tensor], scaling: float, counts: Tensor | None) -> None:
+    """Launch the kernel that reads the cache."""
+    cut, near, numbers, scores, sums = work
+    batch, heads, recent, dim = held.recent[0].shape
+    (sink_keys, sink_values), (keys, values) = ((_rows(one) for one in pair) for pair in (held.sinks, held.recent))
+    mask, steps = _mask(how.mask, query, batch)
+    near_side, far_side = _anchored(closed.keys), _anchored(closed.values)
+    attend[(cut.parts, batch * heads)](
+        query, near, numbers[0], numbers[1], near_side[0], far_side[0], closed.keys.addresses, closed.values.addresses,
+        near_side[1], far_side[1], closed.keys.levels.words, closed.values.levels.words, sink_keys, sink_values, keys,
+        values, mask, float(how.softcap or 0.0), scaling, scores[0], scores[1], sums,
+        near_side[0] if counts is None else counts, closed.tokens, held.sinks[0].shape[2], recent, batch,
+        *sink_keys.stride()[:3], *keys.stride()[:3], *sink_values.stride()[:3], *values.stride()[:3], *steps,
+        cut.splits, heads, query.shape[1] // heads * query.shape[2], query.shape[2], dim, closed.block, closed.blocks,
+        closed.keys.levels.bits, closed.values.levels.bits, _kind(how.mask), how.softcap is not None,
+        how.mask is None and how.causal, counts is not None, cut.rows, cut.turn, DENSE_TURN, WARPS, num_warps=WARPS,
+        launch_pdl=True)
+
+
+def _anchored(side: Side) -> tuple[Tensor, int]:
+    """Return the first page from where codes begin, as words, and how far scales are from there, in words."""
+    return side.pages[0].view(torch.int32)[side.codes_at // 4 :], (side.scales_at - side.codes_at) // 4
+
+
+def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+    return other if tensor is None else tensor
+
+
+def _per_head(*tensors: Tensor | None) -> bool:
+    return any(tensor is not None and tensor.shape[0] > 1 for tensor in tensors)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """Return dense tokens with their numbers side by side."""
+    return tensor if tensor.stride(3) == 1 else tensor.contiguous()
+
+
+def _kind(mask: Tensor | None) -> str:
+    return "none" if mask is None else "bool" if mask.dtype == torch.bool else "float"
+
+
+def _mask(mask: Tensor | None, query: Tensor, batch: int) -> tuple[Tensor, tuple[int, ...]]:
+    """Return what the kernel reads of a mask, and its steps by sequence, query head, query and token."""
+    if mask is None:
+        return query, (0, 0, 0, 0)
+    whole = mask.expand(batch, query.shape[1], query.shape[2], mask.shape[3])
+    return (whole.view(torch.uint8) if mask.dtype == torch.bool else whole), whole.stride()

@@ -1,0 +1,67 @@
+"""Attention over a compressed cache in plain torch: what the kernels mean, in any precision."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tersor.ops.kv_attention.shapes import Closed, Held, How, Side
+from tersor.payload import packing
+
+
+def attention(query: Tensor, held: Held, how: How, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return attention of queries, (batch, query heads, queries, dim) in `dtype`; one that sees nothing gets zeros."""
+    keys, values = (every(held, side, dtype) for side in range(2))
+    batch, heads, tokens, dim = keys.shape
+    queries = query.shape[2]
+    split = query.to(dtype).reshape(batch, heads, -1, dim)
+    scores = (split @ keys.mT * how.scaling).reshape(batch, -1, queries, tokens)
+    if how.softcap is not None:
+        scores = torch.tanh(scores / how.softcap) * how.softcap
+    if how.mask is not None:
+        scores = (scores.masked_fill(~how.mask, float("-inf")) if how.mask.dtype == torch.bool
+                  else scores + how.mask.to(dtype))
+    elif how.causal:
+        place = torch.arange(tokens, device=query.device)
+        scores = scores.masked_fill(place > place[tokens - queries :, None], float("-inf"))
+    peak = scores.amax(-1, keepdim=True)
+    if how.s_aux is not None:
+        peak = torch.maximum(peak, how.s_aux.to(dtype)[:, None, None])
+    base = peak.masked_fill(peak == float("-inf"), 0.0)
+    weights = torch.exp(scores - base)
+    total = weights.sum(-1, keepdim=True)
+    if how.s_aux is not None:
+        total = total + torch.exp(how.s_aux.to(dtype)[:, None, None] - base)
+    mixed = (weights.reshape(batch, heads, -1, tokens) @ values).reshape(batch, -1, queries, values.shape[3])
+    return mixed / total.masked_fill(total == 0.0, 1.0)
+
+
+def every(held: Held, which: int, dtype: torch.dtype) -> Tensor:
+    """Return all keys (0) or values (1), (batch, heads, tokens, dim)."""
+    parts = [held.sinks[which].to(dtype), held.recent[which].to(dtype)]
+    if held.closed is not None:
+        side = held.closed.values if which else held.closed.keys
+        parts.insert(1, decoded(held.closed, side, parts[1].shape, dtype))
+    return torch.cat(parts, 2)
+
+
+def decoded(closed: Closed, side: Side, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Return closed tokens of a cache of (batch, heads, any, dim): (batch, heads, tokens, dim)."""
+    batch, heads, _, dim = shape
+    levels, rows = side.levels, closed.blocks * batch * heads * closed.block
+    count = dim if levels.maps is None else levels.maps.shape[1]
+    found = []
+    for page in side.pages:
+        raw = page[side.codes_at : side.codes_at + rows * count * levels.bits // 8]
+        scales = page[side.scales_at : side.scales_at + 2 * rows].view(torch.bfloat16).to(dtype)
+        if levels.table is None:
+            numbers = raw.view(torch.float8_e4m3fn).to(torch.float32).to(dtype)
+        else:
+            codes = packing.unpack(raw, 2**levels.bits, 0, rows * count)
+            numbers = levels.table.to(device=page.device, dtype=dtype)[codes.to(torch.int32)]
+        found.append((numbers.reshape(rows, count) * scales[:, None]).reshape(closed.blocks, batch, heads, closed.block,
+                                                                              count))
+    tokens = torch.cat(found).permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, : closed.tokens]
+    if levels.maps is not None:
+        tokens = tokens @ levels.maps.to(dtype)
+    return tokens if levels.offset is None else tokens + levels.offset.to(dtype)[:, None]

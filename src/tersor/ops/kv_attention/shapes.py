@@ -1,0 +1,232 @@
+"""What attention over a compressed cache is given, and in what pieces the kernels take it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+BITS = (2, 3, 4, 8)  # of a code
+DIMS = (64, 128)  # of a head
+DTYPES = (torch.bfloat16, torch.float16)
+MOST_QUERIES = 8  # tokens of a sequence that attend at once
+ROWS = (8, 16, 32)  # queries that share a head's keys, as products of the tensor cores serve them
+WARPS = 4
+TURN = 32  # closed tokens that a warp takes at a time, 16 with most queries: blocks hold a multiple
+DENSE_TURN = 16
+PROGRAMS = 2  # of a multiprocessor, over closed tokens; three fit, and those over dense tokens are short
+LEAST_TURNS = 3  # of a warp: beginning and ending cost as much as two or three
+LOG2E = math.log2(math.e)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Levels:
+    """How the codes of tokens stand for numbers: `token = (scale levels[code]) maps + offset`; made by `of`.
+
+    Attributes
+    ----------
+    bits : int
+        Of a code; 8 are numbers of e4m3.
+    table : Tensor or None
+        float32 (2**bits,), ascending, on the processor; None with 8 bits.
+    mirrored : bool
+        Whether codes c and 2**bits - 1 - c stand for opposite numbers.
+    words : Tensor
+        The table as kernels look it up; see `table_words`.
+    maps : Tensor or None
+        float32 (heads or 1, coordinates, dim): what takes coordinates to tokens; None where they are the same.
+    bounds : Tensor or None
+        float32 (heads or 1,): the 2-norm of the longest line of each map.
+    offset : Tensor or None
+        float32 (heads or 1, dim).
+    """
+
+    bits: int
+    table: Tensor | None
+    mirrored: bool
+    words: Tensor
+    maps: Tensor | None = None
+    bounds: Tensor | None = None
+    offset: Tensor | None = None
+
+    @classmethod
+    def of(cls, bits: int, table: Tensor | None, maps: Tensor | None = None, offset: Tensor | None = None,
+           device: torch.device | None = None) -> Levels:
+        """Return the levels with all but the table on a device, by default the processor."""
+        near = torch.device("cpu") if device is None else device
+        heads = max((len(one) for one in (maps, offset) if one is not None), default=1)
+        wide, shift = (None if one is None else one.expand(heads, *one.shape[1:]).to(
+            device=near, dtype=torch.float32).contiguous() for one in (maps, offset))
+        plain = None if table is None else table.to(device="cpu", dtype=torch.float32)
+        bounds = None if wide is None else wide.norm(dim=2).amax(1)
+        mirrored = plain is None or torch.equal(plain, -plain.flip(0))
+        return cls(bits, plain, mirrored, table_words(bits, plain).to(near), wide, bounds, shift)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Side:
+    """Closed keys or values of a layer, as codes in pages.
+
+    Attributes
+    ----------
+    levels : Levels
+    pages : tuple of Tensor
+        uint8, each with room for so many blocks: codes (blocks, batch, heads, tokens of a block, bytes), and scales,
+        bf16 (blocks, batch, heads, tokens of a block).
+    addresses : Tensor
+        int64 (pages,): how far each is from the first, in units of 16 bytes.
+    codes_at, scales_at : int
+        Where codes and scales begin in a page, bytes.
+    """
+
+    levels: Levels
+    pages: tuple[Tensor, ...]
+    addresses: Tensor
+    codes_at: int
+    scales_at: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Closed:
+    """Closed tokens of a layer: `tokens` of them, in blocks of `block`, pages of `blocks` blocks."""
+
+    keys: Side
+    values: Side
+    tokens: int
+    block: int
+    blocks: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Held:
+    """Everything that queries attend to, in order: dense sinks, closed tokens, dense recent ones.
+
+    Attributes
+    ----------
+    sinks, recent : (Tensor, Tensor)
+        Keys and values, (batch, heads, tokens, dim).
+    closed : Closed or None
+    """
+
+    sinks: tuple[Tensor, Tensor]
+    recent: tuple[Tensor, Tensor]
+    closed: Closed | None = None
+
+    @property
+    def tokens(self) -> int:
+        """All tokens."""
+        return self.sinks[0].shape[2] + (self.closed.tokens if self.closed else 0) + self.recent[0].shape[2]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class How:
+    """What happens to scores before the softmax.
+
+    Attributes
+    ----------
+    scaling : float
+    mask : Tensor or None
+        (batch or 1, query heads or 1, queries, tokens): bool, True where attended, or floats that are added.
+    causal : bool
+        Without a mask: the last queries are the last tokens, and see none after themselves.
+    softcap : float or None
+        Scores become `softcap tanh(score / softcap)`.
+    s_aux : Tensor or None
+        (query heads,): logits that attend to nothing.
+    """
+
+    scaling: float
+    mask: Tensor | None = None
+    causal: bool = True
+    softcap: float | None = None
+    s_aux: Tensor | None = None
+
+
+def refusal(query: Tensor, held: Held) -> str | None:
+    """Return why the kernels do not take this, or None."""
+    closed, (batch, heads, _, dim) = held.closed, held.recent[0].shape
+    rows = query.shape[1] // heads * query.shape[2]
+    dtypes = {query.dtype, *(part.dtype for part in (*held.sinks, *held.recent))}
+    if closed is None:
+        return "there are no closed tokens"
+    if len(dtypes) > 1 or query.dtype not in DTYPES:
+        return f"it takes bfloat16 or float16 throughout, found {', '.join(sorted(str(one) for one in dtypes))}"
+    if dim not in DIMS or held.recent[1].shape[3] != dim:
+        return f"it takes keys and values of one dimension of {DIMS}, found {dim} and {held.recent[1].shape[3]}"
+    if query.shape[2] > MOST_QUERIES or rows > ROWS[-1]:
+        return (f"it takes up to {MOST_QUERIES} queries, and {ROWS[-1]} that share a key, found {query.shape[2]} and "
+                f"{rows}")
+    for name, side in (("keys", closed.keys), ("values", closed.values)):
+        if side.levels.bits not in BITS:
+            return f"it takes codes of {BITS} bits, found {name} of {side.levels.bits}"
+        if side.levels.maps is not None and side.levels.maps.shape[1] != dim:
+            return f"{name} have {side.levels.maps.shape[1]} coordinates for {dim} numbers"
+        if side.levels.bits == 4 and not side.levels.mirrored:
+            return f"levels of 4 bits must be symmetric, those of {name} are not"
+    if closed.block % TURN or closed.block & (closed.block - 1) or closed.blocks & (closed.blocks - 1):
+        return f"blocks must be powers of two of at least {TURN} tokens, found {closed.block}"
+    return "it takes tokens of one batch" if batch * heads * rows >= 1 << 24 else None
+
+
+def element_codes(bits: int, dim: int) -> int:
+    """Return how many codes kernels take together: a word of them, or half, so that tokens have eight such elements."""
+    if bits == 8:
+        return 4
+    return 16 if bits == 2 and dim >= 128 else 8
+
+
+def table_words(bits: int, table: Tensor | None) -> Tensor:
+    """Return levels as kernels look them up: int32 (WARPS, 4), on the processor.
+
+    Of 2 bits: half-precision levels, two a word, and what selects both bytes of each. Else the high bytes of eight
+    levels, of 4 bits of the upper ones, four a word, then the low bytes.
+    """
+    if table is None or bits not in BITS:
+        words = torch.zeros(4, dtype=torch.int32)
+    else:
+        halves = table.to(torch.float16).contiguous()
+        pairs = halves.view(torch.uint8).reshape(-1, 2)[-8:]
+        if bits == 2:
+            words = torch.cat([halves.view(torch.int32), torch.tensor([0x10101010, 0], dtype=torch.int32)])
+        else:
+            words = torch.cat([pairs[:, 1], pairs[:, 0]]).view(torch.int32)
+    return words.repeat(WARPS, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Division:
+    """How work is cut.
+
+    Attributes
+    ----------
+    splits : int
+        Programs that share a head's closed tokens.
+    dense : int
+        Programs that share its others.
+    rows : int
+        Queries of a tile.
+    turn : int
+        Closed tokens that a warp takes at a time.
+    """
+
+    splits: int
+    dense: int
+    rows: int
+    turn: int
+
+    @property
+    def parts(self) -> int:
+        """Programs of a head."""
+        return self.splits + self.dense
+
+
+def division_of(closed: int, dense: int, heads: int, rows: int, processors: int) -> Division:
+    """Return the division for so many closed and dense tokens of `heads` heads of all sequences."""
+    tile = next(one for one in ROWS if rows <= one)
+    turn = TURN if tile < ROWS[-1] else TURN // 2
+    others = -(-dense // (WARPS * DENSE_TURN))
+    turns = -(-closed // (WARPS * turn))
+    each = max(min(LEAST_TURNS, turns), -(-turns // max(1, PROGRAMS * processors // heads)))
+    return Division(-(-turns // each), others, tile, turn)
