@@ -19,8 +19,7 @@ from tersor.hf.gguf.origin import Origin
 from tersor.hf.models.classes import predicts_next_token
 from tersor.hf.models.evaluate import compare
 from tersor.hf.models.matrices import quiet, refused
-from tersor.hf.models.hollow import load_dense
-from tersor.hf.models.source import Source
+from tersor.hf.models.source import Source, load_dense
 from tersor.hf.models.text import read_ids, text_source
 
 
