@@ -51,23 +51,23 @@ class Buffers:
     def register(self, device: str) -> None:
         """Create the buffers, empty, on `device`; a shared table only if it is not there yet."""
         for key, spec in self.codec.layout(self.shape).items():
-            module, name = self._place(key)
+            module, name = self.places[key]
             if name not in module._buffers:
                 module.register_buffer(name, torch.empty(spec.stored_shape, dtype=spec.dtype, device=device))
 
     def encoded(self) -> Encoded:
         """Return the encoded matrix that the buffers hold now."""
-        found = {key: getattr(module, name) for key, (module, name) in self.places.items()}
+        found = {key: _held(module, name) for key, (module, name) in self.places.items()}
         return Encoded(self.codec, self.shape, found)
 
     @cached_property
     def places(self) -> dict[str, tuple[nn.Module, str]]:
-        """The module and the name under which it holds each tensor of the payload."""
+        """The module and the name under which it holds each tensor of the payload; found by `register`."""
         return {key: self._place(key) for key in self.codec.layout(self.shape)}
 
     def multiply(self, x: Tensor) -> Tensor:
         """Return `x` times the transpose, as `Encoded.matmul` does: by a product made ready where nothing watches."""
-        if torch.compiler.is_compiling() or not direct(x):
+        if not direct(x):
             return self.encoded().matmul(x)
         return self._made().multiply(x)
 
@@ -78,13 +78,19 @@ class Buffers:
         return self._made().encoded.gather(ids)
 
     def _made(self) -> Made:
-        tensors = [getattr(module, name) for module, name in self.places.values()]
-        if any(isinstance(tensor, nn.Parameter) for tensor in tensors):  # a device map may take them away: none is kept
+        tensors = [_held(module, name) for module, name in self.places.values()]
+        if any(type(tensor) is nn.Parameter for tensor in tensors):  # a device map may take them away: none is kept
             return Made(tensors, self.encoded())
         return self.ready.made(tensors, self.encoded)
 
     def _place(self, key: str) -> tuple[nn.Module, str]:
         return self.shared.get(key, (self.owner, f"{self.prefix}/{key}"))
+
+
+def _held(module: nn.Module, name: str) -> Tensor:
+    """Return a buffer, or what stands in its place: without `__getattr__`, which takes a while."""
+    found = module._buffers.get(name)
+    return getattr(module, name) if found is None else found
 
 
 class CompressedLinear(nn.Module):

@@ -19,12 +19,15 @@ from tersor.ops.dispatch import reference_only
 from tersor.payload.packing import has_numba
 from tersor.registry import parse
 from tersor.testing import gaussian
+from tests.ops.devices import GPU
 
 SHAPE = (72, 256)
 CODECS = ["lm3", "lm2", "lm1", "rtn4g16", "rtn2", "rtn2s", "rtn8", "fit4", "rot,lm3", "rot,rtn4g64", "rotout,lm2",
           "rotboth@7,lm4", "rot,rot@3,lm2", "rot,tr2x8o", "rot,tr3x9", "tr2.5x8", "tr2.5x8o", "rot,tr1.5nx8o", "tr2nx8",
           "sum(rot,lm2;lm1)", "rot,sum(lm2;lm2)", "rows50(lm3;lm2)", "rot,rows50(lm3;lm2)", "sym8", "lr8(fp16;fp16)",
           "std,lm3"]
+LAUNCHED = ["lm1", "lm2", "lm3", "lm4", "rtn8", "rtn4g128", "fit4", "rot,lm2", "rot,lm3", "rot,lm4", "rotboth@7,lm4",
+            "rot,tr2x8o", "rot,tr3x9o", "rot,tr4x8o", "rot,tr2x8", "tr3x9", "sum(rot,lm2;lm1)", "rows50(lm3;lm2)"]
 HALVES = [torch.bfloat16, torch.float16]
 
 
@@ -216,3 +219,63 @@ def test_wrong_vectors_are_refused_as_before() -> None:
     for x in (gaussian((1, SHAPE[1] + 1), 1), torch.ones(1, SHAPE[1], dtype=torch.int64), torch.tensor(1.0)):
         with pytest.raises(ValueError, match="matmul needs floats x of shape"):
             made(x)
+
+
+def on_gpu(codec: str, shape: tuple[int, int] = (512, 1024)) -> tuple[CompressedLinear, Encoded]:
+    made, _ = layer(codec, shape)
+    made.to("cuda")
+    return made, made._payload.encoded()
+
+
+@GPU
+@pytest.mark.parametrize("codec", LAUNCHED)
+def test_launches_have_the_bits_of_matmul(codec: str) -> None:
+    made, encoded = on_gpu(codec)
+    for dtype in (torch.float32, *HALVES):
+        for count in (1, 2, 8, 9):
+            for seed in range(3):  # the second and third call repeat what the first has written down
+                x = gaussian((count, 1024), seed).to("cuda", dtype)
+                y = made(x[:, None])
+                assert (y.dtype, y.shape) == (dtype, (count, 1, 512))
+                assert torch.equal(y[:, 0], encoded.matmul(x)), (dtype, count, seed)
+    assert made._payload.ready._made is not None
+    assert made._payload.ready._made.few is not None
+
+
+@GPU
+def test_launches_of_any_stream_and_of_graphs() -> None:
+    for codec in ("rot,lm3", "rot,tr2x8o", "tr3x9"):
+        made, encoded = on_gpu(codec)
+        x = gaussian((1, 1024), 1).to("cuda", torch.bfloat16)
+        want = encoded.matmul(x)
+        made(x)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            found = made(x)
+        side.synchronize()
+        assert torch.equal(found, want)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = made(x)
+        other = gaussian((1, 1024), 2).to("cuda", torch.bfloat16)
+        x.copy_(other)
+        graph.replay()
+        assert torch.equal(y, encoded.matmul(other))
+
+
+@GPU
+@pytest.mark.parametrize("codec", ["rot,lm3", "rot,tr2x8o"])
+def test_a_payload_written_to_is_noticed_on_a_gpu(codec: str) -> None:
+    made, _ = on_gpu(codec)
+    x = gaussian((1, 1024), 1).to("cuda", torch.bfloat16)
+    first = made(x)
+    made(x)
+    for name, tensor in made.named_buffers():
+        if name.endswith("scales"):
+            tensor.mul_(2)
+    assert torch.equal(made(x), 2 * first)
+    made.to("cpu").to("cuda")
+    assert torch.equal(made(x), 2 * first)
+    odd = torch.empty(1025, device="cuda", dtype=torch.bfloat16)[1:].copy_(x[0])  # not aligned as kernels want it
+    torch.testing.assert_close(made(odd[None]), 2 * first, rtol=0, atol=0)

@@ -199,15 +199,27 @@ def evaluate(path: Annotated[Path, typer.Argument(metavar="OUT", help="a compres
                                                         show_default="the context")] = None,
              tokens: Annotated[int | None, typer.Option(min=1, help="use at most this many tokens",
                                                         show_default="all of the text")] = None,
-             device: Device = "cpu", as_json: AsJson = False) -> None:
-    """Compare a compressed model with its original. Perplexity, KL, top-1 agreement, sizes and speed."""
+             device: Device = "cpu",
+             generate: Annotated[int, typer.Option(min=0, help="time so many tokens of generation by both models; the "
+                                                                   "original is loaded whole; 0: none")] = 0,
+             as_json: AsJson = False) -> None:
+    """Compare a compressed model with its original. Perplexity, KL, top-1 agreement, sizes and speed.
+
+    Speeds are of prompts (windows of the text, several at a time) and of decoding (one sequence, token by token).
+    """
     from tersor.hf.models.evaluate import evaluate as run_evaluation
+    from tersor.hf.models.speed import LEAST, speeds
     from tersor.hf.models.text import default_heldout
 
+    if generate and generate < LEAST:
+        raise CodecConfigError(f"--generate takes 0 or at least {LEAST} tokens, found {generate}")
     existing(path, "a model compressed by tersor")
     with Bars() as progress:
         record = run_evaluation(path, open_source(against, path), text or default_heldout(), context=context,
                                 stride=stride, tokens=tokens, device=device_of(device), progress=progress)
+        if generate:
+            record |= speeds(path, open_source(against, path), text or default_heldout(), generate,
+                             device=device_of(device))
     emit(record, as_json, f"{path} against {against}")
 
 

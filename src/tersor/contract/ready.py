@@ -13,6 +13,7 @@ from tersor.contract.codec import Encoded
 from tersor.payload.blocks import Few
 
 MOST = {torch.float32: 16, torch.bfloat16: 4, torch.float16: 4}  # vectors that a product made ready takes
+MOST_LAUNCHED = 8  # on CUDA: those of one launch, or of a few
 
 
 class Ready:
@@ -48,6 +49,7 @@ class Made:
         self.encoded = encoded
         self._tensors, self._marks = list(tensors), [_mark(one) for one in tensors]
         self._width, self._device = encoded.shape[1], encoded.device
+        self._launched = self._device.type == "cuda"
 
     @cached_property
     def few(self) -> Few | None:
@@ -63,19 +65,26 @@ class Made:
 
     def multiply(self, x: Tensor) -> Tensor:
         """Return (*batch, out) for x (*batch, in), in its dtype: `Encoded.matmul`, the same bits."""
-        width, dtype = self._width, x.dtype
-        count = x.numel() // width if width else 0
-        taken = x.ndim and x.shape[-1] == width and x.device == self._device and 0 < count <= MOST.get(dtype, 0)
-        few = self.few if taken else None
+        few = self._few_of(x)
         if few is None:
             return self.encoded.matmul(x)
-        shape = x.shape
-        flat = x if x.ndim == 2 else x.reshape(count, width)
+        if self._launched:
+            return few(x.contiguous())
+        shape, dtype = x.shape, x.dtype
+        flat = x if x.ndim == 2 else x.reshape(-1, self._width)
         flat = flat if dtype is torch.float32 else flat.to(torch.float32)
         y = torch.from_numpy(few(flat.contiguous().numpy()))
         if len(shape) != 2:
             y = y.view(*shape[:-1], -1)
         return y if dtype is torch.float32 else y.to(dtype)
+
+    def _few_of(self, x: Tensor) -> Few | None:
+        """Return the product, if it takes as many vectors of such a dtype and width, on their device."""
+        width, dtype = self._width, x.dtype
+        most = MOST_LAUNCHED if self._launched and dtype in MOST else MOST.get(dtype, 0)
+        count = x.numel() // width if width else 0
+        taken = 0 < count <= most and x.ndim and x.shape[-1] == width and x.device == self._device
+        return self.few if taken else None
 
 
 def _mark(tensor: Tensor) -> tuple[int, int]:

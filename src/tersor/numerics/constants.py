@@ -6,12 +6,21 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 Made = TypeVar("Made")
 
 
 def constant(make: Callable[..., Made]) -> Callable[..., Made]:
     """Cache a function of plain values: `torch.compile` takes what it returns, and does not trace its making."""
-    cached = functools.lru_cache(maxsize=32)(make)
+
+    @functools.lru_cache(maxsize=32)
+    def cached(*arguments: Any) -> Made:
+        found = make(*arguments)
+        if isinstance(found, Tensor):
+            # `torch._dynamo.mark_static`: to the compiler all constants have one name, so shapes would seem to change
+            vars(found)["_dynamo_static_indices"] = set(range(found.ndim))
+        return found
 
     @functools.wraps(make)
     def made(*arguments: Any) -> Made:

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,26 +20,44 @@ from torch.jit import is_tracing  # pyright: ignore[reportPrivateImportUsage]
 
 from tersor.payload.packing import has_numba
 
+_levels: Any = forward_ad
 _transformed: Any = torch._C._functorch.peek_interpreter_stack  # pyright: ignore[reportAttributeAccessIssue]
 CAPABILITY = (9, 0)  # of kernels that are launched early: `griddepcontrol`
 _LOG = logging.getLogger("tersor.ops")
 _REFERENCE = ContextVar("tersor_reference_only", default=False)
+# a jitted function, a grid, arguments, and options by their names, to what the launch returns
+Launches: TypeAlias = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], object]
+_RECORDED: ContextVar[Launches | None] = ContextVar("tersor_recorded", default=None)
 
 
-class Kernel(Protocol):
-    """A jitted function that the host launches: `kernel[grid](*arguments, num_warps=...)`."""
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]:
-        """Return what launches as many programs."""
-        ...
-
-
-def kernel(jitted: Any) -> Kernel:
-    """Mark a jitted function that the host launches, unlike those that kernels call; it is returned as it is.
+class Kernel:
+    """A jitted function that the host launches: `kernel[grid](*arguments, num_warps=…)`; kernels call others.
 
     `triton.jit` and `gluon.jit` have no types of their own where Triton is not installed.
     """
-    return jitted
+
+    def __init__(self, jitted: Any) -> None:
+        self._jitted = jitted
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]:
+        """Return what launches as many programs; it is written down within `recording`."""
+        wrote = _RECORDED.get()
+        if wrote is None:
+            return self._jitted[grid]
+        return lambda *arguments, **named: wrote(self._jitted, grid, arguments, named)
+
+
+kernel = Kernel
+
+
+@contextlib.contextmanager
+def recording(wrote: Launches) -> Iterator[None]:
+    """Let a function do the launches of this thread (or task) within the block: see `tersor.ops.tapes`."""
+    token = _RECORDED.set(wrote)
+    try:
+        yield
+    finally:
+        _RECORDED.reset(token)
 
 
 @contextlib.contextmanager
@@ -63,8 +81,9 @@ def direct(x: Tensor) -> bool:
     Not where something records, traces, transforms or watches operations, nor within `reference_only`.
     """
     return (not torch.compiler.is_compiling() and type(x) is Tensor and not x.requires_grad and not x.is_neg()
-            and kernels_allowed() and not torch._C._len_torch_dispatch_stack()
-            and _transformed() is None and not is_tracing() and forward_ad.unpack_dual(x).tangent is None)
+            and not _REFERENCE.get() and not torch._C._len_torch_dispatch_stack()
+            and _transformed() is None and not is_tracing()
+            and (_levels._current_level < 0 or forward_ad.unpack_dual(x).tangent is None))
 
 
 def compiled_allowed(op: str) -> bool:

@@ -10,7 +10,8 @@ from torch import Tensor
 Shape: TypeAlias = tuple[int, int]
 Rows: TypeAlias = slice | Tensor
 Tables: TypeAlias = Mapping[str, Tensor]
-# a product with few vectors, float32 arrays of NumPy (n, in) to (n, out) on the processor; see `Codec.ready`
+# a product with few vectors, see `Codec.ready`: on the processor float32 arrays of NumPy, (n, in) to (n, out); on CUDA
+# tensors, (*batch, in) to (*batch, out), contiguous, of 16 bits or float32
 Few: TypeAlias = Callable[[Any], Any]
 
 BLOCK_ELEMENTS = 1 << 20  # elements of a row block: bounds every dense temporary of decode and matmul

@@ -87,6 +87,10 @@ class MixedRows(Codec):
         """Decode the rows that each codec holds and put them in place."""
         in_first, rank = self._places(encoded)
         chosen, place = in_first[rows], rank[rows]
+        if torch.compiler.is_compiling():  # where rows are chosen by values, graphs would break
+            first, second = self._parts(encoded)
+            return torch.where(chosen[:, None], first.codec.decode_rows(first, torch.where(chosen, place, 0)),
+                               second.codec.decode_rows(second, torch.where(chosen, 0, place)))
         out = torch.empty(chosen.shape[0], encoded.shape[1], dtype=torch.float32, device=chosen.device)
         for child, taken in zip(self._parts(encoded), (chosen, ~chosen), strict=True):
             places = place[taken]
@@ -96,18 +100,18 @@ class MixedRows(Codec):
         return out
 
     def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
-        """Multiply by each part and scatter the outputs."""
-        in_first, _ = self._places(encoded)
-        out = torch.empty(*x.shape[:-1], encoded.shape[0], dtype=x.dtype, device=x.device)
-        for child, taken in zip(self._parts(encoded), (in_first, ~in_first), strict=True):
-            out[..., taken] = child.codec.matmul(child, x)
-        return out
+        """Multiply by each part and put the outputs in order."""
+        parts = [child.codec.matmul(child, x) for child in self._parts(encoded)]
+        return torch.cat(parts, -1).index_select(-1, self._order(encoded))
 
     def ready(self, encoded: Encoded) -> Few | None:
         """See `Codec.ready`."""
         first, second = (child.codec.ready(child) for child in self._parts(encoded))
-        if first is None or second is None or encoded.device.type != "cpu":
+        if first is None or second is None:
             return None
+        if encoded.device.type != "cpu":
+            order = self._order(encoded)
+            return lambda x: torch.cat([first(x), second(x)], -1).index_select(-1, order)
         taken = self._places(encoded)[0].numpy()
         halves = (first, np.flatnonzero(taken)), (second, np.flatnonzero(~taken))
 
@@ -157,6 +161,11 @@ class MixedRows(Codec):
             in_first = torch.arange(encoded.shape[0], device=device) < self.count
         before = in_first.cumsum(0)
         return in_first, torch.where(in_first, before - 1, torch.arange(len(in_first), device=before.device) - before)
+
+    def _order(self, encoded: Encoded) -> Tensor:
+        """Return where each row is among those of `first` and then those of `second`, int64 (out,)."""
+        in_first, rank = self._places(encoded)
+        return torch.where(in_first, rank, rank + self.count)
 
 
 def _energy(matrix: Tensor) -> Tensor:

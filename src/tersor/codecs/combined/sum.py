@@ -149,8 +149,10 @@ class Sum(Codec):
         """See `Codec.ready`."""
         found = [stage.ready(encoded.child(name, stage, encoded.shape)) for name, stage in self.children().items()]
         stages = [few for few in found if few is not None]
-        if len(stages) < len(found) or encoded.device.type != "cpu":
+        if len(stages) < len(found):
             return None
+        if encoded.device.type != "cpu":
+            return lambda x: _total([stage(x.to(torch.float32)) for stage in stages]).to(x.dtype)
         return lambda x: _total([torch.from_numpy(stage(x)) for stage in stages]).numpy()
 
     def matmul_transposed(self, encoded: Encoded, y: Tensor) -> Tensor:

@@ -117,10 +117,11 @@ class Rotated(Wrapped):
         """
         kind = x.dtype if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) else torch.float32
         turn, child, y = self._in(encoded.shape[1]), self.child(encoded), None
+        own = x if x.dtype == kind else x.to(kind)  # in a graph, each conversion would be a vector of its own
         if isinstance(self.inner, MultipliesRotated) and self.side != "out" and turn.seed < SEEDS:
-            y = self.inner.matmul_rotated(child, x.to(kind), turn.seed)
+            y = self.inner.matmul_rotated(child, own, turn.seed)
         if y is None:
-            y = self.inner.matmul(child, x.to(kind) if self.side == "out" else hadamard(x, turn, dtype=kind))
+            y = self.inner.matmul(child, own if self.side == "out" else hadamard(x, turn, dtype=kind))
         if self.side != "in":
             y = hadamard(y, self._out(encoded.shape[0]), inverse=True, dtype=x.dtype)
         return y.to(x.dtype)

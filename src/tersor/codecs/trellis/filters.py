@@ -77,9 +77,9 @@ def filters() -> Mapping[tuple[float, int], Filter]:
 
 
 @constant
-def taps_on(code: Filter, device: torch.device) -> Tensor:
-    """Return the taps on a device, float32 (period, memory): no copy while a CUDA graph is captured."""
-    return code.taps_tensor().to(device=device, dtype=torch.float32)
+def taps_on(bits: float, memory: int, device: torch.device) -> Tensor:
+    """Return the taps of a packaged code on a device, float32 (period, memory)."""
+    return filters()[bits, memory].taps_tensor().to(device=device, dtype=torch.float32)
 
 
 @cache

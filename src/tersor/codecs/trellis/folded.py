@@ -10,12 +10,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import ClassVar, final
 
+import torch
 from torch import Tensor
 
 from tersor.codecs.trellis.angles import FOLD, Folded, folded
 from tersor.codecs.trellis.streamed import Streamed
 from tersor.codecs.trellis.viterbi import image_on, values_on
 from tersor.contract.codec import Encoded
+from tersor.numerics.constants import constant
 from tersor.ops.window_linear import MOST_MEMORY, ready_windows, window_linear
 from tersor.payload.blocks import Few
 
@@ -36,6 +38,9 @@ class FoldedTrellis(Streamed):
         """See `Streamed.packaged`."""
         return folded()
 
+    def _values(self, device: torch.device) -> Tensor:
+        return _values_on(self.bits, self.memory, device)
+
     def package_tables(self) -> Mapping[str, int]:
         """Return the turns, in 16 bits, and the curve."""
         code = self.packaged()[self.bits, self.memory]
@@ -47,7 +52,7 @@ class FoldedTrellis(Streamed):
         if self.memory > MOST_MEMORY:
             return None
         held = encoded.tensors
-        return ready_windows(held["codes"], values_on(self.code, held["codes"].device), held["scales"],
+        return ready_windows(held["codes"], self._values(held["codes"].device), held["scales"],
                              self.line(encoded.shape), encoded.shape[1], across=self.axis == "out")
 
     def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
@@ -55,6 +60,16 @@ class FoldedTrellis(Streamed):
         if self.memory > MOST_MEMORY:
             return super().matmul(encoded, x)
         held = encoded.tensors
-        image = image_on(self.code, x.device) if x.is_cuda else None
-        return window_linear(x, held["codes"], values_on(self.code, x.device), held["scales"], self.code.shifts, image,
+        image = _image_on(self.bits, self.memory, x.device) if x.is_cuda else None
+        return window_linear(x, held["codes"], self._values(x.device), held["scales"], self.code.shifts, image,
                              across=self.axis == "out")
+
+
+@constant
+def _values_on(bits: float, memory: int, device: torch.device) -> Tensor:
+    return values_on(folded()[bits, memory], device)
+
+
+@constant
+def _image_on(bits: float, memory: int, device: torch.device) -> Tensor:
+    return image_on(folded()[bits, memory], device)

@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -70,16 +71,21 @@ class Streamed(Codec):
         if not known or (self.bits, self.memory) not in self.packaged():
             raise CodecConfigError(f"{self.id}: there is no {self.kind} of {self.bits} bits and a memory of "
                                    f"{self.memory}; the nearest are {', '.join(self._nearest())}")
+        assert self.code  # is found now, so that `torch.compile` does not trace how
 
     @classmethod
     @abc.abstractmethod
     def packaged(cls) -> Mapping[tuple[float, int], Window]:
         """Return the codes that come with the package, by rate and memory."""
 
-    @property
+    @cached_property
     def code(self) -> Window:
         """The packaged code."""
         return self.packaged()[self.bits, self.memory]
+
+    @abc.abstractmethod
+    def _values(self, device: torch.device) -> Tensor:
+        """Return the numbers of all windows, `viterbi.values_on`: by plain values, so that no graph is of how."""
 
     @classmethod
     def _named(cls, bits: float, memory: int, axis: str = "in") -> str:
@@ -170,7 +176,7 @@ class Streamed(Codec):
         """Return scaled numbers: those of the windows over the streams; by a table where they are short enough."""
         if self.memory <= MOST_MEMORY:
             held = encoded.tensors
-            return decoded_rows(held["codes"], viterbi.values_on(self.code, held["codes"].device), held["scales"],
+            return decoded_rows(held["codes"], self._values(held["codes"].device), held["scales"],
                                 self.line(encoded.shape), encoded.shape[1], rows, across=self.axis == "out")
         scales = encoded.tensors["scales"].to(torch.float32)
         rows = rows.to(scales.device) if isinstance(rows, Tensor) else rows

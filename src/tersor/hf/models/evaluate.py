@@ -210,8 +210,8 @@ def evaluate(path: Path, source: Source, text: Path, *, context: int = 512, stri
     -------
     dict
         Flat: `perplexity`, `perplexity_original`, `kl`, `top1` (or `output_error`, `output_cosine`), `bytes`,
-        `bytes_original`, `rate`, `resident_bytes`, `tokens_per_second`, `tokens_per_second_original`, `context`,
-        `stride`, `tokens`, `text`.
+        `bytes_original`, `rate`, `resident_bytes`, `prompt_tokens_per_second` (of windows, several at a time),
+        `context`, `stride`, `tokens`, `text`.
 
     Raises
     ------
@@ -247,7 +247,7 @@ def evaluate(path: Path, source: Source, text: Path, *, context: int = 512, stri
         **score.figures(next_token=original.next_token),
         "bytes": nbytes, "bytes_original": source.original_nbytes, "rate": 8 * nbytes / store.params(opened),
         "resident_bytes": resident_bytes(model), "resident_bytes_original": original.nbytes,
-        "tokens_per_second": score.tokens / score.seconds,
-        "tokens_per_second_original": score.tokens / original.seconds,
+        "prompt_tokens_per_second": score.tokens / score.seconds,
+        "prompt_tokens_per_second_original": score.tokens / original.seconds,
         "context": context, "stride": stride, "tokens": score.positions, "text": text_source(text),
     }

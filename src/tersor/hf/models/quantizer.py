@@ -19,6 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from tersor import store
 from tersor.errors import CorruptStoreError
 from tersor.hf.models import placing
+from tersor.hf.models.generating import CompiledCall, compiles
 from tersor.hf.models.matrices import Matrix, unsaved, walk
 from tersor.nn import Buffers, CompressedEmbedding, CompressedLinear, TiedLinear, WeightView
 
@@ -41,6 +42,7 @@ class TersorQuantizer(HfQuantizer):
     """Swaps the modules of a meta model for compressed ones; transformers then assigns the payload tensors to them."""
 
     requires_calibration = True
+    _compiles = False
 
     @property
     def is_trainable(self) -> Any:
@@ -50,6 +52,11 @@ class TersorQuantizer(HfQuantizer):
     def is_serializable(self) -> Any:
         """Tell transformers not to save: copy the directory instead."""
         return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """Tell `generate` whether to compile decoding steps over a static cache."""
+        return self._compiles
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Tell transformers to rename and merge nothing: what is stored has the names of the class itself."""
@@ -63,6 +70,8 @@ class TersorQuantizer(HfQuantizer):
         opened.check_loaded(kwargs["checkpoint_files"])
         opened.verify(complete=folder.parent.name != "snapshots")  # of a hub's cache, which holds what was asked for
         install(model, opened)
+        self._compiles = compiles(model)
+        model.get_compiled_call = CompiledCall(model)
         if placing.spreads(kwargs.get("device_map")):
             placing.check_tables(model, kwargs["device_map"])
             placing.as_parameters(model)

@@ -16,6 +16,8 @@ from tersor.ops.codebook_linear.shapes.lanes import refusal as lanes_refuse
 from tersor.ops.codebook_linear.shapes.limits import refusal
 from tersor.ops.dispatch import compiled_allowed, take_reference
 from tersor.ops.hadamard import hadamard, ready_rotation
+from tersor.ops.hadamard.shapes import refusal as rotation_refusal
+from tersor.ops.tapes import Taped
 from tersor.payload.blocks import Few
 
 
@@ -57,7 +59,11 @@ def ready_product(codes: Tensor, table: Tensor, scales: Tensor, zeros: Tensor | 
     shape : (int, int)
         The width, and the codes of a group.
     """
-    if codes.device.type != "cpu" or not len(scales) or not shape[0] or lanes_refuse(bits, *shape):
+    if not len(scales) or not shape[0]:
+        return None
+    if codes.is_cuda:
+        return _ready_launches(codes, table, scales, zeros, bits, shape, form, rotation)
+    if codes.device.type != "cpu" or lanes_refuse(bits, *shape):
         return None
     turned = None if rotation is None else ready_rotation(Rotation(shape[0], rotation), codes.device)
     if not compiled_allowed("codebook_linear") or (rotation is not None and turned is None):
@@ -68,9 +74,34 @@ def ready_product(codes: Tensor, table: Tensor, scales: Tensor, zeros: Tensor | 
     return product if turned is None else lambda x: product(turned(x))
 
 
+def _ready_launches(codes: Tensor, table: Tensor, scales: Tensor, zeros: Tensor | None, bits: int,
+                    shape: tuple[int, int], form: str, seed: int | None) -> Few | None:
+    width, group = shape
+    turn = None if seed is None else Rotation(width, seed)
+    reason = refusal(torch.float32, bits, width, group) or (None if turn is None else rotation_refusal(width))
+    if take_reference("codebook_linear", reason, codes.device):
+        return None
+    from tersor.ops.codebook_linear.launch import choose
+    from tersor.ops.hadamard import launch as turning
+
+    def product(x: Tensor) -> Tensor:
+        if turn is None:
+            return choose.codebook_linear(x, codes, table, scales, zeros, bits, group, form)
+        y = None if zeros is not None else choose.one_vector_linear(x, [codes], table, [scales], bits, form,
+                                                                    Around([turn]))
+        if y is not None:
+            return y
+        turned = turning.rotate(x, turn, False, x.dtype)
+        return choose.codebook_linear(turned, codes, table, scales, zeros, bits, group, form)
+
+    return Taped(product)
+
+
 def widened(x: Tensor) -> Tensor:
     """Return vectors as the processor multiplies them: few, or of no bf16, in float32."""
     few = x.numel() < TILED_FROM * x.shape[-1]
+    if x.dtype == torch.float32:
+        return x  # in a graph, each conversion would be a vector of its own
     return x.to(torch.float32) if few or x.dtype != torch.bfloat16 else x
 
 

@@ -9,6 +9,7 @@ from tersor.numerics.rotation import Rotation
 from tersor.ops.dispatch import kernels_allowed, take_reference
 from tersor.ops.hadamard import reference
 from tersor.ops.hadamard.shapes import DTYPES, LANE_VECTORS, refusal
+from tersor.ops.tapes import Taped
 from tersor.payload.blocks import Few
 from tersor.payload.packing import has_numba
 
@@ -35,8 +36,14 @@ def hadamard(x: Tensor, rotation: Rotation, *, inverse: bool = False, dtype: tor
 
 
 def ready_rotation(rotation: Rotation, device: torch.device, *, inverse: bool = False) -> Few | None:
-    """Return `hadamard` of few vectors in float32, made ready; None where there is none on a device."""
-    if device.type != "cpu" or rotation.seed >= SEEDS or not has_numba():
+    """Return `hadamard` of few vectors, made ready; None where there is none on a device."""
+    if rotation.seed >= SEEDS:
+        return None
+    if device.type == "cuda" and not take_reference("hadamard", refusal(rotation.width), device):
+        from tersor.ops.hadamard import launch
+
+        return Taped(lambda x: launch.rotate(x, rotation, inverse, x.dtype))
+    if device.type != "cpu" or not has_numba():
         return None
     from tersor.ops.hadamard import lanes
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tersor.ops.dispatch import compiled_allowed, take_reference
+from tersor.ops.tapes import Taped
 from tersor.ops.trellis_linear import reference
 from tersor.ops.trellis_linear.shapes import Line, refusal, segments
 from tersor.payload.blocks import Few, Rows, row_blocks
@@ -74,6 +75,11 @@ def _(x: Tensor, taps: Tensor, scales: Tensor | None, shifts: Sequence[int], len
 
 def ready_filter(taps: Tensor, scales: Tensor | None, line: Line, *, back: bool = False) -> Few | None:
     """Return `trellis_filter` of few lines, made ready; None where there is none on a device."""
+    if taps.is_cuda and not take_reference("trellis_filter", refusal(line), taps.device):
+        from tersor.ops.trellis_linear import launch
+
+        return Taped(lambda x: launch.filtered(x, taps, line, x.dtype) if back
+                     else launch.numbers(x, taps, scales, line, x.dtype))
     if taps.device.type != "cpu" or not compiled_allowed("trellis_filter"):
         return None
     from tersor.ops.trellis_linear import lanes
@@ -137,6 +143,8 @@ def _by_blocks(x: Tensor, codes: Tensor, taps: Tensor, scales: Tensor, shifts: S
 def decoded_rows(codes: Tensor, taps: Tensor, scales: Tensor, line: Line, width: int, rows: Rows, *,
                  across: bool) -> Tensor:
     """Return rows of a matrix of `width` columns, float32 (k, width); the other arguments as of `trellis_linear`."""
+    if torch.compiler.is_compiling() and isinstance(rows, Tensor):
+        return trellis_rows(codes, taps, scales, rows, line.shifts, width, across=across)
     if codes.is_cuda and not take_reference("trellis_linear", _refusal(line, width, across=across), codes.device):
         from tersor.ops.trellis_linear import launch
 
@@ -144,6 +152,21 @@ def decoded_rows(codes: Tensor, taps: Tensor, scales: Tensor, line: Line, width:
         out = torch.empty(count, width, dtype=torch.float32, device=codes.device)
         return launch.rows(codes, taps, scales, line, rows, out, across=across)
     return reference.rows(codes, taps, scales, line, width, rows, across=across)
+
+
+@torch.library.custom_op("tersor::trellis_rows", mutates_args=())
+def trellis_rows(codes: Tensor, taps: Tensor, scales: Tensor, rows: Tensor, shifts: Sequence[int], width: int, *,
+                 across: bool) -> Tensor:
+    """Return `decoded_rows` of an index (k,): the operation that compiled graphs call."""
+    line = Line(scales.shape[0] if across else width, tuple(shifts), taps.shape[1])
+    return decoded_rows(codes, taps, scales, line, width, rows, across=across)
+
+
+@trellis_rows.register_fake
+def _(codes: Tensor, taps: Tensor, scales: Tensor, rows: Tensor, shifts: Sequence[int], width: int, *,
+      across: bool) -> Tensor:
+    del taps, scales, shifts, across
+    return torch.empty(rows.shape[0], width, dtype=torch.float32, device=codes.device)
 
 
 __all__ = ["Line", "decoded_rows", "ready_filter", "segments", "trellis_filter", "trellis_linear"]

@@ -122,6 +122,8 @@ def decoded_rows(codes: Tensor, table: Tensor, scales: Tensor, line: Line, width
 
     The same bits from all implementations: numbers are those of the table, rounded once when they are scaled.
     """
+    if torch.compiler.is_compiling() and isinstance(rows, Tensor):
+        return window_rows(codes, table, scales, rows, line.shifts, width, across=across)
     taken = codes.is_cuda and line.length and width
     if taken and not take_reference("window_linear", line_refused(line), codes.device):
         from tersor.ops.window_linear import launch
@@ -133,6 +135,21 @@ def decoded_rows(codes: Tensor, table: Tensor, scales: Tensor, line: Line, width
         rows = rows if isinstance(rows, slice) else rows.cpu()
         return _matrix(codes, table, scales, line, width, across=across).rows(rows)
     return reference.rows(codes, table, scales, line, width, rows, across=across)
+
+
+@torch.library.custom_op("tersor::window_rows", mutates_args=())
+def window_rows(codes: Tensor, table: Tensor, scales: Tensor, rows: Tensor, shifts: Sequence[int], width: int, *,
+                across: bool) -> Tensor:
+    """Return `decoded_rows` of an index (k,): the operation that compiled graphs call."""
+    line = _line(table, shifts, len(scales) if across else width)
+    return decoded_rows(codes, table, scales, line, width, rows, across=across)
+
+
+@window_rows.register_fake
+def _(codes: Tensor, table: Tensor, scales: Tensor, rows: Tensor, shifts: Sequence[int], width: int, *,
+      across: bool) -> Tensor:
+    del table, scales, shifts, across
+    return torch.empty(rows.shape[0], width, dtype=torch.float32, device=codes.device)
 
 
 def _line(table: Tensor, shifts: Sequence[int], length: int) -> Line:
