@@ -26,7 +26,7 @@ from tersor.vectors.sources import KINDS
 from tersor.vectors.trial import MOST_QUERIES, Trial, beside, exact, held_out, one_thread, tried
 
 app = typer.Typer(rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]},
-                  help="Vector sets: build an index of a file, search it, export it, compare it.", no_args_is_help=True)
+                  help="Build, search, export and compare sets of vectors.", no_args_is_help=True)
 
 FILES = f"vectors as {', '.join(KINDS)}"
 Data = Annotated[Path, typer.Argument(metavar="DATA", help=FILES)]

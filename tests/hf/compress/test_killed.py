@@ -180,7 +180,7 @@ def test_kill_9_three_times(forks: Forks, small: Path, tmp_path: Path) -> None:
 def test_ten_damages(small: Path, tmp_path: Path) -> None:
     taken = snapshots(compress, small, tmp_path, STAGES)
     kinds = {file.relative_to(folder).parts[0] for folder in taken for file in folder.rglob("*") if file.is_file()}
-    assert kinds == {"staged", "fingerprint", "status.json", "sensitivities.json", "sensitivities.json.part",
+    assert kinds == {"fingerprint", "status.json", "sensitivities.json", "sensitivities.json.part",
                      "survey.jsonl", "survey.jsonl.part", "survey.jsonl.outside", "plan.json", "encode.part",
                      "matrices"}
     counts = damage_and_resume(compress, small, tmp_path, taken, 10, 0)
