@@ -159,7 +159,7 @@ def survey(src: Src, output: Annotated[Path, typer.Argument(metavar="SURVEY", he
     from tersor.hf.compress.request import Request, budget_bytes
 
     source = open_source(src, output, dense, leave_out)
-    request = Request(budget_bytes(source, rate, None), codec, seed, parse_options(option), effort=effort)
+    request = Request(budget_bytes(source.elements, rate, None), codec, seed, parse_options(option), effort=effort)
     with Bars() as progress:
         choices = stage.run(source, read_calibration(calib), request, output, device=device_of(device),
                             progress=progress)
@@ -181,7 +181,7 @@ def plan(src: Src, survey_file: Annotated[Path, typer.Argument(metavar="SURVEY")
     refuse_existing(output)
     source = open_source(src, output, dense, leave_out)
     nbytes = None if size is None else parse_size(size)
-    budget = budget_bytes(source, 3.0 if rate is None and nbytes is None else rate, nbytes)
+    budget = budget_bytes(source.elements, 3.0 if rate is None and nbytes is None else rate, nbytes)
     request = Request(budget, codec, seed, parse_options(option), read_weights(sensitivities), effort)
     calibration = read_calibration(calib)
     record = provenance(source, calibration, request, tersor.__version__)

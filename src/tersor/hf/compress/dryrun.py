@@ -57,7 +57,7 @@ def estimate(src: Path, output: Path, rate: float | None, size: int | None,
 
 
 def _estimate(source: Source, rate: float | None, size: int | None, settings: CompressSettings) -> dict[str, Any]:
-    request = Request(budget_bytes(source, rate, size), settings.method, settings.seed, settings.options,
+    request = Request(budget_bytes(source.elements, rate, size), settings.method, settings.seed, settings.options,
                       settings.sensitivities, settings.effort)
     check_options(request)
     check_weights(list(source.layout.matrices), request.sensitivities)

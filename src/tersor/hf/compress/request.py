@@ -113,8 +113,8 @@ def provenance(source: Source, calibration: Calibration | None, request: Request
             "ledger": source.ledger.summary()}
 
 
-def budget_bytes(source: Source, rate: float | None, size: int | None) -> int:
-    """Return the budget in bytes of a rate (bits per parameter) or a size.
+def budget_bytes(elements: int, rate: float | None, size: int | None) -> int:
+    """Return the budget in bytes of a rate (bits per parameter, over all `elements`) or a size.
 
     Raises
     ------
@@ -126,7 +126,7 @@ def budget_bytes(source: Source, rate: float | None, size: int | None) -> int:
         raise BudgetError(f"budget: expected either a rate or a size, found {found}; give one of them")
     if rate is not None and not 0 < rate <= 64:
         raise BudgetError(f"the rate must lie between 0 and 64 bits per parameter, found {rate}")
-    budget = size if size is not None else int((rate or 0.0) * source.elements / 8)
+    budget = size if size is not None else int((rate or 0.0) * elements / 8)
     if budget <= 0:
         raise BudgetError(f"the budget must be positive, found {rate if size is None else size}")
     return budget

@@ -159,7 +159,7 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
     effort_of(chosen.method, chosen.effort)
     work = WorkFolder(Path(output)).claim()
     opened = open_source(Path(source), work / "staged", dense=chosen.dense, leave_out=chosen.leave_out)
-    request = Request(budget_bytes(opened, rate, size), chosen.method, chosen.seed, chosen.options,
+    request = Request(budget_bytes(opened.elements, rate, size), chosen.method, chosen.seed, chosen.options,
                       chosen.sensitivities, chosen.effort)
     if request.budget >= opened.nbytes:
         copy_dense(opened, work.target)

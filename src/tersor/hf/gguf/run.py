@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import tersor
-from tersor.errors import BudgetError, CodecConfigError, ModelError, TersorError
+from tersor.errors import CodecConfigError, ModelError, TersorError
 from tersor.files import exclusive, write_json
 from tersor.gguf import plan
 from tersor.gguf.quantizable import quantizable
 from tersor.gguf.types.base import BlockType
 from tersor.gguf.types.ladder import BY_NUMBER, rungs, type_of
-from tersor.hf.compress.request import Progress, Sampling, no_progress
+from tersor.hf.compress.request import Progress, Sampling, budget_bytes, no_progress
 from tersor.hf.compress.work import WorkFolder, peak_memory
 from tersor.hf.gguf import encoding, survey
 from tersor.hf.gguf.evaluation import evaluate
@@ -136,7 +136,7 @@ def write_gguf(source: str | Path, output: str | Path, rate: float | None = None
         raise CodecConfigError(f"OUT: expected the name of a new .gguf file, found '{target}'")
     work = WorkFolder(target).claim()
     origin = _open(Path(source), work / "staged", chosen)
-    budget = budget_bytes(origin, rate, size)
+    budget = budget_bytes(origin.elements, rate, size)
     try:
         items = _encodable(origin, chosen)
         _check(origin, items, budget, chosen)
@@ -150,25 +150,6 @@ def write_gguf(source: str | Path, output: str | Path, rate: float | None = None
     write_json(target.with_name(f"{target.name}.report.json"), report)
     work.finish("matrices", "staged")
     return report
-
-
-def budget_bytes(origin: Origin, rate: float | None, size: int | None) -> int:
-    """Return the budget in bytes of a rate or a size.
-
-    Raises
-    ------
-    BudgetError
-        Unless exactly one is given, and positive.
-    """
-    if (rate is None) == (size is None):
-        found = "neither" if rate is None else f"both, {rate} bits a weight and {size} bytes"
-        raise BudgetError(f"budget: expected either a rate or a size, found {found}; give one of them")
-    if rate is not None and not 0 < rate <= 64:
-        raise BudgetError(f"the rate must lie between 0 and 64 bits a weight, found {rate}")
-    budget = size if size is not None else int((rate or 0.0) * origin.elements / 8)
-    if budget <= 0:
-        raise BudgetError(f"the budget must be positive, found {rate if size is None else size}")
-    return budget
 
 
 def _open(path: Path, staged: Path, settings: GgufSettings) -> Origin:

@@ -163,36 +163,20 @@ TILE_ROWS = TILE
 MOST = FLUSH
 
 
-@intrinsic
-def _bytes_at(typing: Any, address: Any) -> Any:
-    """Return an address as a pointer to uint8."""
-    del typing
-    return types.CPointer(types.uint8)(address), _to_pointer
-
-
-@intrinsic
-def _shorts_at(typing: Any, address: Any) -> Any:
-    """Return an address as a pointer to uint16."""
-    del typing
-    return types.CPointer(types.uint16)(address), _to_pointer
-
-
-@intrinsic
-def _floats_at(typing: Any, address: Any) -> Any:
-    """Return an address as a pointer to float32."""
-    del typing
-    return types.CPointer(types.float32)(address), _to_pointer
-
-
-@intrinsic
-def _longs_at(typing: Any, address: Any) -> Any:
-    """Return an address as a pointer to int64."""
-    del typing
-    return types.CPointer(types.int64)(address), _to_pointer
-
-
 def _to_pointer(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
     return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+
+def _pointer(kind: Any) -> Any:
+    """Return what makes of an address a pointer to numbers of a kind."""
+    @intrinsic
+    def at(typing: Any, address: Any) -> Any:
+        del typing, address
+        return types.CPointer(kind)(types.int64), _to_pointer
+    return at
+
+
+_bytes_at, _shorts_at, _floats_at, _longs_at = map(_pointer, (types.uint8, types.uint16, types.float32, types.int64))
 
 
 @njit()
