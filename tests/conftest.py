@@ -63,4 +63,4 @@ def verified_here(monkeypatch: pytest.MonkeyPatch) -> None:
     from tersor.hf.models.source import open_source
 
     monkeypatch.setattr(run, "verify_in_fresh_process",
-                        lambda path, against: verify(path, open_source(against, path / "unused")))
+                        lambda path, against, *_: verify(path, open_source(against, path / "unused")))

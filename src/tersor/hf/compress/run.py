@@ -215,7 +215,7 @@ def _check(source: Source, request: Request, settings: CompressSettings, work: W
     if settings.evaluation_tokens:
         read_ids(source, settings.heldout, settings.context, settings.evaluation_tokens)
     for matrix in source.layout.matrices.values():
-        read_matrix(source, matrix, "cpu")  # NaN and infinity are found, and named, before anything runs
+        read_matrix(source, matrix, settings.device)  # NaN and infinity are found, and named, before anything runs
 
 
 def _mark(source: Source, request: Request, settings: CompressSettings) -> str:
@@ -243,7 +243,7 @@ def _stages(source: Source, request: Request, device: str, work: WorkFolder, rea
     nbytes = store.stored_nbytes(work / "output")
     if nbytes > request.budget:
         raise TersorError(f"internal: wrote {nbytes} bytes for a budget of {request.budget}")
-    return conclude(job, matrices, work, {"budget": request.budget, "method": request.method})
+    return conclude(job, matrices, work, {"budget": request.budget, "method": request.method}, device=device)
 
 
 def _check_companions(source: Source, output: Path) -> None:
@@ -255,13 +255,15 @@ def _check_companions(source: Source, output: Path) -> None:
 
 
 def conclude(job: encode.Job, matrices: Mapping[str, Any], work: WorkFolder,
-             asked: Mapping[str, Any]) -> dict[str, Any]:
+             asked: Mapping[str, Any], *, device: str = "cpu") -> dict[str, Any]:
     """Write the report beside what was encoded, and verify both in a new process; return the report.
 
     Parameters
     ----------
     asked : mapping
         What the user gave besides a plan, for the summary: the budget and the method.
+    device : str
+        Where the output is verified.
 
     Raises
     ------
@@ -278,5 +280,5 @@ def conclude(job: encode.Job, matrices: Mapping[str, Any], work: WorkFolder,
     _check_companions(source, work / "output")
     write_json(work / "output" / REPORT, report)
     card.write_card(work / "output", report, card.base_of(source))
-    verify_in_fresh_process(work / "output", source.path)
+    verify_in_fresh_process(work / "output", source.path, device)
     return report

@@ -45,9 +45,18 @@ def score(output: Tensor, generator: torch.Generator, *, logits: bool = True) ->
         size = flat.square().mean(dtype=torch.float64).sqrt().to(torch.float32)
         return (noise.to(flat.device) / size).reshape(output.shape).to(output.dtype)
     found = torch.log_softmax(flat, -1).exp_()
-    drawn = torch.multinomial(found.cpu(), 1, generator=generator).to(flat.device)
+    drawn = _drawn(found, generator)
     found.scatter_add_(-1, drawn, found.new_full(drawn.shape, -1.0))
     return found.reshape(output.shape).to(output.dtype)
+
+
+def _drawn(chances: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw one of each row (rows, vocabulary), on the device where they are; returns (rows, 1)."""
+    if chances.device.type == "cpu":
+        return torch.multinomial(chances, 1, generator=generator)
+    total = chances.cumsum(-1, dtype=torch.float64)
+    at = torch.rand(len(chances), 1, generator=generator, dtype=torch.float64).to(chances.device)
+    return torch.searchsorted(total, at * total[:, -1:], right=True).clamp_(max=chances.shape[-1] - 1)
 
 
 @dataclasses.dataclass(eq=False)

@@ -27,13 +27,15 @@ FLOOR = 1e-12
 
 
 def verify(path: Path, source: Source | None = None, progress: Progress = no_progress, *,
-           proven: bool = True) -> dict[str, Any]:
+           proven: bool = True, device: str = "cpu") -> dict[str, Any]:
     """Verify a store; for a model, also that it covers the model and computes, and, with a source, every error.
 
     Parameters
     ----------
     proven : bool
         Whether a model is loaded and run once beside its decoded weights; False where it is about to be run anyway.
+    device : str
+        Where matrices are decoded and measured, and the model is run.
 
     Returns
     -------
@@ -60,12 +62,12 @@ def verify(path: Path, source: Source | None = None, progress: Progress = no_pro
     names = opened.matrix_names()
     for number, name in enumerate(names):
         progress("verify", number, len(names))
-        encoded = opened.matrix(name)
+        encoded = opened.matrix(name).to(device)
         if source is None:
             if not bool(torch.isfinite(encoded.decode()).all()):
                 raise VerificationError(f"{path}: '{name}' decodes to NaN or infinity")
             continue
-        found = measure(source.matrix(source.layout.matrices[name]), encoded).relative_error
+        found = measure(source.matrix(source.layout.matrices[name]).to(device), encoded).relative_error
         promised = recorded.get(name)
         if promised is None or not math.isfinite(promised) or not abs(found - promised) <= AGREEMENT * promised + FLOOR:
             raise VerificationError(f"{path}: '{name}' has relative error {found:.6g}, but its encoder measured "
@@ -73,7 +75,7 @@ def verify(path: Path, source: Source | None = None, progress: Progress = no_pro
         worst = max(worst, found)
     if source is not None:
         _check_plain(path, opened, source)
-    proof = prove(path, opened) if opened.kind == "model" and proven else None
+    proof = prove(path, opened, device) if opened.kind == "model" and proven else None
     progress("verify", len(names), len(names))
     return {"matrices": len(names), "plain": len(opened.entries) - len(names), "bytes": store.stored_nbytes(path),
             "kind": opened.kind, "against": None if source is None else str(source.path),
@@ -138,7 +140,7 @@ def _check_plain(path: Path, opened: store.Store, source: Source) -> None:
             raise VerificationError(f"{path}: '{name}' is stored as it is, but differs from the source")
 
 
-def verify_in_fresh_process(path: Path, against: Path) -> None:
+def verify_in_fresh_process(path: Path, against: Path, device: str = "cpu") -> None:
     """Run `tersor verify` in a new process, so that nothing the encoder holds in memory can help decoding.
 
     Raises
@@ -146,7 +148,8 @@ def verify_in_fresh_process(path: Path, against: Path) -> None:
     VerificationError
         If it fails; carries its message.
     """
-    command = [sys.executable, "-m", "tersor", "--quiet", "verify", str(path), "--against", str(against), "--json"]
+    command = [sys.executable, "-m", "tersor", "--quiet", "verify", str(path), "--against", str(against),
+               "--device", device, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         told = done.stderr.strip().removeprefix("tersor: ")

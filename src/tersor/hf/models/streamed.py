@@ -217,7 +217,8 @@ class Streamed:
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             del module
-            self._local.now.seen.append((name, inputs[0]))
+            if inputs[0].is_floating_point():  # token ids are looked up
+                self._local.now.seen.append((name, inputs[0]))
         return hook
 
     def _forward(self, block: Block) -> Callable[..., Any]:
