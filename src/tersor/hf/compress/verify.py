@@ -150,6 +150,8 @@ def verify_in_fresh_process(path: Path, against: Path, device: str = "cpu") -> N
     """
     command = [sys.executable, "-m", "tersor", "--quiet", "verify", str(path), "--against", str(against),
                "--device", device, "--json"]
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps for later is memory that the other process finds taken
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         told = done.stderr.strip().removeprefix("tersor: ")
