@@ -116,7 +116,7 @@ def _encode_model(source: Any, target: Path, picks: dict[str, Any], calibration:
     request = Request(source.nbytes, "plan", seed, options)
     if isinstance(calibration, tuple):
         text, tokens, context, whole = calibration
-        reading = Reading.of(source, text, Sampling(tokens, context=context), work / "activations", device=device,
+        reading = Reading.of(source, text, Sampling(tokens, context=context), work / "activations", devices=(device,),
                              whole=whole)
         calibration = reading.seen
     record = provenance(source, calibration, request, tersor.__version__)

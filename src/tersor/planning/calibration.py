@@ -40,6 +40,14 @@ class MomentSum:
         self._squares += torch.linalg.vector_norm(x, dtype=torch.float64).square()
         self.count += x.shape[0]
 
+    def to(self, device: torch.device) -> MomentSum:
+        """Return the sum on a device; itself if it is there."""
+        if device == self._sum.device:
+            return self
+        found = MomentSum(0, device)
+        found.count, found._sum, found._squares = self.count, self._sum.to(device), self._squares
+        return found
+
     def merge(self, other: MomentSum) -> None:
         """Add the vectors that another sum holds."""
         self._sum += other._sum
@@ -71,6 +79,11 @@ class ChangeSum:
         else:
             wide = y.to(torch.float32)
             self._sum = (x.to(torch.float32) - wide).T @ wide
+
+    def to(self, device: torch.device) -> ChangeSum:
+        """Move the sum to a device."""
+        self._sum = self._sum.to(device)
+        return self
 
     def merge(self, other: ChangeSum) -> None:
         """Add the pairs that another sum holds."""

@@ -107,10 +107,10 @@ def _timed(source: Source, matrix: Matrix, codec: Codec, request: Request,
     dense = whole[: max(1, min(len(whole), ENCODED // matrix.shape[1]))].to(torch.float32)
     hessian = torch.eye(matrix.shape[1], device=dense.device) if settings.calibrated else None
     options = fixed_options(codec, request.options, calibrated=settings.calibrated)
-    took = (0.0, 0.0, 0.0)
+    took, tried = (0.0, 0.0, 0.0), survey.Tried.of(source, matrix, [codec], None, request)
     for _ in range(2):
         times = [time.perf_counter()]
-        list(survey.trials(source, matrix, whole, [codec], None, request, whole=False))
+        survey.trials(tried, tried.part(whole))
         times.append(time.perf_counter())
         encoded, _ = encode_matrix(dense, codec, hessian, request.seed, options, matrix.name)
         times.append(time.perf_counter())

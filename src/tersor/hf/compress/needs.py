@@ -148,10 +148,12 @@ def free_memory(device: str) -> int | None:
     return None if line is None else int(line.split()[1]) * 1024
 
 
-def check_memory(shapes: Shapes, device: str) -> None:
-    """Raise `ModelError` if a block, with what lies outside of all blocks, finds no room on a device."""
-    least, free = (shapes.outside + shapes.block) * shapes.number, free_memory(device)
-    if free is not None and least > free:
-        what = "the model takes" if not shapes.blocks else "the largest block, and what lies outside of blocks, take"
-        raise ModelError(f"{what} {size_text(least)}, but {device} has {size_text(free)} free; use a larger device, or "
-                         "another one")
+def check_memory(shapes: Shapes, devices: Sequence[str]) -> None:
+    """Raise `ModelError` if a block, with what lies outside of all blocks, finds no room on one of the devices."""
+    once = (shapes.outside + shapes.block) * shapes.number
+    for device in dict.fromkeys(devices):
+        least, free = once * list(devices).count(device), free_memory(device)
+        if free is not None and least > free:
+            what = "the largest block, and what lies outside of blocks, take" if shapes.blocks else "the model takes"
+            raise ModelError(f"{what} {size_text(least)}, but {device} has {size_text(free)} free; use a larger "
+                             "device, or another one")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 import tersor
@@ -37,7 +38,8 @@ class Reading:
     text : str
         The file's name and digest.
     sampling : Sampling
-    device : str
+    devices : tuple of str
+        Of one kind; batches are shared out among them.
     whole : bool
         Keep all weights in memory at once.
     folder : Path
@@ -52,15 +54,15 @@ class Reading:
     sequences: Tensor
     text: str
     sampling: Sampling
-    device: str
+    devices: tuple[str, ...]
     whole: bool
     folder: Path
     proofs: list[Proof] = dataclasses.field(default_factory=list)
     position: list[int] = dataclasses.field(default_factory=list)
 
     @classmethod
-    def of(cls, source: Source, text: Path, sampling: Sampling, folder: Path, *, device: str = "cpu",
-           whole: bool = False) -> Reading:
+    def of(cls, source: Source, text: Path, sampling: Sampling, folder: Path, *,
+           devices: Sequence[str] = ("cpu",), whole: bool = False) -> Reading:
         """Return the reading of a text file; `folder` is made when it is needed.
 
         Raises
@@ -70,7 +72,7 @@ class Reading:
         """
         check_text(model_class(source.config))
         sequences = windows(read_ids(source, text, sampling.context, sampling.tokens), sampling.context)
-        return cls(source, sequences, text_source(text), sampling, device, whole, folder)
+        return cls(source, sequences, text_source(text), sampling, tuple(devices), whole, folder)
 
     @property
     def place(self) -> str:
@@ -89,7 +91,7 @@ class Reading:
     def mark(self) -> str:
         """A digest of all that sums over the text depend on."""
         return seal([tersor.__version__, self.source.fingerprint, self.text, dataclasses.asdict(self.sampling),
-                     self.device, BATCH_TOKENS])
+                     torch.device(self.devices[0]).type, BATCH_TOKENS])
 
     @property
     def seen(self) -> Calibration:
@@ -109,9 +111,12 @@ class Reading:
         ModelError
             If it does not; or NonFiniteError, if a matrix holds NaN or infinity.
         """
-        hollow = Hollow(self.source, self.device, None if like is None else like.hollow)
+        hollow = Hollow(self.source, self.devices[0], None if like is None else like.hollow)
         found = Streamed(hollow, self.sequences, whole=self.whole, proof=self.proofs[0] if self.proofs else None)
         self.proofs[:] = [found.proof]
+        for place, device in enumerate(self.devices[1:], 1):
+            model = Hollow(self.source, device, hollow if like is None else like.copies[place].hollow)
+            found.copies.append(Streamed(model, self.sequences, whole=self.whole, proof=found.proof))
         return found
 
     def flow(self, streamed: Streamed, name: str) -> Flow:
@@ -168,5 +173,3 @@ def dense_of(streamed: Streamed, matrix: Matrix) -> Tensor:
     if held.is_meta:
         return read_matrix(streamed.hollow.source, matrix, str(streamed.hollow.device))
     return matrix.take(held.detach())
-
-

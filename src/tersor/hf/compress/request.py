@@ -96,6 +96,34 @@ def usable_device(device: str) -> str:
     return device
 
 
+def usable_devices(text: str) -> tuple[str, ...]:
+    """Return the devices that are meant by `"2"` (so many GPUs), `"cuda:0,cuda:1"`, `"cpu,cpu"` or `"auto"` (all GPUs).
+
+    Raises
+    ------
+    ModelError
+        If torch cannot use one of them, or they are not of one kind: they would not give the same bytes.
+    """
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if text == "auto":
+        return tuple(f"cuda:{number}" for number in range(there)) or ("cpu",)
+    if text.isdecimal():
+        if not 1 <= int(text) <= there:
+            raise ModelError(f"--devices {text}: expected so many GPUs, found {there}; name devices instead, such as "
+                             "cuda:0,cuda:1 or cpu,cpu")
+        return tuple(f"cuda:{number}" for number in range(int(text)))
+    found = tuple("cuda:0" if name.strip() == "cuda" else name.strip() for name in text.split(","))
+    if not all(found):
+        raise ModelError(f"--devices '{text}': expected a number of GPUs or names of devices, such as cuda:0,cuda:1")
+    for name in dict.fromkeys(found):
+        check_device(name)
+    kinds = {torch.cuda.get_device_name(name) if torch.device(name).type == "cuda" else name for name in found}
+    if len(kinds) > 1:
+        raise ModelError(f"--devices {text}: expected devices of one kind, found {', '.join(sorted(kinds))}; bytes "
+                         "would depend on which does what")
+    return found
+
+
 def check_device(device: str) -> None:
     """Raise `ModelError` unless torch can use `device` here."""
     try:

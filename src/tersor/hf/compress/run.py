@@ -10,9 +10,11 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import tersor
 from tersor import store
@@ -21,6 +23,7 @@ from tersor.errors import ModelError, TersorError
 from tersor.families import DEFAULT, effort_of
 from tersor.files import exclusive, write_json
 from tersor.hf.compress import calibrate, card, encode, needs, plan, survey
+from tersor.hf.compress.crew import Hands
 from tersor.hf.compress.method import check_options
 from tersor.hf.compress.reading import Reading
 from tersor.hf.compress.request import (
@@ -31,6 +34,7 @@ from tersor.hf.compress.request import (
     no_progress,
     provenance,
     usable_device,
+    usable_devices,
 )
 from tersor.hf.compress.status import Teller
 from tersor.hf.compress.verify import verify_in_fresh_process
@@ -78,6 +82,8 @@ class CompressSettings:
     effort : str or None
         `"fast"`, `"normal"` or `"best"`: the encoder's work, for methods that read it (`"trellis"`, `"auto"`); None:
         `"normal"`.
+    devices : str or None
+        Several devices of one kind, in place of `device`: see `usable_devices`. Bytes are those of one.
     whole : bool
         Keep the whole model in memory while text runs through it, in place of one block at a time.
     """
@@ -100,16 +106,23 @@ class CompressSettings:
     base_model: str | None = None
     effort: str | None = None
     whole: bool = False
+    devices: str | None = None
 
     def changed(self) -> dict[str, Any]:
-        """Return the fields that are not their defaults."""
+        """Return the fields that are not their defaults; of devices, the kind."""
         default = CompressSettings()
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)
-                if getattr(self, field.name) != getattr(default, field.name)}
+        own = dataclasses.replace(self, device=torch.device(self.device).type, devices=None)
+        return {field.name: getattr(own, field.name) for field in dataclasses.fields(own)
+                if getattr(own, field.name) != getattr(default, field.name)}
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The devices, checked; text runs through the model on the first alone where one is meant."""
+        return (usable_device(self.device),) if self.devices is None else usable_devices(self.devices)
 
     def reading(self, source: Source, folder: Path) -> Reading | None:
         """Return the calibration text as a source reads it, if there is to be any calibration."""
-        return Reading.of(source, self.text_seen, self.sampling, folder, device=self.device,
+        return Reading.of(source, self.text_seen, self.sampling, folder, devices=self.places,
                           whole=self.whole) if self.calibrated else None
 
     @property
@@ -154,7 +167,8 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
         Its subclasses; FileExistsError if the output exists.
     """
     chosen, began = dataclasses.replace(settings or CompressSettings(), **changes), time.perf_counter()
-    chosen = dataclasses.replace(chosen, device=usable_device(chosen.device))
+    places = chosen.places
+    chosen = dataclasses.replace(chosen, device=places[0])
     card.check_name(chosen.base_model)
     effort_of(chosen.method, chosen.effort)
     work = WorkFolder(Path(output)).claim()
@@ -174,7 +188,7 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
     work.stamp(_mark(opened, request, chosen), resume=chosen.resume)
     reading = chosen.reading(opened, work / "activations")
     tell = Teller(progress, work, opened.nbytes, lambda: "" if reading is None else reading.place)
-    report = _stages(opened, request, chosen.device, work, reading, tell)
+    report = _stages(opened, request, places, work, reading, tell)
     report |= _judged(opened, chosen, work, tell)
     report["summary"]["seconds"] = time.perf_counter() - began
     report["summary"]["peak_memory_bytes"] = peak_memory()
@@ -202,7 +216,7 @@ def _check(source: Source, request: Request, settings: CompressSettings, work: W
     """Refuse before any work what would fail after it."""
     shapes = needs.Shapes.of(source, settings.device, whole=settings.whole)
     needs.check_disk(work.path, needs.disk(shapes, request.budget, settings.sampling, calibrated=settings.calibrated))
-    needs.check_memory(shapes, settings.device)
+    needs.check_memory(shapes, settings.places)
     if settings.calibrated or settings.evaluation_tokens:
         check_text(model_class(source.config))
     if settings.samples:
@@ -227,19 +241,19 @@ def _mark(source: Source, request: Request, settings: CompressSettings) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _stages(source: Source, request: Request, device: str, work: WorkFolder, reading: Reading | None,
+def _stages(source: Source, request: Request, places: Sequence[str], work: WorkFolder, reading: Reading | None,
             progress: Progress) -> dict[str, Any]:
     """Run the stages, each from the files of those before it; return the report of a verified output."""
-    known = None
+    known, device, crew = None, places[0], Hands([torch.device(place) for place in places])
     if reading is not None:
         known = calibrate.sensitivities(reading, work / "sensitivities.json", progress)
     choices = survey.run(source, known, request, work / "survey.jsonl", device=device, reading=reading,
-                         progress=progress)
+                         crew=crew, progress=progress)
     record = provenance(source, known, request, tersor.__version__)
     picks = plan.run(source, choices, request, record)
     write_json(work / "plan.json", to_json(picks))
     job = encode.Job(source, picks, known, request, record)
-    matrices = encode.run(job, work, device=device, reading=reading, progress=progress)
+    matrices = encode.run(job, work, device=device, reading=reading, crew=crew, progress=progress)
     nbytes = store.stored_nbytes(work / "output")
     if nbytes > request.budget:
         raise TersorError(f"internal: wrote {nbytes} bytes for a budget of {request.budget}")
