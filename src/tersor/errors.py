@@ -122,6 +122,10 @@ class BusyError(TersorError):
     """An output that another run is writing at this moment."""
 
 
+class WorkerError(TersorError, RuntimeError):
+    """A worker of a cluster that died, and the one that took over its task, too."""
+
+
 class TersorWarning(UserWarning):
     """Base of every warning that Tersor gives on purpose."""
 

@@ -21,6 +21,7 @@ from tersor.cli.base import (
     Device,
     Devices,
     Effort,
+    Engine,
     EvaluationTokens,
     HeldoutText,
     LeaveOut,
@@ -82,8 +83,9 @@ def compress(src: Src, output: NewOut, rate: BudgetRate = None, size: Size = Non
                                                       help="weigh errors by what text shows of the inputs")] = True,
              text: HeldoutText = None, tokens: Tokens = 65536, evaluation_tokens: EvaluationTokens = 8192,
              context: Context = 512, effort: Effort = None, seed: Seed = 0, device: Device = "cpu",
-             devices: Devices = None, option: OptionTexts = None, sensitivities: Sensitivities = None,
-             dense: Dense = None, leave_out: LeaveOut = None, resume: Resume = True, whole_model: Whole = False,
+             devices: Devices = None, engine: Engine = None, option: OptionTexts = None,
+             sensitivities: Sensitivities = None, dense: Dense = None, leave_out: LeaveOut = None,
+             resume: Resume = True, whole_model: Whole = False,
              samples: Annotated[int, typer.Option(help="sample generations in the report; 0: none")] = 3,
              base_model: Annotated[str | None, typer.Option(help="OWNER/NAME of the original, for the card")] = None,
              dry_run: Annotated[bool, typer.Option("--dry-run", help="estimate bytes, memory and time only")] = False,
@@ -100,7 +102,8 @@ def compress(src: Src, output: NewOut, rate: BudgetRate = None, size: Size = Non
     if file_format != FORMATS[0]:
         unread = {"--codec": codec != DEFAULT, "--option": option, "--sensitivities": sensitivities,
                   "--leave-out": leave_out, "--dry-run": dry_run, "--base-model": base_model,
-                  "--device": device != "cpu", "--devices": devices, "--whole-model": whole_model}
+                  "--device": device != "cpu", "--devices": devices, "--engine": engine,
+                  "--whole-model": whole_model}
         compress_to(file_format, [name for name, given in unread.items() if given])
         gguf(src, output, rate, size, calibration=calibration, calibrated=calibrated, text=text, tokens=tokens,
              evaluation_tokens=evaluation_tokens, context=context, effort=effort, seed=seed, dense=dense, resume=resume,
@@ -113,7 +116,7 @@ def compress(src: Src, output: NewOut, rate: BudgetRate = None, size: Size = Non
         codec, calibration, calibrated, text, Sampling(tokens, context=context, seed=seed),
         evaluation_tokens, context, seed, device_of(device), resume, parse_options(option), read_weights(sensitivities),
         None if dense is None else tuple(dense), tuple(leave_out or ()), samples, base_model, effort, whole_model,
-        devices)
+        devices, engine)
     nbytes = None if size is None else parse_size(size)
     rate = 3.0 if rate is None and nbytes is None else rate
     if dry_run:

@@ -48,7 +48,8 @@ def digest(out: Path) -> str:
 
 
 @pytest.mark.parametrize("name", ["llama_tied", "qwen3_moe"])
-def test_bytes_do_not_depend_on_devices(name: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_do_not_depend_on_devices(name: str, models: Path, tmp_path: Path,
+                                        monkeypatch: pytest.MonkeyPatch) -> None:
     found, hands = {}, set[tuple[str, str]]()
 
     def seen(what: str, work: Callable[..., Any]) -> Callable[..., Any]:
@@ -130,7 +131,8 @@ def test_batches_take_devices_in_turn_and_results_their_order() -> None:
 
 @pytest.mark.parametrize(("text", "says"), [
     ("0", "expected so many GPUs"), ("99", "--devices 99: expected so many GPUs, found"), ("cpu,", "names of devices"),
-    ("", "names of devices"), ("cpu,meta", "of one kind, found cpu, meta"), ("cpu,cuda:77", "'cuda:77' cannot be used")])
+    ("", "names of devices"), ("cpu,meta", "of one kind, found cpu, meta"),
+    ("cpu,cuda:77", "'cuda:77' cannot be used")])
 def test_devices_that_cannot_be_meant(text: str, says: str) -> None:
     with pytest.raises(ModelError, match=says):
         usable_devices(text)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -43,7 +43,19 @@ class Task:
 
 
 class Crew(Protocol):
-    """Does tasks."""
+    """Does tasks, within a context.
+
+    Attributes
+    ----------
+    devices : tuple of torch.device
+        What this process works on; matrices are read to the first.
+    """
+
+    devices: tuple[torch.device, ...]
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *error: object) -> None: ...
 
     def each(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Any]]:
         """Yield tasks with their results, as they are done; the first error ends all."""
@@ -61,6 +73,13 @@ class Hands:
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
         self.devices = tuple(devices)
+
+    def __enter__(self) -> Hands:
+        """Return them."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Do nothing."""
 
     def each(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Any]]:
         """Yield tasks with their results: in their order by one device, the longest first by several."""
@@ -90,9 +109,8 @@ class _Held:
         self._moved: dict[int, Tensor] = {}  # by the original's id, which its task keeps alive
 
     def work(self, task: Task, given: tuple[Any, ...]) -> Any:
-        with torch.no_grad(), current(self._device):
-            own = [value.to(self._device) if isinstance(value, Tensor) else value for value in given]
-            return task.work(*own, *map(self._bring, task.needs))
+        own = [value.to(self._device) if isinstance(value, Tensor) else value for value in given]
+        return perform(task.work, [*own, *map(self._bring, task.needs)], self._device)
 
     def _bring(self, tensor: Tensor | None) -> Tensor | None:
         if tensor is None:
@@ -100,6 +118,12 @@ class _Held:
         if id(tensor) not in self._moved:
             self._moved[id(tensor)] = tensor.to(self._device)
         return self._moved[id(tensor)]
+
+
+def perform(work: Callable[..., Any], given: Sequence[Any], device: torch.device) -> Any:
+    """Return what work makes of what it is given, on a device."""
+    with torch.no_grad(), current(device):
+        return work(*given)
 
 
 def longest_first(tasks: Sequence[Task]) -> list[Task]:

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from tersor.errors import ModelError, TersorError
 from tersor.families import DEFAULT, effort_of
 from tersor.files import exclusive, write_json
 from tersor.hf.compress import calibrate, card, encode, needs, plan, survey
-from tersor.hf.compress.crew import Hands
+from tersor.hf.compress.cluster import Cluster, check_engine
+from tersor.hf.compress.crew import Crew, Hands
 from tersor.hf.compress.method import check_options
 from tersor.hf.compress.reading import Reading
 from tersor.hf.compress.request import (
@@ -84,6 +85,9 @@ class CompressSettings:
         `"normal"`.
     devices : str or None
         Several devices of one kind, in place of `device`: see `usable_devices`. Bytes are those of one.
+    engine : str or None
+        Who tries and encodes matrices: None: threads of this process; `"ray"`: as many workers of a local Ray cluster
+        as there are devices; `"ray:ADDRESS"`: all workers of the cluster there.
     whole : bool
         Keep the whole model in memory while text runs through it, in place of one block at a time.
     """
@@ -107,11 +111,12 @@ class CompressSettings:
     effort: str | None = None
     whole: bool = False
     devices: str | None = None
+    engine: str | None = None
 
     def changed(self) -> dict[str, Any]:
         """Return the fields that are not their defaults; of devices, the kind."""
         default = CompressSettings()
-        own = dataclasses.replace(self, device=torch.device(self.device).type, devices=None)
+        own = dataclasses.replace(self, device=torch.device(self.device).type, devices=None, engine=None)
         return {field.name: getattr(own, field.name) for field in dataclasses.fields(own)
                 if getattr(own, field.name) != getattr(default, field.name)}
 
@@ -124,6 +129,13 @@ class CompressSettings:
         """Return the calibration text as a source reads it, if there is to be any calibration."""
         return Reading.of(source, self.text_seen, self.sampling, folder, devices=self.places,
                           whole=self.whole) if self.calibrated else None
+
+    def crew(self) -> Crew:
+        """Return who tries and encodes matrices."""
+        devices = [torch.device(place) for place in self.places]
+        if self.engine is None:
+            return Hands(devices)
+        return Cluster(devices, self.engine.partition(":")[2] or None)
 
     @property
     def text_seen(self) -> Path:
@@ -167,8 +179,7 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
         Its subclasses; FileExistsError if the output exists.
     """
     chosen, began = dataclasses.replace(settings or CompressSettings(), **changes), time.perf_counter()
-    places = chosen.places
-    chosen = dataclasses.replace(chosen, device=places[0])
+    chosen = dataclasses.replace(chosen, device=chosen.places[0])
     card.check_name(chosen.base_model)
     effort_of(chosen.method, chosen.effort)
     work = WorkFolder(Path(output)).claim()
@@ -177,9 +188,8 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
                       chosen.sensitivities, chosen.effort)
     if request.budget >= opened.nbytes:
         copy_dense(opened, work.target)
-        summary = {"bytes": opened.nbytes, "budget": request.budget}
         work.clear("staged")
-        return {"copied": True, "summary": summary}
+        return {"copied": True, "summary": {"bytes": opened.nbytes, "budget": request.budget}}
     try:
         _check(opened, request, chosen, work)
     except TersorError:
@@ -188,10 +198,10 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
     work.stamp(_mark(opened, request, chosen), resume=chosen.resume)
     reading = chosen.reading(opened, work / "activations")
     tell = Teller(progress, work, opened.nbytes, lambda: "" if reading is None else reading.place)
-    report = _stages(opened, request, places, work, reading, tell)
+    with chosen.crew() as crew:
+        report = _stages(opened, request, crew, work, reading, tell)
     report |= _judged(opened, chosen, work, tell)
-    report["summary"]["seconds"] = time.perf_counter() - began
-    report["summary"]["peak_memory_bytes"] = peak_memory()
+    report["summary"] |= {"seconds": time.perf_counter() - began, "peak_memory_bytes": peak_memory()}
     write_json(work / "output" / REPORT, report)
     asked = f"--rate {rate:g}" if size is None else f"--size {size}"
     card.write_card(work / "output", report, card.base_of(opened, chosen.base_model),
@@ -215,6 +225,8 @@ def _judged(source: Source, settings: CompressSettings, work: WorkFolder, progre
 def _check(source: Source, request: Request, settings: CompressSettings, work: WorkFolder) -> None:
     """Refuse before any work what would fail after it."""
     shapes = needs.Shapes.of(source, settings.device, whole=settings.whole)
+    if settings.engine is not None:
+        check_engine(settings.engine)
     needs.check_disk(work.path, needs.disk(shapes, request.budget, settings.sampling, calibrated=settings.calibrated))
     needs.check_memory(shapes, settings.places)
     if settings.calibrated or settings.evaluation_tokens:
@@ -241,10 +253,10 @@ def _mark(source: Source, request: Request, settings: CompressSettings) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _stages(source: Source, request: Request, places: Sequence[str], work: WorkFolder, reading: Reading | None,
+def _stages(source: Source, request: Request, crew: Crew, work: WorkFolder, reading: Reading | None,
             progress: Progress) -> dict[str, Any]:
     """Run the stages, each from the files of those before it; return the report of a verified output."""
-    known, device, crew = None, places[0], Hands([torch.device(place) for place in places])
+    known, device = None, str(crew.devices[0])
     if reading is not None:
         known = calibrate.sensitivities(reading, work / "sensitivities.json", progress)
     choices = survey.run(source, known, request, work / "survey.jsonl", device=device, reading=reading,
