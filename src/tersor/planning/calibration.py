@@ -45,7 +45,7 @@ class MomentSum:
         if device == self._sum.device:
             return self
         found = MomentSum(0, device)
-        found.count, found._sum, found._squares = self.count, self._sum.to(device), self._squares
+        found.count, found._sum, found._squares = self.count, self._sum.to(device), self._squares.to(device)
         return found
 
     def merge(self, other: MomentSum) -> None:

@@ -88,8 +88,14 @@ def _moments(matrices: Sequence[Matrix]) -> int:
 
 
 def memory_by_stage(shapes: Shapes, sampling: Sampling, evaluation_tokens: int, context: int, *, calibrated: bool,
-                    workers: int) -> dict[str, int]:
-    """Return the bytes that each stage holds at once, besides the interpreter: of the device, where it is a GPU."""
+                    workers: int, copies: int = 1) -> dict[str, int]:
+    """Return the bytes that each stage holds at once, besides the interpreter: of the device, where it is a GPU.
+
+    Parameters
+    ----------
+    copies : int
+        Of the model, one a device: in one memory, if that is a processor's.
+    """
     batch = min(BATCH_TOKENS, sampling.tokens)
     workers = max(1, min(workers, sampling.tokens // max(1, batch)))
     held = min(HELD, sampling.tokens * shapes.width * shapes.number)
@@ -108,6 +114,8 @@ def memory_by_stage(shapes: Shapes, sampling: Sampling, evaluation_tokens: int, 
         tokens = max(context, min(4096, evaluation_tokens, LOGITS // shapes.vocabulary))
         found["evaluate"] = rest + block + (shapes.outside + shapes.block * shapes.blocks) // 2 + 8 * (
             tokens * shapes.vocabulary)
+    for stage, times in (("calibrate", 1), ("survey", 1), ("encode", 2)) if shapes.number == 4 and calibrated else ():
+        found[stage] += (copies - 1) * times * (rest + block)
     return found | {"verify": 4 * COPIES * shapes.largest}
 
 

@@ -132,13 +132,20 @@ def check_device(device: str) -> None:
         raise ModelError(f"device '{device}' cannot be used here: {str(error).splitlines()[0]}; use cpu") from error
 
 
-def provenance(source: Source, calibration: Calibration | None, request: Request, version: str) -> dict[str, Any]:
-    """Return what the manifest says of how the model was made; no clocks, no paths."""
+def provenance(source: Source, calibration: Calibration | None, request: Request, version: str, *,
+               fingerprints: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Return what the manifest says of how the model was made; no clocks, no paths.
+
+    Parameters
+    ----------
+    fingerprints : mapping of str to str or None
+        In place of the source's, for which all of its weights are read.
+    """
     seen = None if calibration is None else {"tokens": calibration.tokens, "source": calibration.source}
     effort = {} if request.effort is None else {"effort": request.effort}
-    return {"tersor": version, **source.fingerprints, "budget_bytes": request.budget, "method": request.method,
-            **effort, "seed": request.seed, "options": dict(request.options), "calibration": seen,
-            "ledger": source.ledger.summary()}
+    return {"tersor": version, **(fingerprints or source.fingerprints), "budget_bytes": request.budget,
+            "method": request.method, **effort, "seed": request.seed, "options": dict(request.options),
+            "calibration": seen, "ledger": source.ledger.summary()}
 
 
 def budget_bytes(elements: int, rate: float | None, size: int | None) -> int:
