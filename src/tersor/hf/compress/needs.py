@@ -23,6 +23,7 @@ from tersor.hf.models.streamed import candidates
 
 DOUBLE = 8  # bytes of the numbers in which a Hessian is factored
 COPIES = 6  # float32 copies of a matrix that an encoder with feedback holds at once, about; measured
+LOGITS_HELD = 16  # bytes of a logit in an evaluation: of both models, twice while they are made; measured
 WIDE = 3  # activations as wide as the widest matrix that a block holds at once, and of its own width, about
 
 
@@ -112,7 +113,7 @@ def memory_by_stage(shapes: Shapes, sampling: Sampling, evaluation_tokens: int, 
                  "encode": 2 * (rest + block + held + moments) + max(workers * (2 * moving + 2 * moments), encoder)}
     if evaluation_tokens:
         tokens = max(context, min(4096, evaluation_tokens, LOGITS // shapes.vocabulary))
-        found["evaluate"] = rest + block + (shapes.outside + shapes.block * shapes.blocks) // 2 + 8 * (
+        found["evaluate"] = rest + block + (shapes.outside + shapes.block * shapes.blocks) // 2 + LOGITS_HELD * (
             tokens * shapes.vocabulary)
     for stage, times in (("calibrate", 1), ("survey", 1), ("encode", 2)) if shapes.number == 4 and calibrated else ():
         found[stage] += (copies - 1) * times * (rest + block)

@@ -19,7 +19,7 @@ from tersor.hf.models.flow import Activations, Flow
 from tersor.hf.models.hollow import Hollow
 from tersor.hf.models.matrices import Matrix
 from tersor.hf.models.source import Source, read_matrix
-from tersor.hf.models.streamed import Proof, Streamed
+from tersor.hf.models.streamed import Streamed
 from tersor.hf.models.text import read_ids, text_source, windows
 from tersor.planning.calibration import Calibration
 
@@ -44,8 +44,6 @@ class Reading:
         Keep all weights in memory at once.
     folder : Path
         Where activations go that find no room in memory.
-    proofs : list of Proof
-        That the model runs block by block: none before it was first run.
     position : list of int
         The stage that is worked on, and the number of blocks.
     """
@@ -57,7 +55,6 @@ class Reading:
     devices: tuple[str, ...]
     whole: bool
     folder: Path
-    proofs: list[Proof] = dataclasses.field(default_factory=list)
     position: list[int] = dataclasses.field(default_factory=list)
 
     @classmethod
@@ -98,6 +95,19 @@ class Reading:
         """What there is to say of the text before it is read: no moments, no sensitivities."""
         return Calibration({}, self.tokens, self.text, sha256=self.mark)
 
+    def proven(self) -> set[str]:
+        """Prove that the model runs block by block; return the matrices that were read for it, all of finite numbers.
+
+        Raises
+        ------
+        ModelError
+            If it does not; or NonFiniteError, if a matrix holds NaN or infinity.
+        """
+        found = Streamed(Hollow(self.source, self.devices[0]), self.sequences, whole=self.whole)
+        inner = [m for stage in range(len(found.blocks)) for m in found.matrices(stage)]
+        outer = [m for m in found.matrices(len(found.blocks)) if not found.hollow.parameter(m.parameter).is_meta]
+        return {m.name for m in (*inner, *outer)}
+
     def streamed(self, like: Streamed | None = None) -> Streamed:
         """Return the dense model, proven to run block by block.
 
@@ -112,11 +122,10 @@ class Reading:
             If it does not; or NonFiniteError, if a matrix holds NaN or infinity.
         """
         hollow = Hollow(self.source, self.devices[0], None if like is None else like.hollow)
-        found = Streamed(hollow, self.sequences, whole=self.whole, proof=self.proofs[0] if self.proofs else None)
-        self.proofs[:] = [found.proof]
+        found = Streamed(hollow, self.sequences, whole=self.whole)
         for place, device in enumerate(self.devices[1:], 1):
             model = Hollow(self.source, device, hollow if like is None else like.copies[place].hollow)
-            found.copies.append(Streamed(model, self.sequences, whole=self.whole, proof=found.proof))
+            found.copies.append(Streamed(model, self.sequences, whole=self.whole))
         return found
 
     def flow(self, streamed: Streamed, name: str) -> Flow:

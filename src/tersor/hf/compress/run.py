@@ -237,11 +237,13 @@ def _check(source: Source, request: Request, settings: CompressSettings, work: W
     check_options(request)
     check_weights(list(source.layout.matrices), request.sensitivities)
     plan.check_reachable(source, None, request, tersor.__version__)
-    settings.reading(source, Path())
+    reading = settings.reading(source, Path())
     if settings.evaluation_tokens:
         read_ids(source, settings.heldout, settings.context, settings.evaluation_tokens)
+    proven = set[str]() if reading is None else reading.proven()
     for matrix in source.layout.matrices.values():
-        read_matrix(source, matrix, settings.device)  # NaN and infinity are found, and named, before anything runs
+        if matrix.name not in proven:
+            read_matrix(source, matrix, settings.device)  # NaN and infinity are found, and named, before anything runs
 
 
 def _mark(source: Source, request: Request, settings: CompressSettings) -> str:

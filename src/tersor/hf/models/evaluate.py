@@ -166,6 +166,7 @@ def compare(model: PreTrainedModel, original: Callable[[int], tuple[Tensor, bool
             for row, first in enumerate(firsts):
                 score.add(output[row, first - 1 : -1], reference[row, first - 1 : -1],
                           inputs[row, first:] if next_token else None)
+        del output, reference  # logits are large: those of the next batch find their room
         if step is not None:
             step(number + 1, len(batches))
     return score

@@ -106,8 +106,6 @@ class Streamed:
         Token ids (1, length) that the proof runs on, a few of them.
     whole : bool
         Keep all weights in memory; then there is one stage, the model.
-    proof : Proof or None
-        Of the same model, if it was proven before.
 
     Attributes
     ----------
@@ -124,7 +122,7 @@ class Streamed:
         If the model cannot be run block by block; says why.
     """
 
-    def __init__(self, hollow: Hollow, ids: Tensor, *, whole: bool = False, proof: Proof | None = None) -> None:
+    def __init__(self, hollow: Hollow, ids: Tensor, *, whole: bool = False) -> None:
         self.hollow, self.model = hollow, hollow.model
         self.copies = [self]
         self.blocks: list[Block] = []
@@ -139,18 +137,17 @@ class Streamed:
         hollow.fill(part for part in self.model.modules() if id(part) not in inside)
         for block in found:
             block.module.__dict__["forward"] = self._forward(block)
-        if proof is not None:
-            named = {block.name: block for block in found}
-            self.blocks = [named[name] for name in proof.order]
-            self._places, self._lists = {name: place for place, name in enumerate(proof.order)}, dict(proof.forms)
-            self._last = None if proof.last is None else self.reads[proof.last]
-            self.proof = proof
+        if found and hollow.source.proofs:  # for which all weights were read
+            self._believe(hollow.source.proofs[0], {block.name: block for block in found})
         elif found:
-            self.proof = self._prove(ids[:1, :PILOT])
-        elif whole:
-            self.proof = Proof((), {}, None)
-        else:
+            hollow.source.proofs.append(self._prove(ids[:1, :PILOT]))
+        elif not whole:
             raise ModelError(f"no sequence of blocks with matrices was found in a {type(self.model).__name__}; {HINT}")
+
+    def _believe(self, proof: Proof, named: Mapping[str, Block]) -> None:
+        self.blocks = [named[name] for name in proof.order]
+        self._places, self._lists = {name: place for place, name in enumerate(proof.order)}, dict(proof.forms)
+        self._last = None if proof.last is None else self.reads[proof.last]
 
     def matrices(self, stage: int) -> list[Matrix]:
         """Return the matrices of a stage; the last one's are those outside of all blocks."""
