@@ -29,6 +29,7 @@ from tersor.cli.base import (
     Context,
     Dense,
     Device,
+    Devices,
     Effort,
     LeaveOut,
     OptionTexts,
@@ -123,7 +124,7 @@ def _encode_model(source: Any, target: Path, picks: dict[str, Any], calibration:
     job = stage.Job(source, picks, calibration, request, record)
     with Bars() as progress:
         matrices = stage.run(job, work, device=device, reading=reading, progress=progress)
-    summary = conclude(job, matrices, work, {}, device=device)["summary"]
+    summary = conclude(job, matrices, work, {}, devices=(device,))["summary"]
     work.finish("matrices", "staged", "activations", "survey.jsonl.outside")
     return summary
 
@@ -225,15 +226,17 @@ def _cache_codecs(opened: store.Store) -> Mapping[str, str]:
 def verify(path: Annotated[Path, typer.Argument(metavar="OUT", help="what Tersor has written")],
            against: Annotated[Path | None, typer.Option(
                help="the original model, .npy or .png: errors are measured again")] = None,
-           device: Device = "cpu", as_json: AsJson = False) -> None:
+           device: Device = "cpu", devices: Devices = None, as_json: AsJson = False) -> None:
     """Verify digests, layouts, coverage and errors. The exit status is 3 if anything is wrong."""
+    from tersor.hf.compress.request import usable_devices
     from tersor.hf.compress.verify import verify as run_verification
 
     opened = store.read(existing(path, "a directory written by tersor"))
+    places = (device_of(device),) if devices is None else usable_devices(devices)
     with Bars() as progress:
         if against is None or opened.kind == "model":
             record = run_verification(path, None if against is None else open_source(against, path), progress,
-                                      device=device_of(device))
+                                      devices=places)
         else:
             found = _against(opened, against)
             record = {**run_verification(path, None, progress), "against": str(against), **found}

@@ -84,8 +84,9 @@ class Hands:
     def each(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Any]]:
         """Yield tasks with their results: in their order by one device, the longest first by several."""
         if len(self.devices) == 1:
+            alone = _Held(self.devices[0])
             for task in tasks:
-                yield task, task.work(*task.ready(), *task.needs)
+                yield task, alone.work(task, task.ready())
             return
         waiting, free = longest_first(tasks), list(range(len(self.devices)))
         held = [_Held(device) for device in self.devices]

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -271,7 +271,8 @@ def _stages(source: Source, request: Request, crew: Crew, work: WorkFolder, read
     nbytes = store.stored_nbytes(work / "output")
     if nbytes > request.budget:
         raise TersorError(f"internal: wrote {nbytes} bytes for a budget of {request.budget}")
-    return conclude(job, matrices, work, {"budget": request.budget, "method": request.method}, device=device)
+    return conclude(job, matrices, work, {"budget": request.budget, "method": request.method},
+                    devices=[str(place) for place in crew.devices])
 
 
 def _check_companions(source: Source, output: Path) -> None:
@@ -283,14 +284,14 @@ def _check_companions(source: Source, output: Path) -> None:
 
 
 def conclude(job: encode.Job, matrices: Mapping[str, Any], work: WorkFolder,
-             asked: Mapping[str, Any], *, device: str = "cpu") -> dict[str, Any]:
+             asked: Mapping[str, Any], *, devices: Sequence[str] = ("cpu",)) -> dict[str, Any]:
     """Write the report beside what was encoded, and verify both in a new process; return the report.
 
     Parameters
     ----------
     asked : mapping
         What the user gave besides a plan, for the summary: the budget and the method.
-    device : str
+    devices : sequence of str
         Where the output is verified.
 
     Raises
@@ -308,5 +309,5 @@ def conclude(job: encode.Job, matrices: Mapping[str, Any], work: WorkFolder,
     _check_companions(source, work / "output")
     write_json(work / "output" / REPORT, report)
     card.write_card(work / "output", report, card.base_of(source))
-    verify_in_fresh_process(work / "output", source.path, device)
+    verify_in_fresh_process(work / "output", source.path, devices)
     return report

@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tersor import store
+from tersor.contract.codec import Encoded
 from tersor.errors import CorruptStoreError, VerificationError
 from tersor.files import read_json
+from tersor.hf.compress.crew import Hands, Task
 from tersor.hf.compress.proof import prove
 from tersor.hf.compress.request import Progress, no_progress
 from tersor.hf.models.ledger import CARRIED, check_entries, check_source, ledger_of
@@ -27,15 +31,15 @@ FLOOR = 1e-12
 
 
 def verify(path: Path, source: Source | None = None, progress: Progress = no_progress, *,
-           proven: bool = True, device: str = "cpu") -> dict[str, Any]:
+           proven: bool = True, devices: Sequence[str] = ("cpu",)) -> dict[str, Any]:
     """Verify a store; for a model, also that it covers the model and computes, and, with a source, every error.
 
     Parameters
     ----------
     proven : bool
         Whether a model is loaded and run once beside its decoded weights; False where it is about to be run anyway.
-    device : str
-        Where matrices are decoded and measured, and the model is run.
+    devices : sequence of str
+        Where matrices are decoded and measured; the model is run on the first.
 
     Returns
     -------
@@ -57,29 +61,41 @@ def verify(path: Path, source: Source | None = None, progress: Progress = no_pro
         raise VerificationError(f"{path} was not made from {source.path}: its manifest names a source of other bytes")
     if opened.kind == "model":
         _check_ledger(path, opened, _check_coverage(path, opened), source)
-    recorded = _recorded(path)
-    worst = 0.0
-    names = opened.matrix_names()
-    for number, name in enumerate(names):
-        progress("verify", number, len(names))
-        encoded = opened.matrix(name).to(device)
-        if source is None:
-            if not bool(torch.isfinite(encoded.decode()).all()):
-                raise VerificationError(f"{path}: '{name}' decodes to NaN or infinity")
-            continue
-        found = measure(source.matrix(source.layout.matrices[name]).to(device), encoded).relative_error
-        promised = recorded.get(name)
-        if promised is None or not math.isfinite(promised) or not abs(found - promised) <= AGREEMENT * promised + FLOOR:
-            raise VerificationError(f"{path}: '{name}' has relative error {found:.6g}, but its encoder measured "
+    worst, recorded, names = 0.0, _recorded(path), opened.matrix_names()
+    progress("verify", 0, len(names))
+    tasks = [_task(opened, name, source) for name in names]
+    for number, (task, found) in enumerate(Hands([torch.device(device) for device in devices]).each(tasks)):
+        promised = recorded.get(task.name)
+        if source is None and not math.isfinite(found):
+            raise VerificationError(f"{path}: '{task.name}' decodes to NaN or infinity")
+        if source is not None and (promised is None or not math.isfinite(promised)
+                                   or not abs(found - promised) <= AGREEMENT * promised + FLOOR):
+            raise VerificationError(f"{path}: '{task.name}' has relative error {found:.6g}, but its encoder measured "
                                     f"{promised}; the output does not hold what was encoded")
         worst = max(worst, found)
+        progress("verify", number + 1, len(names))
     if source is not None:
         _check_plain(path, opened, source)
-    proof = prove(path, opened, device) if opened.kind == "model" and proven else None
-    progress("verify", len(names), len(names))
+    proof = prove(path, opened, devices[0]) if opened.kind == "model" and proven else None
     return {"matrices": len(names), "plain": len(opened.entries) - len(names), "bytes": store.stored_nbytes(path),
             "kind": opened.kind, "against": None if source is None else str(source.path),
             "worst_relative_error": None if source is None else worst, "changed": changed, "proof": proof}
+
+
+def _task(opened: store.Store, name: str, source: Source | None) -> Task:
+    def ready() -> tuple[Encoded, Tensor]:
+        dense = torch.empty(0) if source is None else source.matrix(source.layout.matrices[name])
+        return opened.matrix(name), dense
+
+    return Task(name, error_of, ready, math.prod(opened.entries[name].shape))
+
+
+def error_of(encoded: Encoded, dense: Tensor) -> float:
+    """Return the relative error against a matrix (out, in), where that lies; of none, 0, or NaN where it decodes so."""
+    own = encoded.to(dense.device)
+    if dense.numel():
+        return measure(dense, own).relative_error
+    return 0.0 if bool(torch.isfinite(own.decode()).all()) else math.nan
 
 
 def _check_coverage(path: Path, opened: store.Store) -> Parts:
@@ -140,7 +156,7 @@ def _check_plain(path: Path, opened: store.Store, source: Source) -> None:
             raise VerificationError(f"{path}: '{name}' is stored as it is, but differs from the source")
 
 
-def verify_in_fresh_process(path: Path, against: Path, device: str = "cpu") -> None:
+def verify_in_fresh_process(path: Path, against: Path, devices: Sequence[str] = ("cpu",)) -> None:
     """Run `tersor verify` in a new process, so that nothing the encoder holds in memory can help decoding.
 
     Raises
@@ -149,8 +165,8 @@ def verify_in_fresh_process(path: Path, against: Path, device: str = "cpu") -> N
         If it fails; carries its message.
     """
     command = [sys.executable, "-m", "tersor", "--quiet", "verify", str(path), "--against", str(against),
-               "--device", device, "--json"]
-    if torch.device(device).type == "cuda":
+               *(("--device",) if len(devices) == 1 else ("--devices",)), ",".join(devices), "--json"]
+    if torch.device(devices[0]).type == "cuda":
         torch.cuda.empty_cache()  # what torch keeps for later is memory that the other process finds taken
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
