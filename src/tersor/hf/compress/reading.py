@@ -128,9 +128,10 @@ class Reading:
             found.copies.append(Streamed(model, self.sequences, whole=self.whole))
         return found
 
-    def flow(self, streamed: Streamed, name: str) -> Flow:
-        """Return the text at the model's entrance."""
-        batches = self.sequences.split(max(1, BATCH_TOKENS // self.sampling.context))
+    def flow(self, streamed: Streamed, name: str, tokens: int | None = None) -> Flow:
+        """Return the text at the model's entrance: all windows, or evenly spaced ones of about so many tokens."""
+        every = 1 if tokens is None else max(1, self.tokens // tokens)
+        batches = self.sequences[::every].split(max(1, BATCH_TOKENS // self.sampling.context))
         return Flow(streamed, batches, Activations(self.folder / name))
 
 

@@ -32,6 +32,7 @@ from tersor.planning.trials import Trials
 from tersor.quality import measure
 
 SURVEY_ELEMENTS = 1 << 16  # elements of a matrix that a trial encodes
+SURVEY_TOKENS = 1 << 14  # of the text, by which trials are weighed: four times as many choose no better (docs/log.md)
 
 
 @exclusive("output")
@@ -137,9 +138,9 @@ def _by_blocks(reading: Reading, calibration: Calibration, output: Path, missing
     streamed = reading.streamed()
     last = len(streamed.blocks)
     first = next((stage for stage in range(last) if any(map(missing, streamed.matrices(stage)))), last)
-    flow = reading.flow(streamed, "survey")
+    flow = reading.flow(streamed, "survey", SURVEY_TOKENS)
     place = Place(Checkpoint(part_of(output), reading.mark), flow)
-    step = steps(last + 1, reading.tokens, lambda done, total: progress("survey", done, total))
+    step = steps(last + 1, flow.tokens, lambda done, total: progress("survey", done, total))
     for stage in range(place.resume(first), last + 1):
         reading.position[:] = stage, last
         with streamed.resident(stage):
@@ -164,7 +165,7 @@ def outside_of(reading: Reading, file: Path) -> dict[str, Tensor]:
     if found is not None:
         return found
     streamed = reading.streamed()
-    flow, last = reading.flow(streamed, "outside"), len(streamed.blocks)
+    flow, last = reading.flow(streamed, "outside", SURVEY_TOKENS), len(streamed.blocks)
     if not any(m.name in streamed.reads and streamed.looks_up(m) for m in streamed.matrices(last)):
         return {}
     for stage in range(last):

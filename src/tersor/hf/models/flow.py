@@ -107,6 +107,11 @@ class Flow:
     def __init__(self, streamed: Streamed, batches: Sequence[Tensor], kept: Activations) -> None:
         self.streamed, self.batches, self.kept = streamed, batches, kept
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of all batches."""
+        return sum(batch.numel() for batch in self.batches)
+
     def given(self, batch: int) -> Given:
         """Return a copy of what a batch carries, on its device: some blocks write into what they are given."""
         device = self.streamed.at(batch).hollow.device
