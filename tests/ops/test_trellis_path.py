@@ -74,6 +74,7 @@ def test_the_first_state_follows_from_the_last(key: tuple[float, int], length: i
 
 def test_what_the_kernel_takes() -> None:
     assert refusal(Steps(12, (2, 2)), 256) is None
-    assert "found 16" in str(refusal(Steps(16, (2, 2)), 256))
-    assert "expected a window of 8 to 15" in str(refusal(Steps(7, (4,)), 256))
+    assert refusal(Steps(16, (2, 2)), 256) is None
+    assert "found 17" in str(refusal(Steps(17, (2, 2)), 256))
+    assert "expected a window of 8 to 16" in str(refusal(Steps(7, (4,)), 256))
     assert "whole periods" in str(refusal(Steps(12, (2, 3)), 255))
