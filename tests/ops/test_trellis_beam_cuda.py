@@ -33,7 +33,8 @@ def on_numpy(numbers: torch.Tensor, known: Sums, width: int) -> torch.Tensor:
     windows, costs = np.full((count, 2, block), -5, np.int64), np.full((count, 2, block), np.nan, np.float32)
     ends, seams, out = np.zeros(count, np.int32), np.zeros(count, np.int64), np.zeros((count, length), np.uint8)
     starts = known.starts(width).numpy()
-    for first, made, until, bound in ((length - warm if warm else 0, seam, warm or length, False), (0, length, 0, True)):
+    walks = (length - warm if warm else 0, seam, warm or length, False), (0, length, 0, True)
+    for first, made, until, bound in walks:
         begun, of = (seams, 1) if bound else (starts, len(starts))
         total = sum(steps.shifts[(first + t) % length % len(steps.shifts)] for t in range(made))
         launch("trellis_path.kernels.beams", "walk", (count,),

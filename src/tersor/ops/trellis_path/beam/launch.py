@@ -15,7 +15,8 @@ from tersor.ops.trellis_path.kernels.beams import follow, walk
 HISTORY = 1 << 30  # bytes of histories held at a time
 WORD = 4
 FOLLOWED = 32  # segments of a program that follows paths back
-WARPS = 8
+MOST_WARPS, HELD = 8, 128  # of a program; survivors of a warp
+FEW, REGISTERS = 4, 128  # new windows a survivor with which two programs fit a multiprocessor, and what that takes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,7 +41,7 @@ def entering(numbers: Tensor, sums: Sums, width: int) -> Tensor:
     """Return the bits that enter at every step, uint8 (n, length), for float32 numbers (n, length) on CUDA."""
     (count, length), steps, device = numbers.shape, sums.steps, numbers.device
     warm, held, block = steps.warm(length), _held(sums, width, device), block_of(width)
-    seam = 2 * warm or length
+    seam, branches = 2 * warm or length, held.news.shape[1]
     room = max(length, seam) * width
     most = min(count, max(1, HISTORY // (WORD * room)))
     out = torch.empty(count, length, dtype=torch.uint8, device=device)
@@ -60,8 +61,9 @@ def entering(numbers: Tensor, sums: Sums, width: int) -> Tensor:
                 total = sum(steps.shifts[(first + t) % length % len(steps.shifts)] for t in range(made))
                 walk[(programs,)](numbers, held.tables, held.news, held.order, held.curve, begun, ends, windows, costs,
                                   history, begin, of, length, first, made, total, room, steps.memory, steps.shifts,
-                                  held.tables.shape[1], width, block, held.news.shape[1], sums.curve is not None, bound,
-                                  num_warps=WARPS, enable_fp_fusion=False)
+                                  held.tables.shape[1], width, block, branches, sums.curve is not None, bound,
+                                  num_warps=max(1, min(MOST_WARPS, block // HELD)),
+                                  maxnreg=REGISTERS if branches <= FEW else None, enable_fp_fusion=False)
                 follow[(-(-programs // FOLLOWED),)](history, begun, ends, seams, out, begin, programs, length, first,
                                                     made, until, room, steps.memory, steps.shifts, width, bound,
                                                     FOLLOWED, num_warps=1)
