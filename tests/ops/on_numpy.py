@@ -95,7 +95,8 @@ class Shared:
 def _where(condition: Any, left: Any, right: Any) -> Tensor:
     known = [x.dtype for x in (left, right) if isinstance(x, (np.ndarray, np.generic))]
     found = np.where(condition, left, right)
-    return array(found.astype(np.result_type(*known)) if known else found)
+    plain = np.float32 if found.dtype == np.float64 else found.dtype  # Python's numbers are single there
+    return array(found.astype(np.result_type(*known) if known else plain))
 
 
 def _folded(function: Callable[..., Any]) -> Callable[..., Tensor]:

@@ -39,8 +39,8 @@ def on_numpy(numbers: torch.Tensor, known: Sums, width: int) -> torch.Tensor:
         total = sum(steps.shifts[(first + t) % length % len(steps.shifts)] for t in range(made))
         launch("trellis_path.kernels.beams", "walk", (count,),
                (numbers.numpy(), tables, news, order, curve, begun, ends, windows, costs, history, 0, of, length, first,
-                made, total, room, steps.memory, steps.shifts, tables.shape[1], width, block, news.shape[1],
-                known.curve is not None, bound))
+                made, total, room, int(bound), steps.memory, steps.shifts, tables.shape[1], width, block,
+                news.shape[1], known.curve is not None))
         launch("trellis_path.kernels.beams", "follow", (-(-count // FOLLOWED),),
                (history, begun, ends, seams, out, 0, count, length, first, made, until, room, steps.memory,
                 steps.shifts, width, bound, FOLLOWED))

@@ -39,8 +39,8 @@ def on_numpy(code: Window, numbers: torch.Tensor, parts: tuple[int, int, int, in
     out = np.full((count, length), -1, np.int32)
     for first, made, until, bound in ((length - warm, 2 * warm, warm - 1, False), (0, length, 0, True)):
         launch("trellis_path.kernels.long", "forward", (count,),
-               (numbers.numpy(), table, choices, seams, 0, count, length, first, made, room, code.memory, code.shifts,
-                parts, not steps.linear, bound), max(1, (1 << parts[2]) >> LANES))
+               (numbers.numpy(), table, choices, seams, 0, count, length, first, made, room, int(bound), code.memory,
+                code.shifts, parts, not steps.linear), max(1, (1 << parts[2]) >> LANES))
         launch("trellis_path.kernels.back", "back", (-(-count // FOLLOWED),),
                (choices, seams, out, 0, count, length, made, until, room, code.memory, code.shifts, 1 << parts[2],
                 1 << parts[3], bound, FOLLOWED))

@@ -62,8 +62,8 @@ def _long_states(numbers: Tensor, table: Tensor, steps: Steps) -> Tensor:
             programs = min(most, count - begin)
             for first, steps_made, until, bound in ((length - warm, 2 * warm, warm - 1, False), (0, length, 0, True)):
                 forward[(programs,)](numbers, table, choices, seams, begin, count // len(table), length, first,
-                                     steps_made, room, steps.memory, steps.shifts, split, not steps.linear, bound,
-                                     num_warps=1 << MOST_WARPS)
+                                     steps_made, room, int(bound), steps.memory, steps.shifts, split,
+                                     not steps.linear, num_warps=1 << MOST_WARPS)
                 back[(-(-programs // FOLLOWED),)](choices, seams, out, begin, programs, length, steps_made, until, room,
                                                   steps.memory, steps.shifts, 1 << split[2], 1 << split[3], bound,
                                                   FOLLOWED, num_warps=1)

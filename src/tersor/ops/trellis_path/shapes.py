@@ -13,6 +13,7 @@ HELD = 6  # bits of the states that a thread holds, at most: so many costs in re
 LANES = 5  # bits of the threads of a warp
 MOST_WARPS = 5  # bits of the warps of a program
 MOST_LONG_SHIFT = 4
+PART = 5  # bits of the states of a thread that are at work at a time where their levels are read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +61,11 @@ def parts(steps: Steps) -> tuple[int, int, int]:
 def long_parts(steps: Steps) -> tuple[int, int, int, int]:
     """Return the bits of a state of a long window: the top, other and low ones are a thread's, the middle threads.
 
-    Others are as many as keep what is at work within registers; low ones, stored together, as few as that allows.
+    A part is of 64 states a thread, of 32 where levels are read, which are at work then too: more find no registers.
+    Low ones are stored together, and more than eight in a row would meet in banks.
     """
     top, held = max(steps.shifts), LONG_MEMORY - LANES - MOST_WARPS
-    low = min(3, held - top) if steps.linear else min(2, held - top)
+    low = min(3, held - top) if steps.linear else min(2, PART - top)
     return top, held - top - low, LANES + MOST_WARPS, low
 
 

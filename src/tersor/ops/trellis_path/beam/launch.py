@@ -60,8 +60,8 @@ def entering(numbers: Tensor, sums: Sums, width: int) -> Tensor:
                 begun, of = (seams, 1) if bound else (held.starts, len(held.starts))
                 total = sum(steps.shifts[(first + t) % length % len(steps.shifts)] for t in range(made))
                 walk[(programs,)](numbers, held.tables, held.news, held.order, held.curve, begun, ends, windows, costs,
-                                  history, begin, of, length, first, made, total, room, steps.memory, steps.shifts,
-                                  held.tables.shape[1], width, block, branches, sums.curve is not None, bound,
+                                  history, begin, of, length, first, made, total, room, int(bound), steps.memory,
+                                  steps.shifts, held.tables.shape[1], width, block, branches, sums.curve is not None,
                                   num_warps=max(1, min(MOST_WARPS, block // HELD)),
                                   maxnreg=REGISTERS if branches <= FEW else None, enable_fp_fusion=False)
                 follow[(-(-programs // FOLLOWED),)](history, begun, ends, seams, out, begin, programs, length, first,

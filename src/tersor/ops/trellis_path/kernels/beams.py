@@ -146,19 +146,19 @@ def _step(x, source, target, code, alive, forced, history, MEMORY: gl.constexpr,
 
 
 @gluon.jit
-def _begin(windows, costs, starts, count, BLOCK: gl.constexpr, BRANCHES: gl.constexpr, BOUND: gl.constexpr):
+def _begin(windows, costs, starts, count, BLOCK: gl.constexpr, BRANCHES: gl.constexpr):
     HELD: gl.constexpr = gl.SliceLayout(0, _layout(BRANCHES, BLOCK, gl.num_warps()))
     i = gl.arange(0, BLOCK, HELD)
     inside = i < count
-    gl.store(windows + i, gl.load(starts + (0 * i if BOUND else i), inside, other=0), inside)
+    gl.store(windows + i, gl.load(starts + i, inside, other=0), inside)
     gl.store(costs + i, gl.zeros((BLOCK,), gl.float32, HELD), inside)
 
 
 @kernel
-@gluon.jit(do_not_specialize=["begin", "count", "length", "first", "steps", "total", "room"])
+@gluon.jit(do_not_specialize=["begin", "count", "length", "first", "steps", "total", "room", "bound"])
 def walk(numbers, tables, news, order, curve, starts, ends, windows, costs, history, begin, count, length, first, steps,
-         total, room, MEMORY: gl.constexpr, SHIFTS: gl.constexpr, PIECES: gl.constexpr, WIDTH: gl.constexpr,
-         BLOCK: gl.constexpr, BRANCHES: gl.constexpr, CURVED: gl.constexpr, BOUND: gl.constexpr):
+         total, room, bound, MEMORY: gl.constexpr, SHIFTS: gl.constexpr, PIECES: gl.constexpr, WIDTH: gl.constexpr,
+         BLOCK: gl.constexpr, BRANCHES: gl.constexpr, CURVED: gl.constexpr):
     """Walk around the circle of a segment from place `first` on, and write down who came from whom.
 
     Parameters
@@ -168,7 +168,8 @@ def walk(numbers, tables, news, order, curve, starts, ends, windows, costs, hist
     tables, news, order, curve
         See `Sums`: float32 (period, PIECES, 256), (period, BRANCHES), int32 as many; where CURVED, float32 (2**16,).
     starts
-        int64: the `count` windows that all start with, or, where BOUND, the one that each starts and ends with.
+        int64: the `count` windows that all start with, or, where `bound` is not 0, the one that each starts and ends
+        with.
     ends
         int32 (programs,): the place of the best survivor of all.
     windows, costs
@@ -183,10 +184,9 @@ def walk(numbers, tables, news, order, curve, starts, ends, windows, costs, hist
     costs += own * (2 * BLOCK)
     history += own * room
     x = numbers + (begin + own) * length
-    if BOUND:
-        starts += own
+    starts += gl.where(bound == 0, 0, own)
     end = gl.load(starts)
-    _begin(windows, costs, starts, count, BLOCK, BRANCHES, BOUND)
+    _begin(windows, costs, starts, count, BLOCK, BRANCHES)
     alive, left = count, total
     for t in range(0, steps):
         gl.thread_barrier()
@@ -195,10 +195,8 @@ def walk(numbers, tables, news, order, curve, starts, ends, windows, costs, hist
         phase = place % len(SHIFTS)
         shift = _phase_shift(phase, SHIFTS)
         left -= shift
-        forced = (0, 0)
-        if BOUND:
-            bits = gl.minimum(shift, gl.maximum(MEMORY - left, 0))
-            forced = ((end >> gl.minimum(left, 63)).to(gl.int32), (1 << bits) - 1)
+        bits = gl.where(bound == 0, 0, gl.minimum(shift, gl.maximum(MEMORY - left, 0)))
+        forced = ((end >> gl.minimum(left, 63)).to(gl.int32), (1 << bits) - 1)
         now = t % 2 * BLOCK
         then = BLOCK - now
         code = (shift, tables + phase * (PIECES * 256), news + phase * BRANCHES, order + phase * BRANCHES, curve)

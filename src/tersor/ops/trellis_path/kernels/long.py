@@ -104,12 +104,10 @@ def _step(source, target, x, levels, table, place, BEFORE: gl.constexpr, SHIFT: 
 
 
 @gluon.jit
-def _begin(room, start, GROUPS: gl.constexpr, BOUND: gl.constexpr):
+def _begin(room, start, bound, GROUPS: gl.constexpr):
     FLAT: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
     index = gl.arange(0, GROUPS, FLAT)
-    cost = gl.zeros((GROUPS,), gl.float32, FLAT)
-    if BOUND:
-        cost = gl.where(index == start % GROUPS, cost, FAR)
+    cost = gl.where((index == start % GROUPS) | (bound == 0), 0.0, FAR)
     room._reinterpret(gl.int32, [GROUPS], gl.SwizzledSharedLayout(1, 1, 1, [0])).store(cost.to(gl.int32, bitcast=True))
 
 
@@ -133,9 +131,9 @@ def _ahead(x, place, length, TURNS: gl.constexpr):
 
 
 @kernel
-@gluon.jit(do_not_specialize=["begin", "each", "length", "first", "count", "room"])
-def forward(numbers, table, choices, seams, begin, each, length, first, count, room, MEMORY: gl.constexpr,
-            SHIFTS: gl.constexpr, PARTS: gl.constexpr, WHOLE: gl.constexpr, BOUND: gl.constexpr):
+@gluon.jit(do_not_specialize=["begin", "each", "length", "first", "count", "room", "bound"])
+def forward(numbers, table, choices, seams, begin, each, length, first, count, room, bound, MEMORY: gl.constexpr,
+            SHIFTS: gl.constexpr, PARTS: gl.constexpr, WHOLE: gl.constexpr):
     """Walk `count` steps around the circle of a segment from `first` on, both whole turns; a program a segment.
 
     Parameters
@@ -147,7 +145,8 @@ def forward(numbers, table, choices, seams, begin, each, length, first, count, r
     choices
         int32 (programs, room), of which a step takes as many as there are middles; see `back`.
     seams
-        int32 (programs,): the states that walks start with where BOUND; else those that they end in are written there.
+        int32 (programs,): the states that walks start with where `bound` is not 0; else those that they end in are
+        written there.
     begin
         The segment of the first program.
     each
@@ -180,7 +179,8 @@ def forward(numbers, table, choices, seams, begin, each, length, first, count, r
             others = others + (gl.load(level + (other * MIDDLE + _middles(MIDDLE, LAYOUT)) * LOW),)
         tops = gl.load(level + _tops(TOP, LAYOUT) * (OTHER * MIDDLE * LOW)) - zero
         levels = levels + ((tops, others, gl.load(level + _lows(LOW, LAYOUT)) - zero),)
-    _begin(even, gl.load(seams + own), GROUPS, BOUND)
+    start = gl.load(seams + own)
+    _begin(even, start, bound, GROUPS)
     ahead = _ahead(x, first, length, TURNS)
     for t in range(0, count, TURNS):
         now = ahead
@@ -188,5 +188,5 @@ def forward(numbers, table, choices, seams, begin, each, length, first, count, r
         for p in gl.static_range(TURNS):
             _step(rooms[p % 2], rooms[(p + 1) % 2], now[p], levels[p % PERIOD], whole + p % PERIOD * STATES,
                   chosen + (t + p) * MIDDLE, SHIFTS[p % PERIOD], SHIFTS[(p + 1) % PERIOD], WHOLE, LAYOUT)
-    if not BOUND:
-        gl.store(seams + own, _end(even, GROUPS, 1 << SHIFTS[0]))
+    end = _end(even, GROUPS, 1 << SHIFTS[0])
+    gl.store(seams + own, gl.where(bound == 0, end, start))
