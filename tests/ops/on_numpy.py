@@ -33,6 +33,12 @@ class Tensor(np.ndarray):
         return types.SimpleNamespace(layout=None)
 
 
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return self.size
+
+
 def array(x: Any) -> Tensor:
     """Return an array as a tensor."""
     return np.asarray(x).view(Tensor)
@@ -80,6 +86,10 @@ class Shared:
     def slice(self, start: int, length: int, dim: int = 0) -> Shared:
         """Return a part."""
         return Shared(self.held[(*(slice(None),) * dim, slice(start, start + length))])
+
+    def index(self, place: Any) -> Shared:
+        """Return one of several."""
+        return Shared(self.held[int(place)])
 
     def load(self, layout: Any) -> Tensor:
         """Read."""

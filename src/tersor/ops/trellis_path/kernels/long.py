@@ -59,7 +59,7 @@ def _off(x, levels, table, OTHER: gl.constexpr, other: gl.constexpr, WHOLE: gl.c
 
 
 @gluon.jit
-def _part(seen, kept, off, OTHER: gl.constexpr, other: gl.constexpr, BEFORE: gl.constexpr, SHIFT: gl.constexpr,
+def _part(seen, kept, off, mask, OTHER: gl.constexpr, other: gl.constexpr, BEFORE: gl.constexpr, SHIFT: gl.constexpr,
           LAYOUT: gl.constexpr):
     # a part of a step; returns what its groups chose, in the bits of a word that are theirs
     TOP: gl.constexpr = off.shape[0]
@@ -75,7 +75,7 @@ def _part(seen, kept, off, OTHER: gl.constexpr, other: gl.constexpr, BEFORE: gl.
     filled += gl.expand_dims(gl.expand_dims(got, 3), 5)
     cost = gl.convert_layout(gl.reshape(filled, (TOP, MIDDLE, LOW)), LAYOUT, assert_trivial=True)
     cost = gl.fma(off, off, cost)
-    key = (cost.to(gl.int32, bitcast=True) & -BRANCHES) | (_tops(TOP, LAYOUT) // REST)
+    key = (cost.to(gl.int32, bitcast=True) & mask) | (_tops(TOP, LAYOUT) // REST)
     best = gl.min(gl.reshape(key, (BRANCHES, REST, MIDDLE, LOW)), axis=0)
     LEFT: gl.constexpr = best.type.layout
     kept.slice(other, 1, 1).store(gl.reshape(best, (REST, 1, MIDDLE, LOW)))
@@ -85,9 +85,10 @@ def _part(seen, kept, off, OTHER: gl.constexpr, other: gl.constexpr, BEFORE: gl.
 
 
 @gluon.jit
-def _step(source, target, x, levels, table, place, BEFORE: gl.constexpr, SHIFT: gl.constexpr, WHOLE: gl.constexpr,
+def _step(source, target, x, levels, table, place, unknown, BEFORE: gl.constexpr, SHIFT: gl.constexpr, WHOLE: gl.constexpr,
           LAYOUT: gl.constexpr):
-    # what groups cost before a step to what those cost after it that differ in SHIFT bits; choices to place[: middles]
+    # what groups cost before a step to what those cost after it that differ in SHIFT bits; choices to place[: middles].
+    # `unknown` as in `path`
     TOP: gl.constexpr = levels[0].shape[0]
     OTHER: gl.constexpr = len(levels[1])
     MIDDLE: gl.constexpr = levels[1][0].shape[1]
@@ -96,10 +97,11 @@ def _step(source, target, x, levels, table, place, BEFORE: gl.constexpr, SHIFT: 
     AFTER: gl.constexpr = (1 << BEFORE) // INSIDE
     seen = _viewed(source, [TOP, OTHER, MIDDLE // AFTER, LOW // INSIDE])
     kept = _viewed(target, [TOP >> SHIFT, OTHER, MIDDLE, LOW])
+    mask = unknown - (1 << SHIFT)
     words = gl.zeros((MIDDLE,), gl.int32, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))
     for other in gl.static_range(OTHER):
         off = _off(x, levels, table, OTHER, other, WHOLE, LAYOUT)
-        words |= _part(seen, kept, off, OTHER, other, BEFORE, SHIFT, LAYOUT)
+        words |= _part(seen, kept, off, mask, OTHER, other, BEFORE, SHIFT, LAYOUT)
     gl.store(place + gl.arange(0, MIDDLE, words.type.layout), words)
 
 
@@ -187,6 +189,6 @@ def forward(numbers, table, choices, seams, begin, each, length, first, count, r
         ahead = _ahead(x, first + t + TURNS, length, TURNS)
         for p in gl.static_range(TURNS):
             _step(rooms[p % 2], rooms[(p + 1) % 2], now[p], levels[p % PERIOD], whole + p % PERIOD * STATES,
-                  chosen + (t + p) * MIDDLE, SHIFTS[p % PERIOD], SHIFTS[(p + 1) % PERIOD], WHOLE, LAYOUT)
+                  chosen + (t + p) * MIDDLE, bound >> 1, SHIFTS[p % PERIOD], SHIFTS[(p + 1) % PERIOD], WHOLE, LAYOUT)
     end = _end(even, GROUPS, 1 << SHIFTS[0])
     gl.store(seams + own, gl.where(bound == 0, end, start))
