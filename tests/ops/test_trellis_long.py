@@ -15,14 +15,13 @@ from tersor.codecs.trellis.windows import Window
 from tersor.ops import trellis_path
 from tersor.ops.dispatch import reference_only
 from tersor.ops.trellis_path import Steps
-from tersor.ops.trellis_path.shapes import LANES, LONG_MEMORY, long_parts, refusal, rooms
+from tersor.ops.trellis_path.shapes import LANES, LONG_MEMORY, long_parts, refusal, rooms, together
 from tersor.testing import gaussian
 from tests.ops.devices import GPU
 from tests.ops.on_numpy import launch
 
 LONG = {f"tr{rate:g}{mark}x16": shelf[rate, memory] for mark, shelf in (("", filters()), ("n", folded()))
         for rate, memory in shelf if memory == LONG_MEMORY}
-TAKEN = [text for text in LONG if text != "tr1nx16"]
 FOLLOWED = 4
 
 
@@ -31,8 +30,8 @@ def steps_of(code: Window) -> Steps:
     return Steps(code.memory, code.shifts, isinstance(code, Filter))
 
 
-def on_numpy(code: Window, numbers: torch.Tensor, parts: tuple[int, int, int, int]) -> torch.Tensor:
-    """Return the states that the kernels' source finds; as `launch.states` does it."""
+def on_numpy(code: Window, numbers: torch.Tensor, parts: tuple[int, int, int, int], *, alone: bool) -> torch.Tensor:
+    """Return the states that the kernels' source finds, as `launch.states` does it; with one room `alone`."""
     (count, length), steps, table = numbers.shape, steps_of(code), values(code).numpy()
     warm, room = steps.warm(length), max(length, 2 * steps.warm(length)) << parts[2]
     choices, seams = np.zeros(count * room, np.int32), np.zeros(count, np.int32)
@@ -40,7 +39,7 @@ def on_numpy(code: Window, numbers: torch.Tensor, parts: tuple[int, int, int, in
     for first, made, until, bound in ((length - warm, 2 * warm, warm - 1, False), (0, length, 0, True)):
         launch("trellis_path.kernels.long", "forward", (count,),
                (numbers.numpy(), table, choices, seams, 0, count, length, first, made, room, int(bound), code.memory,
-                code.shifts, parts, not steps.linear), max(1, (1 << parts[2]) >> LANES))
+                code.shifts, parts, not steps.linear, alone), max(1, (1 << parts[2]) >> LANES))
         launch("trellis_path.kernels.back", "back", (-(-count // FOLLOWED),),
                (choices, seams, out, 0, count, length, made, until, room, code.memory, code.shifts, 1 << parts[2],
                 1 << parts[3], bound, FOLLOWED))
@@ -55,26 +54,30 @@ def test_the_source_finds_the_same_path(code: Window, length: int, parts: tuple[
     """Of shorter windows, cut as those of 16 bits are, by the rules that do not depend on their length."""
     numbers = gaussian((3, length), length)
     wanted = trellis_path.states(numbers, values(code), steps_of(code))
-    assert torch.equal(on_numpy(code, numbers, parts), wanted.to(torch.int32))
+    assert torch.equal(on_numpy(code, numbers, parts, alone=False), wanted.to(torch.int32))
+    assert torch.equal(on_numpy(code, numbers, parts, alone=True), wanted.to(torch.int32))
 
 
-@pytest.mark.parametrize("text", TAKEN)
+@pytest.mark.parametrize("text", LONG)
 def test_the_source_finds_the_same_long_path(text: str) -> None:
     numbers, code = gaussian((1, 48), 1), LONG[text]
     wanted = trellis_path.states(numbers, values(code), steps_of(code))
-    assert torch.equal(on_numpy(code, numbers, long_parts(steps_of(code))), wanted.to(torch.int32))
+    steps = steps_of(code)
+    found = on_numpy(code, numbers, long_parts(steps), alone=together(steps))
+    assert torch.equal(found, wanted.to(torch.int32))
 
 
 def test_what_finds_room() -> None:
-    """Groups of one bit a step are 2**15 numbers before it and as many after it: too many."""
-    assert {text for text, code in LONG.items() if refusal(steps_of(code), 256) is None} == set(TAKEN)
-    assert rooms(steps_of(LONG["tr1nx16"])) == 1 << 18
-    assert rooms(steps_of(LONG["tr2.5x16"])) == (1 << 16) + (1 << 15)
+    """Groups of one bit a step are 2**15 numbers before it and as many after it: too many for two rooms."""
+    assert {refusal(steps_of(code), 256) for code in LONG.values()} == {None}
+    assert "expected at most 4 new bits" in str(refusal(Steps(LONG_MEMORY, (4, 5)), 256))
+    assert [text for text, code in LONG.items() if together(steps_of(code))] == ["tr1nx16"]
+    assert rooms(steps_of(LONG["tr2.5x16"])) == (1 << 16, 1 << 15)
     assert all(sum(long_parts(steps_of(code))) == LONG_MEMORY for code in LONG.values())
 
 
 @GPU
-@pytest.mark.parametrize("text", TAKEN)
+@pytest.mark.parametrize("text", LONG)
 @pytest.mark.parametrize("length", [256, 236, 64])
 def test_long_windows_find_the_best_path(text: str, length: int) -> None:
     code, numbers = LONG[text], gaussian((140, length), length).cuda()
@@ -95,7 +98,7 @@ def test_long_windows_find_the_best_path(text: str, length: int) -> None:
 
 
 @GPU
-@pytest.mark.parametrize("text", TAKEN)
+@pytest.mark.parametrize("text", LONG)
 def test_what_long_windows_take(text: str) -> None:
     """A gigabyte of choices, whatever the number of segments; each segment by itself. Times are printed."""
     code, numbers = LONG[text], gaussian((8192, 256), 3).cuda()

@@ -9,7 +9,7 @@ from tersor.ops.trellis_path.kernels.back import back
 from tersor.ops.trellis_path.kernels.entered import entered as write_entered
 from tersor.ops.trellis_path.kernels.long import forward
 from tersor.ops.trellis_path.kernels.path import path
-from tersor.ops.trellis_path.shapes import LONG_MEMORY, MOST_WARPS, Steps, long_parts, parts, warps
+from tersor.ops.trellis_path.shapes import LONG_MEMORY, MOST_WARPS, Steps, long_parts, parts, together, warps
 
 CHOICES = 1 << 32  # bytes of choices held at a time
 LONG_CHOICES = 1 << 30  # the same of long windows: of some 1,000 segments
@@ -63,7 +63,7 @@ def _long_states(numbers: Tensor, table: Tensor, steps: Steps) -> Tensor:
             for first, steps_made, until, bound in ((length - warm, 2 * warm, warm - 1, False), (0, length, 0, True)):
                 forward[(programs,)](numbers, table, choices, seams, begin, count // len(table), length, first,
                                      steps_made, room, int(bound), steps.memory, steps.shifts, split,
-                                     not steps.linear, num_warps=1 << MOST_WARPS)
+                                     not steps.linear, together(steps), num_warps=1 << MOST_WARPS)
                 back[(-(-programs // FOLLOWED),)](choices, seams, out, begin, programs, length, steps_made, until, room,
                                                   steps.memory, steps.shifts, 1 << split[2], 1 << split[3], bound,
                                                   FOLLOWED, num_warps=1)

@@ -69,10 +69,15 @@ def long_parts(steps: Steps) -> tuple[int, int, int, int]:
     return top, held - top - low, LANES + MOST_WARPS, low
 
 
-def rooms(steps: Steps) -> int:
-    """Return the bytes of shared memory that the groups of a long window take, before every step and after it."""
+def rooms(steps: Steps) -> tuple[int, int]:
+    """Return the bytes of shared memory that the groups of a long window take before every second step, and after."""
     turns = [[shift for t, shift in enumerate(2 * steps.shifts) if t % 2 == turn] for turn in range(2)]
-    return sum(4 << LONG_MEMORY - min(shifts) for shifts in turns)
+    return 4 << LONG_MEMORY - min(turns[0]), 4 << LONG_MEMORY - min(turns[1])
+
+
+def together(steps: Steps) -> bool:
+    """Tell whether groups before a step and after it share one room."""
+    return sum(rooms(steps)) > ROOM
 
 
 def warps(steps: Steps) -> int:
@@ -90,6 +95,6 @@ def refusal(steps: Steps, length: int) -> str | None:
     whole = period if steps.memory <= MOST_MEMORY else max(2, period)
     if length % whole or length < 2 * whole:
         return f"{length} numbers are no whole periods of {whole}"
-    if steps.memory == LONG_MEMORY and (rooms(steps) > ROOM or most > MOST_LONG_SHIFT):
-        return f"windows of {LONG_MEMORY} bits with {steps.shifts} new ones find no room"
+    if steps.memory == LONG_MEMORY and most > MOST_LONG_SHIFT:
+        return f"expected at most {MOST_LONG_SHIFT} new bits a step in windows of {LONG_MEMORY} bits, found {most}"
     return None

@@ -2,7 +2,8 @@
 
 Costs of so many states fit in no multiprocessor's registers. So what is carried from step to step is the least cost of
 every group, the states that differ in the bits to go; those of states are made of it a part at a time, and go no
-further than to the groups of the next step. There are two rooms for groups, which steps read and write in turns.
+further than to the groups of the next step. There are two rooms for groups, which steps read and write in turns; or one,
+which is written when all of it has been read.
 
 A state's bits are (top, other, middle, low): a thread holds all its tops and lows, threads are the middles, parts the
 others. Costs bear the number of a branch in their last bits, as in `path`. A walk writes what groups chose, and is
@@ -19,9 +20,9 @@ from tersor.ops.trellis_path.kernels.path import FAR, _lows, _middles, _states_l
 
 
 @gluon.constexpr_function
-def _room(memory: int, shifts: tuple[int, ...], turn: int) -> list[int]:
-    """Return the shape of the room that every second step reads."""
-    return [(1 << memory) >> min(shifts[(turn + 2 * i) % len(shifts)] for i in range(len(shifts)))]
+def _room(memory: int, shifts: tuple[int, ...], turn: int, every: int) -> list[int]:
+    """Return the shape of the room that the first, the second or every step reads, and so on in turns of `every`."""
+    return [(1 << memory) >> min(shifts[(turn + every * i) % len(shifts)] for i in range(len(shifts)))]
 
 
 @gluon.constexpr_function
@@ -45,6 +46,18 @@ def _viewed(room, shape: gl.constexpr):
 
 
 @gluon.jit
+def _levels(table, TOP: gl.constexpr, OTHER: gl.constexpr, MIDDLE: gl.constexpr, LOW: gl.constexpr,
+            LAYOUT: gl.constexpr):
+    # what the parts of a state stand for
+    zero = gl.load(table)
+    others = ()
+    for other in gl.static_range(OTHER):
+        others = others + (gl.load(table + (other * MIDDLE + _middles(MIDDLE, LAYOUT)) * LOW),)
+    tops = gl.load(table + _tops(TOP, LAYOUT) * (OTHER * MIDDLE * LOW)) - zero
+    return tops, others, gl.load(table + _lows(LOW, LAYOUT)) - zero
+
+
+@gluon.jit
 def _off(x, levels, table, OTHER: gl.constexpr, other: gl.constexpr, WHOLE: gl.constexpr, LAYOUT: gl.constexpr):
     # how far a number is from what the states of a part stand for: sums of three parts, or read from the table
     TOP: gl.constexpr = levels[0].shape[0]
@@ -59,9 +72,9 @@ def _off(x, levels, table, OTHER: gl.constexpr, other: gl.constexpr, WHOLE: gl.c
 
 
 @gluon.jit
-def _part(seen, kept, off, mask, OTHER: gl.constexpr, other: gl.constexpr, BEFORE: gl.constexpr, SHIFT: gl.constexpr,
+def _part(seen, off, mask, OTHER: gl.constexpr, other: gl.constexpr, BEFORE: gl.constexpr, SHIFT: gl.constexpr,
           LAYOUT: gl.constexpr):
-    # a part of a step; returns what its groups chose, in the bits of a word that are theirs
+    # a part of a step: what its groups cost, and what they chose, in the bits of a word that are theirs
     TOP: gl.constexpr = off.shape[0]
     MIDDLE: gl.constexpr = off.shape[1]
     LOW: gl.constexpr = off.shape[2]
@@ -78,15 +91,15 @@ def _part(seen, kept, off, mask, OTHER: gl.constexpr, other: gl.constexpr, BEFOR
     key = (cost.to(gl.int32, bitcast=True) & mask) | (_tops(TOP, LAYOUT) // REST)
     best = gl.min(gl.reshape(key, (BRANCHES, REST, MIDDLE, LOW)), axis=0)
     LEFT: gl.constexpr = best.type.layout
-    kept.slice(other, 1, 1).store(gl.reshape(best, (REST, 1, MIDDLE, LOW)))
     bits = SHIFT * ((_tops(REST, LEFT) * OTHER + other) * LOW + _lows(LOW, LEFT))
     packed = gl.sum(gl.sum((best & (BRANCHES - 1)) << bits, axis=2), axis=0)
-    return gl.convert_layout(packed, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)), assert_trivial=True)
+    words = gl.convert_layout(packed, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)), assert_trivial=True)
+    return gl.reshape(best, (REST, 1, MIDDLE, LOW)), words
 
 
 @gluon.jit
-def _step(source, target, x, levels, table, place, unknown, BEFORE: gl.constexpr, SHIFT: gl.constexpr, WHOLE: gl.constexpr,
-          LAYOUT: gl.constexpr):
+def _step(source, target, x, levels, table, place, unknown, BEFORE: gl.constexpr, SHIFT: gl.constexpr,
+          WHOLE: gl.constexpr, TOGETHER: gl.constexpr, LAYOUT: gl.constexpr):
     # what groups cost before a step to what those cost after it that differ in SHIFT bits; choices to place[: middles].
     # `unknown` as in `path`
     TOP: gl.constexpr = levels[0].shape[0]
@@ -99,9 +112,18 @@ def _step(source, target, x, levels, table, place, unknown, BEFORE: gl.constexpr
     kept = _viewed(target, [TOP >> SHIFT, OTHER, MIDDLE, LOW])
     mask = unknown - (1 << SHIFT)
     words = gl.zeros((MIDDLE,), gl.int32, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))
+    bests = ()
     for other in gl.static_range(OTHER):
         off = _off(x, levels, table, OTHER, other, WHOLE, LAYOUT)
-        words |= _part(seen, kept, off, mask, OTHER, other, BEFORE, SHIFT, LAYOUT)
+        best, chosen = _part(seen, off, mask, OTHER, other, BEFORE, SHIFT, LAYOUT)
+        words |= chosen
+        if TOGETHER:
+            bests = bests + (best,)
+        else:
+            kept.slice(other, 1, 1).store(best)
+    if TOGETHER:
+        for other in gl.static_range(OTHER):
+            kept.slice(other, 1, 1).store(bests[other])
     gl.store(place + gl.arange(0, MIDDLE, words.type.layout), words)
 
 
@@ -135,7 +157,7 @@ def _ahead(x, place, length, TURNS: gl.constexpr):
 @kernel
 @gluon.jit(do_not_specialize=["begin", "each", "length", "first", "count", "room", "bound"])
 def forward(numbers, table, choices, seams, begin, each, length, first, count, room, bound, MEMORY: gl.constexpr,
-            SHIFTS: gl.constexpr, PARTS: gl.constexpr, WHOLE: gl.constexpr):
+            SHIFTS: gl.constexpr, PARTS: gl.constexpr, WHOLE: gl.constexpr, TOGETHER: gl.constexpr):
     """Walk `count` steps around the circle of a segment from `first` on, both whole turns; a program a segment.
 
     Parameters
@@ -155,6 +177,8 @@ def forward(numbers, table, choices, seams, begin, each, length, first, count, r
         So many segments after another share a table.
     PARTS
         Bits of a state: (top, other, middle, low).
+    TOGETHER
+        Whether there is one room only.
     """
     TOP: gl.constexpr = 1 << PARTS[0]
     OTHER: gl.constexpr = 1 << PARTS[1]
@@ -169,18 +193,15 @@ def forward(numbers, table, choices, seams, begin, each, length, first, count, r
     x = numbers + (begin + own) * length
     chosen = choices + own * room
     whole = table + (begin + own) // each * (PERIOD * STATES)
-    even = gl.allocate_shared_memory(gl.int32, _room(MEMORY, SHIFTS, 0), gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    odd = gl.allocate_shared_memory(gl.int32, _room(MEMORY, SHIFTS, 1), gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    rooms = (even, odd)
+    EVERY: gl.constexpr = 1 if TOGETHER else 2
+    even = gl.allocate_shared_memory(gl.int32, _room(MEMORY, SHIFTS, 0, EVERY), gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    rooms = (even, even)
+    if not TOGETHER:
+        odd = gl.allocate_shared_memory(gl.int32, _room(MEMORY, SHIFTS, 1, 2), gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        rooms = (even, odd)
     levels = ()
     for p in gl.static_range(PERIOD):
-        level = whole + p * STATES
-        zero = gl.load(level)
-        others = ()
-        for other in gl.static_range(OTHER):
-            others = others + (gl.load(level + (other * MIDDLE + _middles(MIDDLE, LAYOUT)) * LOW),)
-        tops = gl.load(level + _tops(TOP, LAYOUT) * (OTHER * MIDDLE * LOW)) - zero
-        levels = levels + ((tops, others, gl.load(level + _lows(LOW, LAYOUT)) - zero),)
+        levels = levels + (_levels(whole + p * STATES, TOP, OTHER, MIDDLE, LOW, LAYOUT),)
     start = gl.load(seams + own)
     _begin(even, start, bound, GROUPS)
     ahead = _ahead(x, first, length, TURNS)
@@ -189,6 +210,7 @@ def forward(numbers, table, choices, seams, begin, each, length, first, count, r
         ahead = _ahead(x, first + t + TURNS, length, TURNS)
         for p in gl.static_range(TURNS):
             _step(rooms[p % 2], rooms[(p + 1) % 2], now[p], levels[p % PERIOD], whole + p % PERIOD * STATES,
-                  chosen + (t + p) * MIDDLE, bound >> 1, SHIFTS[p % PERIOD], SHIFTS[(p + 1) % PERIOD], WHOLE, LAYOUT)
+                  chosen + (t + p) * MIDDLE, bound >> 1, SHIFTS[p % PERIOD], SHIFTS[(p + 1) % PERIOD], WHOLE, TOGETHER,
+                  LAYOUT)
     end = _end(even, GROUPS, 1 << SHIFTS[0])
     gl.store(seams + own, gl.where(bound == 0, end, start))
