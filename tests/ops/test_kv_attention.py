@@ -99,6 +99,32 @@ def test_is_attention_over_decoded_tokens(device: str, case: Case) -> None:
     check(case, device, How(case.dim**-0.5))
 
 
+@on_devices(["index"], cpu=[[(1, 0)]], cuda=[[(1, 0)], [(0, 0)], [(1, 1)]])
+def test_sequences_share_pages(device: str, index: tuple[int, ...]) -> None:
+    """A table says whose slot is which: full pages stay where they are, the last is written to after a copy."""
+    case, sides = Case(), []
+    for seed, text in enumerate((case.key, case.value)):
+        stream = TokenStream(parse(text), BLOCK)
+        stream.append(states(case, 20 * BLOCK, seed, device))
+        stream.select(torch.tensor(index, device=device))
+        stream.append(states(case, BLOCK, 30 + seed, device))
+        side = stream.side()
+        assert side is not None
+        assert side.slots[0] is not None
+        assert side.slots[-1] is None
+        sides.append((side, stream))
+    closed = Closed(sides[0][0], sides[1][0], 21 * BLOCK, BLOCK, sides[0][1].page_blocks)
+    dense = [tuple(states(case, count, seed + which, device) for which in range(2))
+             for count, seed in ((SINK, 10), (9, 20))]
+    all_, asked = Held(dense[0], dense[1], closed), query(case, device)  # type: ignore[arg-type]
+    wanted = reference.attention(asked, all_, How(case.dim**-0.5), torch.float64)
+    for side, stream in sides:
+        mine = reference.decoded(closed, side, torch.Size((BATCH, HEADS, 0, case.dim)), torch.float32)
+        assert float((mine - stream.decode()).norm()) <= 1e-5 * float(mine.norm())
+    found = kv_attention(asked, all_, How(case.dim**-0.5))
+    assert float((found - wanted).norm()) <= tolerance(case) * float(wanted.norm())
+
+
 @on_devices(["kind"], cpu=[["bool"]], cuda=[["bool"], ["float"], ["heads"], ["blind"]])
 @pytest.mark.parametrize("queries", [1, 4])
 def test_masks(device: str, kind: str, queries: int) -> None:
@@ -149,7 +175,7 @@ def test_a_poisoned_page_shows() -> None:
     all_, asked = held(case, "cuda"), query(case, "cuda")
     assert all_.closed is not None
     side = all_.closed.keys
-    side.pages[0][side.scales_at : side.scales_at + 2].view(torch.bfloat16).fill_(float("nan"))
+    side.pages[0][0, side.scales_at : side.scales_at + 2].view(torch.bfloat16).fill_(float("nan"))
     found = kv_attention(asked, all_, How(case.dim**-0.5))
     assert bool(found[0, : case.group].isnan().all())
     assert not bool(found[1].isnan().any())
