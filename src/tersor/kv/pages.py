@@ -18,7 +18,8 @@ from torch import Tensor
 
 from tersor.payload.layout import TensorSpec
 
-ALIGNED = 16  # bytes: what kernels read at once
+ALIGNED = 16  # bytes: what kernels on a GPU read at once
+BEYOND = 3 * ALIGNED  # that kernels may read behind codes
 
 
 @dataclasses.dataclass(eq=False)
@@ -82,7 +83,7 @@ class Pages:
         for name, spec in self.specs.items():
             self.starts[name] = self._size
             self._size += -(-blocks * spec.nbytes // ALIGNED) * ALIGNED
-        self._size += ALIGNED  # kernels may read a word past the last code
+        self._size += BEYOND  # kernels may read past the last code
         self._pages: list[Page] = []
         self._slots: list[Tensor | None] = []  # of each sequence, int64 (batch,) on the device; None: its own number
         self._brought: dict[int, Tensor] = {}

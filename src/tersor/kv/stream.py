@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,9 +23,13 @@ from tersor.kv.coded import Form, Watch
 from tersor.kv.kept import Kept
 from tersor.kv.saved import check
 from tersor.numerics.memory import check_memory
-from tersor.ops.kv_attention import Side
+from tersor.ops.kv_attention import Side, part_of
 from tersor.payload.blocks import Tables
 
+if TYPE_CHECKING:
+    from tersor.ops.kv_attention.lanes import Part
+
+FEW = 64  # queries that meet codes as they are; more meet numbers, decoded once
 ENCODED_ELEMENTS = 1 << 22  # numbers that a GPU encodes at a time
 
 
@@ -118,6 +122,9 @@ class TokenStream(Kept):
         wide = queries.to(torch.float32)
         to = self._coordinates()
         near, shift = (wide, None) if to is None else (to.into(wide), to.offset())
+        if (part := self._part(start, stop, queries.shape[2])) is not None:
+            out = part.scores(near)
+            return out if shift is None else out.add_((wide * shift).sum(-1, keepdim=True))
         out = torch.empty(*queries.shape[:3], stop - start, dtype=torch.float32, device=queries.device)
         for low, high, first, last in self._chunked(start, stop):
             found = near @ self._blockwise(low, high).transpose(-1, -2)  # (blocks, batch, heads, q, block)
@@ -130,14 +137,15 @@ class TokenStream(Kept):
         start, stop = self._range(start, stop)
         self._check("weights", weights, stop - start)
         wide = weights.to(torch.float32)
-        total: Tensor | None = None
-        for low, high, first, last in self._chunked(start, stop):
-            part = wide[..., first - start : last - start]
+        part = self._part(start, stop, weights.shape[2])
+        total = None if part is None else part.mixture(wide)
+        for low, high, first, last in self._chunked(start, stop) if part is None else ():
+            some = wide[..., first - start : last - start]
             whole = (high - low) * self.block
             if last - first != whole:
                 before = first - low * self.block
-                part = torch.nn.functional.pad(part, (before, whole - before - (last - first)))
-            blocks = part.unflatten(-1, (high - low, self.block)).permute(3, 0, 1, 2, 4)
+                some = torch.nn.functional.pad(some, (before, whole - before - (last - first)))
+            blocks = some.unflatten(-1, (high - low, self.block)).permute(3, 0, 1, 2, 4)
             found = (blocks @ self._blockwise(low, high)).sum(0)
             total = found if total is None else total.add_(found)
         if total is None:
@@ -257,6 +265,14 @@ class TokenStream(Kept):
             high = min(low + min(step, room), end)
             yield low, high, max(start, low * self.block), min(stop, high * self.block)
             low = high
+
+    def _part(self, start: int, stop: int, queries: int) -> Part | None:
+        """Return tokens for kernels of the processor, where there are few queries and these know the codes."""
+        if self._pages is None or self._pages.device.type != "cpu" or queries > FEW or start == stop or (
+                start % self.block or stop % self.block or (side := self.side()) is None):
+            return None
+        return part_of(side, (self.heads, self.dim, self.block), self.page_blocks,
+                       (start // self.block, stop // self.block))
 
     def _encode(self, states: Tensor) -> list[Encoded]:
         """Encode one block, sequence by sequence."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 BITS = (2, 3, 4, 8)  # of a code
+LANE_BITS = (2, 3, 4)  # on the processor: with heads of any multiple of eight numbers
 DIMS = (64, 128)  # of a head
 DTYPES = (torch.bfloat16, torch.float16)
 MOST_QUERIES = 8  # tokens of a sequence that attend at once
