@@ -199,6 +199,7 @@ def test_an_empty_stream() -> None:
 def test_queries_are_rotated_not_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """One transform of the queries and one of the sums, however many the blocks."""
     made = stream("rot,lm2", states())
+    made.side()  # what takes coordinates to tokens is found once
     monkeypatch.setattr(kv, "CHUNK_ELEMENTS", 1)
     calls = {"forward": [], "inverse": []}
     for name, seen in calls.items():
