@@ -7,6 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionLayer
 
+from tersor.hf import compress_model
 from tersor.hf.kv.cache import CompressedCache
 from tersor.hf.kv.layer import CompressedCacheLayer
 from tests.hf.kv.sharp import close, generate, tokens
@@ -75,3 +76,34 @@ def test_latents_are_plain_vectors() -> None:
     generate(model, cache, tokens(1, 90), new=2)
     sizes = {(stream.heads, stream.dim) for layer in cache.compressed_layers.values() for stream in layer.streams}
     assert sizes == {(1, 32), (1, 16)}
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": {}, "beams": {"num_beams": 3, "num_return_sequences": 2}, "lookup": {"prompt_lookup_num_tokens": 3},
+    "samples": {"do_sample": True, "top_k": 20, "num_return_sequences": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedModel:
+    """A compressed model, read as users do."""
+    folder = tmp_path_factory.mktemp("encoded")
+    build("heads of 80").save_pretrained(folder / "model")
+    compress_model(folder / "model", folder / "out", 24, method="rtn8", calibrated=False, evaluation_tokens=0)
+    return AutoModelForCausalLM.from_pretrained(folder / "out").eval()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_compressed_model_with_a_compressed_cache(encoded: PreTrainedModel, mode: str) -> None:
+    """Every way to generate, then a further turn of the conversation: as with transformers' own cache."""
+    ids = tokens(1 if mode == "lookup" else 2, 90)
+    found = []
+    for ours in (False, True):
+        cache = CompressedCache.for_model(encoded, "fp32", "fp32", residual=16, sink=2, block=16) if ours else (
+            DynamicCache(config=encoded.config))
+        first = generate(encoded, cache, ids, new=8, **MODES[mode])
+        rest = torch.cat([first.sequences, tokens(len(first.sequences), 20, seed=2)], 1)
+        again = generate(encoded, cache, rest, new=8) if mode != "beams" else first
+        found.append((first, again))
+    close(found[1][0], found[0][0])
+    close(found[1][1], found[0][1])
