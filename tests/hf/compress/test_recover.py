@@ -183,6 +183,16 @@ def test_when_to_stop() -> None:
     assert kept.diverged
 
 
+@pytest.mark.parametrize("count", [8, 9, 23, 24, 200])
+def test_some_text_is_kept_apart(count: int, source: Path, tmp_path: Path) -> None:
+    settings = RecoverSettings(context=16, tokens=16 * count)
+    lesson = settings.lesson(open_source(source, tmp_path / "unused"))
+    apart = torch.cat(list(lesson.batches[: lesson.apart]))
+    assert len(apart) == (count + 8) // 16
+    assert sum(len(batch) for batch in lesson.batches) == count
+    assert lesson.steps >= 1
+
+
 def test_order_reads_all_of_the_text() -> None:
     lesson = Lesson([torch.zeros(1, 4)] * 10, 2, 3, 5, seed=1)
     listed = [batch for step in lesson.order() for batch in step]
@@ -198,6 +208,7 @@ def test_compress_recover_is_one_command(source: Path, tmp_path: Path) -> None:
                             calibration=text, context=16, sampling=Sampling(1024, 256, 16), recover=True)
     assert store.stored_nbytes(tmp_path / "out") <= size
     assert report["recovery"]["kl_after"] < report["recovery"]["kl_before"]
+    assert all(line["distortion"] == line["relative_error"] for line in report["matrices"].values())
     told = store.read(tmp_path / "out").manifest["provenance"]["recovery"]
     assert told["vectors"]
     assert told["source"].startswith("text.txt")

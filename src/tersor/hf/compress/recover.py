@@ -99,7 +99,7 @@ class RecoverSettings:
             raise ModelError(f"{self.read}: {every.numel()} tokens make {len(every)} windows of {self.context}; "
                              f"recovery needs at least {LEAST}; give a longer text, more --tokens or a shorter "
                              "--context")
-        kept = torch.arange(len(every)) % APART == APART // 2
+        kept = torch.arange(len(every)) % APART == LEAST - 1
         size = max(1, AT_ONCE // self.context)
         apart, rest = every[kept].split(size), every[~kept].split(size)
         each = max(1, STEP // max(AT_ONCE, self.context))
@@ -130,8 +130,10 @@ def improve(source: Source, work: WorkFolder, settings: RecoverSettings, tell: P
     student = Student(opened, source, settings.device)
     mark = seal([tersor.__version__, opened.manifest["sha256"], source.fingerprint, settings.record(source),
                  settings.context, student.device.type])
+    tell("teacher", 0, 1)
+    teacher = Original(source, lesson.batches, settings.device, lambda done, total: tell("teacher", done, total),
+                       work / "activations" / "teacher")
     tell("recover", 0, lesson.steps)
-    teacher = Original(source, lesson.batches, settings.device, folder=work / "activations" / "teacher")
     saved = Checkpoint(work / "recover.part", mark)
     outcome = Training(student, teacher, lesson, saved, lambda done: tell("recover", done, lesson.steps)).run()
     tell("recover", lesson.steps, lesson.steps)
@@ -167,14 +169,14 @@ def _write(opened: store.Store, parts: Mapping[str, Tensor], path: Path, record:
 
 
 def remeasured(path: Path, source: Source, lines: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the report's lines of matrices with the errors that they have now."""
+    """Return the report's lines of matrices with the errors that they have now; all inputs count alike."""
     opened, found = store.read(path), dict[str, Any]()
     for name in opened.matrix_names():
         encoded = opened.matrix(name)
         quality = measure(source.matrix(source.layout.matrices[name]), encoded)
-        kept = {key: value for key, value in lines.get(name, {}).items() if key != "distortion"}
-        found[name] = {**kept, "codec": encoded.codec.spec(), "shape": list(encoded.shape), "nbytes": encoded.nbytes,
-                       "rate": encoded.rate, "relative_error": quality.relative_error, "sqnr_db": quality.sqnr,
+        found[name] = {**lines.get(name, {}), "codec": encoded.codec.spec(), "shape": list(encoded.shape),
+                       "nbytes": encoded.nbytes, "rate": encoded.rate, "relative_error": quality.relative_error,
+                       "distortion": quality.distortion, "sqnr_db": quality.sqnr,
                        "shannon_gap_db": quality.shannon_gap}
     return found
 
