@@ -44,6 +44,7 @@ from tersor.cli.base import (
 from tersor.cli.figures import parse_size
 from tersor.cli.funnel import existing
 from tersor.cli.gguf import FORMATS, FileFormat, compress_to, gguf
+from tersor.cli.recover import figures
 from tersor.cli.reduce import REDUCTIONS
 from tersor.cli.telling import VOICE, Bars
 from tersor.errors import CodecConfigError
@@ -127,7 +128,7 @@ def compress(src: Src, output: NewOut, rate: BudgetRate = None, size: Size = Non
         return
     page = write_html(report, output.with_name(f"{output.name}.report.html"), card.headline(report),
                       card.loading(output, output.name))
-    record = {**report["summary"], **report.get("evaluation", {}), "report": str(page)}
+    record = {**report["summary"], **figures(report), **report.get("evaluation", {}), "report": str(page)}
     emit(record, as_json, f"{src} → {output}")
 
 

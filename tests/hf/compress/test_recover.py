@@ -1,5 +1,6 @@
 """Recovery: parts are trained as they are stored, bytes stay, killed runs go on, and what cannot be is refused."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
 from tersor import store
+from tersor.cli import app
 from tersor.errors import CodecConfigError, CorruptStoreError, ModelError, RecoveryWarning, VerificationError
 from tersor.hf import compress_model
 from tersor.hf.compress import checkpoint, run
@@ -230,6 +233,29 @@ def test_refusals(source: Path, packed: Path, tmp_path: Path) -> None:
     with pytest.raises(CodecConfigError, match=r"nothing to train.*tr2x8"):
         recover_model(tmp_path / "klt", tmp_path / "out", source, **SMALL)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_verb(source: Path, packed: Path, tmp_path: Path) -> None:
+    """The default output lies beside what was compressed; the wrong original ends with exit code 3."""
+    given, other = shutil.copytree(packed, tmp_path / "given"), named("llama", tmp_path / "other")
+    options = ["--context", "16", "--tokens", "256", "--evaluation-tokens", "0", "--json"]
+    done = CliRunner().invoke(app, ["recover", str(given), "--against", str(source), *options])
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert told["kl_apart_after"] <= told["kl_apart_before"]
+    assert told["bytes"] == store.stored_nbytes(tmp_path / "given.recovered")
+    assert 0 <= told["bytes"] - told["bytes_before"] < 2000  # the manifest's record, and its copy
+    wrong = CliRunner().invoke(app, ["recover", str(given), str(tmp_path / "out"), "--against", str(other), *options])
+    assert isinstance(wrong.exception, VerificationError)
+    assert wrong.exception.exit_code == 3
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(source: Path, packed: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        report = recover_model(packed, tmp_path / name, source, device="cuda", **SMALL)
+        assert report["recovery"]["kl_after"] <= report["recovery"]["kl_before"]
+    assert (tmp_path / "one" / "tersor.json").read_bytes() == (tmp_path / "two" / "tersor.json").read_bytes()
 
 
 def test_forged_vectors(source: Path, packed: Path, tmp_path: Path) -> None:

@@ -191,7 +191,7 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
     asked = f"--rate {rate:g}" if size is None else f"--size {size}"
     card.write_card(work / "output", report, card.base_of(opened, chosen.base_model),
                     card.command(request, asked, chosen.changed()))
-    work.finish("matrices", "staged", "activations")
+    work.finish("matrices", "staged", "activations", "recover.part")
     return report
 
 
