@@ -144,6 +144,7 @@ def _forward_seconds(matrices: list[Matrix], sample: Matrix, settings: CompressS
     products = 2 * sum(m.shape[0] * m.shape[1] for m in matrices)
     moments = 2 * sum(m.shape[1] ** 2 for m in matrices) / SHARING
     passed = flop * OVERHEAD / workers
-    return {"calibrate": drawn * 4 * products * passed, "survey": min(read, survey.SURVEY_TOKENS) * (products + moments) * passed,
+    surveyed = min(read, survey.SURVEY_TOKENS)
+    return {"calibrate": drawn * 4 * products * passed, "survey": surveyed * (products + moments) * passed,
             "encode": read * (3 * products + 2 * moments) * passed,
             "evaluate": tokens * 2 * products * flop * OVERHEAD}
