@@ -36,7 +36,7 @@ def save_tiny(name: str, folder: Path, dtype: torch.dtype = torch.float32, **cha
     fields = {**ARCHITECTURES[name], **changed}
     config = AutoConfig.for_model(fields.pop("model_type", name), **fields)
     config.bos_token_id = config.eos_token_id = config.pad_token_id = None
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config).to(dtype)
         for parameter in model.parameters():  # norms and biases that are not all ones or zeros

@@ -138,7 +138,7 @@ def make(name: str, vocab: int | None = None) -> Any:
     made = config()
     if vocab is not None:
         made.vocab_size = vocab
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = getattr(T, named)(made)
         for parameter in model.parameters():

@@ -41,7 +41,7 @@ def save(kind: str, folder: Path, dtype: torch.dtype = torch.bfloat16, **changed
     config = AutoConfig.for_model(kind, **fields)
     config.bos_token_id = config.eos_token_id = 257
     config.pad_token_id = None
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config)
         for parameter in model.parameters():

@@ -25,7 +25,7 @@ def build(name: str, **fields: Any) -> PreTrainedModel:
     config = AutoConfig.for_model(settings.pop("model_type", name), **settings)
     config.bos_token_id = config.eos_token_id = None
     config.pad_token_id = 0
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
         for parameter in model.parameters():
@@ -52,7 +52,7 @@ def compressed(model: PreTrainedModel, codec: str = "fp32", **settings: Any) -> 
 
 
 def generate(model: PreTrainedModel, cache: Cache | None, ids: Tensor, new: int = 20, **settings: Any) -> Any:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         return model.generate(ids, attention_mask=settings.pop("attention_mask", torch.ones_like(ids)),
                               past_key_values=cache, max_new_tokens=new, return_dict_in_generate=True,

@@ -37,7 +37,7 @@ def build(name: str) -> PreTrainedModel:
     config = AutoConfig.for_model(kind, **{**BASE, **fields})
     config.bos_token_id = config.eos_token_id = None
     config.pad_token_id = 0
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
         for parameter in model.parameters():

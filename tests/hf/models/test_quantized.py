@@ -183,7 +183,7 @@ def gpt_oss(folder: Path) -> dict[str, Tensor]:
     config = GptOssConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
                           num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2, vocab_size=128,
                           max_position_embeddings=64, pad_token_id=None, eos_token_id=None, dtype=DTYPE)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config).to(DTYPE).save_pretrained(folder)
     drawn, stored, expected = torch.Generator().manual_seed(1), {}, {}

@@ -110,6 +110,8 @@ class Fisher:
             total = int(share * count)
 
         self._resume(checkpoint)
+        for device in self.streamed.devices:
+            _wake(device)
         for stage in range(min(self.stage, self._last)):
             with self.streamed.resident(stage):
                 for _ in in_order(len(self.sequences), lambda n, stage=stage: self._forward(stage, n),
@@ -246,6 +248,14 @@ class Fisher:
         before = self.rows[key]
         self.rows[key] = before + rows
         self.sums[matrix.name] += _square(self.rows[key]) - _square(before)
+
+
+def _wake(device: torch.device) -> None:
+    """Let autograd's thread of a GPU touch it once before it multiplies there, of which torch warns otherwise."""
+    if device.type == "cuda":
+        with torch.enable_grad():
+            one = torch.ones(1, device=device, requires_grad=True)
+            torch.autograd.grad(one.exp(), one)
 
 
 def _square(gradient: Tensor) -> float:

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -294,6 +294,12 @@ def room_for(devices: Sequence[torch.device], held: int, limit: int) -> int:
     return max(1 if devices[0].type == "cpu" else len(devices), limit // max(1, held))
 
 
-def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which kernels go to a device; each thread has a current one of its own."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+@contextlib.contextmanager
+def current(device: torch.device) -> Iterator[None]:
+    """Within, kernels go to a device; each thread has a current one of its own."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device):
+        torch.zeros(1, device=device)  # a thread that begins with a product has no context, of which torch warns
+        yield

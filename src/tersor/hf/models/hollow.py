@@ -108,7 +108,7 @@ class Hollow:
 
     def _copied(self, name: str) -> Tensor | None:
         held = None if self._like is None else self._like.parameter(name)
-        return None if held is None or held.is_meta else held.detach().clone()
+        return None if held is None or held.is_meta else held.detach().to(self.device, copy=True)
 
     def _dtype(self, name: str) -> torch.dtype:
         return torch.float32 if any(pattern.search(name) for pattern in self._float32) else self.dtype
@@ -144,7 +144,7 @@ def _skeleton(source: Source, dtype: torch.dtype) -> PreTrainedModel:
 def _make(model: PreTrainedModel, absent: Iterable[str]) -> None:
     """Let the class make what no checkpoint holds: buffers that are not saved, and parameters in `absent`."""
     for value in (*model.parameters(), *model.buffers()):
-        setattr(value, "_is_hf_initialized", True)  # noqa: B010 - how transformers marks what it shall leave alone
+        setattr(value, "_is_hf_initialized", True)
     for name in absent:
         path, _, key = name.rpartition(".")
         held = model.get_submodule(path)._parameters[key]

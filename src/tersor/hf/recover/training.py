@@ -187,7 +187,7 @@ class Training:
         leaves = self.student.leaves
         count = sum(self.lesson.batches[number].numel() for number in batches)
         total = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-        for found in in_order(len(batches), lambda at: self._gradients(batches[at]), device=self.student.device,
+        for found in in_order(len(batches), lambda at: self._gradients(batches[at]), devices=[self.student.device],
                               gradients=True):
             for name, part in zip(leaves, found, strict=True):
                 total[name].add_(part, alpha=1.0 / count)
@@ -212,7 +212,7 @@ class Training:
     def _apart(self) -> float:
         """Return the mean KL a position on the text kept apart."""
         listed = range(self.lesson.apart)
-        total = sum(in_order(len(listed), lambda at: float(self._loss(listed[at])), device=self.student.device))
+        total = sum(in_order(len(listed), lambda at: float(self._loss(listed[at])), devices=[self.student.device]))
         return total / sum(self.lesson.batches[at].numel() for at in listed)
 
     def _save(self, step: int) -> None:
