@@ -169,7 +169,7 @@ def _llama(**changed: Any) -> Any:
     fields = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
               "num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 64, "tie_word_embeddings": False,
               "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **changed}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(LlamaConfig(**fields)).eval()
 

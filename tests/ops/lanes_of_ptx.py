@@ -97,7 +97,7 @@ class Warp:
         else:
             self._write(rest.split(", ")[0], self._read(parts[0]) | self._read(parts[1]) << np.uint64(16))
 
-    def _value(self, name: str, given: list[np.ndarray]) -> np.ndarray:
+    def _value(self, name: str, given: list[np.ndarray]) -> np.ndarray:  # noqa: C901
         one = given[0]
         match name:
             case "mov.b32" | "mov.u32":

@@ -70,7 +70,7 @@ class Voice:
                 handle.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
 
-VOICE: contextvars.ContextVar[Voice] = contextvars.ContextVar("voice", default=Voice())
+VOICE: contextvars.ContextVar[Voice] = contextvars.ContextVar("voice", default=Voice())  # noqa: B039 - frozen
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress and no notices; errors are still told")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="progress more often; tracebacks of faults")]

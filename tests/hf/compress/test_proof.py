@@ -35,7 +35,7 @@ CLASSES = {  # modules that use their weights in ways of their own
 
 def made(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     config = AutoConfig.for_model(name, **CLASSES[name], bos_token_id=None, eos_token_id=None, pad_token_id=None)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(folder)
     return folder

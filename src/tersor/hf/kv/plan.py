@@ -149,7 +149,7 @@ def _read_tables(file: Path, sha256: str) -> dict[tuple[int, str], dict[str, Ten
     tables: dict[tuple[int, str], dict[str, Tensor]] = {}
     try:
         with safe_open(file, framework="pt") as handle:
-            for key in handle.keys():
+            for key in handle.keys():  # noqa: SIM118 - not a dict
                 layer, side, name = key.split("/", 2)
                 tables.setdefault((int(layer), side), {})[name] = handle.get_tensor(key)
     except (SafetensorError, OSError) as error:

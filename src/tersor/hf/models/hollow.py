@@ -144,7 +144,7 @@ def _skeleton(source: Source, dtype: torch.dtype) -> PreTrainedModel:
 def _make(model: PreTrainedModel, absent: Iterable[str]) -> None:
     """Let the class make what no checkpoint holds: buffers that are not saved, and parameters in `absent`."""
     for value in (*model.parameters(), *model.buffers()):
-        setattr(value, "_is_hf_initialized", True)
+        setattr(value, "_is_hf_initialized", True)  # noqa: B010 - how transformers marks what it shall leave alone
     for name in absent:
         path, _, key = name.rpartition(".")
         held = model.get_submodule(path)._parameters[key]

@@ -59,7 +59,7 @@ class Recipe:
         for name, known in (("allocation", ALLOCATIONS), ("storage", STORAGES), ("weighing", WEIGHINGS)):
             if getattr(self, name) not in known:
                 raise CodecConfigError(f"{name} must be one of {known}, found {getattr(self, name)!r}")
-        self.aim
+        self.aim  # noqa: B018 - checked by being made
         for text in (self.factor_codec, self.backbone, self.others):
             if text is not None:
                 parse(text)

@@ -157,14 +157,14 @@ def _(incoming: Tensor, codes: Tensor, table: Tensor, scales: Tensor, zeros: Ten
     return torch.empty(*incoming.shape[:-1], width, dtype=torch.float32, device=incoming.device)
 
 
-def _keep(ctx, inputs, keyword_only_inputs, output) -> None:
+def _keep(ctx, inputs, keyword_only_inputs, output) -> None:  # noqa: ANN001 - torch names no type for it
     del output
     x, *tensors, ctx.bits, ctx.group, _ = inputs
     ctx.save_for_backward(*tensors)
     ctx.x_dtype, ctx.width, ctx.rotation = x.dtype, x.shape[-1], keyword_only_inputs["rotation"]
 
 
-def _backward(ctx, incoming: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx, incoming: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001 - as above
     x = _back(incoming, *ctx.saved_tensors, ctx.bits, ctx.group, ctx.width)
     if ctx.rotation is not None:
         x = hadamard(x, Rotation(ctx.width, ctx.rotation), inverse=True)

@@ -83,12 +83,12 @@ def _cuda(x: Tensor, width: int, seed: int, inverse: bool, dtype: torch.dtype) -
     return launch.rotate(x, rotation, inverse, dtype)
 
 
-def _keep(ctx, inputs, output) -> None:
+def _keep(ctx, inputs, output) -> None:  # noqa: ANN001 - torch names no type for it
     del output
     ctx.x_dtype, (_, ctx.width, ctx.seed, ctx.inverse, _) = inputs[0].dtype, inputs
 
 
-def _backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+def _backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:  # noqa: ANN001 - as above
     return _op(gradient, ctx.width, ctx.seed, not ctx.inverse, ctx.x_dtype), None, None, None, None
 
 

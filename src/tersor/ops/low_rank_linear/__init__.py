@@ -39,12 +39,12 @@ def _cuda(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return launch.multiply(x, left, right)
 
 
-def _keep(ctx, inputs, output) -> None:
+def _keep(ctx, inputs, output) -> None:  # noqa: ANN001 - torch names no type for it
     del output
     ctx.save_for_backward(*inputs[1:])
 
 
-def _backward(ctx, incoming: Tensor) -> tuple[Tensor, None, None]:
+def _backward(ctx, incoming: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN001 - as above
     left, right = ctx.saved_tensors
     return low_rank_linear(incoming, right, left), None, None
 

@@ -55,13 +55,13 @@ def _(incoming: Tensor, codes: Tensor, codebooks: Tensor, scale: Tensor | None, 
     return torch.empty(*incoming.shape[:-1], width, dtype=incoming.dtype, device=incoming.device)
 
 
-def _keep(ctx, inputs, output) -> None:
+def _keep(ctx, inputs, output) -> None:  # noqa: ANN001 - torch names no type for it
     del output
     ctx.save_for_backward(*inputs[1:6])
     ctx.width, ctx.sizes = inputs[0].shape[-1], inputs[6]
 
 
-def _backward(ctx, incoming: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx, incoming: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001 - as above
     return _back(incoming, *ctx.saved_tensors, ctx.sizes, ctx.width), None, None, None, None, None, None
 
 

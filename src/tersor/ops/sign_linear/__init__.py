@@ -66,14 +66,14 @@ def _(incoming: Tensor, packed: Tensor, half: Tensor, scales: Tensor, size: int,
     return torch.empty(incoming.shape[0], width, dtype=torch.float32, device=incoming.device)
 
 
-def _both_back(ctx, incoming: Tensor) -> tuple[Tensor, Tensor]:
+def _both_back(ctx, incoming: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN001 - torch names no type for it
     first, second, levels, scales = ctx.saved_tensors
     halves = levels[: ctx.sizes[0] // 2], levels[ctx.sizes[0] // 2 :]
     return (_back(incoming, first, halves[0], scales, ctx.sizes[0], ctx.widths[0]),
             _back(incoming, second, halves[1], scales, ctx.sizes[1], ctx.widths[1]))
 
 
-def _keep(ctx, inputs, output) -> None:
+def _keep(ctx, inputs, output) -> None:  # noqa: ANN001 - as above
     del output
     first_x, second_x, *tensors, one, two = inputs
     ctx.save_for_backward(*tensors)
@@ -81,7 +81,7 @@ def _keep(ctx, inputs, output) -> None:
                                                                                            second_x.dtype)
 
 
-def _backward(ctx, incoming: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx, incoming: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001 - as above
     first, second = _both_back(ctx, incoming)
     return first.to(ctx.dtypes[0]), second.to(ctx.dtypes[1]), *(None,) * 6
 
@@ -132,7 +132,7 @@ def _(x: Tensor, first: Tensor, second: Tensor, levels: Tensor, scales: Tensor, 
     return y
 
 
-def _keep_rotations(ctx, inputs, keyword_only_inputs, output) -> None:
+def _keep_rotations(ctx, inputs, keyword_only_inputs, output) -> None:  # noqa: ANN001 - as above
     del output
     x, *tensors, one, two = inputs
     ctx.save_for_backward(*tensors)
@@ -140,7 +140,7 @@ def _keep_rotations(ctx, inputs, keyword_only_inputs, output) -> None:
     ctx.outer, ctx.inner = keyword_only_inputs["outer"], keyword_only_inputs["inner"]
 
 
-def _backward_rotated(ctx, incoming: Tensor) -> tuple[Tensor | None, ...]:
+def _backward_rotated(ctx, incoming: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001 - as above
     first, second = _both_back(ctx, incoming)
     turned = first + hadamard(second, Rotation(ctx.widths[0], ctx.inner), inverse=True)
     return hadamard(turned, Rotation(ctx.widths[0], ctx.outer), inverse=True, dtype=ctx.dtype), *(None,) * 6
