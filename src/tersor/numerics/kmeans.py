@@ -106,7 +106,9 @@ def exponent_of(values: Tensor) -> int:
 
 
 def times_power(values: Tensor, exponent: int) -> Tensor:
-    """Return `values * 2**exponent`; in two steps, because the power alone may exceed float32."""
+    """Return `values * 2**exponent`; in two steps where the power alone exceeds float32."""
+    if -126 <= exponent <= 127:
+        return values * 2.0**exponent
     half = exponent // 2
     return values * 2.0**half * 2.0 ** (exponent - half)
 
