@@ -112,10 +112,10 @@ def _alike(scales: Tensor, norms: Tensor, counts: Sequence[int]) -> Tensor:
     found, first = [], 0
     for count in counts:
         rows = slice(first, first + count)
-        by_scale, run = scales[rows].argsort(stable=True), TILE * math.isqrt(-(-count // TILE))
+        by_norm, run = norms[rows].argsort(stable=True), TILE * math.isqrt(-(-count // TILE))
+        by_scale = by_norm[scales[rows][by_norm].argsort(stable=True)]
         runs = torch.empty_like(by_scale)
         runs[by_scale] = torch.arange(count) // max(1, run)
-        by_norm = norms[rows].argsort(stable=True)
         found.append(by_norm[runs[by_norm].argsort(stable=True)] + first)
         first += count
     return torch.cat(found)

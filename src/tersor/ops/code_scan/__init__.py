@@ -65,7 +65,7 @@ class Lines:
 
     @cached_property
     def places(self) -> np.ndarray:
-        """Addresses of codes, factors, offsets and ids, counts, 0: no mask, and addresses of edges, int64 (pieces, 7)."""
+        """Addresses of codes, factors, offsets and ids, counts, 0: no mask, and those of edges, int64 (pieces, 7)."""
         return np.array([(one.codes.data_ptr(), one.factors.data_ptr(), one.offsets.data_ptr(), one.ids.data_ptr(),
                           len(one.factors), 0, edges.data_ptr())
                          for one, edges in zip(self.pieces, self.edges, strict=True)], np.int64)
@@ -75,8 +75,8 @@ def _edges(rows: Rows) -> Tensor:
     """Return between what the factors and offsets of each tile lie; see `Lines`."""
     pad, edges = -len(rows.factors) % TILE, []
     for values in (rows.factors.to(torch.float64).reciprocal(), rows.offsets.to(torch.float64)):
-        whole = torch.cat([values, values[-1:].expand(pad)]).unflatten(0, (-1, TILE)) if len(values) else values[:, None]
-        edges += [whole.amin(1), whole.amax(1)]
+        tiles = torch.cat([values, values[-1:].expand(pad)]).unflatten(0, (-1, TILE))
+        edges += [tiles.amin(1), tiles.amax(1)]
     return torch.stack(edges, 1).contiguous()
 
 

@@ -19,12 +19,12 @@ from numba.extending import intrinsic
 
 from tersor.numerics.machine import njit
 from tersor.ops.code_scan.kernels.heaps import keep
-from tersor.ops.code_scan.shapes import BYTE, GROUP, MANY, NIBBLE, TILE
+from tersor.ops.code_scan.shapes import BYTE, GROUP, MANY, NEAR, NIBBLE, TILE
 
 INT1, INT8, INT16, INT32, LONG = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 HALVES, TABLE = NIBBLE, BYTE
 HALF = TILE // 2
-TILE_ROWS, COLUMNS, QUERIES = TILE, GROUP, MANY
+TILE_ROWS, QUERIES, TILES = TILE, MANY, NEAR
 BASES = 2.0**-48  # of a base: what adding it to scores may round away
 
 
@@ -277,10 +277,11 @@ def _product(codes: Any, columns: Any, tables: Any, halves: bool) -> float:
 def _look(place: Any, columns: Any, bits: Any, total: Any, visit: Any, queries: Any, found: Any) -> None:
     """Score rows of a tile that may reach the floor of a query, and keep those that do.
 
-    `bits` name them, of the `place`: what `scan` has of a piece, and the tile; `total` is an address of their sums;
+    `bits` name them, of the `place`: the numbers of a piece, and the tile; `total` is an address of their sums;
     `visit` are query, base and weight. Views here are of addresses: references of others are counted, which takes longer.
     """
-    (codes, factors_at, offsets_at, ids_at, count, mask_at), tile = place
+    piece, tile = place
+    codes, factors_at, offsets_at, ids_at, count, mask_at = piece[0], piece[1], piece[2], piece[3], piece[4], piece[5]
     query, base, weight = visit
     _, lines, tables = queries
     every, size = found[2].shape[1] == 1, found[0].shape[1]
@@ -309,7 +310,7 @@ def _look(place: Any, columns: Any, bits: Any, total: Any, visit: Any, queries: 
 
 @njit()
 def scan(pieces: Any, visits: Any, queries: Any, columns: Any, found: Any) -> None:
-    """Keep the best rows of every piece for every query, or all rows that reach a floor.
+    """Keep the best rows, of so many columns, of every piece for every query, or all rows that reach a floor.
 
     Parameters
     ----------
@@ -323,15 +324,11 @@ def scan(pieces: Any, visits: Any, queries: Any, columns: Any, found: Any) -> No
     queries : (bytes, lines, tables)
         uint8 (queries, lookups, size); float64 (queries, 6): step and level of the bound, the inverse of the step,
         what may be rounded away, a floor, and the largest sum of bytes; float64 (queries, lookups, size).
-    columns : int
-        Of a row.
     found : (scores, ids, filled)
         float64 and int64 (queries, k): heaps; int64 (queries, 0), or (queries, 1): all that reach the floor are kept,
         and counted here, beyond k, too.
     """
-    starts, who, terms = visits
-    rough, lines, _ = queries
-    scores, every = found[0], found[2].shape[1] == 1
+    (starts, who, terms), (rough, lines, _), scores, every = visits, queries, found[0], found[2].shape[1] == 1
     total, least = np.empty((QUERIES, 2, TILE_ROWS // 2), np.uint16), np.empty(QUERIES, np.int64)
     sums, table = np.int64(total.ctypes.data), np.int64(rough.ctypes.data)
     each, halves = rough.shape[1] * rough.shape[2], rough.shape[2] == HALVES
@@ -339,30 +336,31 @@ def scan(pieces: Any, visits: Any, queries: Any, columns: Any, found: Any) -> No
         tiles = (pieces[piece, 4] + TILE_ROWS - 1) // TILE_ROWS
         held = numba.carray(bytes_at(pieces[piece, 0]), (tiles, columns, TILE_ROWS))
         edges = numba.carray(doubles_at(pieces[piece, 6]), (tiles, 4))
-        here = (pieces[piece, 0], pieces[piece, 1], pieces[piece, 2], pieces[piece, 3], pieces[piece, 4],
-                pieces[piece, 5])
-        for tile in range(tiles):
-            address = pieces[piece, 0] + tile * columns * TILE_ROWS
-            visit, last = starts[piece, 0], starts[piece, 1]
+        here = longs_at(np.int64(pieces.ctypes.data) + 8 * pieces.shape[1] * piece)
+        for begin in range(0, tiles, TILES):
+            end, visit, last = min(tiles, begin + TILES), starts[piece, 0], starts[piece, 1]
             while visit < last:
                 some = QUERIES if last - visit >= QUERIES else 1
-                wanted = False
-                for place in range(some):
-                    query = who[visit + place]
-                    floor = lines[query, 4] if every else scores[query, 0]
-                    term = terms[visit + place, 0], terms[visit + place, 1]
-                    least[place] = _least(lines, query, term, floor, edges, tile)
-                    wanted |= least[place] >= 0
-                if wanted:
+                for tile in range(begin, end):
+                    wanted = False
+                    for place in range(some):
+                        query = who[visit + place]
+                        floor = lines[query, 4] if every else scores[query, 0]
+                        term = terms[visit + place, 0], terms[visit + place, 1]
+                        least[place] = _least(lines, query, term, floor, edges, tile)
+                        wanted |= least[place] >= 0
+                    if not wanted:
+                        continue
+                    codes = pieces[piece, 0] + tile * columns * TILE_ROWS
                     if some == QUERIES:
                         several = (table + who[visit] * each, table + who[visit + 1] * each,
                                    table + who[visit + 2] * each, table + who[visit + 3] * each)
-                        did = (_many_halves(address, several, columns, sums) if halves else
-                               _many_bytes(address, several, columns, sums))
+                        did = (_many_halves(codes, several, columns, sums) if halves else
+                               _many_bytes(codes, several, columns, sums))
                     else:
                         alone = (table + who[visit] * each,)
-                        did = (_one_halves(address, alone, columns, sums) if halves else
-                               _one_bytes(address, alone, columns, sums))
+                        did = (_one_halves(codes, alone, columns, sums) if halves else
+                               _one_bytes(codes, alone, columns, sums))
                     for place in range(some):
                         if not did:
                             _one_by_one(held, tile, rough, who[visit + place], total, place)
