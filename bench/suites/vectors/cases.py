@@ -29,6 +29,18 @@ class VectorCase:
         return f"{self.data}|{self.bits}|{self.method}"
 
 
+@dataclasses.dataclass(frozen=True)
+class MillionCase:
+    """One method with lists on a million vectors: `"tersor:"` and a codec, or `"faiss:"` and a factory string."""
+
+    method: str
+
+    @property
+    def key(self) -> str:
+        """The case's name in results."""
+        return f"million|{self.method}"
+
+
 _REAL: Mapping[tuple[str, float], tuple[str, ...]] = {
     ("glove", 1): ("tersor:trellis", "tersor:pq", "tersor:opq", "tersor:rq", "faiss:PQ5x8np", "faiss:OPQ5,PQ5x8np",
                    "faiss:RQ6x8", "faiss:PQ10x4fs", "faiss:RaBitQ"),
@@ -57,3 +69,6 @@ METHODS: Mapping[tuple[str, float], tuple[str, ...]] = {**_REAL, **{("anisotropi
     f"faiss:OPQ{16 * bits},PQ{16 * bits}x8np", *([f"faiss:RQ{16 * bits}x8"] if bits < 4 else []),
     f"faiss:PQ{32 * bits}x4fs", "faiss:RaBitQ") for bits in (1, 2, 4)}}
 CASES = tuple(VectorCase(data, bits, method) for (data, bits), methods in METHODS.items() for method in methods)
+MILLION = tuple(MillionCase(method) for method in (
+    "tersor:IVF1024,trellis2", "faiss:IVF1024,PQ32x8", "faiss:IVF1024,PQ64x4fs", "faiss:RR128,IVF1024,RaBitQ",
+    "faiss:RR128,IVF1024,RaBitQ2"))

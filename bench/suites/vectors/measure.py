@@ -22,8 +22,9 @@ from torch import Tensor
 
 from bench import models
 from bench.places import SHARED, kept
-from bench.suite import Asked, Result
-from bench.suites.vectors.cases import VectorCase
+from bench.suite import Asked, Outcome, Result
+from bench.suites.vectors import million
+from bench.suites.vectors.cases import MillionCase, VectorCase
 from tersor.errors import TersorError
 from tersor.vectors import Index, index_families
 from tersor.vectors.nearest import Best
@@ -203,11 +204,13 @@ def _faiss_tables(faiss: Any, index: Any) -> int:
     return len(faiss.serialize_index(empty))
 
 
-def measure(cases: Sequence[VectorCase], asked: Asked) -> Iterator[Result]:
+def measure(cases: Sequence[VectorCase | MillionCase], asked: Asked) -> Iterator[Outcome]:
     """Yield every case; one that cannot run says why in its line."""
-    del asked
     held: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     for case in cases:
+        if isinstance(case, MillionCase):
+            yield from million.measure([case], asked)
+            continue
         if case.data not in held:
             x, queries = SETS[case.data]()
             held = {case.data: (x, queries, exact(x, queries))}
