@@ -68,8 +68,9 @@ class Written:
 
 
 def vectors_of(ids: Tensor) -> Tensor:
-    """Return the vector that a test gives an id."""
-    return torch.sin(ids.double()[:, None] * torch.linspace(0.1, 2.9, DIM, dtype=torch.float64)).float()
+    """Return the vector that a test gives an id: scattered by it, so that those of any two lie far apart."""
+    turns = (ids.double()[:, None] + 1) * 12.9898 + torch.arange(1, DIM + 1, dtype=torch.float64) * 78.233
+    return ((turns.sin() * 43758.5453) % 1 * 2 - 1).float()
 
 
 def write(index: Index, number: int, written: Written, until: float) -> int:
