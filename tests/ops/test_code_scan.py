@@ -108,6 +108,30 @@ def test_the_bound_is_certain(size: int) -> None:
         assert torch.allclose(found[0], expected[0], rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("size", [16, 256])
+def test_factors_of_nothing_and_large_bases(size: int) -> None:
+    """A tile's bound holds for rows of factor 0, for tiles of nothing else, and where a base hides most digits."""
+    (one,), plain = lines_of(size, 9, (200,)).pieces, tables_of(size, 9)
+    zeros = torch.where(torch.arange(200) % 3 == 0, torch.zeros(200), one.factors)
+    zeros[64:128] = 0
+    offsets = one.offsets.round(decimals=1)  # some are equal, so that ids decide
+    lines, weights = Lines((Rows(one.codes, zeros, offsets, one.ids),)), torch.linspace(-2, 2, 6).double()[:, None]
+    for base in (0.0, 1e6, -1e12):
+        asked = Asked(plain, weights, bases=torch.full((6, 1), base, dtype=torch.float64))
+        expected, found = reference.best(lines, asked, 150), compiled.best(lines, asked, 150)
+        assert torch.allclose(found[0], expected[0], rtol=1e-15, atol=1e-12)
+        assert base or torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize(("size", "columns"), [(16, 9000), (256, 70_000)])
+def test_sums_of_long_rows_do_not_overflow(size: int, columns: int) -> None:
+    """Of 18,000 and of 70,000 lookups, which 16 bits hold in coarser steps only."""
+    lines = lines_of(size, columns, (70,))
+    asked = Asked(tables_of(size, columns, 1), torch.ones(1, 1).double())
+    expected, found = reference.best(lines, asked, 3), compiled.best(lines, asked, 3)
+    assert torch.equal(found[1], expected[1])
+
+
 def test_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "LEAST_WORK", 1)
     lines = lines_of(16, 11, (700, 129, 64, 1))

@@ -13,7 +13,7 @@ class VectorCase:
     Parameters
     ----------
     data : str
-        `"glove"`, `"banking77"` or `"anisotropic"`.
+        `"glove"`, `"banking77"`, `"anisotropic"` or `"sift"`.
     bits : float
     method : str
         `"tersor:"` and a codec or a family (at `bits`), perhaps behind lists, or `"faiss:"` and a factory string.
@@ -29,6 +29,18 @@ class VectorCase:
         return f"{self.data}|{self.bits}|{self.method}"
 
 
+@dataclasses.dataclass(frozen=True)
+class MillionCase:
+    """One method with lists on a million vectors: `"tersor:"` and a codec, or `"faiss:"` and a factory string."""
+
+    method: str
+
+    @property
+    def key(self) -> str:
+        """The case's name in results."""
+        return f"million|{self.method}"
+
+
 _REAL: Mapping[tuple[str, float], tuple[str, ...]] = {
     ("glove", 1): ("tersor:trellis", "tersor:pq", "tersor:opq", "tersor:rq", "faiss:PQ5x8np", "faiss:OPQ5,PQ5x8np",
                    "faiss:RQ6x8", "faiss:PQ10x4fs", "faiss:RaBitQ"),
@@ -42,6 +54,8 @@ _REAL: Mapping[tuple[str, float], tuple[str, ...]] = {
     ("glove", 4): ("tersor:trellis", "tersor:qet_plus", "tersor:pq", "tersor:opq", "tersor:rq",
                    "tersor:rotated_scalar", "faiss:PQ25x8np", "faiss:OPQ25,PQ25x8np", "faiss:RQ25x8", "faiss:SQ4",
                    "faiss:RaBitQ"),
+    ("banking77", 1): ("tersor:trellis", "tersor:pq", "tersor:opq", "tersor:rq", "faiss:PQ48x8np",
+                       "faiss:OPQ48,PQ48x8np", "faiss:RaBitQ"),
     ("banking77", 1.5): ("tersor:ctr8,rot,tr1.5", "tersor:qet_plus", "tersor:pq", "tersor:rotated_scalar",
                          "faiss:PQ72x8np", "faiss:RaBitQ"),
     ("banking77", 2): ("tersor:trellis", "tersor:ctr8,rot,tr2", "tersor:rot,tr2", "tersor:qet_plus", "tersor:pq",
@@ -49,11 +63,16 @@ _REAL: Mapping[tuple[str, float], tuple[str, ...]] = {
                        "faiss:PQ96x8np", "faiss:OPQ96,PQ96x8np", "faiss:RaBitQ"),
     ("banking77", 3): ("tersor:ctr8,rot,tr3", "tersor:qet_plus", "tersor:pq", "tersor:rotated_scalar",
                        "faiss:PQ192x6np", "faiss:RaBitQ"),
-    ("banking77", 4): ("tersor:ctr8,rot,tr4", "tersor:qet_plus", "tersor:pq", "tersor:rotated_scalar",
-                       "faiss:PQ192x8np", "faiss:RaBitQ"),
+    ("banking77", 4): ("tersor:trellis", "tersor:ctr8,rot,tr4", "tersor:opq", "tersor:rq", "tersor:qet_plus",
+                       "tersor:pq", "tersor:rotated_scalar",
+                       "faiss:PQ192x8np", "faiss:OPQ192,PQ192x8np", "faiss:RaBitQ"),
 }
-METHODS: Mapping[tuple[str, float], tuple[str, ...]] = {**_REAL, **{("anisotropic", bits): (
+METHODS: Mapping[tuple[str, float], tuple[str, ...]] = {**_REAL, **{(data, bits): (
     "tersor:trellis", "tersor:pq", "tersor:opq", "tersor:rq", f"faiss:PQ{16 * bits}x8np",
     f"faiss:OPQ{16 * bits},PQ{16 * bits}x8np", *([f"faiss:RQ{16 * bits}x8"] if bits < 4 else []),
-    f"faiss:PQ{32 * bits}x4fs", "faiss:RaBitQ") for bits in (1, 2, 4)}}
+    f"faiss:PQ{32 * bits}x4fs", "faiss:RaBitQ") for data in ("anisotropic", "sift") for bits in (1, 2, 4)}}
+CELLS = tuple((data, bits) for data in ("glove", "banking77", "sift", "anisotropic") for bits in (1, 2, 4))
 CASES = tuple(VectorCase(data, bits, method) for (data, bits), methods in METHODS.items() for method in methods)
+MILLION = tuple(MillionCase(method) for method in (
+    "tersor:IVF1024,trellis2", "faiss:IVF1024,PQ32x8", "faiss:IVF1024,PQ64x4fs", "faiss:RR128,IVF1024,RaBitQ",
+    "faiss:RR128,IVF1024,RaBitQ2"))

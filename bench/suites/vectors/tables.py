@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from bench.charges import charged
 from bench.markdown import table
 from bench.suite import Builder, Line, Table
+from bench.suites.vectors.cases import CELLS
 
+SPARE = 8  # bits a vector that a code may have beyond its rate: of the last byte
 HEADS = ("method", "bytes a vector", "tables included", "recall@10", "relative MSE", "queries/s, batch",
          "queries/s, single", "train, s", "encode, s")
 
@@ -42,7 +44,42 @@ def _row(line: Line) -> tuple[str, ...]:
             f"{numbers['single_queries_per_s']:.0f}", f"{numbers['train_s']:.1f}", f"{numbers['encode_s']:.1f}")
 
 
+def cells_table(found: Mapping[str, Line]) -> str:
+    """Return the best recall of both at each of 12 cells, at no more bytes than the rate says, tables apart."""
+    rows = []
+    for data, bits in CELLS:
+        best = {}
+        for line in found.values():
+            case, numbers = line["case"], line["numbers"]
+            if (case.get("data"), case.get("bits")) != (data, bits) or "recall" not in numbers:
+                continue
+            engine = case["method"].partition(":")[0]
+            fits = 8 * numbers["stored_bytes"] <= bits * numbers["dim"] + SPARE
+            if fits and (engine not in best or numbers["recall"] > best[engine]["numbers"]["recall"]):
+                best[engine] = line
+        if len(best) == 2:
+            ours, theirs = (best[engine]["numbers"]["recall"] for engine in ("tersor", "faiss"))
+            rows.append((data, str(bits), _name(best["tersor"]), f"{ours:.3f}", _name(best["faiss"]), f"{theirs:.3f}",
+                         f"{ours - theirs:+.3f}"))
+    return table(("data", "bits", "of Tersor", "recall@10", "of FAISS", "recall@10", "more"), rows)
+
+
+def million_table(found: Mapping[str, Line]) -> str:
+    """Return what a million vectors take, and recall and queries a second by the lists that are looked into."""
+    rows = []
+    for line in found.values():
+        numbers = line["numbers"]
+        probes = [int(name.rpartition("_")[2]) for name in numbers if name.startswith("recall_")]
+        rows.append((_name(line), f"{line['nbytes'] / numbers['vectors']:.1f}", f"{numbers['clock_s']:.0f}",
+                     f"{numbers['peak_bytes'] / 1e9:.2f}",
+                     *(f"{numbers[f'recall_{n}']:.3f}, {numbers[f'queries_per_s_{n}']:.0f}" for n in probes)))
+    heads = ("method", "bytes a vector", "build, s", "peak, GB", "1 list: recall, queries/s", "4", "16", "64")
+    return table(heads, rows)
+
+
 TABLES = {
+    "vectors-cells": Table(cells_table, tuple(dict.fromkeys(data for data, _ in CELLS)), charged=True),
+    "vectors-million": Table(million_table, ("million",), charged=True),
     "vectors-glove-2": Table(vectors_table("glove", 2), ("glove",), charged=True),
     "vectors-glove-4": Table(vectors_table("glove", 4), ("glove",), charged=True),
     "vectors-banking77": Table(vectors_table("banking77", 2), ("banking77",), charged=True),

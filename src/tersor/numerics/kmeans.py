@@ -10,12 +10,15 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Iterator
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tersor.errors import CodecConfigError
 
+Numbers = TypeVar("Numbers", Tensor, np.ndarray)
 ITERATIONS = 20  # as published: scipy's kmeans2 with minit="points" and 20 iterations
 INITS = ("sample", "kmeans++")
 ENGINES = ("torch", "faiss")
@@ -105,8 +108,10 @@ def exponent_of(values: Tensor) -> int:
     return math.frexp(max(float(values.max()), -float(values.min())))[1]
 
 
-def times_power(values: Tensor, exponent: int) -> Tensor:
-    """Return `values * 2**exponent`; in two steps, because the power alone may exceed float32."""
+def times_power(values: Numbers, exponent: int) -> Numbers:
+    """Return `values * 2**exponent`; in two steps where the power alone exceeds float32."""
+    if -126 <= exponent <= 127:
+        return values * 2.0**exponent
     half = exponent // 2
     return values * 2.0**half * 2.0 ** (exponent - half)
 

@@ -47,6 +47,11 @@ def as_tensor(value: Any, name: str) -> Tensor:
         raise CodecConfigError(f"index: {name} must be a tensor or an array: {error}") from error
 
 
+def largest(x: Tensor) -> float:
+    """Return the largest magnitude of float32 numbers, NaN where one is."""
+    return float(torch.linalg.vector_norm(x, math.inf))
+
+
 def vectors_of(x: Any, dim: int) -> Tensor:
     """Return checked vectors (n, dim); none at all are as good as any."""
     if isinstance(x, (Tensor, np.ndarray)) and tuple(x.shape) == (0, dim):
@@ -54,7 +59,7 @@ def vectors_of(x: Any, dim: int) -> Tensor:
     if isinstance(x, np.ndarray) and x.dtype == np.float32 and x.flags.c_contiguous and x.flags.writeable:
         x = torch.from_numpy(x)
     if (isinstance(x, Tensor) and x.dtype == torch.float32 and x.device.type == "cpu" and tuple(x.shape[1:]) == (dim,)
-            and float(x.detach().abs().max()) <= LIMIT):  # one look at sound vectors; NaN are not at most that
+            and largest(x.detach()) <= LIMIT):  # one look at sound vectors; NaN are not at most that
         return x.detach()
     x = api.as_matrix(x).cpu()
     if x.shape[1] != dim:

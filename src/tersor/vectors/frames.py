@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,8 +25,8 @@ class Laid:
     ----------
     codes : tuple of Tensor
         A piece's tiles; see `Rows`.
-    order : Tensor or None
-        The place of every row among all vectors, int64 (n,), piece after piece; None where they are as they were added.
+    order : Tensor
+        The place of every row among all vectors, int64 (n,), piece after piece: within one, rows of like scores.
     counts : tuple of int
         Rows of each piece.
     pieces : Tensor or None
@@ -34,7 +36,7 @@ class Laid:
     """
 
     codes: tuple[Tensor, ...]
-    order: Tensor | None
+    order: Tensor
     counts: tuple[int, ...]
     pieces: Tensor | None
     scales: Tensor
@@ -42,7 +44,7 @@ class Laid:
 
     def ordered(self, values: Tensor) -> tuple[Tensor, ...]:
         """Return values of all vectors, as they were added, as those of each piece's rows."""
-        return (values if self.order is None else values[self.order]).split(self.counts)
+        return values[self.order].split(self.counts)
 
 
 def laid(held: Held) -> Laid:
@@ -85,24 +87,48 @@ def lines(held: Held, metric: str, size: int) -> Lines:
 
 
 def _by_blocks(held: Held) -> Laid:
-    tiles = tuple(_tiles(block) for block in held.blocks)
-    scales = torch.cat([scales_of(block.core) for block in held.blocks])
-    return Laid(tiles, None, tuple(len(block) for block in held.blocks), None, scales, held.ids)
+    parts = [_tiles(block) for block in held.blocks]
+    codes, order, scales, ids = zip(*parts, strict=True)
+    starts = [first for first, _ in held.placed()]
+    whole = torch.cat([own + first for own, first in zip(order, starts, strict=True)])
+    return Laid(codes, whole, tuple(len(block) for block in held.blocks), None, torch.cat(scales), torch.cat(ids))
 
 
-def _tiles(block: Block) -> Tensor:
+def _tiles(block: Block) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return a block's codes in tiles, in what order its rows lie there, and their scales and ids, kept."""
     found = block.made.get("tiles")
     if found is None:
-        block.made["tiles"] = found = laid_out(codes_of(block.core))
+        scales = scales_of(block.core)
+        order = _alike(scales, block.norms(around=True), (len(scales),))
+        block.made["tiles"] = found = laid_out(codes_of(block.core)[order]), order, scales[order], block.ids[order]
     return found
+
+
+def _alike(scales: Tensor, norms: Tensor, counts: Sequence[int]) -> Tensor:
+    """Return an order of rows in which those of like scores lie together, so that one bound fits all rows of a tile.
+
+    Rows of each piece, of which there are so many, are sorted by scale, and runs of them by norm.
+    """
+    found, first = [], 0
+    for count in counts:
+        rows = slice(first, first + count)
+        by_norm, run = norms[rows].argsort(stable=True), TILE * math.isqrt(-(-count // TILE))
+        by_scale = by_norm[scales[rows][by_norm].argsort(stable=True)]
+        runs = torch.empty_like(by_scale)
+        runs[by_scale] = torch.arange(count) // max(1, run)
+        found.append(by_norm[runs[by_norm].argsort(stable=True)] + first)
+        first += count
+    return torch.cat(found)
 
 
 def _by_lists(held: Held) -> Laid:
     """Return the rows of each list together, from a tile's first place on."""
     assert held.lists is not None
     places = torch.cat([block.places for block in held.blocks if block.places is not None]).to(torch.int64)
-    order = places.argsort(stable=True)
-    counts = places.bincount(minlength=len(held.lists))
+    order, counts = places.argsort(stable=True), places.bincount(minlength=len(held.lists))
+    scales = torch.cat([scales_of(block.core) for block in held.blocks])
+    norms = torch.cat([block.norms(around=True) for block in held.blocks])
+    order = order[_alike(scales[order], norms[order], counts.tolist())]
     filled = counts.nonzero().squeeze(1)
     tiles = -(-counts // TILE)
     starts, rows = (tiles.cumsum(0) - tiles) * TILE, counts.cumsum(0) - counts
@@ -115,5 +141,4 @@ def _by_lists(held: Held) -> Laid:
     for start, block in held.placed():
         wide[back[start : start + len(block)]] = codes_of(block.core)
     whole = laid_out(wide).split(tiles[filled].tolist())
-    scales = torch.cat([scales_of(block.core) for block in held.blocks])[order]
-    return Laid(whole, order, tuple(counts[filled].tolist()), filled, scales, held.ids[order])
+    return Laid(whole, order, tuple(counts[filled].tolist()), filled, scales[order], held.ids[order])

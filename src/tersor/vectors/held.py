@@ -54,7 +54,7 @@ class Block:
         self.core = codec.child(encoded) if isinstance(codec, Centered) else encoded
         self.mean = encoded.tensors["mean"] if isinstance(codec, Centered) else None
         self._norms: dict[bool, Tensor] = {}
-        self.made: dict[str, Tensor] = {}
+        self.made: dict[str, Any] = {}
 
     def __len__(self) -> int:
         return self.encoded.shape[0]

@@ -30,7 +30,7 @@ class Reader(State):
                refine_k: SupportsIndex | None = None) -> tuple[Any, Any]:
         """Return the k best vectors of each query.
 
-        The first search by L2 or cosine keeps the norms of the decoded vectors: 4 bytes a vector in memory, not stored.
+        The first search keeps the norms of the decoded vectors: 4 bytes a vector in memory, not stored.
 
         Parameters
         ----------
@@ -70,13 +70,7 @@ class Reader(State):
         if refine is None and refine_k is not None:
             raise CodecConfigError("index: refine_k says how many vectors refine= scores anew; give refine=, too")
         first = k if refine is None else max(k, integer(REFINED * k if refine_k is None else refine_k, "refine_k", 1))
-        distances, ids = nothing(len(queries), first, worst)
-        most = min(first, held.count)
-        for start in range(0, len(queries), CHUNK_QUERIES):
-            part = slice(start, start + CHUNK_QUERIES)
-            found, numbers = best_of(held, queries[part], most, wanted)
-            distances[part, :most] = found.masked_fill(numbers < 0, worst)
-            ids[part, :most] = numbers
+        distances, ids = _found(held, queries, first, wanted, worst)
         if refine is not None:
             distances, ids = refined(queries, ids, k, wanted.metric, refine)
         return like(given, distances), like(given, ids)
@@ -187,3 +181,15 @@ class Reader(State):
         probes = self._nprobe if nprobe is None else integer(nprobe, "nprobe", 1)
         chosen = self.metric if metric is None else metric_of(metric)
         return Wanted(chosen, allowed_of(allowed, held.ids) if allowed is not None else None, probes)
+
+
+def _found(held: Held, queries: Tensor, k: int, wanted: Wanted, worst: float) -> tuple[Tensor, Tensor]:
+    """Return distances and ids of the best vectors, (queries, k); the worst distance and -1 where there are fewer."""
+    if k <= held.count and 0 < len(queries) <= CHUNK_QUERIES:
+        return best_of(held, queries, k, wanted)
+    distances, ids = nothing(len(queries), k, worst)
+    most = min(k, held.count)
+    for start in range(0, len(queries), CHUNK_QUERIES):
+        part = slice(start, start + CHUNK_QUERIES)
+        distances[part, :most], ids[part, :most] = best_of(held, queries[part], most, wanted)
+    return distances, ids

@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from tersor.ops.dispatch import compiled_allowed
 from tersor.payload.scales import reciprocal
 from tersor.vectors.frames import laid, lines
 from tersor.vectors.held import Block, Held
-from tersor.vectors.nearest import Best
+from tersor.vectors.nearest import WORST, Best
 from tersor.vectors.scanned import is_scanned
 
 
@@ -63,11 +64,14 @@ class _Posed:
     exponent: int
 
     def distances(self, scores: Tensor) -> Tensor:
-        """Return what users see: squared distances by L2, else scores; float32 (n, k)."""
-        found = scores.to(torch.float32)
+        """Return what users see: squared distances by L2, else scores; float32 (n, k), finite where there is none.
+
+        By NumPy: a search of one query is mostly calls, and those are shorter.
+        """
+        found, least = scores.numpy(), -WORST
         if self.power is not None:
-            found = torch.add(self.power, found, alpha=-2).clamp_min_(0)
-        return times_power(found, self.exponent) if self.exponent else found
+            found, least = self.power.numpy() - 2 * found, 0
+        return torch.from_numpy(np.ldexp(found, self.exponent).clip(least, WORST).astype(np.float32))
 
     def floors(self, radius: float) -> Tensor:
         """Return the scores of a distance, float64 (n,)."""
@@ -119,15 +123,17 @@ def _posed(held: Held, queries: Tensor, metric: str) -> _Posed:
 
     `|q - x|² = |q|² - 2 (q x - |x|² / 2)`, all divided by the square of a power of two beyond all norms.
     """
+    given = queries.numpy()
     if metric == "l2":
         mean = held.lists.origin if held.lists else held.blocks[0].mean
-        queries = queries if mean is None else queries - mean
-    exponent = math.frexp(float(queries.abs().max()))[1]
-    unit = times_power(queries, -exponent) if exponent else queries
+        given = given if mean is None else given - mean.numpy()
+    exponent = math.frexp(float(np.abs(given).max()))[1]
     if metric == "l2":
         size = max(exponent, math.frexp(held.longest)[1])
-        scaled = times_power(unit, exponent - size) if exponent < size else unit
-        return _Posed(scaled, size, scaled.square().sum(1, keepdim=True), 2 * size)
+        scaled = times_power(given, -size)
+        power = np.square(scaled).sum(1, keepdims=True)
+        return _Posed(torch.from_numpy(scaled), size, torch.from_numpy(power), 2 * size)
+    unit = torch.from_numpy(times_power(given, -exponent))
     if metric == "cosine":
         return _Posed(unit * reciprocal(torch.linalg.vector_norm(unit, dim=1, keepdim=True)), 0, None, 0)
     return _Posed(unit, 0, None, exponent)

@@ -56,10 +56,28 @@ class Lines:
         return (max(float(one.factors.max()) for one in held), max(float(one.offsets.abs().max()) for one in held))
 
     @cached_property
+    def edges(self) -> tuple[Tensor, ...]:
+        """Of every tile the inverse of its largest and of its least factor, its least and its largest offset.
+
+        float64 (tiles, 4) a piece.
+        """
+        return tuple(_edges(one) for one in self.pieces)
+
+    @cached_property
     def places(self) -> np.ndarray:
-        """Addresses of codes, factors, offsets and ids, counts, and 0: no mask, int64 (pieces, 6)."""
+        """Addresses of codes, factors, offsets and ids, counts, 0: no mask, and those of edges, int64 (pieces, 7)."""
         return np.array([(one.codes.data_ptr(), one.factors.data_ptr(), one.offsets.data_ptr(), one.ids.data_ptr(),
-                          len(one.factors), 0) for one in self.pieces], np.int64)
+                          len(one.factors), 0, edges.data_ptr())
+                         for one, edges in zip(self.pieces, self.edges, strict=True)], np.int64)
+
+
+def _edges(rows: Rows) -> Tensor:
+    """Return between what the factors and offsets of each tile lie; see `Lines`."""
+    pad, edges = -len(rows.factors) % TILE, []
+    for values in (rows.factors.to(torch.float64).reciprocal(), rows.offsets.to(torch.float64)):
+        tiles = torch.cat([values, values[-1:].expand(pad)]).unflatten(0, (-1, TILE))
+        edges += [tiles.amin(1), tiles.amax(1)]
+    return torch.stack(edges, 1).contiguous()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -12,16 +12,18 @@ import torch
 from torch import Tensor
 
 from tersor.ops import workers
-from tersor.ops.code_scan.kernels.scan import scan, scan_words, sort_best
+from tersor.ops.code_scan.kernels.heaps import sort_best
+from tersor.ops.code_scan.kernels.scan import scan
 from tersor.ops.code_scan.kernels.tables import rounded, sum_signs
-from tersor.ops.code_scan.shapes import BYTE, NIBBLE, SLACK, TILE, columns_of
+from tersor.ops.code_scan.kernels.words import scan_words
+from tersor.ops.code_scan.shapes import BYTE, EDGES, FLOOR, GROUP, LINE, NIBBLE, TILE, columns_of
 
 if TYPE_CHECKING:
     from tersor.ops.code_scan import Asked, Lines
 
 LEAST_WORK = 1 << 20  # bytes of codes times queries that are worth a thread: some tenths of a millisecond
 ROOM = 1024  # rows within a floor that there is room for at first
-_FLOAT, _LONG = 4, 8
+_FLOAT, _LONG, _EDGES = 4, 8, 8 * EDGES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +52,13 @@ def best(lines: Lines, asked: Asked, k: int) -> tuple[Tensor, Tensor]:
     """Return the scores and ids of the best rows, (queries, k); see the op."""
     queries = _prepared(lines, asked, None)
     shares = _shares(lines, asked, queries)
-    scores = np.full((len(queries), len(shares), k), -np.inf)
-    ids = np.full((len(queries), len(shares), k), np.iinfo(np.int64).max)
+    scores = np.full((len(shares), len(queries), k), -np.inf)
+    ids = np.full((len(shares), len(queries), k), np.iinfo(np.int64).max)
     none = np.empty((len(queries), 0), np.int64)
     columns = lines.pieces[0].codes.shape[1]
-    _run(shares, lambda place: _scan(shares[place], queries, columns, (scores[:, place], ids[:, place], none)))
+    _run(shares, lambda place: _scan(shares[place], queries, columns, (scores[place], ids[place], none)))
     flat, numbers = np.empty((len(queries), k)), np.empty((len(queries), k), np.int64)
-    sort_best(scores.reshape(len(queries), -1), ids.reshape(len(queries), -1), flat, numbers)
+    sort_best(scores, ids, flat, numbers)
     return torch.from_numpy(flat), torch.from_numpy(numbers)
 
 
@@ -107,17 +109,11 @@ class _Found:
 
 def _prepared(lines: Lines, asked: Asked, floors: np.ndarray | None) -> _Queries:
     """Return queries with tables rounded to bytes, and what rounding may move a score by."""
-    tables = np.ascontiguousarray(asked.tables.numpy())
-    held = np.zeros((len(tables), 5))
-    short = tables.shape[2] <= BYTE
-    rough = np.empty(tables.shape if short else (len(tables), 0, 0), np.uint8)
-    if short:
-        made = np.empty((len(tables), 3))
-        rounded(tables, rough, made)
-        held[:, :3] = made
-    steepest, highest = lines.peaks
-    held[:, 3] = SLACK * (4 * steepest * held[:, 2] + highest * np.abs(asked.weights.numpy()).max(1))
-    held[:, 4] = -np.inf if floors is None else floors
+    tables, weights = np.ascontiguousarray(asked.tables.numpy()), asked.weights.numpy()
+    count, _, size = tables.shape
+    held, rough = np.empty((count, LINE)), np.empty(tables.shape if size <= BYTE else (count, 0, 0), np.uint8)
+    held[:, FLOOR] = -np.inf if floors is None else floors
+    rounded(tables, GROUP * (2 if size == NIBBLE else 1), weights, lines.peaks, rough, held)
     return _Queries(rough, held, tables)
 
 
@@ -151,10 +147,9 @@ def _plain(pieces: np.ndarray, asked: Asked, queries: _Queries, lines: Lines) ->
         nbytes = int(pieces[:, 4].sum()) * count * lines.pieces[0].codes.shape[1]
         if nbytes >= 2 * LEAST_WORK:
             return None
-    terms = np.zeros((len(pieces), count, 2))
-    terms[:, :, 1] = asked.weights.numpy()[:, 0]
-    who = np.tile(np.arange(count), len(pieces))
-    return _Share(pieces, np.arange(len(pieces) + 1) * count, who, terms.reshape(-1, 2))
+    starts, terms = np.zeros((len(pieces), 2), np.int64), np.zeros((count, 2))
+    starts[:, 1], terms[:, 1] = count, asked.weights.numpy()[:, 0]
+    return _Share(pieces, starts, np.arange(count), terms)
 
 
 def _share(pieces: np.ndarray, visits: np.ndarray, terms: np.ndarray, first: int) -> _Share:
@@ -165,7 +160,8 @@ def _share(pieces: np.ndarray, visits: np.ndarray, terms: np.ndarray, first: int
         places = places[np.argsort(-best_of, kind="stable")]
     inside = visits[:, places].T
     place, who = np.nonzero(inside)
-    starts = np.concatenate([[0], np.cumsum(inside.sum(1))]).astype(np.int64)
+    stops = np.cumsum(inside.sum(1), dtype=np.int64)
+    starts = np.stack([np.concatenate([[0], stops[:-1]]), stops], 1)
     return _Share(pieces[places], starts, who + first, terms[who, places[place]])
 
 
@@ -178,12 +174,13 @@ def _cut(pieces: np.ndarray, visits: np.ndarray, terms: np.ndarray, lines: Lines
     found = []
     for first, last in itertools.pairwise(edges):
         places, rows, start = [], [], 0
-        for place, (codes, factors, offsets, ids, count, mask) in enumerate(pieces.tolist()):
+        for place, (codes, factors, offsets, ids, count, mask, edges) in enumerate(pieces.tolist()):
             low, high = (min(count, -(-max(0, edge - start) // TILE) * TILE) for edge in (first, last))
             if high > low:
                 places.append(place)
                 rows.append((codes + low // TILE * tile, factors + low * _FLOAT, offsets + low * _FLOAT,
-                             ids + low * _LONG, high - low, mask + low if mask else 0))
+                             ids + low * _LONG, high - low, mask + low if mask else 0,
+                             edges + low // TILE * _EDGES))
             start += count
         if rows:
             found.append((np.array(rows, np.int64), visits[:, places], terms[:, places]))

@@ -5,9 +5,13 @@ from __future__ import annotations
 TILE = 64  # rows side by side: a byte of each fills the widest register there is
 NIBBLE, BYTE = 16, 256  # numbers of a table: of half a byte of a row, or of a whole one; longer ones are not bounded
 SIGNS = 4  # of a half byte, whose signed sum is looked up
-FLUSH = 128  # bytes of a row after which sums of bytes are widened: 256 lookups of 255 fit 16 bits
-SLACK = 2.0**-20  # of the largest score: bounds are computed in float32, with at most eight roundings of 2**-24
-FINEST = 255  # steps of a rounded table
+GROUP = 4  # columns of a row whose lookups are summed in bytes
+NEAR = 16  # tiles that queries meet in turn: those and the tables lie in the nearest cache
+MANY = 4  # queries that meet a tile together, so that its bytes are read once
+EDGES = 4  # numbers that say between what the factors and offsets of a tile lie
+LINE, FLOOR = 6, 4  # numbers that bound the scores of a query, and the place of its floor
+MOST_BYTE, MOST_SUM = 255, 65_535  # of the lookups of a group together, and of a row
+SLACK = 2.0**-40  # of the largest score: what sums of float64 may be rounded by in some thousand steps
 
 
 def columns_of(bits: int) -> int:

@@ -1,4 +1,4 @@
-"""The scan on the processor: sums of rounded tables bound every score from above, and few rows are looked at closely.
+"""The scan on the processor: sums of rounded tables bound scores from above, and few rows are looked at closely.
 
 Bytes are looked up for 64 rows at a time, in vector instructions where the machine has such lookups: half bytes in tables
 of 16 bytes, with `pshufb`, and bytes in tables of 256, with `vpermi2b`. Other machines look up one by one, which means the
@@ -18,10 +18,14 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from tersor.numerics.machine import njit
-from tersor.ops.code_scan.shapes import BYTE, FLUSH, NIBBLE, TILE
+from tersor.ops.code_scan.kernels.heaps import keep
+from tersor.ops.code_scan.shapes import BYTE, GROUP, MANY, NEAR, NIBBLE, TILE
 
-INT8, INT16, INT32, LONG = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+INT1, INT8, INT16, INT32, LONG = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 HALVES, TABLE = NIBBLE, BYTE
+HALF = TILE // 2
+TILE_ROWS, QUERIES, TILES = TILE, MANY, NEAR
+BASES = 2.0**-48  # of a base: what adding it to scores may round away
 
 
 class _Codes:
@@ -30,11 +34,11 @@ class _Codes:
     def __init__(self, context: Any, builder: Any) -> None:
         self.builder = builder
         self.features = context.codegen().magic_tuple()[2].split(",")
-        self.bytes, self.pairs = ir.VectorType(INT8, TILE), ir.VectorType(INT16, TILE // 2)
+        self.bytes, self.pairs = ir.VectorType(INT8, TILE), ir.VectorType(INT16, HALF)
 
-    def load(self, address: Any, offset: Any, count: int) -> Any:
+    def load(self, address: Any, count: int, offset: Any = 0) -> Any:
         """Return so many bytes at an address, given as a number."""
-        place = self.builder.add(address, offset)
+        place = self.builder.add(address, offset if isinstance(offset, ir.Value) else LONG(offset))
         kind = ir.VectorType(INT8, count)
         return self.builder.load(self.builder.inttoptr(place, kind.as_pointer()), align=1)
 
@@ -86,81 +90,131 @@ class _Codes:
 
 
 class _Sums:
-    """Sums of bytes for 64 rows, 16 bits each: of all bytes of pairs, and of the second ones."""
+    """Sums of 64 rows for some queries: bytes within a group of columns, then 16 bits of even and of odd rows."""
 
-    def __init__(self, codes: _Codes) -> None:
+    def __init__(self, codes: _Codes, queries: int) -> None:
         self.codes, self.builder = codes, codes.builder
-        self.both, self.second = (cgutils.alloca_once(codes.builder, codes.pairs) for _ in range(2))
-        for room in (self.both, self.second):
-            codes.builder.store(codes.same(codes.pairs, 0), room)
+        self.rooms = [[self._room(codes.pairs) for _ in range(2)] for _ in range(queries)]
+        self.rest = [self._room(codes.bytes) for _ in range(queries)]
 
-    def add(self, found: Any) -> None:
-        """Add a byte to every row's sum."""
+    def _room(self, kind: Any) -> Any:
+        room = cgutils.alloca_once(self.builder, kind)
+        self.builder.store(self.codes.same(kind, 0), room)
+        return room
+
+    def widen(self, query: int, found: Any) -> None:
+        """Add bytes to every row's sum: of both bytes of a pair, and of the second ones."""
         pairs = self.builder.bitcast(found, self.codes.pairs)
-        for room, more in ((self.both, pairs), (self.second, self.builder.lshr(pairs, self.codes.same(
-                self.codes.pairs, 8)))):
+        second = self.builder.lshr(pairs, self.codes.same(self.codes.pairs, 8))
+        for room, more in zip(self.rooms[query], (pairs, second), strict=True):
             self.builder.store(self.builder.add(self.builder.load(room), more), room)
 
-    def close(self, total: Any) -> None:
-        """Add the sums to those of 64 rows in memory, int32."""
-        builder, codes = self.builder, self.codes
-        second = builder.load(self.second)
-        first = builder.sub(builder.load(self.both), builder.shl(second, codes.same(codes.pairs, 8)))
-        wide = codes.pick(first, second, [i // 2 + TILE // 2 * (i % 2) for i in range(TILE)])
-        kind = ir.VectorType(INT32, TILE)
-        place = builder.bitcast(total, kind.as_pointer())
-        builder.store(builder.add(builder.load(place, align=4), builder.zext(wide, kind)), place, align=4)
+    def close(self, out: Any) -> None:
+        """Write the sums of every query: those of even rows, then of odd ones."""
+        for query, (both, second) in enumerate(self.rooms):
+            odd = self.builder.load(second)
+            even = self.builder.sub(self.builder.load(both), self.builder.shl(odd, self.codes.same(odd.type, 8)))
+            for half, sums in enumerate((even, odd)):
+                place = self.builder.add(out, LONG((2 * query + half) * TILE))
+                self.builder.store(sums, self.builder.inttoptr(place, sums.type.as_pointer()), align=1)
 
 
-@intrinsic
-def sum_halves(typing: Any, tile: Any, tables: Any, columns: Any, total: Any) -> Any:
-    """Add what half bytes look up: addresses of bytes (columns, 64) and of tables (2 columns, 16); int32 (64,)."""
-    del typing
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        codes = _Codes(context, builder)
-        sums = _Sums(codes)
-        address, table, count = arguments[:3]
-        low = codes.same(codes.bytes, 15)
-        with cgutils.for_range(builder, count, intp=LONG) as turn:
-            held = codes.load(address, builder.mul(turn.index, LONG(TILE)), TILE)
-            for half in range(2):
-                place = builder.add(builder.mul(turn.index, LONG(2 * NIBBLE)), LONG(half * NIBBLE))
-                index = builder.lshr(held, codes.same(codes.bytes, 4)) if half else builder.and_(held, low)
-                sums.add(codes.short(codes.load(table, place, NIBBLE), index))
-        sums.close(context.make_array(signature.args[3])(context, builder, arguments[3]).data)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64, total), generate
+def _found_halves(codes: _Codes, held: Any, table: Any, column: Any) -> Any:
+    """Return the sum of what both halves of a column look up."""
+    low = codes.same(codes.bytes, 15)
+    place = codes.builder.mul(column, LONG(2 * NIBBLE))
+    parts = []
+    for half in range(2):
+        index = codes.builder.lshr(held, codes.same(codes.bytes, 4)) if half else codes.builder.and_(held, low)
+        parts.append(codes.short(codes.load(table, NIBBLE, codes.builder.add(place, LONG(half * NIBBLE))), index))
+    return codes.builder.add(*parts)
 
 
-@intrinsic
-def sum_bytes(typing: Any, tile: Any, tables: Any, columns: Any, total: Any) -> Any:
-    """Add what bytes look up: addresses of bytes (columns, 64) and of tables (columns, 256); int32 (64,).
+def _found_bytes(codes: _Codes, held: Any, table: Any, column: Any) -> Any:
+    """Return what a column looks up."""
+    place = codes.builder.mul(column, LONG(BYTE))
+    parts = [codes.load(table, TILE, codes.builder.add(place, LONG(i))) for i in range(0, BYTE, TILE)]
+    return codes.long(parts, held)
 
-    Returns whether it did: not where the machine has no such lookup.
+
+def _summing(queries: int, halves: bool) -> Any:
+    """Return what sums the lookups of a tile for some queries: addresses of bytes, of tables, and of uint16 (n, 64).
+
+    It returns whether it did: not where the machine has no such lookup.
     """
-    del typing
+    found = _found_halves if halves else _found_bytes
+
+    @intrinsic
+    def summed(typing: Any, tile: Any, tables: Any, columns: Any, out: Any) -> Any:
+        del typing
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            codes = _Codes(context, builder)
+            if not halves and "+avx512vbmi" not in codes.features:
+                return context.get_constant(types.boolean, False)
+            sums, (address, addresses, count, place) = _Sums(codes, queries), arguments
+            looked = [builder.extract_value(addresses, query) for query in range(queries)]
+            whole = builder.udiv(count, LONG(GROUP))
+
+            def looked_up(column: Any) -> list[Any]:
+                held = codes.load(address, TILE, builder.mul(column, LONG(TILE)))
+                return [found(codes, held, table, column) for table in looked]
+
+            with cgutils.for_range(builder, whole, intp=LONG) as turn:
+                first = builder.mul(turn.index, LONG(GROUP))
+                total = looked_up(first)
+                for column in range(1, GROUP):
+                    more = looked_up(builder.add(first, LONG(column)))
+                    total = [builder.add(a, b) for a, b in zip(total, more, strict=True)]
+                for query, one in enumerate(total):
+                    sums.widen(query, one)
+            done = builder.mul(whole, LONG(GROUP))
+            with cgutils.for_range(builder, builder.sub(count, done), intp=LONG) as turn:
+                for room, more in zip(sums.rest, looked_up(builder.add(done, turn.index)), strict=True):
+                    builder.store(builder.add(builder.load(room), more), room)
+            for query, room in enumerate(sums.rest):
+                sums.widen(query, builder.load(room))
+            sums.close(place)
+            return context.get_constant(types.boolean, True)
+
+        return types.boolean(types.int64, types.UniTuple(types.int64, queries), types.int64, types.int64), generate
+
+    return summed
+
+
+_one_halves, _many_halves = _summing(1, True), _summing(MANY, True)
+_one_bytes, _many_bytes = _summing(1, False), _summing(MANY, False)
+
+
+@intrinsic
+def _reaching(typing: Any, sums: Any, least: Any) -> Any:
+    """Return which of 64 sums at an address are at least a number: bits of even rows, then of odd ones."""
+    del typing, sums, least
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        codes = _Codes(context, builder)
-        if "+avx512vbmi" not in codes.features:
-            return context.get_constant(types.boolean, False)
-        sums = _Sums(codes)
-        address, table, count = arguments[:3]
-        with cgutils.for_range(builder, count, intp=LONG) as turn:
-            held = codes.load(address, builder.mul(turn.index, LONG(TILE)), TILE)
-            first = builder.mul(turn.index, LONG(BYTE))
-            parts = [codes.load(table, builder.add(first, LONG(i)), TILE) for i in range(0, BYTE, TILE)]
-            sums.add(codes.long(parts, held))
-        sums.close(context.make_array(signature.args[3])(context, builder, arguments[3]).data)
-        return context.get_constant(types.boolean, True)
+        del context, signature
+        kind, parts = ir.VectorType(INT16, HALF), []
+        one = builder.insert_element(ir.Constant(kind, ir.Undefined), builder.trunc(arguments[1], INT16), INT32(0))
+        floor = builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(INT32, HALF), [0] * HALF))
+        for half in range(2):
+            place = builder.inttoptr(builder.add(arguments[0], LONG(half * TILE)), kind.as_pointer())
+            reached = builder.icmp_unsigned(">=", builder.load(place, align=1), floor)
+            parts.append(builder.zext(builder.bitcast(reached, INT32), LONG))
+        return builder.or_(parts[0], builder.shl(parts[1], LONG(HALF)))
 
-    return types.boolean(types.int64, types.int64, types.int64, total), generate
+    return types.int64(types.int64, types.int64), generate
 
 
-TILE_ROWS = TILE
-MOST = FLUSH
+@intrinsic
+def _first(typing: Any, bits: Any) -> Any:
+    """Return the place of the lowest bit that is set."""
+    del typing, bits
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        del context, signature
+        return builder.cttz(arguments[0], INT1(1))
+
+    return types.int64(types.int64), generate
 
 
 def _to_pointer(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -176,199 +230,142 @@ def _pointer(kind: Any) -> Any:
     return at
 
 
-_bytes_at, _shorts_at, _floats_at, _longs_at = map(_pointer, (types.uint8, types.uint16, types.float32, types.int64))
+bytes_at, shorts_at, floats_at, longs_at, doubles_at = map(_pointer, (types.uint8, types.uint16, types.float32,
+                                                                      types.int64, types.float64))
 
 
 @njit()
-def _sum(codes: Any, tile: Any, tables: Any, query: Any, total: Any) -> None:
-    """Write the sums of a tile's rounded lookups; by addresses, because a view of an array costs more than a lookup."""
+def _one_by_one(held: Any, tile: Any, rough: Any, query: Any, total: Any, place: Any) -> None:
+    """Write the sums of a tile's rounded lookups for a query, where the machine has no lookups in vectors."""
     for row in range(TILE_ROWS):
-        total[row] = 0
-    columns, lookups, size = codes.shape[1], tables.shape[1], tables.shape[2]
-    held = np.int64(codes.ctypes.data) + tile * columns * TILE_ROWS
-    table = np.int64(tables.ctypes.data) + query * lookups * size
-    for first in range(0, columns, MOST):
-        some = min(columns - first, MOST)
-        if size == HALVES:
-            sum_halves(held + first * TILE_ROWS, table + 2 * first * HALVES, some, total)
-        elif not sum_bytes(held + first * TILE_ROWS, table + first * TABLE, some, total):
-            for column in range(first, first + some):
-                for row in range(TILE_ROWS):
-                    total[row] += tables[query, column, codes[tile, column, row]]
+        found = 0
+        for column in range(held.shape[1]):
+            found += rough[query, column, held[tile, column, row]]
+        total[place, row & 1, row >> 1] = found
 
 
 @njit()
-def _bound(total: Any, places: Any, line: Any, upper: Any) -> bool:
-    """Write what the scores of 64 rows are at most; return whether one reaches the floor, or float32 has overflowed.
+def _least(lines: Any, query: Any, term: Any, floor: float, edges: Any, tile: Any) -> float:
+    """Return what a sum of bytes must be for a row of a tile to reach a floor: -1 where none does.
 
-    `places` are the addresses of factors and offsets.
+    `lines` and `edges` are those of `scan`; `term` are base and weight.
     """
-    slope, level, weight, floor = line
-    factors = numba.carray(_floats_at(places[0]), (TILE_ROWS,))
-    offsets = numba.carray(_floats_at(places[1]), (TILE_ROWS,))
-    found = np.int32(0)
-    for row in range(TILE_ROWS):
-        value = factors[row] * (slope * np.float32(total[row]) + level) + offsets[row] * weight
-        upper[row] = value
-        found |= np.int32(not value < floor)
-    return found != 0
+    base, weight = term
+    wanted = floor - base - lines[query, 3] - BASES * abs(base) - max(weight * edges[tile, 2], weight * edges[tile, 3])
+    value = (wanted * (edges[tile, 0] if wanted > 0 else edges[tile, 1]) - lines[query, 1]) * lines[query, 2]
+    return -1 if value > lines[query, 5] else np.int64(np.ceil(value)) if value > 0 else 0
 
 
 @njit()
-def _product(tile: Any, row: Any, tables: Any) -> float:
-    """Return the sum of a row's lookups."""
-    total = 0.0
-    if tables.shape[1] == HALVES:
-        for column in range(tile.shape[0]):
-            held = tile[column, row]
-            total += tables[2 * column, held & np.uint8(15)]
-            total += tables[2 * column + 1, held >> np.uint8(4)]
+def _product(codes: Any, columns: Any, tables: Any, halves: bool) -> float:
+    """Return the sum of a row's lookups: of its first byte's address, and of a query's tables' address."""
+    total, held = 0.0, bytes_at(codes)
+    if halves:
+        looked = numba.carray(doubles_at(tables), (2 * columns, HALVES))
+        for column in range(columns):
+            byte = held[column * TILE_ROWS]
+            total += looked[2 * column, byte & np.uint8(15)]
+            total += looked[2 * column + 1, byte >> np.uint8(4)]
     else:
-        for column in range(tile.shape[0]):
-            total += tables[column, tile[column, row]]
+        looked = numba.carray(doubles_at(tables), (columns, TABLE))
+        for column in range(columns):
+            total += looked[column, held[column * TILE_ROWS]]
     return total
 
 
 @njit()
-def _replace(scores: Any, ids: Any, score: float, number: int) -> None:
-    """Put a row in the place of the worst: the root of a heap whose parents are worse than their children."""
-    size, place = scores.shape[0], 0
-    while True:
-        child = 2 * place + 1
-        if child >= size:
-            break
-        other = child + 1
-        if other < size and (scores[other] < scores[child]
-                             or (scores[other] == scores[child] and ids[other] > ids[child])):
-            child = other
-        if scores[child] > score or (scores[child] == score and ids[child] < number):
-            break
-        scores[place], ids[place] = scores[child], ids[child]
-        place = child
-    scores[place], ids[place] = score, number
+def _look(place: Any, columns: Any, bits: Any, total: Any, visit: Any, queries: Any, found: Any) -> None:
+    """Score rows of a tile that may reach the floor of a query, and keep those that do.
 
-
-@njit()
-def _keep(scores: Any, ids: Any, filled: Any, score: float, number: int) -> None:
-    """Keep a row: in a heap of the best, or, where floors are fixed, one after another while there is room."""
-    if filled.shape[0] == 0:
-        if score > scores[0] or (score == scores[0] and number < ids[0]):
-            _replace(scores, ids, score, number)
-    else:
-        if filled[0] < scores.shape[0]:
-            scores[filled[0]], ids[filled[0]] = score, number
-        filled[0] += 1
-
-
-@njit()
-def sort_best(scores: Any, ids: Any, best: Any, numbers: Any) -> None:
-    """Write the best of some scores and their ids, by falling scores and rising ids; -1 for minus infinity."""
-    for query in range(scores.shape[0]):
-        for place in range(best.shape[1]):
-            best[query, place], numbers[query, place] = -np.inf, np.iinfo(np.int64).max
-        for found in range(scores.shape[1]):
-            score, number = scores[query, found], ids[query, found]
-            if score > best[query, 0] or (score == best[query, 0] and number < numbers[query, 0]):
-                _replace(best[query], numbers[query], score, number)
-        for last in range(best.shape[1] - 1, 0, -1):  # the root is the worst of a heap
-            score, number = best[query, 0], numbers[query, 0]
-            best_last, number_last = best[query, last], numbers[query, last]
-            _replace(best[query, :last], numbers[query, :last], best_last, number_last)
-            best[query, last], numbers[query, last] = score, number
-        for place in range(best.shape[1]):
-            if best[query, place] == -np.inf:
-                numbers[query, place] = -1
+    `bits` name them, of the `place`: the numbers of a piece, and the tile; `total` is an address of their sums;
+    `visit` are query, base and weight. Views here are of addresses: references of others are counted, which takes longer.
+    """
+    piece, tile = place
+    codes, factors_at, offsets_at, ids_at, count, mask_at = piece[0], piece[1], piece[2], piece[3], piece[4], piece[5]
+    query, base, weight = visit
+    _, lines, tables = queries
+    every, size = found[2].shape[1] == 1, found[0].shape[1]
+    scores = numba.carray(doubles_at(np.int64(found[0].ctypes.data) + 8 * query * size), (size,))
+    ids = numba.carray(longs_at(np.int64(found[1].ctypes.data) + 8 * query * size), (size,))
+    filled = numba.carray(longs_at(np.int64(found[2].ctypes.data) + 8 * query), (found[2].shape[1],))
+    looked = np.int64(tables.ctypes.data) + 8 * query * tables.shape[1] * tables.shape[2]
+    factors, offsets, numbers, mask = floats_at(factors_at), floats_at(offsets_at), longs_at(ids_at), bytes_at(mask_at)
+    slack, sums = lines[query, 3] + BASES * abs(base), shorts_at(total)
+    while bits != 0:
+        bit = _first(bits)
+        bits &= bits - 1
+        inside = 2 * bit if bit < HALF else 2 * (bit - HALF) + 1
+        row = tile * TILE_ROWS + inside
+        if row >= count or (mask_at != 0 and mask[row] == 0):
+            continue
+        share = offsets[row] * weight + base
+        upper = factors[row] * (lines[query, 1] + lines[query, 0] * sums[bit]) + share + slack
+        if upper < (lines[query, 4] if every else scores[0]):
+            continue
+        first = codes + tile * columns * TILE_ROWS + inside
+        score = factors[row] * _product(first, columns, looked, tables.shape[2] == HALVES) + share
+        if not every or score >= lines[query, 4]:
+            keep(scores, ids, filled, score, numbers[row])
 
 
 @njit()
 def scan(pieces: Any, visits: Any, queries: Any, columns: Any, found: Any) -> None:
-    """Keep the best rows of every piece for every query, or all rows that reach a floor.
+    """Keep the best rows, of so many columns, of every piece for every query, or all rows that reach a floor.
 
     Parameters
     ----------
-    pieces : int64 (pieces, 6)
-        Addresses of codes (tiles, columns, TILE), of factors, offsets and ids (count,); count; address of a mask or 0.
+    pieces : int64 (pieces, 7)
+        Addresses of codes (tiles, columns, TILE), of factors, offsets and ids (count,); count; address of a mask or 0;
+        address of edges, float64 (tiles, 4): the inverse of the largest and of the least factor of a tile, and its
+        least and its largest offset.
     visits : (starts, who, terms)
-        int64 (pieces + 1,), (visits,): whose turn it is in each piece; float64 (visits, 2): base, and weight of offsets.
+        int64 (pieces, 2), (visits,): from which visit to which each piece has, and whose they are; float64 (visits, 2):
+        base, and weight of offsets.
     queries : (bytes, lines, tables)
-        uint8 (queries, lookups, size); float64 (queries, 5): step and level of the bound, size of sums, what float32
-        may lose, and a floor; float64 (queries, lookups, size).
-    columns : int
-        Of a row.
+        uint8 (queries, lookups, size); float64 (queries, 6): step and level of the bound, the inverse of the step,
+        what may be rounded away, a floor, and the largest sum of bytes; float64 (queries, lookups, size).
     found : (scores, ids, filled)
         float64 and int64 (queries, k): heaps; int64 (queries, 0), or (queries, 1): all that reach the floor are kept,
         and counted here, beyond k, too.
     """
-    starts, who, terms = visits
-    rough, lines, tables = queries
-    scores, ids, filled = found
-    total, upper = np.empty(TILE_ROWS, np.int32), np.empty(TILE_ROWS, np.float32)
-    last = np.zeros((2, TILE_ROWS), np.float32)
-    every = filled.shape[1] == 1
+    (starts, who, terms), (rough, lines, _), scores, every = visits, queries, found[0], found[2].shape[1] == 1
+    total, least = np.empty((QUERIES, 2, TILE_ROWS // 2), np.uint16), np.empty(QUERIES, np.int64)
+    sums, table = np.int64(total.ctypes.data), np.int64(rough.ctypes.data)
+    each, halves = rough.shape[1] * rough.shape[2], rough.shape[2] == HALVES
     for piece in range(pieces.shape[0]):
-        count = pieces[piece, 4]
-        tiles = (count + TILE_ROWS - 1) // TILE_ROWS
-        held = numba.carray(_bytes_at(pieces[piece, 0]), (tiles, columns, TILE_ROWS))
-        factors = numba.carray(_floats_at(pieces[piece, 1]), (count,))
-        offsets = numba.carray(_floats_at(pieces[piece, 2]), (count,))
-        numbers = numba.carray(_longs_at(pieces[piece, 3]), (count,))
-        masked = pieces[piece, 5] != 0
-        mask = numba.carray(_bytes_at(pieces[piece, 5]), (count,))
-        for tile in range(tiles):
-            start = tile * TILE_ROWS
-            stop = min(count, start + TILE_ROWS)
-            places = pieces[piece, 1] + 4 * start, pieces[piece, 2] + 4 * start
-            if stop < start + TILE_ROWS:  # what lies behind the last row is not read
-                last[0, : stop - start], last[1, : stop - start] = factors[start:stop], offsets[start:stop]
-                places = np.int64(last.ctypes.data), np.int64(last.ctypes.data) + 4 * TILE_ROWS
-            for visit in range(starts[piece], starts[piece + 1]):
-                query, base, weight = who[visit], terms[visit, 0], terms[visit, 1]
-                floor = (lines[query, 4] if every else scores[query, 0]) - base - lines[query, 3]
-                line = (np.float32(lines[query, 0]), np.float32(lines[query, 1]), np.float32(weight), np.float32(floor))
-                _sum(held, tile, rough, query, total)
-                if not _bound(total, places, line, upper):
-                    continue
-                for row in range(stop - start):
-                    if upper[row] < floor or (masked and mask[start + row] == 0):
+        tiles = (pieces[piece, 4] + TILE_ROWS - 1) // TILE_ROWS
+        held = numba.carray(bytes_at(pieces[piece, 0]), (tiles, columns, TILE_ROWS))
+        edges = numba.carray(doubles_at(pieces[piece, 6]), (tiles, 4))
+        here = longs_at(np.int64(pieces.ctypes.data) + 8 * pieces.shape[1] * piece)
+        for begin in range(0, tiles, TILES):
+            end, visit, last = min(tiles, begin + TILES), starts[piece, 0], starts[piece, 1]
+            while visit < last:
+                some = QUERIES if last - visit >= QUERIES else 1
+                for tile in range(begin, end):
+                    wanted = False
+                    for place in range(some):
+                        query = who[visit + place]
+                        floor = lines[query, 4] if every else scores[query, 0]
+                        term = terms[visit + place, 0], terms[visit + place, 1]
+                        least[place] = _least(lines, query, term, floor, edges, tile)
+                        wanted |= least[place] >= 0
+                    if not wanted:
                         continue
-                    score = (factors[start + row] * _product(held[tile], row, tables[query])
-                             + offsets[start + row] * weight + base)
-                    if every and score < lines[query, 4]:
-                        continue
-                    _keep(scores[query], ids[query], filled[query], score, numbers[start + row])
-                    if not every:
-                        floor = scores[query, 0] - base - lines[query, 3]
-
-
-@njit()
-def scan_words(pieces: Any, visits: Any, queries: Any, columns: Any, found: Any) -> None:
-    """Do as `scan` does for codes of more than 256 words, int16 in memory: every score is computed."""
-    starts, who, terms = visits
-    lines, tables = queries
-    scores, ids, filled = found
-    every, sums = filled.shape[1] == 1, np.empty(TILE_ROWS)
-    for piece in range(pieces.shape[0]):
-        count = pieces[piece, 4]
-        tiles = (count + TILE_ROWS - 1) // TILE_ROWS
-        held = numba.carray(_shorts_at(pieces[piece, 0]), (tiles, columns, TILE_ROWS))
-        factors = numba.carray(_floats_at(pieces[piece, 1]), (count,))
-        offsets = numba.carray(_floats_at(pieces[piece, 2]), (count,))
-        numbers = numba.carray(_longs_at(pieces[piece, 3]), (count,))
-        masked = pieces[piece, 5] != 0
-        mask = numba.carray(_bytes_at(pieces[piece, 5]), (count,))
-        for tile in range(tiles):
-            start = tile * TILE_ROWS
-            for visit in range(starts[piece], starts[piece + 1]):
-                query = who[visit]
-                for row in range(TILE_ROWS):
-                    sums[row] = 0.0
-                for column in range(columns):
-                    table = tables[query, column]
-                    for row in range(TILE_ROWS):
-                        sums[row] += table[held[tile, column, row]]
-                for row in range(start, min(count, start + TILE_ROWS)):
-                    if masked and mask[row] == 0:
-                        continue
-                    score = factors[row] * sums[row - start] + offsets[row] * terms[visit, 1] + terms[visit, 0]
-                    if not every or score >= lines[query, 4]:
-                        _keep(scores[query], ids[query], filled[query], score, numbers[row])
+                    codes = pieces[piece, 0] + tile * columns * TILE_ROWS
+                    if some == QUERIES:
+                        several = (table + who[visit] * each, table + who[visit + 1] * each,
+                                   table + who[visit + 2] * each, table + who[visit + 3] * each)
+                        did = (_many_halves(codes, several, columns, sums) if halves else
+                               _many_bytes(codes, several, columns, sums))
+                    else:
+                        alone = (table + who[visit] * each,)
+                        did = (_one_halves(codes, alone, columns, sums) if halves else
+                               _one_bytes(codes, alone, columns, sums))
+                    for place in range(some):
+                        if not did:
+                            _one_by_one(held, tile, rough, who[visit + place], total, place)
+                        bits = _reaching(sums + 2 * TILE_ROWS * place, least[place]) if least[place] >= 0 else 0
+                        if bits != 0:
+                            one = who[visit + place], terms[visit + place, 0], terms[visit + place, 1]
+                            _look((here, tile), columns, bits, sums + 2 * TILE_ROWS * place, one, queries, found)
+                visit += some

@@ -7,47 +7,64 @@ from typing import Any
 import numpy as np
 
 from tersor.numerics.machine import njit
-from tersor.ops.code_scan.shapes import FINEST
+from tersor.ops.code_scan.shapes import MOST_BYTE, MOST_SUM, SLACK
 
-STEPS = FINEST
+BYTES, SUMS, MOVED = MOST_BYTE, MOST_SUM, SLACK
+ABOVE = 1 + 2.0**-30  # of a step: sums of roundings stay below what a byte holds
 
 
 @njit()
-def rounded(tables: Any, bytes_of: Any, lines: Any) -> None:
-    """Round tables to bytes: a step for each query, and a least number for each table.
+def rounded(tables: Any, group: int, weights: Any, peaks: Any, bytes_of: Any, lines: Any) -> None:
+    """Round tables down to bytes: a step for each query, and a least number for each table.
 
     Parameters
     ----------
     tables : float64 (queries, lookups, size)
-    bytes_of : uint8 (queries, lookups, size)
-        Written.
-    lines : float64 (queries, 3)
-        Written: the step, what a sum of least numbers is at most less than a score, and the size of sums.
+    group : int
+        Lookups whose bytes are summed in a byte.
+    weights : float64 (queries, n)
+        Of offsets.
+    peaks : tuple of float
+        The largest factor of a row, and the largest magnitude of an offset.
+    bytes_of : uint8 (queries, lookups, size), or of size 0
+        Written, unless it is of size 0.
+    lines : float64 (queries, LINE)
+        Written, except the floor; see `scan`.
     """
     queries, lookups, size = tables.shape
-    low = np.empty(lookups)
-    for query in range(queries):
-        widest, total, largest = 0.0, 0.0, 0.0
+    low, short = np.empty(lookups), bytes_of.size > 0
+    for query in range(queries if short else 0):
+        widest, within, whole, total, largest = 0.0, 0.0, 0.0, 0.0, 0.0
         for lookup in range(lookups):
             least, most = np.inf, -np.inf
             for place in range(size):
                 least, most = min(least, tables[query, lookup, place]), max(most, tables[query, lookup, place])
             low[lookup] = least
-            widest = max(widest, most - least)
+            within = most - least + (within if lookup % group else 0.0)
+            widest = max(widest, within)
+            whole += most - least
             total += least
             largest += max(most, -least)
-        step = widest / STEPS if widest > 0 else 1.0
+        step = max(widest / BYTES, whole / SUMS) * ABOVE
+        step = step if step > 0 else 1.0
         inverse = 1.0 / step
-        wrong = 0.0
+        wrong, top = 0.0, 0
         for lookup in range(lookups):
-            worst = 0.0
+            worst, peak = 0.0, 0.0
             for place in range(size):
                 above = tables[query, lookup, place] - low[lookup]
-                number = np.floor(above * inverse + 0.5)
+                number = np.floor(above * inverse)
                 bytes_of[query, lookup, place] = np.uint8(number)
+                peak = max(peak, number)
                 worst = max(worst, above - number * step)
             wrong += worst
-        lines[query, 0], lines[query, 1], lines[query, 2] = step, total + wrong, largest + wrong
+            top += peak
+        weight = 0.0
+        for place in range(weights.shape[1]):
+            weight = max(weight, abs(weights[query, place]))
+        lines[query, 0], lines[query, 1], lines[query, 2] = step, total + wrong, inverse
+        lines[query, 3] = MOVED * (4 * peaks[0] * (largest + wrong) + peaks[1] * weight)
+        lines[query, 5] = top
 
 
 @njit()
