@@ -68,7 +68,7 @@ def run(source: Source, calibration: Calibration | None, request: Request, outpu
     if reading is None or calibration is None:
         _one_by_one(source, calibration, device, [m for m in matrices.values() if missing(m.name)], work, progress)
     else:
-        _by_blocks(reading, calibration, output, lambda m: bool(missing(m.name)), work, progress)
+        by_blocks(reading, calibration, output, lambda m: bool(missing(m.name)), work, progress)
     choices: dict[str, list[Choice]] = {}
     for name in matrices:
         found = [(codec, known.find(name, codec.spec()) or {}) for codec in tried[name]]
@@ -88,7 +88,7 @@ def _one_by_one(source: Source, calibration: Calibration | None, device: str, ma
     progress("survey", len(matrices), len(matrices))
 
 
-def _by_blocks(reading: Reading, calibration: Calibration, output: Path, missing: Callable[[Matrix], bool], work: Work,
+def by_blocks(reading: Reading, calibration: Calibration, output: Path, missing: Callable[[Matrix], bool], work: Work,
                progress: Progress) -> None:
     """Run text through the dense model; work on the matrices of a block that miss trials while it is resident."""
     file = beside(output)
