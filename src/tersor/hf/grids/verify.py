@@ -58,9 +58,10 @@ def verify(path: Path, source: Source | None = None, progress: Progress = no_pro
         if not bool(torch.isfinite(decoded).all()):
             raise VerificationError(f"{path}: '{name}' decodes to NaN or infinity")
         if source is not None:
-            if name not in source.layout.matrices:
-                raise VerificationError(f"{path}: '{name}' is no matrix of {source.path}; give the model that this was "
-                                        "made from")
+            matrix = source.layout.matrices.get(name)
+            if matrix is None or matrix.shape != grid.shape:
+                raise VerificationError(f"{path}: '{name}' is no matrix {grid.shape} of {source.path}; give the model "
+                                        "that this was made from")
             worst = max(worst, _error(path, name, measured(source.tensor(name), decoded, None).relative,
                                       lines[name]["relative_error"]))
     progress("verify", len(found), len(found))
