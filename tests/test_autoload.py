@@ -35,7 +35,7 @@ except RuntimeError as error:
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("autoload")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tersor.hf.compress.run.verify_in_fresh_process", lambda path, against: None)
+        patch.setattr("tersor.hf.compress.run.verify_in_fresh_process", lambda *_: None)
         compress_model(save_tiny("llama", folder / "m"), folder / "out", 9.0, method="rotated_scalar",
                        calibrated=False, evaluation_tokens=0)
     return folder / "out"

@@ -122,6 +122,10 @@ class BusyError(TersorError):
     """An output that another run is writing at this moment."""
 
 
+class WorkerError(TersorError, RuntimeError):
+    """A worker of a cluster that died, and the one that took over its task, too."""
+
+
 class TersorWarning(UserWarning):
     """Base of every warning that Tersor gives on purpose."""
 
@@ -132,3 +136,7 @@ class ChangedFileWarning(TersorWarning):
 
 class DamagedWorkWarning(TersorWarning):
     """A file of an unfinished run that is not as it was written; what it held is made again."""
+
+
+class RecoveryWarning(TersorWarning):
+    """A recovery that diverged, or made nothing better; what is kept is the best state there was."""

@@ -9,11 +9,12 @@ import pytest
 
 import tersor
 from tersor.codecs import FoldedTrellis, MixedRows, Rotated, Sum, Symmetric, Trellis
+from tersor.codecs.trellis.filters import shelf
 from tersor.codecs.trellis.streamed import Streamed
 from tersor.contract.codec import Codec
 from tersor.errors import CodecConfigError
 from tersor.families import AUTO, DEFAULT, EFFORTS, budgeted, candidates, effort_of, stand_in
-from tersor.families.trellis import CIRCLE, WINDOWS, error_of, window
+from tersor.families.trellis import CIRCLE, WINDOWS, error_of, tried_on_normal, window
 from tersor.quality import measure
 from tersor.testing import gaussian, outliers
 
@@ -44,6 +45,21 @@ def test_codes_are_linear_from_two_bits_or_folded_for_less_error() -> None:
             if isinstance(inner, Streamed):
                 assert isinstance(inner, Trellis if family == "trellis" and inner.bits >= 2 else FoldedTrellis)
     assert {error_of(FoldedTrellis(bits)) < error_of(Trellis(bits)) for bits in (2.0, 3.0, 4.0)} == {True}
+
+
+SHORT = [kind(*one) for kind in (Trellis, FoldedTrellis) for one in kind.packaged() if one[1] <= 10]
+LONG = [kind(*one) for kind in (Trellis, FoldedTrellis) for one in kind.packaged() if one[1] > 10]
+
+
+@pytest.mark.parametrize("codec", [*SHORT, *(pytest.param(one, marks=pytest.mark.slow) for one in LONG)],
+                         ids=lambda codec: codec.spec())
+def test_packaged_errors_are_what_the_codes_have(codec: Streamed) -> None:
+    # a sum of 16,384 squares in float32, in any order, and ties that another processor may break otherwise
+    assert tried_on_normal(codec) == pytest.approx(error_of(codec), rel=1e-4)
+
+
+def test_every_packaged_code_has_its_error() -> None:
+    assert set(shelf()["errors"]) == {codec.spec() for codec in (*SHORT, *LONG)}
 
 
 def test_more_effort_is_less_error_in_as_many_bytes() -> None:

@@ -99,6 +99,32 @@ def test_is_attention_over_decoded_tokens(device: str, case: Case) -> None:
     check(case, device, How(case.dim**-0.5))
 
 
+@on_devices(["index"], cpu=[[(1, 0)]], cuda=[[(1, 0)], [(0, 0)], [(1, 1)]])
+def test_sequences_share_pages(device: str, index: tuple[int, ...]) -> None:
+    """A table says whose slot is which: full pages stay where they are, the last is written to after a copy."""
+    case, sides = Case(), []
+    for seed, text in enumerate((case.key, case.value)):
+        stream = TokenStream(parse(text), BLOCK)
+        stream.append(states(case, 20 * BLOCK, seed, device))
+        stream.select(torch.tensor(index, device=device))
+        stream.append(states(case, BLOCK, 30 + seed, device))
+        side = stream.side()
+        assert side is not None
+        assert side.slots[0] is not None
+        assert side.slots[-1] is None
+        sides.append((side, stream))
+    closed = Closed(sides[0][0], sides[1][0], 21 * BLOCK, BLOCK, sides[0][1].page_blocks)
+    dense = [tuple(states(case, count, seed + which, device) for which in range(2))
+             for count, seed in ((SINK, 10), (9, 20))]
+    all_, asked = Held(dense[0], dense[1], closed), query(case, device)  # type: ignore[arg-type]
+    wanted = reference.attention(asked, all_, How(case.dim**-0.5), torch.float64)
+    for side, stream in sides:
+        mine = reference.decoded(closed, side, torch.Size((BATCH, HEADS, 0, case.dim)), torch.float32)
+        assert float((mine - stream.decode()).norm()) <= 1e-5 * float(mine.norm())
+    found = kv_attention(asked, all_, How(case.dim**-0.5))
+    assert float((found - wanted).norm()) <= tolerance(case) * float(wanted.norm())
+
+
 @on_devices(["kind"], cpu=[["bool"]], cuda=[["bool"], ["float"], ["heads"], ["blind"]])
 @pytest.mark.parametrize("queries", [1, 4])
 def test_masks(device: str, kind: str, queries: int) -> None:
@@ -149,7 +175,7 @@ def test_a_poisoned_page_shows() -> None:
     all_, asked = held(case, "cuda"), query(case, "cuda")
     assert all_.closed is not None
     side = all_.closed.keys
-    side.pages[0][side.scales_at : side.scales_at + 2].view(torch.bfloat16).fill_(float("nan"))
+    side.pages[0][0, side.scales_at : side.scales_at + 2].view(torch.bfloat16).fill_(float("nan"))
     found = kv_attention(asked, all_, How(case.dim**-0.5))
     assert bool(found[0, : case.group].isnan().all())
     assert not bool(found[1].isnan().any())
@@ -197,3 +223,63 @@ def test_divisions_cover_all_tokens(closed: int, heads: int, rows: int) -> None:
     assert cut.splits == 1 or (cut.splits * heads <= 2 * 132 and each >= 3)
     assert cut.dense * 4 * 16 >= 195
     assert cut.rows >= rows
+
+
+@pytest.mark.parametrize(("text", "dim"), [("lm2", 8), ("rot,lm2", 80), ("rot,lm2", 112), ("rot,lm2", 256), ("lm3", 64),
+                                           ("rot,lm3", 96), ("rot,lm4", 128)])
+def test_on_the_processor_codes_are_met_as_they_are(text: str, dim: int) -> None:
+    """Scores and mixtures are those of the decoded tokens in float64, for any number of queries, pages and sharers."""
+    pytest.importorskip("numba")
+    case = Case(dim=dim, dtype=torch.float32)
+    stream = TokenStream(parse(text), BLOCK)
+    stream.append(states(case, 17 * BLOCK, 1, "cpu"))
+    stream.select(torch.tensor([1, 0, 1]))
+    stream.append(states(case, BLOCK, 2, "cpu")[:1].expand(3, -1, -1, -1))
+    decoded = stream.decode().double()
+    for queries in (2, 9):
+        asked = gaussian((3 * HEADS * queries, dim), 3).reshape(3, HEADS, queries, dim)
+        weights = gaussian((3 * HEADS * queries, 18 * BLOCK), 4).reshape(3, HEADS, queries, -1)
+        for low, high in ((0, 18 * BLOCK), (2 * BLOCK, 17 * BLOCK)):
+            assert stream._part(low, high, queries) is not None
+            found, wanted = stream.scores(asked, low, high), asked.double() @ decoded[:, :, low:high].mT
+            bound = dim * torch.finfo(torch.float32).eps
+            assert float((found - wanted).norm()) <= bound * float(asked.norm()) * float(decoded.norm())
+            some = weights[..., low:high].contiguous()
+            mixed, right = stream.mix(some, low, high), some.double() @ decoded[:, :, low:high]
+            bound = (high - low) * torch.finfo(torch.float32).eps
+            assert float((mixed - right).norm()) <= bound * float(some.norm()) * float(decoded.norm())
+
+
+def test_on_the_processor_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba")
+    monkeypatch.setattr("tersor.ops.workers.LEAST", 1)
+    case, found = Case(dtype=torch.float32), []
+    stream = TokenStream(parse("rot,lm2"), BLOCK)
+    stream.append(states(case, 9 * BLOCK, 1, "cpu"))
+    asked = gaussian((BATCH * HEADS * 3, 128), 3).reshape(BATCH, HEADS, 3, 128)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            scores = stream.scores(asked)
+            found.append((scores, stream.mix(scores.softmax(-1))))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one[side], found[0][side]) for one in found for side in range(2))
+    with reference_only():
+        assert stream._part(0, 9 * BLOCK, 3) is None
+    assert stream._part(3, 9 * BLOCK, 3) is None
+    assert stream._part(0, 9 * BLOCK, 65) is None
+
+
+def test_on_the_processor_a_poisoned_page_shows() -> None:
+    pytest.importorskip("numba")
+    case = Case(dtype=torch.float32)
+    stream = TokenStream(parse("rot,lm2"), BLOCK)
+    stream.append(states(case, 3 * BLOCK, 1, "cpu"))
+    side = stream.side()
+    assert side is not None
+    side.pages[0][0, side.scales_at : side.scales_at + 2].view(torch.bfloat16).fill_(float("nan"))
+    scores = stream.scores(torch.ones(BATCH, HEADS, 1, 128))
+    assert int(scores.isnan().sum()) == 1
+    assert bool(stream.mix(torch.ones(BATCH, HEADS, 1, 3 * BLOCK))[0, 0].isnan().all())

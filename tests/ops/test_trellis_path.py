@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,9 +12,10 @@ from tersor.numerics.settings import pinned, threads_allowed
 from tersor.ops import trellis_path
 from tersor.ops.dispatch import reference_only
 from tersor.ops.trellis_path import Steps
-from tersor.ops.trellis_path.shapes import refusal
+from tersor.ops.trellis_path.shapes import parts, refusal, warps
 from tersor.testing import gaussian
 from tests.ops.devices import DEVICES
+from tests.ops.on_numpy import launch
 
 
 def error(path: torch.Tensor, numbers: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -40,6 +42,20 @@ def test_all_find_the_same_path(key: tuple[float, int], length: int, device: str
     assert float(same.float().mean()) > 0.9  # sums round differently where multiplications and additions are fused
     total, least = (error(path, numbers, table).sum() for path in (found, wanted))
     torch.testing.assert_close(total, least, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(("key", "length"), [((2.0, 8), 48), ((3.0, 9), 40), ((2.5, 12), 32), ((4.0, 8), 26)])
+@pytest.mark.parametrize("linear", [True, False])
+def test_the_source_finds_the_same_path(key: tuple[float, int], length: int, *, linear: bool) -> None:
+    """What the kernel for CUDA says, on NumPy."""
+    code, numbers = filters()[key], gaussian((3, length), length)
+    steps, table = Steps(code.memory, code.shifts, linear), values(code)
+    warm, split, out = steps.warm(length), parts(steps), np.full((3, length), -1, np.int32)
+    room = max(length, 2 * warm) << split[1]
+    launch("trellis_path.kernels.path", "path", (3,),
+           (numbers.numpy(), table.numpy(), np.zeros(3 * room, np.int32), out, 0, 3, length, warm, room, code.memory,
+            code.shifts, split, not linear), warps(steps))
+    assert torch.equal(torch.from_numpy(out), trellis_path.states(numbers, table, steps).to(torch.int32))
 
 
 @pytest.mark.parametrize("count", [1, 7, 40])
@@ -74,6 +90,7 @@ def test_the_first_state_follows_from_the_last(key: tuple[float, int], length: i
 
 def test_what_the_kernel_takes() -> None:
     assert refusal(Steps(12, (2, 2)), 256) is None
-    assert "found 16" in str(refusal(Steps(16, (2, 2)), 256))
-    assert "expected a window of 8 to 15" in str(refusal(Steps(7, (4,)), 256))
+    assert refusal(Steps(16, (2, 2)), 256) is None
+    assert "found 17" in str(refusal(Steps(17, (2, 2)), 256))
+    assert "expected a window of 8 to 16" in str(refusal(Steps(7, (4,)), 256))
     assert "whole periods" in str(refusal(Steps(12, (2, 3)), 255))

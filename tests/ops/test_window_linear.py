@@ -18,7 +18,7 @@ from tersor.ops.window_linear import decoded_rows, image_of, reference, window_l
 from tersor.ops.window_linear.shapes.lanes import FEW, refusal
 from tersor.payload import packing
 from tersor.registry import parse
-from tersor.testing import gaussian
+from tersor.testing import gaussian, tolerance
 from tests.ops.devices import CUDA, DEVICES
 
 CODES = sorted(folded())
@@ -171,7 +171,7 @@ LARGE = [(256, 512), (768, 1152), (1024, 2944), (512, 300)]
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind[0].__name__}-{kind[1]:g}x{kind[2]}")
 @pytest.mark.parametrize("across", [False, True])
 def test_products_on_cuda(device: str, dtype: torch.dtype, kind: tuple, *, across: bool) -> None:
-    """Numbers and vectors are rounded to half precision, or both to the vectors' 16 bits; sums are of float32."""
+    """Of vectors of 16 bits, numbers and vectors are rounded to half precision, or to theirs; sums are of float32."""
     code = kind[0]()[kind[1:]]
     for rows, width in LARGE:
         codes, scales, dense = (one.to(device) for one in held(code, rows, width, across=across))
@@ -179,7 +179,7 @@ def test_products_on_cuda(device: str, dtype: torch.dtype, kind: tuple, *, acros
         x = (gaussian((70, width), 5) * torch.logspace(-2, 1, 70)[:, None]).to(dtype).to(device)
         want, size = x.double() @ dense.double().T, x.double().abs() @ dense.double().abs().T
         tiny = 2.0**-25 * x.double().abs().amax(1, keepdim=True) * dense.double().abs().sum(1)
-        last = {torch.float32: 2.0**-11, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-9}[dtype]
+        last = {torch.float32: LAST, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-9}[dtype]
         for count in (1, 2, 8, 9, 16, 31, 64, 70):
             found = window_linear(x[:count], codes, table, scales, code.shifts, image, across=across)
             bound = (4 * last + (width + 3) * LAST) * size[:count] + tiny[:count] + last * 2 * want[:count].abs()
@@ -187,7 +187,7 @@ def test_products_on_cuda(device: str, dtype: torch.dtype, kind: tuple, *, acros
             assert found.dtype == dtype
             assert bool(((found.double() - want[:count]).abs() <= bound).all()), (rows, width, count)
             error = (found.double() - want[:count]).norm() / want[:count].norm()
-            assert error < (6e-4 if dtype != torch.bfloat16 else 4e-3), (rows, width, count)
+            assert error < {torch.float32: tolerance(dtype, width), torch.float16: 6e-4, torch.bfloat16: 4e-3}[dtype]
 
 
 @pytest.mark.parametrize("device", [CUDA])

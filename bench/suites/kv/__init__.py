@@ -28,4 +28,7 @@ SUITES = (
           deferred("bench.suites.kv.gpu"), gpu_tables.TABLES, ("transformers",)),
     Suite("kv_attention", "attention of one token over codes, alone, on a GPU beside dense attention",
           gpu_cases.attending, deferred("bench.suites.kv.gpu_attention"), gpu_tables.ATTENTION),
+    Suite("kv_attention_cpu", "attention of one token over codes, one thread, beside dense attention; 2 minutes",
+          always(gpu_cases.ON_PROCESSOR), deferred("bench.suites.kv.cpu_attention"), gpu_tables.ON_PROCESSOR,
+          ("transformers", "numba")),
 )

@@ -54,7 +54,8 @@ def side(text: str, batch: int, tokens: int, generator: torch.Generator) -> Side
         if coded.bits == 8:
             codes &= 0x77  # NaN are none
         pages.append({coded.codes: codes, coded.scales: scales}, count)
-    return Side(form.levels, pages.buffers(), pages.addresses(), pages.starts[coded.codes], pages.starts[coded.scales])
+    return Side(form.levels, pages.buffers(), pages.slots(), pages.addresses(), pages.starts[coded.codes],
+                pages.starts[coded.scales])
 
 
 def held(case: Attending, seed: int) -> Held:

@@ -1,4 +1,4 @@
-"""Cases of the suite `kv_gpu`: decoding with caches on a GPU."""
+"""Cases of the suites `kv_gpu`, decoding with caches on a GPU, and of attention alone, there and on the processor."""
 
 from __future__ import annotations
 
@@ -62,3 +62,33 @@ def cases(device: str) -> list[Caching]:
         return found
     return found + [dataclasses.replace(case, profile=True) for case in found
                     if case.method in PROFILED and not case.again]
+
+
+@dataclasses.dataclass(frozen=True)
+class OnProcessor:
+    """Attention of one token over a cache after so many tokens, one thread.
+
+    Attributes
+    ----------
+    shape : (int, int, int)
+        Heads of the query, of keys and values, and their dimension.
+    """
+
+    method: str
+    tokens: int
+    shape: tuple[int, int, int]
+
+    @property
+    def key(self) -> str:
+        """The case's name in results."""
+        return f"lanes|{'x'.join(map(str, self.shape))}|{self.tokens}|{self.method}"
+
+    @property
+    def asked(self) -> float | None:
+        """How many times as fast as the fastest dense attention it should be."""
+        return 1.2 if self.method == "rot,lm2" and self.shape == LARGE else None
+
+
+LARGE = (32, 8, 128)  # of an 8B Llama
+ON_PROCESSOR = tuple(OnProcessor(method, tokens, shape) for shape in (LARGE, (9, 3, 64)) for tokens in (8192, 16384)
+                     for method in ("rot,lm2", "rot,lm3", "rot,lm4"))

@@ -62,5 +62,19 @@ def attention(found: Mapping[str, Line]) -> str:
     return table(["cache", *(f"{batch} x {tokens:,}" for batch, tokens in places)], body)
 
 
+def on_processor(found: Mapping[str, Line]) -> str:
+    """Attention alone on the processor, a line a case."""
+    body = []
+    for line in found.values():
+        case, numbers = line["case"], line["numbers"]
+        heads = "{} over {} of {}".format(*case["shape"])
+        best = min(value for name, value in numbers.items() if name.startswith("dense"))
+        verdict = "" if "passed" not in numbers else "pass" if numbers["passed"] else "**fail**"
+        body.append([heads, f"{case['tokens']:,}", f"`{case['method']}`", f"{numbers['codes_ms']:.2f}", f"{best:.2f}",
+                     f"{numbers['x_dense']:.2f}", f"{numbers['x_float32']:.2f}", verdict])
+    return table(["heads", "tokens", "cache", "ms", "fastest dense, ms", "x dense", "x dense float32", "asked"], body)
+
+
+ON_PROCESSOR = {"kv-attention-cpu": Table(on_processor, ("lanes",))}
 ATTENTION = {"kv-attention": Table(attention, ("attend",))}
 TABLES = {"kv-gpu": Table(kv, ("gpu", "gpuprofile"))}

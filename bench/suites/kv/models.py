@@ -59,9 +59,9 @@ def load(name: str, folder: Path = MODELS) -> tuple[Any, Any]:
     return evaluation.load_model(path), evaluation.load_tokenizer(path)
 
 
-def held_out(setup: Setup) -> list[tuple[str, Tensor]]:
+def held_out(setup: Setup, folder: Path = MODELS) -> list[tuple[str, Tensor]]:
     """Return (text, window of token ids (1, context)), windows that do not overlap."""
-    tokenizer, found = load(setup.name)[1], []
+    tokenizer, found = load(setup.name, folder)[1], []
     for domain in DOMAINS:
         text = text_of(domain)
         ids = tokenizer(text[: 8 * setup.windows * setup.context], verbose=False)["input_ids"]

@@ -36,7 +36,7 @@ def measure(cases: Sequence[Quality], asked: Asked) -> Iterator[Outcome]:
     for name in dict.fromkeys(case.model for case in cases):
         setup = SETUPS[name]
         model, _ = models.load(name, asked.models)
-        for window, ids in models.held_out(setup):
+        for window, ids in models.held_out(setup, asked.models):
             own = [case for case in cases if (case.model, case.window) == (name, window)]
             if not own:
                 continue

@@ -70,6 +70,10 @@ Effort = Annotated[str | None, typer.Option(help=f"the encoder's work: {', '.joi
                                             autocompletion=lambda: EFFORTS)]
 Seed = Annotated[int, typer.Option(min=0, max=MOST_SEED, help="seed of the encoder's search")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto: a GPU if there is one")]
+Devices = Annotated[str | None, typer.Option(help="several devices: 2 (GPUs), cuda:0,cuda:1 or cpu,cpu; with "
+                                                  "the bytes of one", show_default="one")]
+Engine = Annotated[str | None, typer.Option(metavar="ray[:ADDRESS]", show_default="threads, one a device",
+                                            help="workers of a Ray cluster: as many as devices, or those at ADDRESS")]
 Whole = Annotated[bool, typer.Option("--whole-model", help="keep the whole model in memory, not a block at a time")]
 OptionTexts = Annotated[list[str] | None, typer.Option("--option", metavar="NAME=VALUE",
                                                        help="encoder option; repeatable")]

@@ -20,7 +20,9 @@ from tersor.cli.base import (
     Context,
     Dense,
     Device,
+    Devices,
     Effort,
+    Engine,
     EvaluationTokens,
     HeldoutText,
     LeaveOut,
@@ -45,6 +47,7 @@ from tersor.cli.base import (
 from tersor.cli.figures import parse_size
 from tersor.cli.formats import OWN, FileFormat, compress_to, format_of
 from tersor.cli.funnel import existing
+from tersor.cli.recover import figures
 from tersor.cli.reduce import REDUCTIONS
 from tersor.cli.telling import VOICE, Bars
 from tersor.errors import CodecConfigError
@@ -82,10 +85,13 @@ def compress(src: Src, output: NewOut, rate: BudgetRate = None, size: Size = Non
                                                       help="weigh errors by what text shows of the inputs")] = True,
              text: HeldoutText = None, tokens: Tokens = 65536, evaluation_tokens: EvaluationTokens = 8192,
              context: Context = 512, effort: Effort = None, seed: Seed = 0, device: Device = "cpu",
-             option: OptionTexts = None, sensitivities: Sensitivities = None, dense: Dense = None,
-             leave_out: LeaveOut = None, resume: Resume = True, whole_model: Whole = False,
+             devices: Devices = None, engine: Engine = None, option: OptionTexts = None,
+             sensitivities: Sensitivities = None, dense: Dense = None, leave_out: LeaveOut = None,
+             resume: Resume = True, whole_model: Whole = False,
              samples: Annotated[int, typer.Option(help="sample generations in the report; 0: none")] = 3,
              base_model: Annotated[str | None, typer.Option(help="OWNER/NAME of the original, for the card")] = None,
+             recover: Annotated[bool, typer.Option("--recover", help="then train scales and norms, as `tersor recover` "
+                                                                     "does")] = False,
              dry_run: Annotated[bool, typer.Option("--dry-run", help="estimate bytes, memory and time only")] = False,
              file_format: FileFormat = OWN, as_json: AsJson = False) -> None:
     """Compress a model to a budget. Calibrates, surveys, plans, encodes, verifies and evaluates."""
@@ -104,13 +110,16 @@ def compress(src: Src, output: NewOut, rate: BudgetRate = None, size: Size = Non
             "seed": seed, "dense": dense, "resume": resume, "as_json": as_json, "leave_out": leave_out,
             "device": device, "whole_model": whole_model}, {
             "--codec": codec != DEFAULT, "--option": option, "--sensitivities": sensitivities, "--dry-run": dry_run,
-            "--base-model": base_model})
+            "--base-model": base_model, "--devices": devices, "--engine": engine, "--recover": recover})
         return
     directory(output)
+    if devices is not None and device != "cpu":
+        raise CodecConfigError("--device and --devices: expected one of them")
     settings = run.CompressSettings(
         codec, calibration, calibrated, text, Sampling(tokens, context=context, seed=seed),
         evaluation_tokens, context, seed, device_of(device), resume, parse_options(option), read_weights(sensitivities),
-        None if dense is None else tuple(dense), tuple(leave_out or ()), samples, base_model, effort, whole_model)
+        None if dense is None else tuple(dense), tuple(leave_out or ()), samples, base_model, effort, whole_model,
+        devices, engine, recover)
     nbytes = None if size is None else parse_size(size)
     rate = 3.0 if rate is None and nbytes is None else rate
     if dry_run:
@@ -125,7 +134,7 @@ def compress(src: Src, output: NewOut, rate: BudgetRate = None, size: Size = Non
         return
     page = write_html(report, output.with_name(f"{output.name}.report.html"), card.headline(report),
                       card.loading(output, output.name))
-    record = {**report["summary"], **report.get("evaluation", {}), "report": str(page)}
+    record = {**report["summary"], **figures(report), **report.get("evaluation", {}), "report": str(page)}
     emit(record, as_json, f"{src} → {output}")
 
 

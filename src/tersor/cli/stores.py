@@ -30,6 +30,7 @@ from tersor.cli.base import (
     Context,
     Dense,
     Device,
+    Devices,
     Effort,
     LeaveOut,
     OptionTexts,
@@ -118,14 +119,14 @@ def _encode_model(source: Any, target: Path, picks: dict[str, Any], calibration:
     request = Request(source.nbytes, "plan", seed, options)
     if isinstance(calibration, tuple):
         text, tokens, context, whole = calibration
-        reading = Reading.of(source, text, Sampling(tokens, context=context), work / "activations", device=device,
+        reading = Reading.of(source, text, Sampling(tokens, context=context), work / "activations", devices=(device,),
                              whole=whole)
         calibration = reading.seen
     record = provenance(source, calibration, request, tersor.__version__)
     job = stage.Job(source, picks, calibration, request, record)
     with Bars() as progress:
         matrices = stage.run(job, work, device=device, reading=reading, progress=progress)
-    summary = conclude(job, matrices, work, {})["summary"]
+    summary = conclude(job, matrices, work, {}, devices=(device,))["summary"]
     work.finish("matrices", "staged", "activations", "survey.jsonl.outside")
     return summary
 
@@ -227,8 +228,9 @@ def _cache_codecs(opened: store.Store) -> Mapping[str, str]:
 def verify(path: Annotated[Path, typer.Argument(metavar="OUT", help="what Tersor has written")],
            against: Annotated[Path | None, typer.Option(
                help="the original model, .npy or .png: errors are measured again")] = None,
-           as_json: AsJson = False) -> None:
+           device: Device = "cpu", devices: Devices = None, as_json: AsJson = False) -> None:
     """Verify digests, layouts, coverage and errors. The exit status is 3 if anything is wrong."""
+    from tersor.hf.compress.request import usable_devices
     from tersor.hf.compress.verify import verify as run_verification
 
     existing(path, "what tersor has written")
@@ -237,9 +239,11 @@ def verify(path: Annotated[Path, typer.Argument(metavar="OUT", help="what Tersor
         emit(_verify_other(path, kind, against), as_json, f"verified: {path}")
         return
     opened = store.read(path)
+    places = (device_of(device),) if devices is None else usable_devices(devices)
     with Bars() as progress:
         if against is None or opened.kind == "model":
-            record = run_verification(path, None if against is None else open_source(against, path), progress)
+            record = run_verification(path, None if against is None else open_source(against, path), progress,
+                                      devices=places)
         else:
             found = _against(opened, against)
             record = {**run_verification(path, None, progress), "against": str(against), **found}

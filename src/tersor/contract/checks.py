@@ -12,7 +12,6 @@ from torch import Tensor
 
 from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
 from tersor.payload import packing
-from tersor.payload.blocks import row_blocks
 from tersor.payload.layout import TensorSpec
 
 HUGE = 2.0**100  # beyond this magnitude float32 arithmetic may overflow, so an encoder's result is checked
@@ -79,16 +78,13 @@ def check_matrix(matrix: Tensor, name: str = "matrix") -> None:
         raise CodecConfigError(f"{name}: expected a non-empty 2-D matrix, found shape {tuple(matrix.shape)}")
     if matrix.dtype not in FLOAT_DTYPES:
         raise CodecConfigError(f"{name}: expected float32, float16, bfloat16 or float64, found {matrix.dtype}")
-    vanished, left = False, False
-    for block in row_blocks(tuple(matrix.shape)):
-        single = matrix[block].to(torch.float32)
-        if not bool(torch.isfinite(single).all()):
-            raise NonFiniteError(f"{name}: holds NaN, infinity or numbers beyond float32; repair it before encoding")
-        if matrix.dtype == torch.float64 and not left:
-            left, vanished = bool(single.any()), vanished or bool(matrix[block].any())
-    if vanished and not left:
-        raise NonFiniteError(f"{name}: holds no number above {float(matrix.abs().max()):.3g}, and all of them are 0 in "
-                             "float32, to which matrices decode; scale it up before encoding")
+    peak = _peak(matrix)
+    single = float(torch.tensor(peak, dtype=torch.float64).to(torch.float32))
+    if not math.isfinite(single):
+        raise NonFiniteError(f"{name}: holds NaN, infinity or numbers beyond float32; repair it before encoding")
+    if peak and not single:
+        raise NonFiniteError(f"{name}: holds no number above {peak:.3g}, and all of them are 0 in float32, to which "
+                             "matrices decode; scale it up before encoding")
 
 
 def check_hessian(hessian: Tensor | None, width: int) -> None:

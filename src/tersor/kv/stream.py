@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,19 +20,20 @@ from tersor.contract.coordinates import Coordinates
 from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
 from tersor.kv.beside import lie_side_by_side
 from tersor.kv.coded import Form, Watch
-from tersor.kv.pages import Pages
+from tersor.kv.kept import Kept
 from tersor.kv.saved import check
 from tersor.numerics.memory import check_memory
-from tersor.ops.kv_attention import Side
-from tersor.payload.blocks import Shape, Tables
-from tersor.payload.layout import Layout
+from tersor.ops.kv_attention import Side, part_of
+from tersor.payload.blocks import Tables
 
-CHUNK_ELEMENTS = 1 << 18  # dense numbers that `scores` and `mix` decode at a time: 1 MiB, which caches hold
+if TYPE_CHECKING:
+    from tersor.ops.kv_attention.lanes import Part
+
+FEW = 64  # queries that meet codes as they are; more meet numbers, decoded once
 ENCODED_ELEMENTS = 1 << 22  # numbers that a GPU encodes at a time
-PAGE_BLOCKS = 16  # least blocks of a page
 
 
-class TokenStream:
+class TokenStream(Kept):
     """Tokens of one tensor (keys or values) of one attention layer, encoded once, block by block.
 
     Parameters
@@ -59,31 +60,9 @@ class TokenStream:
         if not isinstance(block, int) or block < 1:
             raise CodecConfigError(f"kv: block must be a positive number of tokens, found {block!r}")
         self.codec, self.block, self.seed, self.options = codec, block, seed, dict(options or {})
-        self.batch = self.heads = self.dim = self._blocks = 0
-        self._given, self._tables = dict(tables or {}), {}
-        self._pages: Pages | None = None
+        super().__init__(tables or {})
         self._form: tuple[Form | None] | None = None  # made at the first use
         self._watch = Watch()
-        self._single: list[list[Encoded]] | None = None  # [block][sequence], where payloads cannot lie side by side
-
-    @property
-    def tokens(self) -> int:
-        """Tokens held."""
-        return self._blocks * self.block
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the payload of the tokens held, measured from the tensors; shared tables apart."""
-        if self._single is not None:
-            held = (t for row in self._single for one in row for name, t in one.tensors.items()
-                    if name not in self._tables)
-            return sum(t.numel() * t.element_size() for t in held)
-        return 0 if self._pages is None else self._pages.nbytes
-
-    @property
-    def table_nbytes(self) -> int:
-        """Bytes of the shared tables, counted once."""
-        return sum(t.numel() * t.element_size() for t in (self._tables or self._given).values())
 
     def append(self, states: Tensor) -> None:
         """Encode states (batch, heads, n block, dim), any float dtype, behind the tokens held, which stay untouched.
@@ -143,6 +122,9 @@ class TokenStream:
         wide = queries.to(torch.float32)
         to = self._coordinates()
         near, shift = (wide, None) if to is None else (to.into(wide), to.offset())
+        if (part := self._part(start, stop, queries.shape[2])) is not None:
+            out = part.scores(near)
+            return out if shift is None else out.add_((wide * shift).sum(-1, keepdim=True))
         out = torch.empty(*queries.shape[:3], stop - start, dtype=torch.float32, device=queries.device)
         for low, high, first, last in self._chunked(start, stop):
             found = near @ self._blockwise(low, high).transpose(-1, -2)  # (blocks, batch, heads, q, block)
@@ -155,14 +137,15 @@ class TokenStream:
         start, stop = self._range(start, stop)
         self._check("weights", weights, stop - start)
         wide = weights.to(torch.float32)
-        total: Tensor | None = None
-        for low, high, first, last in self._chunked(start, stop):
-            part = wide[..., first - start : last - start]
+        part = self._part(start, stop, weights.shape[2])
+        total = None if part is None else part.mixture(wide)
+        for low, high, first, last in self._chunked(start, stop) if part is None else ():
+            some = wide[..., first - start : last - start]
             whole = (high - low) * self.block
             if last - first != whole:
                 before = first - low * self.block
-                part = torch.nn.functional.pad(part, (before, whole - before - (last - first)))
-            blocks = part.unflatten(-1, (high - low, self.block)).permute(3, 0, 1, 2, 4)
+                some = torch.nn.functional.pad(some, (before, whole - before - (last - first)))
+            blocks = some.unflatten(-1, (high - low, self.block)).permute(3, 0, 1, 2, 4)
             found = (blocks @ self._blockwise(low, high)).sum(0)
             total = found if total is None else total.add_(found)
         if total is None:
@@ -176,19 +159,6 @@ class TokenStream:
         step = self._step(elements) * self.block
         for start in range(0, self.tokens, step):
             yield start, min(start + step, self.tokens)
-
-    def select(self, index: Tensor) -> None:
-        """Reorder, repeat or choose sequences: int64 (new batch,) of positions along the batch; nothing is encoded."""
-        if index.ndim != 1 or not index.numel() or (self._blocks and not index.is_cuda and not (
-                0 <= int(index.min()) <= int(index.max()) < self.batch)):
-            raise CodecConfigError(f"kv: select needs positions from 0 to {self.batch - 1}, found {index.tolist()}")
-        if not self._blocks:
-            return
-        if self._single is not None:
-            self._single = [[row[k] for k in index.tolist()] for row in self._single]
-        if self._pages is not None:
-            self._pages = self._pages.select(index)
-        self.batch = index.numel()
 
     def crop(self, tokens: int) -> Tensor:
         """Keep the first `tokens`; return those kept of a block that was cut, decoded: (batch, heads, k, dim).
@@ -223,13 +193,8 @@ class TokenStream:
         if self._pages is None or not self._blocks or (form := self._as_codes(self._pages.device)) is None:
             return None
         starts = self._pages.starts
-        return Side(form.levels, self._pages.buffers(), self._pages.addresses(), starts[form.coded.codes],
-                    starts[form.coded.scales])
-
-    @property
-    def page_blocks(self) -> int:
-        """Blocks of a page, 0 before there is one."""
-        return 0 if self._pages is None else self._pages.blocks
+        return Side(form.levels, self._pages.buffers(), self._pages.slots(), self._pages.addresses(),
+                    starts[form.coded.codes], starts[form.coded.scales])
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return (tensors, JSON-able configuration), from which `from_state` makes an equal stream.
@@ -281,17 +246,6 @@ class TokenStream:
         stream._check_finite()
         return stream
 
-    @property
-    def _unit(self) -> Shape:
-        """Shape of the matrix of one block of one sequence."""
-        return self.heads * self.block, self.dim
-
-    @property
-    def _device(self) -> torch.device | None:
-        if self._single:
-            return next(iter(self._single[0][0].tensors.values())).device
-        return None if self._pages is None else self._pages.device
-
     def _range(self, start: int, stop: int | None) -> tuple[int, int]:
         stop = self.tokens if stop is None else stop
         if not 0 <= start <= stop <= self.tokens:
@@ -303,11 +257,6 @@ class TokenStream:
             raise CodecConfigError(f"kv: {name} must be ({self.batch}, {self.heads}, any, {last}), found "
                                    f"{tuple(given.shape)}")
 
-    def _step(self, elements: int | None = None) -> int:
-        """Blocks decoded at a time."""
-        one = max(1, self.batch * self.heads * self.block * self.dim)
-        return max(1, (CHUNK_ELEMENTS if elements is None else elements) // one)
-
     def _chunked(self, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
         """Yield (first block, last block + 1, first token, last token + 1) of chunks, each within a page."""
         step, end, low = self._step(), -(-stop // self.block), start // self.block
@@ -316,6 +265,14 @@ class TokenStream:
             high = min(low + min(step, room), end)
             yield low, high, max(start, low * self.block), min(stop, high * self.block)
             low = high
+
+    def _part(self, start: int, stop: int, queries: int) -> Part | None:
+        """Return tokens for kernels of the processor, where there are few queries and these know the codes."""
+        if self._pages is None or self._pages.device.type != "cpu" or queries > FEW or start == stop or (
+                start % self.block or stop % self.block or (side := self.side()) is None):
+            return None
+        return part_of(side, (self.heads, self.dim, self.block), self.page_blocks,
+                       (start // self.block, stop // self.block))
 
     def _encode(self, states: Tensor) -> list[Encoded]:
         """Encode one block, sequence by sequence."""
@@ -347,17 +304,6 @@ class TokenStream:
         if self._form is None:
             self._form = (Form.of(self.codec, self._unit, self._tables or self._given, device),)
         return self._form[0]
-
-    def _own(self) -> Layout:
-        """Return the layout of one block of one sequence, shared tables apart."""
-        return {name: spec for name, spec in self.codec.layout(self._unit).items() if not spec.shared}
-
-    def _append(self, tensors: Mapping[str, Tensor], blocks: int) -> None:
-        """Write blocks that lie side by side behind those held."""
-        if self._pages is None:
-            room = 1 << (max(PAGE_BLOCKS, self._step()) - 1).bit_length()
-            self._pages = Pages(self._own(), self.batch, room, next(iter(tensors.values())).device)
-        self._pages.append(tensors, blocks)
 
     def _view(self, low: int, high: int) -> Encoded:
         """Return blocks `low` to `high` as one encoded matrix."""

@@ -19,6 +19,7 @@ from tersor.payload.layout import packed_nbytes, radix_word, width_of
 
 _MANY = 1 << 16
 _CHUNK = 1 << 18  # codes handled at a time: keeps integer temporaries inside the processor's cache
+_WIDE = 1 << 25  # elsewhere: a launch costs as much as a hundred thousand codes
 
 
 def _group(levels: int) -> tuple[int, int]:
@@ -56,13 +57,17 @@ def pack(codes: Tensor, levels: int) -> Tensor:
         raise CodecConfigError(f"codes must lie in [0, {levels}), found {int(flat.min())}..{int(flat.max())}")
     out = torch.empty(packed_nbytes(flat.numel(), levels), dtype=torch.uint8, device=codes.device)
     per, nbytes = _group(levels)
-    step = _CHUNK // per * per or per
+    step = _chunk(flat) // per * per or per
     for start in range(0, flat.numel(), step):
         part = flat[start : start + step]
         words = _pack_groups(part, levels, per, nbytes)
         first = start // per * nbytes
         out[first : first + words.numel()] = words[: out.numel() - first]
     return out
+
+
+def _chunk(held: Tensor) -> int:
+    return _CHUNK if held.device.type == "cpu" else _WIDE
 
 
 def _pack_groups(part: Tensor, levels: int, per: int, nbytes: int) -> Tensor:
@@ -99,7 +104,7 @@ def unpack(words: Tensor, levels: int, start: int, stop: int) -> Tensor:
     if width is not None and width < 8 and _has_kernel(words, stop - start, packed_nbytes(stop, levels)):
         return _unpack_compiled(words, width, start, stop)
     out = torch.empty(stop - start, dtype=torch.uint8 if levels <= 256 else torch.int32, device=words.device)
-    step = _CHUNK // per * per or per
+    step = _chunk(words) // per * per or per
     for begin in range(start // per * per, stop, step):
         end = min(begin + step, -(-stop // per) * per)
         chunk = _unpack_groups(words[begin // per * nbytes : end // per * nbytes], levels, per, nbytes)

@@ -17,20 +17,36 @@ from tersor.files import load_sealed, save_sealed, seal_of
 _CHECK = 1e-3  # largest relative gap tolerated between the float32 trace and a float64 sum of squares
 
 
+def _in_halves(x: Tensor) -> bool:
+    """Tell whether products may be of 16 bits: they are exact in float32, in which tensor cores add them up."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+
+
 class MomentSum:
     """Streamed `E[x xᵀ]` of vectors of `width` elements, accumulated in float32, checked in float64."""
 
     def __init__(self, width: int, device: torch.device) -> None:
         self.count = 0
         self._sum = torch.zeros(width, width, device=device)
-        self._squares = 0.0
+        self._squares = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, x: Tensor) -> None:
         """Add vectors (count, width)."""
-        wide = x.to(torch.float32)
-        self._sum.addmm_(wide.T, wide)
-        self._squares += float(torch.linalg.vector_norm(wide, dtype=torch.float64)) ** 2
+        if _in_halves(x):
+            self._sum += torch.mm(x.T, x, out_dtype=torch.float32)
+        else:
+            wide = x.to(torch.float32)
+            self._sum.addmm_(wide.T, wide)
+        self._squares += torch.linalg.vector_norm(x, dtype=torch.float64).square()
         self.count += x.shape[0]
+
+    def to(self, device: torch.device) -> MomentSum:
+        """Return the sum on a device; itself if it is there."""
+        if device == self._sum.device:
+            return self
+        found = MomentSum(0, device)
+        found.count, found._sum, found._squares = self.count, self._sum.to(device), self._squares.to(device)
+        return found
 
     def merge(self, other: MomentSum) -> None:
         """Add the vectors that another sum holds."""
@@ -46,10 +62,10 @@ class MomentSum:
         NonFiniteError
             If a value is not finite, or float32 sums have drifted from the float64 check.
         """
-        trace = float(self._sum.diagonal().sum(dtype=torch.float64))
-        if not abs(trace - self._squares) <= _CHECK * max(self._squares, 1e-30):
+        trace, squares = float(self._sum.diagonal().sum(dtype=torch.float64)), float(self._squares)
+        if not abs(trace - squares) <= _CHECK * max(squares, 1e-30):
             raise NonFiniteError(f"calibration of '{name}': float32 moments ({trace:.6g}) and the float64 check "
-                                 f"({self._squares:.6g}) differ; the activations hold NaN, infinity or huge values")
+                                 f"({squares:.6g}) differ; the activations hold NaN, infinity or huge values")
         return (self._sum + self._sum.T) / (2.0 * max(1, self.count))
 
 
@@ -57,9 +73,17 @@ class ChangeSum:
     """Streamed `E[(x - y) yᵀ]` of pairs of vectors, accumulated in float32: how inputs y differ from those meant, x."""
 
     def __init__(self, x: Tensor, y: Tensor) -> None:
-        wide = y.to(torch.float32)
         self.count = x.shape[0]
-        self._sum = (x.to(torch.float32) - wide).T @ wide
+        if _in_halves(x) and x.dtype == y.dtype:
+            self._sum = torch.mm(x.T, y, out_dtype=torch.float32) - torch.mm(y.T, y, out_dtype=torch.float32)
+        else:
+            wide = y.to(torch.float32)
+            self._sum = (x.to(torch.float32) - wide).T @ wide
+
+    def to(self, device: torch.device) -> ChangeSum:
+        """Move the sum to a device."""
+        self._sum = self._sum.to(device)
+        return self
 
     def merge(self, other: ChangeSum) -> None:
         """Add the pairs that another sum holds."""

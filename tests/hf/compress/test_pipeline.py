@@ -26,7 +26,9 @@ from tersor.hf.compress.dryrun import estimate
 from tersor.hf.compress.request import Request, provenance
 from tersor.hf.compress.verify import verify
 from tersor.hf.compress.work import WorkFolder
-from tersor.hf.models.source import open_source
+from tersor.hf.models import source as opening
+from tersor.hf.models.matrices import Matrix
+from tersor.hf.models.source import Source, open_source
 from tersor.planning.calibration import Calibration
 from tersor.registry import parse
 from tests.hf.tiny import resigned
@@ -288,6 +290,20 @@ def test_dry_run_writes_nothing(tiny: Callable[[str], Path], tmp_path: Path) -> 
     assert not list(tmp_path.iterdir())
     with pytest.raises(BudgetError):
         estimate(tiny("llama"), tmp_path / "out", 0.2, None, run.CompressSettings(calibrated=False))
+
+
+def test_dry_run_reads_one_matrix(tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    def tensor(self: Source, matrix: Matrix) -> torch.Tensor:
+        read.append(matrix.name)
+        return torch.ones(matrix.shape)
+
+    monkeypatch.setattr(Source, "matrix", tensor)
+    monkeypatch.setattr(Source, "tensor", None)
+    monkeypatch.setattr(opening, "file_digest", None)
+    estimate(tiny("llama"), tmp_path / "out", 4.0, None, run.CompressSettings(calibrated=False))
+    assert len(read) == 1
 
 
 def test_published_methods_run_as_published_on_a_model(tiny: Callable[[str], Path], tmp_path: Path) -> None:

@@ -173,7 +173,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", ["tersor", "sdpa"])
 def test_no_tensor_is_as_large_as_the_dense_cache_of_a_layer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tersor.kv.stream.CHUNK_ELEMENTS", 2 * 16 * 64)
+    monkeypatch.setattr("tersor.kv.kept.CHUNK_ELEMENTS", 2 * 16 * 64)
     register_attention()
     model = build("llama", max_position_embeddings=4096)
     model.set_attn_implementation(name)

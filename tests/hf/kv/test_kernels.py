@@ -74,6 +74,45 @@ def test_steps_are_those_of_stock_attention(codec: str, padded: bool, monkeypatc
 
 @GPU
 @torch.no_grad()
+def test_offloaded_pages_are_there_in_time() -> None:
+    """Steps over pages from the processor's memory are those over pages on the device, bit for bit."""
+    model = model_of("cuda")
+    ids = torch.arange(2 * 4200, device="cuda").remainder(128).reshape(2, 4200)
+    near, far = (CompressedCache.for_model(model, "rot,lm2", "rot,lm2", offload=one) for one in (False, True))
+    for cache in (near, far):
+        model(input_ids=ids[:, :4000], past_key_values=cache)
+    assert far.report().host > 0
+    assert far.report().pages < near.report().pages
+    for step in range(4000, 4200):
+        given = ids[:, step : step + 1]
+        found, wanted = (model(input_ids=given, past_key_values=cache).logits for cache in (far, near))
+        assert torch.equal(found, wanted)
+    twin = copy.deepcopy(far)
+    assert torch.equal(*(model(input_ids=ids[:, :1], past_key_values=cache).logits for cache in (twin, near)))
+
+
+@GPU
+@torch.no_grad()
+def test_no_room_on_the_device_leaves_the_cache_usable() -> None:
+    model = model_of("cuda")
+    cache = CompressedCache.for_model(model, "rot,lm2", "rot,lm2")
+    ids = torch.arange(700, device="cuda").remainder(128)[None]
+    model(input_ids=ids, past_key_values=cache)
+    twin = copy.deepcopy(cache)
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (1 << 20)) / total)
+    layer = next(iter(cache.compressed_layers.values()))
+    try:
+        with pytest.raises(torch.OutOfMemoryError, match=r"no room for a page of [\d,]+ bytes"):
+            layer.reserve(1 << 24)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    layer.release()
+    assert torch.equal(*(model(input_ids=ids[:, :1], past_key_values=one).logits for one in (cache, twin)))
+
+
+@GPU
+@torch.no_grad()
 def test_what_is_not_finite_is_told() -> None:
     layer = next(iter(CompressedCache(model_of("cuda").config, "rot,lm2", "rot,lm2", residual=0).layers))
     assert isinstance(layer, CompressedCacheLayer)

@@ -31,7 +31,7 @@ def compressed(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable
         if name not in made:
             made[name] = tmp_path_factory.mktemp(name) / "out"
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("tersor.hf.compress.run.verify_in_fresh_process", lambda path, against: None)
+                patch.setattr("tersor.hf.compress.run.verify_in_fresh_process", lambda *_: None)
                 compress_model(tiny(name), made[name], 20, method="rtn8", calibrated=False, evaluation_tokens=0)
         return made[name]
 

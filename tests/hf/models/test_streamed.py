@@ -143,9 +143,9 @@ def test_results_come_in_order_and_errors_come_through() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        assert list(in_order(7, lambda n: (n, torch.get_num_threads()), device=torch.device("cpu"))) == [
+        assert list(in_order(7, lambda n: (n, torch.get_num_threads()), devices=[torch.device("cpu")])) == [
             (n, 1) for n in range(7)]
         with pytest.raises(ZeroDivisionError):
-            list(in_order(3, lambda n: 1 // (n - 1), device=torch.device("cpu")))
+            list(in_order(3, lambda n: 1 // (n - 1), devices=[torch.device("cpu")]))
     finally:
         torch.set_num_threads(threads)

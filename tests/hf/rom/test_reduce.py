@@ -46,7 +46,7 @@ ALL_WAYS = [*PRESETS.items(), ("uniform pair", Recipe("anchored", True, True)),
 def _here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Verify in this process, tokenize a text once, and let models without a tokenizer read bytes."""
     monkeypatch.setattr(reducing, "verify_in_fresh_process",
-                        lambda path, against: verify(path, open_source(against, path / "unused")))
+                        lambda path, against, *_: verify(path, open_source(against, path / "unused")))
 
     def ids(self: reducing.Reading, source: Any) -> torch.Tensor:
         if (source.folder / "tokenizer.json").exists():  # the bundled model's
@@ -344,7 +344,7 @@ def test_a_contest_keeps_the_least_kl(tiny: Callable[[str], Path], tmp_path: Pat
     from tersor.hf.compress import run
     from tersor.hf.rom import contest
 
-    monkeypatch.setattr(run, "verify_in_fresh_process", lambda path, against: None)
+    monkeypatch.setattr(run, "verify_in_fresh_process", lambda *_: None)
     monkeypatch.setattr(contest, "FACTORS", ("rot,lm6",))
     report = contest.compress_best(FABLE, tmp_path / "out", 4_000_000, reading=reducing.Reading(None, 24, 64),
                                    tokens=1024)

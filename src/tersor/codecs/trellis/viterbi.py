@@ -25,6 +25,12 @@ def values(code: Window) -> Tensor:
     return code.table()
 
 
+@cache
+def sums(code: Window) -> beam.Sums:
+    """Return what beams know of a code: one object, by which devices keep theirs."""
+    return code.sums()
+
+
 @constant
 def values_on(code: Window, device: torch.device) -> Tensor:
     """Return `values` on a device."""
@@ -58,7 +64,7 @@ def coded(code: Window, numbers: Tensor, width: int | None = None) -> tuple[Tens
     elif width is None:
         return best(numbers, values_on(code, numbers.device), Steps(code.memory, code.shifts, isinstance(code, Filter)))
     else:
-        bits = bits_of(beam.entering(numbers, code.sums(), width), code.shifts)
+        bits = bits_of(beam.entering(numbers, sums(code), width), code.shifts)
     return bits, code.numbers(bits.to(torch.float32).mul_(2).sub_(1), length)
 
 

@@ -72,7 +72,7 @@ def run(source: Source, text: Path, output: Path, sampling: Sampling | None = No
     while its moments are there. A killed run goes on between two blocks.
     """
     reading = Reading.of(source, text, sampling or Sampling(), output.with_name(f"{output.name}.activations"),
-                         device=device, whole=whole)
+                         devices=(device,), whole=whole)
     traces, moments = (Checkpoint(file, reading.mark) for file in checkpoints(output))
     found = _traces(reading, traces, progress)
     hessians = _moments(reading, moments, progress)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ from torch import Tensor
 from tersor.contract.codec import Codec, Encoded
 from tersor.errors import CorruptStoreError
 from tersor.files import load_sealed, save_sealed, seal, tell_damaged
+from tersor.hf.compress.crew import Crew, Task
 from tersor.hf.compress.method import fixed_options
 from tersor.hf.compress.request import Progress, Request
 from tersor.hf.models.source import Source
 from tersor.numerics.settings import pinned
-from tersor.planning.calibration import Calibration
+from tersor.planning.calibration import Calibration, compensated
 from tersor.planning.plan import to_json
 from tersor.quality import measure
 
@@ -44,6 +45,41 @@ class Job:
     provenance: Mapping[str, Any]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Wanted:
+    """A matrix to be encoded.
+
+    Attributes
+    ----------
+    name : str
+    given : callable
+        Returns the matrix (out, in); and its Hessian, where `needs` does not bring it.
+    needs : tuple of Tensor or None
+        Its Hessian, `E[y yᵀ]`; and `E[(x - y) yᵀ]`, where the matrix shall make of inputs y what it makes of x.
+    calibrated : bool
+        Whether there is a Hessian.
+    ridge : float
+        See `planning.calibration.compensated`.
+    """
+
+    name: str
+    given: Callable[[], tuple[Tensor | None, ...]]
+    needs: tuple[Tensor | None, ...]
+    calibrated: bool
+    ridge: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """How a matrix is to be encoded, wherever that is done."""
+
+    name: str
+    codec: Codec
+    seed: int
+    options: Mapping[str, Any]
+    ridge: float
+
+
 class Desk:
     """Where matrices are encoded, and put down when they are finished.
 
@@ -55,9 +91,9 @@ class Desk:
         What is finished.
     """
 
-    def __init__(self, job: Job, folder: Path, progress: Progress) -> None:
+    def __init__(self, job: Job, folder: Path, progress: Progress, crew: Crew) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.job, self.report, self._progress = job, dict[str, Any](), progress
+        self.job, self.report, self._progress, self._crew = job, dict[str, Any](), progress, crew
         self.files = {name: folder / f"{number:06d}.safetensors" for number, name in enumerate(job.picks)}
 
     @property
@@ -74,25 +110,24 @@ class Desk:
             self.report.update({} if found is None else {name: found})
         return name in self.report
 
-    def encode(self, name: str, dense: Callable[[], Tensor], hessian: Callable[[], Tensor | None],
-               target: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
-        """Encode a matrix, unless it is there; it is read, and its Hessian made, if it is not.
-
-        Parameters
-        ----------
-        target : callable or None
-            From the matrix and its Hessian to what is encoded in its place; errors are those against the matrix.
-        """
-        self._progress("encode", len(self.report), len(self.job.picks))
-        if not self.finished(name):
-            given, metric = dense(), hessian()
-            options = self._options(name, calibrated=metric is not None)
-            aim = given if target is None or metric is None else target(given, metric)
-            encoded, found = encode_matrix(given, self.job.picks[name], metric, self.job.request.seed, options, name,
-                                           aim=aim)
-            save_sealed(encoded.tensors, self.files[name], {"job": _stamp(self.job, name, options), "report": found})
+    def encode(self, wanted: Sequence[Wanted]) -> None:
+        """Encode matrices, but those that are there; each is put down as soon as it is encoded."""
+        self._tell()
+        tasks = [self._task(one) for one in wanted if not self.finished(one.name)]
+        for task, (tensors, found) in self._crew.each(tasks):
+            name, options = task.name, found["options"]
+            save_sealed(tensors, self.files[name], {"job": _stamp(self.job, name, options), "report": found})
             self.report[name] = found
+            self._tell()
+
+    def _tell(self) -> None:
         self._progress("encode", len(self.report), len(self.job.picks))
+
+    def _task(self, one: Wanted) -> Task:
+        codec, shape = self.job.picks[one.name], self.job.source.layout.matrices[one.name].shape
+        order = Order(one.name, codec, self.job.request.seed, self._options(one.name, calibrated=one.calibrated),
+                      one.ridge)
+        return Task(one.name, encode_order, lambda: (order, *one.given()), shape[0] * shape[1], one.needs)
 
     def decoded(self, name: str, device: torch.device) -> Tensor:
         """Return a finished matrix as it decodes, float32 (out, in)."""
@@ -114,6 +149,17 @@ def _facts(job: Job) -> list[Any]:
 def _stamp(job: Job, name: str, options: Mapping[str, Any]) -> str:
     codec = job.picks[name]
     return seal([*_facts(job), name, codec.spec(), codec.version, dict(options)])
+
+
+def encode_order(order: Order, dense: Tensor, hessian: Tensor | None = None,
+                 change: Tensor | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Encode a matrix to order; return its payload and its line of the report."""
+    aim = None
+    if hessian is not None and change is not None:
+        with pinned():
+            aim = compensated(dense, change, hessian, order.ridge)
+    encoded, found = encode_matrix(dense, order.codec, hessian, order.seed, order.options, order.name, aim=aim)
+    return {key: tensor.cpu() for key, tensor in encoded.tensors.items()}, found
 
 
 def encode_matrix(dense: Tensor, codec: Codec, hessian: Tensor | None, seed: int, options: Mapping[str, Any],

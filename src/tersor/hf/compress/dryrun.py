@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ ENCODED = 1 << 19  # elements of a matrix that are encoded to take the time
 PRODUCT = 2048  # vectors of the product that is timed
 OVERHEAD = 1.4  # of a pass over its matrix products: attention, norms, and what moves in memory
 SHARING = 2  # matrices that read one tensor, about: their moments are one
+UNREAD = {"source_sha256": hashlib.sha256().hexdigest()}  # stands for what is known once all weights are read
 VERIFY = 10.0  # seconds in which a new process imports what it needs
 
 
@@ -66,15 +68,16 @@ def _estimate(source: Source, rate: float | None, size: int | None, settings: Co
     matrices = sorted(source.layout.matrices.values(), key=lambda m: m.shape[0] * m.shape[1])
     model_rate = 8 * request.budget / source.elements
     least = {m.name: rungs(request, m.shape, model_rate)[0] for m in matrices}
-    record = provenance(source, None, request, "0")
+    record = provenance(source, None, request, "0", fingerprints=UNREAD)
     least_bytes = predict(source, least, record)
     if least_bytes > request.budget:
         raise least_error(source, request, least_bytes)
-    shapes = Shapes.of(source, settings.device, whole=settings.whole)
+    places = settings.places
+    shapes = Shapes.of(source, places[0], whole=settings.whole)
     seconds = _seconds(source, matrices, request, settings)
     stages = memory_by_stage(shapes, settings.sampling, settings.evaluation_tokens, settings.context,
-                             calibrated=settings.calibrated, workers=threads_allowed())
-    host = torch.device(settings.device).type == "cpu"
+                             calibrated=settings.calibrated, workers=threads_allowed(), copies=len(places))
+    host = torch.device(places[0]).type == "cpu"
     return {"bytes": request.budget, "bytes_original": source.original_nbytes, "least_bytes": least_bytes,
             "matrices": len(matrices), "peak_memory_bytes": memory() + (max(stages.values()) if host else 0),
             "device_memory_bytes": None if host else max(stages.values()),
@@ -92,8 +95,10 @@ def _seconds(source: Source, matrices: list[Matrix], request: Request, settings:
     elements = sum(m.shape[0] * m.shape[1] for m in matrices)
     surveyed = sum(min(m.shape[0] * m.shape[1], 2 * survey.SURVEY_ELEMENTS) for m in matrices)
     reading = _forward_seconds(matrices, sample, settings)
-    return {"calibrate": reading["calibrate"], "survey": trial * surveyed * len(tried) + reading["survey"],
-            "encode": encoding * elements + reading["encode"], "verify": VERIFY + 4 * decoding * elements,
+    hands = 1 if torch.device(settings.places[0]).type == "cpu" else len(settings.places)
+    return {"calibrate": reading["calibrate"] / hands,
+            "survey": (trial * surveyed * len(tried) + reading["survey"]) / hands,
+            "encode": (encoding * elements + reading["encode"]) / hands, "verify": VERIFY + 4 * decoding * elements,
             "evaluate": reading["evaluate"] + (2 * decoding * elements if settings.evaluation_tokens else 0)}
 
 
@@ -103,14 +108,14 @@ def _timed(source: Source, matrix: Matrix, codec: Codec, request: Request,
 
     The first run loads, or compiles, what the encoder calls.
     """
-    whole = read_matrix(source, matrix, settings.device)
+    whole = read_matrix(source, matrix, settings.places[0])
     dense = whole[: max(1, min(len(whole), ENCODED // matrix.shape[1]))].to(torch.float32)
     hessian = torch.eye(matrix.shape[1], device=dense.device) if settings.calibrated else None
     options = fixed_options(codec, request.options, calibrated=settings.calibrated)
-    took = (0.0, 0.0, 0.0)
+    took, tried = (0.0, 0.0, 0.0), survey.Tried.of(source, matrix, [codec], None, request)
     for _ in range(2):
         times = [time.perf_counter()]
-        list(survey.trials(source, matrix, whole, [codec], None, request, whole=False))
+        survey.trials(tried, tried.part(whole))
         times.append(time.perf_counter())
         encoded, _ = encode_matrix(dense, codec, hessian, request.seed, options, matrix.name)
         times.append(time.perf_counter())
@@ -123,8 +128,8 @@ def _timed(source: Source, matrix: Matrix, codec: Codec, request: Request,
 
 def _forward_seconds(matrices: list[Matrix], sample: Matrix, settings: CompressSettings) -> dict[str, float]:
     """Scale a timed matrix product to the passes of text through the model, stage by stage."""
-    x = torch.ones(PRODUCT, sample.shape[1], device=settings.device, dtype=torch.float32)
-    w = torch.ones(sample.shape[1], sample.shape[0], device=settings.device, dtype=torch.float32)
+    x = torch.ones(PRODUCT, sample.shape[1], device=settings.places[0], dtype=torch.float32)
+    w = torch.ones(sample.shape[1], sample.shape[0], device=settings.places[0], dtype=torch.float32)
     with pinned():
         took = []
         for _ in range(4):
@@ -139,6 +144,7 @@ def _forward_seconds(matrices: list[Matrix], sample: Matrix, settings: CompressS
     products = 2 * sum(m.shape[0] * m.shape[1] for m in matrices)
     moments = 2 * sum(m.shape[1] ** 2 for m in matrices) / SHARING
     passed = flop * OVERHEAD / workers
-    return {"calibrate": drawn * 4 * products * passed, "survey": read * (products + moments) * passed,
+    surveyed = min(read, survey.SURVEY_TOKENS)
+    return {"calibrate": drawn * 4 * products * passed, "survey": surveyed * (products + moments) * passed,
             "encode": read * (3 * products + 2 * moments) * passed,
             "evaluate": tokens * 2 * products * flop * OVERHEAD}

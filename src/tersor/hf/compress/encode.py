@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +11,8 @@ from torch import Tensor
 
 from tersor import store
 from tersor.hf.compress.checkpoint import Checkpoint
-from tersor.hf.compress.desk import Desk, Job, read_payload
+from tersor.hf.compress.crew import Crew, Hands
+from tersor.hf.compress.desk import Desk, Job, Wanted, read_payload
 from tersor.hf.compress.plan import check_plan, entries
 from tersor.hf.compress.reading import Place, Reading, dense_of
 from tersor.hf.compress.request import Progress, no_progress
@@ -21,8 +21,7 @@ from tersor.hf.compress.work import WorkFolder
 from tersor.hf.models.matrices import Matrix
 from tersor.hf.models.source import read_matrix
 from tersor.hf.models.streamed import Streamed
-from tersor.numerics.settings import pinned
-from tersor.planning.calibration import compensated, hessian_of
+from tersor.planning.calibration import hessian_of
 
 RIDGE = 1.0  # times the mean square of an input: what holds a matrix to the dense one, see docs/log.md
 
@@ -39,9 +38,8 @@ class Puts(Protocol):
         """Return whether a matrix is there already."""
         ...
 
-    def encode(self, name: str, dense: Callable[[], Tensor], hessian: Callable[[], Tensor | None],
-               target: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
-        """Encode a matrix, or what `target` makes of it and its Hessian, unless it is there."""
+    def encode(self, wanted: Sequence[Wanted]) -> None:
+        """Encode matrices, those that are not there."""
         ...
 
     def decoded(self, name: str, device: torch.device) -> Tensor:
@@ -50,7 +48,7 @@ class Puts(Protocol):
 
 
 def run(job: Job, work: WorkFolder, *, device: str = "cpu", reading: Reading | None = None,
-        progress: Progress = no_progress) -> dict[str, Any]:
+        crew: Crew | None = None, progress: Progress = no_progress) -> dict[str, Any]:
     """Encode one matrix at a time into the work folder, then write the store there as `output`; return the report.
 
     A killed run continues from the last finished matrix, and gives the same bytes as an unbroken one.
@@ -60,15 +58,14 @@ def run(job: Job, work: WorkFolder, *, device: str = "cpu", reading: Reading | N
     reading : Reading or None
         Text that is run through the blocks as they are encoded, so that each is calibrated on what it will be given;
         without it, moments are those of the job's calibration.
+    crew : Crew or None
+        Who encodes; None: the device.
     """
     source, picks = job.source, job.picks
     check_plan(source, picks)
-    desk = Desk(job, work / "matrices", progress)
+    desk = Desk(job, work / "matrices", progress, crew or Hands([torch.device(device)]))
     if reading is None:
-        for name in picks:
-            matrix = source.layout.matrices[name]
-            desk.encode(name, lambda matrix=matrix: read_matrix(source, matrix, device),
-                        lambda matrix=matrix: hessian_of(job.calibration, matrix.name, device))
+        desk.encode([_alone(job, source.layout.matrices[name], device) for name in picks])
     else:
         by_blocks(desk, reading, work)
 
@@ -79,7 +76,6 @@ def run(job: Job, work: WorkFolder, *, device: str = "cpu", reading: Reading | N
     store.write(work / "output", entries(source, picks), payload, kind="model", provenance=job.provenance,
                 files=source.stored_files())
     return {name: desk.report[name] for name in picks}
-
 
 
 def by_blocks(desk: Puts, reading: Reading, work: WorkFolder) -> None:
@@ -123,16 +119,18 @@ def _encode(desk: Puts, original: Streamed, encoded: Streamed, matrices: Iterabl
     """Encode matrices, by moments of their inputs and with those of the dense model; then compute with them decoded."""
     device = encoded.hollow.device
     own, change = ({name: tensor.to(device) for name, tensor in held.items()} for held in moments)
+    desk.encode([Wanted(m.name, lambda m=m: (dense_of(original, m),), (own.get(m.name), change.get(m.name)),
+                        m.name in own, RIDGE) for m in matrices])
     for m in matrices:
-        aim = functools.partial(_aim, change[m.name]) if m.name in change else None
-        desk.encode(m.name, functools.partial(dense_of, original, m), functools.partial(own.get, m.name), aim)
-    for m in matrices:
-        held = encoded.hollow.parameter(m.parameter)
-        if not held.is_meta:
-            with torch.no_grad():
-                m.take(held).copy_(desk.decoded(m.name, device))
+        if not encoded.hollow.parameter(m.parameter).is_meta:
+            decoded = desk.decoded(m.name, device)
+            for copy in encoded.copies:
+                with torch.no_grad():
+                    m.take(copy.hollow.parameter(m.parameter)).copy_(decoded)
 
 
-def _aim(change: Tensor, dense: Tensor, hessian: Tensor) -> Tensor:
-    with pinned():
-        return compensated(dense, change, hessian, RIDGE)
+def _alone(job: Job, matrix: Matrix, device: str) -> Wanted:
+    def given() -> tuple[Tensor | None, ...]:
+        return read_matrix(job.source, matrix, device), hessian_of(job.calibration, matrix.name, device)
+
+    return Wanted(matrix.name, given, (), job.calibration is not None and matrix.name in job.calibration.hessians)

@@ -23,6 +23,7 @@ from tersor.hf.models.streamed import candidates
 
 DOUBLE = 8  # bytes of the numbers in which a Hessian is factored
 COPIES = 6  # float32 copies of a matrix that an encoder with feedback holds at once, about; measured
+LOGITS_HELD = 16  # bytes of a logit in an evaluation: of both models, twice while they are made; measured
 WIDE = 3  # activations as wide as the widest matrix that a block holds at once, and of its own width, about
 
 
@@ -88,8 +89,14 @@ def _moments(matrices: Sequence[Matrix]) -> int:
 
 
 def memory_by_stage(shapes: Shapes, sampling: Sampling, evaluation_tokens: int, context: int, *, calibrated: bool,
-                    workers: int) -> dict[str, int]:
-    """Return the bytes that each stage holds at once, besides the interpreter: of the device, where it is a GPU."""
+                    workers: int, copies: int = 1) -> dict[str, int]:
+    """Return the bytes that each stage holds at once, besides the interpreter: of the device, where it is a GPU.
+
+    Parameters
+    ----------
+    copies : int
+        Of the model, one a device: in one memory, if that is a processor's.
+    """
     batch = min(BATCH_TOKENS, sampling.tokens)
     workers = max(1, min(workers, sampling.tokens // max(1, batch)))
     held = min(HELD, sampling.tokens * shapes.width * shapes.number)
@@ -106,8 +113,10 @@ def memory_by_stage(shapes: Shapes, sampling: Sampling, evaluation_tokens: int, 
                  "encode": 2 * (rest + block + held + moments) + max(workers * (2 * moving + 2 * moments), encoder)}
     if evaluation_tokens:
         tokens = max(context, min(4096, evaluation_tokens, LOGITS // shapes.vocabulary))
-        found["evaluate"] = rest + block + (shapes.outside + shapes.block * shapes.blocks) // 2 + 8 * (
+        found["evaluate"] = rest + block + (shapes.outside + shapes.block * shapes.blocks) // 2 + LOGITS_HELD * (
             tokens * shapes.vocabulary)
+    for stage, times in (("calibrate", 1), ("survey", 1), ("encode", 2)) if shapes.number == 4 and calibrated else ():
+        found[stage] += (copies - 1) * times * (rest + block)
     return found | {"verify": 4 * COPIES * shapes.largest}
 
 
@@ -148,10 +157,12 @@ def free_memory(device: str) -> int | None:
     return None if line is None else int(line.split()[1]) * 1024
 
 
-def check_memory(shapes: Shapes, device: str) -> None:
-    """Raise `ModelError` if a block, with what lies outside of all blocks, finds no room on a device."""
-    least, free = (shapes.outside + shapes.block) * shapes.number, free_memory(device)
-    if free is not None and least > free:
-        what = "the model takes" if not shapes.blocks else "the largest block, and what lies outside of blocks, take"
-        raise ModelError(f"{what} {size_text(least)}, but {device} has {size_text(free)} free; use a larger device, or "
-                         "another one")
+def check_memory(shapes: Shapes, devices: Sequence[str]) -> None:
+    """Raise `ModelError` if a block, with what lies outside of all blocks, finds no room on one of the devices."""
+    once = (shapes.outside + shapes.block) * shapes.number
+    for device in dict.fromkeys(devices):
+        least, free = once * list(devices).count(device), free_memory(device)
+        if free is not None and least > free:
+            what = "the largest block, and what lies outside of blocks, take" if shapes.blocks else "the model takes"
+            raise ModelError(f"{what} {size_text(least)}, but {device} has {size_text(free)} free; use a larger "
+                             "device, or another one")

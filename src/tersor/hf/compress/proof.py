@@ -27,7 +27,7 @@ from tersor.testing import tolerance
 ATTEMPTS = ((0, False), (1, True), (2, True))
 
 
-def prove(path: Path, opened: store.Store | None = None) -> dict[str, Any]:
+def prove(path: Path, opened: store.Store | None = None, device: str = "cpu") -> dict[str, Any]:
     """Load a compressed model through its class, and compare a forward pass with its decoded weights'.
 
     It is loaded in float32, where the comparison is sharp, and in its own dtype where that is another. Decoded weights
@@ -46,7 +46,7 @@ def prove(path: Path, opened: store.Store | None = None) -> dict[str, Any]:
     """
     opened = opened or store.read(path)
     own = type(empty_model(read_config(path)))
-    model = load(own, path, torch.float32)
+    model = load(own, path, torch.float32, device)
     found = bound = math.inf
     for seed, at_once in ATTEMPTS:
         dense, inputs, whole = _dense(path, opened, model, seed, whole=at_once)
@@ -59,12 +59,12 @@ def prove(path: Path, opened: store.Store | None = None) -> dict[str, Any]:
                                 f"weights decode to; rounding explains {bound:.3g}; do not use it, and report this")
     parts = _prove_parts(path, model, dense, missed)
     del model, dense
-    _own_dtype(path, opened, own, inputs, wanted, whole=whole)
+    _own_dtype(path, opened, own, inputs, wanted, whole=whole, device=device)
     return {"class": own.__name__, "inputs": sorted(inputs), "relative_error": found, "tolerance": bound,
             "parts": parts}
 
 
-def load(own: type[PreTrainedModel], path: Path, dtype: torch.dtype | str) -> PreTrainedModel:
+def load(own: type[PreTrainedModel], path: Path, dtype: torch.dtype | str, device: str = "cpu") -> PreTrainedModel:
     """Load a compressed model as its users do; nothing may be missing, unexpected or misshapen.
 
     Raises
@@ -83,7 +83,7 @@ def load(own: type[PreTrainedModel], path: Path, dtype: torch.dtype | str) -> Pr
     odd = {name: keys for name, keys in info.items() if keys and name.endswith("_keys")}
     if odd:
         raise VerificationError(f"{path}: loaded, a {own.__name__} has {_said(odd)}")
-    return model.eval()
+    return model.to(device).eval()
 
 
 def distance(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
@@ -110,7 +110,7 @@ def _prove_parts(path: Path, model: PreTrainedModel, dense: PreTrainedModel,
         assert isinstance(wanted_of, PreTrainedModel)
         assert isinstance(part, PreTrainedModel)
         try:
-            given = example_inputs(wanted_of)
+            given = example_inputs(wanted_of, device=model.device)
         except ModelError as error:
             parts[name] = f"not run: {error}"
             continue
@@ -128,7 +128,7 @@ def _dense(path: Path, opened: store.Store, model: PreTrainedModel, seed: int, *
     """Return the decoded model, inputs that it runs on, and whether it holds all weights at once."""
     dense = decoded_model(opened, model, whole=whole)
     try:
-        return dense, example_inputs(dense, seed), whole
+        return dense, example_inputs(dense, seed, model.device), whole
     except ModelError as error:
         if whole:
             raise VerificationError(f"{path}: whether it computes what it stands for cannot be proven: "
@@ -137,9 +137,9 @@ def _dense(path: Path, opened: store.Store, model: PreTrainedModel, seed: int, *
 
 
 def _own_dtype(path: Path, opened: store.Store, own: type[PreTrainedModel], inputs: Mapping[str, Any],
-               wanted: Mapping[str, Tensor], *, whole: bool) -> None:
+               wanted: Mapping[str, Tensor], *, whole: bool, device: str) -> None:
     """Raise `VerificationError` unless the model runs in its own dtype too, about as well as the dense one does."""
-    model = load(own, path, "auto")
+    model = load(own, path, "auto", device)
     if model.dtype == torch.float32:
         return
     dense = decoded_model(opened, model, whole=whole)

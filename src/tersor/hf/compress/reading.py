@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 import tersor
@@ -18,7 +19,7 @@ from tersor.hf.models.flow import Activations, Flow
 from tersor.hf.models.hollow import Hollow
 from tersor.hf.models.matrices import Matrix
 from tersor.hf.models.source import Source, read_matrix
-from tersor.hf.models.streamed import Proof, Streamed
+from tersor.hf.models.streamed import Streamed
 from tersor.hf.models.text import read_ids, text_source, windows
 from tersor.planning.calibration import Calibration
 
@@ -37,13 +38,12 @@ class Reading:
     text : str
         The file's name and digest.
     sampling : Sampling
-    device : str
+    devices : tuple of str
+        Of one kind; batches are shared out among them.
     whole : bool
         Keep all weights in memory at once.
     folder : Path
         Where activations go that find no room in memory.
-    proofs : list of Proof
-        That the model runs block by block: none before it was first run.
     position : list of int
         The stage that is worked on, and the number of blocks.
     """
@@ -52,15 +52,14 @@ class Reading:
     sequences: Tensor
     text: str
     sampling: Sampling
-    device: str
+    devices: tuple[str, ...]
     whole: bool
     folder: Path
-    proofs: list[Proof] = dataclasses.field(default_factory=list)
     position: list[int] = dataclasses.field(default_factory=list)
 
     @classmethod
-    def of(cls, source: Source, text: Path, sampling: Sampling, folder: Path, *, device: str = "cpu",
-           whole: bool = False) -> Reading:
+    def of(cls, source: Source, text: Path, sampling: Sampling, folder: Path, *,
+           devices: Sequence[str] = ("cpu",), whole: bool = False) -> Reading:
         """Return the reading of a text file; `folder` is made when it is needed.
 
         Raises
@@ -70,7 +69,7 @@ class Reading:
         """
         check_text(model_class(source.config))
         sequences = windows(read_ids(source, text, sampling.context, sampling.tokens), sampling.context)
-        return cls(source, sequences, text_source(text), sampling, device, whole, folder)
+        return cls(source, sequences, text_source(text), sampling, tuple(devices), whole, folder)
 
     @property
     def place(self) -> str:
@@ -89,12 +88,25 @@ class Reading:
     def mark(self) -> str:
         """A digest of all that sums over the text depend on."""
         return seal([tersor.__version__, self.source.fingerprint, self.text, dataclasses.asdict(self.sampling),
-                     self.device, BATCH_TOKENS])
+                     torch.device(self.devices[0]).type, BATCH_TOKENS])
 
     @property
     def seen(self) -> Calibration:
         """What there is to say of the text before it is read: no moments, no sensitivities."""
         return Calibration({}, self.tokens, self.text, sha256=self.mark)
+
+    def proven(self) -> set[str]:
+        """Prove that the model runs block by block; return the matrices that were read for it, all of finite numbers.
+
+        Raises
+        ------
+        ModelError
+            If it does not; or NonFiniteError, if a matrix holds NaN or infinity.
+        """
+        found = Streamed(Hollow(self.source, self.devices[0]), self.sequences, whole=self.whole)
+        inner = [m for stage in range(len(found.blocks)) for m in found.matrices(stage)]
+        outer = [m for m in found.matrices(len(found.blocks)) if not found.hollow.parameter(m.parameter).is_meta]
+        return {m.name for m in (*inner, *outer)}
 
     def streamed(self, like: Streamed | None = None) -> Streamed:
         """Return the dense model, proven to run block by block.
@@ -109,14 +121,17 @@ class Reading:
         ModelError
             If it does not; or NonFiniteError, if a matrix holds NaN or infinity.
         """
-        hollow = Hollow(self.source, self.device, None if like is None else like.hollow)
-        found = Streamed(hollow, self.sequences, whole=self.whole, proof=self.proofs[0] if self.proofs else None)
-        self.proofs[:] = [found.proof]
+        hollow = Hollow(self.source, self.devices[0], None if like is None else like.hollow)
+        found = Streamed(hollow, self.sequences, whole=self.whole)
+        for place, device in enumerate(self.devices[1:], 1):
+            model = Hollow(self.source, device, hollow if like is None else like.copies[place].hollow)
+            found.copies.append(Streamed(model, self.sequences, whole=self.whole))
         return found
 
-    def flow(self, streamed: Streamed, name: str) -> Flow:
-        """Return the text at the model's entrance."""
-        batches = self.sequences.split(max(1, BATCH_TOKENS // self.sampling.context))
+    def flow(self, streamed: Streamed, name: str, tokens: int | None = None) -> Flow:
+        """Return the text at the model's entrance: all windows, or evenly spaced ones of about so many tokens."""
+        every = 1 if tokens is None else max(1, self.tokens // tokens)
+        batches = self.sequences[::every].split(max(1, BATCH_TOKENS // self.sampling.context))
         return Flow(streamed, batches, Activations(self.folder / name))
 
 
@@ -168,5 +183,3 @@ def dense_of(streamed: Streamed, matrix: Matrix) -> Tensor:
     if held.is_meta:
         return read_matrix(streamed.hollow.source, matrix, str(streamed.hollow.device))
     return matrix.take(held.detach())
-
-

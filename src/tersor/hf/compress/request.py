@@ -96,6 +96,34 @@ def usable_device(device: str) -> str:
     return device
 
 
+def usable_devices(text: str) -> tuple[str, ...]:
+    """Return the devices that are meant by `"2"` (so many GPUs), `"cuda:0,cuda:1"`, `"cpu,cpu"` or `"auto"` (all GPUs).
+
+    Raises
+    ------
+    ModelError
+        If torch cannot use one of them, or they are not of one kind: they would not give the same bytes.
+    """
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if text == "auto":
+        return tuple(f"cuda:{number}" for number in range(there)) or ("cpu",)
+    if text.isdecimal():
+        if not 1 <= int(text) <= there:
+            raise ModelError(f"--devices {text}: expected so many GPUs, found {there}; name devices instead, such as "
+                             "cuda:0,cuda:1 or cpu,cpu")
+        return tuple(f"cuda:{number}" for number in range(int(text)))
+    found = tuple("cuda:0" if name.strip() == "cuda" else name.strip() for name in text.split(","))
+    if not all(found):
+        raise ModelError(f"--devices '{text}': expected a number of GPUs or names of devices, such as cuda:0,cuda:1")
+    for name in dict.fromkeys(found):
+        check_device(name)
+    kinds = {torch.cuda.get_device_name(name) if torch.device(name).type == "cuda" else name for name in found}
+    if len(kinds) > 1:
+        raise ModelError(f"--devices {text}: expected devices of one kind, found {', '.join(sorted(kinds))}; bytes "
+                         "would depend on which does what")
+    return found
+
+
 def check_device(device: str) -> None:
     """Raise `ModelError` unless torch can use `device` here."""
     try:
@@ -104,13 +132,20 @@ def check_device(device: str) -> None:
         raise ModelError(f"device '{device}' cannot be used here: {str(error).splitlines()[0]}; use cpu") from error
 
 
-def provenance(source: Source, calibration: Calibration | None, request: Request, version: str) -> dict[str, Any]:
-    """Return what the manifest says of how the model was made; no clocks, no paths."""
+def provenance(source: Source, calibration: Calibration | None, request: Request, version: str, *,
+               fingerprints: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Return what the manifest says of how the model was made; no clocks, no paths.
+
+    Parameters
+    ----------
+    fingerprints : mapping of str to str or None
+        In place of the source's, for which all of its weights are read.
+    """
     seen = None if calibration is None else {"tokens": calibration.tokens, "source": calibration.source}
     effort = {} if request.effort is None else {"effort": request.effort}
-    return {"tersor": version, **source.fingerprints, "budget_bytes": request.budget, "method": request.method,
-            **effort, "seed": request.seed, "options": dict(request.options), "calibration": seen,
-            "ledger": source.ledger.summary()}
+    return {"tersor": version, **(fingerprints or source.fingerprints), "budget_bytes": request.budget,
+            "method": request.method, **effort, "seed": request.seed, "options": dict(request.options),
+            "calibration": seen, "ledger": source.ledger.summary()}
 
 
 def budget_bytes(elements: int, rate: float | None, size: int | None) -> int:

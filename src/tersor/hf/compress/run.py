@@ -10,9 +10,11 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import tersor
 from tersor import store
@@ -20,7 +22,9 @@ from tersor.contract.derived import package_nbytes
 from tersor.errors import ModelError, TersorError
 from tersor.families import DEFAULT, effort_of
 from tersor.files import exclusive, write_json
-from tersor.hf.compress import calibrate, card, encode, needs, plan, survey
+from tersor.hf.compress import calibrate, card, encode, needs, plan, recover, survey
+from tersor.hf.compress.cluster import Cluster, check_engine
+from tersor.hf.compress.crew import Crew, Hands
 from tersor.hf.compress.method import check_options
 from tersor.hf.compress.reading import Reading
 from tersor.hf.compress.request import (
@@ -31,6 +35,7 @@ from tersor.hf.compress.request import (
     no_progress,
     provenance,
     usable_device,
+    usable_devices,
 )
 from tersor.hf.compress.status import Teller
 from tersor.hf.compress.verify import verify_in_fresh_process
@@ -78,8 +83,15 @@ class CompressSettings:
     effort : str or None
         `"fast"`, `"normal"` or `"best"`: the encoder's work, for methods that read it (`"trellis"`, `"auto"`); None:
         `"normal"`.
+    devices : str or None
+        Several devices of one kind, in place of `device`: see `usable_devices`. Bytes are those of one.
+    engine : str or None
+        Who tries and encodes matrices: None: threads of this process; `"ray"`: as many workers of a local Ray cluster
+        as there are devices; `"ray:ADDRESS"`: all workers of the cluster there.
     whole : bool
         Keep the whole model in memory while text runs through it, in place of one block at a time.
+    recover : bool
+        Train what is continuous against the original once all is encoded; see `recover_model`.
     """
 
     method: str = DEFAULT
@@ -100,17 +112,39 @@ class CompressSettings:
     base_model: str | None = None
     effort: str | None = None
     whole: bool = False
+    devices: str | None = None
+    engine: str | None = None
+    recover: bool = False
 
     def changed(self) -> dict[str, Any]:
-        """Return the fields that are not their defaults."""
+        """Return the fields that are not their defaults; of devices, the kind."""
         default = CompressSettings()
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)
-                if getattr(self, field.name) != getattr(default, field.name)}
+        own = dataclasses.replace(self, device=torch.device(self.device).type, devices=None, engine=None)
+        return {field.name: getattr(own, field.name) for field in dataclasses.fields(own)
+                if getattr(own, field.name) != getattr(default, field.name)}
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The devices, checked; text runs through the model on the first alone where one is meant."""
+        return (usable_device(self.device),) if self.devices is None else usable_devices(self.devices)
 
     def reading(self, source: Source, folder: Path) -> Reading | None:
         """Return the calibration text as a source reads it, if there is to be any calibration."""
-        return Reading.of(source, self.text_seen, self.sampling, folder, device=self.device,
+        return Reading.of(source, self.text_seen, self.sampling, folder, devices=self.places,
                           whole=self.whole) if self.calibrated else None
+
+    def crew(self) -> Crew:
+        """Return who tries and encodes matrices."""
+        devices = [torch.device(place) for place in self.places]
+        if self.engine is None:
+            return Hands(devices)
+        return Cluster(devices, self.engine.partition(":")[2] or None)
+
+    @property
+    def recovery(self) -> recover.RecoverSettings | None:
+        """How what was compressed is trained, if it is to be."""
+        return recover.RecoverSettings(self.calibration, context=self.context, seed=self.seed,
+                                       device=self.device) if self.recover else None
 
     @property
     def text_seen(self) -> Path:
@@ -154,7 +188,7 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
         Its subclasses; FileExistsError if the output exists.
     """
     chosen, began = dataclasses.replace(settings or CompressSettings(), **changes), time.perf_counter()
-    chosen = dataclasses.replace(chosen, device=usable_device(chosen.device))
+    chosen = dataclasses.replace(chosen, device=chosen.places[0])
     card.check_name(chosen.base_model)
     effort_of(chosen.method, chosen.effort)
     work = WorkFolder(Path(output)).claim()
@@ -163,9 +197,8 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
                       chosen.sensitivities, chosen.effort)
     if request.budget >= opened.nbytes:
         copy_dense(opened, work.target)
-        summary = {"bytes": opened.nbytes, "budget": request.budget}
         work.clear("staged")
-        return {"copied": True, "summary": summary}
+        return {"copied": True, "summary": {"bytes": opened.nbytes, "budget": request.budget}}
     try:
         _check(opened, request, chosen, work)
     except TersorError:
@@ -174,15 +207,15 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
     work.stamp(_mark(opened, request, chosen), resume=chosen.resume)
     reading = chosen.reading(opened, work / "activations")
     tell = Teller(progress, work, opened.nbytes, lambda: "" if reading is None else reading.place)
-    report = _stages(opened, request, chosen.device, work, reading, tell)
+    with chosen.crew() as crew:
+        report = _stages(opened, request, chosen, crew, work, reading, tell)
     report |= _judged(opened, chosen, work, tell)
-    report["summary"]["seconds"] = time.perf_counter() - began
-    report["summary"]["peak_memory_bytes"] = peak_memory()
+    report["summary"] |= {"seconds": time.perf_counter() - began, "peak_memory_bytes": peak_memory()}
     write_json(work / "output" / REPORT, report)
     asked = f"--rate {rate:g}" if size is None else f"--size {size}"
     card.write_card(work / "output", report, card.base_of(opened, chosen.base_model),
                     card.command(request, asked, chosen.changed()))
-    work.finish("matrices", "staged", "activations")
+    work.finish("matrices", "staged", "activations", "recover.part")
     return report
 
 
@@ -201,49 +234,62 @@ def _judged(source: Source, settings: CompressSettings, work: WorkFolder, progre
 def _check(source: Source, request: Request, settings: CompressSettings, work: WorkFolder) -> None:
     """Refuse before any work what would fail after it."""
     shapes = needs.Shapes.of(source, settings.device, whole=settings.whole)
+    if settings.engine is not None:
+        check_engine(settings.engine)
     needs.check_disk(work.path, needs.disk(shapes, request.budget, settings.sampling, calibrated=settings.calibrated))
-    needs.check_memory(shapes, settings.device)
+    needs.check_memory(shapes, settings.places)
     if settings.calibrated or settings.evaluation_tokens:
         check_text(model_class(source.config))
     if settings.samples:
         check_language_model(source.config, "a sample")
+    if settings.recovery is not None:
+        recover.check(source, settings.recovery)
     source.tried.check()
     check_options(request)
     check_weights(list(source.layout.matrices), request.sensitivities)
     plan.check_reachable(source, None, request, tersor.__version__)
-    settings.reading(source, Path())
+    reading = settings.reading(source, Path())
     if settings.evaluation_tokens:
         read_ids(source, settings.heldout, settings.context, settings.evaluation_tokens)
+    proven = set[str]() if reading is None else reading.proven()
     for matrix in source.layout.matrices.values():
-        read_matrix(source, matrix, "cpu")  # NaN and infinity are found, and named, before anything runs
+        if matrix.name not in proven:
+            read_matrix(source, matrix, settings.device)  # NaN and infinity are found, and named, before anything runs
 
 
 def _mark(source: Source, request: Request, settings: CompressSettings) -> str:
     """Return a digest of all that the stages' files depend on."""
     seen = text_source(settings.text_seen) if settings.calibrated else None
-    facts = [tersor.__version__, source.fingerprint, source.companion_digests, source.ledger.summary(),
+    training = settings.recovery.record(source) if settings.recovery is not None else None
+    facts = [tersor.__version__, source.fingerprint, training, source.companion_digests, source.ledger.summary(),
              dataclasses.asdict(request), seen,
              dataclasses.asdict(settings.sampling)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _stages(source: Source, request: Request, device: str, work: WorkFolder, reading: Reading | None,
-            progress: Progress) -> dict[str, Any]:
+def _stages(source: Source, request: Request, settings: CompressSettings, crew: Crew, work: WorkFolder,
+            reading: Reading | None, progress: Progress) -> dict[str, Any]:
     """Run the stages, each from the files of those before it; return the report of a verified output."""
-    known = None
+    known, device = None, str(crew.devices[0])
     if reading is not None:
         known = calibrate.sensitivities(reading, work / "sensitivities.json", progress)
     choices = survey.run(source, known, request, work / "survey.jsonl", device=device, reading=reading,
-                         progress=progress)
-    record = provenance(source, known, request, tersor.__version__)
+                         crew=crew, progress=progress)
+    training = settings.recovery
+    record = provenance(source, known, request, tersor.__version__) | (training.record(source) if training else {})
     picks = plan.run(source, choices, request, record)
     write_json(work / "plan.json", to_json(picks))
     job = encode.Job(source, picks, known, request, record)
-    matrices = encode.run(job, work, device=device, reading=reading, progress=progress)
+    matrices = encode.run(job, work, device=device, reading=reading, crew=crew, progress=progress)
+    recovered: dict[str, Any] = {}
+    if training is not None:
+        recovered["recovery"] = recover.told(recover.improve(source, work, training, progress))
+        matrices = recover.remeasured(work / "output", source, matrices)
     nbytes = store.stored_nbytes(work / "output")
     if nbytes > request.budget:
         raise TersorError(f"internal: wrote {nbytes} bytes for a budget of {request.budget}")
-    return conclude(job, matrices, work, {"budget": request.budget, "method": request.method})
+    return conclude(job, matrices, work, {"budget": request.budget, "method": request.method},
+                    devices=[str(place) for place in crew.devices]) | recovered
 
 
 def _check_companions(source: Source, output: Path) -> None:
@@ -255,13 +301,15 @@ def _check_companions(source: Source, output: Path) -> None:
 
 
 def conclude(job: encode.Job, matrices: Mapping[str, Any], work: WorkFolder,
-             asked: Mapping[str, Any]) -> dict[str, Any]:
+             asked: Mapping[str, Any], *, devices: Sequence[str] = ("cpu",)) -> dict[str, Any]:
     """Write the report beside what was encoded, and verify both in a new process; return the report.
 
     Parameters
     ----------
     asked : mapping
         What the user gave besides a plan, for the summary: the budget and the method.
+    devices : sequence of str
+        Where the output is verified.
 
     Raises
     ------
@@ -278,5 +326,5 @@ def conclude(job: encode.Job, matrices: Mapping[str, Any], work: WorkFolder,
     _check_companions(source, work / "output")
     write_json(work / "output" / REPORT, report)
     card.write_card(work / "output", report, card.base_of(source))
-    verify_in_fresh_process(work / "output", source.path)
+    verify_in_fresh_process(work / "output", source.path, devices)
     return report

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tersor.errors import ModelError
 from tersor.hf.compress.checkpoint import Checkpoint
-from tersor.hf.models.flow import HELD, Activations, in_order
+from tersor.hf.models.flow import HELD, Activations, in_order, room_for
 from tersor.hf.models.matrices import Matrix
 from tersor.hf.models.streamed import HINT, Leaves, Streamed
 
@@ -45,9 +45,18 @@ def score(output: Tensor, generator: torch.Generator, *, logits: bool = True) ->
         size = flat.square().mean(dtype=torch.float64).sqrt().to(torch.float32)
         return (noise.to(flat.device) / size).reshape(output.shape).to(output.dtype)
     found = torch.log_softmax(flat, -1).exp_()
-    drawn = torch.multinomial(found.cpu(), 1, generator=generator).to(flat.device)
+    drawn = _drawn(found, generator)
     found.scatter_add_(-1, drawn, found.new_full(drawn.shape, -1.0))
     return found.reshape(output.shape).to(output.dtype)
+
+
+def _drawn(chances: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw one of each row (rows, vocabulary), on the device where they are; returns (rows, 1)."""
+    if chances.device.type == "cpu":
+        return torch.multinomial(chances, 1, generator=generator)
+    total = chances.cumsum(-1, dtype=torch.float64)
+    at = torch.rand(len(chances), 1, generator=generator, dtype=torch.float64).to(chances.device)
+    return torch.searchsorted(total, at * total[:, -1:], right=True).clamp_(max=chances.shape[-1] - 1)
 
 
 @dataclasses.dataclass(eq=False)
@@ -104,7 +113,7 @@ class Fisher:
         for stage in range(min(self.stage, self._last)):
             with self.streamed.resident(stage):
                 for _ in in_order(len(self.sequences), lambda n, stage=stage: self._forward(stage, n),
-                                  device=self.streamed.hollow.device):
+                                  devices=self.streamed.devices):
                     pass
             tell((stage + 1) / max(1, self._last))
         for stage in range(self.stage - 1, -1, -1):
@@ -128,30 +137,36 @@ class Fisher:
 
     def _given(self, stage: int, number: int) -> dict[str, Leaves]:
         """Return what a sequence carries to a stage: what the last block of each list before it returned."""
-        device, kept = self.streamed.hollow.device, self._kept.of(number)
+        device, kept = self.streamed.at(number).hollow.device, self._kept.of(number)
         latest = {name: place for place, name in enumerate(self._lists[:stage])}
         return {name: tuple(leaf.to(device, copy=True) for leaf in kept[str(place)]) for name, place in latest.items()}
 
     def _forward(self, stage: int, number: int) -> None:
         with torch.no_grad():
-            out, _ = self.streamed.step(stage, self.sequences[number : number + 1], self._given(stage, number))
+            out, _ = self.streamed.at(number).step(stage, self.sequences[number : number + 1],
+                                                   self._given(stage, number))
             self._kept.put(number, str(stage), out)
 
     def _backward(self, stage: int) -> None:
         """Take all sequences back through a stage that is resident."""
         hollow, inner = self.streamed.hollow, stage < self._last
         own = [m for m in self.streamed.matrices(stage) if not hollow.parameter(m.parameter).is_meta]
-        wanted = {m.parameter: hollow.parameter(m.parameter) for m in (*own, *self._outside)}
-        for parameter in wanted.values():
+        wanted = [{m.parameter: copy.hollow.parameter(m.parameter) for m in (*own, *self._outside)}
+                  for copy in self.streamed.copies]
+        for parameter in (parameter for listed in wanted for parameter in listed.values()):
             parameter.requires_grad_()
         try:
             for number, found in enumerate(in_order(
-                    len(self.sequences), lambda n: self._one(stage, n, wanted), device=hollow.device, gradients=True,
-                    room=ROOM // max(1, self._held(stage)) if inner else 1)):
+                    len(self.sequences), lambda n: self._one(stage, n, wanted[n % len(wanted)]), gradients=True,
+                    devices=self.streamed.devices, room=self._room(stage))):
                 self._take(number, found, self._lists[stage] if inner else None)
         finally:
-            for parameter in wanted.values():
+            for parameter in (parameter for listed in wanted for parameter in listed.values()):
                 parameter.requires_grad_(False)
+
+    def _room(self, stage: int) -> int:
+        """Return how many sequences may hold gradients at once: one, where what is drawn hangs on their order."""
+        return 1 if stage == self._last else room_for(self.streamed.devices, self._held(stage), ROOM)
 
     def _held(self, stage: int) -> int:
         """Return the bytes of gradients that one sequence holds at a block, about."""
@@ -161,7 +176,7 @@ class Fisher:
         return 4 * elements
 
     def _one(self, stage: int, number: int, wanted: Mapping[str, nn.Parameter]) -> _Found:
-        ids, streamed = self.sequences[number : number + 1], self.streamed
+        ids, streamed = self.sequences[number : number + 1], self.streamed.at(number)
         given = {name: tuple(leaf.detach().requires_grad_(leaf.is_floating_point()) for leaf in leaves)
                  for name, leaves in self._given(stage, number).items()}
         copies = {name: tuple(leaf.clone() for leaf in leaves) for name, leaves in given.items()}  # may be written to

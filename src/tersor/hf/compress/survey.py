@@ -6,9 +6,9 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from tersor.families import stand_in
 from tersor.files import exclusive, load_sealed, save_sealed, tell_damaged
 from tersor.hf.compress import sensitivity
 from tersor.hf.compress.checkpoint import Checkpoint, part_of
+from tersor.hf.compress.crew import Crew, Hands, Task
 from tersor.hf.compress.method import check_options, fixed_options, rungs
 from tersor.hf.compress.reading import Place, Reading, dense_of, steps
 from tersor.hf.compress.request import Progress, Request, no_progress
@@ -31,11 +32,13 @@ from tersor.planning.trials import Trials
 from tersor.quality import measure
 
 SURVEY_ELEMENTS = 1 << 16  # elements of a matrix that a trial encodes
+SURVEY_TOKENS = 1 << 14  # of the text, by which trials are weighed: four times as many choose no better (docs/log.md)
 
 
 @exclusive("output")
 def run(source: Source, calibration: Calibration | None, request: Request, output: Path, *, device: str = "cpu",
-        reading: Reading | None = None, progress: Progress = no_progress) -> dict[str, list[Choice]]:
+        reading: Reading | None = None, crew: Crew | None = None,
+        progress: Progress = no_progress) -> dict[str, list[Choice]]:
     """Encode every matrix with every rung near the budget; one JSON line a trial in `output`, resumed if there.
 
     The cost of a choice is its relative distortion times the matrix's weight: what the request says, else the Fisher
@@ -50,6 +53,8 @@ def run(source: Source, calibration: Calibration | None, request: Request, outpu
     reading : Reading or None
         Text that is run through the dense model: a block's matrices are tried while its moments are there. Those of
         what lies outside of the blocks are kept beside `output`; see `outside`.
+    crew : Crew or None
+        Who makes the trials; None: the device.
     """
     given = check_weights(list(source.layout.matrices), request.sensitivities)
     check_options(request)
@@ -60,15 +65,21 @@ def run(source: Source, calibration: Calibration | None, request: Request, outpu
     def missing(name: str) -> list[Codec]:
         return [codec for codec in tried[name] if known.find(name, codec.spec()) is None]
 
-    def work(matrix: Matrix, dense: Tensor, seen: Calibration | None) -> None:
+    def what(matrix: Matrix, codecs: Sequence[Codec]) -> Tried:
         whole = any(codec.traits().spectral for codec in tried[matrix.name])
-        for record in trials(source, matrix, dense, missing(matrix.name), seen, request, whole=whole):
-            known.add(record)
+        return Tried.of(source, matrix, codecs, calibration, request, whole=whole)
 
+    def tasks(matrix: Matrix, dense: Tensor, seen: Calibration) -> list[Task]:
+        hessian = hessian_of(seen, matrix.name, str(dense.device))
+        return [_task(what(matrix, [codec]), dense, hessian) for codec in missing(matrix.name)]
+
+    hands = crew or Hands([torch.device(device)])
     if reading is None or calibration is None:
-        _one_by_one(source, calibration, device, [m for m in matrices.values() if missing(m.name)], work, progress)
+        wanted = [_alone(what(m, missing(m.name)), source, m, calibration, device) for m in matrices.values()
+                  if missing(m.name)]
+        _one_by_one(hands, wanted, known, progress)
     else:
-        by_blocks(reading, calibration, output, lambda m: bool(missing(m.name)), work, progress)
+        by_blocks(reading, calibration, output, lambda m: bool(missing(m.name)), Work(hands, known, tasks), progress)
     choices: dict[str, list[Choice]] = {}
     for name in matrices:
         found = [(codec, known.find(name, codec.spec()) or {}) for codec in tried[name]]
@@ -77,19 +88,57 @@ def run(source: Source, calibration: Calibration | None, request: Request, outpu
     return choices
 
 
-Work = Callable[[Matrix, Tensor, "Calibration | None"], None]
+@dataclasses.dataclass(frozen=True, eq=False)
+class Work:
+    """Trials of a block: who makes them, where they are written, and what is to be made of a matrix."""
+
+    crew: Crew
+    known: Trials
+    tasks: Callable[[Matrix, Tensor, Calibration], list[Task]]
+
+    def on(self, listed: Sequence[tuple[Matrix, Tensor]], seen: Calibration) -> None:
+        """Try matrices (out, in); each trial is written as soon as it is made."""
+        for _, records in self.crew.each([task for matrix, dense in listed for task in
+                                          self.tasks(matrix, dense, seen)]):
+            for record in records:
+                self.known.add(record)
 
 
-def _one_by_one(source: Source, calibration: Calibration | None, device: str, matrices: Sequence[Matrix], work: Work,
-                progress: Progress) -> None:
-    for number, matrix in enumerate(matrices):
-        progress("survey", number, len(matrices))
-        work(matrix, read_matrix(source, matrix, device), calibration)
-    progress("survey", len(matrices), len(matrices))
+def _one_by_one(crew: Crew, tasks: Sequence[Task], known: Trials, progress: Progress) -> None:
+    progress("survey", 0, len(tasks))
+    for number, (_, records) in enumerate(crew.each(tasks)):
+        for record in records:
+            known.add(record)
+        progress("survey", number + 1, len(tasks))
 
 
-def by_blocks(reading: Reading, calibration: Calibration, output: Path, missing: Callable[[Matrix], bool], work: Work,
-               progress: Progress) -> None:
+def _task(tried: Tried, dense: Tensor, hessian: Tensor | None) -> Task:
+    return Task(tried.matrix, trials, lambda: (tried, tried.part(dense)), _cost(tried), (hessian,))
+
+
+def _alone(tried: Tried, source: Source, matrix: Matrix, calibration: Calibration | None, device: str) -> Task:
+    def ready() -> tuple[Tried, Tensor, Tensor | None]:
+        return (tried, tried.part(read_matrix(source, matrix, device)),
+                hessian_of(calibration, matrix.name, device))
+
+    return Task(matrix.name, trials, ready, len(tried.codecs) * _cost(tried))
+
+
+def _cost(tried: Tried) -> int:
+    elements = tried.shape[0] * tried.shape[1]
+    return elements if tried.whole else min(elements, 2 * SURVEY_ELEMENTS)
+
+
+class Tries(Protocol):
+    """What makes the trials of a block; see `Work`."""
+
+    def on(self, listed: Sequence[tuple[Matrix, Tensor]], seen: Calibration) -> None:
+        """Try matrices (out, in) under the moments that were seen."""
+        ...
+
+
+def by_blocks(reading: Reading, calibration: Calibration, output: Path, missing: Callable[[Matrix], bool], work: Tries,
+              progress: Progress) -> None:
     """Run text through the dense model; work on the matrices of a block that miss trials while it is resident."""
     file = beside(output)
     if not any(map(missing, reading.source.layout.matrices.values())) and outside(file, reading.mark) is not None:
@@ -97,17 +146,16 @@ def by_blocks(reading: Reading, calibration: Calibration, output: Path, missing:
     streamed = reading.streamed()
     last = len(streamed.blocks)
     first = next((stage for stage in range(last) if any(map(missing, streamed.matrices(stage)))), last)
-    flow = reading.flow(streamed, "survey")
+    flow = reading.flow(streamed, "survey", SURVEY_TOKENS)
     place = Place(Checkpoint(part_of(output), reading.mark), flow)
-    step = steps(last + 1, reading.tokens, lambda done, total: progress("survey", done, total))
+    step = steps(last + 1, flow.tokens, lambda done, total: progress("survey", done, total))
     for stage in range(place.resume(first), last + 1):
         reading.position[:] = stage, last
         with streamed.resident(stage):
             wanted = stage == last or any(map(missing, streamed.matrices(stage)))
             moments = flow.through(stage, watch=wanted, keep=True, step=lambda done, stage=stage: step(stage, done))
-            for matrix in streamed.matrices(stage):
-                if missing(matrix):
-                    work(matrix, dense_of(streamed, matrix), dataclasses.replace(calibration, hessians=moments))
+            work.on([(matrix, dense_of(streamed, matrix)) for matrix in streamed.matrices(stage) if missing(matrix)],
+                    dataclasses.replace(calibration, hessians=moments))
             if stage == last:
                 _keep(moments, file, reading.mark)
         place.passed(stage)
@@ -125,7 +173,7 @@ def outside_of(reading: Reading, file: Path) -> dict[str, Tensor]:
     if found is not None:
         return found
     streamed = reading.streamed()
-    flow, last = reading.flow(streamed, "outside"), len(streamed.blocks)
+    flow, last = reading.flow(streamed, "outside", SURVEY_TOKENS), len(streamed.blocks)
     if not any(m.name in streamed.reads and streamed.looks_up(m) for m in streamed.matrices(last)):
         return {}
     for stage in range(last):
@@ -175,28 +223,67 @@ def sampled(dense: Tensor) -> Tensor:
     return dense[:: max(1, dense.numel() // SURVEY_ELEMENTS)].to(torch.float32)
 
 
-def trials(source: Source, matrix: Matrix, given: Tensor, codecs: Sequence[Codec], calibration: Calibration | None,
-           request: Request, *, whole: bool) -> Iterator[dict[str, Any]]:
-    """Encode a matrix, `given` (out, in), with each codec; yield the survey's lines.
+@dataclasses.dataclass(frozen=True)
+class Tried:
+    """What is tried on a matrix, wherever that is done.
 
-    A sample of its rows without error feedback, and with a codec that stands in where encoding is long, or the `whole`
+    Attributes
+    ----------
+    matrix : str
+    shape : (int, int)
+    share : float
+        Of the model's elements.
+    codecs : tuple of Codec
+    trace : float or None
+        Of the Fisher matrix.
+    seed : int
+    options : mapping
+        Of encoders.
+    whole : bool
+        Every row, with feedback, is encoded: one of the matrix's rungs is spectral.
+    """
+
+    matrix: str
+    shape: tuple[int, int]
+    share: float
+    codecs: tuple[Codec, ...]
+    trace: float | None
+    seed: int
+    options: Mapping[str, Any]
+    whole: bool
+
+    @classmethod
+    def of(cls, source: Source, matrix: Matrix, codecs: Sequence[Codec], calibration: Calibration | None,
+           request: Request, *, whole: bool = False) -> Tried:
+        """Return what is tried for a request."""
+        trace = None if calibration is None else calibration.fisher.get(matrix.name)
+        return cls(matrix.name, matrix.shape, matrix.shape[0] * matrix.shape[1] / source.elements, tuple(codecs), trace,
+                   request.seed, request.options, whole)
+
+    def part(self, dense: Tensor) -> Tensor:
+        """Return the rows of a matrix that are encoded."""
+        return dense if self.whole else sampled(dense)
+
+
+def trials(what: Tried, given: Tensor, hessian: Tensor | None = None) -> list[dict[str, Any]]:
+    """Encode what is tried of a matrix, `given` (rows, in), with each codec; return the survey's lines.
+
+    A sample of its rows goes without error feedback, and with a codec that stands in where encoding is long; the whole
     matrix with feedback.
     """
-    dense = given.to(torch.float32) if whole else sampled(given)
-    hessian = hessian_of(calibration, matrix.name, str(given.device))
-    trace = None if calibration is None else calibration.fisher.get(matrix.name)
-    elements = matrix.shape[0] * matrix.shape[1]
+    dense, found = given.to(torch.float32), []
     with pinned():  # the plan follows from these figures, so they must not depend on the threads
-        weight = elements / source.elements if trace is None else sensitivity.weight(trace, dense, hessian)
-    for codec in codecs:
-        tried, factor = (codec, 1.0) if whole else stand_in(codec, (dense.shape[0], dense.shape[1]))
-        options = fixed_options(tried, request.options if whole else {**request.options, "feedback": False},
-                                calibrated=whole and hessian is not None)
-        tables = tried.train([dense], seed=request.seed)
+        weight = what.share if what.trace is None else sensitivity.weight(what.trace, dense, hessian)
+    for codec in what.codecs:
+        tried, factor = (codec, 1.0) if what.whole else stand_in(codec, (dense.shape[0], dense.shape[1]))
+        options = fixed_options(tried, what.options if what.whole else {**what.options, "feedback": False},
+                                calibrated=what.whole and hessian is not None)
+        tables = tried.train([dense], seed=what.seed)
         with pinned():
-            encoded = tried.encode(dense, hessian=hessian if whole else None, seed=request.seed, options=options,
+            encoded = tried.encode(dense, hessian=hessian if what.whole else None, seed=what.seed, options=options,
                                    tables=tables)
             quality = measure(dense, encoded, hessian)
-        yield {"matrix": matrix.name, "codec": codec.spec(), "nbytes": codec.nbytes(matrix.shape),
-               "distortion": factor * quality.distortion, "relative_error": factor * quality.relative_error,
-               "weight": weight}
+        found.append({"matrix": what.matrix, "codec": codec.spec(), "nbytes": codec.nbytes(what.shape),
+                      "distortion": factor * quality.distortion, "relative_error": factor * quality.relative_error,
+                      "weight": weight})
+    return found

@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tersor import store
+from tersor.contract.codec import Encoded
 from tersor.errors import CorruptStoreError, VerificationError
 from tersor.files import read_json
+from tersor.hf.compress.crew import Hands, Task
 from tersor.hf.compress.proof import prove
 from tersor.hf.compress.request import Progress, no_progress
 from tersor.hf.models.ledger import CARRIED, check_entries, check_source, ledger_of
@@ -27,13 +31,15 @@ FLOOR = 1e-12
 
 
 def verify(path: Path, source: Source | None = None, progress: Progress = no_progress, *,
-           proven: bool = True) -> dict[str, Any]:
+           proven: bool = True, devices: Sequence[str] = ("cpu",)) -> dict[str, Any]:
     """Verify a store; for a model, also that it covers the model and computes, and, with a source, every error.
 
     Parameters
     ----------
     proven : bool
         Whether a model is loaded and run once beside its decoded weights; False where it is about to be run anyway.
+    devices : sequence of str
+        Where matrices are decoded and measured; the model is run on the first.
 
     Returns
     -------
@@ -55,29 +61,41 @@ def verify(path: Path, source: Source | None = None, progress: Progress = no_pro
         raise VerificationError(f"{path} was not made from {source.path}: its manifest names a source of other bytes")
     if opened.kind == "model":
         _check_ledger(path, opened, _check_coverage(path, opened), source)
-    recorded = _recorded(path)
-    worst = 0.0
-    names = opened.matrix_names()
-    for number, name in enumerate(names):
-        progress("verify", number, len(names))
-        encoded = opened.matrix(name)
-        if source is None:
-            if not bool(torch.isfinite(encoded.decode()).all()):
-                raise VerificationError(f"{path}: '{name}' decodes to NaN or infinity")
-            continue
-        found = measure(source.matrix(source.layout.matrices[name]), encoded).relative_error
-        promised = recorded.get(name)
-        if promised is None or not math.isfinite(promised) or not abs(found - promised) <= AGREEMENT * promised + FLOOR:
-            raise VerificationError(f"{path}: '{name}' has relative error {found:.6g}, but its encoder measured "
+    worst, recorded, names = 0.0, _recorded(path), opened.matrix_names()
+    progress("verify", 0, len(names))
+    tasks = [_task(opened, name, source) for name in names]
+    for number, (task, found) in enumerate(Hands([torch.device(device) for device in devices]).each(tasks)):
+        promised = recorded.get(task.name)
+        if source is None and not math.isfinite(found):
+            raise VerificationError(f"{path}: '{task.name}' decodes to NaN or infinity")
+        if source is not None and (promised is None or not math.isfinite(promised)
+                                   or not abs(found - promised) <= AGREEMENT * promised + FLOOR):
+            raise VerificationError(f"{path}: '{task.name}' has relative error {found:.6g}, but its encoder measured "
                                     f"{promised}; the output does not hold what was encoded")
         worst = max(worst, found)
+        progress("verify", number + 1, len(names))
     if source is not None:
         _check_plain(path, opened, source)
-    proof = prove(path, opened) if opened.kind == "model" and proven else None
-    progress("verify", len(names), len(names))
+    proof = prove(path, opened, devices[0]) if opened.kind == "model" and proven else None
     return {"matrices": len(names), "plain": len(opened.entries) - len(names), "bytes": store.stored_nbytes(path),
             "kind": opened.kind, "against": None if source is None else str(source.path),
             "worst_relative_error": None if source is None else worst, "changed": changed, "proof": proof}
+
+
+def _task(opened: store.Store, name: str, source: Source | None) -> Task:
+    def ready() -> tuple[Encoded, Tensor]:
+        dense = torch.empty(0) if source is None else source.matrix(source.layout.matrices[name])
+        return opened.matrix(name), dense
+
+    return Task(name, error_of, ready, math.prod(opened.entries[name].shape))
+
+
+def error_of(encoded: Encoded, dense: Tensor) -> float:
+    """Return the relative error against a matrix (out, in), where that lies; of none, 0, or NaN where it decodes so."""
+    own = encoded.to(dense.device)
+    if dense.numel():
+        return measure(dense, own).relative_error
+    return 0.0 if bool(torch.isfinite(own.decode()).all()) else math.nan
 
 
 def _check_coverage(path: Path, opened: store.Store) -> Parts:
@@ -119,6 +137,17 @@ def biases_added(layout: Parts, opened: store.Store) -> dict[str, tuple[int, ...
     return {name: shapes[name] for name in listed if name in shapes}
 
 
+def trained(opened: store.Store) -> list[str]:
+    """Return the vectors that a store says recovery has trained, such as norms."""
+    record = opened.manifest["provenance"].get("recovery", {})
+    listed = record.get("vectors", []) if isinstance(record, dict) else None
+    own = {name for name in opened.plain_names() if len(opened.entries[name].shape) == 1}
+    if not isinstance(listed, list) or any(not isinstance(name, str) or name not in own for name in listed):
+        raise CorruptStoreError(f"{opened.path}: the manifest's recovery must name vectors that are stored, found "
+                                f"{listed!r}")
+    return listed
+
+
 def _recorded(path: Path) -> dict[str, float]:
     """Return the relative error that the encoder measured of each matrix."""
     file = path / REPORT
@@ -132,13 +161,13 @@ def _recorded(path: Path) -> dict[str, float]:
 
 
 def _check_plain(path: Path, opened: store.Store, source: Source) -> None:
-    changed = biases_added(source.layout, opened)
+    changed = {*biases_added(source.layout, opened), *trained(opened)}
     for name, entry in opened.entries.items():
         if entry.codec is None and name not in changed and not torch.equal(opened.plain(name), source.tensor(name)):
             raise VerificationError(f"{path}: '{name}' is stored as it is, but differs from the source")
 
 
-def verify_in_fresh_process(path: Path, against: Path) -> None:
+def verify_in_fresh_process(path: Path, against: Path, devices: Sequence[str] = ("cpu",)) -> None:
     """Run `tersor verify` in a new process, so that nothing the encoder holds in memory can help decoding.
 
     Raises
@@ -146,7 +175,10 @@ def verify_in_fresh_process(path: Path, against: Path) -> None:
     VerificationError
         If it fails; carries its message.
     """
-    command = [sys.executable, "-m", "tersor", "--quiet", "verify", str(path), "--against", str(against), "--json"]
+    command = [sys.executable, "-m", "tersor", "--quiet", "verify", str(path), "--against", str(against),
+               *(("--device",) if len(devices) == 1 else ("--devices",)), ",".join(devices), "--json"]
+    if torch.device(devices[0]).type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps for later is memory that the other process finds taken
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         told = done.stderr.strip().removeprefix("tersor: ")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ from tersor.files import load_sealed, save_sealed, seal, tell_damaged
 from tersor.grids.encode import decode, encode
 from tersor.grids.scheme import Scheme
 from tersor.grids.solve import Effort
+from tersor.hf.compress.desk import Wanted
 from tersor.hf.compress.request import Progress
 from tersor.hf.grids.errors import measured
 from tersor.hf.grids.survey import Metrics
 from tersor.hf.models.source import Source
 from tersor.numerics.settings import pinned
+from tersor.planning.calibration import compensated
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,13 +81,21 @@ class GridDesk:
                 tell_damaged(error)
         return name in self.report
 
-    def encode(self, name: str, dense: Callable[[], Tensor], hessian: Callable[[], Tensor | None],
-               target: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
-        """Encode a matrix, or what `target` makes of it and its Hessian; errors are those against the matrix."""
+    def encode(self, wanted: Sequence[Wanted]) -> None:
+        """Encode matrices, those that are not there; errors are those against the matrix, not against its aim."""
+        for one in wanted:
+            self._encode(one)
+
+    def _encode(self, one: Wanted) -> None:
+        name = one.name
         self._progress("encode", len(self.report), len(self.files))
         if not self.finished(name):
-            given, metric = dense(), hessian()
-            aim = given if target is None or metric is None else target(given, metric)
+            given, metric, change = (*one.given(), *one.needs, None, None)[:3]
+            assert given is not None
+            aim = given
+            if metric is not None and change is not None:
+                with pinned():
+                    aim = compensated(given, change, metric, one.ridge)
             scheme = self.job.picks[name]
             tensors = encode(scheme, aim, self._metrics.of(metric), self.job.effort, self.job.dtype)
             errors = measured(given, decode(scheme, tensors, given.shape[1]), metric)

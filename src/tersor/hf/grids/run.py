@@ -22,6 +22,7 @@ from tersor.files import exclusive, write_json
 from tersor.grids.scheme import Scheme, ladder
 from tersor.grids.solve import Effort
 from tersor.hf.compress import calibrate, encode
+from tersor.hf.compress.desk import Wanted
 from tersor.hf.compress.reading import Reading
 from tersor.hf.compress.request import Progress, Sampling, budget_bytes, no_progress, usable_device
 from tersor.hf.compress.status import Teller
@@ -37,7 +38,6 @@ from tersor.hf.models.source import Source, open_source, read_matrix
 from tersor.hf.models.staging import REPORT
 from tersor.hf.models.text import default_calibration, default_heldout, read_ids, text_source
 from tersor.payload.layout import TensorSpec
-from tersor.planning.calibration import hessian_of
 
 EFFORTS = {"fast": Effort(0, 0), "normal": Effort(2, 2), "best": Effort(6, 4)}
 
@@ -107,7 +107,7 @@ class PackSettings:
 
     def reading(self, source: Source, folder: Path) -> Reading | None:
         """Return the calibration text as a source reads it, if there is to be any calibration."""
-        return Reading.of(source, self.text_seen, self.sampling, folder, device=self.device,
+        return Reading.of(source, self.text_seen, self.sampling, folder, devices=(self.device,),
                           whole=self.whole) if self.calibrated else None
 
 
@@ -253,9 +253,8 @@ def _stages(model: tuple[Source, Mapping[str, Sequence[Scheme]]], budget: Budget
     job = Job(source, picks, EFFORTS[settings.effort], plan.scale_dtype(source), mark)
     desk = GridDesk(job, work / "matrices", tell)
     if reading is None:
-        for name, matrix in source.layout.matrices.items():
-            desk.encode(name, lambda matrix=matrix: read_matrix(source, matrix, settings.device),
-                        lambda matrix=matrix: hessian_of(known, matrix.name, settings.device))
+        desk.encode([Wanted(name, lambda matrix=matrix: (read_matrix(source, matrix, settings.device),), (), False)
+                     for name, matrix in source.layout.matrices.items()])
     else:
         encode.by_blocks(desk, reading, work)
     directory.write(source, desk, work / "output")

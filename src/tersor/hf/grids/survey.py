@@ -88,7 +88,7 @@ def run(source: Source, known: Calibration | None, ladders: Mapping[str, Sequenc
         for number, matrix in enumerate(matrices):
             progress("survey", number, len(matrices))
             if work.missing(matrix):
-                work(matrix, read_matrix(source, matrix, device), None)
+                work.one(matrix, read_matrix(source, matrix, device), None)
         progress("survey", len(matrices), len(matrices))
     else:
         survey.by_blocks(reading, known, output, lambda m: bool(work.missing(m)), work, progress)
@@ -107,7 +107,12 @@ class _Work:
         """Return the schemes that a matrix has yet to be tried with."""
         return [scheme for scheme in self._ladders[matrix.name] if self._trials.find(matrix.name, scheme.name) is None]
 
-    def __call__(self, matrix: Matrix, dense: Tensor, seen: Calibration | None) -> None:
+    def on(self, listed: Sequence[tuple[Matrix, Tensor]], seen: Calibration) -> None:
+        """Try the matrices of a block."""
+        for matrix, dense in listed:
+            self.one(matrix, dense, seen)
+
+    def one(self, matrix: Matrix, dense: Tensor, seen: Calibration | None) -> None:
         """Try a matrix (out, in), and say with which it shares its input."""
         held = {} if seen is None else seen.hessians
         hessian, sample = held.get(matrix.name), survey.sampled(dense)

@@ -47,6 +47,8 @@ class States:
         How many tokens of the streams this call sees; blocks that it closes itself come later.
     lead : Lead or None
         The order of the first tokens, where it is not their own: sinks before padding.
+    gone : int
+        Tokens behind the sinks that were evicted: masks cover them, and nothing attends to them.
     """
 
     sinks: Pair
@@ -54,11 +56,12 @@ class States:
     streams: tuple[TokenStream, TokenStream] | None = None
     middle: int = 0
     lead: Lead | None = None
+    gone: int = 0
 
     @property
     def tokens(self) -> int:
-        """Tokens that the call sees, its own included."""
-        return self.sinks[0].shape[-2] + self.middle + self.tail[0].shape[-2]
+        """Tokens that the call has places for, its own and evicted ones included."""
+        return self.sinks[0].shape[-2] + self.gone + self.middle + self.tail[0].shape[-2]
 
     def closed(self) -> Closed | None:
         """Return the compressed tokens as kernels of attention read them, None where they do not know the codecs."""
@@ -88,6 +91,9 @@ class States:
 
     def _held(self, side: int) -> Tensor:
         """Return them as they are held; a new tensor, unless there are no sinks."""
+        if self.gone:
+            raise CodecConfigError(f"{self.gone} tokens of this cache were evicted, which only Tersor's attention "
+                                   "leaves out; use CompressedCache.for_model(model, ...), outside torch.compile")
         sinks, tail = self.sinks[side], self.tail[side]
         if self.streams is None or not self.middle:
             return torch.cat([sinks, tail], dim=-2) if sinks.shape[-2] else tail
@@ -281,6 +287,11 @@ def attend(query: Tensor, states: States, how: Scores) -> Tensor:
     if states.lead is not None and how.mask is not None:  # without a mask the first tokens are seen by all queries
         mask = how.mask.expand(batch, -1, -1, -1)
         how = dataclasses.replace(how, mask=states.lead.held(mask, 3))
+    if states.gone and how.mask is not None:
+        first = states.sinks[0].shape[2]
+        there = torch.cat([how.mask[..., :first], how.mask[..., first + states.gone :]], 3)
+        how = dataclasses.replace(how, mask=there)
+    tokens -= states.gone
     scaling = dim**-0.5 if how.scaling is None else how.scaling
     if (closed := states.closed() if query.is_cuda else None) is not None:
         held = Held(states.sinks, states.tail, closed)

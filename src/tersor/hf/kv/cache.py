@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from tersor.contract.codec import Codec
 from tersor.errors import CodecConfigError, ModelError
 from tersor.hf.kv import padding, store
 from tersor.hf.kv.attention import NAME, Pair, register_attention
+from tersor.hf.kv.budget import Budget, Shuttle
 from tersor.hf.kv.layer import CacheReport, CompressedCacheLayer, SideCodec, Window, nbytes_of
 from tersor.hf.kv.plan import KVPlan, read_plan
 from tersor.hf.kv.store import SIDES
@@ -53,6 +54,11 @@ class CompressedCache(Cache):
         Tokens encoded at a time.
     tables : mapping or None
         Trained tables of codecs that have them, by (layer, "key" or "value").
+    **limits
+        `max_bytes` (int or None): bytes that the cache must not pass on the model's device, pages counted with their
+        room. `when_full`: "refuse" (the default) raises `BudgetError` and leaves the cache as it was; "evict" drops the
+        oldest tokens behind the sinks, and needs Tersor's attention (`for_model`). `offload` (bool): full pages lie in
+        the processor's memory, and a layer's are brought while the layer before it works.
 
     Warns
     -----
@@ -69,7 +75,13 @@ class CompressedCache(Cache):
 
     def __init__(self, config: PretrainedConfig, key: Specs = "rot,lm4", value: Specs = "rot,lm4", residual: int = 128,
                  sink: int = 4, skip_layers: Sequence[int] = (), block: int = 64,
-                 tables: Mapping[tuple[int, str], Tables] | None = None) -> None:
+                 tables: Mapping[tuple[int, str], Tables] | None = None, **limits: Any) -> None:
+        offload = limits.pop("offload", False)
+        wrong = [name for name in limits if name not in {field.name for field in dataclasses.fields(Budget)}]
+        if wrong or type(offload) is not bool:
+            raise CodecConfigError(f"{wrong[0]} is no setting of a cache; there are max_bytes, when_full and offload"
+                                   if wrong else f"offload must be True or False, found {offload!r}")
+        self.budget, self._shuttle = Budget(**limits), Shuttle() if offload else None
         self.config = config.get_text_config(decoder=True)
         self.window = Window(residual, sink, block)
         layers: list[Any] = DynamicCache(config=self.config).layers
@@ -85,7 +97,9 @@ class CompressedCache(Cache):
             sides = [SideCodec(codec, (tables or {}).get((number, name), {}))
                      for name, codec in zip(SIDES, codecs, strict=True) if codec is not None]
             layers[number] = CompressedCacheLayer(sides[0], sides[1], self.window, f"layer {number}")
+            layers[number].offloads = offload
         super().__init__(layers=layers)
+        self._first = next((number for number, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin)), 0)
         if not self.compressed_layers:
             kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
             warnings.warn(f"this cache compresses nothing: of the model's {count} layers none is a full-attention "
@@ -102,7 +116,7 @@ class CompressedCache(Cache):
         Parameters
         ----------
         **settings
-            `residual`, `sink`, `skip_layers`, `block`, `tables`.
+            `residual`, `sink`, `skip_layers`, `block`, `tables`, `max_bytes`, `when_full`, `offload`.
         """
         if model.config.get_text_config(decoder=True)._attn_implementation != NAME:
             model.set_attn_implementation(register_attention())
@@ -133,11 +147,73 @@ class CompressedCache(Cache):
             layer.padding = marked
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Pair:
-        """Append the tokens of one layer and return what its attention sees; see `CompressedCacheLayer.update`."""
-        layer = self.layers[layer_idx]
-        if isinstance(layer, CompressedCacheLayer):
-            layer.lazy = self.config._attn_implementation == NAME
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        """Append the tokens of one layer and return what its attention sees; see `CompressedCacheLayer.update`.
+
+        Raises
+        ------
+        BudgetError
+            In a call's first layer, if the call would pass `max_bytes`.
+        torch.OutOfMemoryError
+            If there is no room for pages; says how many bytes were asked. As after any error here, the layers are as
+            they were before the call. Where a call fails in the model, `crop` to the tokens before it.
+        """
+        layer, like = self.layers[layer_idx], (key_states, value_states)
+        if layer_idx == self._first:
+            self._admit(like)
+        before, done = layer.get_seq_length() if isinstance(layer, CacheLayerMixin) else 0, False
+        try:
+            if isinstance(layer, CompressedCacheLayer):
+                layer.lazy = self.config._attn_implementation == NAME
+                if self._shuttle is not None:
+                    held = self.compressed_layers
+                    self._shuttle.enter(list(held.values()), list(held).index(layer_idx))
+            seen = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            done = True
+        finally:
+            if not done:
+                self._level(layer_idx, before)
+        if isinstance(layer, CompressedCacheLayer) and self._shuttle is not None:
+            layer.offload()
+        return seen
+
+    def _admit(self, like: Pair) -> None:
+        """Make room for a call with such keys and values, before any layer changes."""
+        layers, new = list(self.compressed_layers.values()), like[0].shape[2]
+        if self.budget.evicts and self.config._attn_implementation != NAME:
+            raise CodecConfigError("when_full='evict' needs attention that leaves evicted tokens out: make the cache "
+                                   "by CompressedCache.for_model(model, ...)")
+        if self.budget.max_bytes is not None:
+            self.budget.admit(layers, self._others(new), new, like)
+        if not layers or not layers[0].closes(new):
+            return
+        reserved = False
+        try:
+            for layer in layers:
+                layer.reserve(new)
+            reserved = True
+        finally:
+            if not reserved:
+                for layer in layers:
+                    layer.release()
+
+    def _others(self, new: int) -> int:
+        """Return the bytes of tables and of layers that stay native, these after so many new tokens."""
+        growing = [t for layer in self.layers if isinstance(layer, DynamicLayer) and layer.is_initialized
+                   for t in (layer.keys, layer.values) if isinstance(t, Tensor) and t.ndim == 4]
+        report = self.report()
+        return report.tables + report.native + sum(t[:, :, :1].numel() * t.element_size() * new for t in growing)
+
+    def _level(self, stop: int, before: int) -> None:
+        """Take the tokens of a failed call from the layers in front of one."""
+        for number in range(stop):
+            layer = self.layers[number]
+            if not isinstance(layer, CacheLayerMixin) or not layer.is_initialized:
+                continue
+            if not before:
+                layer.reset()
+            elif isinstance(layer, (CompressedCacheLayer, DynamicLayer)) and not _is_full(layer) and (
+                    added := layer.get_seq_length() - before) > 0:
+                layer.crop(-added)
 
     @property
     def compressed_layers(self) -> dict[int, CompressedCacheLayer]:
@@ -153,6 +229,7 @@ class CompressedCache(Cache):
                   for table in side.tables.values()}
         native = [t for layer in self.layers if not isinstance(layer, CompressedCacheLayer)
                   for t in _tensors(vars(layer))]
+        sums["evicted"] = max((part.evicted for part in parts), default=0)
         sums["tables"] += nbytes_of(tables.values())
         return CacheReport(**{**sums, "native": nbytes_of(native)})
 
@@ -168,8 +245,14 @@ class CompressedCache(Cache):
         return twin
 
     @classmethod
-    def from_plan(cls, config: PretrainedConfig, plan: str | Path | Mapping[str, Any] | KVPlan) -> CompressedCache:
+    def from_plan(cls, config: PretrainedConfig, plan: str | Path | Mapping[str, Any] | KVPlan,
+                  **limits: Any) -> CompressedCache:
         """Return a cache with the codecs, tables and window of a plan that `tersor kv-plan` wrote.
+
+        Parameters
+        ----------
+        **limits
+            `max_bytes`, `when_full`, `offload`.
 
         Raises
         ------
@@ -182,7 +265,8 @@ class CompressedCache(Cache):
         store.check_fields(read.model, config.get_text_config(decoder=True), "the plan")
         count = len(DynamicCache(config=config.get_text_config(decoder=True)).layers)
         specs = [[read.layers.get(number, (None, None))[side] for number in range(count)] for side in range(2)]
-        return cls(config, specs[0], specs[1], read.residual, read.sink, block=read.block, tables=read.tables)
+        return cls(config, specs[0], specs[1], read.residual, read.sink, block=read.block, tables=read.tables,
+                   **limits)
 
     def save(self, path: str | Path) -> None:
         """Write the cache, for example of a long prompt, as a new directory in the store's format.
@@ -203,8 +287,14 @@ class CompressedCache(Cache):
         store.save(Path(path), self.config, dataclasses.asdict(self.window), states)
 
     @classmethod
-    def load(cls, path: str | Path, config: PretrainedConfig, device: str | torch.device = "cpu") -> CompressedCache:
+    def load(cls, path: str | Path, config: PretrainedConfig, device: str | torch.device = "cpu",
+             **limits: Any) -> CompressedCache:
         """Return the cache that `save` wrote, for a model of the same configuration.
+
+        Parameters
+        ----------
+        **limits
+            `max_bytes`, `when_full`, `offload`: they are not saved.
 
         Raises
         ------
@@ -217,7 +307,7 @@ class CompressedCache(Cache):
         settings, states = store.load(Path(path), text, torch.device(device))
         with store.damaged(Path(path)):
             window = Window(**settings)
-            cache = cls(config, residual=window.residual, sink=window.sink, block=window.block)
+            cache = cls(config, residual=window.residual, sink=window.sink, block=window.block, **limits)
             if len(states) != len(cache.layers):
                 raise ModelError(f"{path}: {len(states)} layers, but the model's caches have {len(cache.layers)}")
             for number, state in enumerate(states):
@@ -227,8 +317,14 @@ class CompressedCache(Cache):
                 if "native" in state.meta:
                     cache.layers[number] = store.native_layer(cache.layers[number], state, name)
                 else:
-                    cache.layers[number] = CompressedCacheLayer.restore(state, window, name)
+                    cache.layers[number] = layer = CompressedCacheLayer.restore(state, window, name)
+                    layer.offloads = cache._shuttle is not None
         return cache
+
+
+def _is_full(layer: CacheLayerMixin) -> bool:
+    """Tell whether a layer has let go of tokens that leave its sliding window, and so cannot take a call back."""
+    return isinstance(layer, DynamicSlidingWindowLayer) and layer.get_seq_length() >= layer.sliding_window
 
 
 def _by_layer(name: str, specs: Specs, count: int) -> list[Codec | None]:

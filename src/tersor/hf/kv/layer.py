@@ -3,101 +3,18 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from tersor.contract.codec import Codec
 from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
 from tersor.hf.kv.attention import Pair, States
 from tersor.hf.kv.padding import Lead
+from tersor.hf.kv.parts import CacheReport, SideCodec, Window, nbytes_of
 from tersor.hf.kv.store import SIDES, LayerState
 from tersor.kv import TokenStream
-from tersor.payload.blocks import Tables
-
-
-@dataclasses.dataclass(frozen=True)
-class Window:
-    """Which tokens stay dense, and how many the others are encoded by.
-
-    Attributes
-    ----------
-    residual : int
-        At least so many of the last tokens stay dense; up to `residual + block - 1`.
-    sink : int
-        So many of the first tokens stay dense.
-    block : int
-        Tokens of a block.
-    """
-
-    residual: int = 128
-    sink: int = 4
-    block: int = 64
-
-    def __post_init__(self) -> None:
-        for name, least in (("residual", 0), ("sink", 0), ("block", 1)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise CodecConfigError(f"{name} must be a whole number of tokens >= {least}, found {value!r}")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class SideCodec:
-    """How the keys or the values of one layer are encoded."""
-
-    codec: Codec
-    tables: Tables = dataclasses.field(default_factory=dict)
-    seed: int = 0
-
-    def stream(self, block: int, device: torch.device) -> TokenStream:
-        """Return an empty stream."""
-        tables = {name: table.to(device) for name, table in self.tables.items()}
-        return TokenStream(self.codec, block, tables=tables, seed=self.seed)
-
-
-@dataclasses.dataclass(frozen=True)
-class CacheReport:
-    """Bytes of a cache, measured from its tensors.
-
-    Attributes
-    ----------
-    payload : int
-        Encoded tokens, everything that belongs to them: codes, scales, norms.
-    tables : int
-        Trained tables that blocks share, each counted once.
-    recent, sinks : int
-        Dense last and first tokens of the compressed layers.
-    native : int
-        Layers that stay transformers' own.
-    elements : int
-        Numbers that the payload stands for.
-    """
-
-    payload: int = 0
-    tables: int = 0
-    recent: int = 0
-    sinks: int = 0
-    native: int = 0
-    elements: int = 0
-
-    @property
-    def total(self) -> int:
-        """All bytes."""
-        return self.payload + self.tables + self.recent + self.sinks + self.native
-
-    @property
-    def rate(self) -> float:
-        """Bits per element of the encoded tokens, tables apart; 0 before the first block."""
-        return 8.0 * self.payload / max(1, self.elements)
-
-
-def nbytes_of(tensors: Iterable[Tensor | None]) -> int:
-    """Return the bytes of tensors."""
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
 class CompressedCacheLayer(CacheLayerMixin):
@@ -117,6 +34,10 @@ class CompressedCacheLayer(CacheLayerMixin):
         How many first tokens of each sequence are padding, where that was said; else the first call's keys tell.
     lead : Lead or None
         The order of the first tokens that follows from it.
+    gone : int
+        Tokens evicted from behind the sinks; they keep their places, and nothing attends to them.
+    offloads : bool
+        Whether full pages lie in the processor's memory while other layers work.
     """
 
     is_croppable = True
@@ -125,7 +46,7 @@ class CompressedCacheLayer(CacheLayerMixin):
     def __init__(self, key: SideCodec, value: SideCodec, window: Window, name: str = "layer") -> None:
         super().__init__()
         self.sides, self.window, self.name = (key, value), window, name
-        self.lazy = False
+        self.lazy = self.offloads = False
         self.reset()
 
     def reset(self) -> None:
@@ -135,6 +56,7 @@ class CompressedCacheLayer(CacheLayerMixin):
         self.streams: tuple[TokenStream, TokenStream] | None = None
         self.padding: Tensor | None = None
         self.lead: Lead | None = None
+        self.gone = self._owed = 0
         self.is_initialized = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -187,23 +109,25 @@ class CompressedCacheLayer(CacheLayerMixin):
             if (held.shape[:2], held.shape[3], held.dtype) != (new.shape[:2], new.shape[3], new.dtype):
                 raise CodecConfigError(f"{self.name}: {SIDES[side]}s {tuple(new.shape)} {new.dtype} do not continue "
                                        f"the cached (batch, heads, tokens, dim) = {tuple(held.shape)} {held.dtype}")
-        middle, given = streams[0].tokens, (key_states, value_states)
+        middle, given, lead, gone = streams[0].tokens, (key_states, value_states), self.lead, self.gone
         if not self.get_seq_length():
-            self.lead = Lead.of(self.padding, key_states, self.window.sink)
-            if self.lead is not None:
-                key_states, value_states = self.lead.held(key_states), self.lead.held(value_states)
-        first = min(max(0, self.window.sink - sinks[0].shape[2]), key_states.shape[2])
+            lead = Lead.of(self.padding, key_states, self.window.sink)
+            if lead is not None:
+                key_states, value_states = lead.held(key_states), lead.held(value_states)
+        first = self._sinking(key_states.shape[2])
         if first:
-            self.sinks = sinks = (torch.cat([sinks[0], key_states[:, :, :first]], 2),
-                                  torch.cat([sinks[1], value_states[:, :, :first]], 2))
+            sinks = (torch.cat([sinks[0], key_states[:, :, :first]], 2),
+                     torch.cat([sinks[1], value_states[:, :, :first]], 2))
         tail = key_states[:, :, first:], value_states[:, :, first:]
         if keys.shape[2]:
             tail = torch.cat([keys, tail[0]], 2), torch.cat([values, tail[1]], 2)
-        seen = States(sinks, tail, streams, middle, self.lead)
+        seen = (streams[0].copy(), streams[1].copy()) if self.offloads else streams
+        states = States(sinks, tail, seen, middle, lead, gone)
         self._keep(tail)
-        if seen.tokens == key_states.shape[2]:
+        self.sinks, self.lead = sinks, lead
+        if states.tokens == key_states.shape[2]:
             return given
-        return seen.lazy() if lazy and middle else (seen.dense(0), seen.dense(1))
+        return states.lazy() if lazy and (middle or gone) else (states.dense(0), states.dense(1))
 
     def _held(self) -> tuple[Tensor, Tensor, Pair, tuple[TokenStream, TokenStream]]:
         assert self.keys is not None
@@ -212,27 +136,96 @@ class CompressedCacheLayer(CacheLayerMixin):
         assert self.streams is not None
         return self.keys, self.values, self.sinks, self.streams
 
+    def _sinking(self, new: int) -> int:
+        """Return how many of so many new tokens become sinks."""
+        held = 0 if self.sinks is None else self.sinks[0].shape[2]
+        return min(max(0, self.window.sink - held), new)
+
+    @property
+    def blocks(self) -> int:
+        """Closed blocks held."""
+        return 0 if self.streams is None else self.streams[0].tokens // self.window.block
+
+    def closes(self, new: int) -> int:
+        """Return how many blocks a call with so many new tokens closes."""
+        tail = (0 if self.keys is None else self.keys.shape[2]) + new - self._sinking(new)
+        return max(0, tail - self.window.residual) // self.window.block
+
     def _keep(self, tail: Pair) -> None:
-        """Encode the whole blocks of the tail that leave the window; keep the rest dense."""
+        """Encode the whole blocks of the tail that leave the window, both sides or none; keep the rest dense."""
         window, (keys, _, _, streams) = self.window, self._held()
         closed = max(0, tail[0].shape[2] - window.residual) // window.block * window.block
-        if closed:
-            for side, (stream, states) in enumerate(zip(streams, tail, strict=True)):
-                try:
-                    stream.append(states[:, :, :closed].detach())
-                except NonFiniteError as error:
-                    raise NonFiniteError(f"{self.name}: {SIDES[side]}s: {error}") from error
+        lost, held = self._owed * window.block, streams[0].tokens
+        if closed > lost:
+            written = False
+            try:
+                for side, (stream, states) in enumerate(zip(streams, tail, strict=True)):
+                    try:
+                        stream.append(states[:, :, lost:closed].detach())
+                    except NonFiniteError as error:
+                        raise NonFiniteError(f"{self.name}: {SIDES[side]}s: {error}") from error
+                written = True
+            finally:
+                if not written:
+                    streams[0].crop(held)
         if not closed and keys.shape[2]:
-            self.keys, self.values = tail
+            kept = tail
         else:  # neither the memory of the closed blocks nor the model's own
-            self.keys, self.values = (t[:, :, closed:].clone() for t in tail)
+            kept = tail[0][:, :, closed:].clone(), tail[1][:, :, closed:].clone()
+        self.keys, self.values = kept
+        self.gone, self._owed = self.gone + lost, 0
+
+    def evict(self, blocks: int) -> None:
+        """Drop the oldest blocks; of those that the next call closes, what is not there yet."""
+        streams = self._held()[3] if self.is_initialized else ()
+        there = min(blocks, streams[0].tokens // self.window.block) if streams else 0
+        for stream in streams:
+            stream.drop(there)
+        self.gone, self._owed = self.gone + there * self.window.block, blocks - there
+
+    def more_nbytes(self, new: int, like: Pair, dropped: int = 0) -> int:
+        """Return the bytes on the device that a call with so many new tokens adds, where blocks are dropped before it.
+
+        Parameters
+        ----------
+        like : (Tensor, Tensor)
+            Keys and values of a layer, which this one's resemble where it holds none yet.
+        """
+        closed, total = self.closes(new), 0
+        for side in range(2):
+            states = like[side] if self.keys is None or self.values is None else (self.keys, self.values)[side]
+            batch, heads, _, dim = states.shape
+            stream = self.sides[side].stream(self.window.block, states.device) if self.streams is None else (
+                self.streams[side])
+            dense = new - closed * self.window.block
+            total += stream.more_nbytes(closed - dropped, (batch, heads, dim))
+            total += dense * batch * heads * dim * states.element_size()
+        return total
+
+    def release(self) -> None:
+        """Give back room that was made for blocks that did not come."""
+        for stream in self.streams or ():
+            stream.release()
+
+    def reserve(self, new: int) -> None:
+        """Make room for what a call with so many new tokens closes, as far as shapes are known."""
+        for stream in self.streams or ():
+            stream.reserve(max(0, self.closes(new) - self._owed))
+
+    @property
+    def near_nbytes(self) -> int:
+        """Bytes on the device, tables apart."""
+        if not self.is_initialized:
+            return 0
+        keys, values, sinks, streams = self._held()
+        return nbytes_of((keys, values, *sinks)) + sum(stream.near_nbytes for stream in streams)
 
     def get_seq_length(self) -> int:
         """Return the number of tokens held."""
         if not self.is_initialized:
             return 0
         keys, _, sinks, streams = self._held()
-        return sinks[0].shape[2] + streams[0].tokens + keys.shape[2]
+        return sinks[0].shape[2] + self.gone + streams[0].tokens + keys.shape[2]
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
         """Return (tokens that a call of `query_length` queries sees, 0); older transformers give their positions."""
@@ -253,7 +246,7 @@ class CompressedCacheLayer(CacheLayerMixin):
         Raises
         ------
         CodecConfigError
-            If there are fewer tokens.
+            If there are fewer tokens, or the last to be kept was evicted.
         """
         if tokens_to_remove == 0 or not self.is_initialized:
             return
@@ -262,10 +255,13 @@ class CompressedCacheLayer(CacheLayerMixin):
         if kept < 0:
             raise CodecConfigError(f"{self.name}: cannot crop {-tokens_to_remove} tokens from a cache of {length}")
         keys, values, sinks, streams = self._held()
-        if self.lead is not None and kept < self.lead.width:
+        dense = sinks[0].shape[2] + self.gone
+        if self.gone and kept < dense:
+            raise CodecConfigError(f"{self.name}: cannot crop to {kept} tokens: {self.gone} from the "
+                                   f"{sinks[0].shape[2]}th on were evicted; reset() the cache")
+        if self.lead is not None and kept < self.lead.width and not self.gone:
             self._restart(kept)
             return
-        dense = sinks[0].shape[2]
         if kept >= dense + streams[0].tokens:
             recent = kept - dense - streams[0].tokens
             self.keys, self.values = keys[:, :, :recent].clone(), values[:, :, :recent].clone()
@@ -319,25 +315,14 @@ class CompressedCacheLayer(CacheLayerMixin):
         return twin
 
     def offload(self) -> None:
-        """Move everything to the processor's memory."""
-        self._move(torch.device("cpu"))
+        """Let full pages lie in the processor's memory; what is dense stays where it is."""
+        for stream in self.streams or ():
+            stream.away()
 
-    def prefetch(self) -> None:
-        """Move everything back to the layer's device."""
-        if self.is_initialized:
-            self._move(self.device)
-
-    def _move(self, device: torch.device) -> None:
-        if not self.is_initialized or self._held()[0].device == device:
-            return
-        keys, values, sinks, streams = self._held()
-        self.keys, self.values = keys.to(device, non_blocking=True), values.to(device, non_blocking=True)
-        self.sinks = sinks[0].to(device, non_blocking=True), sinks[1].to(device, non_blocking=True)
-        moved = []
-        for stream in streams:
-            tensors, meta = stream.state()
-            moved.append(TokenStream.from_state({k: t.to(device) for k, t in tensors.items()}, meta))
-        self.streams = moved[0], moved[1]
+    def prefetch(self, stream: torch.cuda.Stream | None = None) -> None:
+        """Begin to bring them back, by a stream that the device's own then has to wait for."""
+        for one in self.streams or ():
+            one.bring(stream)
 
     def report(self) -> CacheReport:
         """Return the layer's bytes; tables that were given are left to the cache, whose layers may share them."""
@@ -346,7 +331,9 @@ class CompressedCacheLayer(CacheLayerMixin):
         keys, values, sinks, streams = self._held()
         own = (stream.table_nbytes for stream, side in zip(streams, self.sides, strict=True) if not side.tables)
         return CacheReport(payload=sum(s.nbytes for s in streams), tables=sum(own), recent=nbytes_of((keys, values)),
-                           sinks=nbytes_of(sinks), elements=sum(s.batch * s.heads * s.tokens * s.dim for s in streams))
+                           sinks=nbytes_of(sinks), elements=sum(s.batch * s.heads * s.tokens * s.dim for s in streams),
+                           pages=sum(s.near_nbytes for s in streams), host=sum(s.far_nbytes for s in streams),
+                           evicted=self.gone)
 
     def state(self) -> LayerState:
         """Return tensors by name and a JSON-able description, from which `restore` makes an equal layer."""
@@ -358,6 +345,8 @@ class CompressedCacheLayer(CacheLayerMixin):
             tensors |= {f"stream/{side}/{name}": t for name, t in held.items()}
         if self.lead is not None:
             meta["padding"] = self.lead.padding.tolist()
+        if self.gone:
+            meta["evicted"] = self.gone
         return LayerState(tensors, meta)
 
     @classmethod
@@ -379,6 +368,9 @@ class CompressedCacheLayer(CacheLayerMixin):
                                         "encoded blocks do not belong together")
         layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
         layer.keys, layer.values, layer.sinks, layer.streams = keys, values, (key_sinks, value_sinks), streams
+        layer.gone = state.meta.get("evicted", 0)
+        if type(layer.gone) is not int or layer.gone < 0 or layer.gone % window.block:
+            raise CorruptStoreError(f"{name}: {layer.gone!r} evicted tokens are not whole blocks of {window.block}")
         if "padding" in state.meta:
             lead = Lead.restore(state.meta["padding"], keys.shape[0], layer.get_seq_length(), key_sinks.shape[2])
             layer.lead = lead if lead.padding.any() else None

@@ -68,7 +68,8 @@ class _Weights:
         self.tied = layout.tied
         for name, buffer in model.named_buffers():
             path, _, key = name.rpartition(".")
-            held = opened.plain(name).to(buffer.dtype) if name in opened.entries else like.get_buffer(name).clone()
+            stored = name in opened.entries
+            held = opened.plain(name).to(like.device, buffer.dtype) if stored else like.get_buffer(name).clone()
             model.get_submodule(path)._buffers[key] = held
 
     def fill(self, modules: list[nn.Module]) -> None:
@@ -109,8 +110,8 @@ class _Weights:
         if loaded is not None and not self._stored(name):
             return loaded.detach().clone()  # made by the class itself
         if name in self.opened.entries and self.opened.entries[name].codec is None:
-            return self.opened.plain(name).to(dtype)
-        decoded = [self.opened.matrix(m.name).decode().to(dtype) for m in self.matrices[name]]
+            return self.opened.plain(name).to(self.like.device, dtype)
+        decoded = [self.opened.matrix(m.name).to(self.like.device).decode().to(dtype) for m in self.matrices[name]]
         if self.matrices[name][0].index is not None:
             return torch.stack(decoded)
         return decoded[0].T if self.matrices[name][0].kind == "conv1d" else decoded[0]

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -107,9 +107,14 @@ class Flow:
     def __init__(self, streamed: Streamed, batches: Sequence[Tensor], kept: Activations) -> None:
         self.streamed, self.batches, self.kept = streamed, batches, kept
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of all batches."""
+        return sum(batch.numel() for batch in self.batches)
+
     def given(self, batch: int) -> Given:
-        """Return a copy of what a batch carries, on the model's device: some blocks write into what they are given."""
-        device = self.streamed.hollow.device
+        """Return a copy of what a batch carries, on its device: some blocks write into what they are given."""
+        device = self.streamed.at(batch).hollow.device
         return {name: tuple(leaf.to(device, copy=True) for leaf in leaves)
                 for name, leaves in self.kept.of(batch).items()}
 
@@ -157,17 +162,17 @@ class Flow:
 
     def _one(self, stage: int, batch: int, *, keep: bool) -> list[tuple[str, Tensor]]:
         with torch.no_grad():
-            out, seen = self.streamed.step(stage, self.batches[batch], self.given(batch))
+            out, seen = self.streamed.at(batch).step(stage, self.batches[batch], self.given(batch))
             if keep and stage < len(self.streamed.blocks):
                 self.kept.put(batch, self.streamed.blocks[stage].list, out)
             return seen
 
     def _sums(self, stage: int, work: Callable[[int], dict[str, Sums]], step: Callable[[int], None]) -> Moments:
         total, done = Moments(), 0
-        widest = sum(m.shape[1] ** 2 for m in self.streamed.matrices(stage))
-        for batch, found in enumerate(in_order(len(self.batches), work, room=MOMENTS // max(1, 4 * widest),
-                                               device=self.streamed.hollow.device)):
-            total.add(found)
+        devices, widest = self.streamed.devices, sum(m.shape[1] ** 2 for m in self.streamed.matrices(stage))
+        for batch, found in enumerate(in_order(len(self.batches), work, devices=devices,
+                                               room=room_for(devices, 4 * widest, MOMENTS))):
+            total.add({name: sums.to(self.streamed.hollow.device) for name, sums in found.items()})
             done += self.batches[batch].numel()
             step(done)
         return total
@@ -180,6 +185,10 @@ class Sums:
     names: list[str]
     moments: MomentSum
     change: ChangeSum | None = None
+
+    def to(self, device: torch.device) -> Sums:
+        """Return them on a device."""
+        return Sums(self.names, self.moments.to(device), None if self.change is None else self.change.to(device))
 
     def merge(self, other: Sums) -> None:
         """Add those of another tensor."""
@@ -248,22 +257,25 @@ class Moments:
         return {name: means[first] for name, first in self._leader.items() if first in means}
 
 
-def in_order(count: int, work: Callable[[int], T], *, device: torch.device, room: int = 1 << 20,
+def in_order(count: int, work: Callable[[int], T], *, devices: Sequence[torch.device], room: int = 1 << 20,
              gradients: bool = False) -> Iterator[T]:
-    """Yield `work(0)`, `work(1)`, …, several of them at once on a processor, each on one thread of torch.
+    """Yield `work(0)`, `work(1)`, …, several of them at once, each on one thread of torch.
 
     Parameters
     ----------
+    devices : sequence of torch.device
+        Taken in turn, so that each GPU works on one number at a time; processors, on as many as there are threads.
     room : int
         How many results may wait.
     gradients : bool
         Whether the work records gradients.
     """
     def alone(number: int) -> T:
-        with pinned(gradients=gradients), torch.set_grad_enabled(gradients):
+        with pinned(gradients=gradients), torch.set_grad_enabled(gradients), current(devices[number % len(devices)]):
             return work(number)
 
-    workers = min(count, threads_allowed(), max(1, room)) if device.type == "cpu" else 1
+    able = max(len(devices), threads_allowed()) if devices[0].type == "cpu" else len(devices)
+    workers = min(count, able, max(1, room))
     if workers <= 1:
         yield from map(alone, range(count))
         return
@@ -275,3 +287,13 @@ def in_order(count: int, work: Callable[[int], T], *, device: torch.device, room
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+def room_for(devices: Sequence[torch.device], held: int, limit: int) -> int:
+    """Return how many results may wait that hold so many bytes each: in a processor's memory, or one on each GPU."""
+    return max(1 if devices[0].type == "cpu" else len(devices), limit // max(1, held))
+
+
+def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which kernels go to a device; each thread has a current one of its own."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

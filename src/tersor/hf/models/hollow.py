@@ -97,10 +97,10 @@ class Hollow:
         if name not in self._shared:
             tensor = self._copied(name)
             if tensor is None:
-                tensor = self.source.tensor(name)
+                tensor = self.source.tensor(name).to(self.device)  # where a look at all numbers takes no time
                 if name in self._matrices:
                     check_matrix(tensor.flatten(0, -2), name)
-            made = nn.Parameter(tensor.to(self.device, self._dtype(name)), requires_grad=False)
+            made = nn.Parameter(tensor.to(self._dtype(name)), requires_grad=False)
             if name not in self.source.layout.tied.values():
                 return made
             self._shared[name] = made

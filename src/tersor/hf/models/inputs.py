@@ -31,8 +31,14 @@ def run(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     return found
 
 
-def example_inputs(model: PreTrainedModel, seed: int = 0) -> dict[str, Any]:
+def example_inputs(model: PreTrainedModel, seed: int = 0,
+                   device: torch.device | None = None) -> dict[str, Any]:
     """Return small random inputs that a model runs on: text where it reads text, else pictures, sound or both.
+
+    Parameters
+    ----------
+    device : torch.device or None
+        Where the model runs; None: on the processor.
 
     Raises
     ------
@@ -40,7 +46,8 @@ def example_inputs(model: PreTrainedModel, seed: int = 0) -> dict[str, Any]:
         If it runs on none that can be made from its configuration; carries what it said to the first.
     """
     first: str | None = None
-    for inputs in candidates(model, seed):
+    for made in candidates(model, seed):
+        inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in made.items()}
         try:
             if run(model, inputs):
                 return inputs

@@ -58,6 +58,8 @@ class Source:
         Keys that the user asked to leave out, and why.
     seen : mapping of Path to tuple
         The files, as they were when they were opened: inode, size and time of change.
+    proofs : list
+        That the model runs block by block (`streamed.Proof`): none before it was first run so.
     """
 
     path: Path
@@ -69,6 +71,7 @@ class Source:
     left_dense: Mapping[str, str]
     left_out: Mapping[str, str]
     seen: Mapping[Path, tuple[int, int, int]]
+    proofs: list[Any] = dataclasses.field(default_factory=list)
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor in its own dtype; dequantized, and put together, where the checkpoint stores it otherwise."""

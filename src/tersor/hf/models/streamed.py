@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from tersor.errors import ModelError
 from tersor.hf.models.classes import feed, run
@@ -105,13 +106,13 @@ class Streamed:
         Token ids (1, length) that the proof runs on, a few of them.
     whole : bool
         Keep all weights in memory; then there is one stage, the model.
-    proof : Proof or None
-        Of the same model, if it was proven before.
 
     Attributes
     ----------
     blocks : list of Block
         In the order of use.
+    copies : list of Streamed
+        This one, and those of the same model on other devices, which `resident` and `watched` mean as well.
     reads : mapping of str to nn.Module
         The module whose input a matrix multiplies, by the matrix's name; those of the head for an embedding tied to it.
 
@@ -121,8 +122,9 @@ class Streamed:
         If the model cannot be run block by block; says why.
     """
 
-    def __init__(self, hollow: Hollow, ids: Tensor, *, whole: bool = False, proof: Proof | None = None) -> None:
+    def __init__(self, hollow: Hollow, ids: Tensor, *, whole: bool = False) -> None:
         self.hollow, self.model = hollow, hollow.model
+        self.copies = [self]
         self.blocks: list[Block] = []
         self.reads = _reads(hollow)
         self._places: dict[str, int] = {}
@@ -135,18 +137,17 @@ class Streamed:
         hollow.fill(part for part in self.model.modules() if id(part) not in inside)
         for block in found:
             block.module.__dict__["forward"] = self._forward(block)
-        if proof is not None:
-            named = {block.name: block for block in found}
-            self.blocks = [named[name] for name in proof.order]
-            self._places, self._lists = {name: place for place, name in enumerate(proof.order)}, dict(proof.forms)
-            self._last = None if proof.last is None else self.reads[proof.last]
-            self.proof = proof
+        if found and hollow.source.proofs:  # for which all weights were read
+            self._believe(hollow.source.proofs[0], {block.name: block for block in found})
         elif found:
-            self.proof = self._prove(ids[:1, :PILOT])
-        elif whole:
-            self.proof = Proof((), {}, None)
-        else:
+            hollow.source.proofs.append(self._prove(ids[:1, :PILOT]))
+        elif not whole:
             raise ModelError(f"no sequence of blocks with matrices was found in a {type(self.model).__name__}; {HINT}")
+
+    def _believe(self, proof: Proof, named: Mapping[str, Block]) -> None:
+        self.blocks = [named[name] for name in proof.order]
+        self._places, self._lists = {name: place for place, name in enumerate(proof.order)}, dict(proof.forms)
+        self._last = None if proof.last is None else self.reads[proof.last]
 
     def matrices(self, stage: int) -> list[Matrix]:
         """Return the matrices of a stage; the last one's are those outside of all blocks."""
@@ -155,6 +156,15 @@ class Streamed:
             return [m for m in listed if self.blocks[stage].holds(m.parameter)]
         return [m for m in listed if not any(block.holds(m.parameter) for block in self.blocks)]
 
+    def at(self, batch: int) -> Streamed:
+        """Return the copy that works on a batch: all in turn."""
+        return self.copies[batch % len(self.copies)]
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """The copies' devices."""
+        return [copy.hollow.device for copy in self.copies]
+
     def looks_up(self, matrix: Matrix) -> bool:
         """Return whether a matrix is a table that tokens are looked up in, whatever else it is."""
         return isinstance(self.model.get_submodule(matrix.parameter.rpartition(".")[0]), nn.Embedding)
@@ -162,25 +172,33 @@ class Streamed:
     @contextlib.contextmanager
     def resident(self, stage: int) -> Iterator[None]:
         """Hold the weights of a stage's block in memory."""
-        modules = list(self.blocks[stage].module.modules()) if stage < len(self.blocks) else []
-        self.hollow.fill(modules)
         try:
+            for copy in self.copies:  # others take them from the first
+                copy.hollow.fill(copy._modules(stage))
             yield
         finally:
-            self.hollow.empty(modules)
+            for copy in self.copies:
+                copy.hollow.empty(copy._modules(stage))
+
+    def _modules(self, stage: int) -> list[nn.Module]:
+        return list(self.blocks[stage].module.modules()) if stage < len(self.blocks) else []
 
     @contextlib.contextmanager
     def watched(self, stage: int) -> Iterator[None]:
         """Let `step` return what a stage's matrices multiply."""
-        modules = [(m.name, self.reads[m.name]) for m in self.matrices(stage) if m.name in self.reads]
-        handles = [module.register_forward_pre_hook(self._hook(name)) for name, module in modules]
-        if stage == len(self.blocks) and self._last is not None:
-            handles.append(self._last.register_forward_pre_hook(_stop))
+        handles = [handle for copy in self.copies for handle in copy._watch(stage)]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _watch(self, stage: int) -> list[RemovableHandle]:
+        modules = [(m.name, self.reads[m.name]) for m in self.matrices(stage) if m.name in self.reads]
+        handles = [module.register_forward_pre_hook(self._hook(name)) for name, module in modules]
+        if stage == len(self.blocks) and self._last is not None:
+            handles.append(self._last.register_forward_pre_hook(_stop))
+        return handles
 
     def step(self, stage: int, ids: Tensor, given: Given) -> tuple[Leaves, list[tuple[str, Tensor]]]:
         """Run token ids (batch, length) through a block that is resident, or as far through the rest as is watched.
@@ -217,7 +235,8 @@ class Streamed:
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             del module
-            self._local.now.seen.append((name, inputs[0]))
+            if inputs[0].is_floating_point():  # token ids are looked up
+                self._local.now.seen.append((name, inputs[0]))
         return hook
 
     def _forward(self, block: Block) -> Callable[..., Any]:

@@ -78,7 +78,7 @@ def _attend(query: Tensor, held: Held, closed: Closed, how: How,
 
 def _anchored(side: Side) -> tuple[Tensor, int]:
     """Return the first page from where codes begin, as words, and how far scales are from there, in words."""
-    return side.pages[0].view(torch.int32)[side.codes_at // 4 :], (side.scales_at - side.codes_at) // 4
+    return side.pages[0].view(-1).view(torch.int32)[side.codes_at // 4 :], (side.scales_at - side.codes_at) // 4
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:

@@ -48,20 +48,21 @@ def every(held: Held, which: int, dtype: torch.dtype) -> Tensor:
 def decoded(closed: Closed, side: Side, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """Return closed tokens of a cache of (batch, heads, any, dim): (batch, heads, tokens, dim)."""
     batch, heads, _, dim = shape
-    levels, rows = side.levels, closed.blocks * batch * heads * closed.block
+    levels, rows = side.levels, closed.blocks * heads * closed.block
     count = dim if levels.maps is None else levels.maps.shape[1]
     found = []
-    for page in side.pages:
-        raw = page[side.codes_at : side.codes_at + rows * count * levels.bits // 8]
-        scales = page[side.scales_at : side.scales_at + 2 * rows].view(torch.bfloat16).to(dtype)
+    for page, slots in zip(side.pages, side.slots, strict=True):
+        held = page if slots is None else page.index_select(0, slots)
+        raw = held[:, side.codes_at : side.codes_at + rows * count * levels.bits // 8].contiguous()
+        scales = held[:, side.scales_at : side.scales_at + 2 * rows].contiguous().view(torch.bfloat16).to(dtype)
         if levels.table is None:
             numbers = raw.view(torch.float8_e4m3fn).to(torch.float32).to(dtype)
         else:
-            codes = packing.unpack(raw, 2**levels.bits, 0, rows * count)
+            codes = packing.unpack(raw.flatten(), 2**levels.bits, 0, batch * rows * count)
             numbers = levels.table.to(device=page.device, dtype=dtype)[codes.to(torch.int32)]
-        found.append((numbers.reshape(rows, count) * scales[:, None]).reshape(closed.blocks, batch, heads, closed.block,
-                                                                              count))
-    tokens = torch.cat(found).permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, : closed.tokens]
+        found.append((numbers.reshape(batch, rows, count) * scales[..., None]).reshape(batch, closed.blocks, heads,
+                                                                                       closed.block, count))
+    tokens = torch.cat(found, 1).transpose(1, 2).flatten(2, 3)[:, :, : closed.tokens]
     if levels.maps is not None:
         tokens = tokens @ levels.maps.to(dtype)
     return tokens if levels.offset is None else tokens + levels.offset.to(dtype)[:, None]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 BITS = (2, 3, 4, 8)  # of a code
+LANE_BITS = (2, 3, 4)  # on the processor: with heads of any multiple of eight numbers
 DIMS = (64, 128)  # of a head
 DTYPES = (torch.bfloat16, torch.float16)
 MOST_QUERIES = 8  # tokens of a sequence that attend at once
@@ -73,16 +74,19 @@ class Side:
     ----------
     levels : Levels
     pages : tuple of Tensor
-        uint8, each with room for so many blocks: codes (blocks, batch, heads, tokens of a block, bytes), and scales,
-        bf16 (blocks, batch, heads, tokens of a block).
+        uint8 (slots, bytes), a slot with room for so many blocks of a sequence: codes (blocks, heads, tokens of a
+        block, bytes), and scales, bf16 (blocks, heads, tokens of a block).
+    slots : tuple of Tensor or None
+        Of each page, which slot is whose: int64 (batch,); None where they are in order.
     addresses : Tensor
-        int64 (pages,): how far each is from the first, in units of 16 bytes.
+        int64 (pages, batch): how far each sequence's slot is from the first page, in units of 16 bytes.
     codes_at, scales_at : int
-        Where codes and scales begin in a page, bytes.
+        Where codes and scales begin in a slot, bytes.
     """
 
     levels: Levels
     pages: tuple[Tensor, ...]
+    slots: tuple[Tensor | None, ...]
     addresses: Tensor
     codes_at: int
     scales_at: int

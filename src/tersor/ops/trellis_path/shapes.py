@@ -6,9 +6,14 @@ import dataclasses
 
 WARM = 16  # windows on either side of the seam after which paths have merged: half of them cost .2 % of error
 MOST_MEMORY = 15  # costs of 2**15 states fill half of a multiprocessor's registers
+LONG_MEMORY = 16  # of more states, groups are kept in shared memory
+ROOM = 227 << 10  # bytes of shared memory that a program may have
 MOST_PERIOD = 4
 HELD = 6  # bits of the states that a thread holds, at most: so many costs in registers
 LANES = 5  # bits of the threads of a warp
+MOST_WARPS = 5  # bits of the warps of a program
+MOST_LONG_SHIFT = 4
+PART = 5  # bits of the states of a thread that are at work at a time where their levels are read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,18 +58,43 @@ def parts(steps: Steps) -> tuple[int, int, int]:
     return top, steps.memory - top - low, low
 
 
+def long_parts(steps: Steps) -> tuple[int, int, int, int]:
+    """Return the bits of a state of a long window: the top, other and low ones are a thread's, the middle threads.
+
+    A part is of 64 states a thread, of 32 where levels are read, which are at work then too: more find no registers.
+    Low ones are stored together, and more than eight in a row would meet in banks.
+    """
+    top, held = max(steps.shifts), LONG_MEMORY - LANES - MOST_WARPS
+    low = min(3, held - top) if steps.linear else min(2, PART - top)
+    return top, held - top - low, LANES + MOST_WARPS, low
+
+
+def rooms(steps: Steps) -> tuple[int, int]:
+    """Return the bytes of shared memory that the groups of a long window take before every second step, and after."""
+    turns = [[shift for t, shift in enumerate(2 * steps.shifts) if t % 2 == turn] for turn in range(2)]
+    return 4 << LONG_MEMORY - min(turns[0]), 4 << LONG_MEMORY - min(turns[1])
+
+
+def together(steps: Steps) -> bool:
+    """Tell whether groups before a step and after it share one room."""
+    return sum(rooms(steps)) > ROOM
+
+
 def warps(steps: Steps) -> int:
     """Return the warps of a program."""
     return max(1, (1 << steps.memory - HELD) >> LANES) if steps.memory > HELD + LANES else 1
 
 
 def refusal(steps: Steps, length: int) -> str | None:
-    """Return why the kernel does not take segments of so many numbers, or None."""
-    period = len(steps.shifts)
-    least = max(LANES, 2 * max(steps.shifts))
-    if not least <= steps.memory <= MOST_MEMORY or period > MOST_PERIOD:
-        return (f"expected a window of {least} to {MOST_MEMORY} bits and a period of at most {MOST_PERIOD}, found "
+    """Return why the kernels do not take segments of so many numbers, or None."""
+    period, most = len(steps.shifts), max(steps.shifts)
+    least = max(LANES, 2 * most)
+    if not least <= steps.memory <= LONG_MEMORY or period > MOST_PERIOD:
+        return (f"expected a window of {least} to {LONG_MEMORY} bits and a period of at most {MOST_PERIOD}, found "
                 f"{steps.memory} and {period}")
-    if length % period or length < 2 * period:
-        return f"{length} numbers are no whole periods of {period}"
+    whole = period if steps.memory <= MOST_MEMORY else max(2, period)
+    if length % whole or length < 2 * whole:
+        return f"{length} numbers are no whole periods of {whole}"
+    if steps.memory == LONG_MEMORY and most > MOST_LONG_SHIFT:
+        return f"expected at most {MOST_LONG_SHIFT} new bits a step in windows of {LONG_MEMORY} bits, found {most}"
     return None

@@ -75,7 +75,8 @@ def _(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, shifts: Sequence[
     from tersor.ops.window_linear import launch
 
     matrix = launch.Matrix(codes, table, image, scales, line, width, across)
-    if 0 < len(flat) <= MOST_VECTORS and matrix.refusal is None:
+    halves = x.element_size() == launch.HALF  # few vectors meet numbers of 16 bits, which float32 is not for
+    if halves and 0 < len(flat) <= MOST_VECTORS and matrix.refusal is None:
         out = launch.few(flat.contiguous(), matrix)
     else:
         out = launch.by_decoding(flat, matrix)

@@ -160,15 +160,15 @@ def fetch(chunk, middle, sources, batch, sequence, head, HEADS: gl.constexpr, BL
     lv: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     COUNT_K: gl.constexpr = DIM // codes_of(KEYS, DIM)
     COUNT_V: gl.constexpr = DIM // codes_of(VALUES, DIM)
-    codes, scales = lines_of(key_words, key_pages, chunk, batch, KEYS, HEADS, BLOCK, PAGE, DIM, S * N)
-    rows = (row_of(along(S, lk, 0) * N, sequence, head, batch, HEADS, BLOCK),
-            row_of(along(S, lv, 0) * N, sequence, head, batch, HEADS, BLOCK),
-            row_of(along(S, mma, 0) * N, sequence, head, batch, HEADS, BLOCK))
+    codes, scales = lines_of(key_words, key_pages, chunk, batch, sequence, KEYS, HEADS, BLOCK, PAGE, DIM, S * N)
+    rows = (row_of(along(S, lk, 0) * N, head, HEADS, BLOCK),
+            row_of(along(S, lv, 0) * N, head, HEADS, BLOCK),
+            row_of(along(S, mma, 0) * N, head, HEADS, BLOCK))
     there = (chunk * S + along(S, lk, 0)) * N < middle
     keys = load_words(codes, rows[0] + along(N, lk, 1), along(COUNT_K, lk, 2), there & (along(COUNT_K, lk, 2) >= 0), KEYS,
                       is_wide(KEYS, DIM), COUNT_K)
     key_scale = load_scales(scales + key_room, rows[2], chunk, middle, mma, S, N)
-    codes, scales = lines_of(value_words, value_pages, chunk, batch, VALUES, HEADS, BLOCK, PAGE, DIM, S * N)
+    codes, scales = lines_of(value_words, value_pages, chunk, batch, sequence, VALUES, HEADS, BLOCK, PAGE, DIM, S * N)
     there = (chunk * S + along(S, lv, 0)) * N < middle
     values = load_words(codes, rows[1] + along(N, lv, 2), along(COUNT_V, lv, 1), there & (along(COUNT_V, lv, 1) >= 0),
                         VALUES, is_wide(VALUES, DIM), COUNT_V)

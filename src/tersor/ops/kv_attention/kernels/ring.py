@@ -19,22 +19,23 @@ def shift_of(count: int) -> int:
 
 
 @gluon.jit
-def lines_of(words, pages, chunk, batch, SIDE: gl.constexpr, HEADS: gl.constexpr, BLOCK: gl.constexpr,
+def lines_of(words, pages, chunk, batch, sequence, SIDE: gl.constexpr, HEADS: gl.constexpr, BLOCK: gl.constexpr,
              PAGE: gl.constexpr, DIM: gl.constexpr, TURNS: gl.constexpr):
     """Return where the codes and the scales of a chunk's first block begin, as words: chunks end within pages.
 
-    Pages are given by how far they are from the first, in 16 bytes. A page holds the codes of its blocks, then scales.
+    A sequence's slot of a page is given by how far it is from the first page, in 16 bytes; it holds the codes of its
+    blocks, then scales.
     """
     token = chunk * TURNS
-    far = gl.load(pages + (token >> shift_of(BLOCK * PAGE))).to(gl.int64) * 4
-    line = ((token >> shift_of(BLOCK)) & (PAGE - 1)).to(gl.int64) * (batch * HEADS)
+    far = gl.load(pages + ((token >> shift_of(BLOCK * PAGE)) * batch + sequence)).to(gl.int64) * 4
+    line = ((token >> shift_of(BLOCK)) & (PAGE - 1)).to(gl.int64) * HEADS
     return words + (far + line * (BLOCK * DIM * SIDE // 32)), words + (far + line * (BLOCK // 2))
 
 
 @gluon.jit
-def row_of(first, sequence, head, batch, HEADS: gl.constexpr, BLOCK: gl.constexpr):
-    """Return the rows of a page at which tokens `first` of a chunk lie, from the chunk's first block on."""
-    return (((first >> shift_of(BLOCK)) * batch + sequence) * HEADS + head) * BLOCK + (first & (BLOCK - 1))
+def row_of(first, head, HEADS: gl.constexpr, BLOCK: gl.constexpr):
+    """Return the rows of a slot at which tokens `first` of a chunk lie, from the chunk's first block on."""
+    return ((first >> shift_of(BLOCK)) * HEADS + head) * BLOCK + (first & (BLOCK - 1))
 
 
 @gluon.jit
@@ -57,11 +58,11 @@ def copy_words(place, base, rows, wanted, ROW: gl.constexpr, COUNT: gl.constexpr
 
 
 @gluon.jit
-def rows_of_turns(chunk, middle, sequence, head, batch, HEADS: gl.constexpr, BLOCK: gl.constexpr, layout: gl.constexpr,
+def rows_of_turns(chunk, middle, head, HEADS: gl.constexpr, BLOCK: gl.constexpr, layout: gl.constexpr,
                   S: gl.constexpr, N: gl.constexpr):
     """Return `row_of` each warp's turn; of the chunk's first where a turn lies beyond the last token."""
     first = gl.arange(0, S, layout=gl.SliceLayout(1, layout))[:, None] * N
-    return row_of(gl.where(chunk * (S * N) + first < middle, first, 0), sequence, head, batch, HEADS, BLOCK)
+    return row_of(gl.where(chunk * (S * N) + first < middle, first, 0), head, HEADS, BLOCK)
 
 
 @gluon.jit
@@ -71,13 +72,14 @@ def ask(rings, stage, chunk, wanted, middle, sources, batch, sequence, head, HEA
     key_words, value_words, key_pages, value_pages, key_room, value_room = sources
     flat: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [S, 1], [1, 0])
     thin: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [S, 1], [1, 0])
-    rows = rows_of_turns(chunk, middle, sequence, head, batch, HEADS, BLOCK, flat, S, N)
-    lines = rows_of_turns(chunk, middle, sequence, head, batch, HEADS, BLOCK, thin, S, N)
-    codes, scales = lines_of(key_words, key_pages, gl.where(wanted, chunk, 0), batch, KEYS, HEADS, BLOCK, PAGE, DIM, S * N)
+    rows = rows_of_turns(chunk, middle, head, HEADS, BLOCK, flat, S, N)
+    lines = rows_of_turns(chunk, middle, head, HEADS, BLOCK, thin, S, N)
+    codes, scales = lines_of(key_words, key_pages, gl.where(wanted, chunk, 0), batch, sequence, KEYS, HEADS, BLOCK, PAGE,
+                             DIM, S * N)
     copy_words(rings[0].index(stage), codes, rows, wanted, DIM * KEYS // 32, N * DIM * KEYS // 32, flat)
     copy_words(rings[1].index(stage), scales + key_room, lines, wanted, 0, N // 2, thin)
-    codes, scales = lines_of(value_words, value_pages, gl.where(wanted, chunk, 0), batch, VALUES, HEADS, BLOCK, PAGE, DIM,
-                             S * N)
+    codes, scales = lines_of(value_words, value_pages, gl.where(wanted, chunk, 0), batch, sequence, VALUES, HEADS, BLOCK, PAGE,
+                             DIM, S * N)
     copy_words(rings[2].index(stage), codes, rows, wanted, DIM * VALUES // 32, N * DIM * VALUES // 32, flat)
     copy_words(rings[3].index(stage), scales + value_room, lines, wanted, 0, N // 2, thin)
     async_copy.commit_group()

@@ -23,7 +23,7 @@ def _half(pair, SHIFT: gl.constexpr):
 
 
 @kernel
-@gluon.jit
+@gluon.jit(do_not_specialize=["first", "rows", "length", "units", "count"])
 def decode_across(codes, taps, scales, out, first, rows, width, length, units, count, UNIT: gl.constexpr,
                   SHIFTS: gl.constexpr, STEP: gl.constexpr, MEMORY: gl.constexpr, ROWS: gl.constexpr,
                   WORDS: gl.constexpr):

@@ -17,7 +17,7 @@ def _signed(tap, word, place):
 
 
 @kernel
-@triton.jit
+@triton.jit(do_not_specialize=["first", "rows", "length", "units", "count"])
 def decode_across(codes, taps, scales, out, index, first, rows, width, length, units, count, UNIT: tl.constexpr,
                   SHIFTS: tl.constexpr, STEP: tl.constexpr, MEMORY: tl.constexpr, ROWS: tl.constexpr,
                   BYTES: tl.constexpr, INDEXED: tl.constexpr):
@@ -45,7 +45,7 @@ def decode_across(codes, taps, scales, out, index, first, rows, width, length, u
 
 
 @kernel
-@triton.jit
+@triton.jit(do_not_specialize=["first", "length", "stream", "units", "count"])
 def decode_along(codes, taps, scales, out, index, first, length, stream, units, count, UNIT: tl.constexpr,
                  SHIFTS: tl.constexpr, STEP: tl.constexpr, MEMORY: tl.constexpr, BLOCK: tl.constexpr,
                  INDEXED: tl.constexpr):

@@ -58,7 +58,7 @@ def _window(codes, at, size, base, words, inside, SHIFTS: tl.constexpr, STEP: tl
 
 
 @kernel
-@triton.jit
+@triton.jit(do_not_specialize=["first", "words", "units", "count"])
 def decode_along(codes, taps, scales, out, first, words, length, stream, units, count, UNIT: tl.constexpr,
                  SHIFTS: tl.constexpr, STEP: tl.constexpr, MEMORY: tl.constexpr, PAIRS: tl.constexpr):
     """Rows `first` … of streams along inputs: words of bits (n, stream) to (rows, length); a program a segment."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tersor.ops.dispatch import compiled_allowed
+from tersor.ops.dispatch import compiled_allowed, take_reference
 from tersor.ops.trellis_path.beam import reference
+from tersor.ops.trellis_path.beam.shapes import refusal
 from tersor.ops.trellis_path.beam.sums import Sums
 
 
@@ -23,6 +24,10 @@ def entering(numbers: Tensor, sums: Sums, width: int) -> Tensor:
     width : int
         Survivors of a step, at most; as many as there are states find the best paths.
     """
+    if numbers.is_cuda and not take_reference("trellis_beam", refusal(sums, width)):
+        from tersor.ops.trellis_path.beam import launch
+
+        return launch.entering(numbers, sums, width)
     if compiled_allowed("trellis_path"):
         from tersor.ops.trellis_path.beam import compiled
 

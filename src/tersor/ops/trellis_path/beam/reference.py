@@ -1,8 +1,10 @@
 """Beams in plain torch: what the compiled walk means.
 
 A step: survivors that agree in all bits that stay are merged, the cheapest stays, of equals the first. Every one of
-them takes all new bits; candidates are in the order of their new bits, then of their survivors. Costs less the least of
-them fall into bins, 32 a power of two; bins are taken from the cheapest on, candidates of the last one in their order.
+them takes all new bits; candidates are in the order of their new bits, the newest first, then of their survivors: so
+survivors are in the order of their windows' bits, newest first, and those that agree are neighbours. Costs less the
+least of them fall into bins, 32 a power of two; bins are taken from the cheapest on, candidates of the last one in
+their order.
 
 A first walk over the seam finds the window at it. The second one starts with that window, and ends with it: the last
 `memory` bits that enter are its own.
@@ -13,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tersor.ops.trellis_path.beam.sums import Sums, mask
+from tersor.ops.trellis_path.beam.sums import Sums, backwards, mask
 
 BIN = 18  # bits of a float32 that do not tell bins apart: 5 of the 23 after the point do
 FOLD = 16
@@ -67,7 +69,7 @@ def walk(row: Tensor, sums: Sums, width: int, starts: Tensor, places: list[int],
         best = torch.full((len(keys),), -1).scatter_(0, group[order.flip(0)], order.flip(0))
         best = _by_first(best, group)
         moved = kept[best] << shift
-        new = torch.arange(1 << shift)
+        new = backwards(torch.arange(1 << shift), shift)
         if end is not None and left < memory:
             forced = mask(min(shift, memory - left))
             new = new[(new ^ end >> left) & forced == 0]

@@ -48,18 +48,34 @@ class Sums:
         new = tables[:, 0, : 1 << max(self.steps.shifts)]
         return tables.to(torch.float32), (new - new[:, :1]).to(torch.float32)
 
+    def order(self) -> Tensor:
+        """Return all new bits in the order of candidates, int32 (period, 2**most); -1 where a phase takes fewer."""
+        found = torch.full((len(self.steps.shifts), 1 << max(self.steps.shifts)), -1, dtype=torch.int32)
+        for own, shift in zip(found, self.steps.shifts, strict=True):
+            own[: 1 << shift] = backwards(torch.arange(1 << shift), shift)
+        return found
+
     def starts(self, width: int) -> Tensor:
         """Return the windows that a walk without a start begins with, int64: all, or `width` that are spread at random.
 
-        Drawn by splitmix64 from their numbers, so they are the same everywhere.
+        Drawn by splitmix64 from their numbers, so they are the same everywhere; each once. In the order of their bits,
+        newest first, which walks keep: windows that agree in their newest bits are neighbours.
         """
         memory = self.steps.memory
         if memory < 31 and 1 << memory <= width:
-            return torch.arange(1 << memory)
+            return backwards(torch.arange(1 << memory), memory)
         mixed = torch.arange(1, width + 1) * STEP
         for multiplier, shift in MIXED:
             mixed = (mixed ^ (mixed >> shift & mask(64 - shift))) * multiplier
-        return (mixed ^ (mixed >> 31 & mask(33))) & mask(memory)
+        return backwards(backwards((mixed ^ (mixed >> 31 & mask(33))) & mask(memory), memory).unique(), memory)
+
+
+def backwards(windows: Tensor, bits: int) -> Tensor:
+    """Return numbers of so many bits, int64, with their bits in the opposite order."""
+    found = torch.zeros_like(windows)
+    for place in range(bits):
+        found |= (windows >> place & 1) << bits - 1 - place
+    return found
 
 
 def mask(bits: int) -> int:

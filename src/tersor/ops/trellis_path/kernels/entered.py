@@ -9,7 +9,7 @@ from tersor.ops.dispatch import kernel
 
 
 @kernel
-@triton.jit
+@triton.jit(do_not_specialize=["length", "stream"])
 def entered(states, table, bits, numbers, length, stream, STATES: tl.constexpr, SHIFTS: tl.constexpr,
             STEP: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr):
     """Write uint8 (n, stream) and float32 (n, length) for states int32 (n, length); a program a part of a segment."""

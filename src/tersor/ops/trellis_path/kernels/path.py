@@ -73,8 +73,9 @@ def _off(x, high, low, table, WHOLE: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _step(metric, x, high, low, table, place, spare, SHIFT: gl.constexpr, WHOLE: gl.constexpr, LAYOUT: gl.constexpr):
-    # costs before to those after; what groups chose goes to place[: middles]
+def _step(metric, x, high, low, table, place, spare, unknown, SHIFT: gl.constexpr, WHOLE: gl.constexpr, LAYOUT: gl.constexpr):
+    # costs before to those after; what groups chose goes to place[: middles]. `unknown` is 0, which the compiler must not
+    # know: an instruction masks a cost and puts a branch's number there, if one of both is in a register
     TOP: gl.constexpr = metric.shape[0]
     MIDDLE: gl.constexpr = metric.shape[1]
     LOW: gl.constexpr = metric.shape[2]
@@ -82,7 +83,7 @@ def _step(metric, x, high, low, table, place, spare, SHIFT: gl.constexpr, WHOLE:
     REST: gl.constexpr = TOP // BRANCHES
     INSIDE: gl.constexpr = LOW if LOW < BRANCHES else BRANCHES
     AFTER: gl.constexpr = BRANCHES // INSIDE
-    key = (metric.to(gl.int32, bitcast=True) & -BRANCHES) | (_tops(TOP, LAYOUT) // REST)
+    key = (metric.to(gl.int32, bitcast=True) & (unknown - BRANCHES)) | (_tops(TOP, LAYOUT) // REST)
     best = gl.min(gl.reshape(key, (BRANCHES, REST, MIDDLE, LOW)), axis=0)
     LEFT: gl.constexpr = best.type.layout
     bits = SHIFT * (_tops(REST, LEFT) * LOW + _lows(LOW, LEFT))
@@ -110,7 +111,7 @@ def _before(state, place, bits, SHIFT: gl.constexpr, MIDDLE: gl.constexpr, LOW: 
 
 
 @gluon.jit
-def _forward(metric, x, chosen, first, count, length, high, low, table, spare, SHIFTS: gl.constexpr,
+def _forward(metric, x, chosen, first, count, length, high, low, table, spare, unknown, SHIFTS: gl.constexpr,
              WHOLE: gl.constexpr, LAYOUT: gl.constexpr):
     # costs after `count` steps around the circle from `first`
     PERIOD: gl.constexpr = len(SHIFTS)
@@ -128,7 +129,7 @@ def _forward(metric, x, chosen, first, count, length, high, low, table, spare, S
             ahead = ahead + (gl.load(x + following + p),)
         for p in gl.static_range(PERIOD):
             metric = _step(metric, numbers[p], high[p], low[p], table + p * STATES, chosen + (t + p) * MIDDLE,
-                           spare.index((t + p) % 2), SHIFTS[p], WHOLE, LAYOUT)
+                           spare.index((t + p) % 2), unknown, SHIFTS[p], WHOLE, LAYOUT)
     return metric
 
 
@@ -200,14 +201,15 @@ def path(numbers, table, choices, states, begin, each, length, warm, room, MEMOR
         highs = highs + (gl.load(level + (_tops(TOP, LAYOUT) * MIDDLE + _middles(MIDDLE, LAYOUT)) * LOW),)
         lows = lows + (gl.load(level + _lows(LOW, LAYOUT)) - gl.load(level),)
     metric = gl.zeros((TOP, MIDDLE, LOW), gl.float32, LAYOUT)
-    metric = _forward(metric, x, chosen, length - warm, 2 * warm, length, highs, lows, whole, spare, SHIFTS, WHOLE,
-                      LAYOUT)
+    unknown = warm >> 30
+    metric = _forward(metric, x, chosen, length - warm, 2 * warm, length, highs, lows, whole, spare, unknown, SHIFTS,
+                      WHOLE, LAYOUT)
     seam = _least(metric, LAYOUT)
     gl.thread_barrier()
     seam = _backward(seam, chosen, out, 2 * warm, warm, MEMORY, SHIFTS, MIDDLE, LOW, False)
     gl.thread_barrier()
     index = (_tops(TOP, LAYOUT) * MIDDLE + _middles(MIDDLE, LAYOUT)) * LOW + _lows(LOW, LAYOUT)
     metric = gl.where(index == seam, 0.0, FAR)
-    metric = _forward(metric, x, chosen, 0, length, length, highs, lows, whole, spare, SHIFTS, WHOLE, LAYOUT)
+    metric = _forward(metric, x, chosen, 0, length, length, highs, lows, whole, spare, unknown, SHIFTS, WHOLE, LAYOUT)
     gl.thread_barrier()
     _backward(seam, chosen, out, length, 0, MEMORY, SHIFTS, MIDDLE, LOW, True)

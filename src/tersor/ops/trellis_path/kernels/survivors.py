@@ -145,6 +145,16 @@ def _select(count: Any, width: Any, bound: Any, work: Any) -> Any:
 
 
 @njit()
+def _backwards(bits: Any) -> Any:
+    """Return all numbers of so many bits, in the order of their bits, the last first."""
+    found = np.zeros(1 << bits, np.int64)
+    for place in range(bits):
+        for i in range(1 << bits):
+            found[i] |= (i >> place & 1) << (bits - 1 - place)
+    return found
+
+
+@njit()
 def _walk(row: Any, code: Any, plan: Any, bounds: Any, work: Any) -> Any:
     """Walk from the survivors in `work`; return the best of the last ones, and the stamp after the walk.
 
@@ -172,7 +182,7 @@ def _walk(row: Any, code: Any, plan: Any, bounds: Any, work: Any) -> Any:
         _sum(groups, shift, tables[phase], work)
         forced = (1 << min(shift, memory - left)) - 1 if ends and left < memory else 0
         wanted = np.int64((end >> np.uint64(left)) & np.uint64(forced)) if forced else 0
-        allowed = np.arange(1 << shift)
+        allowed = _backwards(shift)
         allowed = allowed[(allowed & forced) == wanted]
         number = _candidates(groups, row[place], allowed, news[phase], curve, work)
         saved = cost[0]

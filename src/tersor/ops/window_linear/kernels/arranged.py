@@ -40,7 +40,7 @@ def arrange(x, xp, peaks, width, row_step, batch, padded, CHUNK: tl.constexpr, S
 
 
 @kernel
-@triton.jit
+@triton.jit(do_not_specialize=["first", "rows", "length", "units", "count"])
 def look_across(codes, table, scales, out, index, first, rows, width, length, units, count, UNIT: tl.constexpr,
                 SHIFTS: tl.constexpr, STEP: tl.constexpr, MEMORY: tl.constexpr, ROWS: tl.constexpr,
                 COLUMNS: tl.constexpr, INDEXED: tl.constexpr):
@@ -68,7 +68,7 @@ def look_across(codes, table, scales, out, index, first, rows, width, length, un
 
 
 @kernel
-@triton.jit
+@triton.jit(do_not_specialize=["first", "length", "stream", "units", "count"])
 def look_along(codes, table, scales, out, index, first, length, stream, units, count, UNIT: tl.constexpr,
                SHIFTS: tl.constexpr, STEP: tl.constexpr, MEMORY: tl.constexpr, BLOCK: tl.constexpr,
                INDEXED: tl.constexpr):

@@ -1,0 +1,132 @@
+"""Who does the work on single matrices: a device, or several of one kind, each with a thread that works on it.
+
+What a task computes depends on its arguments alone, and nothing is summed over tasks: so results have the same bits
+whoever does them, and in whatever order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from tersor.hf.models.flow import current
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Task:
+    """Work on a matrix that a device of its own may do.
+
+    Attributes
+    ----------
+    name : str
+        Of the matrix.
+    work : callable
+        A function of a module; takes what `ready` returns, then `needs`.
+    ready : callable
+        Called when a device is free for the task: what it reads is in memory from then on.
+    cost : int
+        Of tasks, the longest is begun first: the elements to be encoded.
+    needs : tuple of Tensor or None
+        What several tasks need; brought to each device once.
+    """
+
+    name: str
+    work: Callable[..., Any]
+    ready: Callable[[], tuple[Any, ...]]
+    cost: int
+    needs: tuple[Tensor | None, ...] = ()
+
+
+class Crew(Protocol):
+    """Does tasks, within a context.
+
+    Attributes
+    ----------
+    devices : tuple of torch.device
+        What this process works on; matrices are read to the first.
+    """
+
+    devices: tuple[torch.device, ...]
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def each(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Any]]:
+        """Yield tasks with their results, as they are done; the first error ends all."""
+        ...
+
+
+class Hands:
+    """Devices of this process.
+
+    Parameters
+    ----------
+    devices : sequence of torch.device
+        One may be named several times: several tasks are then done on it at once.
+    """
+
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        self.devices = tuple(devices)
+
+    def __enter__(self) -> Hands:
+        """Return them."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Do nothing."""
+
+    def each(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Any]]:
+        """Yield tasks with their results: in their order by one device, the longest first by several."""
+        if len(self.devices) == 1:
+            alone = _Held(self.devices[0])
+            for task in tasks:
+                yield task, alone.work(task, task.ready())
+            return
+        waiting, free = longest_first(tasks), list(range(len(self.devices)))
+        held = [_Held(device) for device in self.devices]
+        running: dict[Future[Any], tuple[Task, int]] = {}
+        with ThreadPoolExecutor(len(free), thread_name_prefix="tersor-hand") as pool:
+            while waiting or running:
+                while waiting and free:
+                    task, place = waiting.pop(), free.pop()
+                    running[pool.submit(held[place].work, task, task.ready())] = task, place
+                for done in wait(running, return_when=FIRST_COMPLETED).done:
+                    task, place = running.pop(done)
+                    free.append(place)
+                    yield task, done.result()
+
+
+class _Held:
+    """What a device holds for the tasks that it does."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._moved: dict[int, Tensor] = {}  # by the original's id, which its task keeps alive
+
+    def work(self, task: Task, given: tuple[Any, ...]) -> Any:
+        own = [value.to(self._device) if isinstance(value, Tensor) else value for value in given]
+        return perform(task.work, [*own, *map(self._bring, task.needs)], self._device)
+
+    def _bring(self, tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        if id(tensor) not in self._moved:
+            self._moved[id(tensor)] = tensor.to(self._device)
+        return self._moved[id(tensor)]
+
+
+def perform(work: Callable[..., Any], given: Sequence[Any], device: torch.device) -> Any:
+    """Return what work makes of what it is given, on a device."""
+    with torch.no_grad(), current(device):
+        return work(*given)
+
+
+def longest_first(tasks: Sequence[Task]) -> list[Task]:
+    """Return tasks with the longest last, where they are taken from; of equals, the first."""
+    return sorted(reversed(tasks), key=lambda task: task.cost)

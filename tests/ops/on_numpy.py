@@ -1,0 +1,194 @@
+"""Device code on NumPy: what Triton and Gluon source says, run by Python, one program after the other.
+
+It finds wrong places, wrong shapes, two values for one place, and what is read before it is written; not what threads
+do to each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+import tersor.ops
+
+UNWRITTEN = -7  # in shared memory, before anything is stored
+
+
+class Tensor(np.ndarray):
+    """An array with the methods of a tensor on a device."""
+
+    def to(self, dtype: Any, bitcast: bool = False) -> Any:
+        """Convert, or read the same bits as another type."""
+        return array(np.atleast_1d(self).view(dtype).reshape(self.shape) if bitcast else self.astype(dtype))
+
+    @property
+    def type(self) -> Any:
+        """Its layout is nobody's business here."""
+        return types.SimpleNamespace(layout=None)
+
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return self.size
+
+
+def array(x: Any) -> Tensor:
+    """Return an array as a tensor."""
+    return np.asarray(x).view(Tensor)
+
+
+class Pointer:
+    """An address, or a tensor of them, in a flat array."""
+
+    def __init__(self, held: np.ndarray, place: Any = 0) -> None:
+        self.held, self.place = held.reshape(-1), place
+
+    def __add__(self, more: Any) -> Pointer:
+        return Pointer(self.held, self.place + np.asarray(more))
+
+    def _places(self, mask: Any, *shapes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        where = np.asarray(True if mask is None else mask)
+        shape = np.broadcast_shapes(np.shape(self.place), where.shape, *shapes)
+        where, place = np.broadcast_to(where, shape), np.broadcast_to(self.place, shape)
+        assert ((place >= 0) & (place < self.held.size) | ~where).all(), "a place outside of memory"
+        return where, place
+
+    def load(self, mask: Any = None, other: Any = 0) -> Tensor:
+        """Read."""
+        where, place = self._places(mask)
+        return array(np.where(where, self.held[np.where(where, place, 0)], np.asarray(other, self.held.dtype)))
+
+    def store(self, value: Any, mask: Any = None) -> None:
+        """Write; to a place once."""
+        where, place = self._places(mask, np.shape(value))
+        taken, values = place[where], np.broadcast_to(value, where.shape)[where]
+        self.held[taken] = values
+        assert np.array_equal(self.held[taken], values.astype(self.held.dtype)), "two values for one place"
+
+
+class Shared:
+    """Shared memory."""
+
+    def __init__(self, held: np.ndarray) -> None:
+        self.held = held
+
+    def _reinterpret(self, dtype: Any, shape: Any, layout: Any) -> Shared:
+        del layout
+        return Shared(self.held.reshape(-1).view(dtype)[: np.prod(shape)].reshape(shape))
+
+    def slice(self, start: int, length: int, dim: int = 0) -> Shared:
+        """Return a part."""
+        return Shared(self.held[(*(slice(None),) * dim, slice(start, start + length))])
+
+    def index(self, place: Any) -> Shared:
+        """Return one of several."""
+        return Shared(self.held[int(place)])
+
+    def load(self, layout: Any) -> Tensor:
+        """Read."""
+        del layout
+        return array(self.held.copy())
+
+    def store(self, value: Any) -> None:
+        """Write."""
+        assert value.shape == self.held.shape
+        self.held[...] = value
+
+
+def _where(condition: Any, left: Any, right: Any) -> Tensor:
+    known = [x.dtype for x in (left, right) if isinstance(x, (np.ndarray, np.generic))]
+    found = np.where(condition, left, right)
+    plain = np.float32 if found.dtype == np.float64 else found.dtype  # Python's numbers are single there
+    return array(found.astype(np.result_type(*known) if known else plain))
+
+
+def _folded(function: Callable[..., Any]) -> Callable[..., Tensor]:
+    return lambda x, axis=None: array(function(x, axis=axis, dtype=x.dtype) if function in (np.sum, np.cumsum)
+                                      else function(x, axis=axis))
+
+
+def language(program: tuple[int, ...], warps: int) -> Any:
+    """Return what stands in for `triton.language` and for Gluon's, for one program."""
+    made: Any = types.ModuleType("language")
+    names = ("int32", "int64", "float32", "uint8", "int16", "uint32")
+    for name in names:
+        setattr(made, name, getattr(np, name))
+    functions: dict[str, Any] = {
+        "constexpr": lambda value: value, "static_range": range, "static_assert": lambda *_: None,
+        "program_id": lambda axis: array(np.int32(program[axis])), "num_warps": lambda: warps,
+        "arange": lambda first, last, layout=None: array(np.arange(first, last, dtype=np.int32)),
+        "zeros": lambda shape, dtype, layout=None: array(np.zeros(shape, dtype)),
+        "full": lambda shape, value, dtype, layout=None: array(np.full(shape, value, dtype)),
+        "load": lambda place, mask=None, other=0: place.load(mask, other),
+        "store": lambda place, value, mask=None: place.store(value, mask), "where": _where,
+        "min": _folded(np.min), "max": _folded(np.max), "sum": _folded(np.sum),
+        "associative_scan": lambda x, axis, function: array(np.cumsum(x, axis=axis, dtype=x.dtype)),
+        "minimum": lambda a, b: array(np.minimum(a, b)), "maximum": lambda a, b: array(np.maximum(a, b)),
+        "reshape": lambda x, shape: array(np.reshape(x, shape)), "debug_barrier": lambda: None,
+        "broadcast_to": lambda x, shape: array(np.broadcast_to(x, shape)),
+        "expand_dims": lambda x, axis: array(np.expand_dims(x, axis)), "thread_barrier": lambda: None,
+        "convert_layout": lambda x, layout, assert_trivial=False: x,
+        "fma": lambda a, b, c: array((np.asarray(a, np.float64) * b + c).astype(np.float32)),
+        "allocate_shared_memory": lambda dtype, shape, layout: Shared(np.full(shape, UNWRITTEN, dtype))}
+    for name, function in functions.items():
+        setattr(made, name, function)
+    for name in ("BlockedLayout", "SliceLayout", "SwizzledSharedLayout"):
+        setattr(made, name, lambda *arguments: None)
+    return made
+
+
+@contextlib.contextmanager
+def _pretended(spoken: Any) -> Iterator[None]:
+    """Let modules of device code, imported anew within, find another Triton."""
+    def same(function: Any = None, **options: Any) -> Any:
+        del options
+        return (lambda given: given) if function is None else function
+
+    triton: Any = types.ModuleType("triton")
+    gluon: Any = types.ModuleType("triton.experimental.gluon")
+    experimental: Any = types.ModuleType("triton.experimental")
+    triton.jit = gluon.jit = gluon.constexpr_function = same
+    triton.language = gluon.language = spoken
+    experimental.gluon = gluon
+    fakes = {"triton": triton, "triton.language": spoken, "triton.experimental": experimental,
+             "triton.experimental.gluon": gluon, "triton.experimental.gluon.language": spoken}
+    before = {name: module for name, module in sys.modules.items() if _changes(name)}
+    for name in before:
+        del sys.modules[name]
+    sys.modules.update(fakes)
+    try:
+        yield
+    finally:
+        for name in [name for name in sys.modules if _changes(name)]:
+            _forget(name)
+        for name, module in before.items():
+            sys.modules[name] = module
+            parent, _, own = name.rpartition(".")
+            setattr(sys.modules.get(parent, module), own, module)
+
+
+def _changes(name: str) -> bool:
+    """Tell whether a module is another one on NumPy."""
+    return name.partition(".")[0] == "triton" or (name.startswith("tersor.ops.") and ".kernels." in name)
+
+
+def _forget(name: str) -> None:
+    """Let a module be imported anew."""
+    del sys.modules[name]
+    parent, _, own = name.rpartition(".")
+    vars(sys.modules[parent]).pop(own, None) if parent in sys.modules else None
+
+
+def launch(module: str, name: str, grid: tuple[int, ...], arguments: tuple[Any, ...], warps: int = 1) -> None:
+    """Run a kernel of `tersor.ops.MODULE`; arrays stand for pointers, and are written to."""
+    given = [Pointer(one) if isinstance(one, np.ndarray) else one for one in arguments]
+    for program in np.ndindex(*grid):
+        with _pretended(language(program, warps)):
+            importlib.import_module(f"{tersor.ops.__name__}.{module}").__dict__[name]._jitted(*given)
