@@ -9,7 +9,8 @@ from tersor import cli
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
-GUIDES = [page for page in PAGES if page.parent.name == "howto" or page.name == "tutorial.md"]  # test_guides.py's
+GUIDES = [page for page in PAGES  # test_guides.py's
+          if page.parent.name == "howto" or page.name in ("tutorial.md", "serving.md")]
 BLOCK = re.compile(r"(?P<skip><!-- not run: (?P<reason>[^>]+) -->\n)?```python\n(?P<code>.*?)```", re.DOTALL)
 
 

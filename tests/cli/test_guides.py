@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from tersor import cli
 
 ROOT = Path(__file__).parents[2]
-GUIDES = [ROOT / "docs/tutorial.md", *sorted((ROOT / "docs/howto").glob("*.md"))]
+GUIDES = [ROOT / "docs/tutorial.md", ROOT / "docs/serving.md", *sorted((ROOT / "docs/howto").glob("*.md"))]
 README = (ROOT / "README.md").read_text()
 BLOCK = re.compile(r"(?P<skip><!-- not run: (?P<reason>[^>]+) -->\n)?```(?P<kind>python|sh)\n(?P<code>.*?)```",
                    re.DOTALL)

@@ -25,23 +25,9 @@ from tersor.cli.base import (
 )
 from tersor.cli.figures import parse_size
 from tersor.cli.telling import VOICE, Bars
-from tersor.errors import CodecConfigError
 
 GGUF_RATE = "bits a weight over all weights, the whole file counted"
 
-
-FORMATS = ("tersor", "gguf")
-FileFormat = Annotated[str, typer.Option("--format", help="tersor, a directory for transformers; or gguf, a file for "
-                                                          "llama.cpp, as `tersor gguf` writes it")]
-
-
-def compress_to(name: str, unread: list[str]) -> None:
-    """Raise `CodecConfigError` unless a format is known and reads the options that were given."""
-    if name not in FORMATS:
-        raise CodecConfigError(f"--format '{name}': expected one of {', '.join(FORMATS)}")
-    if unread:
-        raise CodecConfigError(f"{' and '.join(unread)}: of no use to --format {name}; leave out, or see "
-                               f"'tersor {name} --help'")
 
 
 def gguf(src: Src, output: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="file to write; must not exist")],

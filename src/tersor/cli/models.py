@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -44,8 +45,8 @@ from tersor.cli.base import (
     refuse_existing,
 )
 from tersor.cli.figures import parse_size
+from tersor.cli.formats import OWN, FileFormat, compress_to, format_of
 from tersor.cli.funnel import existing
-from tersor.cli.gguf import FORMATS, FileFormat, compress_to, gguf
 from tersor.cli.recover import figures
 from tersor.cli.reduce import REDUCTIONS
 from tersor.cli.telling import VOICE, Bars
@@ -92,7 +93,7 @@ def compress(src: Src, output: NewOut, rate: BudgetRate = None, size: Size = Non
              recover: Annotated[bool, typer.Option("--recover", help="then train scales and norms, as `tersor recover` "
                                                                      "does")] = False,
              dry_run: Annotated[bool, typer.Option("--dry-run", help="estimate bytes, memory and time only")] = False,
-             file_format: FileFormat = FORMATS[0], as_json: AsJson = False) -> None:
+             file_format: FileFormat = OWN, as_json: AsJson = False) -> None:
     """Compress a model to a budget. Calibrates, surveys, plans, encodes, verifies and evaluates."""
     from tersor.cli.report import write_html
     from tersor.hf.compress import card, dryrun, run
@@ -102,15 +103,14 @@ def compress(src: Src, output: NewOut, rate: BudgetRate = None, size: Size = Non
         raise CodecConfigError(f"'{codec}' is a reduction, which has a verb of its own: tersor reduce SRC OUT "
                                f"--method {codec}")
     existing_model(src)
-    if file_format != FORMATS[0]:
-        unread = {"--codec": codec != DEFAULT, "--option": option, "--sensitivities": sensitivities,
-                  "--leave-out": leave_out, "--dry-run": dry_run, "--base-model": base_model,
-                  "--device": device != "cpu", "--devices": devices, "--engine": engine,
-                  "--whole-model": whole_model, "--recover": recover}
-        compress_to(file_format, [name for name, given in unread.items() if given])
-        gguf(src, output, rate, size, calibration=calibration, calibrated=calibrated, text=text, tokens=tokens,
-             evaluation_tokens=evaluation_tokens, context=context, effort=effort, seed=seed, dense=dense, resume=resume,
-             as_json=as_json)
+    if file_format != OWN:
+        compress_to(file_format, (src, output), {
+            "rate": rate, "size": size, "calibration": calibration, "calibrated": calibrated, "text": text,
+            "tokens": tokens, "evaluation_tokens": evaluation_tokens, "context": context, "effort": effort,
+            "seed": seed, "dense": dense, "resume": resume, "as_json": as_json, "leave_out": leave_out,
+            "device": device, "whole_model": whole_model}, {
+            "--codec": codec != DEFAULT, "--option": option, "--sensitivities": sensitivities, "--dry-run": dry_run,
+            "--base-model": base_model, "--devices": devices, "--engine": engine, "--recover": recover})
         return
     directory(output)
     if devices is not None and device != "cpu":
@@ -218,12 +218,23 @@ def evaluate(path: Annotated[Path, typer.Argument(metavar="OUT", help="a compres
     Speeds are of prompts (windows of the text, several at a time) and of decoding (one sequence, token by token).
     """
     from tersor.hf.models.evaluate import evaluate as run_evaluation
+    from tersor.hf.models.evaluate import evaluate_dense
+    from tersor.hf.models.source import open_source as open_any
     from tersor.hf.models.speed import LEAST, speeds
     from tersor.hf.models.text import default_heldout
 
     if generate and generate < LEAST:
         raise CodecConfigError(f"--generate takes 0 or at least {LEAST} tokens, found {generate}")
     existing(path, "a model compressed by tersor")
+    if format_of(path) != OWN:  # it is read as any model is
+        if generate:
+            raise CodecConfigError(f"{path}: --generate times what tersor compress writes; leave it out")
+        with tempfile.TemporaryDirectory() as staged, Bars() as progress:
+            opened = open_any(path, Path(staged), dense=())
+            record = evaluate_dense(opened, open_source(against, path), text or default_heldout(), context=context,
+                                    stride=stride, tokens=tokens, device=device_of(device), progress=progress)
+        emit({**record, "bytes": opened.original_nbytes}, as_json, f"{path} against {against}")
+        return
     with Bars() as progress:
         record = run_evaluation(path, open_source(against, path), text or default_heldout(), context=context,
                                 stride=stride, tokens=tokens, device=device_of(device), progress=progress)

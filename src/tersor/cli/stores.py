@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import tempfile
 import tokenize
 import warnings
 from collections.abc import Mapping
@@ -48,6 +49,7 @@ from tersor.cli.base import (
     write_new,
 )
 from tersor.cli.figures import count_text, size_text
+from tersor.cli.formats import GGUF, OWN, format_of
 from tersor.cli.funnel import existing
 from tersor.cli.telling import Bars
 from tersor.contract.derived import package_nbytes
@@ -231,7 +233,12 @@ def verify(path: Annotated[Path, typer.Argument(metavar="OUT", help="what Tersor
     from tersor.hf.compress.request import usable_devices
     from tersor.hf.compress.verify import verify as run_verification
 
-    opened = store.read(existing(path, "a directory written by tersor"))
+    existing(path, "what tersor has written")
+    kind = format_of(path)
+    if kind != OWN:
+        emit(_verify_other(path, kind, against), as_json, f"verified: {path}")
+        return
+    opened = store.read(path)
     places = (device_of(device),) if devices is None else usable_devices(devices)
     with Bars() as progress:
         if against is None or opened.kind == "model":
@@ -241,6 +248,18 @@ def verify(path: Annotated[Path, typer.Argument(metavar="OUT", help="what Tersor
             found = _against(opened, against)
             record = {**run_verification(path, None, progress), "against": str(against), **found}
     emit(record, as_json, f"verified: {path}")
+
+
+def _verify_other(path: Path, kind: str, against: Path | None) -> dict[str, Any]:
+    """Verify what `tersor gguf` or `tersor compressed-tensors` has written."""
+    from tersor.hf.gguf.verify import verify_file
+    from tersor.hf.grids.verify import verify as verify_packed
+
+    with Bars() as progress, tempfile.TemporaryDirectory() as staged:
+        if kind == GGUF:
+            return verify_file(path, None if against is None else existing(against, "the original"), Path(staged),
+                               progress)
+        return verify_packed(path, None if against is None else open_source(against, path), progress)
 
 
 def _against(opened: store.Store, original: Path) -> dict[str, float]:

@@ -238,7 +238,7 @@ def refusal(folder: Path) -> str:
     ({"quant_method": "awq", "bits": 4}, "already quantized (awq)"),
     ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "already quantized (bitsandbytes)"),
     ({"quant_method": "tersor", "format_version": 1}, "already quantized (tersor)"),
-    (compressed_tensors("int", 4), "compressed-tensors, int of 4 bits"),
+    (compressed_tensors("int", 4), "compressed-tensors in the format float-quantized"),
     (compressed_tensors("float", 4), "compressed-tensors, float of 4 bits"),
     ({"quant_method": "none such"}, "none such"), ({}, "")], ids=str)
 def test_other_schemes_are_refused_by_name(told: Mapping[str, Any], match: str, tmp_path: Path) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,27 @@ from tersor.hf.models.streamed import Streamed
 from tersor.planning.calibration import hessian_of
 
 RIDGE = 1.0  # times the mean square of an input: what holds a matrix to the dense one, see docs/log.md
+
+
+class Puts(Protocol):
+    """Where matrices are encoded one by one, and put down when they are finished; see `Desk`."""
+
+    @property
+    def mark(self) -> str:
+        """A digest of what all matrices depend on."""
+        ...
+
+    def finished(self, name: str) -> bool:
+        """Return whether a matrix is there already."""
+        ...
+
+    def encode(self, wanted: Sequence[Wanted]) -> None:
+        """Encode matrices, those that are not there."""
+        ...
+
+    def decoded(self, name: str, device: torch.device) -> Tensor:
+        """Return a finished matrix as it decodes, (out, in)."""
+        ...
 
 
 def run(job: Job, work: WorkFolder, *, device: str = "cpu", reading: Reading | None = None,
@@ -46,7 +67,7 @@ def run(job: Job, work: WorkFolder, *, device: str = "cpu", reading: Reading | N
     if reading is None:
         desk.encode([_alone(job, source.layout.matrices[name], device) for name in picks])
     else:
-        _by_blocks(desk, reading, work)
+        by_blocks(desk, reading, work)
 
     def payload(entry: store.Entry) -> Mapping[str, Tensor]:
         return {"": source.tensor(entry.name)} if entry.codec is None else read_payload(desk.files[entry.name])
@@ -57,7 +78,7 @@ def run(job: Job, work: WorkFolder, *, device: str = "cpu", reading: Reading | N
     return {name: desk.report[name] for name in picks}
 
 
-def _by_blocks(desk: Desk, reading: Reading, work: WorkFolder) -> None:
+def by_blocks(desk: Puts, reading: Reading, work: WorkFolder) -> None:
     """Encode block by block, each on what the blocks before it give once they are encoded.
 
     A matrix is encoded as the one that makes of those inputs what the dense matrix makes of its own. Embeddings come
@@ -89,11 +110,11 @@ def _by_blocks(desk: Desk, reading: Reading, work: WorkFolder) -> None:
         shutil.rmtree(reading.folder / name, ignore_errors=True)
 
 
-def _finished(desk: Desk, matrices: Iterable[Matrix]) -> bool:
+def _finished(desk: Puts, matrices: Iterable[Matrix]) -> bool:
     return all([desk.finished(m.name) for m in matrices])
 
 
-def _encode(desk: Desk, original: Streamed, encoded: Streamed, matrices: Iterable[Matrix],
+def _encode(desk: Puts, original: Streamed, encoded: Streamed, matrices: Iterable[Matrix],
             moments: tuple[Mapping[str, Tensor], Mapping[str, Tensor]]) -> None:
     """Encode matrices, by moments of their inputs and with those of the dense model; then compute with them decoded."""
     device = encoded.hollow.device

@@ -8,7 +8,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -79,7 +79,7 @@ def run(source: Source, calibration: Calibration | None, request: Request, outpu
                   if missing(m.name)]
         _one_by_one(hands, wanted, known, progress)
     else:
-        _by_blocks(reading, calibration, output, lambda m: bool(missing(m.name)), Work(hands, known, tasks), progress)
+        by_blocks(reading, calibration, output, lambda m: bool(missing(m.name)), Work(hands, known, tasks), progress)
     choices: dict[str, list[Choice]] = {}
     for name in matrices:
         found = [(codec, known.find(name, codec.spec()) or {}) for codec in tried[name]]
@@ -129,8 +129,16 @@ def _cost(tried: Tried) -> int:
     return elements if tried.whole else min(elements, 2 * SURVEY_ELEMENTS)
 
 
-def _by_blocks(reading: Reading, calibration: Calibration, output: Path, missing: Callable[[Matrix], bool], work: Work,
-               progress: Progress) -> None:
+class Tries(Protocol):
+    """What makes the trials of a block; see `Work`."""
+
+    def on(self, listed: Sequence[tuple[Matrix, Tensor]], seen: Calibration) -> None:
+        """Try matrices (out, in) under the moments that were seen."""
+        ...
+
+
+def by_blocks(reading: Reading, calibration: Calibration, output: Path, missing: Callable[[Matrix], bool], work: Tries,
+              progress: Progress) -> None:
     """Run text through the dense model; work on the matrices of a block that miss trials while it is resident."""
     file = beside(output)
     if not any(map(missing, reading.source.layout.matrices.values())) and outside(file, reading.mark) is not None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import tersor
 from tersor.errors import CodecConfigError, ModelError, TersorError
-from tersor.files import exclusive, write_json
+from tersor.files import exclusive, file_digest, write_json
 from tersor.gguf import plan
 from tersor.gguf.quantizable import quantizable
 from tersor.gguf.types.base import BlockType
@@ -268,6 +268,7 @@ def _stages(model: tuple[Origin, Sequence[Item]], budget: int, settings: GgufSet
         report["evaluation"] = evaluate(work / OUTPUT, origin, settings.heldout, context=settings.context,
                                         tokens=settings.evaluation_tokens, progress=progress)
     seen = None if calibration is None else {"tokens": calibration.tokens, "source": calibration.source}
+    report["sha256"] = file_digest(work / OUTPUT)
     report["provenance"] = {"tersor": tersor.__version__, "source_sha256": origin.fingerprint, "calibration": seen,
                             "effort": settings.effort, "dense": list(settings.dense)}
     return report

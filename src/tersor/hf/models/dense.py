@@ -44,12 +44,13 @@ def write_dense(opened: store.Store, to: Path) -> None:
             by_parameter[matrix.parameter].append(matrix)
     with whole(to) as partial:
         partial.mkdir(parents=True)
-        _write_shards(names, lambda name: parameter(opened, by_parameter[name]) if name in by_parameter
+        write_shards(names, lambda name: parameter(opened, by_parameter[name]) if name in by_parameter
                       else opened.plain(name), partial)
         _write_companions(opened, partial)
 
 
-def _write_shards(names: Iterable[str], read: Callable[[str], Tensor], folder: Path) -> None:
+def write_shards(names: Iterable[str], read: Callable[[str], Tensor], folder: Path) -> None:
+    """Write tensors to shards of `SHARD_BYTES` and their index, or to one file; a shard is in memory at once."""
     shards: list[str] = []
     weight_map: dict[str, str] = {}
     held: dict[str, Tensor] = {}
@@ -104,4 +105,4 @@ def copy_dense(source: Source, output: Path) -> None:
     with whole(output) as partial:
         shutil.copytree(source.folder, partial)
         if source.path.is_file():
-            _write_shards(source.layout.parameters, source.tensor, partial)
+            write_shards(source.layout.parameters, source.tensor, partial)

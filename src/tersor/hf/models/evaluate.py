@@ -147,27 +147,36 @@ def batched(ids: Tensor, context: int, stride: int, vocabulary: int) -> list[tup
             for group in groups]
 
 
-@torch.no_grad()
 def compare(model: PreTrainedModel, original: Callable[[int], tuple[Tensor, bool]],
             batches: Sequence[tuple[Tensor, list[int]]], *, next_token: bool = True,
             step: Callable[[int, int], None] | None = None) -> Score:
     """Run a model over batches of windows, beside what its original makes of each batch; return the sums."""
+    def ours(number: int) -> tuple[Tensor, bool]:
+        return run(model, feed(model, batches[number][0].to(model.device)))
+    return beside(ours, original, batches, next_token=next_token, step=step)
+
+
+@torch.no_grad()
+def beside(ours: Callable[[int], tuple[Tensor, bool]], original: Callable[[int], tuple[Tensor, bool]],
+           batches: Sequence[tuple[Tensor, list[int]]], *, next_token: bool = True,
+           step: Callable[[int, int], None] | None = None) -> Score:
+    """Return the sums over what two models make of each batch of windows."""
     score = Score()
     for number, (ids, firsts) in enumerate(batches):
-        inputs = ids.to(model.device)
         began = time.perf_counter()
-        output, logits = run(model, feed(model, inputs))
+        output, logits = ours(number)
         score.seconds += time.perf_counter() - began
-        score.tokens += inputs.numel()
+        score.tokens += ids.numel()
         reference = original(number)[0]
         if not logits:
             score.add_output(output, reference)
         elif output.ndim == 2:  # one distribution over labels a window
             score.add(output, reference, None)
         else:
+            targets = ids.to(output.device)
             for row, first in enumerate(firsts):
                 score.add(output[row, first - 1 : -1], reference[row, first - 1 : -1],
-                          inputs[row, first:] if next_token else None)
+                          targets[row, first:] if next_token else None)
         del output, reference  # logits are large: those of the next batch find their room
         if step is not None:
             step(number + 1, len(batches))
@@ -254,3 +263,37 @@ def evaluate(path: Path, source: Source, text: Path, *, context: int = 512, stri
         "prompt_tokens_per_second_original": score.tokens / original.seconds,
         "context": context, "stride": stride, "tokens": score.positions, "text": text_source(text),
     }
+
+
+def evaluate_dense(opened: Source, source: Source, text: Path, *, context: int = 512, stride: int | None = None,
+                   tokens: int | None = None, device: str = "cpu",
+                   progress: Callable[[str, int, int], None] | None = None) -> dict[str, Any]:
+    """Evaluate a model that is opened as a source, however its checkpoint stores it, beside its original.
+
+    Both are run block by block. See `evaluate`, of whose figures those are returned that such a model has.
+
+    Raises
+    ------
+    ModelError
+        If the text is shorter than one context, or a class reads no text.
+    NonFiniteError
+        If the model's outputs are not finite.
+    """
+    stride = context if stride is None else stride
+    if not 0 < stride <= context:
+        raise ModelError(f"stride must lie between 1 and the context of {context}, found {stride}")
+    check_text(model_class(source.config))
+    batches = batched(read_ids(source, text, context, tokens), context, stride, vocabulary(source))
+    ids = [inputs for inputs, _ in batches]
+
+    def tell(part: int, done: int, total: int) -> None:
+        if progress is not None:
+            progress("evaluate", round(100 * (part + done / total)), 300)
+
+    original = Original(source, ids, device, functools.partial(tell, 0))
+    ours = Original(opened, ids, device, functools.partial(tell, 1))
+    score = beside(ours, original, batches, next_token=original.next_token, step=functools.partial(tell, 2))
+    if not math.isfinite(score.nll + score.kl + score.error):
+        raise NonFiniteError(f"{opened.path}: the model's outputs hold NaN or infinity on {text}")
+    return {**score.figures(next_token=original.next_token), "context": context, "stride": stride,
+            "tokens": score.positions, "text": text_source(text)}

@@ -1,4 +1,4 @@
-"""Checkpoints that are published quantized: eight-bit floats with scales, and MXFP4; dequantized tensor by tensor.
+"""Checkpoints that are published quantized, dequantized tensor by tensor: eight-bit floats, MXFP4, packed integers.
 
 Every number of such a checkpoint is a short float times a power or a scale, so the model that Tersor compresses, and
 measures errors against, is what those products are in the model's own dtype: what transformers loads from it, too.
@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from tersor.errors import ModelError
+from tersor.hf.models import integers
 from tersor.hf.models.matrices import refused
 from tersor.hf.models.places import QUANTIZED, STORABLE, Origin, Place
 
@@ -132,7 +133,7 @@ def dense(found: Mapping[str, Place], config: PretrainedConfig,
         return dict(found), {}
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) and config.dtype in STORABLE else torch.bfloat16
     aside = {key: place for key, place in found.items() if key.rpartition(".")[2] in ASIDE}
-    joined: dict[str, Origin] = {}
+    joined: dict[str, Origin] = dict(integers.grids(found, told, dtype, path)) if integers.packed(told) else {}
     used: set[str] = set(aside)
     for key, place in found.items():
         if place.dtype in EIGHT_BITS:
@@ -161,12 +162,17 @@ def method(config: PretrainedConfig) -> str:
 
 
 def _check_scheme(told: Mapping[str, Any], path: Path) -> None:
-    """Raise `ModelError` unless the numbers are eight-bit floats, or MXFP4."""
+    """Raise `ModelError` unless the numbers are eight-bit floats, MXFP4, or whole numbers in the packed format."""
     name = told.get("quant_method")
     if not told or name in ("fp8", "fbgemm_fp8", "mxfp4"):
         return
     if name != "compressed-tensors":
         raise ModelError(f"{path}: already quantized ({name or '?'}), which is not read here; {ROUTES}")
+    if integers.packed(told):
+        why = integers.refused(told)
+        if why:
+            raise ModelError(f"{path}: already quantized ({why}); {ROUTES}")
+        return
     groups = told.get("config_groups")
     for group in groups.values() if isinstance(groups, Mapping) else ({},):
         weights = group.get("weights") if isinstance(group, Mapping) else None
