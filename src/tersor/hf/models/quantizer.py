@@ -46,8 +46,8 @@ class TersorQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> Any:
-        """Compressed weights are for inference."""
-        return False
+        """Adapters beside encoded weights train; the weights themselves do not."""
+        return True
 
     def is_serializable(self) -> Any:
         """Tell transformers not to save: copy the directory instead."""
