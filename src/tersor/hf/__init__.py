@@ -1,5 +1,6 @@
 """transformers integration: importing this registers Tersor's quantizer, so that `from_pretrained` can load models."""
 
+from tersor.hf.adapters import merge, prepare_for_training
 from tersor.hf.compress.run import CompressSettings, compress_model
 from tersor.hf.compress.verify import verify
 from tersor.hf.kv.attention import register_attention
@@ -9,4 +10,4 @@ from tersor.hf.models.evaluate import evaluate
 from tersor.hf.models.quantizer import TersorConfig, TersorQuantizer
 
 __all__ = ["CompressSettings", "CompressedCache", "PlanSettings", "TersorConfig", "TersorQuantizer", "compress_model",
-           "evaluate", "plan_cache", "register_attention", "verify"]
+           "evaluate", "merge", "plan_cache", "prepare_for_training", "register_attention", "verify"]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tersor import store
+from tersor.contract.codec import Encoded
 from tersor.hf.compress.checkpoint import Checkpoint
 from tersor.hf.compress.desk import Desk, Job, read_payload
 from tersor.hf.compress.plan import check_plan, entries
@@ -28,7 +29,7 @@ RIDGE = 1.0  # times the mean square of an input: what holds a matrix to the den
 
 
 def run(job: Job, work: WorkFolder, *, device: str = "cpu", reading: Reading | None = None,
-        progress: Progress = no_progress) -> dict[str, Any]:
+        progress: Progress = no_progress, kept: Mapping[str, Callable[[], Encoded]] | None = None) -> dict[str, Any]:
     """Encode one matrix at a time into the work folder, then write the store there as `output`; return the report.
 
     A killed run continues from the last finished matrix, and gives the same bytes as an unbroken one.
@@ -38,10 +39,14 @@ def run(job: Job, work: WorkFolder, *, device: str = "cpu", reading: Reading | N
     reading : Reading or None
         Text that is run through the blocks as they are encoded, so that each is calibrated on what it will be given;
         without it, moments are those of the job's calibration.
+    kept : mapping or None
+        Matrices that are encoded already, and stored as they are: name to what reads one.
     """
     source, picks = job.source, job.picks
     check_plan(source, picks)
     desk = Desk(job, work / "matrices", progress)
+    for name, held in (kept or {}).items():
+        desk.keep(name, held(), read_matrix(source, source.layout.matrices[name], "cpu"))
     if reading is None:
         for name in picks:
             matrix = source.layout.matrices[name]
@@ -57,8 +62,6 @@ def run(job: Job, work: WorkFolder, *, device: str = "cpu", reading: Reading | N
     store.write(work / "output", entries(source, picks), payload, kind="model", provenance=job.provenance,
                 files=source.stored_files())
     return {name: desk.report[name] for name in picks}
-
-
 
 
 def _by_blocks(desk: Desk, reading: Reading, work: WorkFolder) -> None:
