@@ -50,7 +50,8 @@ def test_no_other_adapter_of_its_rank_is_nearer(compressed: Folders, load: LOAD)
 def test_the_model_comes_nearer_to_the_original(compressed: Folders, load: LOAD, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_bytes(bytes(IDS.flatten().tolist()) * 30)
-    everything = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head", "embed_tokens"]
+    everything = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head",
+                  "embed_tokens"]
     model, original = tuned(load(rate=3.0), everything, rank=48), load_original(compressed(rate=3.0)[0])
     before = distance(model, original)
     told = initialize(model, compressed(rate=3.0)[0], text=text, sampling=Sampling(tokens=512, context=64))
