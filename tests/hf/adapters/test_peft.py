@@ -158,3 +158,26 @@ def test_other_methods_of_peft_work_too(load: LOAD) -> None:
 def test_nothing_is_trained_without_adapters(load: LOAD) -> None:
     with pytest.raises(ValueError, match="attach trainable adapters"):
         Trainer(load(), ARGUMENTS)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_on_a_gpu(dtype: str, load: LOAD, tmp_path: Path) -> None:
+    """Oracle: as on the processor; and a step of `generate` goes on between two steps of training."""
+    model = load(dtype=DTYPES[dtype]).cuda()
+    write_dense(read(Path(model.config.name_or_path)), tmp_path / "dense")
+    ours, theirs = (get_peft_model(one, lora()) for one in (model, load_original(tmp_path / "dense")))
+    for tuned in (ours, theirs):
+        drawn(tuned)
+    for _ in range(2):
+        ours.generate(input_ids=IDS[:1].cuda(), max_new_tokens=4, do_sample=False, pad_token_id=0)
+        ours.zero_grad()
+        ours(input_ids=IDS.cuda(), labels=IDS.cuda()).loss.backward()
+    loss(theirs).backward()
+    for name, parameter in trainable(theirs).items():
+        assert parameter.grad is not None
+        found = trainable(ours)[name].grad
+        assert found is not None
+        # as above; of bfloat16, twice the roundings of 8 bits of 24 products, there and back
+        bound = 1e3 * torch.finfo(DTYPES[dtype]).eps if dtype == "float32" else 0.2
+        assert float((found.cpu().float() - parameter.grad).norm()) <= bound * float(parameter.grad.norm()), name
