@@ -28,7 +28,7 @@ def compressed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[
             save_tokenizer(save_tiny(name, folder / "model", dtype))
             given = {"method": "rotated_scalar", "calibrated": False, **settings}
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("tersor.hf.compress.run.verify_in_fresh_process", lambda path, against: None)
+                patch.setattr("tersor.hf.compress.run.verify_in_fresh_process", lambda *given: None)
                 compress_model(folder / "model", folder / "out", rate, evaluation_tokens=0, **given)
             made[key] = folder / "model", folder / "out"
         return made[key]

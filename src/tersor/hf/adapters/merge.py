@@ -175,7 +175,7 @@ def _encoded(source: Source, opened: store.Store, carriers: Mapping[str, Adapted
     job = encode.Job(source, picks, seen, request, record)
     kept = {name: functools.partial(opened.matrix, name) for name in picks if name not in carriers}
     matrices = encode.run(job, work, device=chosen.device, reading=reading, progress=progress, kept=kept)
-    report = conclude(job, matrices, work, {"budget": before, "method": request.method})
+    report = conclude(job, matrices, work, {"budget": before, "method": request.method}, device=chosen.device)
     return {**report, "merge": {"adapters": adapters, "matrices": len(set(picks) & set(carriers)),
                                 "bytes": report["summary"]["bytes"], "bytes_before": before}}
 
