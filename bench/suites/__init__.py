@@ -7,7 +7,7 @@ import importlib
 from bench.suite import RefusedError, Suite
 
 SUBJECTS = ("matrices", "language", "qet", "kashin", "two_basis", "low_rank", "rom", "kv", "gpu", "vectors",
-            "embeddings", "pictures", "trellis", "cpu", "compress", "serving")
+            "embeddings", "pictures", "trellis", "cpu", "compress", "serving", "adapters")
 
 
 def every() -> list[Suite]:

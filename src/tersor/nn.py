@@ -11,7 +11,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -93,8 +93,28 @@ def _held(module: nn.Module, name: str) -> Tensor:
     return getattr(module, name) if found is None else found
 
 
-class CompressedLinear(nn.Module):
-    """`y = x Wᵀ + b` with an encoded W.
+class Untrained(nn.Module):
+    """A module whose weight is encoded, which has no gradient."""
+
+    _payload: Buffers
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Freeze what stands beside the weight; raise `ReadOnlyError` where all is to be trained."""
+        if requires_grad:
+            raise ReadOnlyError(f"an encoded {type(self).__name__} cannot be trained whole, as with modules_to_save; "
+                                "train an adapter on it, with target_modules, or leave it dense, with tersor compress "
+                                "--dense PATTERN", "requires_grad_")
+        return super().requires_grad_(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._payload.ready.forget()  # which would keep the tensors that are replaced here
+        return super()._apply(fn, recurse)
+
+
+class CompressedLinear(Untrained, nn.Linear):
+    """`y = x Wᵀ + b` with an encoded W; to what asks, such as a library of adapters, it is a linear.
+
+    Differentiable in x; the weight has no gradient.
 
     Parameters
     ----------
@@ -116,9 +136,10 @@ class CompressedLinear(nn.Module):
     def __init__(self, codec: Codec, shape: Shape, *, bias: bool, device: str = "meta",
                  dtype: torch.dtype = torch.float32, shared: SharedTables | None = None,
                  transposed: bool = False) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # no parameter is made
         self.bias: nn.Parameter | None
-        self.weight: WeightView  # stand-in for the parameter, for code that asks for its dtype or computes with it
+        # stand-in for the parameter, for code that asks for its dtype or computes with it
+        self.weight: WeightView  # pyright: ignore[reportIncompatibleVariableOverride]
         self.in_features, self.out_features = shape[1], shape[0]
         self._payload = Buffers(self, "weight", codec, shape, shared or {})
         self._payload.register(device)
@@ -127,21 +148,17 @@ class CompressedLinear(nn.Module):
         empty = torch.empty(shape[0], device=device, dtype=dtype)
         self.register_parameter("bias", nn.Parameter(empty, requires_grad=False) if bias else None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (*batch, out) for x (*batch, in)."""
-        y = self._payload.multiply(x)
+    def forward(self, input: Tensor) -> Tensor:
+        """Return (*batch, out) for vectors (*batch, in)."""
+        y = self._payload.multiply(input)
         return y if self.bias is None else y + self.bias
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedLinear:
-        self._payload.ready.forget()  # which would keep the tensors that are replaced here
-        return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         """Return shape and codec."""
         return f"in={self.in_features}, out={self.out_features}, codec={self._payload.codec}"
 
 
-class CompressedEmbedding(nn.Module):
+class CompressedEmbedding(Untrained, nn.Embedding):
     """Rows of an encoded table, decoded as they are asked for.
 
     Parameters
@@ -153,43 +170,47 @@ class CompressedEmbedding(nn.Module):
         Of the output.
     """
 
+    # what a table that is looked up can be asked for; a model's own is copied when its place is taken
+    padding_idx = None
+    max_norm = None
+    norm_type = 2.0
+    scale_grad_by_freq = False
+    sparse = False
+
     def __init__(self, codec: Codec, shape: Shape, *, dtype: torch.dtype, device: str = "meta",
                  shared: SharedTables | None = None) -> None:
-        super().__init__()
-        self.weight: WeightView  # stand-in for the parameter; a head that is tied to the table takes it
+        nn.Module.__init__(self)
+        # stand-in for the parameter; a head that is tied to the table takes it
+        self.weight: WeightView  # pyright: ignore[reportIncompatibleVariableOverride]
         self.num_embeddings, self.embedding_dim, self._dtype = shape[0], shape[1], dtype
         self._payload = Buffers(self, "weight", codec, shape, shared or {})
         self._payload.register(device)
         self.__dict__["weight"] = WeightView([self._payload], torch.Size(shape), dtype)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Return (*ids.shape, width)."""
-        return self._payload.gather(ids).to(self._dtype)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedEmbedding:
-        self._payload.ready.forget()
-        return super()._apply(fn, recurse)
+        return self._payload.gather(input).to(self._dtype)
 
     def extra_repr(self) -> str:
         """Return shape and codec."""
         return f"{self.num_embeddings}, {self.embedding_dim}, codec={self._payload.codec}"
 
 
-class TiedLinear(nn.Module):
+class TiedLinear(Untrained, nn.Linear):
     """A head that multiplies by the payload of an embedding, which it does not own."""
 
     def __init__(self, weight: WeightView, bias: nn.Parameter | None = None) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.bias: nn.Parameter | None
-        self.weight: WeightView
+        self.weight: WeightView  # pyright: ignore[reportIncompatibleVariableOverride]
         self.out_features, self.in_features = weight.shape
         self._payload = weight.payloads[0]
         self.__dict__["weight"] = weight
         self.register_parameter("bias", bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (*batch, entries) for x (*batch, width)."""
-        y = self._payload.multiply(x)
+    def forward(self, input: Tensor) -> Tensor:
+        """Return (*batch, entries) for vectors (*batch, width)."""
+        y = self._payload.multiply(input)
         return y if self.bias is None else y + self.bias
 
 
@@ -330,7 +351,8 @@ def _refuse_change(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], *,
     target = kwargs["out"] if isinstance(kwargs.get("out"), WeightView) else target
     if isinstance(target, WeightView):
         raise ReadOnlyError(f"'{name}' would change a weight, but an encoded weight can only be read; change a copy, "
-                            "such as weight.data.clone()", name, target)
+                            "such as weight.data.clone(); adapters are merged by tersor.hf.merge(model, OUT)", name,
+                            target)
 
 
 def _encoded(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -1,5 +1,6 @@
 """transformers integration: importing this registers Tersor's quantizer, so that `from_pretrained` can load models."""
 
+from tersor.hf.adapters import merge, prepare_for_training
 from tersor.hf.compress.recover import RecoverSettings, recover_model
 from tersor.hf.compress.run import CompressSettings, compress_model
 from tersor.hf.compress.verify import verify
@@ -10,4 +11,5 @@ from tersor.hf.models.evaluate import evaluate
 from tersor.hf.models.quantizer import TersorConfig, TersorQuantizer
 
 __all__ = ["CompressSettings", "CompressedCache", "PlanSettings", "RecoverSettings", "TersorConfig", "TersorQuantizer",
-           "compress_model", "evaluate", "plan_cache", "recover_model", "register_attention", "verify"]
+           "compress_model", "evaluate", "merge", "plan_cache", "prepare_for_training", "recover_model",
+           "register_attention", "verify"]

@@ -129,6 +129,14 @@ class Desk:
                       one.ridge)
         return Task(one.name, encode_order, lambda: (order, *one.given()), shape[0] * shape[1], one.needs)
 
+    def keep(self, name: str, encoded: Encoded, dense: Tensor) -> None:
+        """Put down a matrix that was encoded before, as it is; `dense` is what errors are measured against."""
+        if not self.finished(name):
+            options = self._options(name, calibrated=False)
+            found = measured(dense, encoded, None, options)
+            save_sealed(encoded.tensors, self.files[name], {"job": _stamp(self.job, name, options), "report": found})
+            self.report[name] = found
+
     def decoded(self, name: str, device: torch.device) -> Tensor:
         """Return a finished matrix as it decodes, float32 (out, in)."""
         tensors = {key: tensor.to(device) for key, tensor in read_payload(self.files[name]).items()}
@@ -174,9 +182,14 @@ def encode_matrix(dense: Tensor, codec: Codec, hessian: Tensor | None, seed: int
     given = dense if aim is None else aim
     tables = codec.train([given], seed=seed)
     encoded = codec.encode(given, hessian=hessian, seed=seed, options=options, tables=tables).check(name)
+    return encoded, measured(dense, encoded, hessian, options)
+
+
+def measured(dense: Tensor, encoded: Encoded, hessian: Tensor | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the line of the report on an encoded matrix (out, in)."""
     quality = measure(dense, encoded, hessian)
-    return encoded, {
-        "codec": codec.spec(), "shape": list(encoded.shape), "nbytes": encoded.nbytes, "rate": encoded.rate,
+    return {
+        "codec": encoded.codec.spec(), "shape": list(encoded.shape), "nbytes": encoded.nbytes, "rate": encoded.rate,
         "relative_error": quality.relative_error, "distortion": quality.distortion, "sqnr_db": quality.sqnr,
         "shannon_gap_db": quality.shannon_gap, "options": dict(options)}
 

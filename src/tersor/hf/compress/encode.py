@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from tersor import store
+from tersor.contract.codec import Encoded
 from tersor.hf.compress.checkpoint import Checkpoint
 from tersor.hf.compress.crew import Crew, Hands
 from tersor.hf.compress.desk import Desk, Job, Wanted, read_payload
@@ -48,7 +49,8 @@ class Puts(Protocol):
 
 
 def run(job: Job, work: WorkFolder, *, device: str = "cpu", reading: Reading | None = None,
-        crew: Crew | None = None, progress: Progress = no_progress) -> dict[str, Any]:
+        crew: Crew | None = None, progress: Progress = no_progress,
+        kept: Mapping[str, Callable[[], Encoded]] | None = None) -> dict[str, Any]:
     """Encode one matrix at a time into the work folder, then write the store there as `output`; return the report.
 
     A killed run continues from the last finished matrix, and gives the same bytes as an unbroken one.
@@ -60,10 +62,14 @@ def run(job: Job, work: WorkFolder, *, device: str = "cpu", reading: Reading | N
         without it, moments are those of the job's calibration.
     crew : Crew or None
         Who encodes; None: the device.
+    kept : mapping or None
+        Matrices that are encoded already, and stored as they are: name to what reads one.
     """
     source, picks = job.source, job.picks
     check_plan(source, picks)
     desk = Desk(job, work / "matrices", progress, crew or Hands([torch.device(device)]))
+    for name, held in (kept or {}).items():
+        desk.keep(name, held(), read_matrix(source, source.layout.matrices[name], "cpu"))
     if reading is None:
         desk.encode([_alone(job, source.layout.matrices[name], device) for name in picks])
     else:

@@ -7,6 +7,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,11 +19,23 @@ from tersor.hf.models.ledger import CARRIED, ledger_of
 from tersor.hf.models.matrices import Matrix, empty_model, read_config, unsaved, walk
 from tersor.hf.models.source import Source
 
+Change: TypeAlias = Callable[[str, Tensor], Tensor]
 SHARD_BYTES = 4 * 10**9
 
 
-def write_dense(opened: store.Store, to: Path) -> None:
+def unchanged(name: str, tensor: Tensor) -> Tensor:
+    """Return a tensor as it is."""
+    del name
+    return tensor
+
+
+def write_dense(opened: store.Store, to: Path, change: Change = unchanged) -> None:
     """Write a dense transformers directory; tensors are decoded one at a time, a shard is in memory at once; atomic.
+
+    Parameters
+    ----------
+    change : callable
+        From the name of a matrix (out, in), decoded to float32, or of a plain tensor, and it, to what is written.
 
     Raises
     ------
@@ -44,8 +57,8 @@ def write_dense(opened: store.Store, to: Path) -> None:
             by_parameter[matrix.parameter].append(matrix)
     with whole(to) as partial:
         partial.mkdir(parents=True)
-        write_shards(names, lambda name: parameter(opened, by_parameter[name]) if name in by_parameter
-                      else opened.plain(name), partial)
+        write_shards(names, lambda name: parameter(opened, by_parameter[name], change) if name in by_parameter
+                     else change(name, opened.plain(name)), partial)
         _write_companions(opened, partial)
 
 
@@ -78,9 +91,10 @@ def write_shards(names: Iterable[str], read: Callable[[str], Tensor], folder: Pa
         (folder / store.INDEX).write_text(json.dumps(index))
 
 
-def parameter(opened: store.Store, matrices: list[Matrix]) -> Tensor:
+def parameter(opened: store.Store, matrices: list[Matrix], change: Change = unchanged) -> Tensor:
     """Return a parameter decoded: its matrix turned back, or its stack put together; in the original dtype."""
-    decoded = [opened.matrix(m.name).decode().to(store.DTYPES[opened.entries[m.name].dtype]) for m in matrices]
+    decoded = [change(m.name, opened.matrix(m.name).decode()).to(store.DTYPES[opened.entries[m.name].dtype])
+               for m in matrices]
     odd = next((m.name for m, t in zip(matrices, decoded, strict=True) if not bool(torch.isfinite(t).all())), None)
     if odd is not None:
         raise CorruptStoreError(f"{opened.path}: '{odd}' decodes beyond {opened.entries[odd].dtype}, the dtype of the "

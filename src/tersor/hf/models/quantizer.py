@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import weakref
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ from tersor.errors import CorruptStoreError
 from tersor.hf.models import placing
 from tersor.hf.models.generating import CompiledCall, compiles
 from tersor.hf.models.matrices import Matrix, unsaved, walk
-from tersor.nn import Buffers, CompressedEmbedding, CompressedLinear, TiedLinear, WeightView
+from tersor.nn import Buffers, CompressedEmbedding, CompressedLinear, TiedLinear, Untrained, WeightView
 
 METHOD = "tersor"
+WHOLE = "modules_to_save"  # peft's name for what is trained whole
 EMPTY = "dtype_of_encoded_weights"
 
 
@@ -42,12 +44,24 @@ class TersorQuantizer(HfQuantizer):
     """Swaps the modules of a meta model for compressed ones; transformers then assigns the payload tensors to them."""
 
     requires_calibration = True
+    loaded: tuple[Path, str] | None = None  # the store: where it lies, and its manifest's digest
     _compiles = False
+    _model: weakref.ref[PreTrainedModel] | None = None
 
     @property
     def is_trainable(self) -> Any:
-        """Compressed weights are for inference."""
-        return False
+        """Adapters beside encoded weights train; the weights themselves do not. transformers' trainer asks.
+
+        Raises
+        ------
+        ReadOnlyError
+            If an encoded module is to be trained whole, as with `modules_to_save`: nothing of it would be.
+        """
+        model = None if self._model is None else self._model()
+        for name, module in () if model is None else model.named_modules():
+            if isinstance(module, Untrained) and f".{WHOLE}." in name:
+                module.requires_grad_(True)  # says what to do instead
+        return True
 
     def is_serializable(self) -> Any:
         """Tell transformers not to save: copy the directory instead."""
@@ -70,6 +84,8 @@ class TersorQuantizer(HfQuantizer):
         opened.check_loaded(kwargs["checkpoint_files"])
         opened.verify(complete=folder.parent.name != "snapshots")  # of a hub's cache, which holds what was asked for
         install(model, opened)
+        self._model = weakref.ref(model)
+        self.loaded = folder.absolute(), opened.manifest["sha256"]
         self._compiles = compiles(model)
         model.get_compiled_call = CompiledCall(model)
         if placing.spreads(kwargs.get("device_map")):
