@@ -290,14 +290,21 @@ def test_empty_prompts_and_unused_caches() -> None:
     assert keys.shape[2] == 3
 
 
-@pytest.mark.gpu
-def test_offloading_moves_every_tensor() -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_offloading_moves_full_pages(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tersor.kv.kept.CHUNK_ELEMENTS", 1)  # pages of 16 blocks, 64 tokens
     held = layer()
-    held.update(*(t.cuda() for t in states(40)))
-    before = payload(held)
+    held.update(*(t.to(device) for t in states(200)))
+    before, report = payload(held), held.report()
     held.offload()
-    held.prefetch()
-    assert {t.device.type for t in (*payload(held), held.keys, *held.sinks)} == {"cuda"}  # type: ignore[misc]
+    left = held.report()
+    assert (left.host + left.pages, left.payload) == (report.pages, report.payload)
+    assert left.pages == report.pages // 3  # the last page of three, which is still written to
+    assert all(torch.equal(a, b) for a, b in zip(before, payload(held), strict=True))
+    held.prefetch(torch.cuda.Stream() if device == "cuda" else None)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    assert {t.device.type for t in (*payload(held), held.keys, *held.sinks)} == {device}  # type: ignore[misc]
     assert all(torch.equal(a, b) for a, b in zip(before, payload(held), strict=True))
 
 

@@ -167,7 +167,7 @@ def _encoded(source: Source, opened: store.Store, carriers: Mapping[str, Adapted
                       effort=told.get("effort"))
     calibrated = bool(told.get("calibration")) if chosen.calibrated is None else chosen.calibrated
     reading = Reading.of(source, chosen.calibration or default_calibration(), chosen.sampling, work / "activations",
-                         device=chosen.device) if calibrated else None
+                         devices=(chosen.device,)) if calibrated else None
     seen = None if reading is None else reading.seen
     adapters = sorted({name for one in carriers.values() for name in one.adapters})
     record = {**provenance(source, seen, request, tersor.__version__),

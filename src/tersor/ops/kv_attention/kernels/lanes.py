@@ -19,6 +19,10 @@ from tersor.numerics.machine import njit
 from tersor.ops.vectors import FLOAT, INT, INTS, LANES, LONG, Vectors, how
 
 BYTE, SHORT = ir.IntType(8), ir.IntType(16)
+_QUARTERS = range(0, LANES, 4)  # of a register, within which numbers change places fast
+_LOW, _HIGH = ([q + i + of for q in _QUARTERS for i in (first, first + 1) for of in (0, LANES)] for first in (0, 2))
+_LOW_TWO, _HIGH_TWO = ([q + i + of for q in _QUARTERS for of in (0, LANES) for i in (first, first + 1)]
+                       for first in (0, 2))
 SUMS = 16  # vectors that registers hold beside what meets them
 AHEAD = 512  # bytes of a head's codes that are asked for before they are read
 
@@ -45,6 +49,17 @@ class _Rows(Vectors):
         """Return a number of bf16."""
         held = self.builder.load(self.at(self.pointer(address, SHORT), index), align=2)
         return self.builder.bitcast(self.builder.shl(self.builder.zext(held, INT), INT(16)), FLOAT)
+
+    def totals(self, sums: list[Any]) -> list[Any]:
+        """Return the sums of all lanes of up to four vectors, together."""
+        four = [*sums, *[self.all(0.0)] * (4 - len(sums))]
+        pairs = [self.add(self.pick(one, other, _LOW), self.pick(one, other, _HIGH))
+                 for one, other in (four[:2], four[2:])]  # lanes take turns: one, other, one, other
+        whole = self.add(self.pick(*pairs, _LOW_TWO), self.pick(*pairs, _HIGH_TWO))
+        for half in (8, 4):
+            low, high = (self.pick(whole, whole, range(first, first + half)) for first in (0, half))
+            whole = self.add(low, high)
+        return [self.builder.extract_element(whole, INT(i)) for i in range(len(sums))]
 
     def rows(self) -> tuple[Any, Any, Any, Any]:
         """Return the addresses of codes and of scales, how many rows there are, and the bytes of each."""
@@ -92,9 +107,9 @@ def _write_meet(context: Any, builder: Any, signature: Any, arguments: Any) -> A
                     met = v.load(v.at(near, ((vector * each + code) * queries + query) * LANES))
                     sums[query] = v.fma(found, met, sums[query])
         scale = v.scale(scales, row)
-        for query, one in enumerate(sums):
+        for query, one in enumerate(v.totals(sums)):
             place = builder.add(row, builder.mul(step, LONG(query)))
-            builder.store(builder.fmul(v.total(one), scale), v.at(out, place))
+            builder.store(builder.fmul(one, scale), v.at(out, place))
     return context.get_dummy_value()
 
 
