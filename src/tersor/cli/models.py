@@ -70,7 +70,7 @@ def read_weights(path: Path | None) -> dict[str, float]:
 
 
 def families(as_json: AsJson = False) -> None:
-    """List the families that --codec takes, and the reductions."""
+    """List families that --codec takes, and reductions."""
     if as_json:
         typer.echo(json.dumps({"families": tersor.families(), "reductions": REDUCTIONS}))
         return
@@ -246,7 +246,7 @@ def evaluate(path: Annotated[Path, typer.Argument(metavar="OUT", help="a compres
 
 def status(path: Annotated[Path, typer.Argument(metavar="OUT.work", help="the work folder of a run, or its output")],
            as_json: AsJson = False) -> None:
-    """Tell how far a run of compress is, and whether it still runs."""
+    """Tell how far a run is, and whether it still runs."""
     from tersor.hf.compress.status import status as run_status
 
     record = run_status(path)

@@ -52,7 +52,7 @@ def compressed_tensors(
         head: Annotated[bool, typer.Option("--head", help="pack the head too, where it is no embedding")] = False,
         dense: Dense = None, leave_out: LeaveOut = None, resume: Resume = True, whole_model: Whole = False,
         as_json: AsJson = False) -> None:
-    """Write a model as packed integers, which vLLM, SGLang and transformers load. Embeddings stay dense.
+    """Write a model as compressed-tensors packs integers. transformers and vLLM read that; embeddings stay dense.
 
     Calibrates, surveys, plans, encodes, verifies and evaluates.
     """

@@ -36,7 +36,7 @@ def recover(path: Annotated[Path, typer.Argument(metavar="OUT", help="a compress
             passes: Annotated[float, typer.Option(help="times that the text is read")] = 2.0,
             text: HeldoutText = None, evaluation_tokens: EvaluationTokens = 8192, context: Context = 512,
             seed: Seed = 0, device: Device = "cpu", resume: Resume = True, as_json: AsJson = False) -> None:
-    """Train what is continuous in a compressed model against its original. Bytes stay; so do codes."""
+    """Train a compressed model's scales and norms. Their original is the teacher; bytes stay, and so do codes."""
     from tersor.hf.compress.recover import RecoverSettings, recover_model
 
     existing(path, "a model compressed by tersor")

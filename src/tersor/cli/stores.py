@@ -77,7 +77,7 @@ def encode(src: Annotated[Path, typer.Argument(metavar="SRC",
            tokens: Tokens = 65536, context: Context = 512, whole_model: Whole = False,
            effort: Effort = None, seed: Seed = 0, device: Device = "cpu", option: OptionTexts = None,
            dense: Dense = None, leave_out: LeaveOut = None, as_json: AsJson = False) -> None:
-    """Encode a model by a plan, or a matrix (.npy) by a codec."""
+    """Encode a model by a plan, or one .npy by a codec."""
     expected = "a matrix as .npy, a transformers model directory or a .gguf file"
     existing(src, expected)
     beside = src.resolve()
@@ -167,7 +167,7 @@ def _encode_matrix(src: Path, target: Path, rate: float | None, codec: str, seed
 
 def inspect(path: Annotated[Path, typer.Argument(metavar="OUT", help="what Tersor has written")],
             as_json: AsJson = False) -> None:
-    """Show codecs, shapes and bytes, and the totals of each kind."""
+    """Show codecs, shapes and bytes, and their totals."""
     opened = store.read(existing(path, "a directory written by tersor"))
     coded = _cache_codecs(opened)
     rows = [{"name": name, "shape": list(e.shape),

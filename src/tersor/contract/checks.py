@@ -16,6 +16,7 @@ from tersor.payload.layout import TensorSpec
 
 HUGE = 2.0**100  # beyond this magnitude float32 arithmetic may overflow, so an encoder's result is checked
 SMALL = 2.0**-96  # below this magnitude scales may fall under float32's normal numbers; the result is checked as well
+BEYOND, BELOW = 2.0**128 - 2.0**103, 2.0**-150  # what rounds to infinity, and to 0, in float32
 REACH = 64  # bits of magnitude that stored numbers may have together: codes and sums over rows stay below the others
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -79,10 +80,9 @@ def check_matrix(matrix: Tensor, name: str = "matrix") -> None:
     if matrix.dtype not in FLOAT_DTYPES:
         raise CodecConfigError(f"{name}: expected float32, float16, bfloat16 or float64, found {matrix.dtype}")
     peak = _peak(matrix)
-    single = float(torch.tensor(peak, dtype=torch.float64).to(torch.float32))
-    if not math.isfinite(single):
+    if not peak < BEYOND:  # nor is NaN
         raise NonFiniteError(f"{name}: holds NaN, infinity or numbers beyond float32; repair it before encoding")
-    if peak and not single:
+    if 0 < peak <= BELOW:
         raise NonFiniteError(f"{name}: holds no number above {peak:.3g}, and all of them are 0 in float32, to which "
                              "matrices decode; scale it up before encoding")
 
