@@ -58,9 +58,10 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def verified_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the same verification in this process: starting another takes seconds. `test_cli.py` starts one."""
-    from tersor.hf.compress import run
+    from tersor.hf.compress import recover, run
     from tersor.hf.compress.verify import verify
     from tersor.hf.models.source import open_source
 
-    monkeypatch.setattr(run, "verify_in_fresh_process",
-                        lambda path, against, *_: verify(path, open_source(against, path / "unused")))
+    for module in (recover, run):
+        monkeypatch.setattr(module, "verify_in_fresh_process",
+                            lambda path, against, *_: verify(path, open_source(against, path / "unused")))

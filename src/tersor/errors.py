@@ -136,3 +136,7 @@ class ChangedFileWarning(TersorWarning):
 
 class DamagedWorkWarning(TersorWarning):
     """A file of an unfinished run that is not as it was written; what it held is made again."""
+
+
+class RecoveryWarning(TersorWarning):
+    """A recovery that diverged, or made nothing better; what is kept is the best state there was."""

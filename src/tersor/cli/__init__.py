@@ -15,13 +15,14 @@ from tersor.cli.gguf import gguf
 from tersor.cli.image import image
 from tersor.cli.kv import kv_plan
 from tersor.cli.models import calibrate, compress, evaluate, families, plan, status, survey
+from tersor.cli.recover import recover
 from tersor.cli.reduce import reduce
 from tersor.cli.stores import decode, encode, inspect, verify
 from tersor.cli.telling import LogFile, Quiet, Verbose, set_voice, spoken, tell_warning
 from tersor.cli.vectors import app as vectors
 
-VERBS = (compress, gguf, evaluate, verify, inspect, decode, encode, image, kv_plan, reduce, calibrate, survey, plan,
-         status, families)
+VERBS = (compress, gguf, evaluate, verify, inspect, decode, encode, image, kv_plan, reduce, recover, calibrate, survey,
+         plan, status, families)
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False,
                   context_settings={"help_option_names": ["-h", "--help"]},

@@ -46,6 +46,7 @@ from tersor.cli.base import (
 from tersor.cli.figures import parse_size
 from tersor.cli.funnel import existing
 from tersor.cli.gguf import FORMATS, FileFormat, compress_to, gguf
+from tersor.cli.recover import figures
 from tersor.cli.reduce import REDUCTIONS
 from tersor.cli.telling import VOICE, Bars
 from tersor.errors import CodecConfigError
@@ -88,6 +89,8 @@ def compress(src: Src, output: NewOut, rate: BudgetRate = None, size: Size = Non
              resume: Resume = True, whole_model: Whole = False,
              samples: Annotated[int, typer.Option(help="sample generations in the report; 0: none")] = 3,
              base_model: Annotated[str | None, typer.Option(help="OWNER/NAME of the original, for the card")] = None,
+             recover: Annotated[bool, typer.Option("--recover", help="then train scales and norms, as `tersor recover` "
+                                                                     "does")] = False,
              dry_run: Annotated[bool, typer.Option("--dry-run", help="estimate bytes, memory and time only")] = False,
              file_format: FileFormat = FORMATS[0], as_json: AsJson = False) -> None:
     """Compress a model to a budget. Calibrates, surveys, plans, encodes, verifies and evaluates."""
@@ -103,7 +106,7 @@ def compress(src: Src, output: NewOut, rate: BudgetRate = None, size: Size = Non
         unread = {"--codec": codec != DEFAULT, "--option": option, "--sensitivities": sensitivities,
                   "--leave-out": leave_out, "--dry-run": dry_run, "--base-model": base_model,
                   "--device": device != "cpu", "--devices": devices, "--engine": engine,
-                  "--whole-model": whole_model}
+                  "--whole-model": whole_model, "--recover": recover}
         compress_to(file_format, [name for name, given in unread.items() if given])
         gguf(src, output, rate, size, calibration=calibration, calibrated=calibrated, text=text, tokens=tokens,
              evaluation_tokens=evaluation_tokens, context=context, effort=effort, seed=seed, dense=dense, resume=resume,
@@ -116,7 +119,7 @@ def compress(src: Src, output: NewOut, rate: BudgetRate = None, size: Size = Non
         codec, calibration, calibrated, text, Sampling(tokens, context=context, seed=seed),
         evaluation_tokens, context, seed, device_of(device), resume, parse_options(option), read_weights(sensitivities),
         None if dense is None else tuple(dense), tuple(leave_out or ()), samples, base_model, effort, whole_model,
-        devices, engine)
+        devices, engine, recover)
     nbytes = None if size is None else parse_size(size)
     rate = 3.0 if rate is None and nbytes is None else rate
     if dry_run:
@@ -131,7 +134,7 @@ def compress(src: Src, output: NewOut, rate: BudgetRate = None, size: Size = Non
         return
     page = write_html(report, output.with_name(f"{output.name}.report.html"), card.headline(report),
                       card.loading(output, output.name))
-    record = {**report["summary"], **report.get("evaluation", {}), "report": str(page)}
+    record = {**report["summary"], **figures(report), **report.get("evaluation", {}), "report": str(page)}
     emit(record, as_json, f"{src} → {output}")
 
 

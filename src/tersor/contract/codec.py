@@ -175,6 +175,14 @@ class Codec(Derived, abc.ABC):
         """Return the coordinates in which attention meets the rows; by default the decoded rows."""
         return Coordinates(encoded)
 
+    def row_scales(self, encoded: Encoded) -> Mapping[str, Rows]:
+        """Return which rows the numbers of a stored tensor multiply, in order, by its name; none by default.
+
+        Tensors are bf16 and not shared, and no row is multiplied by two numbers: what recovery trains.
+        """
+        del encoded
+        return MappingProxyType({})
+
     def columns(self, matrix: Tensor, how: Search) -> ColumnEncoder:
         """Return an encoder over column blocks of `matrix` (out, in).
 

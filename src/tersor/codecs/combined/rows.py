@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar, final
 
 import numpy as np
@@ -98,6 +98,15 @@ class MixedRows(Codec):
                 wanted = (slice(int(places[0]), int(places[-1]) + 1) if isinstance(rows, slice) else places)
                 out[taken] = child.codec.decode_rows(child, wanted)
         return out
+
+    def row_scales(self, encoded: Encoded) -> Mapping[str, Rows]:
+        """Return those of both parts, at the rows that they hold."""
+        in_first, _ = self._places(encoded)
+        found: dict[str, Rows] = {}
+        for name, child, taken in zip(("first", "second"), self._parts(encoded), (in_first, ~in_first), strict=True):
+            places = taken.nonzero().flatten()
+            found |= {f"{name}/{key}": places[rows] for key, rows in child.codec.row_scales(child).items()}
+        return found
 
     def matmul(self, encoded: Encoded, x: Tensor) -> Tensor:
         """Multiply by each part and put the outputs in order."""

@@ -133,6 +133,12 @@ class Scalar(MultipliesRotated):
         return ScalarColumns(grid.shape, self.levels, assign, value,
                                    lambda packed: self._close(grid.shape, packed, scales, table), matrix.device)
 
+    def row_scales(self, encoded: Encoded) -> Mapping[str, Rows]:
+        """Return the scales, where each row has one."""
+        out = encoded.shape[0]
+        whole = Grid(encoded.shape, self.group_size, self.axis).param_shape == (out, 1)
+        return {"scales": slice(0, out)} if whole else {}
+
     def decode_rows(self, encoded: Encoded, rows: Rows) -> Tensor:
         """Return `scale table[code]`."""
         grid = Grid(encoded.shape, self.group_size, self.axis)

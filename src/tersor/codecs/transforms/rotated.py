@@ -104,6 +104,12 @@ class Rotated(Wrapped):
         """Decode rows alone when rotated on the input side only; else decode all and choose."""
         return super().decode_rows(encoded, rows) if self.side == "in" else self.decode(encoded)[rows]
 
+    def row_scales(self, encoded: Encoded) -> Mapping[str, Rows]:
+        """Return the inner codec's; none where outputs are rotated."""
+        if self.side != "in":
+            return {}
+        return {f"inner/{name}": rows for name, rows in self.inner.row_scales(self.child(encoded)).items()}
+
     def coordinates(self, encoded: Encoded) -> Coordinates:
         """Return the inner codec's coordinates, never rotated back; decoded rows where outputs are rotated."""
         if self.side != "in":

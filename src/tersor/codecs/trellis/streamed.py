@@ -195,6 +195,10 @@ class Streamed(Codec):
         signs = signs_of(codes.read(encoded.tensors["codes"], self.stream_shape(encoded.shape), 2, needed))
         return self.code.numbers_at(signs, inverse, phases.to(device)[index])
 
+    def row_scales(self, encoded: Encoded) -> Mapping[str, Rows]:
+        """See `Codec.row_scales`."""
+        return {"scales": slice(0, encoded.shape[0])}
+
     def columns(self, matrix: Tensor, how: Search) -> ColumnEncoder:
         """Return an encoder over blocks of columns, for streams along outputs; along inputs, over segments."""
         return _Columns(self, matrix, _width(how))

@@ -113,6 +113,10 @@ class Symmetric(Codec):
         """Return a column encoder with scales and leaders fitted on `matrix`."""
         return _Columns(self, self._fit(matrix, how))
 
+    def row_scales(self, encoded: Encoded) -> Mapping[str, Rows]:
+        """Return the scales, where they are of rows."""
+        return {"scales": slice(0, encoded.shape[0])} if self.scale == "row" else {}
+
     def decode_rows(self, encoded: Encoded, rows: Rows) -> Tensor:
         """Return `scale word`, by sub-vectors."""
         shape, tensors = encoded.shape, encoded.tensors

@@ -29,7 +29,7 @@ CARD = "README.md"
 CARRIED = ("license", "license_name", "license_link", "pipeline_tag")  # of the base's front matter
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FRONT_MATTER = 65536  # characters of the base's card that are looked at
-SWITCHES = {"calibrated": "--uncalibrated", "whole": "--whole-model"}
+SWITCHES = {"calibrated": "--uncalibrated", "whole": "--whole-model", "recover": "--recover"}
 FLAGS = {"calibration": "--calibration-text", "text": "--text", "evaluation_tokens": "--evaluation-tokens",
          "context": "--context", "effort": "--effort", "seed": "--seed", "device": "--device",
          "base_model": "--base-model"}

@@ -22,7 +22,7 @@ from tersor.contract.derived import package_nbytes
 from tersor.errors import ModelError, TersorError
 from tersor.families import DEFAULT, effort_of
 from tersor.files import exclusive, write_json
-from tersor.hf.compress import calibrate, card, encode, needs, plan, survey
+from tersor.hf.compress import calibrate, card, encode, needs, plan, recover, survey
 from tersor.hf.compress.cluster import Cluster, check_engine
 from tersor.hf.compress.crew import Crew, Hands
 from tersor.hf.compress.method import check_options
@@ -90,6 +90,8 @@ class CompressSettings:
         as there are devices; `"ray:ADDRESS"`: all workers of the cluster there.
     whole : bool
         Keep the whole model in memory while text runs through it, in place of one block at a time.
+    recover : bool
+        Train what is continuous against the original once all is encoded; see `recover_model`.
     """
 
     method: str = DEFAULT
@@ -112,6 +114,7 @@ class CompressSettings:
     whole: bool = False
     devices: str | None = None
     engine: str | None = None
+    recover: bool = False
 
     def changed(self) -> dict[str, Any]:
         """Return the fields that are not their defaults; of devices, the kind."""
@@ -136,6 +139,12 @@ class CompressSettings:
         if self.engine is None:
             return Hands(devices)
         return Cluster(devices, self.engine.partition(":")[2] or None)
+
+    @property
+    def recovery(self) -> recover.RecoverSettings | None:
+        """How what was compressed is trained, if it is to be."""
+        return recover.RecoverSettings(self.calibration, context=self.context, seed=self.seed,
+                                       device=self.device) if self.recover else None
 
     @property
     def text_seen(self) -> Path:
@@ -199,14 +208,14 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
     reading = chosen.reading(opened, work / "activations")
     tell = Teller(progress, work, opened.nbytes, lambda: "" if reading is None else reading.place)
     with chosen.crew() as crew:
-        report = _stages(opened, request, crew, work, reading, tell)
+        report = _stages(opened, request, chosen.recovery, crew, work, reading, tell)
     report |= _judged(opened, chosen, work, tell)
     report["summary"] |= {"seconds": time.perf_counter() - began, "peak_memory_bytes": peak_memory()}
     write_json(work / "output" / REPORT, report)
     asked = f"--rate {rate:g}" if size is None else f"--size {size}"
     card.write_card(work / "output", report, card.base_of(opened, chosen.base_model),
                     card.command(request, asked, chosen.changed()))
-    work.finish("matrices", "staged", "activations")
+    work.finish("matrices", "staged", "activations", "recover.part")
     return report
 
 
@@ -233,6 +242,8 @@ def _check(source: Source, request: Request, settings: CompressSettings, work: W
         check_text(model_class(source.config))
     if settings.samples:
         check_language_model(source.config, "a sample")
+    if settings.recovery is not None:
+        recover.check(source, settings.recovery)
     source.tried.check()
     check_options(request)
     check_weights(list(source.layout.matrices), request.sensitivities)
@@ -249,30 +260,35 @@ def _check(source: Source, request: Request, settings: CompressSettings, work: W
 def _mark(source: Source, request: Request, settings: CompressSettings) -> str:
     """Return a digest of all that the stages' files depend on."""
     seen = text_source(settings.text_seen) if settings.calibrated else None
-    facts = [tersor.__version__, source.fingerprint, source.companion_digests, source.ledger.summary(),
+    training = settings.recovery.record(source) if settings.recovery is not None else None
+    facts = [tersor.__version__, source.fingerprint, training, source.companion_digests, source.ledger.summary(),
              dataclasses.asdict(request), seen,
              dataclasses.asdict(settings.sampling)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _stages(source: Source, request: Request, crew: Crew, work: WorkFolder, reading: Reading | None,
-            progress: Progress) -> dict[str, Any]:
+def _stages(source: Source, request: Request, training: recover.RecoverSettings | None, crew: Crew, work: WorkFolder,
+            reading: Reading | None, progress: Progress) -> dict[str, Any]:
     """Run the stages, each from the files of those before it; return the report of a verified output."""
     known, device = None, str(crew.devices[0])
     if reading is not None:
         known = calibrate.sensitivities(reading, work / "sensitivities.json", progress)
     choices = survey.run(source, known, request, work / "survey.jsonl", device=device, reading=reading,
                          crew=crew, progress=progress)
-    record = provenance(source, known, request, tersor.__version__)
+    record = provenance(source, known, request, tersor.__version__) | (training.record(source) if training else {})
     picks = plan.run(source, choices, request, record)
     write_json(work / "plan.json", to_json(picks))
     job = encode.Job(source, picks, known, request, record)
     matrices = encode.run(job, work, device=device, reading=reading, crew=crew, progress=progress)
+    recovered: dict[str, Any] = {}
+    if training is not None:
+        recovered["recovery"] = recover.told(recover.improve(source, work, training, progress))
+        matrices = recover.remeasured(work / "output", source, matrices)
     nbytes = store.stored_nbytes(work / "output")
     if nbytes > request.budget:
         raise TersorError(f"internal: wrote {nbytes} bytes for a budget of {request.budget}")
     return conclude(job, matrices, work, {"budget": request.budget, "method": request.method},
-                    devices=[str(place) for place in crew.devices])
+                    devices=[str(place) for place in crew.devices]) | recovered
 
 
 def _check_companions(source: Source, output: Path) -> None:

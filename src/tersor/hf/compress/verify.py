@@ -137,6 +137,17 @@ def biases_added(layout: Parts, opened: store.Store) -> dict[str, tuple[int, ...
     return {name: shapes[name] for name in listed if name in shapes}
 
 
+def trained(opened: store.Store) -> list[str]:
+    """Return the vectors that a store says recovery has trained, such as norms."""
+    record = opened.manifest["provenance"].get("recovery", {})
+    listed = record.get("vectors", []) if isinstance(record, dict) else None
+    own = {name for name in opened.plain_names() if len(opened.entries[name].shape) == 1}
+    if not isinstance(listed, list) or any(not isinstance(name, str) or name not in own for name in listed):
+        raise CorruptStoreError(f"{opened.path}: the manifest's recovery must name vectors that are stored, found "
+                                f"{listed!r}")
+    return listed
+
+
 def _recorded(path: Path) -> dict[str, float]:
     """Return the relative error that the encoder measured of each matrix."""
     file = path / REPORT
@@ -150,7 +161,7 @@ def _recorded(path: Path) -> dict[str, float]:
 
 
 def _check_plain(path: Path, opened: store.Store, source: Source) -> None:
-    changed = biases_added(source.layout, opened)
+    changed = {*biases_added(source.layout, opened), *trained(opened)}
     for name, entry in opened.entries.items():
         if entry.codec is None and name not in changed and not torch.equal(opened.plain(name), source.tensor(name)):
             raise VerificationError(f"{path}: '{name}' is stored as it is, but differs from the source")

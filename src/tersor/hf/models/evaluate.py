@@ -104,12 +104,14 @@ class Original:
         Token ids (batch, length).
     step : callable or None
         Called with the stages that are done, and their number.
+    folder : Path or None
+        Where activations go that find no room in memory; None: all stay there.
     """
 
     def __init__(self, source: Source, batches: Sequence[Tensor], device: str = "cpu",
-                 step: Callable[[int, int], None] | None = None) -> None:
+                 step: Callable[[int, int], None] | None = None, folder: Path | None = None) -> None:
         self._streamed = _streamed(source, batches[0], device)
-        self._flow = Flow(self._streamed, batches, Activations())
+        self._flow = Flow(self._streamed, batches, Activations(folder))
         model, began, last = self._streamed.model, time.perf_counter(), len(self._streamed.blocks)
         self.next_token = predicts_next_token(type(model))
         self.nbytes = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))

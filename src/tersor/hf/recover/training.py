@@ -1,0 +1,250 @@
+"""Training the parts of a compressed model against its original: KL of their logits, by Adam, stopped early.
+
+Windows of a step are worked on by several threads, each with one thread of torch, and their gradients are added in the
+order of the windows: so the same seed gives the same parts however many threads there are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tersor.hf.models.flow import in_order
+from tersor.hf.recover.student import Student
+
+RATE = 0.01  # of a part's size, the longest step; chosen on calibration text, see docs/log.md
+VECTORS = 2.0  # times as much for norms and biases, which are near their best in a dense model
+WARM = 0.05  # share of the steps in which they grow to the longest
+BETAS = (0.9, 0.98)
+CHECKS = 8  # times that the kept-apart text is looked at
+PATIENCE = 3  # looks without a better state, after which training ends
+DIVERGED = 1.5  # times the first loss on the kept-apart text
+
+
+class Teacher(Protocol):
+    """What the original makes of batches of windows."""
+
+    def __call__(self, batch: int) -> tuple[Tensor, bool]:
+        """Return the logits of a batch, and whether they are logits."""
+        ...
+
+
+class Saved(Protocol):
+    """Where a run that may be killed keeps its state."""
+
+    def read(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Return what was saved last."""
+        ...
+
+    def due(self) -> bool:
+        """Return whether it is time to save."""
+        ...
+
+    def save(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Replace what was saved."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Lesson:
+    """What a training reads.
+
+    Attributes
+    ----------
+    batches : sequence of Tensor
+        Token ids (windows, context) of what is worked on at a time.
+    apart : int
+        The first so many batches are kept apart: nothing is trained on them, and they say when to stop.
+    each : int
+        Batches of a step.
+    steps : int
+    seed : int
+        Of the order in which batches are read.
+    """
+
+    batches: Sequence[Tensor]
+    apart: int
+    each: int
+    steps: int
+    seed: int = 0
+
+    def order(self) -> list[list[int]]:
+        """Return the batches of every step: each time through the text in another order."""
+        generator = torch.Generator().manual_seed(self.seed)
+        count, wanted = len(self.batches) - self.apart, self.each * self.steps
+        listed: list[int] = []
+        while len(listed) < wanted:
+            listed += [self.apart + int(place) for place in torch.randperm(count, generator=generator)]
+        return [listed[step * self.each : (step + 1) * self.each] for step in range(self.steps)]
+
+
+@dataclasses.dataclass(eq=False)
+class Outcome:
+    """What came of a training.
+
+    Attributes
+    ----------
+    values : dict of str to Tensor
+        The best parts.
+    before, after : float
+        KL on the text kept apart, in nats a token: of the parts that there were, and of the best ones.
+    steps : int
+        Steps until the best parts.
+    taken : int
+        Steps that were taken.
+    history : list of (int, float)
+        Steps, and KL on the text kept apart.
+    """
+
+    values: dict[str, Tensor]
+    before: float = math.nan
+    after: float = math.inf
+    steps: int = 0
+    taken: int = 0
+    history: list[tuple[int, float]] = dataclasses.field(default_factory=list)
+
+    @property
+    def going(self) -> bool:
+        """Whether there is reason to go on."""
+        return not self.diverged and sum(step > self.steps for step, _ in self.history) < PATIENCE
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the last loss was far beyond the first, or no longer finite."""
+        return bool(self.history) and not self.history[-1][1] <= DIVERGED * self.before
+
+    def note(self, step: int, loss: float, values: Mapping[str, Tensor]) -> None:
+        """Take note of a loss."""
+        self.history.append((step, loss))
+        if len(self.history) == 1:
+            self.before = loss
+        if loss < self.after:
+            self.after, self.steps = loss, step
+            self.values = {name: value.detach().clone() for name, value in values.items()}
+
+
+def divergence(logits: Tensor, original: Tensor) -> Tensor:
+    """Return the sum over positions of `KL(original ‖ ours)` of logits (..., vocabulary), in nats."""
+    ours = torch.log_softmax(logits.to(torch.float32).flatten(0, -2), -1)
+    theirs = torch.log_softmax(original.to(torch.float32).flatten(0, -2), -1)
+    return functional.kl_div(ours, theirs, reduction="sum", log_target=True)
+
+
+class Training:
+    """The loop.
+
+    Parameters
+    ----------
+    student : Student
+    teacher : Teacher
+    lesson : Lesson
+    saved : Saved
+    tell : callable
+        Called with the steps that are done.
+    """
+
+    def __init__(self, student: Student, teacher: Teacher, lesson: Lesson, saved: Saved,
+                 tell: Callable[[int], None]) -> None:
+        self.student, self.teacher, self.lesson, self.saved, self._tell = student, teacher, lesson, saved, tell
+        self.parts = {name: value.clone().requires_grad_(True) for name, value in student.values.items()}
+        sizes = student.steps()
+        self._longest = [sizes[name] * RATE * (VECTORS if name in student.vectors else 1.0) for name in self.parts]
+        self._adam = torch.optim.Adam([{"params": [part], "lr": rate} for part, rate in
+                                       zip(self.parts.values(), self._longest, strict=True)], betas=BETAS)
+        self.outcome = Outcome(dict(student.values))
+
+    def run(self) -> Outcome:
+        """Train to the end, or until it no longer helps; the student is left with the best parts."""
+        begin, order = self._resume(), self.lesson.order()
+        every = max(1, math.ceil(len(order) / CHECKS))
+        if not self.outcome.history:
+            self.outcome.note(0, self._apart(), self.parts)
+        for step in range(begin, len(order)):
+            if not self.outcome.going:
+                break
+            self._step(order[step], self._share(step))
+            self.outcome.taken = step + 1
+            if (step + 1) % every == 0 or step + 1 == len(order):
+                self.outcome.note(step + 1, self._apart(), self.parts)
+            if self.saved.due():
+                self._save(step + 1)
+            self._tell(step + 1)
+        self.student.install(self.outcome.values)
+        return self.outcome
+
+    def _share(self, step: int) -> float:
+        """Return the share of the longest step: it grows, then falls as a cosine does."""
+        warm = max(1.0, WARM * self.lesson.steps)
+        return min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / self.lesson.steps))
+
+    def _step(self, batches: Sequence[int], share: float) -> None:
+        leaves = self.student.leaves
+        count = sum(self.lesson.batches[number].numel() for number in batches)
+        total = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+        for found in in_order(len(batches), lambda at: self._gradients(batches[at]), device=self.student.device,
+                              gradients=True):
+            for name, part in zip(leaves, found, strict=True):
+                total[name].add_(part, alpha=1.0 / count)
+        for name, gradient in self.student.gradients(total).items():
+            self.parts[name].grad = gradient
+        for group, longest in zip(self._adam.param_groups, self._longest, strict=True):
+            group["lr"] = longest * share
+        self._adam.step()
+        self.student.install({name: part.detach() for name, part in self.parts.items()})
+
+    def _gradients(self, batch: int) -> tuple[Tensor, ...]:
+        loss = self._loss(batch)
+        return torch.autograd.grad(loss, list(self.student.leaves.values()))
+
+    def _loss(self, batch: int) -> Tensor:
+        with torch.no_grad():
+            wanted = self.teacher(batch)[0]
+        with torch.autocast(self.student.device.type, torch.bfloat16, enabled=halves(self.student.device)):
+            found = self.student.outputs(self.lesson.batches[batch])
+        return divergence(found, wanted)
+
+    def _apart(self) -> float:
+        """Return the mean KL a position on the text kept apart."""
+        listed = range(self.lesson.apart)
+        total = sum(in_order(len(listed), lambda at: float(self._loss(listed[at])), device=self.student.device))
+        return total / sum(self.lesson.batches[at].numel() for at in listed)
+
+    def _save(self, step: int) -> None:
+        tensors: dict[str, Tensor] = {}
+        for name, part in self.parts.items():
+            state = self._adam.state[part]
+            tensors |= {f"now:{name}": part.detach(), f"best:{name}": self.outcome.values[name],
+                        f"mean:{name}": state["exp_avg"], f"square:{name}": state["exp_avg_sq"]}
+        kept = self.outcome
+        self.saved.save(tensors, {"step": step, "before": kept.before, "after": kept.after, "best": kept.steps,
+                                  "history": kept.history})
+
+    def _resume(self) -> int:
+        """Take up what a killed run has saved; return the step to go on with."""
+        found = self.saved.read()
+        if found is None:
+            return 0
+        tensors, record = found
+        kept = self.outcome
+        for name, part in self.parts.items():
+            part.data.copy_(tensors[f"now:{name}"])
+            kept.values[name] = tensors[f"best:{name}"].to(part.device, copy=True)
+            mean, square = (tensors[f"{kind}:{name}"].to(part.device, copy=True) for kind in ("mean", "square"))
+            self._adam.state[part] = {"step": torch.tensor(float(record["step"])), "exp_avg": mean,
+                                      "exp_avg_sq": square}
+        kept.before, kept.after, kept.steps, kept.taken = (record["before"], record["after"], record["best"],
+                                                           record["step"])
+        kept.history = [(int(step), float(loss)) for step, loss in record["history"]]
+        self.student.install({name: part.detach() for name, part in self.parts.items()})
+        return int(record["step"])
+
+
+def halves(device: torch.device) -> bool:
+    """Tell whether products are of 16 bits, which the device multiplies faster than those of 32."""
+    return device.type == "cuda" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
