@@ -26,7 +26,7 @@ from tersor.hf.recover.training import Lesson, Outcome, Training, divergence
 from tests.hf.tiny import resigned, save_tiny, save_tokenizer
 
 pytestmark = pytest.mark.usefixtures("verified_here")
-SMALL: dict[str, Any] = {"context": 16, "tokens": 512, "evaluation_tokens": 0}
+SMALL: dict[str, Any] = {"context": 16, "tokens": 512, "passes": 12, "evaluation_tokens": 0}
 
 
 @pytest.fixture(scope="module")
