@@ -26,7 +26,7 @@ from tersor.hf.recover.training import Lesson, Outcome, Training, divergence
 from tests.hf.tiny import resigned, save_tiny, save_tokenizer
 
 pytestmark = pytest.mark.usefixtures("verified_here")
-SMALL: dict[str, Any] = {"context": 16, "tokens": 512, "evaluation_tokens": 0}
+SMALL: dict[str, Any] = {"context": 16, "tokens": 512, "passes": 12, "evaluation_tokens": 0}
 
 
 @pytest.fixture(scope="module")
@@ -174,15 +174,15 @@ def test_divergence_falls_back_and_says_so(source: Path, packed: Path, tmp_path:
 
 def test_when_to_stop() -> None:
     kept = Outcome({})
-    for step, loss in enumerate([1.0, 0.9, 0.95, 0.92]):
+    for step, loss in enumerate([1.0, 0.9, 0.95, 0.92, 0.95, 0.96]):
         assert kept.going
         kept.note(step, loss, {"part": torch.tensor(float(step))})
     assert kept.going
-    kept.note(4, 0.91, {"part": torch.tensor(4.0)})
+    kept.note(6, 0.91, {"part": torch.tensor(6.0)})
     assert not kept.going
     assert not kept.diverged
     assert (kept.before, kept.after, kept.steps, float(kept.values["part"])) == (1.0, 0.9, 1, 1.0)
-    kept.note(5, float("nan"), {})
+    kept.note(7, float("nan"), {})
     assert kept.diverged
 
 

@@ -18,12 +18,13 @@ from torch.nn import functional
 from tersor.hf.models.flow import in_order
 from tersor.hf.recover.student import Student
 
-RATE = 0.01  # of a part's size, the longest step; chosen on calibration text, see docs/log.md
+RATE = 0.01  # of a part's size, the longest step where the loss is `NATS` or more; docs/log.md
+NATS = 0.5  # below, steps shrink with the root of the loss, as the way to the best parts does
 VECTORS = 2.0  # times as much for norms and biases, which are near their best in a dense model
 WARM = 0.05  # share of the steps in which they grow to the longest
 BETAS = (0.9, 0.98)
 CHECKS = 8  # times that the kept-apart text is looked at
-PATIENCE = 3  # looks without a better state, after which training ends
+PATIENCE = 5  # looks without a better state, after which training ends
 DIVERGED = 1.5  # times the first loss on the kept-apart text
 
 
@@ -179,9 +180,9 @@ class Training:
         return self.outcome
 
     def _share(self, step: int) -> float:
-        """Return the share of the longest step: it grows, then falls as a cosine does."""
-        warm = max(1.0, WARM * self.lesson.steps)
-        return min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / self.lesson.steps))
+        """Return the share of the longest step: it grows, then falls as a cosine does; less where less is to be won."""
+        warm, haste = max(1.0, WARM * self.lesson.steps), min(1.0, math.sqrt(self.outcome.before / NATS))
+        return haste * min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / self.lesson.steps))
 
     def _step(self, batches: Sequence[int], share: float) -> None:
         leaves = self.student.leaves
