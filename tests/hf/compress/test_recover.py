@@ -238,7 +238,7 @@ def test_refusals(source: Path, packed: Path, tmp_path: Path) -> None:
 def test_the_verb(source: Path, packed: Path, tmp_path: Path) -> None:
     """The default output lies beside what was compressed; the wrong original ends with exit code 3."""
     given, other = shutil.copytree(packed, tmp_path / "given"), named("llama", tmp_path / "other")
-    options = ["--context", "16", "--tokens", "256", "--evaluation-tokens", "0", "--json"]
+    options = ["--context", "16", "--tokens", "2048", "--passes", "8", "--evaluation-tokens", "0", "--json"]
     done = CliRunner().invoke(app, ["recover", str(given), "--against", str(source), *options])
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout)
