@@ -46,13 +46,13 @@ from tersor.hf.models.evaluate import evaluate
 from tersor.hf.models.samples import samples
 from tersor.hf.models.source import Source, open_source, read_matrix
 from tersor.hf.models.staging import REPORT
-from tersor.hf.models.text import default_calibration, default_heldout, read_ids, text_source
+from tersor.hf.models.text import ChosenTexts, read_ids, text_source
 from tersor.planning.plan import check_weights, to_json
 from tersor.store.manifest import file_digest
 
 
 @dataclasses.dataclass(frozen=True)
-class CompressSettings:
+class CompressSettings(ChosenTexts):
     """Everything `compress_model` may be told besides source, output and budget.
 
     Attributes
@@ -145,16 +145,6 @@ class CompressSettings:
         """How what was compressed is trained, if it is to be."""
         return recover.RecoverSettings(self.calibration, context=self.context, seed=self.seed,
                                        device=self.device) if self.recover else None
-
-    @property
-    def text_seen(self) -> Path:
-        """The calibration text."""
-        return self.calibration or default_calibration()
-
-    @property
-    def heldout(self) -> Path:
-        """The text to evaluate on."""
-        return self.text or default_heldout()
 
 
 @exclusive("output")

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import hashlib
-import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,7 +16,7 @@ from typing import Any
 
 import tersor
 from tersor.errors import CodecConfigError, ModelError, TersorError
-from tersor.files import exclusive, file_digest, write_json
+from tersor.files import exclusive, file_digest, seal, write_json
 from tersor.gguf import plan
 from tersor.gguf.quantizable import quantizable
 from tersor.gguf.types.base import BlockType
@@ -33,7 +31,7 @@ from tersor.hf.gguf.inputs import Known, calibrated
 from tersor.hf.gguf.origin import Item, Origin
 from tersor.hf.gguf.verify import verify
 from tersor.hf.models.classes import check_text, model_class
-from tersor.hf.models.text import default_calibration, default_heldout, read_ids, text_source
+from tersor.hf.models.text import ChosenTexts, read_ids, text_source
 from tersor.planning.calibration import Calibration
 
 ROUNDS = {"fast": 0, "normal": 2, "best": 6}
@@ -42,7 +40,7 @@ LARGE = 256  # weights of the blocks of most types
 
 
 @dataclasses.dataclass(frozen=True)
-class GgufSettings:
+class GgufSettings(ChosenTexts):
     """Everything `write_gguf` may be told besides source, output and budget.
 
     Attributes
@@ -85,16 +83,6 @@ class GgufSettings:
     requantize: bool = False
     dense: tuple[str, ...] = ()
     types: tuple[str, ...] = ()
-
-    @property
-    def text_seen(self) -> Path:
-        """The calibration text."""
-        return self.calibration or default_calibration()
-
-    @property
-    def heldout(self) -> Path:
-        """The text to evaluate on."""
-        return self.text or default_heldout()
 
 
 @exclusive("output")
@@ -144,7 +132,7 @@ def write_gguf(source: str | Path, output: str | Path, rate: float | None = None
         work.clear("staged")
         raise
     mark = _mark(origin, chosen)
-    work.stamp(_digest([mark, budget, sorted(chosen.types)]), resume=chosen.resume)
+    work.stamp(seal([mark, budget, sorted(chosen.types)]), resume=chosen.resume)
     report = _stages((origin, items), budget, chosen, work, progress)
     report["summary"] |= {"seconds": time.perf_counter() - began, "peak_memory_bytes": peak_memory()}
     write_json(target.with_name(f"{target.name}.report.json"), report)
@@ -234,10 +222,6 @@ def _mark(origin: Origin, settings: GgufSettings) -> list[Any]:
     elif settings.calibrated:
         seen = [text_source(settings.text_seen), dataclasses.asdict(settings.sampling)]
     return [tersor.__version__, origin.fingerprint, seen, settings.effort, list(settings.dense)]
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _stages(model: tuple[Origin, Sequence[Item]], budget: int, settings: GgufSettings, work: WorkFolder,

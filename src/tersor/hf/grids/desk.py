@@ -18,11 +18,11 @@ from tersor.grids.scheme import Scheme
 from tersor.grids.solve import Effort
 from tersor.hf.compress.desk import Wanted
 from tersor.hf.compress.request import Progress
-from tersor.hf.grids.errors import measured
 from tersor.hf.grids.survey import Metrics
 from tersor.hf.models.source import Source
 from tersor.numerics.settings import pinned
 from tersor.planning.calibration import compensated
+from tersor.quality import compare
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,7 +98,7 @@ class GridDesk:
                     aim = compensated(given, change, metric, one.ridge)
             scheme = self.job.picks[name]
             tensors = encode(scheme, aim, self._metrics.of(metric), self.job.effort, self.job.dtype)
-            errors = measured(given, decode(scheme, tensors, given.shape[1]), metric)
+            errors = compare(given, decode(scheme, tensors, given.shape[1]), metric)
             shape = self.job.source.layout.matrices[name].shape
             found = {"scheme": scheme.name, "shape": list(shape), "nbytes": scheme.nbytes(shape),
                      "relative_error": errors.relative, "distortion": errors.distortion}

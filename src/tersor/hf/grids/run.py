@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import hashlib
-import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,7 +16,7 @@ from typing import Any
 
 import tersor
 from tersor.errors import CodecConfigError, TersorError
-from tersor.files import exclusive, write_json
+from tersor.files import exclusive, seal, write_json
 from tersor.grids.scheme import Scheme, ladder
 from tersor.grids.solve import Effort
 from tersor.hf.compress import calibrate, encode
@@ -36,14 +34,14 @@ from tersor.hf.models.classes import check_text, model_class
 from tersor.hf.models.evaluate import evaluate_dense
 from tersor.hf.models.source import Source, open_source, read_matrix
 from tersor.hf.models.staging import REPORT
-from tersor.hf.models.text import default_calibration, default_heldout, read_ids, text_source
+from tersor.hf.models.text import ChosenTexts, read_ids, text_source
 from tersor.payload.layout import TensorSpec
 
 EFFORTS = {"fast": Effort(0, 0), "normal": Effort(2, 2), "best": Effort(6, 4)}
 
 
 @dataclasses.dataclass(frozen=True)
-class PackSettings:
+class PackSettings(ChosenTexts):
     """Everything `write_packed` may be told besides source, output and budget.
 
     Attributes
@@ -94,16 +92,6 @@ class PackSettings:
     schemes: tuple[str, ...] = ()
     asymmetric: bool = False
     whole: bool = False
-
-    @property
-    def text_seen(self) -> Path:
-        """The calibration text."""
-        return self.calibration or default_calibration()
-
-    @property
-    def heldout(self) -> Path:
-        """The text to evaluate on."""
-        return self.text or default_heldout()
 
     def reading(self, source: Source, folder: Path) -> Reading | None:
         """Return the calibration text as a source reads it, if there is to be any calibration."""
@@ -173,7 +161,7 @@ def write_packed(source: str | Path, output: str | Path, rate: float | None = No
         raise
     mark = _mark(opened, chosen)
     asked = [mark, dataclasses.asdict(budget), sorted(chosen.schemes), chosen.asymmetric]
-    work.stamp(_digest(asked), resume=chosen.resume)
+    work.stamp(seal(asked), resume=chosen.resume)
     report = _stages((opened, ladders), budget, chosen, work, progress)
     report["summary"] |= {"seconds": time.perf_counter() - began, "peak_memory_bytes": peak_memory()}
     write_json(work / "output" / REPORT, report)
@@ -232,10 +220,6 @@ def _mark(source: Source, settings: PackSettings) -> list[Any]:
     seen = [text_source(settings.text_seen), dataclasses.asdict(settings.sampling)] if settings.calibrated else None
     return [tersor.__version__, source.fingerprint, source.companion_digests, source.ledger.summary(), seen,
             settings.effort, settings.device]
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _stages(model: tuple[Source, Mapping[str, Sequence[Scheme]]], budget: Budget, settings: PackSettings,

@@ -19,12 +19,12 @@ from tersor.hf.compress import sensitivity, survey
 from tersor.hf.compress.reading import Reading
 from tersor.hf.compress.request import Progress
 from tersor.hf.grids.encodable import siblings
-from tersor.hf.grids.errors import measured
 from tersor.hf.models.matrices import Matrix
 from tersor.hf.models.source import Source, read_matrix
 from tersor.numerics.settings import pinned
 from tersor.planning.calibration import Calibration
 from tersor.planning.trials import Trials
+from tersor.quality import compare
 
 SPAN = (0.6, 2.0)  # bits of schemes tried, as multiples of the rate asked for
 EFFORT = Effort(0, 0)
@@ -139,7 +139,7 @@ def _trial(source: Source, matrix: Matrix, scheme: Scheme, sample: Tensor,
            seen: tuple[Calibration | None, Tensor | None, Metrics]) -> dict[str, Any]:
     known, hessian, metrics = seen
     tensors = encode(scheme, sample, metrics.of(hessian), EFFORT)
-    errors = measured(sample, decode(scheme, tensors, sample.shape[1]), hessian)
+    errors = compare(sample, decode(scheme, tensors, sample.shape[1]), hessian)
     trace = None if known is None else known.fisher.get(matrix.name)
     elements = matrix.shape[0] * matrix.shape[1]
     with pinned():

@@ -13,10 +13,10 @@ from tersor.errors import CorruptStoreError, ModelError, VerificationError
 from tersor.files import read_json
 from tersor.hf.compress.request import Progress, no_progress
 from tersor.hf.grids import output
-from tersor.hf.grids.errors import measured
 from tersor.hf.models.integers import Grid
 from tersor.hf.models.source import Source, open_source
 from tersor.hf.models.staging import REPORT
+from tersor.quality import compare
 
 AGREEMENT, FLOOR = 1e-3, 1e-12  # only the order of sums may differ from what the encoder measured
 
@@ -62,7 +62,7 @@ def verify(path: Path, source: Source | None = None, progress: Progress = no_pro
             if matrix is None or matrix.shape != grid.shape:
                 raise VerificationError(f"{path}: '{name}' is no matrix {grid.shape} of {source.path}; give the model "
                                         "that this was made from")
-            worst = max(worst, _error(path, name, measured(source.tensor(name), decoded, None).relative,
+            worst = max(worst, _error(path, name, compare(source.tensor(name), decoded, None).relative,
                                       lines[name]["relative_error"]))
     progress("verify", len(found), len(found))
     plain = [name for name in opened.layout.parameters if name not in found]

@@ -28,6 +28,23 @@ def default_heldout() -> Path:
     return Path(str(importlib.resources.files("tersor").joinpath("data/heldout.txt")))
 
 
+class ChosenTexts:
+    """For settings that name texts, or none: the packaged ones then."""
+
+    calibration: Path | None
+    text: Path | None
+
+    @property
+    def text_seen(self) -> Path:
+        """The calibration text."""
+        return self.calibration or default_calibration()
+
+    @property
+    def heldout(self) -> Path:
+        """The text to evaluate on."""
+        return self.text or default_heldout()
+
+
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load a model directory's tokenizer.
 
