@@ -94,7 +94,7 @@ def test_evicting_keeps_the_bound_and_what_is_left_is_attended_to() -> None:
 
 
 def test_generation_with_eviction_is_attention_without_the_evicted_tokens() -> None:
-    """Greedy tokens equal those of a dense cache whose mask hides the same tokens."""
+    """A layer attends as to dense tokens with a mask that hides those evicted; generation goes on meanwhile."""
     model = tiny("llama")
     ids, new = tokens(2, PROMPT), 60
     mask = torch.ones_like(ids)
@@ -201,9 +201,43 @@ def test_a_bound_counts_what_is_on_the_device() -> None:
     assert held(cache) <= LITTLE < cache.report().payload + held(cache)
 
 
+def test_no_room_in_a_later_layer_takes_the_call_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers before it hold what they held: some of it is encoded that was dense."""
+    model, ids = tiny("llama"), tokens(1, 300)
+    cache = bounded(model)
+    read(model, cache, ids[:, :30])
+
+    def fail(*given: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.compressed_layers[1], "_keep", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            read(model, cache, ids[:, 30:130])
+    assert {layer.get_seq_length() for layer in cache.compressed_layers.values()} == {30}
+    assert torch.isfinite(read(model, cache, ids[:, 30:130])).all()
+    assert cache.get_seq_length() == 130
+
+
+def test_what_a_failed_call_was_to_evict_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny("llama"), tokens(1, 800)
+    cache = bounded(model, max_bytes=LITTLE, when_full="evict")
+    read(model, cache, ids[:, :40])
+
+    def fail(*given: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.compressed_layers[0], "_keep", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            read(model, cache, ids[:, 40:740])
+    read(model, cache, ids[:, 40:41])
+    assert cache.get_seq_length() == 41
+
+
 @pytest.mark.parametrize("broken", ["first", "second"])
 def test_no_room_in_one_layer_leaves_all_as_they_were(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Out of memory where pages are made, before or after some layers took the call's tokens."""
+    """Out of memory where pages are made, with pages there and before the first."""
     model, ids = tiny("llama"), tokens(1, 400)
     cache, allocate, calls = bounded(model), torch.zeros, []
     read(model, cache, ids[:, : 80 if broken == "first" else 10])

@@ -62,6 +62,8 @@ class Budget:
         """
         if self.max_bytes is None:
             return
+        for layer in layers:
+            layer.owe_nothing()  # what a call owed that has failed
         held = others + sum(layer.near_nbytes for layer in layers)
 
         def after(dropped: int) -> int:

@@ -154,8 +154,9 @@ class CompressedCache(Cache):
         BudgetError
             In a call's first layer, if the call would pass `max_bytes`.
         torch.OutOfMemoryError
-            If there is no room for pages; says how many bytes were asked. As after any error here, the layers are as
-            they were before the call. Where a call fails in the model, `crop` to the tokens before it.
+            If there is no room for pages; says how many bytes were asked. As after any error here, the layers hold the
+            tokens they held before the call; what was dense may be encoded, and what was evicted is gone. Where a call
+            fails in the model, `crop` to the tokens before it.
         """
         layer, like = self.layers[layer_idx], (key_states, value_states)
         if layer_idx == self._first:

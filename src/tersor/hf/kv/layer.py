@@ -175,6 +175,10 @@ class CompressedCacheLayer(CacheLayerMixin):
         self.keys, self.values = kept
         self.gone, self._owed = self.gone + lost, 0
 
+    def owe_nothing(self) -> None:
+        """Forget blocks that were to be dropped as they close: the call that would have closed them has failed."""
+        self._owed = 0
+
     def evict(self, blocks: int) -> None:
         """Drop the oldest blocks; of those that the next call closes, what is not there yet."""
         streams = self._held()[3] if self.is_initialized else ()

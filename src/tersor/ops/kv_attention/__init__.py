@@ -55,7 +55,7 @@ def part_of(side: Side, shape: tuple[int, int, int], room: int, span: tuple[int,
     heads, dim, block = shape
     levels = side.levels
     whole = levels.bits in LANE_BITS and dim % 8 == 0 and (levels.maps is None or levels.maps.shape[1] == dim)
-    if side.pages[0].is_cuda or not whole or not compiled_allowed("kv_attention"):
+    if not whole or not compiled_allowed("kv_attention"):
         return None
     from tersor.ops.kv_attention.lanes import Part
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tersor.ops.kv_attention.shapes import Side
+from tersor.ops.kv_attention.shapes import Side, unit_codes
 from tersor.ops.vectors import LANES
 from tersor.ops.workers import passes, share
 
@@ -40,7 +40,7 @@ class Part:
     def units(self) -> tuple[int, int]:
         """Codes of a unit, and vectors of units of a row."""
         bits = self.side.levels.bits
-        each = 8 if bits == 3 else 8 // bits
+        each = unit_codes(bits)
         return each, -(-self.dim // (each * LANES))
 
     def scores(self, near: Tensor) -> Tensor:

@@ -22,6 +22,16 @@ LEAST_TURNS = 3  # of a warp: beginning and ending cost as much as two or three
 LOG2E = math.log2(math.e)
 
 
+def unit_bytes(bits: int) -> int:
+    """Return the bytes of a unit: the least that whole codes fill, which a lane of a processor holds."""
+    return 3 if bits == 3 else 1
+
+
+def unit_codes(bits: int) -> int:
+    """Return the codes of a unit."""
+    return 8 * unit_bytes(bits) // bits
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Levels:
     """How the codes of tokens stand for numbers: `token = (scale levels[code]) maps + offset`; made by `of`.

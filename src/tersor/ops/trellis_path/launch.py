@@ -9,12 +9,20 @@ from tersor.ops.trellis_path.kernels.back import back
 from tersor.ops.trellis_path.kernels.entered import entered as write_entered
 from tersor.ops.trellis_path.kernels.long import forward
 from tersor.ops.trellis_path.kernels.path import path
-from tersor.ops.trellis_path.shapes import LONG_MEMORY, MOST_WARPS, Steps, long_parts, parts, together, warps
+from tersor.ops.trellis_path.shapes import (
+    FOLLOWED,
+    LONG_MEMORY,
+    MOST_WARPS,
+    WORD,
+    Steps,
+    long_parts,
+    parts,
+    together,
+    warps,
+)
 
 CHOICES = 1 << 32  # bytes of choices held at a time
 LONG_CHOICES = 1 << 30  # the same of long windows: of some 1,000 segments
-FOLLOWED = 32  # segments of a program that follows paths back
-WORD = 4
 BLOCK = 256  # steps of a program that writes bits
 
 

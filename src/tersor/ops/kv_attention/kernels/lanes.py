@@ -2,7 +2,7 @@
 
 A lane holds a unit of codes: a byte of 2 or 4 bits, three bytes of 3. A shift brings the next code of all sixteen lanes
 to where the lookup takes it. Which code meets which number of a query is free, so queries come in the order of units,
-and sums of values leave in it (`shapes.unit_codes`).
+and sums of values leave in it (`lanes.Part`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from numba import types
 from numba.core.extending import intrinsic
 
 from tersor.numerics.machine import njit
+from tersor.ops.kv_attention.shapes import unit_bytes, unit_codes
 from tersor.ops.vectors import FLOAT, INT, INTS, LANES, LONG, Vectors, how
 
 BYTE, SHORT = ir.IntType(8), ir.IntType(16)
@@ -66,11 +67,6 @@ class _Rows(Vectors):
         return tuple(self.value(1, i) for i in range(4))  # type: ignore[return-value]
 
 
-def unit_bytes(bits: int) -> int:
-    """Return the bytes of a unit."""
-    return 3 if bits == 3 else 1
-
-
 @intrinsic(prefer_literal=True)
 def _meet(typing: Any, how: Any, rows: Any, table: Any, near: Any, out: Any) -> Any:
     """Write the scores of some rows.
@@ -91,7 +87,7 @@ def _meet(typing: Any, how: Any, rows: Any, table: Any, near: Any, out: Any) -> 
 def _write_meet(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
     v = _Rows(context, builder, signature, arguments)
     bits, vectors, queries = (int(word) for word in v.said(0)[:3])
-    each, size = 8 * unit_bytes(bits) // bits, unit_bytes(bits) * LANES
+    each, size = unit_codes(bits), unit_bytes(bits) * LANES
     codes, scales, count, stride = v.rows()
     table, near = v.load(v.array(2)), v.pointer(v.value(3, 0), FLOAT)
     out, step = v.pointer(v.value(4, 0), FLOAT), v.value(4, 1)
@@ -130,7 +126,7 @@ def _gather(typing: Any, how: Any, rows: Any, table: Any, weights: Any, out: Any
 def _write_gather(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
     v = _Rows(context, builder, signature, arguments)
     bits, vectors, queries = (int(word) for word in v.said(0)[:3])
-    each, size = 8 * unit_bytes(bits) // bits, unit_bytes(bits) * LANES
+    each, size = unit_codes(bits), unit_bytes(bits) * LANES
     codes, scales, count, stride = v.rows()
     table, out = v.load(v.array(2)), v.pointer(v.value(4, 0), FLOAT)
     weights, step = v.pointer(v.value(3, 0), FLOAT), v.value(3, 1)
@@ -216,4 +212,4 @@ def mixture(bits: int, vectors: int, queries: int) -> Any:
     return mixture
 
 
-__all__ = ["mixture", "scores", "unit_bytes"]
+__all__ = ["mixture", "scores"]

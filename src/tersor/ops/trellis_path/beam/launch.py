@@ -11,11 +11,10 @@ from torch import Tensor
 from tersor.ops.trellis_path.beam.shapes import block_of
 from tersor.ops.trellis_path.beam.sums import Sums
 from tersor.ops.trellis_path.kernels.beams import follow, walk
+from tersor.ops.trellis_path.shapes import FOLLOWED, WORD
 
 HISTORY = 1 << 30  # bytes of histories held at a time
-WORD = 4
-FOLLOWED = 32  # segments of a program that follows paths back
-MOST_WARPS, HELD = 8, 128  # of a program; survivors of a warp
+WARPS, HELD = 8, 128  # of a program; survivors of a warp
 FEW, REGISTERS = 4, 128  # new windows a survivor with which two programs fit a multiprocessor, and what that takes
 
 
@@ -62,7 +61,7 @@ def entering(numbers: Tensor, sums: Sums, width: int) -> Tensor:
                 walk[(programs,)](numbers, held.tables, held.news, held.order, held.curve, begun, ends, windows, costs,
                                   history, begin, of, length, first, made, total, room, int(bound), steps.memory,
                                   steps.shifts, held.tables.shape[1], width, block, branches, sums.curve is not None,
-                                  num_warps=max(1, min(MOST_WARPS, block // HELD)),
+                                  num_warps=max(1, min(WARPS, block // HELD)),
                                   maxnreg=REGISTERS if branches <= FEW else None, enable_fp_fusion=False)
                 follow[(-(-programs // FOLLOWED),)](history, begun, ends, seams, out, begin, programs, length, first,
                                                     made, until, room, steps.memory, steps.shifts, width, bound,
