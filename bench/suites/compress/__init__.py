@@ -4,7 +4,7 @@ from bench.suite import Suite, always, deferred
 from bench.suites.compress import cases, tables
 
 SUITES = (
-    Suite("foretold", "peak memory and seconds of three models beside the dry run's; 15 minutes on an idle machine",
+    Suite("foretold", "peak memory and seconds of three models beside the dry run's",
           always(cases.FORETOLD), deferred("bench.suites.compress.measure", "foretold"), tables.TABLES),
     Suite("devices", "seconds by stage and bytes on one device and several; on GPUs, four blocks of an 8B shape",
           lambda device: cases.DEVICES[device], deferred("bench.suites.compress.measure", "devices")),

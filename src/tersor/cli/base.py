@@ -91,6 +91,12 @@ Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="go on with w
 Context = Annotated[int, typer.Option(min=2, help="window length in tokens")]
 
 
+def one_of(device: str, devices: str | None) -> None:
+    """Raise `CodecConfigError` if one device is named, and several."""
+    if devices is not None and device != "cpu":
+        raise CodecConfigError("--device and --devices: expected one of them")
+
+
 def device_of(text: str) -> str:
     """Return the device that is meant; which one `auto` has found is told.
 

@@ -38,6 +38,7 @@ from tersor.cli.base import (
     directory,
     emit,
     existing_model,
+    one_of,
     open_source,
     parse_options,
     read_calibration,
@@ -57,6 +58,8 @@ from tersor.planning.plan import to_json
 
 NewOut = Annotated[Path, typer.Argument(metavar="OUT", help="output directory, or the file of another --format; must "
                                                               "not exist")]
+
+SAMPLES = 3  # generations in the report
 
 
 def read_weights(path: Path | None) -> dict[str, float]:
@@ -88,7 +91,7 @@ def compress(src: Src, output: NewOut, rate: BudgetRate = None, size: Size = Non
              devices: Devices = None, engine: Engine = None, option: OptionTexts = None,
              sensitivities: Sensitivities = None, dense: Dense = None, leave_out: LeaveOut = None,
              resume: Resume = True, whole_model: Whole = False,
-             samples: Annotated[int, typer.Option(help="sample generations in the report; 0: none")] = 3,
+             samples: Annotated[int, typer.Option(help="sample generations in the report; 0: none")] = SAMPLES,
              base_model: Annotated[str | None, typer.Option(help="OWNER/NAME of the original, for the card")] = None,
              recover: Annotated[bool, typer.Option("--recover", help="then train scales and norms, as `tersor recover` "
                                                                      "does")] = False,
@@ -110,11 +113,11 @@ def compress(src: Src, output: NewOut, rate: BudgetRate = None, size: Size = Non
             "seed": seed, "dense": dense, "resume": resume, "as_json": as_json, "leave_out": leave_out,
             "device": device, "whole_model": whole_model}, {
             "--codec": codec != DEFAULT, "--option": option, "--sensitivities": sensitivities, "--dry-run": dry_run,
-            "--base-model": base_model, "--devices": devices, "--engine": engine, "--recover": recover})
+            "--base-model": base_model, "--samples": samples != SAMPLES,
+            "--devices": devices, "--engine": engine, "--recover": recover})
         return
     directory(output)
-    if devices is not None and device != "cpu":
-        raise CodecConfigError("--device and --devices: expected one of them")
+    one_of(device, devices)
     settings = run.CompressSettings(
         codec, calibration, calibrated, text, Sampling(tokens, context=context, seed=seed),
         evaluation_tokens, context, seed, device_of(device), resume, parse_options(option), read_weights(sensitivities),

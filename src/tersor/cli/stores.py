@@ -40,6 +40,7 @@ from tersor.cli.base import (
     device_of,
     directory,
     emit,
+    one_of,
     open_source,
     parse_options,
     read_calibration,
@@ -235,7 +236,10 @@ def verify(path: Annotated[Path, typer.Argument(metavar="OUT", help="what Tersor
 
     existing(path, "what tersor has written")
     kind = format_of(path)
+    one_of(device, devices)
     if kind != OWN:
+        if devices is not None or device != "cpu":
+            raise CodecConfigError(f"{path}: --device and --devices are for what tersor compress writes")
         emit(_verify_other(path, kind, against), as_json, f"verified: {path}")
         return
     opened = store.read(path)

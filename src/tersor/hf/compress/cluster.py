@@ -82,10 +82,11 @@ class Cluster:
 
     def __init__(self, devices: Sequence[torch.device], address: str | None = None) -> None:
         self._ray, self.devices = load(), tuple(devices)
-        self._kind, kinds = devices[0].type, sorted({str(device) for device in devices})
-        gpus = [] if self._kind == "cpu" else kinds
-        if address is None and gpus != [f"cuda:{number}" for number in range(len(gpus))]:
-            raise ModelError(f"--engine ray starts workers on the first GPUs; found {', '.join(gpus)}")
+        self._kind = devices[0].type
+        gpus = [] if self._kind == "cpu" else sorted({device.index or 0 for device in devices})
+        if address is None and gpus != list(range(len(gpus))):
+            raise ModelError("--engine ray starts workers on the first GPUs; found "
+                             f"{', '.join(f'cuda:{gpu}' for gpu in gpus)}")
         self._own = not self._ray.is_initialized()
         local = {"num_cpus": len(devices), "num_gpus": len(gpus), "object_store_memory": OBJECTS,
                  "include_dashboard": False, "_system_config": {"task_oom_retries": RETRIES}}

@@ -12,6 +12,7 @@ import torch
 from tersor.contract.codec import Codec
 from tersor.files import exclusive
 from tersor.hf.compress import survey
+from tersor.hf.compress.cluster import check_engine
 from tersor.hf.compress.desk import encode_matrix
 from tersor.hf.compress.method import check_options, fixed_options, rungs
 from tersor.hf.compress.needs import Shapes, disk, memory_by_stage
@@ -62,13 +63,16 @@ def _estimate(source: Source, rate: float | None, size: int | None, settings: Co
     request = Request(budget_bytes(source.elements, rate, size), settings.method, settings.seed, settings.options,
                       settings.sensitivities, settings.effort)
     check_options(request)
+    if settings.engine is not None:
+        check_engine(settings.engine)
     check_weights(list(source.layout.matrices), request.sensitivities)
     if request.budget >= source.nbytes:
         return {"bytes": source.nbytes, "bytes_original": source.original_nbytes, "copied": True, "seconds": 0.0}
     matrices = sorted(source.layout.matrices.values(), key=lambda m: m.shape[0] * m.shape[1])
     model_rate = 8 * request.budget / source.elements
     least = {m.name: rungs(request, m.shape, model_rate)[0] for m in matrices}
-    record = provenance(source, None, request, "0", fingerprints=UNREAD)
+    training = settings.recovery
+    record = provenance(source, None, request, "0", fingerprints=UNREAD) | (training.record(source) if training else {})
     least_bytes = predict(source, least, record)
     if least_bytes > request.budget:
         raise least_error(source, request, least_bytes)

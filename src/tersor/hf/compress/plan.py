@@ -9,9 +9,8 @@ from tersor import store
 from tersor.contract.codec import Codec
 from tersor.errors import BudgetError, CodecConfigError
 from tersor.hf.compress.method import ladders, rungs
-from tersor.hf.compress.request import Request, provenance
+from tersor.hf.compress.request import Request
 from tersor.hf.models.source import Source
-from tersor.planning.calibration import Calibration
 from tersor.planning.plan import Choice, spend
 
 _SLACK = 64  # bytes kept back for the last digits of offsets
@@ -43,11 +42,11 @@ def run(source: Source, choices: Mapping[str, Sequence[Choice]], request: Reques
     return _top_up(source, picks, spare - payload, request, provenance)
 
 
-def check_reachable(source: Source, calibration: Calibration | None, request: Request, version: str) -> None:
-    """Raise `BudgetError` if the least rungs, with all overhead, exceed the budget."""
+def check_reachable(source: Source, request: Request, record: Mapping[str, Any]) -> None:
+    """Raise `BudgetError` if the least rungs, with all overhead, exceed the budget; `record` is the provenance."""
     rate = 8 * request.budget / source.elements
     least = {name: rungs(request, m.shape, rate)[0] for name, m in source.layout.matrices.items()}
-    needed = predict(source, least, provenance(source, calibration, request, version)) + _SLACK
+    needed = predict(source, least, record) + _SLACK
     if needed > request.budget:
         raise least_error(source, request, needed)
 

@@ -22,6 +22,7 @@ from tersor.errors import ModelError, RecoveryWarning, TersorError, Verification
 from tersor.files import exclusive, read_json, seal, write_json
 from tersor.hf.compress import card
 from tersor.hf.compress.checkpoint import Checkpoint
+from tersor.hf.compress.desk import measured
 from tersor.hf.compress.request import Progress, no_progress, usable_device
 from tersor.hf.compress.status import Teller
 from tersor.hf.compress.verify import verify_in_fresh_process
@@ -32,9 +33,8 @@ from tersor.hf.models.source import Source, made_from, open_source
 from tersor.hf.models.staging import REPORT
 from tersor.hf.models.text import default_calibration, default_heldout, read_ids, text_source, windows
 from tersor.hf.recover.student import Student, vectors_of
-from tersor.hf.recover.training import Lesson, Outcome, Training
+from tersor.hf.recover.training import Lesson, Outcome, Training, halves
 from tersor.numerics.memory import check_memory
-from tersor.quality import measure
 
 RECORD = "recovery"  # in a manifest's provenance
 AT_ONCE = 2048  # tokens run at a time
@@ -129,7 +129,7 @@ def improve(source: Source, work: WorkFolder, settings: RecoverSettings, tell: P
     opened = store.read(given)
     student = Student(opened, source, settings.device)
     mark = seal([tersor.__version__, opened.manifest["sha256"], source.fingerprint, settings.record(source),
-                 settings.context, student.device.type])
+                 settings.context, student.device.type, halves(student.device)])
     tell("teacher", 0, 1)
     teacher = Original(source, lesson.batches, settings.device, lambda done, total: tell("teacher", done, total),
                        work / "activations" / "teacher")
@@ -173,11 +173,8 @@ def remeasured(path: Path, source: Source, lines: Mapping[str, Any]) -> dict[str
     opened, found = store.read(path), dict[str, Any]()
     for name in opened.matrix_names():
         encoded = opened.matrix(name)
-        quality = measure(source.matrix(source.layout.matrices[name]), encoded)
-        found[name] = {**lines.get(name, {}), "codec": encoded.codec.spec(), "shape": list(encoded.shape),
-                       "nbytes": encoded.nbytes, "rate": encoded.rate, "relative_error": quality.relative_error,
-                       "distortion": quality.distortion, "sqnr_db": quality.sqnr,
-                       "shannon_gap_db": quality.shannon_gap}
+        old, dense = lines.get(name, {}), source.matrix(source.layout.matrices[name])
+        found[name] = {**old, **measured(dense, encoded, None, old.get("options", {}))}
     return found
 
 

@@ -47,6 +47,7 @@ from tersor.hf.models.samples import samples
 from tersor.hf.models.source import Source, open_source, read_matrix
 from tersor.hf.models.staging import REPORT
 from tersor.hf.models.text import ChosenTexts, read_ids, text_source
+from tersor.planning.calibration import Calibration
 from tersor.planning.plan import check_weights, to_json
 from tersor.store.manifest import file_digest
 
@@ -237,7 +238,7 @@ def _check(source: Source, request: Request, settings: CompressSettings, work: W
     source.tried.check()
     check_options(request)
     check_weights(list(source.layout.matrices), request.sensitivities)
-    plan.check_reachable(source, None, request, tersor.__version__)
+    plan.check_reachable(source, request, _record(source, None, request, settings))
     reading = settings.reading(source, Path())
     if settings.evaluation_tokens:
         read_ids(source, settings.heldout, settings.context, settings.evaluation_tokens)
@@ -245,6 +246,13 @@ def _check(source: Source, request: Request, settings: CompressSettings, work: W
     for matrix in source.layout.matrices.values():
         if matrix.name not in proven:
             read_matrix(source, matrix, settings.device)  # NaN and infinity are found, and named, before anything runs
+
+
+def _record(source: Source, known: Calibration | None, request: Request,
+            settings: CompressSettings) -> dict[str, Any]:
+    """Return the provenance, with that of the training where there is to be one."""
+    training = settings.recovery
+    return provenance(source, known, request, tersor.__version__) | (training.record(source) if training else {})
 
 
 def _mark(source: Source, request: Request, settings: CompressSettings) -> str:
@@ -265,8 +273,7 @@ def _stages(source: Source, request: Request, settings: CompressSettings, crew: 
         known = calibrate.sensitivities(reading, work / "sensitivities.json", progress)
     choices = survey.run(source, known, request, work / "survey.jsonl", device=device, reading=reading,
                          crew=crew, progress=progress)
-    training = settings.recovery
-    record = provenance(source, known, request, tersor.__version__) | (training.record(source) if training else {})
+    training, record = settings.recovery, _record(source, known, request, settings)
     picks = plan.run(source, choices, request, record)
     write_json(work / "plan.json", to_json(picks))
     job = encode.Job(source, picks, known, request, record)

@@ -247,5 +247,5 @@ class Training:
 
 
 def halves(device: torch.device) -> bool:
-    """Tell whether products are of 16 bits, which the device multiplies faster than those of 32."""
+    """Tell whether products are of 16 bits: those that a GPU, or what torch says of the processor, has units for."""
     return device.type == "cuda" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
