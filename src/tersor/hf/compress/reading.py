@@ -183,3 +183,11 @@ def dense_of(streamed: Streamed, matrix: Matrix) -> Tensor:
     if held.is_meta:
         return read_matrix(streamed.hollow.source, matrix, str(streamed.hollow.device))
     return matrix.take(held.detach())
+
+
+def check_numbers(source: Source, reading: Reading | None, device: str) -> None:
+    """Find and name NaN and infinity before anything runs: what the proof that text runs has not looked at is read."""
+    proven = set[str]() if reading is None else reading.proven()
+    for matrix in source.layout.matrices.values():
+        if matrix.name not in proven:
+            read_matrix(source, matrix, device)

@@ -26,7 +26,7 @@ from tersor.hf.compress import calibrate, card, encode, needs, plan, recover, su
 from tersor.hf.compress.cluster import Cluster, check_engine
 from tersor.hf.compress.crew import Crew, Hands
 from tersor.hf.compress.method import check_options
-from tersor.hf.compress.reading import Reading
+from tersor.hf.compress.reading import Reading, check_numbers
 from tersor.hf.compress.request import (
     Progress,
     Request,
@@ -44,7 +44,7 @@ from tersor.hf.models.classes import check_language_model, check_text, model_cla
 from tersor.hf.models.dense import copy_dense
 from tersor.hf.models.evaluate import evaluate
 from tersor.hf.models.samples import samples
-from tersor.hf.models.source import Source, open_source, read_matrix
+from tersor.hf.models.source import Source, open_source
 from tersor.hf.models.staging import REPORT
 from tersor.hf.models.text import ChosenTexts, read_ids, text_source
 from tersor.planning.calibration import Calibration
@@ -242,10 +242,7 @@ def _check(source: Source, request: Request, settings: CompressSettings, work: W
     reading = settings.reading(source, Path())
     if settings.evaluation_tokens:
         read_ids(source, settings.heldout, settings.context, settings.evaluation_tokens)
-    proven = set[str]() if reading is None else reading.proven()
-    for matrix in source.layout.matrices.values():
-        if matrix.name not in proven:
-            read_matrix(source, matrix, settings.device)  # NaN and infinity are found, and named, before anything runs
+    check_numbers(source, reading, settings.device)
 
 
 def _record(source: Source, known: Calibration | None, request: Request,

@@ -21,7 +21,7 @@ from tersor.grids.scheme import Scheme, ladder
 from tersor.grids.solve import Effort
 from tersor.hf.compress import calibrate, encode
 from tersor.hf.compress.desk import Wanted
-from tersor.hf.compress.reading import Reading
+from tersor.hf.compress.reading import Reading, check_numbers
 from tersor.hf.compress.request import Progress, Sampling, budget_bytes, no_progress, usable_device
 from tersor.hf.compress.status import Teller
 from tersor.hf.compress.work import WorkFolder, peak_memory
@@ -208,11 +208,10 @@ def _check(source: Source, ladders: Mapping[str, Sequence[Scheme]], budget: Budg
         raise plan.least_error(source, needed, budget.nbytes, linears=budget.linears)
     if settings.calibrated or settings.evaluation_tokens:
         check_text(model_class(source.config))
-    settings.reading(source, Path())
+    reading = settings.reading(source, Path())
     if settings.evaluation_tokens:
         read_ids(source, settings.heldout, settings.context, settings.evaluation_tokens)
-    for matrix in source.layout.matrices.values():
-        read_matrix(source, matrix, "cpu")  # NaN and infinity are found, and named, before anything runs
+    check_numbers(source, reading, settings.device)
 
 
 def _mark(source: Source, settings: PackSettings) -> list[Any]:
