@@ -17,6 +17,7 @@ from tersor.payload.blocks import Rows
 
 if TYPE_CHECKING:
     from tersor.contract.codec import Encoded
+    from tersor.payload.words import Words
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -26,19 +27,23 @@ class Coded:
     Attributes
     ----------
     codes, scales : str
-        Names of the stored tensors: codes of `bits` bits, packed row after row; a bf16 scale a row.
+        Names of the stored tensors: codes of `bits` bits, packed row after row; a scale a row.
     bits : int
     table : Tensor or None
         float32 (2**bits,), ascending; None: codes are numbers of 8 bits, e4m3.
-    refits : int
+    refits : int or None
         How often the codec's encoder fits a row's scale by least squares; with e4m3 the row's peak is the largest.
+        None: codes are not those of the nearest levels, so that only the codec's own encoder finds them.
+    steps : Tensor or None
+        float32 (256,), what scales of a byte stand for; None: scales are bf16.
     """
 
     codes: str
     scales: str
     bits: int
     table: Tensor | None = None
-    refits: int = 0
+    refits: int | None = 0
+    steps: Tensor | None = None
 
     def under(self, prefix: str) -> Coded:
         """Return this as a wrapping codec names it."""
@@ -62,6 +67,10 @@ class Coordinates:
 
     def coded(self) -> Coded | None:
         """Return how the coordinates are stored, where that is as plain codes with a scale a row; else None."""
+        return None
+
+    def words(self) -> Words | None:
+        """Return how rows are made of words that bytes name, where they are; else None."""
         return None
 
     def into(self, x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Mapping
 
 import torch
@@ -45,15 +46,18 @@ class Form:
         coded = near.coded()
         if coded is None:
             return None
-        levels = Levels.of(coded.bits, coded.table, *_affine(near, unit[1], device), device=device)
+        maps, offset = _affine(near, unit[1], device)
+        maps = None if maps is None else _shared((str(codec), device), maps)
+        levels = Levels.of(coded.bits, coded.table, maps, offset, coded.steps, device=device)
         maps = levels.maps
         turned = maps is None or (len(maps) == 1 and maps.shape[1] == maps.shape[2] and bool(
             ((maps[0] @ maps[0].T - torch.eye(unit[1], device=device)).abs() <= ORTHOGONAL).all()))
         table = None if levels.table is None else levels.table.to(device)
-        return cls(coded, levels, table, turned and levels.offset is None)
+        return cls(coded, levels, table, turned and levels.offset is None and coded.refits is not None)
 
     def encode(self, states: Tensor, block: int) -> tuple[Mapping[str, Tensor], Tensor]:
         """Return the payload of states (batch, heads, blocks block, dim), and a flag: 1 where it is not finite."""
+        assert self.coded.refits is not None
         codes, scales, flag = kv_encode(states, self.table, self.levels.maps, self.coded.bits, block, self.coded.refits)
         return {self.coded.codes: codes, self.coded.scales: scales}, flag
 
@@ -66,6 +70,17 @@ def _affine(near: Coordinates, dim: int, device: torch.device) -> tuple[Tensor |
     same = maps.shape[1:] == eye.shape and bool((maps == eye).all())
     offset = near.offset()
     return None if same else maps, None if offset is None else offset.reshape(-1, dim)
+
+
+_MAPS: weakref.WeakValueDictionary[tuple[str, torch.device], Tensor] = weakref.WeakValueDictionary()  # in use
+
+
+def _shared(key: tuple[str, torch.device], maps: Tensor) -> Tensor:
+    """Return maps that another layer has already, where they are the same."""
+    found = _MAPS.get(key)
+    if found is None or found.shape != maps.shape or not torch.equal(found, maps):
+        _MAPS[key] = found = maps.contiguous()
+    return found
 
 
 class Watch:

@@ -23,11 +23,13 @@ from tersor.kv.coded import Form, Watch
 from tersor.kv.kept import Kept
 from tersor.kv.saved import check
 from tersor.numerics.memory import check_memory
-from tersor.ops.kv_attention import Side, part_of
+from tersor.ops.kv_attention import Side, part_of, words_of
 from tersor.payload.blocks import Tables
 
 if TYPE_CHECKING:
     from tersor.ops.kv_attention.lanes import Part
+    from tersor.ops.kv_attention.worded import Worded
+    from tersor.payload.words import Words
 
 FEW = 64  # queries that meet codes as they are; more meet numbers, decoded once
 ENCODED_ELEMENTS = 1 << 22  # numbers that a GPU encodes at a time
@@ -62,6 +64,7 @@ class TokenStream(Kept):
         self.codec, self.block, self.seed, self.options = codec, block, seed, dict(options or {})
         super().__init__(tables or {})
         self._form: tuple[Form | None] | None = None  # made at the first use
+        self._words: tuple[Words | None] | None = None  # likewise
         self._watch = Watch()
 
     def append(self, states: Tensor) -> None:
@@ -120,11 +123,10 @@ class TokenStream(Kept):
         start, stop = self._range(start, stop)
         self._check("queries", queries, self.dim)
         wide = queries.to(torch.float32)
+        if (part := self._part(start, stop, queries.shape[2])) is not None:
+            return part.scores(wide)
         to = self._coordinates()
         near, shift = (wide, None) if to is None else (to.into(wide), to.offset())
-        if (part := self._part(start, stop, queries.shape[2])) is not None:
-            out = part.scores(near)
-            return out if shift is None else out.add_((wide * shift).sum(-1, keepdim=True))
         out = torch.empty(*queries.shape[:3], stop - start, dtype=torch.float32, device=queries.device)
         for low, high, first, last in self._chunked(start, stop):
             found = near @ self._blockwise(low, high).transpose(-1, -2)  # (blocks, batch, heads, q, block)
@@ -137,9 +139,10 @@ class TokenStream(Kept):
         start, stop = self._range(start, stop)
         self._check("weights", weights, stop - start)
         wide = weights.to(torch.float32)
-        part = self._part(start, stop, weights.shape[2])
-        total = None if part is None else part.mixture(wide)
-        for low, high, first, last in self._chunked(start, stop) if part is None else ():
+        if (part := self._part(start, stop, weights.shape[2])) is not None:
+            return part.mixture(wide)
+        total = None
+        for low, high, first, last in self._chunked(start, stop):
             some = wide[..., first - start : last - start]
             whole = (high - low) * self.block
             if last - first != whole:
@@ -181,6 +184,7 @@ class TokenStream(Kept):
         twin = TokenStream(self.codec, self.block, tables=self._given, seed=self.seed, options=self.options)
         twin.batch, twin.heads, twin.dim, twin._blocks = self.batch, self.heads, self.dim, self._blocks
         twin._tables, twin._form, twin._watch = dict(self._tables), self._form, self._watch
+        twin._words = self._words
         twin._pages = None if self._pages is None else self._pages.copy()
         twin._single = None if self._single is None else [list(row) for row in self._single]
         return twin
@@ -266,13 +270,20 @@ class TokenStream(Kept):
             yield low, high, max(start, low * self.block), min(stop, high * self.block)
             low = high
 
-    def _part(self, start: int, stop: int, queries: int) -> Part | None:
+    def _part(self, start: int, stop: int, queries: int) -> Part | Worded | None:
         """Return tokens for kernels of the processor, where there are few queries and these know the codes."""
         if self._pages is None or self._pages.device.type != "cpu" or queries > FEW or start == stop or (
-                start % self.block or stop % self.block or (side := self.side()) is None):
+                start % self.block or stop % self.block):
             return None
-        return part_of(side, (self.heads, self.dim, self.block), self.page_blocks,
-                       (start // self.block, stop // self.block))
+        place = self.page_blocks, (start // self.block, stop // self.block)
+        if (side := self.side()) is not None:
+            return part_of(side, (self.heads, self.dim, self.block), *place)
+        if self._words is None:
+            self._words = (self.codec.coordinates(self._view(0, 1)).words(),)
+        if (words := self._words[0]) is None:
+            return None
+        lying = self._pages.addresses(), self._pages.buffers()[0].data_ptr(), self._pages.starts[words.codes]
+        return words_of(words, lying, (self.heads, self.block), *place)
 
     def _encode(self, states: Tensor) -> list[Encoded]:
         """Encode one block, sequence by sequence."""

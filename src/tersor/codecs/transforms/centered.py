@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tersor.contract.codec import Codec, Encoded, Search
-from tersor.contract.coordinates import Coordinates
+from tersor.contract.coordinates import Coded, Coordinates
 from tersor.contract.nesting import nest_tensors
 from tersor.contract.wrapper import Wrapped
 from tersor.errors import CodecConfigError, NonFiniteError
@@ -194,6 +194,18 @@ class _Offset(Coordinates):
     def rows(self, rows: Rows) -> Tensor:
         """Return the inner coordinates."""
         return self._inner.rows(rows)
+
+    def coded(self) -> Coded | None:
+        """Return the inner codes; scales that are bytes, with what these stand for."""
+        inner, codec = self._inner.coded(), self.encoded.codec
+        if inner is None:
+            return None
+        found = inner.under("inner")
+        assert isinstance(codec, Centered)
+        if not codec.lengths:
+            return found
+        return dataclasses.replace(found, scales="lengths", steps=_known(self.encoded.tensors["unit"]).to(
+            torch.bfloat16).to(torch.float32), refits=None)
 
     def into(self, x: Tensor) -> Tensor:
         """Return what the inner ones need."""

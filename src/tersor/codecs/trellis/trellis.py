@@ -16,7 +16,7 @@ from tersor.codecs.trellis.filters import Filter, filters, taps_on
 from tersor.codecs.trellis.streamed import Streamed, signs_of
 from tersor.codecs.trellis.viterbi import image_on, values_on
 from tersor.contract.codec import Encoded
-from tersor.contract.coordinates import Coordinates
+from tersor.contract.coordinates import Coded, Coordinates
 from tersor.contract.rotating import MultipliesRotated
 from tersor.numerics.constants import constant
 from tersor.ops.codebook_linear import codebook_linear, ready_product, widened
@@ -135,6 +135,14 @@ class _Streams(Coordinates):
         assert isinstance(codec, Trellis)
         signs = signs_of(codes.read(held["codes"], codec.stream_shape(self.encoded.shape), 2, rows))
         return signs * held["scales"].to(torch.float32)[rows, None]
+
+    def coded(self) -> Coded | None:
+        """Return the signs, where the streams of rows fill whole bytes."""
+        codec = self.encoded.codec
+        assert isinstance(codec, Trellis)
+        if codec.stream_shape(self.encoded.shape)[1] % 8:
+            return None
+        return Coded("codes", "scales", 1, _signs_on(self.encoded.device), None)
 
     def into(self, x: Tensor) -> Tensor:
         """Filter."""

@@ -35,6 +35,7 @@ from tersor.numerics.kmeans import assign
 from tersor.numerics.settings import pinned
 from tersor.payload.blocks import Rows, Shape, Tables, row_blocks, shape_of
 from tersor.payload.layout import Layout, TensorSpec
+from tersor.payload.words import Words
 
 QUAD = 4  # numbers that are looked up together: 16 bytes, the widest element that torch moves at once
 
@@ -258,6 +259,14 @@ class _Words(Coordinates):
         codes = self.encoded.tensors["codes"][rows]
         found = self._book.decode(codes[:, :words])
         return found.mul_(sizes(codes[:, words]).unsqueeze(1)) if self._codec.sized else found
+
+    def words(self) -> Words:
+        """Return the words, without padding."""
+        book, held = self._book, self.encoded.tensors
+        words = torch.cat([book.words[:, start_of(count) : start_of(count) + count] for count in book.parts], 1)
+        maps = (held["basis"].to(torch.float32) * held["scale"].unsqueeze(-1))[:, : words.shape[1]]
+        known = sizes(torch.arange(WORDS, dtype=torch.uint8, device=words.device)) if self._codec.sized else None
+        return Words("codes", book.parts, words, maps.contiguous(), held["mean"], known)
 
     def into(self, x: Tensor) -> Tensor:
         """Multiply by every head's scaled basis: (..., heads, q, in) to (..., heads, q, n)."""

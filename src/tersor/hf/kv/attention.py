@@ -307,7 +307,8 @@ def attend(query: Tensor, states: States, how: Scores) -> Tensor:
         peak += float("inf")
         peak = how.s_aux.to(torch.float32).reshape(1, heads, groups, 1, 1).expand_as(total).clone()
         total += 1.0
-    for start, stop, score, mix in _parts(states, groups * queries):
+    most = TILE_ELEMENTS // max(1, batch * heads * groups * queries)
+    for start, stop, score, mix in _joined(_parts(states, groups * queries), most):
         step = max(1, TILE_ELEMENTS // (batch * heads * groups * (stop - start)))
         for first in range(0, queries, step):
             rows = slice(first, min(first + step, queries))
@@ -324,6 +325,32 @@ def attend(query: Tensor, states: States, how: Scores) -> Tensor:
             mixed[:, :, :, rows] = mixed[:, :, :, rows] * shrink + part
     mixed /= total.masked_fill(total == 0.0, 1.0)
     return mixed.reshape(batch, heads * groups, queries, wide)
+
+
+Part = tuple[int, int, Product, Product]
+
+
+def _joined(parts: Iterator[Part], most: int) -> Iterator[Part]:
+    """Yield neighbouring parts as one, up to `most` tokens: the softmax has a step for each."""
+    held: list[Part] = []
+    for part in parts:
+        if held and part[1] - held[0][0] > most:
+            yield _one_of(held)
+            held = []
+        held.append(part)
+    if held:
+        yield _one_of(held)
+
+
+def _one_of(parts: list[Part]) -> Part:
+    first = parts[0][0]
+    if len(parts) == 1:
+        return parts[0]
+
+    def mix(weights: Tensor) -> Tensor:
+        return torch.stack([some(weights[..., start - first : stop - first]) for start, stop, _, some in parts]).sum(0)
+
+    return first, parts[-1][1], lambda queries: torch.cat([score(queries) for _, _, score, _ in parts], -1), mix
 
 
 def _parts(states: States, queries: int) -> Iterator[tuple[int, int, Product, Product]]:

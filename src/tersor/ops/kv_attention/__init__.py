@@ -8,10 +8,12 @@ from torch import Tensor
 
 from tersor.ops.dispatch import compiled_allowed, take_reference
 from tersor.ops.kv_attention import reference
-from tersor.ops.kv_attention.shapes import LANE_BITS, Closed, Held, How, Levels, Side, refusal
+from tersor.ops.kv_attention.shapes import LANE_BITS, SIGN_TOKENS, SIGN_WORD, Closed, Held, How, Levels, Side, refusal
 
 if TYPE_CHECKING:
     from tersor.ops.kv_attention.lanes import Part
+    from tersor.ops.kv_attention.worded import Worded
+    from tersor.payload.words import Words
 
 
 def kv_attention(query: Tensor, held: Held, how: How, counts: Tensor | None = None) -> Tensor:
@@ -54,12 +56,41 @@ def part_of(side: Side, shape: tuple[int, int, int], room: int, span: tuple[int,
     """
     heads, dim, block = shape
     levels = side.levels
-    whole = levels.bits in LANE_BITS and dim % 8 == 0 and (levels.maps is None or levels.maps.shape[1] == dim)
+    codes, signs = levels.codes(dim), _are_signs(levels)
+    whole = levels.bits in LANE_BITS and codes * levels.bits % 8 == 0 and codes % 8 == 0
     if not whole or not compiled_allowed("kv_attention"):
         return None
-    from tersor.ops.kv_attention.lanes import Part
+    from tersor.ops.kv_attention.lanes import Part, Signs
 
-    return Part(side, heads, dim, block, room, *span)
+    fits = signs and codes % SIGN_WORD == 0 and block % SIGN_TOKENS == 0
+    return (Signs if fits else Part)(side, heads, codes, block, room, *span)
 
 
-__all__ = ["Closed", "Held", "How", "Levels", "Side", "kv_attention", "part_of", "takes_kernel"]
+def words_of(words: Words, lying: tuple[Tensor, int, int], shape: tuple[int, int], room: int,
+             span: tuple[int, int]) -> Worded | None:
+    """Return blocks of words for kernels of the processor; numba is missed once.
+
+    Parameters
+    ----------
+    lying : (Tensor, int, int)
+        How far each sequence's slot is from the first page, int64 (pages, batch), in units of 16 bytes; the address of
+        that page; where codes begin in a slot.
+    shape : (int, int)
+        Heads, tokens of a block.
+    room, span
+        As of `part_of`.
+    """
+    if not compiled_allowed("kv_attention"):
+        return None
+    from tersor.ops.kv_attention.worded import Worded
+
+    far, base, start = lying
+    return Worded(words, far.numpy() * 16 + base, start, *shape, room, *span)
+
+
+def _are_signs(levels: Levels) -> bool:
+    """Tell whether codes are bits that stand for -1 and 1."""
+    return levels.bits == 1 and levels.table is not None and levels.table.tolist() == [-1.0, 1.0]
+
+
+__all__ = ["Closed", "Held", "How", "Levels", "Side", "kv_attention", "part_of", "takes_kernel", "words_of"]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tersor.ops.kv_attention.shapes import Side, unit_codes
+from tersor.ops.kv_attention.shapes import SIGN_WORD, Side, unit_codes
 from tersor.ops.vectors import LANES
 from tersor.ops.workers import passes, share
 
@@ -20,7 +20,7 @@ QUERIES = (4, 3, 2, 1)  # that meet a code at a time
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Whole blocks of a side: `low` to `high` of `heads` heads of `dim` numbers, in blocks of `block` tokens.
+    """Whole blocks of a side: `low` to `high` of `heads` heads, in blocks of `block` tokens, of `codes` codes each.
 
     Attributes
     ----------
@@ -30,7 +30,7 @@ class Part:
 
     side: Side
     heads: int
-    dim: int
+    codes: int
     block: int
     room: int
     low: int
@@ -41,56 +41,94 @@ class Part:
         """Codes of a unit, and vectors of units of a row."""
         bits = self.side.levels.bits
         each = unit_codes(bits)
-        return each, -(-self.dim // (each * LANES))
+        return each, -(-self.codes // (each * LANES))
 
-    def scores(self, near: Tensor) -> Tensor:
-        """Return products of queries' coordinates (batch, heads, q, dim) with the tokens: float32 (…, q, tokens)."""
-        from tersor.ops.kv_attention.kernels import lanes
+    @property
+    def size(self) -> int:
+        """Bytes of a scale."""
+        return 2 if self.side.levels.steps is None else 1
 
-        batch, heads, queries = near.shape[:3]
+    def scores(self, asked: Tensor) -> Tensor:
+        """Return products of queries, float32 (batch, heads, q, dim), with the tokens: float32 (…, q, tokens)."""
+        batch, heads, queries = asked.shape[:3]
         out = torch.empty(batch * heads, queries, (self.high - self.low) * self.block, device="cpu")
-        flat, vectors = near.reshape(batch * heads, queries, self.dim), self.units[1]
-        bits = self.side.levels.bits
+        maps, offset = self.side.levels.maps, self.side.levels.offset
+        near = asked if maps is None else asked @ maps.mT
+        flat = near.reshape(batch * heads, queries, self.codes)
         for first, count in passes(queries, QUERIES):
-            met = self._ordered(flat[:, first : first + count]).numpy()
+            met = self._met(flat[:, first : first + count]).numpy()
             found = out if count == queries else out.new_empty(len(out), count, out.shape[2])
-            self._share(lanes.scores(bits, vectors, count), met, found.numpy(), batch)
+            self._share(self._meets(count), met, found.numpy(), batch)
             if found is not out:
                 out[:, first : first + count] = found
-        return out.reshape(batch, heads, queries, -1)
+        products = out.reshape(batch, heads, queries, -1)
+        return products if offset is None else products.add_((asked * offset[:, None]).sum(-1, keepdim=True))
 
     def mixture(self, weights: Tensor) -> Tensor:
-        """Return sums of the tokens' coordinates under weights (batch, heads, q, tokens): float32 (…, q, dim)."""
-        from tersor.ops.kv_attention.kernels import lanes
-
+        """Return sums of the tokens under weights, float32 (batch, heads, q, tokens): float32 (…, q, dim)."""
         batch, heads, queries, tokens = weights.shape
         flat, (each, vectors) = weights.reshape(batch * heads, queries, tokens), self.units
-        bits, parts = self.side.levels.bits, []
+        parts = []
         for first, count in passes(queries, QUERIES):
             some = flat[:, first : first + count].contiguous()
             out = torch.zeros(len(flat), vectors, each, count, LANES, device="cpu")
-            self._share(lanes.mixture(bits, vectors, count), some.numpy(), out.numpy(), batch)
-            parts.append(out.permute(0, 3, 1, 4, 2).flatten(2)[..., : self.dim])
-        return torch.cat(parts, 1).reshape(batch, heads, queries, self.dim)
+            self._share(self._gathers(count), some.numpy(), out.numpy(), batch)
+            parts.append(out.permute(0, 3, 1, 4, 2).flatten(2)[..., : self.codes])
+        total = torch.cat(parts, 1).reshape(batch, heads, queries, self.codes)
+        maps, offset = self.side.levels.maps, self.side.levels.offset
+        total = total if maps is None else total @ maps
+        return total if offset is None else total.add_(weights.sum(-1, keepdim=True) * offset[:, None])
 
-    def _ordered(self, near: Tensor) -> Tensor:
-        """Return queries (tasks, q, dim) in the order of units: (tasks, vectors, codes of a unit, q, 16)."""
+    def _met(self, near: Tensor) -> Tensor:
+        """Return queries (tasks, q, codes) in the order of units: (tasks, vectors, codes of a unit, q, 16)."""
         each, vectors = self.units
-        padded = torch.nn.functional.pad(near, (0, vectors * LANES * each - self.dim))
+        padded = torch.nn.functional.pad(near, (0, vectors * LANES * each - self.codes))
         return padded.unflatten(2, (vectors, LANES, each)).permute(0, 2, 4, 1, 3).contiguous()
+
+    def _meets(self, queries: int) -> object:
+        """Return the kernel of scores."""
+        from tersor.ops.kv_attention.kernels import lanes
+
+        return lanes.scores(self.side.levels.bits, self.units[1], queries, self.size)
+
+    def _gathers(self, queries: int) -> object:
+        """Return the kernel of sums."""
+        from tersor.ops.kv_attention.kernels import lanes
+
+        return lanes.mixture(self.side.levels.bits, self.units[1], queries, self.size)
 
     def _share(self, kernel: object, given: np.ndarray, out: np.ndarray, batch: int) -> None:
         """Run a kernel over all heads of all sequences, in shares."""
-        side, stride = self.side, self.dim * self.side.levels.bits // 8
-        base = side.pages[0].data_ptr()
-        addresses = side.addresses.numpy() * 16 + base
+        side, stride, levels = self.side, self.codes * self.side.levels.bits // 8, self.side.levels
+        addresses = side.addresses.numpy() * 16 + side.pages[0].data_ptr()
         form = (side.codes_at, side.scales_at, stride, self.heads, self.block, self.room, self.low, self.high)
-        assert side.levels.table is not None
-        levels = side.levels.table.numpy()
-        table = np.ascontiguousarray(np.tile(levels, LANES // len(levels)), dtype=np.float32)
+        assert levels.table is not None
+        steps = torch.zeros(256) if levels.steps is None else levels.steps
+        table = torch.cat([levels.table.repeat(LANES // len(levels.table)), steps]).numpy()
         tasks = batch * self.heads
         nbytes = tasks * (self.high - self.low) * self.block * stride
         share(tasks, nbytes, lambda span: kernel(addresses, form, table, given, out, span))  # type: ignore[operator]
 
 
-__all__ = ["Part"]
+class Signs(Part):
+    """The same with codes of one bit, which stand for -1 and 1: four are looked up together."""
+
+    def _met(self, near: Tensor) -> Tensor:
+        """Return the sums that four signs may make of queries' numbers: (tasks, fours, q, 16)."""
+        places = torch.arange(LANES)[None] >> torch.arange(4)[:, None] & 1
+        return (near.unflatten(2, (-1, 4)) @ (2.0 * places - 1.0)).transpose(1, 2).contiguous()
+
+    def _meets(self, queries: int) -> object:
+        """Return the kernel of scores."""
+        from tersor.ops.kv_attention.kernels import signs
+
+        return signs.scores(self.codes // SIGN_WORD, queries, self.size)
+
+    def _gathers(self, queries: int) -> object:
+        """Return the kernel of sums."""
+        from tersor.ops.kv_attention.kernels import signs
+
+        return signs.mixture(self.units[1], queries, self.size)
+
+
+__all__ = ["Part", "Signs"]

@@ -49,12 +49,14 @@ def decoded(closed: Closed, side: Side, shape: torch.Size, dtype: torch.dtype) -
     """Return closed tokens of a cache of (batch, heads, any, dim): (batch, heads, tokens, dim)."""
     batch, heads, _, dim = shape
     levels, rows = side.levels, closed.blocks * heads * closed.block
-    count = dim if levels.maps is None else levels.maps.shape[1]
+    count, nbytes = levels.codes(dim), 2 if levels.steps is None else 1
     found = []
     for page, slots in zip(side.pages, side.slots, strict=True):
         held = page if slots is None else page.index_select(0, slots)
         raw = held[:, side.codes_at : side.codes_at + rows * count * levels.bits // 8].contiguous()
-        scales = held[:, side.scales_at : side.scales_at + 2 * rows].contiguous().view(torch.bfloat16).to(dtype)
+        stored = held[:, side.scales_at : side.scales_at + nbytes * rows].contiguous()
+        scales = (stored.view(torch.bfloat16) if levels.steps is None
+                  else levels.steps.to(page.device)[stored.to(torch.int64)]).to(dtype)
         if levels.table is None:
             numbers = raw.view(torch.float8_e4m3fn).to(torch.float32).to(dtype)
         else:

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 BITS = (2, 3, 4, 8)  # of a code
-LANE_BITS = (2, 3, 4)  # on the processor: with heads of any multiple of eight numbers
+LANE_BITS = (1, 2, 3, 4)  # on the processor, where the codes of a row fill whole bytes
+SIGN_WORD = 32  # on the processor: signs of a row are a multiple,
+SIGN_TOKENS = 16  # and tokens of a block
+WORDS = 256  # that a byte names
 DIMS = (64, 128)  # of a head
 DTYPES = (torch.bfloat16, torch.float16)
 MOST_QUERIES = 8  # tokens of a sequence that attend at once
@@ -52,6 +55,8 @@ class Levels:
         float32 (heads or 1,): the 2-norm of the longest line of each map.
     offset : Tensor or None
         float32 (heads or 1, dim).
+    steps : Tensor or None
+        float32 (256,), on the processor: what scales of a byte stand for; None where scales are bf16.
     """
 
     bits: int
@@ -61,19 +66,24 @@ class Levels:
     maps: Tensor | None = None
     bounds: Tensor | None = None
     offset: Tensor | None = None
+    steps: Tensor | None = None
 
     @classmethod
     def of(cls, bits: int, table: Tensor | None, maps: Tensor | None = None, offset: Tensor | None = None,
-           device: torch.device | None = None) -> Levels:
+           steps: Tensor | None = None, *, device: torch.device | None = None) -> Levels:
         """Return the levels with all but the table on a device, by default the processor."""
         near = torch.device("cpu") if device is None else device
         heads = max((len(one) for one in (maps, offset) if one is not None), default=1)
         wide, shift = (None if one is None else one.expand(heads, *one.shape[1:]).to(
             device=near, dtype=torch.float32).contiguous() for one in (maps, offset))
-        plain = None if table is None else table.to(device="cpu", dtype=torch.float32)
+        plain, known = (None if one is None else one.to(device="cpu", dtype=torch.float32) for one in (table, steps))
         bounds = None if wide is None else wide.norm(dim=2).amax(1)
         mirrored = plain is None or torch.equal(plain, -plain.flip(0))
-        return cls(bits, plain, mirrored, table_words(bits, plain).to(near), wide, bounds, shift)
+        return cls(bits, plain, mirrored, table_words(bits, plain).to(near), wide, bounds, shift, known)
+
+    def codes(self, dim: int) -> int:
+        """Return the codes of a row."""
+        return dim if self.maps is None else self.maps.shape[1]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -173,15 +183,24 @@ def refusal(query: Tensor, held: Held) -> str | None:
         return (f"it takes up to {MOST_QUERIES} queries, and {ROWS[-1]} that share a key, found {query.shape[2]} and "
                 f"{rows}")
     for name, side in (("keys", closed.keys), ("values", closed.values)):
-        if side.levels.bits not in BITS:
-            return f"it takes codes of {BITS} bits, found {name} of {side.levels.bits}"
-        if side.levels.maps is not None and side.levels.maps.shape[1] != dim:
-            return f"{name} have {side.levels.maps.shape[1]} coordinates for {dim} numbers"
-        if side.levels.bits == 4 and not side.levels.mirrored:
-            return f"levels of 4 bits must be symmetric, those of {name} are not"
+        if (reason := _unknown(name, side.levels, dim)) is not None:
+            return reason
     if closed.block % TURN or closed.block & (closed.block - 1) or closed.blocks & (closed.blocks - 1):
         return f"blocks must be powers of two of at least {TURN} tokens, found {closed.block}"
     return "it takes tokens of one batch" if batch * heads * rows >= 1 << 24 else None
+
+
+def _unknown(name: str, levels: Levels, dim: int) -> str | None:
+    """Return why the kernels do not take codes, or None."""
+    if levels.bits not in BITS:
+        return f"it takes codes of {BITS} bits, found {name} of {levels.bits}"
+    if levels.steps is not None:
+        return f"it takes scales of 16 bits, those of {name} have 8"
+    if levels.codes(dim) != dim:
+        return f"{name} have {levels.codes(dim)} coordinates for {dim} numbers"
+    if levels.bits == 4 and not levels.mirrored:
+        return f"levels of 4 bits must be symmetric, those of {name} are not"
+    return None
 
 
 def element_codes(bits: int, dim: int) -> int:

@@ -17,7 +17,7 @@ from numba.core.extending import intrinsic
 
 from tersor.numerics.machine import njit
 from tersor.ops.kv_attention.shapes import unit_bytes, unit_codes
-from tersor.ops.vectors import FLOAT, INT, INTS, LANES, LONG, Vectors, how
+from tersor.ops.vectors import FLOAT, FLOATS, INT, INTS, LANES, LONG, Vectors, how
 
 BYTE, SHORT = ir.IntType(8), ir.IntType(16)
 _QUARTERS = range(0, LANES, 4)  # of a register, within which numbers change places fast
@@ -28,8 +28,16 @@ SUMS = 16  # vectors that registers hold beside what meets them
 AHEAD = 512  # bytes of a head's codes that are asked for before they are read
 
 
-class _Rows(Vectors):
-    """Instructions on rows of packed codes, given by addresses that are numbers."""
+class Rows(Vectors):
+    """Instructions on rows of packed codes, given by addresses that are numbers.
+
+    Arguments of the intrinsic: what `how` makes, of which the word at `place_of_size` says the bytes of a scale; then
+    (address of codes, of scales, rows, bytes of a row), and a table of 16 levels and 256 scales.
+    """
+
+    def __init__(self, context: Any, builder: Any, signature: Any, arguments: Any, *, place_of_size: int) -> None:
+        super().__init__(context, builder, signature, arguments)
+        self._bytes = self.said(0)[place_of_size] == "1"
 
     def pointer(self, address: Any, kind: Any) -> Any:
         """Return an address as a pointer."""
@@ -47,9 +55,20 @@ class _Rows(Vectors):
         return self.builder.bitcast(self.pick(held, none, places), INTS)
 
     def scale(self, address: Any, index: Any) -> Any:
-        """Return a number of bf16."""
+        """Return a row's scale."""
+        if self._bytes:
+            held = self.builder.load(self.at(self.pointer(address, BYTE), index))
+            return self.builder.load(self.at(self.array(2), self.builder.add(self.builder.zext(held, LONG), LONG(LANES))))
         held = self.builder.load(self.at(self.pointer(address, SHORT), index), align=2)
         return self.builder.bitcast(self.builder.shl(self.builder.zext(held, INT), INT(16)), FLOAT)
+
+    def scales(self, address: Any, index: Any) -> Any:
+        """Return the scales of sixteen rows."""
+        if self._bytes:
+            held = self.load(self.at(self.pointer(address, BYTE), index), ir.VectorType(BYTE, LANES))
+            return self.gather(self.at(self.array(2), LANES), self.builder.zext(held, INTS))
+        held = self.load(self.at(self.pointer(address, SHORT), index), ir.VectorType(SHORT, LANES))
+        return self.builder.bitcast(self.left(self.builder.zext(held, INTS), 16), FLOATS)
 
     def totals(self, sums: list[Any]) -> list[Any]:
         """Return the sums of all lanes of up to four vectors, together."""
@@ -74,9 +93,10 @@ def _meet(typing: Any, how: Any, rows: Any, table: Any, near: Any, out: Any) -> 
     Parameters
     ----------
     how : str
-        Bits of a code, vectors of units a row, queries.
+        Bits of a code, vectors of units a row, queries, bytes of a scale.
     rows : (address of codes, of scales, rows, bytes of a row)
-    table : float32 (16,)
+    table : float32 (272,)
+        Levels, then what scales of a byte stand for.
     near : (address of float32 (vectors, codes of a unit, queries, 16),)
     out : (address of the first query's first score, numbers between queries)
     """
@@ -85,7 +105,7 @@ def _meet(typing: Any, how: Any, rows: Any, table: Any, near: Any, out: Any) -> 
 
 
 def _write_meet(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-    v = _Rows(context, builder, signature, arguments)
+    v = Rows(context, builder, signature, arguments, place_of_size=3)
     bits, vectors, queries = (int(word) for word in v.said(0)[:3])
     each, size = unit_codes(bits), unit_bytes(bits) * LANES
     codes, scales, count, stride = v.rows()
@@ -124,7 +144,7 @@ def _gather(typing: Any, how: Any, rows: Any, table: Any, weights: Any, out: Any
 
 
 def _write_gather(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-    v = _Rows(context, builder, signature, arguments)
+    v = Rows(context, builder, signature, arguments, place_of_size=3)
     bits, vectors, queries = (int(word) for word in v.said(0)[:3])
     each, size = unit_codes(bits), unit_bytes(bits) * LANES
     codes, scales, count, stride = v.rows()
@@ -160,9 +180,9 @@ def _turns(codes: int, queries: int) -> list[range]:
 
 
 @cache
-def scores(bits: int, vectors: int, queries: int) -> Any:
-    """Return the kernel of scores for codes of so many bits, vectors of units a row, and queries."""
-    made = how(bits, vectors, queries)
+def scores(bits: int, vectors: int, queries: int, size: int) -> Any:
+    """Return the kernel of scores for codes of so many bits, vectors of units a row, queries, and bytes of a scale."""
+    made = how(bits, vectors, queries, size)
 
     @njit()
     def scores(addresses: Any, form: Any, table: Any, near: Any, out: Any, tasks: Any) -> None:
@@ -172,7 +192,7 @@ def scores(bits: int, vectors: int, queries: int) -> Any:
         ----------
         addresses : int64 (pages, sequences)
         form : (codes_at, scales_at, bytes of a row, heads, tokens of a block, blocks of a page, first block, last)
-        table : float32 (16,)
+        table : float32 (272,)
         near : float32 (tasks, vectors, codes of a unit, queries, 16)
         out : float32 (tasks, queries, tokens)
         tasks : (first, last)
@@ -184,7 +204,7 @@ def scores(bits: int, vectors: int, queries: int) -> Any:
             for place in range(low, high):
                 base = addresses[place // room, task // heads]
                 row = (place % room * heads + task % heads) * block
-                rows = base + codes_at + row * stride, base + scales_at + row * 2, block, stride
+                rows = base + codes_at + row * stride, base + scales_at + row * size, block, stride
                 _meet(made, rows, table, (near.ctypes.data + task * width,),
                       (out.ctypes.data + task * each + (place - low) * block * 4, out.shape[2]))
 
@@ -192,9 +212,9 @@ def scores(bits: int, vectors: int, queries: int) -> Any:
 
 
 @cache
-def mixture(bits: int, vectors: int, queries: int) -> Any:
-    """Return the kernel of sums under weights for codes of so many bits, vectors of units a row, and queries."""
-    made = how(bits, vectors, queries)
+def mixture(bits: int, vectors: int, queries: int, size: int) -> Any:
+    """Return the kernel of sums under weights for so many bits, vectors of units a row, queries, and bytes of a scale."""
+    made = how(bits, vectors, queries, size)
 
     @njit()
     def mixture(addresses: Any, form: Any, table: Any, weights: Any, out: Any, tasks: Any) -> None:
@@ -205,11 +225,11 @@ def mixture(bits: int, vectors: int, queries: int) -> Any:
             for place in range(low, high):
                 base = addresses[place // room, task // heads]
                 row = (place % room * heads + task % heads) * block
-                rows = base + codes_at + row * stride, base + scales_at + row * 2, block, stride
+                rows = base + codes_at + row * stride, base + scales_at + row * size, block, stride
                 _gather(made, rows, table, (weights.ctypes.data + task * each + (place - low) * block * 4,
                                             weights.shape[2]), (out.ctypes.data + task * width,))
 
     return mixture
 
 
-__all__ = ["mixture", "scores"]
+__all__ = ["BYTE", "SUMS", "Rows", "mixture", "scores"]
