@@ -70,6 +70,8 @@ class OnProcessor:
 
     Attributes
     ----------
+    method : str
+        A codec of keys and values, or two, with `;` between; `klt@2` stands for `klt` at 2 bits.
     shape : (int, int, int)
         Heads of the query, of keys and values, and their dimension.
     """
@@ -79,6 +81,12 @@ class OnProcessor:
     shape: tuple[int, int, int]
 
     @property
+    def sides(self) -> tuple[str, str]:
+        """Codecs of keys and of values."""
+        key, _, value = self.method.partition(";")
+        return key, value or key
+
+    @property
     def key(self) -> str:
         """The case's name in results."""
         return f"lanes|{'x'.join(map(str, self.shape))}|{self.tokens}|{self.method}"
@@ -86,9 +94,11 @@ class OnProcessor:
     @property
     def asked(self) -> float | None:
         """How many times as fast as the fastest dense attention it should be."""
-        return 1.2 if self.method == "rot,lm2" and self.shape == LARGE else None
+        return 1.2 if self.method in TWO_BITS and self.shape == LARGE else None
 
 
 LARGE = (32, 8, 128)  # of an 8B Llama
+TWO_BITS = ("rot,lm2", "rot,tr2", "klt@2;ctr8,rot,tr2")
 ON_PROCESSOR = tuple(OnProcessor(method, tokens, shape) for shape in (LARGE, (9, 3, 64)) for tokens in (8192, 16384)
-                     for method in ("rot,lm2", "rot,lm3", "rot,lm4"))
+                     for method in ("rot,lm2", "rot,lm3", "rot,lm4", "rot,tr1.5", "rot,tr2", "rot,tr3", "rot,tr4",
+                                    "klt@2", "klt@2;ctr8,rot,tr2"))

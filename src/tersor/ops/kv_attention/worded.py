@@ -53,7 +53,7 @@ class Worded:
             tables = torch.empty(len(near), len(self.words.counts), WORDS, count, device="cpu")
             for some, columns, book in self._alike():
                 split = near[:, first : first + count, columns].unflatten(2, (len(book), -1))
-                tables[:, some] = (split.permute(0, 2, 1, 3) @ book.mT).mT
+                tables[:, some] = book @ split.permute(0, 2, 3, 1)
             sums = torch.zeros(len(near), self.tokens, count, device="cpu")
             self._go("scores", tables, sums)
             self._size(sums)
