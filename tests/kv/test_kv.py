@@ -14,6 +14,7 @@ from tersor.contract.codec import Codec
 from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
 from tersor.kv import TokenStream, matrices
 from tersor.kv import kept as kv
+from tersor.ops.dispatch import has_numba, reference_only
 from tersor.registry import parse
 from tersor.testing import gaussian, tolerance
 
@@ -197,7 +198,7 @@ def test_an_empty_stream() -> None:
 
 
 def test_queries_are_rotated_not_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One transform of the queries and one of the sums, however many the blocks."""
+    """One transform of the queries and one of the sums, however many the blocks; kernels take them by a matrix."""
     made = stream("rot,lm2", states())
     made.side()  # what takes coordinates to tokens is found once
     monkeypatch.setattr(kv, "CHUNK_ELEMENTS", 1)
@@ -206,9 +207,16 @@ def test_queries_are_rotated_not_the_tokens(monkeypatch: pytest.MonkeyPatch) -> 
         original = getattr(kv_rotation(), name)
         monkeypatch.setattr(kv_rotation(), name, lambda self, x, original=original, seen=seen: (
             seen.append(tuple(x.shape)), original(self, x))[1])
-    made.scores(gaussian((30, DIM)).reshape(BATCH, HEADS, 5, DIM))
-    made.mix(gaussian((30, 6 * BLOCK)).reshape(BATCH, HEADS, 5, 6 * BLOCK))
+    queries, weights = gaussian((30, DIM)).reshape(BATCH, HEADS, 5, DIM), gaussian((30, 6 * BLOCK)).reshape(
+        BATCH, HEADS, 5, 6 * BLOCK)
+    with reference_only():
+        made.scores(queries)
+        made.mix(weights)
     assert calls == {"forward": [(BATCH, HEADS, 5, DIM)], "inverse": [(BATCH, HEADS, 5, DIM)]}
+    if has_numba():
+        made.scores(queries)
+        made.mix(weights)
+        assert calls == {"forward": [(BATCH, HEADS, 5, DIM)], "inverse": [(BATCH, HEADS, 5, DIM)]}
 
 
 def kv_rotation() -> type:
