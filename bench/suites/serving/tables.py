@@ -5,37 +5,58 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from bench.markdown import table, verdict
-from bench.suite import Line, Table
+from bench.suite import Builder, Line, Table
 from bench.suites.serving import cases
 
 
-def gguf(found: Mapping[str, Line]) -> str:
+def gguf(model: str) -> Builder:
     """KL at the bytes of llama-quantize's types."""
-    rows = []
-    for case in cases.GGUF:
-        line = found.get(case.key)
-        if line is not None:
-            numbers = line["numbers"]
-            rows.append([f"{case.nbytes:,}", case.peer, f"{case.peer_kl:.3g}", f"{numbers['kl']:.3g}",
-                         _kinds(numbers["kinds"]), f"{case.most:g}", verdict(numbers["passed"])])
-    return table(["bytes of tensors", "peer, importance matrix", "its KL", "ours", "types of ours", "asked", ""], rows)
+    def build(found: Mapping[str, Line]) -> str:
+        rows = []
+        for case in cases.OURS:
+            line, peer = found.get(case.key), found.get(case.peer.key)
+            if case.model == model and line is not None:
+                numbers = line["numbers"]
+                rows.append([f"{case.nbytes:,}", case.peer.name, *_peer(peer), f"{numbers['kl']:.3g}",
+                             f"{numbers['perplexity']:.4g}", _kinds(numbers["kinds"]),
+                             "" if case.most is None else f"{case.most:g}", verdict(numbers["passed"])])
+        return table(["bytes of tensors", "llama-quantize, importance matrix", "its types", "its KL", "its perplexity",
+                      "our KL", "our perplexity", "our types", "asked", ""], rows)
+
+    return build
 
 
 def packed(found: Mapping[str, Line]) -> str:
     """KL at peers' bits."""
     rows = []
-    for case in cases.PACKED:
-        line = found.get(case.key)
-        if line is not None:
+    for bits, group, most in cases.RATES:
+        rate = bits + 16 / group
+        for case in (one for one in cases.PACKED if one.key in found and _rate(one) == rate):
+            line = found[case.key]
             numbers = line["numbers"]
-            rows.append([f"{case.bits:g}", *(f"{kl:.3g}" for kl in case.peer_kl), f"`--effort {case.effort}`",
-                         f"{numbers['kl']:.3g}", _kinds(numbers["kinds"]), f"{case.most:g}",
-                         verdict(numbers["passed"])])
-    return table(["bits of linears", *cases.PEERS, "ours", "KL", "schemes of ours", "asked", ""], rows)
+            if isinstance(case, cases.Calibrated):
+                who = [f"{cases.TOOLS[case.tool]} W{bits}, group {group}", "", ""]
+            else:
+                who = [f"**Tersor** `--effort {case.effort}`: {_kinds(numbers['kinds'])}", f"{most:g}",
+                       verdict(numbers["passed"])]
+            rows.append([f"{rate:g}", f"{line['bytes']:,}", f"{numbers['total_bytes']:,}", who[0],
+                         f"{numbers['kl']:.3g}", f"{numbers['perplexity']:.4g}", *who[1:]])
+    return table(["bits of linears", "their bytes", "bytes in all", "what", "KL", "perplexity", "asked", ""], rows)
+
+
+def _rate(case: cases.Calibrated | cases.Packed) -> float:
+    return case.rate if isinstance(case, cases.Calibrated) else case.bits
+
+
+def _peer(line: Line | None) -> list[str]:
+    if line is None:
+        return ["", "not run", ""]
+    return [_kinds(line["numbers"]["kinds"]), f"{line['numbers']['kl']:.3g}", f"{line['numbers']['perplexity']:.4g}"]
 
 
 def _kinds(counted: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counted.items())
 
 
-GGUF, PACKED = Table(gguf), Table(packed)
+GGUF = {"gguf": Table(gguf("fable-7m"), ("fable-7m|",))}
+PACKED = {"packed": Table(packed)}
