@@ -122,6 +122,7 @@ def _quantized(case: Quantized, made: _Made) -> Outcome:
             kinds[name] = kinds.get(name, 0) + 1
     nbytes = sum(BY_NUMBER[entry.number].tensor_nbytes(entry.elements) for entry in written.entries)
     return _result(case, found, nbytes, kinds=dict(sorted(kinds.items())), total_bytes=written.nbytes,
+                   parameters=sum(entry.elements for entry in written.entries),
                    versions=peers.versions("llama", "llama-cpp-python"))
 
 
@@ -168,6 +169,7 @@ def _packed(case: Packed, made: _Made) -> Outcome:
 
 def _result(case: Any, found: dict[str, Any], nbytes: int, **others: Any) -> Outcome:
     return Result.of(case, nbytes, {"kl": found["kl"], "top1": found["top1"], "perplexity": found["perplexity"],
+                                    "perplexity_original": found["perplexity_original"],
                                     "predictions": found["tokens"], "context": found["context"], **others})
 
 

@@ -44,6 +44,30 @@ def packed(found: Mapping[str, Line]) -> str:
     return table(["bits of linears", "their bytes", "bytes in all", "what", "KL", "perplexity", "asked", ""], rows)
 
 
+def own(*, short: bool) -> Builder:
+    """What `tersor compress` reaches in the bytes of llama-quantize's types; the short one is the front page's."""
+    def build(found: Mapping[str, Line]) -> str:
+        rows: list[list[str]] = []
+        for case in cases.OWN:
+            line, peer = found.get(case.key), found.get(case.peer.key)
+            if line is not None and peer is not None:
+                if not rows:
+                    rows = [["original, bf16", "", "16.000", f"{line['numbers']['perplexity_original']:.2f}", "0.0000"]]
+                rows += [["**Tersor**", *_figures(line)], [f"GGUF {case.peer.name}", *_figures(peer)]]
+        if short:
+            return table(["method", "bits per parameter", "perplexity", "[KL](docs/glossary.md#kl)"],
+                         [[row[0], *row[2:]] for row in rows])
+        return table(["method", "bytes", "bits per parameter", "perplexity", "KL, nats"], rows)
+
+    return build
+
+
+def _figures(line: Line) -> list[str]:
+    numbers, nbytes = line["numbers"], line["bytes"]
+    return [f"{nbytes:,}", f"{8 * nbytes / numbers['parameters']:.3f}", f"{numbers['perplexity']:.2f}",
+            f"{numbers['kl']:.4f}"]
+
+
 def _rate(case: cases.Calibrated | cases.Packed) -> float:
     return case.rate if isinstance(case, cases.Calibrated) else case.bits
 
@@ -58,5 +82,6 @@ def _kinds(counted: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counted.items())
 
 
-GGUF = {"gguf": Table(gguf("fable-7m"), ("fable-7m|",))}
+GGUF = {"gguf": Table(gguf("fable-7m"), ("fable-7m",)), "front": Table(own(short=True), ("fable-7m",), bare=True),
+        "own": Table(own(short=False), ("fable-7m",))}
 PACKED = {"packed": Table(packed)}
