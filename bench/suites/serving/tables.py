@@ -44,16 +44,22 @@ def packed(found: Mapping[str, Line]) -> str:
     return table(["bits of linears", "their bytes", "bytes in all", "what", "KL", "perplexity", "asked", ""], rows)
 
 
-def own(*, short: bool) -> Builder:
-    """What `tersor compress` reaches in the bytes of llama-quantize's types; the short one is the front page's."""
+def blocks(*, short: bool) -> Builder:
+    """Ours beside some of llama-quantize's types, in no more bytes; short: files alone, for the front page."""
     def build(found: Mapping[str, Line]) -> str:
         rows: list[list[str]] = []
         for case in cases.OWN:
-            line, peer = found.get(case.key), found.get(case.peer.key)
-            if line is not None and peer is not None:
-                if not rows:
-                    rows = [["original, bf16", "", "16.000", f"{line['numbers']['perplexity_original']:.2f}", "0.0000"]]
-                rows += [["**Tersor**", *_figures(line)], [f"GGUF {case.peer.name}", *_figures(peer)]]
+            peer = found.get(case.peer.key)
+            if peer is None:
+                continue
+            numbers = peer["numbers"]
+            if not rows:
+                rows = [["original, bf16", "", "16.000", f"{numbers['perplexity_original']:.2f}", "0.0000"]]
+            rows.append([f"llama-quantize {case.peer.name}", *_figures(peer, numbers["parameters"])])
+            ours = {"**Tersor**, GGUF": next(one.key for one in cases.OURS if one.peer == case.peer)}
+            if not short:
+                ours["**Tersor**, its own format"] = case.key
+            rows += [[name, *_figures(found[key], numbers["parameters"])] for name, key in ours.items() if key in found]
         if short:
             return table(["method", "bits per parameter", "perplexity", "[KL](docs/glossary.md#kl)"],
                          [[row[0], *row[2:]] for row in rows])
@@ -62,10 +68,9 @@ def own(*, short: bool) -> Builder:
     return build
 
 
-def _figures(line: Line) -> list[str]:
-    numbers, nbytes = line["numbers"], line["bytes"]
-    return [f"{nbytes:,}", f"{8 * nbytes / numbers['parameters']:.3f}", f"{numbers['perplexity']:.2f}",
-            f"{numbers['kl']:.4f}"]
+def _figures(line: Line, parameters: int) -> list[str]:
+    nbytes, numbers = line["bytes"], line["numbers"]
+    return [f"{nbytes:,}", f"{8 * nbytes / parameters:.3f}", f"{numbers['perplexity']:.2f}", f"{numbers['kl']:.4f}"]
 
 
 def _rate(case: cases.Calibrated | cases.Packed) -> float:
@@ -82,6 +87,6 @@ def _kinds(counted: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counted.items())
 
 
-GGUF = {"gguf": Table(gguf("fable-7m"), ("fable-7m",)), "front": Table(own(short=True), ("fable-7m",), bare=True),
-        "own": Table(own(short=False), ("fable-7m",))}
+GGUF = {"gguf": Table(gguf("fable-7m"), ("fable-7m",)), "front": Table(blocks(short=True), ("fable-7m",), bare=True),
+        "calibrated": Table(blocks(short=False), ("fable-7m",))}
 PACKED = {"packed": Table(packed)}
