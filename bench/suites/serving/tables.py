@@ -17,11 +17,11 @@ def gguf(model: str) -> Builder:
             line, peer = found.get(case.key), found.get(case.peer.key)
             if case.model == model and line is not None:
                 numbers = line["numbers"]
-                rows.append([f"{case.nbytes:,}", case.peer.name, *_peer(peer), f"{numbers['kl']:.3g}",
-                             f"{numbers['perplexity']:.4g}", _kinds(numbers["kinds"]),
+                rows.append([case.peer.name, *_peer(peer), f"{line['bytes']:,}", _kinds(numbers["kinds"]),
+                             f"{numbers['kl']:.3g}", f"{numbers['perplexity']:.4g}",
                              "" if case.most is None else f"{case.most:g}", verdict(numbers["passed"])])
-        return table(["bytes of tensors", "llama-quantize, importance matrix", "its types", "its KL", "its perplexity",
-                      "our KL", "our perplexity", "our types", "asked", ""], rows)
+        return table(["llama-quantize, importance matrix", "bytes of tensors", "types", "KL", "perplexity",
+                      "**Tersor**: bytes of tensors", "types", "KL", "perplexity", "asked", ""], rows)
 
     return build
 
@@ -79,8 +79,9 @@ def _rate(case: cases.Calibrated | cases.Packed) -> float:
 
 def _peer(line: Line | None) -> list[str]:
     if line is None:
-        return ["", "not run", ""]
-    return [_kinds(line["numbers"]["kinds"]), f"{line['numbers']['kl']:.3g}", f"{line['numbers']['perplexity']:.4g}"]
+        return ["", "", "not run", ""]
+    numbers = line["numbers"]
+    return [f"{line['bytes']:,}", _kinds(numbers["kinds"]), f"{numbers['kl']:.3g}", f"{numbers['perplexity']:.4g}"]
 
 
 def _kinds(counted: Mapping[str, int]) -> str:
