@@ -38,23 +38,7 @@ def models_table(model: str, *, short: bool = False) -> Builder:
     return build
 
 
-FRONT = {"original": "original, bf16", "pipeline": "**Tersor**"}  # beside some of the peers, on the front page
-FRONT_PEERS = ("gguf:IQ2_XXS", "gguf:Q2_K", "gguf:Q3_K", "gguf:Q4_K")
-
-
-def front_table(found: Mapping[str, Line]) -> str:
-    """Return the table of the front page: the default method beside GGUF, block by block."""
-    rows = []
-    for line in sorted(found.values(), key=lambda line: (line["case"]["rate"] % 16, line["bytes"])):  # 16: the original
-        method, numbers = line["case"]["method"], line["numbers"]
-        if method in FRONT or method in FRONT_PEERS:
-            rows.append([FRONT.get(method) or label(method), f"{numbers['rate']:.3f}",
-                         f"{numbers['all']['perplexity']:.2f}", f"{numbers['all']['kl']:.4f}"])
-    return table(["method", "bits per parameter", "perplexity", "[KL](docs/glossary.md#kl)"], rows)
-
-
 TABLES = {
-    "front": Table(front_table, ("fable-22m",), bare=True),
     "models": Table(models_table("fable-22m", short=True), ("fable-22m",)),
     **{f"models-{name}": Table(models_table(name), (name,)) for name in (*MODELS, "smollm2-135m")},
 }

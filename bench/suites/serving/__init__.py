@@ -5,9 +5,9 @@ from bench.suites.serving import cases, tables
 
 SUITES = (
     Suite("gguf", "KL of .gguf files at the sizes of ggml's types; 2 minutes of one core a case",
-          always(cases.GGUF), deferred("bench.suites.serving.measure"), {"gguf": tables.GGUF},
+          always(cases.GGUF), deferred("bench.suites.serving.measure"), tables.GGUF,
           ("transformers", "gguf")),
     Suite("packed", "KL of compressed-tensors at peers' bits; 3 minutes of one core a case",
-          always(cases.PACKED), deferred("bench.suites.serving.measure"), {"packed": tables.PACKED},
+          always(cases.PACKED), deferred("bench.suites.serving.measure"), tables.PACKED,
           ("transformers",)),
 )

@@ -1,13 +1,41 @@
-"""Cases of files that others serve, with what peers gave at the same bytes (measured 2026-11-28; not run here)."""
+"""Cases of files that others serve: ours, and peers that saw the same calibration text, run by us."""
 
 from __future__ import annotations
 
 import dataclasses
 
 MODEL = "fable-7m"
-TOKENS = 32_768  # of calibration, as peers had
-METADATA = 272_160  # bytes of a file of fable-7m that are no tensors: tokenizer and header
-PEERS = ("llm-compressor GPTQ", "AutoRound")
+TOKENS = 32_768  # of calibration, for all
+CONTEXT, EVALUATED = 512, 8192  # window and tokens of the evaluation
+METADATA = {"fable-7m": 272_160}  # bytes of a file that are no tensors: tokenizer and header, by model
+ITERATIONS = 50  # of AutoRound, its "light" recipe's; 200 is its default
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """A file of llama-quantize with an importance matrix.
+
+    Attributes
+    ----------
+    ftype : str
+        As its command calls it.
+    pure : bool
+        All tensors of one type; else its mix.
+    """
+
+    ftype: str
+    pure: bool
+    model: str = MODEL
+
+    @property
+    def name(self) -> str:
+        """How tables call it."""
+        return self.ftype if self.pure else f"{self.ftype} mix"
+
+    @property
+    def key(self) -> str:
+        """The case's name in results."""
+        return f"{self.model}|llama-quantize|{self.name}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,25 +44,80 @@ class Gguf:
 
     Attributes
     ----------
+    peer : Quantized
     nbytes : int
-        Of all tensors.
-    peer : str
-        What llama-quantize writes with an importance matrix.
-    peer_kl, most : float
-        The peer's KL, and what ours may be.
+        Of the peer's tensors.
+    most : float or None
+        What our KL may be; None where nothing was asked.
     """
 
+    peer: Quantized
     nbytes: int
-    peer: str
-    peer_kl: float
-    most: float
-    model: str = MODEL
+    most: float | None = None
     effort: str = "normal"
+
+    @property
+    def model(self) -> str:
+        """Of both."""
+        return self.peer.model
 
     @property
     def key(self) -> str:
         """The case's name in results."""
         return f"{self.model}|{self.nbytes}|{self.effort}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Own:
+    """What `tersor compress` writes into a peer's bytes, manifest counted: not for llama.cpp, and the front page's.
+
+    Attributes
+    ----------
+    peer : Quantized
+    nbytes : int
+        Of the peer's tensors.
+    """
+
+    peer: Quantized
+    nbytes: int
+
+    @property
+    def model(self) -> str:
+        """Of both."""
+        return self.peer.model
+
+    @property
+    def key(self) -> str:
+        """The case's name in results."""
+        return f"{self.model}|tersor compress|{self.nbytes}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibrated:
+    """Linears packed by another tool.
+
+    Attributes
+    ----------
+    tool : str
+        A key of `TOOLS`.
+    bits, group : int
+        Of levels; weights that share a scale.
+    """
+
+    tool: str
+    bits: int
+    group: int
+    model: str = MODEL
+
+    @property
+    def rate(self) -> float:
+        """Bits a weight, scales in 16 bits counted."""
+        return self.bits + 16 / self.group
+
+    @property
+    def key(self) -> str:
+        """The case's name in results."""
+        return f"{self.model}|{self.tool}|{self.rate:g}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +128,11 @@ class Packed:
     ----------
     bits : float
         Scales counted.
-    peer_kl : tuple of float
-        Of `PEERS`.
     most : float
         What our KL may be.
     """
 
     bits: float
-    peer_kl: tuple[float, float]
     most: float
     effort: str
     model: str = MODEL
@@ -63,12 +143,16 @@ class Packed:
         return f"{self.model}|{self.bits:g}|{self.effort}"
 
 
-GGUF = (
-    Gguf(2_243_072, "Q2_K", 0.743, 0.55), Gguf(2_615_808, "IQ3_XXS", 0.272, 0.24),
-    Gguf(2_935_296, "Q3_K", 0.181, 0.135),
-    Gguf(3_243_008, "IQ3_XXS mix", 0.188, 0.122), Gguf(3_461_632, "Q2_K mix", 0.304, 0.198),
-    Gguf(3_627_520, "IQ4_XS", 0.0449, 0.034), Gguf(3_840_512, "Q4_K", 0.0384, 0.030),
-    Gguf(4_004_352, "Q3_K_M mix", 0.0709, 0.0461), Gguf(4_506_112, "Q4_K_M mix", 0.0260, 0.0169))
-PACKED = tuple(Packed(bits, peers, most, effort)
-               for bits, peers, most in ((2.25, (1.6090, 0.5731), 0.50), (3.125, (0.2473, 0.1460), 0.130),
-                                         (4.125, (0.0473, 0.0341), 0.032)) for effort in ("normal", "best"))
+TOOLS = {"gptq": "llm-compressor GPTQ", "autoround": "AutoRound"}
+OURS = (
+    Gguf(Quantized("Q2_K", pure=True), 2_243_072, 0.55), Gguf(Quantized("IQ3_XXS", pure=True), 2_615_808, 0.24),
+    Gguf(Quantized("Q3_K_S", pure=True), 2_935_296, 0.135), Gguf(Quantized("IQ3_XXS", pure=False), 3_243_008, 0.122),
+    Gguf(Quantized("Q2_K", pure=False), 3_461_632, 0.198), Gguf(Quantized("IQ4_XS", pure=True), 3_627_520, 0.034),
+    Gguf(Quantized("Q4_K_S", pure=True), 3_840_512, 0.030), Gguf(Quantized("Q3_K_M", pure=False), 4_004_352, 0.0461),
+    Gguf(Quantized("Q4_K_M", pure=False), 4_506_112, 0.0169))
+OWN = tuple(Own(case.peer, case.nbytes) for case in OURS if case.peer.name in ("Q2_K", "IQ3_XXS", "IQ4_XS"))
+GGUF = (*(case.peer for case in OURS), *OURS, *OWN)
+RATES = ((2, 64, 0.50), (3, 128, 0.130), (4, 128, 0.032))  # bits, group, and what our KL may be
+PEERS = tuple(Calibrated(tool, bits, group) for bits, group, _ in RATES for tool in TOOLS)
+LINEARS = tuple(Packed(bits + 16 / group, most, effort) for bits, group, most in RATES for effort in ("normal", "best"))
+PACKED = (*PEERS, *LINEARS)

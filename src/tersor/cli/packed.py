@@ -61,9 +61,11 @@ def compressed_tensors(
 
     existing_model(src)
     settings = PackSettings(
-        calibration, calibrated, text, Sampling(tokens, context=context, seed=seed), evaluation_tokens, context,
-        effort or "normal", device_of(device), resume, None if dense is None else tuple(dense),
-        tuple(leave_out or ()), head, tuple(schemes.split(",")) if schemes else (), asymmetric, whole_model)
+        calibration=calibration, calibrated=calibrated, text=text, evaluation_tokens=evaluation_tokens,
+        sampling=Sampling(tokens, context=context, seed=seed), context=context, effort=effort or "normal",
+        device=device_of(device), resume=resume, dense=None if dense is None else tuple(dense),
+        leave_out=tuple(leave_out or ()), head=head, schemes=tuple(schemes.split(",")) if schemes else (),
+        asymmetric=asymmetric, whole=whole_model)
     nbytes = None if size is None else parse_size(size)
     if rate is None and nbytes is None and linears is None:
         linears = 4.125

@@ -13,8 +13,9 @@ from tersor.errors import BudgetError, CodecConfigError, ModelError, Verificatio
 from tersor.gguf import file
 from tersor.gguf.types.ladder import BY_NUMBER
 from tersor.hf.compress import calibrate
-from tersor.hf.compress.request import Sampling
+from tersor.hf.compress.request import Sampling, no_progress
 from tersor.hf.gguf import encoding
+from tersor.hf.gguf.evaluation import evaluate
 from tersor.hf.gguf.from_folder import open_folder
 from tersor.hf.gguf.run import write_gguf
 from tersor.hf.gguf.verify import verify
@@ -40,6 +41,19 @@ def dense(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("dense") / "dense.gguf"
     write_gguf(folder, path, 64, **PLAIN)
     return path
+
+
+def test_a_file_that_another_writer_has_sorted_is_evaluated(folder: Path, dense: Path, tmp_path: Path) -> None:
+    """llama-quantize sorts tensors by its own rule: what is read is found by its name."""
+    held, origin = file.read(dense), open_folder(folder, tmp_path / "staged")
+    entries = held.entries[::-1]
+    sizes = [BY_NUMBER[entry.number].tensor_nbytes(entry.elements) for entry in entries]
+    file.write(tmp_path / "turned.gguf", held.pairs, entries, sizes, lambda entry: [
+        held.bytes_of(entry, BY_NUMBER[entry.number].tensor_nbytes(entry.elements))])
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox " * 40)
+    found = evaluate(tmp_path / "turned.gguf", origin, text, context=64, tokens=256, progress=no_progress)
+    assert found["kl"] == pytest.approx(0, abs=1e-9)
 
 
 def test_a_directory_becomes_a_file_of_its_size(folder: Path, tmp_path: Path) -> None:

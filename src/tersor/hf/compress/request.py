@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from tersor.errors import BudgetError, ModelError
 from tersor.families import DEFAULT, effort_of, families
 from tersor.families import options as family_options
 from tersor.hf.models.source import Source
+from tersor.hf.models.text import ChosenTexts
 from tersor.planning.calibration import Calibration
 
 Progress = Callable[[str, int, int], None]
@@ -80,6 +82,40 @@ class Sampling:
     fisher_tokens: int = 4096
     context: int = 512
     seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts(ChosenTexts):
+    """What commands that encode a model are told of texts, and of how long to work.
+
+    Attributes
+    ----------
+    calibration : Path or None
+        Text; None uses the packaged one.
+    calibrated : bool
+        False: no calibration; errors of all weights count alike, and there is no error feedback.
+    text : Path or None
+        Held-out text to evaluate on; None uses the packaged one.
+    sampling : Sampling
+        How much text to calibrate on.
+    evaluation_tokens : int
+        Tokens to evaluate on; 0 skips the evaluation.
+    context : int
+        Window length of the evaluation, in tokens.
+    effort : str
+        `"fast"`, `"normal"` or `"best"`: how often levels and scales are chosen again.
+    resume : bool
+        Go on with what a killed run has finished.
+    """
+
+    calibration: Path | None = None
+    calibrated: bool = True
+    text: Path | None = None
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    evaluation_tokens: int = 8192
+    context: int = 512
+    effort: str = "normal"
+    resume: bool = True
 
 
 def usable_device(device: str) -> str:

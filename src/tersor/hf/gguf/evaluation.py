@@ -51,9 +51,11 @@ def _read(path: Path) -> PreTrainedModel:
 def _filled(path: Path, origin: Origin, source: Source) -> PreTrainedModel:
     """Return the original with its matrices replaced by those of a file."""
     model, found = load_dense(source), file.read(path)
-    for entry, item in zip(found.entries, origin.items, strict=True):
+    named = {entry.name: entry for entry in found.entries}  # others, such as llama-quantize, sort them anew
+    for item in origin.items:
         if item.matrix is None or item.undo is None:
             continue
+        entry = named[item.entry.name]
         kind, (rows, width) = BY_NUMBER[entry.number], flat(entry)
         stored = found.bytes_of(entry, kind.tensor_nbytes(entry.elements)).reshape(rows, -1)
         model.get_parameter(item.matrix).copy_(item.undo(decode(kind, stored, width)))

@@ -21,7 +21,7 @@ from tersor.gguf import plan
 from tersor.gguf.quantizable import quantizable
 from tersor.gguf.types.base import BlockType
 from tersor.gguf.types.ladder import BY_NUMBER, rungs, type_of
-from tersor.hf.compress.request import Progress, Sampling, budget_bytes, no_progress
+from tersor.hf.compress.request import Progress, Texts, budget_bytes, no_progress
 from tersor.hf.compress.work import WorkFolder, peak_memory
 from tersor.hf.gguf import encoding, survey
 from tersor.hf.gguf.evaluation import evaluate
@@ -31,7 +31,7 @@ from tersor.hf.gguf.inputs import Known, calibrated
 from tersor.hf.gguf.origin import Item, Origin
 from tersor.hf.gguf.verify import verify
 from tersor.hf.models.classes import check_text, model_class
-from tersor.hf.models.text import ChosenTexts, read_ids, text_source
+from tersor.hf.models.text import read_ids, text_source
 from tersor.planning.calibration import Calibration
 
 ROUNDS = {"fast": 0, "normal": 2, "best": 6}
@@ -40,29 +40,13 @@ LARGE = 256  # weights of the blocks of most types
 
 
 @dataclasses.dataclass(frozen=True)
-class GgufSettings(ChosenTexts):
+class GgufSettings(Texts):
     """Everything `write_gguf` may be told besides source, output and budget.
 
     Attributes
     ----------
-    calibration : Path or None
-        Text; None uses the packaged one.
-    calibrated : bool
-        False: no calibration; errors of all weights count alike, and there is no error feedback.
     moments : Path or None
         A file that `tersor calibrate` wrote of the same model, instead of reading the text: for several sizes.
-    text : Path or None
-        Held-out text to evaluate on; None uses the packaged one.
-    sampling : Sampling
-        How much text to calibrate on.
-    evaluation_tokens : int
-        Tokens to evaluate on; 0 skips the evaluation.
-    context : int
-        Window length of the evaluation, in tokens.
-    effort : str
-        `"fast"`, `"normal"` or `"best"`: how often scales are fitted again.
-    resume : bool
-        Go on with what a killed run has finished.
     requantize : bool
         Take a GGUF file whose tensors are quantized already.
     dense : tuple of str
@@ -71,15 +55,7 @@ class GgufSettings(ChosenTexts):
         The types that tensors may have besides their own; none: all.
     """
 
-    calibration: Path | None = None
-    calibrated: bool = True
     moments: Path | None = None
-    text: Path | None = None
-    sampling: Sampling = dataclasses.field(default_factory=Sampling)
-    evaluation_tokens: int = 8192
-    context: int = 512
-    effort: str = "normal"
-    resume: bool = True
     requantize: bool = False
     dense: tuple[str, ...] = ()
     types: tuple[str, ...] = ()

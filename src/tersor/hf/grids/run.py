@@ -22,7 +22,7 @@ from tersor.grids.solve import Effort
 from tersor.hf.compress import calibrate, encode
 from tersor.hf.compress.desk import Wanted
 from tersor.hf.compress.reading import Reading, check_numbers
-from tersor.hf.compress.request import Progress, Sampling, budget_bytes, no_progress, usable_device
+from tersor.hf.compress.request import Progress, Texts, budget_bytes, no_progress, usable_device
 from tersor.hf.compress.status import Teller
 from tersor.hf.compress.work import WorkFolder, peak_memory
 from tersor.hf.grids import output as directory
@@ -34,34 +34,20 @@ from tersor.hf.models.classes import check_text, model_class
 from tersor.hf.models.evaluate import evaluate_dense
 from tersor.hf.models.source import Source, open_source, read_matrix
 from tersor.hf.models.staging import REPORT
-from tersor.hf.models.text import ChosenTexts, read_ids, text_source
+from tersor.hf.models.text import read_ids, text_source
 from tersor.payload.layout import TensorSpec
 
 EFFORTS = {"fast": Effort(0, 0), "normal": Effort(2, 2), "best": Effort(6, 4)}
 
 
 @dataclasses.dataclass(frozen=True)
-class PackSettings(ChosenTexts):
+class PackSettings(Texts):
     """Everything `write_packed` may be told besides source, output and budget.
 
     Attributes
     ----------
-    calibration : Path or None
-        Text; None uses the packaged one.
-    calibrated : bool
-        False: no calibration; errors of all weights count alike, and there is no error feedback.
-    text : Path or None
-        Held-out text to evaluate on; None uses the packaged one.
-    sampling : Sampling
-        How much text to calibrate on.
-    evaluation_tokens : int
-        Tokens to evaluate on; 0 skips the evaluation.
-    context : int
-        Window length of the evaluation, in tokens.
-    effort : str
-        `"fast"`, `"normal"` or `"best"`: how often levels and scales are chosen again.
-    resume : bool
-        Go on with what a killed run has finished.
+    device : str
+        Where the model runs and matrices are encoded.
     dense : tuple of str or None
         Shell patterns of parameters that stay as they are; see `CompressSettings`.
     leave_out : tuple of str
@@ -77,15 +63,7 @@ class PackSettings(ChosenTexts):
         Keep the whole model in memory while text runs through it.
     """
 
-    calibration: Path | None = None
-    calibrated: bool = True
-    text: Path | None = None
-    sampling: Sampling = dataclasses.field(default_factory=Sampling)
-    evaluation_tokens: int = 8192
-    context: int = 512
-    effort: str = "normal"
     device: str = "cpu"
-    resume: bool = True
     dense: tuple[str, ...] | None = None
     leave_out: tuple[str, ...] = ()
     head: bool = False
