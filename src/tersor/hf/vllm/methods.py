@@ -15,6 +15,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (  # pyright: ig
 from vllm.model_executor.utils import set_weight_attrs  # pyright: ignore[reportMissingImports]
 
 from tersor.errors import CorruptStoreError, ModelError
+from tersor.hf.vllm.opaque import hold, served_product, served_rows
 from tersor.hf.vllm.served import NEAREST, Payloads, Served
 from tersor.nn import TiedLinear
 
@@ -46,6 +47,7 @@ class LinearMethod(LinearMethodBase):
     def _await(self, layer: nn.Module, payloads: Payloads) -> None:
         """Register an empty parameter for every tensor to come, and for the store's sentinel."""
         layer.add_module(PAYLOAD, payloads)
+        hold(payloads.key, payloads)
         for key, dtype in payloads.awaited.items():
             self._place(layer, f"{WEIGHT}/{key}", dtype, functools.partial(_taken, payloads, key))
         self._place(layer, WEIGHT, torch.float32, _passed)
@@ -65,9 +67,7 @@ class LinearMethod(LinearMethodBase):
         ModelError
             If the store has a bias that the module does not add.
         """
-        payloads = layer.get_submodule(PAYLOAD)
-        assert isinstance(payloads, Payloads)
-        payloads.finish()
+        held(layer).finish()
         for name in [name for name in layer._parameters if name.partition("/")[0] == WEIGHT]:
             del layer._parameters[name]
         bias = f"{self._names[0].removesuffix(WEIGHT)}bias"
@@ -77,7 +77,8 @@ class LinearMethod(LinearMethodBase):
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return (*batch, out) for vectors (*batch, in)."""
-        y = layer.get_submodule(PAYLOAD)(x)
+        payloads = held(layer)
+        y = served_product(x, payloads.key, payloads.shape[0])
         return y if bias is None else y + bias
 
 
@@ -98,7 +99,8 @@ class EmbeddingMethod(LinearMethod):
 
     def embedding(self, layer: nn.Module, input_: Tensor) -> Tensor:
         """Return rows (*ids.shape, width)."""
-        return layer.get_submodule(PAYLOAD)(input_)
+        payloads = held(layer)
+        return served_rows(input_, payloads.key, payloads.shape[1], payloads.dtype)
 
 
 class TiedMethod(LinearMethodBase):
@@ -109,9 +111,8 @@ class TiedMethod(LinearMethodBase):
 
     def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
         """Take the table of an embedding."""
-        payloads = embed_tokens.get_submodule(PAYLOAD)
-        assert isinstance(payloads, Payloads)
-        layer.add_module(PAYLOAD, TiedLinear(payloads.parts[0].weight))  # pyright: ignore[reportArgumentType]
+        table: Any = held(embed_tokens).parts[0].weight
+        layer.add_module(PAYLOAD, TiedLinear(table))
         return layer
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
@@ -130,6 +131,12 @@ class TiedMethod(LinearMethodBase):
         """Return (*batch, entries) for vectors (*batch, width)."""
         y = layer.get_submodule(PAYLOAD)(x)
         return y if bias is None else y + bias
+
+
+def held(layer: nn.Module) -> Payloads:
+    """Return what a module of vLLM holds."""
+    found: Any = layer._modules[PAYLOAD]
+    return found
 
 
 def _taken(payloads: Payloads, key: str, param: nn.Parameter, loaded: Tensor,

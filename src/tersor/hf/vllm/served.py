@@ -171,6 +171,7 @@ class Payloads(nn.Module):
                  embeds: bool = False) -> None:
         super().__init__()
         self._served, self._names = served, list(names)
+        self.key, self.shape, self.dtype = f"{served.folder}|{'|'.join(names)}", shape, dtype
         self._device = torch.get_default_device()
         entries = [served.opened.entries[name] for name in names]
         shapes = [(entry.shape[0], entry.shape[1]) for entry in entries]
