@@ -63,6 +63,34 @@ class Packed:
         return f"{self.model}|{self.bits:g}|{self.effort}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Shards:
+    """A .gguf file from bf16 shards of random weights, Llama 3.1 8B's shape; calibration, which runs the model, is off.
+
+    Attributes
+    ----------
+    blocks : int
+        Of 32 in the whole model; embedding and head are whole.
+    rate : float
+        Bits a weight.
+    types : str
+        That tensors may have.
+    most : float
+        Bytes of memory that the command may take.
+    """
+
+    blocks: int
+    rate: float = 8.6
+    types: str = "Q8_0"
+    most: float = 3e9
+
+    @property
+    def key(self) -> str:
+        """The case's name in results."""
+        return f"llama-8b|{self.blocks}|{self.types}"
+
+
+SHARDS = (Shards(1), Shards(4), Shards(32), Shards(32, 4.6, "Q4_K,Q6_K"))
 GGUF = (
     Gguf(2_243_072, "Q2_K", 0.743, 0.55), Gguf(2_615_808, "IQ3_XXS", 0.272, 0.24),
     Gguf(2_935_296, "Q3_K", 0.181, 0.135),

@@ -1,10 +1,17 @@
-"""A checkpoint of Llama 3.1 8B's shape in bf16 shards, of random weights: what memory is measured on."""
+"""A checkpoint of Llama 3.1 8B's shape in bf16 shards, of random weights; what memory the command takes that reads it.
+
+Of all 32 blocks it takes 16 GB of disk, and the file half of that, twice for a while.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -12,12 +19,38 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
+from bench.places import ROOT
+from bench.suite import Asked, Outcome, Result, Unmeasured
+from bench.suites.serving.cases import Shards
 from tersor.store.manifest import INDEX
 
 WIDTH, INNER, HEADS, GROUPS, HEAD, WORDS = 4096, 14336, 32, 8, 128, 128256
-BLOCKS = 32  # of the whole model
 SCALE = 0.02  # standard deviation of a weight
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+FABLE = ROOT / "examples" / "fable-7m"
+
+
+def measure(cases: Sequence[Shards], asked: Asked) -> Iterator[Outcome]:
+    """Yield every case; the command runs in a process of its own, whose memory it tells."""
+    del asked
+    for case in cases:
+        with tempfile.TemporaryDirectory() as folder:
+            yield _measured(case, Path(folder))
+
+
+def _measured(case: Shards, folder: Path) -> Outcome:
+    parameters, out = write(folder / "model", case.blocks, FABLE), folder / "out.gguf"
+    began = time.perf_counter()
+    command = [sys.executable, "-m", "tersor", "gguf", str(folder / "model"), str(out), "--rate", str(case.rate),
+               "--types", case.types, "--effort", "fast", "--uncalibrated", "--evaluation-tokens", "0", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return Unmeasured(case.key, done.stderr.strip().splitlines()[-1], failed=True)
+    told = json.loads(done.stdout)
+    peak = told["peak_memory_bytes"]
+    return Result.of(case, out.stat().st_size, {
+        "peak_bytes": peak, "parameters": parameters, "seconds": time.perf_counter() - began, "types": told["types"],
+        "passed": peak <= case.most})
 
 
 def write(folder: Path, blocks: int, tokenizer: Path) -> int:

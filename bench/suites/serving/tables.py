@@ -34,8 +34,21 @@ def packed(found: Mapping[str, Line]) -> str:
     return table(["bits of linears", *cases.PEERS, "ours", "KL", "schemes of ours", "asked", ""], rows)
 
 
+def shards(found: Mapping[str, Line]) -> str:
+    """Memory by blocks."""
+    rows = []
+    for case in cases.SHARDS:
+        line = found.get(case.key)
+        if line is not None:
+            numbers = line["numbers"]
+            rows.append([str(case.blocks), f"{numbers['parameters'] / 1e9:.2f}", numbers["types"],
+                         f"{line['nbytes'] / 1e9:.2f}", f"{numbers['peak_bytes'] / 1e9:.2f}", f"{case.most / 1e9:g}",
+                         verdict(numbers["passed"])])
+    return table(["blocks", "parameters, 10⁹", "types", "file, GB", "memory, GB", "asked", ""], rows)
+
+
 def _kinds(counted: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counted.items())
 
 
-GGUF, PACKED = Table(gguf), Table(packed)
+GGUF, PACKED, SHARDS = Table(gguf), Table(packed), Table(shards)
