@@ -1,4 +1,4 @@
-"""vLLM's build for a processor says what transformers says. Needs vLLM in an environment of its own: docs/serving.md."""
+"""vLLM's build for a processor says what transformers says; it needs an environment of its own: docs/serving.md."""
 
 from __future__ import annotations
 

@@ -94,8 +94,8 @@ class VllmTersorConfig(QuantizationConfig):
             return EmbeddingMethod(served, names) if names else None
         inside = served.inside(prefix)
         if inside:
-            raise ModelError(f"{served.folder}: vLLM computes {len(inside)} encoded matrices, such as '{inside[0]}', in "
-                             f"a {type(layer).__name__}, which the plugin does not know; {NEAREST}")
+            raise ModelError(f"{served.folder}: vLLM computes {len(inside)} encoded matrices, such as '{inside[0]}', "
+                             f"in a {type(layer).__name__}, which the plugin does not know; {NEAREST}")
         return None
 
     def _model(self) -> Served:

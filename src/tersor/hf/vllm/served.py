@@ -139,11 +139,9 @@ class Served:
         """Return the encoded matrices below a module."""
         return [name for told, name in self.names.items() if told.startswith(f"{prefix}.")]
 
-    def table(self, key: str, read: Callable[[], Tensor]) -> Tensor:
-        """Return a shared table, which is held once."""
-        if key not in self._tables:
-            self._tables[key] = read()
-        return self._tables[key]
+    def table(self, key: str, found: Tensor) -> Tensor:
+        """Return the first that was found of a shared table, so that it is held once."""
+        return self._tables.setdefault(key, found)
 
 
 class Payloads(nn.Module):
@@ -224,10 +222,10 @@ class Payloads(nn.Module):
             if self._left[number]:
                 raise CorruptStoreError(f"{self._served.folder}: vLLM has read no {sorted(self._left[number])} of "
                                         f"'{name}'; load without options that choose files")
-            for tensor, key in opened.shared_links(name).items():
-                stored = self._served.table(key, lambda name=name, tensor=tensor: opened.matrix(name).tensors[tensor].to(
-                    self._device, copy=True))
-                self._put(number, tensor, stored)
+            links = opened.shared_links(name)
+            tables = opened.matrix(name).tensors if links else {}
+            for tensor, key in links.items():
+                self._put(number, tensor, self._served.table(key, tables[tensor].to(self._device)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (*batch, out) for vectors (*batch, in), or rows (*ids.shape, width) for ids."""
