@@ -87,8 +87,8 @@ class VllmTersorConfig(QuantizationConfig):
             return LinearMethod(served, names) if names else UnquantizedLinearMethod()
         if isinstance(layer, VocabParallelEmbedding):
             head = isinstance(layer, ParallelLMHead)
-            names = served.linear(prefix, ()) if head else served.embedding(prefix, (layer.org_vocab_size,
-                                                                                     layer.embedding_dim))
+            shape: Any = layer.org_vocab_size, layer.embedding_dim
+            names = served.linear(prefix, ()) if head else served.embedding(prefix, shape)
             if head and not names and served.ties():
                 return TiedMethod()
             return EmbeddingMethod(served, names) if names else None
