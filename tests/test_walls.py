@@ -22,6 +22,7 @@ VIOLATIONS = [  # contract, file under src/tersor, what it must not import; None
     ("models below what is done with them", "hf/models/text.py", "tersor.hf.compress.work"),
     ("transformers only in hf", "nn.py", "transformers"),
     ("peft only in hf.adapters", "hf/compress/verify.py", "peft"),
+    ("vllm only in hf.vllm", "hf/compress/verify.py", "vllm"),
     ("the command line's libraries only in cli", "hf/compress/verify.py", "rich"),
     ("safetensors only where files are read or written", "nn.py", "safetensors"),
     ("triton only in kernels", "ops/hadamard/launch.py", "triton"),

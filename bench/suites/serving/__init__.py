@@ -10,4 +10,7 @@ SUITES = (
     Suite("packed", "KL of compressed-tensors at peers' bits; 3 minutes of one core a case",
           always(cases.PACKED), deferred("bench.suites.serving.measure"), tables.PACKED,
           ("transformers",)),
+    Suite("shards", "memory of .gguf from shards, 8B shape; 6 minutes of one core for 1 block, an hour for 32",
+          always(cases.SHARDS), deferred("bench.suites.serving.shards"), tables.SHARDS,
+          ("transformers", "gguf")),
 )

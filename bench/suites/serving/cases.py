@@ -143,6 +143,33 @@ class Packed:
         return f"{self.model}|{self.bits:g}|{self.effort}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Shards:
+    """A .gguf file from bf16 shards of random weights, Llama 3.1 8B's shape; calibration, which runs the model, is off.
+
+    Attributes
+    ----------
+    blocks : int
+        Of 32 in the whole model; embedding and head are whole.
+    rate : float
+        Bits a weight.
+    types : str
+        That tensors may have.
+    most : float
+        Bytes of memory that the command may take.
+    """
+
+    blocks: int
+    rate: float = 8.6
+    types: str = "Q8_0"
+    most: float = 3e9
+
+    @property
+    def key(self) -> str:
+        """The case's name in results."""
+        return f"llama-8b|{self.blocks}|{self.types}"
+
+
 TOOLS = {"gptq": "llm-compressor GPTQ", "autoround": "AutoRound"}
 OURS = (
     Gguf(Quantized("Q2_K", pure=True), 2_243_072, 0.55), Gguf(Quantized("IQ3_XXS", pure=True), 2_615_808, 0.24),
@@ -156,3 +183,4 @@ RATES = ((2, 64, 0.50), (3, 128, 0.130), (4, 128, 0.032))  # bits, group, and wh
 PEERS = tuple(Calibrated(tool, bits, group) for bits, group, _ in RATES for tool in TOOLS)
 LINEARS = tuple(Packed(bits + 16 / group, most, effort) for bits, group, most in RATES for effort in ("normal", "best"))
 PACKED = (*PEERS, *LINEARS)
+SHARDS = (Shards(1), Shards(4), Shards(32), Shards(32, 4.6, "Q4_K,Q6_K"))

@@ -84,6 +84,19 @@ def _peer(line: Line | None) -> list[str]:
     return [f"{line['bytes']:,}", _kinds(numbers["kinds"]), f"{numbers['kl']:.3g}", f"{numbers['perplexity']:.4g}"]
 
 
+def shards(found: Mapping[str, Line]) -> str:
+    """Memory by blocks."""
+    rows = []
+    for case in cases.SHARDS:
+        line = found.get(case.key)
+        if line is not None:
+            numbers = line["numbers"]
+            rows.append([str(case.blocks), f"{numbers['parameters'] / 1e9:.2f}", numbers["types"],
+                         f"{line['bytes'] / 1e9:.2f}", f"{numbers['peak_bytes'] / 1e9:.2f}", f"{case.most / 1e9:g}",
+                         verdict(numbers["passed"])])
+    return table(["blocks", "parameters, 10⁹", "types", "file, GB", "memory, GB", "asked", ""], rows)
+
+
 def _kinds(counted: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counted.items())
 
@@ -91,3 +104,4 @@ def _kinds(counted: Mapping[str, int]) -> str:
 GGUF = {"gguf": Table(gguf("fable-7m"), ("fable-7m",)), "front": Table(blocks(short=True), ("fable-7m",), bare=True),
         "calibrated": Table(blocks(short=False), ("fable-7m",))}
 PACKED = {"packed": Table(packed)}
+SHARDS = {"gguf-shards": Table(shards)}
