@@ -307,6 +307,18 @@ def test_dry_run_reads_one_matrix(tiny: Callable[[str], Path], tmp_path: Path, m
     assert len(read) == 1
 
 
+def test_dry_run_for_a_gpu_that_is_not_here_reads_no_weights(tiny: Callable[[str], Path], tmp_path: Path,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(Source, "matrix", None)
+    monkeypatch.setattr(Source, "tensor", None)
+    told = estimate(tiny("llama"), tmp_path / "out", 4.0, None, run.CompressSettings(device="cuda:1"))
+    assert told["device_memory_bytes"] > 0
+    assert told["seconds"] is None
+    with pytest.raises(ModelError, match="cannot be used"):
+        estimate(tiny("llama"), tmp_path / "out", 4.0, None, run.CompressSettings(device="cuda:one"))
+
+
 def test_published_methods_run_as_published_on_a_model(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     """The option that defines a family reaches the encoder, and the manifest says so."""
     reports = {name: compress_model(tiny("llama"), tmp_path / name, 8.0, **{**FAST, "method": name})

@@ -49,6 +49,7 @@ from tersor.hf.models.samples import samples
 from tersor.hf.models.source import Source, open_source
 from tersor.hf.models.staging import REPORT
 from tersor.hf.models.text import ChosenTexts, read_ids, text_source
+from tersor.numerics.memory import give_back
 from tersor.numerics.settings import threads_allowed
 from tersor.planning.calibration import Calibration
 from tersor.planning.plan import check_weights, to_json
@@ -272,13 +273,16 @@ def _stages(source: Source, request: Request, settings: CompressSettings, crew: 
     known, device = None, str(crew.devices[0])
     if reading is not None:
         known = calibrate.sensitivities(reading, work / "sensitivities.json", progress)
+        give_back()  # what a stage has freed, the next one would find taken
     choices = survey.run(source, known, request, work / "survey.jsonl", device=device, reading=reading,
                          crew=crew, progress=progress)
+    give_back()
     training, record = settings.recovery, _record(source, known, request, settings)
     picks = plan.run(source, choices, request, record)
     write_json(work / "plan.json", to_json(picks))
     job = encode.Job(source, picks, known, request, record)
     matrices = encode.run(job, work, device=device, reading=reading, crew=crew, progress=progress)
+    give_back()
     recovered: dict[str, Any] = {}
     if training is not None:
         recovered["recovery"] = recover.told(recover.improve(source, work, training, progress))
