@@ -16,15 +16,17 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from bench.models import locate
 from bench.places import ROOT
 from bench.suite import Asked, Outcome, Result, Unmeasured
-from bench.suites.compress.cases import RATE, SHAPES, WITHIN, DevicesCase, ForetoldCase, Shape
+from bench.suites.compress.cases import RATE, SHAPES, WITHIN, DevicesCase, ForetoldCase, RoomCase, Shape
 from tersor.hf.compress.dryrun import estimate
 from tersor.hf.compress.request import Sampling
 from tersor.hf.compress.run import CompressSettings, compress_model
 from tersor.hf.compress.work import peak_memory
 
 SEED = 0
+THREADS = 2  # of a whole compression that must find room
 EXAMPLES = ROOT / "examples"
 FRESH = Path("/proc/self/clear_refs")  # writing 5 forgets the largest resident size
 CHILD = "import sys; from bench.suites.compress import measure; measure.serve(*sys.argv[1:])"
@@ -35,9 +37,9 @@ FILES = ("tersor.json", "config.json")
 def random_llama(shape: Shape, folder: Path) -> Path:
     """Write a Llama of random weights and return its folder."""
     config = LlamaConfig(hidden_size=shape.hidden, intermediate_size=shape.intermediate, vocab_size=shape.vocabulary,
-                         num_hidden_layers=shape.layers, num_attention_heads=shape.heads, tie_word_embeddings=False,
-                         num_key_value_heads=shape.kv_heads, max_position_embeddings=2048, bos_token_id=0,
-                         eos_token_id=0)
+                         num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
+                         num_key_value_heads=shape.kv_heads, tie_word_embeddings=shape.tied,
+                         max_position_embeddings=2048, bos_token_id=0, eos_token_id=0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
@@ -72,18 +74,19 @@ class Stages:
 
 def serve(what: str, source: str, told: str) -> None:
     """Be the process that foretells, or compresses, and print what it found."""
-    torch.set_num_threads(1)
     given = json.loads(told)
+    torch.set_num_threads(given.pop("threads", 1))
+    rate = given.pop("rate", RATE)
     given["sampling"] = Sampling(given.pop("tokens"))
     settings = CompressSettings(seed=SEED, evaluation_tokens=4096, **given)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         if what == "foretell":
-            print(json.dumps(estimate(Path(source), out, RATE, None, settings)))
+            print(json.dumps(estimate(Path(source), out, rate, None, settings)))
             return
         stages = Stages()
         began = time.perf_counter()
-        report = compress_model(source, out, RATE, settings=settings, progress=stages)
+        report = compress_model(source, out, rate, settings=settings, progress=stages)
         seconds = time.perf_counter() - began
         stages.close()
         files = [out / name for name in FILES] + sorted(out.glob("*.safetensors"))
@@ -102,8 +105,32 @@ def child(what: str, source: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _models(names: Sequence[str], folder: Path) -> dict[str, Path]:
-    return {name: random_llama(SHAPES[name], folder / name) if name in SHAPES else EXAMPLES / name
-            for name in dict.fromkeys(names)}
+    def place(name: str) -> Path:
+        if name in SHAPES:
+            return random_llama(SHAPES[name], folder / name)
+        return EXAMPLES / name if (EXAMPLES / name).is_dir() else locate(name)
+
+    return {name: place(name) for name in dict.fromkeys(names)}
+
+
+def room(cases: Sequence[RoomCase], asked: Asked) -> Iterator[Outcome]:
+    """Yield the largest resident size and seconds of whole compressions, beside what they may take."""
+    with tempfile.TemporaryDirectory() as folder:
+        for case in cases:
+            place = _models([case.model], Path(folder))[case.model]
+            settings = {"tokens": case.tokens, "rate": case.rate, "method": case.method, "effort": case.effort,
+                        "device": asked.device, "threads": THREADS}
+            told, found = (child(what, place, settings) for what in ("foretell", "compress"))
+            failed = told.get("failed") or found.get("failed")
+            if failed:
+                yield Unmeasured(case.key, failed, failed=True)
+                continue
+            peak = max(found["peaks"].values())
+            numbers = {"peak_bytes": peak, "memory_ratio": told["peak_memory_bytes"] / peak,
+                       "seconds_ratio": told["seconds"] / found["seconds"],
+                       "passed": peak <= case.limit and (case.seconds is None or found["seconds"] <= case.seconds),
+                       "foretold": told, **found}
+            yield Result.of(case, found["bytes"], numbers, seed=SEED)
 
 
 def foretold(cases: Sequence[ForetoldCase], asked: Asked) -> Iterator[Outcome]:

@@ -120,7 +120,8 @@ def compress(src: Src, output: NewOut, rate: BudgetRate = None, size: Size = Non
     one_of(device, devices)
     settings = run.CompressSettings(
         codec, calibration, calibrated, text, Sampling(tokens, context=context, seed=seed),
-        evaluation_tokens, context, seed, device_of(device), resume, parse_options(option), read_weights(sensitivities),
+        evaluation_tokens, context, seed, device if dry_run else device_of(device), resume,
+        parse_options(option), read_weights(sensitivities),
         None if dense is None else tuple(dense), tuple(leave_out or ()), samples, base_model, effort, whole_model,
         devices, engine, recover)
     nbytes = None if size is None else parse_size(size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -22,6 +23,14 @@ def available() -> int | None:
     if not set(names) <= set(getattr(os, "sysconf_names", {})):
         return None
     return os.sysconf(names[0]) * os.sysconf(names[1])
+
+
+def give_back() -> None:
+    """Hand what was freed back to the system, where the C library keeps it and can be told to: glibc's does."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):  # another library; Windows has none under this name
+        return
 
 
 def _meminfo() -> int | None:

@@ -3,7 +3,7 @@
 import hashlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from tersor.errors import ModelError
 from tersor.hf import compress_model
 from tersor.hf.compress import desk, reading, survey
-from tersor.hf.compress.crew import Hands, Task, longest_first
+from tersor.hf.compress.crew import TOGETHER, Hands, Task, longest_first
 from tersor.hf.compress.request import Sampling, usable_devices
 from tersor.hf.models.flow import Flow, in_order, room_for
 from tests.hf.tiny import save_tiny, save_tokenizer
@@ -113,6 +113,36 @@ def test_the_first_error_ends_all() -> None:
     with pytest.raises(ZeroDivisionError):
         list(Hands([CPU, CPU]).each(tasks))
     assert len(begun) == 2
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize(("cost", "at_once"), [(8, 2), (TOGETHER // 2 + 1, 1)])
+def test_one_processor_works_on_several_small_tasks_at_once(cost: int, at_once: int) -> None:
+    meet = threading.Barrier(at_once)
+
+    def work(number: int) -> tuple[int, int]:
+        return number, meet.wait(10)  # breaks unless so many are there at once
+
+    tasks = [Task(str(n), work, lambda n=n: (n,), cost) for n in range(4)]
+    found = [result for _, result in Hands([CPU]).each(tasks)]
+    assert sorted(number for number, _ in found) == list(range(4))
+    assert {place for _, place in found} == set(range(at_once))
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_bytes_do_not_depend_on_threads(source: Path, tmp_path: Path) -> None:
+    compress_model(source, tmp_path / "two", 6.0, **SETTINGS)
+    torch.set_num_threads(1)
+    compress_model(source, tmp_path / "one", 6.0, **SETTINGS)
+    assert digest(tmp_path / "one") == digest(tmp_path / "two")
 
 
 def test_batches_take_devices_in_turn_and_results_their_order() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from tersor.errors import (
     VerificationError,
 )
 from tersor.hf import compress_model
-from tersor.hf.compress import encode, plan, run, survey
+from tersor.hf.compress import encode, needs, plan, run, survey
 from tersor.hf.compress.dryrun import estimate
 from tersor.hf.compress.request import Request, provenance
 from tersor.hf.compress.verify import verify
@@ -306,6 +307,18 @@ def test_dry_run_reads_one_matrix(tiny: Callable[[str], Path], tmp_path: Path, m
     assert len(read) == 1
 
 
+def test_dry_run_for_a_gpu_that_is_not_here_reads_no_weights(tiny: Callable[[str], Path], tmp_path: Path,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(Source, "matrix", None)
+    monkeypatch.setattr(Source, "tensor", None)
+    told = estimate(tiny("llama"), tmp_path / "out", 4.0, None, run.CompressSettings(device="cuda:1"))
+    assert told["device_memory_bytes"] > 0
+    assert told["seconds"] is None
+    with pytest.raises(ModelError, match="cannot be used"):
+        estimate(tiny("llama"), tmp_path / "out", 4.0, None, run.CompressSettings(device="cuda:one"))
+
+
 def test_published_methods_run_as_published_on_a_model(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     """The option that defines a family reaches the encoder, and the manifest says so."""
     reports = {name: compress_model(tiny("llama"), tmp_path / name, 8.0, **{**FAST, "method": name})
@@ -331,3 +344,43 @@ def test_a_plan_chooses_between_backbone_low_rank_and_both(tiny: Callable[[str],
     codecs = {name: line["codec"] for name, line in report["matrices"].items()}
     assert "lr" in codecs[low]
     assert any("lr" not in codec for codec in codecs.values())
+
+
+@pytest.mark.parametrize(("evaluated", "verified"), [(True, True), (True, False), (False, True), (False, False)])
+def test_verification_runs_beside_the_evaluation(evaluated: bool, verified: bool, tiny: Callable[[str], Path],
+                                                 tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failed verification is what is told, whatever the evaluation came to."""
+    begun = threading.Event()
+
+    def evaluation(*_: Any, **__: Any) -> dict[str, Any]:
+        begun.set()
+        if not evaluated:
+            raise NonFiniteError("evaluation")
+        return {}
+
+    def verification(*_: Any) -> None:
+        assert begun.wait(30)
+        if not verified:
+            raise VerificationError("verification")
+
+    monkeypatch.setattr(run, "evaluate", evaluation)
+    monkeypatch.setattr(run, "verify_in_fresh_process", verification)
+    monkeypatch.setattr(run, "threads_allowed", lambda: 2)
+    monkeypatch.setattr(run, "read_ids", lambda *_: None)  # these models have no tokenizer
+    settings = {**FAST, "evaluation_tokens": 64}
+    if evaluated and verified:
+        compress_model(tiny("llama"), tmp_path / "out", 4.0, **settings)
+        assert (tmp_path / "out").is_dir()
+        return
+    with pytest.raises(TersorError, match="verification" if not verified else "evaluation"):
+        compress_model(tiny("llama"), tmp_path / "out", 4.0, **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_threads_or_room_it_runs_before(monkeypatch: pytest.MonkeyPatch, tiny: Callable[[str], Path],
+                                                tmp_path: Path) -> None:
+    shapes = needs.Shapes.of(open_source(tiny("llama"), tmp_path / "s"), "cpu")
+    assert needs.room_beside(shapes, "cpu", 64, 64)
+    assert not needs.room_beside(shapes, "cpu", 0, 64)
+    monkeypatch.setattr(needs, "free_memory", lambda _: 3 * needs.PROCESS)
+    assert not needs.room_beside(shapes, "cpu", 64, 64)

@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 from tersor.hf.models.flow import current
+from tersor.numerics.settings import threads_allowed
+
+TOGETHER = 1 << 24  # elements of tasks that one processor works on at once
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,6 +43,11 @@ class Task:
     ready: Callable[[], tuple[Any, ...]]
     cost: int
     needs: tuple[Tensor | None, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Elements of what the task works on, and of what it needs."""
+        return self.cost + sum(tensor.numel() for tensor in self.needs if tensor is not None)
 
 
 class Crew(Protocol):
@@ -68,11 +76,19 @@ class Hands:
     Parameters
     ----------
     devices : sequence of torch.device
-        One may be named several times: several tasks are then done on it at once.
+        One may be named several times: several tasks are then done on it at once. So it is on one processor, too, where
+        torch may use several threads and tasks are small: most of an encoder's steps take one thread only.
     """
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
         self.devices = tuple(devices)
+
+    def _places(self, tasks: Sequence[Task]) -> tuple[torch.device, ...]:
+        """Return the device of each task that is done at once."""
+        if [device.type for device in self.devices] != ["cpu"]:
+            return self.devices
+        largest = max((task.size for task in tasks), default=1)
+        return self.devices * max(1, min(threads_allowed(), TOGETHER // max(1, largest)))
 
     def __enter__(self) -> Hands:
         """Return them."""
@@ -83,13 +99,14 @@ class Hands:
 
     def each(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Any]]:
         """Yield tasks with their results: in their order by one device, the longest first by several."""
-        if len(self.devices) == 1:
-            alone = _Held(self.devices[0])
+        places = self._places(tasks)
+        if len(places) == 1:
+            alone = _Held(places[0])
             for task in tasks:
                 yield task, alone.work(task, task.ready())
             return
-        waiting, free = longest_first(tasks), list(range(len(self.devices)))
-        held = [_Held(device) for device in self.devices]
+        waiting, free = longest_first(tasks), list(range(len(places)))
+        held = [_Held(device) for device in places]
         running: dict[Future[Any], tuple[Task, int]] = {}
         with ThreadPoolExecutor(len(free), thread_name_prefix="tersor-hand") as pool:
             while waiting or running:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,14 @@ from tersor.hf.compress.run import CompressSettings
 from tersor.hf.compress.work import WorkFolder, memory
 from tersor.hf.models.matrices import Matrix
 from tersor.hf.models.source import Source, open_source, read_matrix
+from tersor.numerics.linalg import inverse_cholesky
 from tersor.numerics.settings import pinned, threads_allowed
 from tersor.planning.plan import check_weights
 
 ENCODED = 1 << 19  # elements of a matrix that are encoded to take the time
+WIDTH = 1024  # of what is encoded, at most, and of the Hessian whose factoring is timed: it grows with the cube
+CONTEXT = 22 * 10**8  # bytes of a process that works on CUDA, besides those of one that does not; measured
+WAITING = 3  # copies of the largest matrix on its way between files and a GPU, about
 PRODUCT = 2048  # vectors of the product that is timed
 OVERHEAD = 1.4  # of a pass over its matrix products: attention, norms, and what moves in memory
 SHARING = 2  # matrices that read one tensor, about: their moments are one
@@ -42,9 +47,9 @@ def estimate(src: Path, output: Path, rate: float | None, size: int | None,
     Returns
     -------
     dict
-        `bytes` (the budget), `bytes_original`, `least_bytes`, `matrices`, `peak_memory_bytes`, `device_memory_bytes`,
-        `disk_bytes`, `seconds_calibrate`, `seconds_survey`, `seconds_encode`, `seconds_verify`, `seconds_evaluate`,
-        `seconds`.
+        `bytes` (the budget), `bytes_original`, `least_bytes`, `matrices`, `peak_memory_bytes` (of the host),
+        `device_memory_bytes`, `disk_bytes`, `seconds_calibrate`, `seconds_survey`, `seconds_encode`, `seconds_verify`,
+        `seconds_evaluate`, `seconds`. For a GPU that is not here, `seconds` is None, and no weights are read.
 
     Raises
     ------
@@ -76,17 +81,27 @@ def _estimate(source: Source, rate: float | None, size: int | None, settings: Co
     least_bytes = predict(source, least, record)
     if least_bytes > request.budget:
         raise least_error(source, request, least_bytes)
-    places = settings.places
-    shapes = Shapes.of(source, places[0], whole=settings.whole)
-    seconds = _seconds(source, matrices, request, settings)
-    stages = memory_by_stage(shapes, settings.sampling, settings.evaluation_tokens, settings.context,
-                             calibrated=settings.calibrated, workers=threads_allowed(), copies=len(places))
+    elsewhere = _elsewhere(settings)
+    places = (settings.device,) if elsewhere else settings.places
     host = torch.device(places[0]).type == "cpu"
+    shapes = Shapes.of(source, places[0], whole=settings.whole)
+    seconds = {} if elsewhere else _seconds(source, matrices, request, settings)
+    stages = memory_by_stage(shapes, settings.sampling, settings.evaluation_tokens, settings.context,
+                             calibrated=settings.calibrated, workers=threads_allowed() if host else len(places),
+                             copies=len(places))
+    beside = CONTEXT + WAITING * shapes.largest * shapes.number
     return {"bytes": request.budget, "bytes_original": source.original_nbytes, "least_bytes": least_bytes,
-            "matrices": len(matrices), "peak_memory_bytes": memory() + (max(stages.values()) if host else 0),
+            "matrices": len(matrices), "peak_memory_bytes": memory() + (max(stages.values()) if host else beside),
             "device_memory_bytes": None if host else max(stages.values()),
             "disk_bytes": disk(shapes, request.budget, settings.sampling, calibrated=settings.calibrated),
-            **{f"seconds_{stage}": took for stage, took in seconds.items()}, "seconds": sum(seconds.values())}
+            **{f"seconds_{stage}": took for stage, took in seconds.items()},
+            "seconds": None if elsewhere else sum(seconds.values())}
+
+
+def _elsewhere(settings: CompressSettings) -> bool:
+    """Return whether the run is meant for a GPU that this machine does not have: memory follows from shapes alone."""
+    named = re.fullmatch(r"cuda(:\d+)?", settings.device)
+    return settings.devices is None and named is not None and not torch.cuda.is_available()
 
 
 def _seconds(source: Source, matrices: list[Matrix], request: Request, settings: CompressSettings) -> dict[str, float]:
@@ -96,13 +111,15 @@ def _seconds(source: Source, matrices: list[Matrix], request: Request, settings:
     tried = rungs(request, sample.shape, model_rate)
     nearest = min(tried, key=lambda codec: abs(codec.rate(sample.shape) - model_rate))
     trial, encoding, decoding = _timed(source, sample, nearest, request, settings)
+    factored = _factoring(settings) * sum(m.shape[1] ** 3 for m in matrices) if settings.calibrated else 0.0
     elements = sum(m.shape[0] * m.shape[1] for m in matrices)
     surveyed = sum(min(m.shape[0] * m.shape[1], 2 * survey.SURVEY_ELEMENTS) for m in matrices)
     reading = _forward_seconds(matrices, sample, settings)
     hands = 1 if torch.device(settings.places[0]).type == "cpu" else len(settings.places)
     return {"calibrate": reading["calibrate"] / hands,
             "survey": (trial * surveyed * len(tried) + reading["survey"]) / hands,
-            "encode": (encoding * elements + reading["encode"]) / hands, "verify": VERIFY + 4 * decoding * elements,
+            "encode": (encoding * elements + factored + reading["encode"]) / hands,
+            "verify": VERIFY + 4 * decoding * elements,
             "evaluate": reading["evaluate"] + (2 * decoding * elements if settings.evaluation_tokens else 0)}
 
 
@@ -113,8 +130,9 @@ def _timed(source: Source, matrix: Matrix, codec: Codec, request: Request,
     The first run loads, or compiles, what the encoder calls.
     """
     whole = read_matrix(source, matrix, settings.places[0])
-    dense = whole[: max(1, min(len(whole), ENCODED // matrix.shape[1]))].to(torch.float32)
-    hessian = torch.eye(matrix.shape[1], device=dense.device) if settings.calibrated else None
+    width = min(matrix.shape[1], WIDTH)
+    dense = whole[: max(1, min(len(whole), ENCODED // width)), :width].to(torch.float32).contiguous()
+    hessian = torch.eye(width, device=dense.device) if settings.calibrated else None
     options = fixed_options(codec, request.options, calibrated=settings.calibrated)
     took, tried = (0.0, 0.0, 0.0), survey.Tried.of(source, matrix, [codec], None, request)
     for _ in range(2):
@@ -128,6 +146,17 @@ def _timed(source: Source, matrix: Matrix, codec: Codec, request: Request,
         took = times[1] - times[0], times[2] - times[1], times[3] - times[2]
     sampled = survey.sampled(whole).numel()
     return took[0] / sampled, took[1] / dense.numel(), took[2] / dense.numel()
+
+
+def _factoring(settings: CompressSettings) -> float:
+    """Return the seconds that factoring a Hessian takes, by the cube of its width; the second of two runs."""
+    hessian, took = torch.eye(WIDTH, device=settings.places[0]), 0.0
+    with pinned():
+        for _ in range(2):
+            began = time.perf_counter()
+            float(inverse_cholesky(hessian, 0.01)[0, 0])
+            took = time.perf_counter() - began
+    return took / WIDTH**3
 
 
 def _forward_seconds(matrices: list[Matrix], sample: Matrix, settings: CompressSettings) -> dict[str, float]:

@@ -93,10 +93,12 @@ def by_blocks(desk: Puts, reading: Reading, work: WorkFolder) -> None:
     """
     ends = outside_of(reading, beside(work / "survey.jsonl"))
     original = reading.streamed()
+    last = len(original.blocks)
+    tables = [m for m in original.matrices(last) if original.looks_up(m)]
+    _encode(desk, original, tables, (ends, {}))  # the largest, as a rule: before there is room taken for another model
     encoded = reading.streamed(like=original)
-    dense, flow, last = reading.flow(original, "dense"), reading.flow(encoded, "encoded"), len(encoded.blocks)
-    tables = [m for m in encoded.matrices(last) if encoded.looks_up(m)]
-    _encode(desk, original, encoded, tables, (ends, {}))
+    _decode(desk, encoded, tables)
+    dense, flow = reading.flow(original, "dense"), reading.flow(encoded, "encoded")
     place = Place(Checkpoint(work / "encode.part", desk.mark), dense, flow)
     first = next((stage for stage in range(last) if not _finished(desk, encoded.matrices(stage))), last)
     for stage in range(place.resume(first), last + 1):
@@ -108,7 +110,8 @@ def by_blocks(desk: Puts, reading: Reading, work: WorkFolder) -> None:
                 dense.through(stage, watch=False, keep=True)
             else:
                 moments = flow.beside(dense, stage)
-            _encode(desk, original, encoded, matrices, moments)
+            _encode(desk, original, matrices, moments)
+            _decode(desk, encoded, matrices)
             flow.through(stage, watch=False, keep=True)
         place.passed(stage)
     place.drop()
@@ -120,13 +123,18 @@ def _finished(desk: Puts, matrices: Iterable[Matrix]) -> bool:
     return all([desk.finished(m.name) for m in matrices])
 
 
-def _encode(desk: Puts, original: Streamed, encoded: Streamed, matrices: Iterable[Matrix],
+def _encode(desk: Puts, original: Streamed, matrices: Iterable[Matrix],
             moments: tuple[Mapping[str, Tensor], Mapping[str, Tensor]]) -> None:
-    """Encode matrices, by moments of their inputs and with those of the dense model; then compute with them decoded."""
-    device = encoded.hollow.device
+    """Encode matrices, by moments of their inputs and with those of the dense model."""
+    device = original.hollow.device
     own, change = ({name: tensor.to(device) for name, tensor in held.items()} for held in moments)
     desk.encode([Wanted(m.name, lambda m=m: (dense_of(original, m),), (own.get(m.name), change.get(m.name)),
                         m.name in own, RIDGE) for m in matrices])
+
+
+def _decode(desk: Puts, encoded: Streamed, matrices: Iterable[Matrix]) -> None:
+    """Let a model compute with finished matrices as they decode, where it holds them."""
+    device = encoded.hollow.device
     for m in matrices:
         if not encoded.hollow.parameter(m.parameter).is_meta:
             decoded = desk.decoded(m.name, device)

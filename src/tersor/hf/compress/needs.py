@@ -24,6 +24,8 @@ from tersor.hf.models.streamed import candidates
 DOUBLE = 8  # bytes of the numbers in which a Hessian is factored
 COPIES = 6  # float32 copies of a matrix that an encoder with feedback holds at once, about; measured
 LOGITS_HELD = 16  # bytes of a logit in an evaluation: of both models, twice while they are made; measured
+PROCESS = 1 << 29  # bytes of a process that has imported what it needs
+BESIDE = 3  # times the room of two stages at once that must be free
 WIDE = 3  # activations as wide as the widest matrix that a block holds at once, and of its own width, about
 
 
@@ -112,12 +114,29 @@ def memory_by_stage(shapes: Shapes, sampling: Sampling, evaluation_tokens: int, 
                  "survey": rest + block + held + moments + workers * (moving + moments),
                  "encode": 2 * (rest + block + held + moments) + max(workers * (2 * moving + 2 * moments), encoder)}
     if evaluation_tokens:
-        tokens = max(context, min(4096, evaluation_tokens, LOGITS // shapes.vocabulary))
-        found["evaluate"] = rest + block + (shapes.outside + shapes.block * shapes.blocks) // 2 + LOGITS_HELD * (
-            tokens * shapes.vocabulary)
+        found["evaluate"] = _evaluation(shapes, evaluation_tokens, context)
     for stage, times in (("calibrate", 1), ("survey", 1), ("encode", 2)) if shapes.number == 4 and calibrated else ():
         found[stage] += (copies - 1) * times * (rest + block)
-    return found | {"verify": 4 * COPIES * shapes.largest}
+    return found | {"verify": _verification(shapes)}
+
+
+def _evaluation(shapes: Shapes, tokens: int, context: int) -> int:
+    held = max(context, min(4096, tokens, LOGITS // shapes.vocabulary))
+    decoded = (shapes.outside + shapes.block * shapes.blocks) // 2
+    return (shapes.outside + shapes.block) * shapes.number + decoded + LOGITS_HELD * held * shapes.vocabulary
+
+
+def _verification(shapes: Shapes) -> int:
+    return 4 * COPIES * shapes.largest
+
+
+def room_beside(shapes: Shapes, device: str, evaluation_tokens: int, context: int) -> bool:
+    """Return whether a processor's memory has room for a verification beside an evaluation, several times over."""
+    if torch.device(device).type != "cpu" or not evaluation_tokens:
+        return False
+    free = free_memory(device)
+    needed = _evaluation(shapes, evaluation_tokens, context) + _verification(shapes) + PROCESS
+    return free is not None and BESIDE * needed <= free
 
 
 def disk(shapes: Shapes, budget: int, sampling: Sampling, *, calibrated: bool) -> int:

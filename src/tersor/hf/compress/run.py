@@ -6,11 +6,13 @@ folder beside the output, and reads the model once.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,8 @@ from tersor.hf.models.samples import samples
 from tersor.hf.models.source import Source, open_source
 from tersor.hf.models.staging import REPORT
 from tersor.hf.models.text import ChosenTexts, read_ids, text_source
+from tersor.numerics.memory import give_back
+from tersor.numerics.settings import threads_allowed
 from tersor.planning.calibration import Calibration
 from tersor.planning.plan import check_weights, to_json
 from tersor.store.manifest import file_digest
@@ -200,7 +204,8 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
     tell = Teller(progress, work, opened.nbytes, lambda: "" if reading is None else reading.place)
     with chosen.crew() as crew:
         report = _stages(opened, request, chosen, crew, work, reading, tell)
-    report |= _judged(opened, chosen, work, tell)
+    with _verifying(opened, chosen, work):
+        report |= _judged(opened, chosen, work, tell)
     report["summary"] |= {"seconds": time.perf_counter() - began, "peak_memory_bytes": peak_memory()}
     write_json(work / "output" / REPORT, report)
     asked = f"--rate {rate:g}" if size is None else f"--size {size}"
@@ -268,13 +273,16 @@ def _stages(source: Source, request: Request, settings: CompressSettings, crew: 
     known, device = None, str(crew.devices[0])
     if reading is not None:
         known = calibrate.sensitivities(reading, work / "sensitivities.json", progress)
+        give_back()  # what a stage has freed, the next one would find taken
     choices = survey.run(source, known, request, work / "survey.jsonl", device=device, reading=reading,
                          crew=crew, progress=progress)
+    give_back()
     training, record = settings.recovery, _record(source, known, request, settings)
     picks = plan.run(source, choices, request, record)
     write_json(work / "plan.json", to_json(picks))
     job = encode.Job(source, picks, known, request, record)
     matrices = encode.run(job, work, device=device, reading=reading, crew=crew, progress=progress)
+    give_back()
     recovered: dict[str, Any] = {}
     if training is not None:
         recovered["recovery"] = recover.told(recover.improve(source, work, training, progress))
@@ -282,8 +290,7 @@ def _stages(source: Source, request: Request, settings: CompressSettings, crew: 
     nbytes = store.stored_nbytes(work / "output")
     if nbytes > request.budget:
         raise TersorError(f"internal: wrote {nbytes} bytes for a budget of {request.budget}")
-    return conclude(job, matrices, work, {"budget": request.budget, "method": request.method},
-                    devices=[str(place) for place in crew.devices]) | recovered
+    return _told(job, matrices, work, {"budget": request.budget, "method": request.method}) | recovered
 
 
 def _check_companions(source: Source, output: Path) -> None:
@@ -310,6 +317,13 @@ def conclude(job: encode.Job, matrices: Mapping[str, Any], work: WorkFolder,
     VerificationError
         If the output is not what was encoded.
     """
+    report = _told(job, matrices, work, asked)
+    verify_in_fresh_process(work / "output", job.source.path, devices)
+    return report
+
+
+def _told(job: encode.Job, matrices: Mapping[str, Any], work: WorkFolder, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the report and the model card beside what was encoded; return the former."""
     source, nbytes = job.source, store.stored_nbytes(work / "output")
     summary = {"bytes": nbytes, **asked, "rate": 8 * nbytes / source.elements, "parameters": source.elements,
                "bytes_original": source.original_nbytes}
@@ -320,5 +334,32 @@ def conclude(job: encode.Job, matrices: Mapping[str, Any], work: WorkFolder,
     _check_companions(source, work / "output")
     write_json(work / "output" / REPORT, report)
     card.write_card(work / "output", report, card.base_of(source))
-    verify_in_fresh_process(work / "output", source.path, devices)
     return report
+
+
+@contextlib.contextmanager
+def _verifying(source: Source, settings: CompressSettings, work: WorkFolder) -> Iterator[None]:
+    """Verify the output in a new process: before what is done within, or, on several threads of a processor, meanwhile.
+
+    What loads a new process, and much of a verification, takes one thread only. On a GPU both would share its memory.
+
+    Raises
+    ------
+    VerificationError
+        If the output is not what was encoded; also in the place of an error within.
+    """
+    given = work / "output", source.path, list(settings.places)
+    shapes = needs.Shapes.of(source, settings.device, whole=settings.whole)
+    if threads_allowed() == 1 or not needs.room_beside(shapes, settings.device, settings.evaluation_tokens,
+                                                       settings.context):
+        verify_in_fresh_process(*given)
+        yield
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="tersor-verify") as pool:
+        verified = pool.submit(verify_in_fresh_process, *given)
+        try:
+            yield
+        except TersorError:
+            verified.result()
+            raise
+        verified.result()

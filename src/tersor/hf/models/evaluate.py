@@ -33,8 +33,8 @@ from tersor.hf.models.streamed import Streamed
 from tersor.hf.models.text import read_ids, text_source
 
 BATCH_TOKENS = 4096  # tokens run at a time
-LOGITS = 1 << 26  # elements of logits that a batch may have
-LOGIT_ELEMENTS = 1 << 24  # logits compared at a time
+LOGITS = 1 << 25  # elements of logits that a batch may have
+LOGIT_ELEMENTS = 1 << 22  # logits compared at a time
 
 
 @dataclasses.dataclass
@@ -206,6 +206,14 @@ def load_compressed(path: Path, device: str = "cpu") -> PreTrainedModel:
     return model.to(device).eval()
 
 
+def _stride(context: int, stride: int | None) -> int:
+    """Return the distance of windows: the context where none is given."""
+    found = context if stride is None else stride
+    if not 0 < found <= context:
+        raise ModelError(f"stride must lie between 1 and the context of {context}, found {found}")
+    return found
+
+
 def evaluate(path: Path, source: Source, text: Path, *, context: int = 512, stride: int | None = None,
              tokens: int | None = None, device: str = "cpu",
              progress: Callable[[str, int, int], None] | None = None) -> dict[str, Any]:
@@ -232,9 +240,7 @@ def evaluate(path: Path, source: Source, text: Path, *, context: int = 512, stri
     NonFiniteError
         If the compressed model's logits are not finite.
     """
-    stride = context if stride is None else stride
-    if not 0 < stride <= context:
-        raise ModelError(f"stride must lie between 1 and the context of {context}, found {stride}")
+    stride = _stride(context, stride)
     opened = store.read(path)
     if opened.kind != "model":
         raise ModelError(f"{path}: holds a {opened.kind}, no model; evaluation needs a compressed model")
@@ -279,9 +285,7 @@ def evaluate_dense(opened: Source, source: Source, text: Path, *, context: int =
     NonFiniteError
         If the model's outputs are not finite.
     """
-    stride = context if stride is None else stride
-    if not 0 < stride <= context:
-        raise ModelError(f"stride must lie between 1 and the context of {context}, found {stride}")
+    stride = _stride(context, stride)
     check_text(model_class(source.config))
     batches = batched(read_ids(source, text, context, tokens), context, stride, vocabulary(source))
     ids = [inputs for inputs, _ in batches]
