@@ -67,10 +67,23 @@ _REAL: Mapping[tuple[str, float], tuple[str, ...]] = {
                        "tersor:pq", "tersor:rotated_scalar",
                        "faiss:PQ192x8np", "faiss:OPQ192,PQ192x8np", "faiss:RaBitQ"),
 }
-METHODS: Mapping[tuple[str, float], tuple[str, ...]] = {**_REAL, **{(data, bits): (
-    "tersor:trellis", "tersor:pq", "tersor:opq", "tersor:rq", f"faiss:PQ{16 * bits}x8np",
-    f"faiss:OPQ{16 * bits},PQ{16 * bits}x8np", *([f"faiss:RQ{16 * bits}x8"] if bits < 4 else []),
-    f"faiss:PQ{32 * bits}x4fs", "faiss:RaBitQ") for data in ("anisotropic", "sift") for bits in (1, 2, 4)}}
+_OURS = ("tersor:trellis", "tersor:pq", "tersor:opq", "tersor:rq")
+_PEERS: Mapping[tuple[str, float], tuple[str, ...]] = {  # what fits a cell with its tables; see `tables.SPARE`
+    ("glove", 1): ("RQ6x8", "PQ5x9np", "OPQ5,PQ5x9np", "PQ10x4fs", "RaBitQ"),
+    ("glove", 2): ("RQ11x8", "PQ10x9np", "OPQ10,PQ10x9np", "PQ25x4fs", "RaBitQ"),
+    ("glove", 4): ("PQ25x8np", "OPQ25,PQ25x8np", "SQ4", "RaBitQ", "RQ22x8"),
+    ("banking77", 1): ("PQ64x5np", "PQ96x4np", "OPQ32_64,PQ32x8np", "RQ1x8", "RaBitQ"),
+    ("banking77", 2): ("PQ96x6np", "PQ192x4np", "OPQ64_128,PQ64x8np", "RQ2x8", "RaBitQ", "RaBitQ unrotated"),
+    ("banking77", 4): ("PQ192x7np", "OPQ120_240,PQ120x8np", "OPQ192_192,PQ192x6np", "OPQ96,PQ96x8np", "SQ4", "RaBitQ",
+                       "RaBitQ unrotated"),
+    **{(data, bits): (f"PQ{16 * bits}x8np", f"OPQ{16 * bits},PQ{16 * bits}x8np", f"PQ{32 * bits}x4fs",
+                      f"RQ{7 * bits}x8", "RaBitQ", *(["SQ4"] if bits == 4 else []))
+       for data in ("sift", "anisotropic") for bits in (1, 2, 4)},
+}
+METHODS: Mapping[tuple[str, float], tuple[str, ...]] = {
+    key: tuple(dict.fromkeys((*_REAL.get(key, ()), *(_OURS if key in _PEERS else ()),
+                              *(f"faiss:{name}" for name in _PEERS.get(key, ())))))
+    for key in dict.fromkeys((*_REAL, *_PEERS))}
 CELLS = tuple((data, bits) for data in ("glove", "banking77", "sift", "anisotropic") for bits in (1, 2, 4))
 CASES = tuple(VectorCase(data, bits, method) for (data, bits), methods in METHODS.items() for method in methods)
 MILLION = tuple(MillionCase(method) for method in (
