@@ -18,6 +18,7 @@ from tersor.codecs.transforms.shifted import Shifted
 from tersor.codecs.transforms.standardized import Standardized
 from tersor.codecs.transforms.swap import Swap
 from tersor.codecs.trellis.folded import FoldedTrellis
+from tersor.codecs.trellis.spectral import SpectralTrellis
 from tersor.codecs.trellis.trellis import Trellis
 from tersor.codecs.vector.klt import Klt
 from tersor.codecs.vector.product import Product
@@ -26,8 +27,8 @@ from tersor.codecs.vector.symmetric import Symmetric
 
 BUILT_IN = (Dense, Uniform, Scalar, Rotated, Sum, MixedRows, Product, Swap, LearnedRotation, Standardized, Symmetric,
             Kashin, TwoBasis, MinMax, Shifted, LowRank, Allocated, Klt, Interpolative, Trellis, FoldedTrellis, Centered,
-            Residual)
+            Residual, SpectralTrellis)
 
 __all__ = ["Allocated", "BUILT_IN", "Centered", "Dense", "FoldedTrellis", "Interpolative", "Kashin", "Klt",
            "LearnedRotation", "LowRank", "MinMax", "MixedRows", "Product", "Residual", "Rotated", "Scalar", "Shifted",
-           "Standardized", "Sum", "Swap", "Symmetric", "Trellis", "TwoBasis", "Uniform"]
+           "SpectralTrellis", "Standardized", "Sum", "Swap", "Symmetric", "Trellis", "TwoBasis", "Uniform"]
