@@ -36,7 +36,7 @@ MOST_SHIFT = 5  # bits of an axis
 DISTORTION = (1.0, 0.363, 0.0757, 0.0193, 0.00502, 0.0014)  # of a unit normal number by its bits
 SOURCES = {2: 2.0, 3: 3.0, 4: 4.0, 5: 5.0}  # the packaged filters whose taps so many bits take
 SINGLE = (math.sqrt(2 / math.pi), *[0.0] * (MEMORY - 1))  # of one bit: linear codes of that rate gain nothing on a sign
-LEAST = 2  # bytes of a row: a circle is no shorter than its window
+LEAST = 6  # bytes of a row: a circle of four windows; of less, its two ends cannot be made to meet well
 FLAT = 2.0**-20  # of the largest deviation: less is none
 
 
@@ -45,19 +45,20 @@ FLAT = 2.0**-20  # of the largest deviation: less is none
 class SpectralTrellis(Codec):
     """`row = scale Σ_i deviation_i c_i axis_i`, with `c` the numbers of a linear trellis code of varying rate.
 
-    Axes, deviations and the bits of each axis are trained on sample matrices, whose mean should be 0.
+    Axes, deviations and the bits of each axis are trained on sample matrices, whose mean should be 0. Deviations are
+    shares of a number's root mean square, so that scales are such of the rows.
 
     Parameters
     ----------
     row_bytes : int
-        Bytes of a row's stream, from 2 on. Its scale, bf16, takes two more.
+        Bytes of a row's stream, from 6 on. Its scale, bf16, takes two more.
     """
 
     row_bytes: int
 
     id: ClassVar[str] = "spectral"
     grammar: ClassVar[str] = r"ktr(?P<bytes>\d{1,6})"
-    examples: ClassVar[tuple[str, ...]] = ("ktr2", "ktr4")
+    examples: ClassVar[tuple[str, ...]] = ("ktr6", "ktr8")
 
     def __post_init__(self) -> None:
         if type(self.row_bytes) is not int or self.row_bytes < LEAST:
@@ -75,8 +76,8 @@ class SpectralTrellis(Codec):
         rows, width = shape
         bits = 8 * self.row_bytes
         if bits > MOST_SHIFT * width:
-            raise CodecConfigError(f"codec '{self.spec()}': {bits} bits are more than {MOST_SHIFT} for each of {width} "
-                                   f"numbers; at most 'ktr{MOST_SHIFT * width // 8}' fits")
+            raise CodecConfigError(f"codec '{self.spec()}': {bits} bits are more than {MOST_SHIFT} a number at width "
+                                   f"{width}; it needs a width of at least {-(-bits // MOST_SHIFT)}")
         axes = min(width, bits)
         return {"scales": TensorSpec((rows,), torch.bfloat16), "codes": TensorSpec(self.stream_shape(shape), levels=2),
                 "axes": TensorSpec((width, axes), torch.float16, shared=True),
@@ -102,7 +103,9 @@ class SpectralTrellis(Codec):
             for block in row_blocks(shape_of(sample)):
                 wide = sample[block].to(torch.float64)
                 gram += wide.T @ wide
-        power, axes = torch.linalg.eigh(gram / max(1, sum(len(sample) for sample in kept)))
+        total = float(gram.trace())
+        gram *= width / total if total else 1.0
+        power, axes = torch.linalg.eigh(gram)
         count = layout["shifts"].numel
         power, axes = power.flip(0)[:count].clamp_min(0), axes.flip(1)[:, :count]
         return {"axes": axes.to(torch.float16).contiguous(), "deviations": power.sqrt().to(torch.float32),
