@@ -12,7 +12,7 @@ import dataclasses
 import heapq
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import ClassVar, final
 
@@ -83,6 +83,10 @@ class SpectralTrellis(Codec):
                 "axes": TensorSpec((width, axes), torch.float16, shared=True),
                 "deviations": TensorSpec((axes,), torch.float32, shared=True),
                 "shifts": TensorSpec((axes,), shared=True)}
+
+    def package_tables(self) -> Mapping[str, int]:
+        """Return the taps of the rates that an axis may have, in float32."""
+        return {f"taps of tr{rate:g}": 4 * len(filters()[rate, MEMORY].taps) * MEMORY for rate in SOURCES.values()}
 
     def stream_shape(self, shape: Shape) -> Shape:
         """Return the shape of the bits, (out, stream)."""
