@@ -11,6 +11,7 @@ from tersor.codecs.scalar.dense import Dense
 from tersor.codecs.scalar.lloyd_max import Scalar
 from tersor.codecs.scalar.minmax import MinMax
 from tersor.codecs.scalar.uniform import Uniform
+from tersor.codecs.transforms.bounded import Bounded
 from tersor.codecs.transforms.centered import Centered
 from tersor.codecs.transforms.learned_rotation import LearnedRotation
 from tersor.codecs.transforms.rotated import Rotated
@@ -27,8 +28,8 @@ from tersor.codecs.vector.symmetric import Symmetric
 
 BUILT_IN = (Dense, Uniform, Scalar, Rotated, Sum, MixedRows, Product, Swap, LearnedRotation, Standardized, Symmetric,
             Kashin, TwoBasis, MinMax, Shifted, LowRank, Allocated, Klt, Interpolative, Trellis, FoldedTrellis, Centered,
-            Residual, SpectralTrellis)
+            Residual, SpectralTrellis, Bounded)
 
-__all__ = ["Allocated", "BUILT_IN", "Centered", "Dense", "FoldedTrellis", "Interpolative", "Kashin", "Klt",
+__all__ = ["Allocated", "BUILT_IN", "Bounded", "Centered", "Dense", "FoldedTrellis", "Interpolative", "Kashin", "Klt",
            "LearnedRotation", "LowRank", "MinMax", "MixedRows", "Product", "Residual", "Rotated", "Scalar", "Shifted",
            "SpectralTrellis", "Standardized", "Sum", "Swap", "Symmetric", "Trellis", "TwoBasis", "Uniform"]

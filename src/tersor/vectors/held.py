@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tersor.codecs import Centered
+from tersor.codecs import Bounded, Centered
 from tersor.contract.codec import Encoded
 from tersor.payload.blocks import Tables, row_blocks
 from tersor.payload.layout import packed_nbytes
@@ -49,10 +49,11 @@ class Block:
 
     def __init__(self, encoded: Encoded, ids: Tensor, places: Tensor | None = None,
                  lists: Lists | None = None) -> None:
-        codec = encoded.codec
         self.encoded, self.ids, self.places, self._lists = encoded, ids, places, lists
-        self.core = codec.child(encoded) if isinstance(codec, Centered) else encoded
-        self.mean = encoded.tensors["mean"] if isinstance(codec, Centered) else None
+        inner = encoded.codec.child(encoded) if isinstance(encoded.codec, Bounded) else encoded
+        codec = inner.codec
+        self.core = codec.child(inner) if isinstance(codec, Centered) else inner
+        self.mean = inner.tensors["mean"] if isinstance(codec, Centered) else None
         self._norms: dict[bool, Tensor] = {}
         self.made: dict[str, Any] = {}
 
@@ -141,6 +142,15 @@ class Held:
     def ids(self) -> Tensor:
         """All ids, in the order in which vectors were added, int64 (n,)."""
         return torch.cat([block.ids for block in self.blocks]) if self.blocks else torch.zeros(0, dtype=torch.int64)
+
+    def points(self, places: Tensor, dim: int) -> Tensor:
+        """Return the decoded vectors at some places, float32 (n, dim)."""
+        out = torch.empty(len(places), dim)
+        for first, block in self.placed():
+            inside = ((places >= first) & (places < first + len(block))).nonzero().squeeze(1)
+            if inside.numel():
+                out[inside] = block.points(places[inside] - first)
+        return out
 
     @cached_property
     def _sorted(self) -> tuple[Tensor, Tensor]:
