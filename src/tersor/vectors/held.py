@@ -94,6 +94,12 @@ class Block:
         assert self.places is not None
         return found + self._lists.centroids[self.places[rows].to(torch.int64)]
 
+    def bare(self) -> Block:
+        """Return the same vectors: norms are shared, and what else searches make of them is not."""
+        other = Block(self.encoded, self.ids, self.places, self._lists)
+        other._norms = self._norms
+        return other
+
     def kept(self, keep: Tensor) -> Block | None:
         """Return the vectors that are kept, bool (n,): this block where all are, None where none is."""
         if bool(keep.all()):
@@ -113,6 +119,8 @@ class Held:
     lists : Lists or None
     following : int
         The next running number: beyond all ids so far, removed ones included.
+    mapped : bool
+        Codes lie in mapped files: searches lay out one block at a time, and keep none.
     made : dict
         What searches have needed of the whole.
     """
@@ -121,6 +129,7 @@ class Held:
     blocks: tuple[Block, ...] = ()
     lists: Lists | None = None
     following: int = 0
+    mapped: bool = False
     made: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     @cached_property
@@ -213,10 +222,17 @@ class Held:
         return self._kept([block for block in found if block is not None], self.following)
 
     def _kept(self, blocks: list[Block], following: int) -> Held:
-        after = Held(self.tables, tuple(blocks), self.lists, following)
+        after = Held(self.tables, tuple(blocks), self.lists, following, self.mapped)
         if self.blocks and blocks:  # a property that is cached follows from the tables alone
             after.__dict__.update({name: self.__dict__[name] for name in ("meeting",) if name in self.__dict__})
         return after
+
+    def alone(self) -> Iterator[tuple[slice, Held]]:
+        """Yield every block with its place among all vectors, as a whole of its own that keeps nothing but norms."""
+        for first, block in self.placed():
+            one = Held(self.tables, (block.bare(),), self.lists)
+            one.__dict__["meeting"] = self.meeting
+            yield slice(first, first + len(block)), one
 
     def _joined(self, head: Block, tail: Block) -> Block:
         places = None
