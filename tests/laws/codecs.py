@@ -5,7 +5,7 @@ from tersor.contract.codec import Codec
 from tersor.registry import parse
 
 CODECS = [text for cls in BUILT_IN for text in cls.examples]
-MIXING = {"rotated", "learned_rotation", "kashin", "two_basis", "low_rank", "klt", "interpolative"}
+MIXING = {"rotated", "learned_rotation", "kashin", "two_basis", "low_rank", "klt", "interpolative", "spectral"}
 
 
 def mixes(codec: Codec) -> bool:

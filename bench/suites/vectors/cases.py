@@ -42,8 +42,6 @@ class MillionCase:
 
 
 _REAL: Mapping[tuple[str, float], tuple[str, ...]] = {
-    ("glove", 1): ("tersor:trellis", "tersor:pq", "tersor:opq", "tersor:rq", "faiss:PQ5x8np", "faiss:OPQ5,PQ5x8np",
-                   "faiss:RQ6x8", "faiss:PQ10x4fs", "faiss:RaBitQ"),
     ("glove", 2): ("tersor:trellis", "tersor:qet_plus", "tersor:pq", "tersor:pq5x1024t", "tersor:opq", "tersor:rq",
                    "tersor:rotated_scalar", "tersor:rot,sym14", "tersor:rot,tr1.75", "faiss:PQ10x8np", "faiss:PQ10x9np",
                    "faiss:PQ10x10np", "faiss:PQ25x4np", "faiss:OPQ10,PQ10x9np", "faiss:RQ12x8", "faiss:LSQ12x8",
@@ -54,8 +52,6 @@ _REAL: Mapping[tuple[str, float], tuple[str, ...]] = {
     ("glove", 4): ("tersor:trellis", "tersor:qet_plus", "tersor:pq", "tersor:opq", "tersor:rq",
                    "tersor:rotated_scalar", "faiss:PQ25x8np", "faiss:OPQ25,PQ25x8np", "faiss:RQ25x8", "faiss:SQ4",
                    "faiss:RaBitQ"),
-    ("banking77", 1): ("tersor:trellis", "tersor:pq", "tersor:opq", "tersor:rq", "faiss:PQ48x8np",
-                       "faiss:OPQ48,PQ48x8np", "faiss:RaBitQ"),
     ("banking77", 1.5): ("tersor:ctr8,rot,tr1.5", "tersor:qet_plus", "tersor:pq", "tersor:rotated_scalar",
                          "faiss:PQ72x8np", "faiss:RaBitQ"),
     ("banking77", 2): ("tersor:trellis", "tersor:ctr8,rot,tr2", "tersor:rot,tr2", "tersor:qet_plus", "tersor:pq",
@@ -63,14 +59,29 @@ _REAL: Mapping[tuple[str, float], tuple[str, ...]] = {
                        "faiss:PQ96x8np", "faiss:OPQ96,PQ96x8np", "faiss:RaBitQ"),
     ("banking77", 3): ("tersor:ctr8,rot,tr3", "tersor:qet_plus", "tersor:pq", "tersor:rotated_scalar",
                        "faiss:PQ192x6np", "faiss:RaBitQ"),
-    ("banking77", 4): ("tersor:trellis", "tersor:ctr8,rot,tr4", "tersor:opq", "tersor:rq", "tersor:qet_plus",
-                       "tersor:pq", "tersor:rotated_scalar",
-                       "faiss:PQ192x8np", "faiss:OPQ192,PQ192x8np", "faiss:RaBitQ"),
 }
-METHODS: Mapping[tuple[str, float], tuple[str, ...]] = {**_REAL, **{(data, bits): (
-    "tersor:trellis", "tersor:pq", "tersor:opq", "tersor:rq", f"faiss:PQ{16 * bits}x8np",
-    f"faiss:OPQ{16 * bits},PQ{16 * bits}x8np", *([f"faiss:RQ{16 * bits}x8"] if bits < 4 else []),
-    f"faiss:PQ{32 * bits}x4fs", "faiss:RaBitQ") for data in ("anisotropic", "sift") for bits in (1, 2, 4)}}
+_CELLS: Mapping[tuple[str, float], tuple[str, ...]] = {  # what fits a cell with its tables; see `tables.SPARE`
+    ("glove", 1): ("tersor:ctr8,ktr6", "tersor:rq50x256s6t", "faiss:RQ6x8", "faiss:PQ5x9np", "faiss:OPQ5,PQ5x9np",
+                   "faiss:PQ10x4fs"),
+    ("glove", 2): ("tersor:klt", "tersor:rq", "faiss:RQ11x8", "faiss:PQ10x9np", "faiss:OPQ10,PQ10x9np",
+                   "faiss:PQ25x4fs"),
+    ("glove", 4): ("tersor:klt", "tersor:rq50x256s24t", "faiss:PQ25x8np", "faiss:OPQ25,PQ25x8np", "faiss:SQ4",
+                   "faiss:RaBitQ", "faiss:RQ22x8"),
+    ("banking77", 1): ("tersor:ctr8,rot,sym8", "tersor:ctr8,ktr32", "faiss:PQ64x5np", "faiss:PQ96x4np",
+                       "faiss:OPQ32_64,PQ32x8np", "faiss:RQ1x8", "faiss:RaBitQ"),
+    ("banking77", 2): ("tersor:ctr8,rot,tr2", "tersor:ctr8,ktr64", "faiss:PQ96x6np", "faiss:PQ192x4np",
+                       "faiss:OPQ64_128,PQ64x8np", "faiss:RQ2x8", "faiss:RaBitQ", "faiss:RaBitQ unrotated"),
+    ("banking77", 4): ("tersor:ctr8,rot,tr4", "tersor:ctr8,ktr160", "faiss:PQ192x7np", "faiss:OPQ120_240,PQ120x8np",
+                       "faiss:OPQ192_192,PQ192x6np", "faiss:OPQ96,PQ96x8np", "faiss:SQ4", "faiss:RaBitQ",
+                       "faiss:RaBitQ unrotated"),
+    **{(data, bits): (f"tersor:ctr8,ktr{16 * bits}", "tersor:pq", *(["tersor:ctr8,rot,tr4"] if bits == 4 else []),
+                      f"faiss:PQ{16 * bits}x8np", f"faiss:OPQ{16 * bits},PQ{16 * bits}x8np",
+                      f"faiss:PQ{32 * bits}x4fs", "faiss:RaBitQ", *(["faiss:SQ4"] if bits == 4 else []),
+                      f"faiss:RQ{7 * bits}x8")
+       for data in ("sift", "anisotropic") for bits in (1, 2, 4)},
+}
+METHODS: Mapping[tuple[str, float], tuple[str, ...]] = {
+    key: tuple(dict.fromkeys((*_CELLS.get(key, ()), *_REAL.get(key, ())))) for key in dict.fromkeys((*_REAL, *_CELLS))}
 CELLS = tuple((data, bits) for data in ("glove", "banking77", "sift", "anisotropic") for bits in (1, 2, 4))
 CASES = tuple(VectorCase(data, bits, method) for (data, bits), methods in METHODS.items() for method in methods)
 MILLION = tuple(MillionCase(method) for method in (

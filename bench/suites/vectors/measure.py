@@ -159,7 +159,8 @@ def run_faiss(case: VectorCase, x: Tensor, queries: Tensor, truth: Tensor) -> di
 
     faiss.omp_set_num_threads(1)
     name, wide = case.method.removeprefix("faiss:"), x.numpy()
-    index = _rabitq(faiss, x.shape[1], case.bits) if name == "RaBitQ" else faiss.index_factory(x.shape[1], name)
+    index = (_rabitq(faiss, x.shape[1], case.bits, rotated=name == "RaBitQ") if name.startswith("RaBitQ") else
+             faiss.index_factory(x.shape[1], name))
     if name.startswith("OPQ") and x.shape[1] > WIDE:
         faiss.downcast_VectorTransform(index.chain.at(0)).niter = WIDE_ROUNDS
     additive = name.startswith(("RQ", "LSQ")) and "fs" not in name
@@ -190,12 +191,13 @@ def run_faiss(case: VectorCase, x: Tensor, queries: Tensor, truth: Tensor) -> di
             "trained_on": len(sample)}
 
 
-def _rabitq(faiss: Any, dim: int, bits: int) -> Any:
-    """Return rotation + RaBitQ with the most bits a number whose code, factors included, fits; at least 1."""
+def _rabitq(faiss: Any, dim: int, bits: float, *, rotated: bool) -> Any:
+    """Return RaBitQ, rotated or not, with the most bits a number whose code, factors included, fits; at least 1."""
     fitting = None
     for count in range(1, 9):
-        index = faiss.IndexPreTransform(faiss.RandomRotationMatrix(dim, dim), faiss.IndexRaBitQ(dim, faiss.METRIC_L2,
-                                                                                               count))
+        index = faiss.IndexRaBitQ(dim, faiss.METRIC_L2, count)
+        if rotated:
+            index = faiss.IndexPreTransform(faiss.RandomRotationMatrix(dim, dim), index)
         if fitting is None or index.sa_code_size() * 8 <= bits * dim:
             fitting = index
     return fitting

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import re
 
-from tersor.codecs import Centered, Dense, LearnedRotation, Product, Residual, Rotated, Trellis
+from tersor.codecs import Centered, Dense, LearnedRotation, Product, Residual, Rotated, SpectralTrellis, Trellis
 from tersor.codecs.trellis.filters import filters
+from tersor.codecs.trellis.spectral import LEAST, MOST_SHIFT
 from tersor.contract.codec import Codec
 from tersor.errors import BudgetError, CodecConfigError, UnknownCodecError
 from tersor.families import AUTO, EFFORTS, FAMILIES
@@ -16,6 +17,7 @@ from tersor.registry import parse
 from tersor.vectors.rowwise import COUNTS, check_rowwise, code_size
 
 TRAINED = ("pq", "opq", "rq")  # families of product codecs with shared codebooks
+KLT = "klt"  # trellis codes over trained axes
 TRELLIS = "trellis"
 DEFAULT_RATE = 2.0
 MAX_RATE = 32.0
@@ -29,7 +31,7 @@ def index_families() -> tuple[str, ...]:
     """Return the families that hold row-wise codecs besides dense ones."""
     rowwise = [name for name, ladders in FAMILIES.items()
                if any(_is_rowwise(codec) for ladder in ladders for codec in ladder.fixed())]
-    return (*rowwise, *TRAINED)
+    return (*rowwise, *TRAINED, KLT)
 
 
 def _is_rowwise(codec: Codec) -> bool:
@@ -111,6 +113,8 @@ def _of_family(family: str, dim: int, nbytes: int, effort: str) -> Codec:
         members = [_residual(dim, nbytes)]
     elif family in TRAINED:
         members = [_product(dim, nbytes, family)]
+    elif family == KLT:
+        members = [_spectral(dim, nbytes)]
     else:
         rungs = _trellis(effort, dim) if family == TRELLIS else _rungs(family, dim)
         members = [_centered(codec, dim) for codec in rungs]
@@ -175,6 +179,12 @@ def _product(dim: int, nbytes: int, family: str) -> Codec:
             best = value, Product(part, words, trained=True)
     assert best is not None
     return LearnedRotation(best[1], trained=True) if family == "opq" else best[1]
+
+
+def _spectral(dim: int, nbytes: int) -> Codec:
+    """Return the codes over trained axes of so many bytes, a scale's included; the longest or shortest of all else."""
+    most = MOST_SHIFT * dim // 8
+    return Centered(SpectralTrellis(max(LEAST, min(nbytes - 1, most))), lengths=True)
 
 
 def _residual(dim: int, nbytes: int) -> Codec:

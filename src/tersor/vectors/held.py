@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tersor.codecs import Centered
+from tersor.codecs import Bounded, Centered
 from tersor.contract.codec import Encoded
 from tersor.payload.blocks import Tables, row_blocks
 from tersor.payload.layout import packed_nbytes
@@ -49,10 +49,11 @@ class Block:
 
     def __init__(self, encoded: Encoded, ids: Tensor, places: Tensor | None = None,
                  lists: Lists | None = None) -> None:
-        codec = encoded.codec
         self.encoded, self.ids, self.places, self._lists = encoded, ids, places, lists
-        self.core = codec.child(encoded) if isinstance(codec, Centered) else encoded
-        self.mean = encoded.tensors["mean"] if isinstance(codec, Centered) else None
+        inner = encoded.codec.child(encoded) if isinstance(encoded.codec, Bounded) else encoded
+        codec = inner.codec
+        self.core = codec.child(inner) if isinstance(codec, Centered) else inner
+        self.mean = inner.tensors["mean"] if isinstance(codec, Centered) else None
         self._norms: dict[bool, Tensor] = {}
         self.made: dict[str, Any] = {}
 
@@ -93,6 +94,12 @@ class Block:
         assert self.places is not None
         return found + self._lists.centroids[self.places[rows].to(torch.int64)]
 
+    def bare(self) -> Block:
+        """Return the same vectors: norms are shared, and what else searches make of them is not."""
+        other = Block(self.encoded, self.ids, self.places, self._lists)
+        other._norms = self._norms
+        return other
+
     def kept(self, keep: Tensor) -> Block | None:
         """Return the vectors that are kept, bool (n,): this block where all are, None where none is."""
         if bool(keep.all()):
@@ -112,6 +119,8 @@ class Held:
     lists : Lists or None
     following : int
         The next running number: beyond all ids so far, removed ones included.
+    mapped : bool
+        Codes lie in mapped files: searches lay out one block at a time, and keep none.
     made : dict
         What searches have needed of the whole.
     """
@@ -120,6 +129,7 @@ class Held:
     blocks: tuple[Block, ...] = ()
     lists: Lists | None = None
     following: int = 0
+    mapped: bool = False
     made: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     @cached_property
@@ -141,6 +151,15 @@ class Held:
     def ids(self) -> Tensor:
         """All ids, in the order in which vectors were added, int64 (n,)."""
         return torch.cat([block.ids for block in self.blocks]) if self.blocks else torch.zeros(0, dtype=torch.int64)
+
+    def points(self, places: Tensor, dim: int) -> Tensor:
+        """Return the decoded vectors at some places, float32 (n, dim)."""
+        out = torch.empty(len(places), dim)
+        for first, block in self.placed():
+            inside = ((places >= first) & (places < first + len(block))).nonzero().squeeze(1)
+            if inside.numel():
+                out[inside] = block.points(places[inside] - first)
+        return out
 
     @cached_property
     def _sorted(self) -> tuple[Tensor, Tensor]:
@@ -203,10 +222,17 @@ class Held:
         return self._kept([block for block in found if block is not None], self.following)
 
     def _kept(self, blocks: list[Block], following: int) -> Held:
-        after = Held(self.tables, tuple(blocks), self.lists, following)
+        after = Held(self.tables, tuple(blocks), self.lists, following, self.mapped)
         if self.blocks and blocks:  # a property that is cached follows from the tables alone
             after.__dict__.update({name: self.__dict__[name] for name in ("meeting",) if name in self.__dict__})
         return after
+
+    def alone(self) -> Iterator[tuple[slice, Held]]:
+        """Yield every block with its place among all vectors, as a whole of its own that keeps nothing but norms."""
+        for first, block in self.placed():
+            one = Held(self.tables, (block.bare(),), self.lists)
+            one.__dict__["meeting"] = self.meeting
+            yield slice(first, first + len(block)), one
 
     def _joined(self, head: Block, tail: Block) -> Block:
         places = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 from tersor.contract.operator import like
 from tersor.errors import CodecConfigError
 from tersor.vectors import rowwise
+from tersor.vectors.bounding import bounded, errors_at, reach
 from tersor.vectors.checks import Ids, allowed_of, as_tensor, ids_of, integer, metric_of, radius_of, vectors_of
 from tersor.vectors.held import Held
 from tersor.vectors.nearest import WORST
@@ -19,6 +21,7 @@ from tersor.vectors.scoring import Wanted, best_of, within
 from tersor.vectors.state import State, nothing
 
 CHUNK_QUERIES = 256
+CERTAIN = "certain"
 REFINED = 4  # vectors that are looked at once more, for each that is asked for
 
 
@@ -27,7 +30,7 @@ class Reader(State):
 
     def search(self, queries: Tensor | np.ndarray, k: SupportsIndex = 10, metric: str | None = None, *,
                filter: Ids | None = None, nprobe: SupportsIndex | None = None, refine: Finer | None = None,
-               refine_k: SupportsIndex | None = None) -> tuple[Any, Any]:
+               refine_k: SupportsIndex | str | None = None) -> tuple[Any, Any]:
         """Return the k best vectors of each query.
 
         The first search keeps the norms of the decoded vectors: 4 bytes a vector in memory, not stored.
@@ -46,8 +49,9 @@ class Reader(State):
             Lists that are looked into; None: `nprobe` of the index. Nothing without lists.
         refine : Tensor, ndarray, Index or None
             Scores are computed anew from the rows of this array, which ids number, or from another index.
-        refine_k : int or None
-            Vectors that this is done for; None: four times k.
+        refine_k : int, "certain" or None
+            Vectors that this is done for; None: four times k. `"certain"`: all that `bounds` leave a chance;
+            with the originals the result is then exact, but for lists that were not looked into.
 
         Returns
         -------
@@ -69,11 +73,56 @@ class Reader(State):
         worst = WORST if wanted.metric == "l2" else -WORST
         if refine is None and refine_k is not None:
             raise CodecConfigError("index: refine_k says how many vectors refine= scores anew; give refine=, too")
-        first = k if refine is None else max(k, integer(REFINED * k if refine_k is None else refine_k, "refine_k", 1))
+        certain = isinstance(refine_k, str)
+        if certain and refine_k != CERTAIN:
+            raise CodecConfigError(f"index: refine_k must be an integer or '{CERTAIN}', found {refine_k!r}")
+        first = k if refine is None or certain else max(
+            k, integer(REFINED * k if refine_k is None else refine_k, "refine_k", 1))  # type: ignore[arg-type]
         distances, ids = _found(held, queries, first, wanted, worst)
+        if certain:
+            ids = _possible(held, queries, ids, wanted)
         if refine is not None:
             distances, ids = refined(queries, ids, k, wanted.metric, refine)
         return like(given, distances), like(given, ids)
+
+    def bounds(self, queries: Tensor | np.ndarray, ids: Ids, metric: str | None = None) -> tuple[Any, Any]:
+        """Return between what the true distances or scores of some vectors lie: those of the originals, not of codes.
+
+        Bounds are certain. They need a codec that keeps errors, `"err,ctr8,rot,tr2"` for one: a byte a vector.
+
+        Parameters
+        ----------
+        queries : Tensor or ndarray
+            (q, dim).
+        ids : array of int
+            (q, m), as `search` returns them; -1 for none.
+        metric : str or None
+            As of `search`.
+
+        Returns
+        -------
+        low, high : Tensor, or ndarray where the queries are one
+            float64 (q, m): of squared distances, products or cosines; minus infinity and infinity where nothing is
+            known, and for -1.
+
+        Raises
+        ------
+        CodecConfigError
+            If the codes keep no errors, shapes do not fit, or an id is not that of a vector.
+        """
+        given, queries, held = queries, vectors_of(queries, self.dim).to(torch.float32), self._held
+        named = ids_of(ids)
+        if named.ndim != 2 or len(named) != len(queries):
+            raise CodecConfigError(f"index: ids must be (queries, m), {len(queries)} rows, found {tuple(named.shape)}")
+        self._check_filled(held)
+        chosen = self.metric if metric is None else metric_of(metric)
+        low, high = (torch.full(named.shape, side, dtype=torch.float64) for side in (-math.inf, math.inf))
+        for i, query in enumerate(queries):
+            there = named[i] >= 0
+            places = _places(held, named[i][there])
+            decoded = held.points(places, self.dim)
+            low[i, there], high[i, there] = bounded(query, decoded, errors_at(held, places), chosen)
+        return like(given, low), like(given, high)
 
     def range_search(self, queries: Tensor | np.ndarray, radius: float, metric: str | None = None, *,
                      filter: Ids | None = None, nprobe: SupportsIndex | None = None) -> tuple[Any, Any, Any]:
@@ -135,18 +184,8 @@ class Reader(State):
             If an id is not that of a vector, -1 included.
         """
         index, held = ids_of(ids), self._held
-        flat = held.places_of(index.reshape(-1))
-        if bool((flat < 0).any()):
-            missing = index.reshape(-1)[flat < 0]
-            hint = "; -1 in a search result stands for no vector" if int(missing.min()) == -1 else ""
-            raise CodecConfigError(f"index: ids must be those of its {held.count} vectors, found {int(missing[0])}"
-                                   f"{hint}")
-        out = torch.empty(flat.numel(), self.dim)
-        for first, block in held.placed():
-            inside = ((flat >= first) & (flat < first + len(block))).nonzero().squeeze(1)
-            if inside.numel():
-                out[inside] = block.points(flat[inside] - first)
-        return like(ids, out.reshape(*index.shape, self.dim))
+        flat = _places(held, index.reshape(-1))
+        return like(ids, held.points(flat, self.dim).reshape(*index.shape, self.dim))
 
     def sa_decode(self, codes: Tensor | np.ndarray) -> Any:
         """Return the vectors of stand-alone codes, uint8 (n, code_size): float32 (n, dim), an array for an array.
@@ -193,3 +232,39 @@ def _found(held: Held, queries: Tensor, k: int, wanted: Wanted, worst: float) ->
         part = slice(start, start + CHUNK_QUERIES)
         distances[part, :most], ids[part, :most] = best_of(held, queries[part], most, wanted)
     return distances, ids
+
+
+def _places(held: Held, ids: Tensor) -> Tensor:
+    """Return the places of ids, int64 (n,), each that of a vector."""
+    found = held.places_of(ids)
+    if bool((found < 0).any()):
+        missing = ids[found < 0]
+        hint = "; -1 in a search result stands for no vector" if int(missing.min()) == -1 else ""
+        raise CodecConfigError(f"index: ids must be those of its {held.count} vectors, found {int(missing[0])}{hint}")
+    return found
+
+
+def _possible(held: Held, queries: Tensor, ids: Tensor, wanted: Wanted) -> Tensor:
+    """Return the ids that may be among the best for all that bounds say, int64 (queries, m), -1 behind them.
+
+    Of `ids` (queries, k), the best by their codes, bounds say how good the k-th best is at least.
+    """
+    if wanted.metric == "cosine":
+        raise CodecConfigError(f"index: refine_k='{CERTAIN}' takes the metrics 'l2' and 'ip'; for cosines add vectors "
+                               "of length 1 and use 'ip'")
+    every = errors_at(held, torch.arange(held.count))
+    rows = []
+    for query, row in zip(queries, ids, strict=True):
+        places = _places(held, row[row >= 0])
+        if len(places) < ids.shape[1] or not bool(torch.isfinite(every).all()):
+            allowed = held.ids if wanted.allowed is None else held.ids[wanted.allowed]
+            rows.append(allowed)  # any may be
+            continue
+        low, high = bounded(query, held.points(places, len(query)), every[places], wanted.metric)
+        worst = float(low.min() if wanted.metric == "ip" else high.max())
+        radius = reach(query, worst, float(every.max()), wanted.metric)
+        found = within(held, query[None], radius, wanted)[0][1]
+        places = held.places_of(found)
+        low, high = bounded(query, held.points(places, len(query)), every[places], wanted.metric)
+        rows.append(found[high >= worst] if wanted.metric == "ip" else found[low <= worst])
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)

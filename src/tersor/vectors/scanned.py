@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
-from tersor.codecs import LearnedRotation, Product, Residual, Rotated, Sum, Trellis
+from tersor.codecs import LearnedRotation, Product, Residual, Rotated, SpectralTrellis, Sum, Trellis
 from tersor.contract.codec import Codec, Encoded
 from tersor.ops.code_scan import packed, sums_of
 from tersor.ops.code_scan.shapes import BYTE, NIBBLE
@@ -25,14 +26,14 @@ MOST_MATRIX = 1 << 22  # numbers of it
 def is_scanned(codec: Codec) -> bool:
     """Tell whether a codec, the mean around it left out, has codes that are scanned."""
     inner = _inside(codec)
-    return (isinstance(inner, Trellis) and inner.axis == "in") or bool(_books(inner))
+    return _signed(inner) or bool(_books(inner))
 
 
 def codes_of(encoded: Encoded) -> Tensor:
     """Return every row's codes as a scan looks them up, uint8 or int16 (n, columns)."""
     stream = _stream(encoded)
     count, width = stream.shape
-    if isinstance(stream.codec, Trellis):
+    if _signed(stream.codec):
         shape = stream.codec.stream_shape(stream.shape)
         held = stream.tensors["codes"]
         return torch.cat([packed(codes.read(held, shape, 2, rows)) for rows in row_blocks(shape, 8)])
@@ -54,7 +55,7 @@ def codes_of(encoded: Encoded) -> Tensor:
 def scales_of(encoded: Encoded) -> Tensor:
     """Return every row's scale, float32 (n,): 1 for words."""
     stream = _stream(encoded)
-    if isinstance(stream.codec, Trellis):
+    if _signed(stream.codec):
         return stream.tensors["scales"].to(torch.float32).reshape(-1)
     return torch.ones(stream.shape[0])
 
@@ -70,7 +71,7 @@ class Meeting:
 
     def __init__(self, encoded: Encoded) -> None:
         stream = _stream(encoded)
-        self._encoded, self._signs = encoded, isinstance(stream.codec, Trellis)
+        self._encoded, self._signs = encoded, _signed(stream.codec)
         width = encoded.shape[1]
         self._books: list[tuple[Tensor, int]] = []
         self._matrix: Tensor | None = None
@@ -125,6 +126,11 @@ def _inside(codec: Codec) -> Codec:
 
 def _is_passed(codec: Codec) -> bool:
     return isinstance(codec, LearnedRotation) or (isinstance(codec, Rotated) and codec.side == "in")
+
+
+def _signed(codec: Codec) -> TypeGuard[Trellis | SpectralTrellis]:
+    """Tell whether codes are signs, times a scale a row."""
+    return isinstance(codec, SpectralTrellis) or (isinstance(codec, Trellis) and codec.axis == "in")
 
 
 def _books(codec: Codec) -> list[tuple[str, Product | Residual]]:

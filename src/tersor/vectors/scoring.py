@@ -41,6 +41,10 @@ class Wanted:
     allowed: Tensor | None = None
     probes: int = 1
 
+    def of(self, place: slice) -> Wanted:
+        """Return what is looked at among some of the vectors."""
+        return self if self.allowed is None else dataclasses.replace(self, allowed=self.allowed[place])
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Posed:
@@ -87,7 +91,7 @@ def best_of(held: Held, queries: Tensor, k: int, wanted: Wanted) -> tuple[Tensor
         return queries.new_zeros(0, k), torch.zeros(0, k, dtype=torch.int64)
     posed = _posed(held, queries, wanted.metric)
     if _scans(held):
-        scores, ids = code_scan.best(lines(held, wanted.metric, posed.size), _asked(held, posed, wanted), k)
+        scores, ids = _scanned(held, posed, wanted, k)
     else:
         best = Best(len(queries), k)
         for block, found in _scores(held, posed, wanted):
@@ -101,7 +105,7 @@ def within(held: Held, queries: Tensor, radius: float, wanted: Wanted) -> list[t
     posed = _posed(held, queries, wanted.metric)
     floors = posed.floors(radius)
     if _scans(held):
-        found = code_scan.within(lines(held, wanted.metric, posed.size), _asked(held, posed, wanted), floors)
+        found = _inside(held, posed, wanted, floors)
     else:
         parts = list(_scores(held, posed, wanted))
         scores = torch.cat([part for _, part in parts], 1).to(torch.float64)
@@ -142,6 +146,30 @@ def _posed(held: Held, queries: Tensor, metric: str) -> _Posed:
 def _scans(held: Held) -> bool:
     """Tell whether codes are scanned, and not multiplied."""
     return is_scanned(held.blocks[0].core.codec) and compiled_allowed("code_scan")
+
+
+def _scanned(held: Held, posed: _Posed, wanted: Wanted, k: int) -> tuple[Tensor, Tensor]:
+    """Return the scores and ids of the best, (queries, k); block by block where codes are mapped."""
+    if not held.mapped:
+        return code_scan.best(lines(held, wanted.metric, posed.size), _asked(held, posed, wanted), k)
+    parts = [_scanned(alone, posed, wanted.of(place), k) for place, alone in held.alone()]
+    scores, ids = torch.cat([part[0] for part in parts], 1), torch.cat([part[1] for part in parts], 1)
+    by_id = ids.argsort(dim=1, stable=True)
+    order = by_id.gather(1, scores.gather(1, by_id).argsort(dim=1, descending=True, stable=True))[:, :k]
+    return scores.gather(1, order), ids.gather(1, order)
+
+
+def _inside(held: Held, posed: _Posed, wanted: Wanted, floors: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return the scores and ids of all from a floor on, of each query; block by block where codes are mapped."""
+    if not held.mapped:
+        return code_scan.within(lines(held, wanted.metric, posed.size), _asked(held, posed, wanted), floors)
+    parts = [_inside(alone, posed, wanted.of(place), floors) for place, alone in held.alone()]
+    out = []
+    for own in zip(*parts, strict=True):
+        ids, by_id = torch.cat([part[1] for part in own]).sort()
+        scores, best = torch.cat([part[0] for part in own])[by_id].sort(descending=True, stable=True)
+        out.append((scores, ids[best]))
+    return out
 
 
 def _asked(held: Held, posed: _Posed, wanted: Wanted) -> code_scan.Asked:

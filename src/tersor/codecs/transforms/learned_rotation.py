@@ -15,6 +15,7 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
+from tersor.codecs.vector.product import Product
 from tersor.contract.codec import Codec, Encoded, Search
 from tersor.contract.nesting import nest_tensors
 from tersor.contract.wrapper import Wrapped
@@ -24,7 +25,7 @@ from tersor.payload.blocks import Rows, Shape, Tables, row_blocks, shape_of
 from tersor.payload.layout import Layout, TensorSpec
 
 PRECISIONS = {"fp16": ("", torch.float16), "fp32": ("f32", torch.float32)}
-STARTS = ("identity", "random", "pca")
+STARTS = ("identity", "random", "pca", "balanced")
 ROUNDS = 10
 MAX_WIDTH = 4096  # a singular value decomposition a round, and in x in stored numbers: beyond this neither pays
 
@@ -50,7 +51,9 @@ class LearnedRotation(Wrapped):
     rounds : int
         Alternations (default 10); the best rotation met is kept, the start included.
     rotation_init : str
-        `"identity"` (default), `"random"` or `"pca"`: principal axes first.
+        `"identity"` (the default of a rotation of its own), `"random"`, `"pca"`: principal axes first, or `"balanced"`
+        (the default of a trained one around a product codec): principal axes dealt out to sub-vectors, so that the
+        products of their variances are alike (Ge et al., section 3.2).
     """
 
     precision: str = "fp16"
@@ -144,7 +147,8 @@ class LearnedRotation(Wrapped):
 
         With `train`, the inner codec's shared tables are trained anew each round; else they are those of `how`.
         """
-        rounds, start = how.options.get("rounds", ROUNDS), how.options.get("rotation_init", STARTS[0])
+        usual = "balanced" if train and isinstance(self.inner, Product) else "identity"
+        rounds, start = how.options.get("rounds", ROUNDS), how.options.get("rotation_init", usual)
         if not isinstance(rounds, int) or rounds < 0:
             raise CodecConfigError(f"learned_rotation: option rounds must be an integer >= 0, found {rounds!r}")
         if start not in STARTS:
@@ -153,7 +157,7 @@ class LearnedRotation(Wrapped):
         power = -max(exponent_of(sample) for sample in samples)  # squares and products of anything stay in range
         unit = [times_power(sample.to(torch.float32), power) for sample in samples]
         back = -power if how.tables else 0  # tables that were trained have a scale of their own
-        rotation = _start(unit, start, how.seed)
+        rotation = _start(unit, start, how.seed, self.inner.dim if isinstance(self.inner, Product) else 1)
         best, least = rotation.to(dtype), math.inf
         for left in range(rounds, -1, -1):
             rotated = [_rotate(sample, rotation) for sample in unit]
@@ -174,7 +178,8 @@ class LearnedRotation(Wrapped):
         return best
 
 
-def _start(samples: Sequence[Tensor], start: str, seed: int) -> Tensor:
+def _start(samples: Sequence[Tensor], start: str, seed: int, part: int) -> Tensor:
+    """Return the rotation to begin with; `part` numbers make a sub-vector."""
     width, device = samples[0].shape[1], samples[0].device
     if start == "random":
         noise = torch.randn(width, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
@@ -183,7 +188,32 @@ def _start(samples: Sequence[Tensor], start: str, seed: int) -> Tensor:
         gram = sum((sample.T @ sample for sample in samples), torch.zeros(width, width, device=device,
                                                                           dtype=torch.float32))
         return torch.linalg.eigh(gram)[1].flip(-1).T.contiguous()
+    if start == "balanced" and width % part == 0:  # else the inner codec will refuse the width
+        count = sum(len(sample) for sample in samples)
+        mean = torch.stack([sample.sum(0, dtype=torch.float64) for sample in samples]).sum(0) / count
+        gram = torch.zeros(width, width, dtype=torch.float64, device=device)
+        for sample in samples:
+            for block in row_blocks(shape_of(sample)):
+                less = sample[block].to(torch.float64) - mean
+                gram += less.T @ less
+        power, axes = torch.linalg.eigh(gram)
+        return axes.T[dealt(power.tolist(), part)].to(torch.float32).contiguous()
     return torch.eye(width, dtype=torch.float32, device=device)
+
+
+def dealt(power: Sequence[float], part: int) -> list[int]:
+    """Return an order of axes: the largest left goes to the sub-vector whose variances have the least product so far.
+
+    Of equals to the one with the fewest axes. Variances are counted in units of the least, and 0 as the next above.
+    """
+    least = min((one for one in power if one > 0), default=1.0)
+    held: list[list[int]] = [[] for _ in range(len(power) // part)]
+    logs = [0.0] * len(held)
+    for axis in sorted(range(len(power)), key=lambda place: -power[place]):
+        place = min((i for i in range(len(held)) if len(held[i]) < part), key=lambda i: (logs[i], len(held[i]), i))
+        held[place].append(axis)
+        logs[place] += math.log2(max(power[axis], least) / least)
+    return [axis for one in held for axis in one]
 
 
 def _rotate(matrix: Tensor, rotation: Tensor) -> Tensor:

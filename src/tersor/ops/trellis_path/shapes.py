@@ -44,6 +44,8 @@ class Steps:
     def warm(self, length: int) -> int:
         """Return the steps on either side of the seam that find the state there."""
         period = len(self.shifts)
+        if period > MOST_PERIOD:  # every number may have a phase of its own
+            return length // 2 if sum(self.shifts) > WARM * self.memory else length - 1
         steps = -(-WARM * self.memory // sum(self.shifts)) * period
         return min(steps, length // 2 // period * period) or min(1, length // 2)
 

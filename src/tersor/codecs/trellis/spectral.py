@@ -1,0 +1,245 @@
+"""Trellis codes over principal axes: each axis gets as many bits of one stream as its variance earns.
+
+Rows that were trained on have few axes of large variance. Reverse water-filling (Cover and Thomas, Elements of
+Information Theory, ch. 10.3) spends bits there and none on the least ones. Since a linear trellis code takes any number
+of new bits at any step, all axes share one tail-biting stream, and a row is its scale times a matrix times signs.
+Derivation and figures: docs/codecs/trellis.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from tersor.codecs.trellis.filters import Filter, filters
+from tersor.codecs.trellis.streamed import signs_of
+from tersor.contract.codec import Codec, Encoded, Search
+from tersor.contract.coordinates import Coordinates
+from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
+from tersor.ops.trellis_linear import Line, reference
+from tersor.ops.trellis_path import Steps, best
+from tersor.payload import codes, packing
+from tersor.payload.blocks import Rows, Shape, Tables, row_blocks, shape_of
+from tersor.payload.layout import Layout, TensorSpec
+from tersor.payload.scales import bounded, reciprocal, row_rms
+
+MEMORY = 12  # bits of the window
+MOST_SHIFT = 5  # bits of an axis
+DISTORTION = (1.0, 0.363, 0.0757, 0.0193, 0.00502, 0.0014)  # of a unit normal number by its bits
+SOURCES = {2: 2.0, 3: 3.0, 4: 4.0, 5: 5.0}  # the packaged filters whose taps so many bits take
+SINGLE = (math.sqrt(2 / math.pi), *[0.0] * (MEMORY - 1))  # of one bit: linear codes of that rate gain nothing on a sign
+LEAST = 6  # bytes of a row: a circle of four windows; of less, its two ends cannot be made to meet well
+FLAT = 2.0**-20  # of the largest deviation: less is none
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class SpectralTrellis(Codec):
+    """`row = scale Σ_i deviation_i c_i axis_i`, with `c` the numbers of a linear trellis code of varying rate.
+
+    Axes, deviations and the bits of each axis are trained on sample matrices, whose mean should be 0. Deviations are
+    shares of a number's root mean square, so that scales are such of the rows.
+
+    Parameters
+    ----------
+    row_bytes : int
+        Bytes of a row's stream, from 6 on. Its scale, bf16, takes two more.
+    """
+
+    row_bytes: int
+
+    id: ClassVar[str] = "spectral"
+    grammar: ClassVar[str] = r"ktr(?P<bytes>\d{1,6})"
+    examples: ClassVar[tuple[str, ...]] = ("ktr6", "ktr8")
+
+    def __post_init__(self) -> None:
+        if type(self.row_bytes) is not int or self.row_bytes < LEAST:
+            raise CodecConfigError(f"spectral: row_bytes must be an integer of at least {LEAST}, found "
+                                   f"{self.row_bytes!r}")
+
+    def layout(self, shape: Shape) -> Layout:
+        """Return `scales` and `codes`, and the shared `axes`, as columns, their `deviations` and `shifts` (bits).
+
+        Raises
+        ------
+        CodecConfigError
+            If a number would have more than 5 bits.
+        """
+        rows, width = shape
+        bits = 8 * self.row_bytes
+        if bits > MOST_SHIFT * width:
+            raise CodecConfigError(f"codec '{self.spec()}': {bits} bits are more than {MOST_SHIFT} a number at width "
+                                   f"{width}; it needs a width of at least {-(-bits // MOST_SHIFT)}")
+        axes = min(width, bits)
+        return {"scales": TensorSpec((rows,), torch.bfloat16), "codes": TensorSpec(self.stream_shape(shape), levels=2),
+                "axes": TensorSpec((width, axes), torch.float16, shared=True),
+                "deviations": TensorSpec((axes,), torch.float32, shared=True),
+                "shifts": TensorSpec((axes,), shared=True)}
+
+    def package_tables(self) -> Mapping[str, int]:
+        """Return the taps of the rates that an axis may have, in float32."""
+        return {f"taps of tr{rate:g}": 4 * len(filters()[rate, MEMORY].taps) * MEMORY for rate in SOURCES.values()}
+
+    def stream_shape(self, shape: Shape) -> Shape:
+        """Return the shape of the bits, (out, stream)."""
+        return shape[0], 8 * self.row_bytes
+
+    def learn(self, samples: Iterable[Tensor], *, seed: int = 0) -> Tables:
+        """Find the axes by the samples' second moments, and share out the bits."""
+        del seed
+        kept = list(samples)
+        widths = {sample.shape[1] for sample in kept}
+        if len(widths) != 1:
+            raise CodecConfigError(f"codec '{self.spec()}': training needs sample matrices of one width, found widths "
+                                   f"{sorted(widths)}")
+        width = widths.pop()
+        layout = self.layout((1, width))
+        gram = torch.zeros(width, width, dtype=torch.float64, device=kept[0].device)
+        for sample in kept:
+            for block in row_blocks(shape_of(sample)):
+                wide = sample[block].to(torch.float64)
+                gram += wide.T @ wide
+        total = float(gram.trace())
+        gram *= width / total if total else 1.0
+        power, axes = torch.linalg.eigh(gram)
+        count = layout["shifts"].numel
+        power, axes = power.flip(0)[:count].clamp_min(0), axes.flip(1)[:, :count]
+        return {"axes": axes.to(torch.float16).contiguous(), "deviations": power.sqrt().to(torch.float32),
+                "shifts": torch.tensor(shared_out(power.tolist(), 8 * self.row_bytes), dtype=torch.uint8,
+                                       device=axes.device)}
+
+    def search(self, matrix: Tensor, how: Search) -> Encoded:
+        """Take the rows to their axes, find the best paths, errors weighed as they count, then the best scales."""
+        shape = shape_of(matrix)
+        layout = self.layout(shape)
+        tables = {name: how.tables[name].to(matrix.device) for name, spec in layout.items()
+                  if spec.shared and name in how.tables}
+        if len(tables) + 2 < len(layout):
+            raise CodecConfigError(f"codec '{self.spec()}' needs its shared tables: tables=codec.train(samples)")
+        for name, table in tables.items():
+            if tuple(table.shape) != layout[name].shape:
+                raise CodecConfigError(f"codec '{self.spec()}': table '{name}' is {tuple(table.shape)}, trained on "
+                                       f"another width than {shape[1]} or for other bytes")
+        shifts, axes, deviations = self._tables(tables)
+        code = code_of(shifts)
+        table = code.table().to(matrix.device) * deviations[:, None]
+        scales = torch.zeros(shape[0], dtype=torch.bfloat16, device=matrix.device)
+        bits = torch.empty(layout["codes"].shape, dtype=torch.uint8, device=matrix.device)
+        for block in row_blocks(shape):
+            found = matrix[block].to(torch.float32) @ axes
+            scale = bounded(row_rms(found * reciprocal(deviations)))
+            numbers = found * reciprocal(scale)[:, None]
+            if not bool(torch.isfinite(numbers).all()):
+                raise NonFiniteError(f"codec '{self.spec()}': rows overflow float32 along the axes that it was trained "
+                                     "on; train on such rows too, or scale them down")
+            bits[block], made = best(numbers, table, Steps(MEMORY, shifts, linear=True))
+            size = made.square().sum(1)
+            gain = torch.where(size > 0, (numbers * made).sum(1).clamp_min(0) / size.clamp_min(1e-38), 1.0)
+            scales[block] = bounded(scale.to(torch.float32) * gain)
+        return Encoded(self, shape, {"scales": scales, "codes": packing.pack(bits, 2), **tables})
+
+    def decode_rows(self, encoded: Encoded, rows: Rows) -> Tensor:
+        """Return the scales times the matrix times signs."""
+        return self.coordinates(encoded).rows(rows) @ self._matrix(encoded.tensors).T
+
+    def coordinates(self, encoded: Encoded) -> Coordinates:
+        """Return the scaled signs."""
+        return _Signs(encoded)
+
+    def _tables(self, tensors: Tables) -> tuple[tuple[int, ...], Tensor, Tensor]:
+        """Return the bits of the axes that have some, those axes as columns, and their deviations, float32.
+
+        Raises
+        ------
+        CorruptStoreError
+            If the bits are not those of a row.
+        """
+        shifts = tensors["shifts"].tolist()
+        if sum(shifts) != 8 * self.row_bytes or sorted(shifts, reverse=True) != shifts or shifts[0] > MOST_SHIFT:
+            raise CorruptStoreError(f"codec '{self.spec()}': axes of {shifts} bits are not those of a row of "
+                                    f"{8 * self.row_bytes}")
+        count = sum(shift > 0 for shift in shifts)
+        deviations = tensors["deviations"][:count]
+        deviations = torch.where(deviations > FLAT * deviations[:1], deviations, 0.0)
+        return tuple(shifts[:count]), tensors["axes"][:, :count].to(torch.float32), deviations
+
+    def _matrix(self, tensors: Tables) -> Tensor:
+        """Return what takes signs to rows, float32 (width, stream)."""
+        shifts, axes, deviations = self._tables(tensors)
+        return (axes * deviations) @ _matrix_of(shifts).to(axes.device)
+
+    def spec(self) -> str:
+        """Return for example `ktr15`: 15 bytes a row."""
+        return f"ktr{self.row_bytes}"
+
+    @classmethod
+    def from_spec(cls, match: re.Match[str], parts: Sequence[Codec]) -> Codec:
+        """Parse `ktr` strings; see `spec`."""
+        del parts
+        return cls(int(match["bytes"]))
+
+
+class _Signs(Coordinates):
+    """Signs of the streams, times their rows' scales: vectors meet the matrix that takes signs to rows."""
+
+    def __init__(self, encoded: Encoded) -> None:
+        super().__init__(encoded)
+        codec = encoded.codec
+        assert isinstance(codec, SpectralTrellis)
+        self._codec = codec
+
+    def rows(self, rows: Rows) -> Tensor:
+        """Return scaled signs, float32 (k, stream)."""
+        held = self.encoded.tensors
+        signs = signs_of(codes.read(held["codes"], self._codec.stream_shape(self.encoded.shape), 2, rows))
+        return signs * held["scales"].to(torch.float32)[rows, None]
+
+    def into(self, x: Tensor) -> Tensor:
+        """Meet the matrix."""
+        return x @ self._codec._matrix(self.encoded.tensors)
+
+    def out_of(self, y: Tensor) -> Tensor:
+        """Take sums of signs to rows."""
+        return y @ self._codec._matrix(self.encoded.tensors).T
+
+
+def shared_out(power: Sequence[float], bits: int) -> list[int]:
+    """Return the bits of each axis, descending as its power is: each in turn goes where it lowers the error most."""
+    shifts = [0] * len(power)
+    gains = [(-one * (DISTORTION[0] - DISTORTION[1]), place) for place, one in enumerate(power)]
+    heapq.heapify(gains)
+    for _ in range(bits):
+        _, place = heapq.heappop(gains)
+        shifts[place] += 1
+        if shifts[place] < MOST_SHIFT:
+            gain = DISTORTION[shifts[place]] - DISTORTION[shifts[place] + 1]
+            heapq.heappush(gains, (-power[place] * gain, place))
+    return sorted(shifts, reverse=True)
+
+
+def code_of(shifts: tuple[int, ...]) -> Filter:
+    """Return the code of one step an axis: of so many new bits the taps of the packaged code of that rate."""
+    taps, seen = [], dict.fromkeys(SOURCES, 0)
+    for shift in shifts:
+        if shift == 1:
+            taps.append(SINGLE)
+            continue
+        source = filters()[SOURCES[shift], MEMORY]
+        taps.append(source.taps[seen[shift] % len(source.taps)])
+        seen[shift] += 1
+    return Filter(shifts, tuple(taps))
+
+
+@lru_cache(maxsize=16)
+def _matrix_of(shifts: tuple[int, ...]) -> Tensor:
+    """Return what takes signs to the numbers of the axes, float32 (axes, stream)."""
+    code = code_of(shifts)
+    return reference.matrix(code.taps_tensor(), Line(len(shifts), shifts, MEMORY), len(shifts)).to(torch.float32)

@@ -1,0 +1,123 @@
+"""Trellis codes over principal axes: a slow reference, and bits where they lower the error most."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from tersor.codecs import SpectralTrellis
+from tersor.codecs.trellis.spectral import DISTORTION, MEMORY, MOST_SHIFT, code_of, shared_out
+from tersor.contract.codec import Encoded
+from tersor.errors import CodecConfigError, CorruptStoreError
+from tersor.ops.trellis_path import Steps, best
+from tersor.payload import packing
+from tersor.quality import measure
+from tersor.registry import parse
+from tersor.testing import encode, gaussian, tolerance
+from tersor.vectors import Index
+from tersor.vectors.trial import exact, recall
+
+
+def spread(rows: int, width: int, seed: int = 0) -> Tensor:
+    """Rows whose variances fall as 1 / i along axes that are turned at random."""
+    turn = torch.linalg.qr(gaussian((width, width), 99))[0]
+    return gaussian((rows, width), seed) / torch.arange(1, width + 1).sqrt() @ turn
+
+
+def reference(encoded: Encoded) -> Tensor:
+    """Decode by the definition: bit by bit, float64."""
+    held, rows = encoded.tensors, encoded.shape[0]
+    shifts = [int(one) for one in held["shifts"] if one]
+    taps, total = code_of(tuple(shifts)).taps, sum(shifts)
+    signs = packing.unpack(held["codes"], 2, 0, rows * total).reshape(rows, total).double() * 2 - 1
+    out, newest = torch.zeros(encoded.shape, dtype=torch.float64), -1
+    for axis, shift in enumerate(shifts):
+        newest += shift
+        number = torch.zeros(rows, dtype=torch.float64)
+        for age in range(MEMORY):
+            number += taps[axis][age] * signs[:, (newest - age) % total]
+        out += (number * held["deviations"][axis].double())[:, None] * held["axes"][:, axis].double()
+    return out * held["scales"].double()[:, None]
+
+
+@pytest.mark.parametrize(("size", "width"), [(6, 24), (15, 24), (9, 70)])
+def test_equals_a_slow_reference(size: int, width: int) -> None:
+    encoded = encode(SpectralTrellis(size), spread(90, width))
+    expected = reference(encoded)
+    bound = tolerance(torch.float32, 8 * size + width) * float(expected.norm())
+    assert float((encoded.decode().double() - expected).norm()) <= bound
+    chosen = torch.tensor([89, 3, 3, 40])
+    assert float((encoded.gather(chosen).double() - expected[chosen]).norm()) <= bound
+    x = gaussian((5, width), 3)
+    met = encoded.codec.coordinates(encoded)
+    product = met.into(x) @ met.rows(slice(0, 90)).T
+    assert float((product.double() - x.double() @ expected.T).norm()) <= bound * float(x.norm())
+
+
+def test_bits_go_where_they_lower_the_error_most() -> None:
+    """Against all ways to share out nine bits among four axes."""
+    power = [9.0, 4.0, 1.0, 0.1]
+    found = shared_out(power, 9)
+    ways = (way for way in itertools.product(range(MOST_SHIFT + 1), repeat=4) if sum(way) == 9)
+    least = min(sum(p * DISTORTION[s] for p, s in zip(power, way, strict=True)) for way in ways)
+    assert sum(p * DISTORTION[s] for p, s in zip(power, found, strict=True)) == pytest.approx(least)
+
+
+@pytest.mark.parametrize(("size", "width", "most"), [(6, 14, 1.8), (30, 120, 1.06), (60, 200, 1.03)])
+def test_errors_are_those_that_bits_were_shared_out_by(size: int, width: int, most: float) -> None:
+    """Short circles err more: their ends must meet. `DISTORTION` itself was measured on circles of 120 numbers."""
+    power = [1 / (1 + i) for i in range(width)]
+    shifts = tuple(shift for shift in shared_out(power, 8 * size) if shift)
+    deviations = torch.tensor(power).sqrt()[: len(shifts)]
+    numbers = gaussian((300, len(shifts)), 5) * deviations
+    found = best(numbers, code_of(shifts).table() * deviations[:, None], Steps(MEMORY, shifts, linear=True))[1]
+    foretold = sum(p * DISTORTION[s] for p, s in zip(power, shifts, strict=False)) / sum(power[: len(shifts)])
+    ratio = float((numbers - found).square().sum() / numbers.square().sum()) / foretold
+    assert 0.9 < ratio < most
+
+
+@pytest.mark.parametrize("size", [8, 16, 32])
+def test_errs_less_than_a_rotated_trellis_where_variances_differ(size: int) -> None:
+    matrix = spread(400, 64)
+    own = measure(matrix, encode(SpectralTrellis(size), matrix)).relative_error
+    other = {8: "rot,sym8", 16: "rot,tr2", 32: "rot,tr4"}[size]
+    assert own < 0.8 * measure(matrix, encode(parse(other), matrix)).relative_error
+
+
+def test_forged_tables_are_refused() -> None:
+    encoded = encode(SpectralTrellis(6), spread(20, 24))
+    forged = encoded.tensors["shifts"].clone()
+    forged[0] += 1
+    broken = dataclasses.replace(encoded, tensors={**encoded.tensors, "shifts": forged})
+    with pytest.raises(CorruptStoreError, match="are not those of a row of 48"):
+        broken.decode()
+
+
+def test_bad_sizes_name_what_fits() -> None:
+    with pytest.raises(CodecConfigError, match="at least 6, found 5"):
+        SpectralTrellis(5)
+    with pytest.raises(CodecConfigError, match="needs a width of at least 12"):
+        SpectralTrellis(7).layout((1, 10))
+    with pytest.raises(CodecConfigError, match="needs its shared tables"):
+        SpectralTrellis(6).encode(spread(4, 12))
+
+
+def test_an_index_finds_more_with_it() -> None:
+    """By a scan of its signs, which must find what decoded vectors say; and more than other families do."""
+    x, queries = spread(3000, 64) + 2.0, spread(200, 64, 7) + 2.0
+    truth, reached = exact(x, queries, 10, "l2"), {}
+    for family in ("klt1.5", "trellis1.5", "pq1.5"):
+        index = Index(64, family)
+        index.train(x)
+        index.add(x)
+        reached[family] = recall(index.search(queries, 10)[1], truth)
+        if family == "klt1.5":
+            assert str(index.codec) == "ctr8,ktr11"
+            assert index.code_size == 12
+            decoded = exact(index.reconstruct(index.ids), queries, 10, "l2")
+            assert recall(index.search(queries, 10)[1], decoded) > 0.999
+    assert reached["klt1.5"] > max(reached["trellis1.5"], reached["pq1.5"]) + 0.05, reached
