@@ -112,9 +112,9 @@ class Flow:
         """Tokens of all batches."""
         return sum(batch.numel() for batch in self.batches)
 
-    def given(self, batch: int) -> Given:
-        """Return a copy of what a batch carries, on its device: some blocks write into what they are given."""
-        device = self.streamed.at(batch).hollow.device
+    def given(self, batch: int, device: torch.device | None = None) -> Given:
+        """Return a copy of what a batch carries, on its own device or another: some blocks write into it."""
+        device = device or self.streamed.at(batch).hollow.device
         return {name: tuple(leaf.to(device, copy=True) for leaf in leaves)
                 for name, leaves in self.kept.of(batch).items()}
 

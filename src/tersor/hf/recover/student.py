@@ -27,6 +27,8 @@ from tersor.payload.scales import bounded
 from tersor.store import Store
 
 Values = Mapping[str, Tensor]
+RATE = 0.01  # of a part's size, its longest step; docs/log.md
+VECTORS = 2.0  # times as much for norms and biases, which are near their best in a dense model
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -103,7 +105,7 @@ class Student:
                 self.values[name], self._dtypes[name] = stored.to(self.device, torch.float32), stored.dtype
             elif name in parameters:
                 parameters[name].data.copy_(stored)
-        self.leaves = {name: parameters[name] for name in (*self.vectors, *(line.matrix.parameter
+        self.leaves: dict[str, Tensor] = {name: parameters[name] for name in (*self.vectors, *(line.matrix.parameter
                                                                             for line in self._lines))}
         for leaf in self.leaves.values():
             leaf.requires_grad_(True)
@@ -163,10 +165,21 @@ class Student:
                 made[name] = rows[places].reshape(self.values[name].shape)
         return made
 
-    def steps(self) -> dict[str, float]:
-        """Return the size of each part, by which its steps are measured: the mean magnitude of its numbers."""
-        sizes = {name: float(value.abs().mean()) for name, value in self.values.items()}
-        return {name: size if size > 0 else 1.0 for name, size in sizes.items()}
+    def answer(self, batch: int, ids: Tensor) -> Tensor:
+        """See `Pupil`."""
+        del batch
+        return self.outputs(ids)
+
+    def longest(self) -> dict[str, float]:
+        """See `Pupil`."""
+        return {name: size * RATE * (VECTORS if name in self.vectors else 1.0)
+                for name, size in sizes(self.values).items()}
+
+
+def sizes(values: Values) -> dict[str, float]:
+    """Return the size of each part, by which its steps are measured: the mean magnitude of its numbers."""
+    found = {name: float(value.abs().mean()) for name, value in values.items()}
+    return {name: size if size > 0 else 1.0 for name, size in found.items()}
 
 
 def vectors_of(source: Source) -> list[str]:
