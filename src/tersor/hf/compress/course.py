@@ -25,7 +25,10 @@ AT_ONCE = 2048  # tokens run at a time
 STEP = 4096  # tokens of a step
 APART = 16  # one window in so many is kept apart
 LEAST = 8  # windows, of which one or more are kept apart
-MOVES = 2.0  # times that the text is read between encodings
+PASSES = 2.0  # times that a text is read
+BYTES = 20  # a parameter: the original, weights, weights without scales, gradients of two batches
+MOVING = 40  # a parameter: weights, what they were, the best and the present ones, two moments, gradients
+PARTLY = 0.6  # of a model, what is run between encodings: blocks that are not encoded yet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +55,7 @@ class RecoverSettings:
 
     text: Path | None = None
     tokens: int = 262144
-    passes: float = 2.0
+    passes: float = PASSES
     context: int = 512
     seed: int = 0
     device: str = "cpu"
@@ -71,6 +74,15 @@ class RecoverSettings:
         moves = {"moves": self.moves} if self.moves else {}
         return {RECORD: {"source": text_source(self.read), "tokens": self.tokens, "passes": self.passes, **moves,
                          "seed": self.seed, "vectors": vectors_of(source)}}
+
+    def memory(self, elements: int) -> int:
+        """Return the bytes that the trainings of a model of so many elements hold, besides activations."""
+        return (MOVING if self.moves else BYTES) * elements
+
+    def forwards(self) -> float:
+        """Return the tokens that pass the model, forward and back (as two more), the original's included."""
+        read = 3 * (self.passes + PARTLY * self.moves) * self.tokens
+        return read + (2 if self.moves else 1) * self.tokens
 
     def lesson(self, source: Source) -> Lesson:
         """Return the text in batches.

@@ -6,6 +6,7 @@ As a stage of `compress_model`, between encoding and verification; and as `recov
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import shutil
 import time
 import warnings
@@ -13,9 +14,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tersor import store
+from tersor.contract.codec import Codec
 from tersor.errors import ModelError, RecoveryWarning, TersorError, VerificationError
 from tersor.files import exclusive, read_json, seal, write_json
 from tersor.hf.compress import card
@@ -28,15 +31,16 @@ from tersor.hf.compress.verify import verify_in_fresh_process
 from tersor.hf.compress.work import WorkFolder, peak_memory
 from tersor.hf.models.classes import check_language_model
 from tersor.hf.models.evaluate import evaluate
-from tersor.hf.models.source import Source, made_from, open_source
+from tersor.hf.models.source import Source, made_from, open_source, read_matrix
 from tersor.hf.models.staging import REPORT
 from tersor.hf.models.text import default_heldout, read_ids
-from tersor.hf.recover.student import Student
+from tersor.hf.recover.student import Student, untrainable
 from tersor.hf.recover.training import Outcome, Training
 from tersor.numerics.memory import check_memory
 
-BYTES = 20  # a parameter: the original, weights, weights without scales, gradients of two batches
-MOVING = 40  # a parameter: weights, what they were, the best and the present ones, two moments, gradients
+TRIED = 64  # rows of a matrix that are encoded to see whether a codec has scales
+FLAGS = {"text": "--calibration-text", "tokens": "--tokens", "passes": "--passes", "context": "--context",
+         "seed": "--seed", "device": "--device", "heldout": "--text", "evaluation_tokens": "--evaluation-tokens"}
 
 
 def check(source: Source, settings: RecoverSettings) -> None:
@@ -44,9 +48,25 @@ def check(source: Source, settings: RecoverSettings) -> None:
     check_language_model(source.config, "recovery")
     settings.lesson(source)
     if settings.device == "cpu":
-        check_memory((MOVING if settings.moves else BYTES) * source.elements,
-                     "recovery, which holds a model and its gradients,",
+        check_memory(settings.memory(source.elements), "recovery, which holds a model and its gradients,",
                      "give a machine with more, or compress without --recover")
+
+
+def check_codecs(source: Source, codecs: Sequence[Codec]) -> None:
+    """Refuse codecs none of which has row scales, by encoding some rows of the smallest matrix.
+
+    Raises
+    ------
+    CodecConfigError
+        Lists codecs that have some.
+    """
+    smallest = min(source.layout.matrices.values(), key=lambda matrix: matrix.shape[0] * matrix.shape[1])
+    rows = read_matrix(source, smallest, "cpu")[:TRIED].to(torch.float32)
+    for codec in codecs:
+        encoded = codec.encode(rows, seed=0, tables=codec.train([rows], seed=0))
+        if codec.row_scales(encoded):
+            return
+    raise untrainable(str(source.path), [codec.spec() for codec in codecs])
 
 
 def improve(source: Source, work: WorkFolder, course: Course, tell: Progress, folder: Path | None = None) -> Outcome:
@@ -188,5 +208,12 @@ def _reported(path: Path, source: Source, work: WorkFolder, settings: RecoverSet
         report["evaluation"] = evaluate(output, source, settings.heldout or default_heldout(),
                                         context=settings.context, tokens=settings.evaluation_tokens,
                                         device=settings.device, progress=tell)
-    card.write_card(output, report, card.base_of(source), "tersor recover OUT RECOVERED --against MODEL")
+    card.write_card(output, report, card.base_of(source), command(settings))
     return report
+
+
+def command(settings: RecoverSettings) -> str:
+    """Return the command line of a recovery: of files, only names are told."""
+    changed = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)
+               if getattr(settings, field.name) != field.default}
+    return shlex.join(["tersor", "recover", "OUT", "RECOVERED", "--against", "MODEL", *card.words(changed, FLAGS)])

@@ -24,9 +24,9 @@ from tersor.families import DEFAULT, effort_of
 from tersor.files import exclusive, write_json
 from tersor.hf.compress import calibrate, card, encode, needs, plan, recover, survey
 from tersor.hf.compress.cluster import Cluster, check_engine
-from tersor.hf.compress.course import MOVES, Course, RecoverSettings
+from tersor.hf.compress.course import PASSES, Course, RecoverSettings
 from tersor.hf.compress.crew import Crew, Hands
-from tersor.hf.compress.method import check_options
+from tersor.hf.compress.method import check_options, first_rungs
 from tersor.hf.compress.reading import Reading, check_numbers
 from tersor.hf.compress.request import (
     Progress,
@@ -95,6 +95,8 @@ class CompressSettings(ChosenTexts):
     recover : bool
         Train what is not encoded yet between encodings, and what is continuous once all is encoded; see `Moving` and
         `recover_model`.
+    recover_passes : float
+        Times that recovery reads its text: between encodings, and once more as often at the end.
     """
 
     method: str = DEFAULT
@@ -118,6 +120,7 @@ class CompressSettings(ChosenTexts):
     devices: str | None = None
     engine: str | None = None
     recover: bool = False
+    recover_passes: float = PASSES
 
     def changed(self) -> dict[str, Any]:
         """Return the fields that are not their defaults; of devices, the kind."""
@@ -146,8 +149,10 @@ class CompressSettings(ChosenTexts):
     @property
     def recovery(self) -> RecoverSettings | None:
         """How what was compressed is trained, if it is to be."""
-        return RecoverSettings(self.calibration, context=self.context, seed=self.seed, device=self.device,
-                               moves=MOVES if self.calibrated else 0.0) if self.recover else None
+        if not self.recover:
+            return None
+        return RecoverSettings(self.calibration, passes=self.recover_passes, context=self.context, seed=self.seed,
+                               device=self.device, moves=self.recover_passes if self.calibrated else 0.0)
 
 
 @exclusive("output")
@@ -237,6 +242,7 @@ def _check(source: Source, request: Request, settings: CompressSettings, work: W
         check_language_model(source.config, "a sample")
     if settings.recovery is not None:
         recover.check(source, settings.recovery)
+        recover.check_codecs(source, first_rungs(request))
     source.tried.check()
     check_options(request)
     check_weights(list(source.layout.matrices), request.sensitivities)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -96,8 +96,7 @@ class Student:
         for name in opened.matrix_names():
             self._take(layout.matrices[name], opened.matrix(name))
         if not self._lines:
-            raise CodecConfigError(f"{opened.path}: nothing to train: no row scales in {_codecs(self.fixed)}; codecs "
-                                   f"that have them: {', '.join(trainable())}, and others of their kinds")
+            raise untrainable(str(opened.path), list(self.fixed.values()))
         parameters = dict(self.model.named_parameters())
         for name in opened.plain_names():
             stored = opened.plain(name)
@@ -189,8 +188,14 @@ def vectors_of(source: Source) -> list[str]:
             if len(size) == 1 and name in own and own[name].is_floating_point()]
 
 
-def _codecs(fixed: Mapping[str, str]) -> str:
-    listed = sorted(set(fixed.values()))
+def untrainable(where: str, codecs: Sequence[str]) -> CodecConfigError:
+    """Return the error that says that none of some codecs has row scales, and which have."""
+    return CodecConfigError(f"{where}: nothing to train: no row scales in {_codecs(codecs)}; codecs that have them: "
+                            f"{', '.join(trainable())}, and others of their kinds")
+
+
+def _codecs(codecs: Sequence[str]) -> str:
+    listed = sorted(set(codecs))
     return ", ".join(f"'{one}'" for one in listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
 
 
