@@ -178,7 +178,7 @@ def test_matrices_by_what_they_read() -> None:
 @pytest.mark.parametrize("groups", [1, 3])
 def test_shares_are_all_steps(groups: int, source: Source, asked: dict[str, Any]) -> None:
     course = Course(source, RecoverSettings(asked["calibration"], context=16, moves=3.0), Path(), no_progress)
-    assert sum(sum(course.shares(stage, 5, groups)) for stage in range(5)) == course.steps > 0
+    assert sum(sum(course.shares(stage, 5, groups)) for stage in range(5)) == course.between.steps > 0
 
 
 def test_the_teacher_is_the_original(source: Source, asked: dict[str, Any]) -> None:

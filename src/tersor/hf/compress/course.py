@@ -21,8 +21,9 @@ from tersor.hf.recover.student import vectors_of
 from tersor.hf.recover.training import Lesson, halves
 
 RECORD = "recovery"  # in a manifest's provenance
-AT_ONCE = 2048  # tokens run at a time
+AT_ONCE = 1024  # tokens run at a time
 STEP = 4096  # tokens of a step
+MOVE = 2048  # tokens of a step between encodings: of so many numbers, many short steps move more than few
 APART = 16  # one window in so many is kept apart
 LEAST = 8  # windows, of which one or more are kept apart
 PASSES = 2.0  # times that a text is read
@@ -103,8 +104,7 @@ class RecoverSettings:
         kept = torch.arange(len(every)) % APART == LEAST - 1
         size = max(1, AT_ONCE // self.context)
         apart, rest = every[kept].split(size), every[~kept].split(size)
-        each = max(1, STEP // max(AT_ONCE, self.context))
-        lesson = Lesson([*apart, *rest], len(apart), each, 0, self.seed)
+        lesson = Lesson([*apart, *rest], len(apart), max(1, STEP // max(AT_ONCE, self.context)), 0, self.seed)
         return dataclasses.replace(lesson, steps=max(1, steps_of(lesson, self.passes)))
 
 
@@ -147,8 +147,8 @@ class Course:
     settings : RecoverSettings
     lesson : Lesson
         Of the training at the end.
-    steps : int
-        Of all trainings between encodings.
+    between : Lesson
+        Of all trainings between encodings, as if they were one.
     phases : list of Phase
         What came of these.
     """
@@ -156,7 +156,9 @@ class Course:
     def __init__(self, source: Source, settings: RecoverSettings, folder: Path, progress: Progress) -> None:
         self.settings, self.lesson, self._source = settings, settings.lesson(source), source
         self._folder, self._progress = folder, progress
-        self.steps = steps_of(self.lesson, settings.moves)
+        each = max(1, MOVE // max(AT_ONCE, settings.context))
+        self.between = dataclasses.replace(self.lesson, each=each, checks=1)
+        self.between = dataclasses.replace(self.between, steps=steps_of(self.between, settings.moves))
         self.phases: list[Phase] = []
 
     @functools.cached_property
@@ -178,5 +180,5 @@ class Course:
 
     def shares(self, stage: int, stages: int, groups: int) -> list[int]:
         """Return the steps of trainings before each group of a stage: all stages and groups get about as many."""
-        begin, end = (self.steps * at // stages for at in (stage, stage + 1))
+        begin, end = (self.between.steps * at // stages for at in (stage, stage + 1))
         return [(end - begin) * (at + 1) // groups - (end - begin) * at // groups for at in range(groups)]

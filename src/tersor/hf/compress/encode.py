@@ -50,7 +50,7 @@ def run(job: Job, work: WorkFolder, *, device: str = "cpu", reading: Reading | N
     """
     source, picks = job.source, job.picks
     check_plan(source, picks)
-    tally = Tally(progress, 0 if course is None else course.steps)
+    tally = Tally(progress, 0 if course is None else course.between.steps)
     desk = Desk(job, work / "matrices", tally.encoded, crew or Hands([torch.device(device)]))
     for name, held in (kept or {}).items():
         desk.keep(name, held(), read_matrix(source, source.layout.matrices[name], "cpu"))

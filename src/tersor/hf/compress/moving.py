@@ -143,7 +143,7 @@ class Moving:
         """Train matrices; they stay as they were where it does not help."""
         if not matrices or not steps:
             return
-        lesson = dataclasses.replace(self._course.lesson, steps=steps, begin=self._taken, checks=1)
+        lesson = dataclasses.replace(self._course.between, steps=steps, begin=self._taken)
         saved = Checkpoint(self._work / "recover.part", seal([self._mark, stage, number]))
         with Mover(self._text, stage, matrices) as mover:
             outcome: Outcome = Training(mover, self._course.teacher, lesson, saved,
