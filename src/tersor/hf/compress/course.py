@@ -24,11 +24,12 @@ RECORD = "recovery"  # in a manifest's provenance
 AT_ONCE = 1024  # tokens run at a time
 STEP = 4096  # tokens of a step
 MOVE = 2048  # tokens of a step between encodings: of so many numbers, many short steps move more than few
+LOOK = 8192  # tokens kept apart that are looked at before and after each training between encodings
 APART = 16  # one window in so many is kept apart
 LEAST = 8  # windows, of which one or more are kept apart
 PASSES = 2.0  # times that a text is read
 BYTES = 20  # a parameter: the original, weights, weights without scales, gradients of two batches
-MOVING = 40  # a parameter: weights, what they were, the best and the present ones, two moments, gradients
+MOVING = 40  # a parameter: weights, what they were, the best and the present ones, two means, gradients
 PARTLY = 0.6  # of a model, what is run between encodings: blocks that are not encoded yet
 
 
@@ -157,7 +158,8 @@ class Course:
         self.settings, self.lesson, self._source = settings, settings.lesson(source), source
         self._folder, self._progress = folder, progress
         each = max(1, MOVE // max(AT_ONCE, settings.context))
-        self.between = dataclasses.replace(self.lesson, each=each, checks=1)
+        looks = max(1, LOOK // max(AT_ONCE, settings.context))
+        self.between = dataclasses.replace(self.lesson, each=each, checks=1, looks=looks, constant=True)
         self.between = dataclasses.replace(self.between, steps=steps_of(self.between, settings.moves))
         self.phases: list[Phase] = []
 

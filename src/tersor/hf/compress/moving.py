@@ -28,7 +28,7 @@ from tersor.hf.compress.work import WorkFolder
 from tersor.hf.models.flow import Activations, Flow
 from tersor.hf.models.matrices import Matrix
 from tersor.hf.recover.mover import Mover, place
-from tersor.hf.recover.training import Outcome, Training
+from tersor.hf.recover.training import Moments, Training
 
 FOLDER = "moved"  # in the work folder: weights as they are at the entrance of a block
 
@@ -84,6 +84,7 @@ class Moving:
         self._tables = [m for m in self._encoded.matrices(self._last) if self._encoded.looks_up(m)]
         self._mark = seal([desk.mark, course.mark])
         self._taken = 0  # steps of all phases before
+        self._moments: dict[str, Moments] = {}
 
     def run(self) -> None:
         """Encode all; the course has what came of the trainings."""
@@ -146,8 +147,10 @@ class Moving:
         lesson = dataclasses.replace(self._course.between, steps=steps, begin=self._taken)
         saved = Checkpoint(self._work / "recover.part", seal([self._mark, stage, number]))
         with Mover(self._text, stage, matrices) as mover:
-            outcome: Outcome = Training(mover, self._course.teacher, lesson, saved,
-                                        lambda done: self._tell(self._taken + done)).run()
+            training = Training(mover, self._course.teacher, lesson, saved,
+                                lambda done: self._tell(self._taken + done), self._moments)
+            outcome = training.run()
+        self._moments = training.moments()
         saved.drop()
         self._taken += steps
         self._tell(self._taken)
@@ -183,6 +186,8 @@ class Moving:
         left = [m for later in range(stage, self._last + 1) for m in self._matrices(later)]
         tensors = {m.name: m.take(hollow.parameter(m.parameter).detach()) for m in left
                    if not hollow.parameter(m.parameter).is_meta}
+        tensors |= {f"{name}:{key}": tensor for name, held in self._moments.items() if name in tensors
+                    for key, tensor in held.items()}
         file.parent.mkdir(parents=True, exist_ok=True)
         save_sealed(tensors, file, {"job": self._mark, "taken": self._taken,
                                     "phases": [dataclasses.astuple(phase) for phase in self._course.phases]})
@@ -211,7 +216,12 @@ class Moving:
             shutil.rmtree(self._work / FOLDER, ignore_errors=True)
             return
         matrices = {m.name: m for later in range(stage, self._last + 1) for m in self._matrices(later)}
-        place(self._flow, matrices, found[0])
+        device = self._encoded.hollow.device
+        place(self._flow, matrices, {name: tensor for name, tensor in found[0].items() if name in matrices})
+        for key, tensor in found[0].items():
+            name, _, what = key.rpartition(":")
+            if name in matrices and key not in matrices:
+                self._moments.setdefault(name, {})[what] = tensor.to("cpu" if what == "step" else device, copy=True)
         self._taken, self._course.phases[:] = found[1]["taken"], [Phase(*told) for told in found[1]["phases"]]
         self._tell(self._taken)
 

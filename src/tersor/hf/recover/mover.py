@@ -14,7 +14,7 @@ from tersor.hf.models.flow import Flow
 from tersor.hf.models.matrices import Matrix
 from tersor.hf.recover.student import sizes
 
-RATE = 0.002  # of the mean magnitude of a matrix's weights, the longest step; docs/log.md
+RATE = 0.0025  # of the mean magnitude of a matrix's weights, the longest step; docs/log.md
 
 
 class Mover:

@@ -19,10 +19,14 @@ from tersor.hf.models.flow import in_order
 
 NATS = 0.5  # below this loss, steps shrink with its root, as the way to the best parts does
 WARM = 0.05  # share of the steps in which they grow to the longest
+WARM_STEPS = 3  # in which they do where they are constant afterwards
 BETAS = (0.9, 0.98)
 CHECKS = 8  # times that the kept-apart text is looked at
 PATIENCE = 5  # looks without a better state, after which training ends
 DIVERGED = 1.5  # times the first loss on the kept-apart text
+
+
+Moments = dict[str, Tensor]  # what Adam keeps of a part: `step`, `exp_avg`, `exp_avg_sq`
 
 
 class Pupil(Protocol):
@@ -101,6 +105,10 @@ class Lesson:
         Steps of that order that other trainings take before.
     checks : int
         Times that the kept-apart text is looked at.
+    looks : int or None
+        Batches of it that are looked at, evenly spaced; None: all.
+    constant : bool
+        Steps are as long at the end as at the beginning: what is trained is trained on.
     """
 
     batches: Sequence[Tensor]
@@ -110,6 +118,8 @@ class Lesson:
     seed: int = 0
     begin: int = 0
     checks: int = CHECKS
+    looks: int | None = None
+    constant: bool = False
 
     def order(self) -> list[list[int]]:
         """Return the batches of every step: each time through the text in another order."""
@@ -184,10 +194,12 @@ class Training:
     saved : Saved
     tell : callable
         Called with the steps that are done.
+    moments : mapping or None
+        What `moments` returned after a training of the same parts, or more, that this one goes on from.
     """
 
-    def __init__(self, student: Pupil, teacher: Teacher, lesson: Lesson, saved: Saved,
-                 tell: Callable[[int], None]) -> None:
+    def __init__(self, student: Pupil, teacher: Teacher, lesson: Lesson, saved: Saved, tell: Callable[[int], None],
+                 moments: Mapping[str, Moments] | None = None) -> None:
         self.student, self.teacher, self.lesson, self.saved, self._tell = student, teacher, lesson, saved, tell
         self.parts = {name: value.clone().requires_grad_(True) for name, value in student.values.items()}
         longest = student.longest()
@@ -195,6 +207,13 @@ class Training:
         self._adam = torch.optim.Adam([{"params": [part], "lr": rate} for part, rate in
                                        zip(self.parts.values(), self._longest, strict=True)], betas=BETAS)
         self.outcome = Outcome(dict(student.values))
+        for name, part in self.parts.items():
+            if moments is not None and name in moments:
+                self._adam.state[part] = dict(moments[name])
+
+    def moments(self) -> dict[str, Moments]:
+        """Return the means that Adam keeps of the gradients of each part that has made a step."""
+        return {name: self._adam.state[part] for name, part in self.parts.items() if part in self._adam.state}
 
     def run(self) -> Outcome:
         """Train to the end, or until it no longer helps; the student is left with the best parts."""
@@ -218,6 +237,8 @@ class Training:
     def _share(self, step: int) -> float:
         """Return the share of the longest step: it grows, then falls as a cosine does; less where less is to be won."""
         warm, haste = max(1.0, WARM * self.lesson.steps), min(1.0, math.sqrt(self.outcome.before / NATS))
+        if self.lesson.constant:
+            return haste * min(1.0, (self.lesson.begin + step + 1) / WARM_STEPS)
         return haste * min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / self.lesson.steps))
 
     def _step(self, batches: Sequence[int], share: float) -> None:
@@ -248,7 +269,7 @@ class Training:
 
     def _apart(self) -> float:
         """Return the mean KL a position on the text kept apart."""
-        listed = range(self.lesson.apart)
+        listed = range(0, self.lesson.apart, max(1, self.lesson.apart // (self.lesson.looks or self.lesson.apart)))
         total = sum(in_order(len(listed), lambda at: float(self._loss(listed[at])), devices=[self.student.device]))
         return total / sum(self.lesson.batches[at].numel() for at in listed)
 
@@ -257,7 +278,8 @@ class Training:
         for name, part in self.parts.items():
             state = self._adam.state[part]
             tensors |= {f"now:{name}": part.detach(), f"best:{name}": self.outcome.values[name],
-                        f"mean:{name}": state["exp_avg"], f"square:{name}": state["exp_avg_sq"]}
+                        f"mean:{name}": state["exp_avg"], f"square:{name}": state["exp_avg_sq"],
+                        f"steps:{name}": state["step"]}
         kept = self.outcome
         self.saved.save(tensors, {"step": step, "before": kept.before, "after": kept.after, "best": kept.steps,
                                   "history": kept.history})
@@ -273,7 +295,7 @@ class Training:
             part.data.copy_(tensors[f"now:{name}"])
             kept.values[name] = tensors[f"best:{name}"].to(part.device, copy=True)
             mean, square = (tensors[f"{kind}:{name}"].to(part.device, copy=True) for kind in ("mean", "square"))
-            self._adam.state[part] = {"step": torch.tensor(float(record["step"])), "exp_avg": mean,
+            self._adam.state[part] = {"step": tensors[f"steps:{name}"].to("cpu", copy=True), "exp_avg": mean,
                                       "exp_avg_sq": square}
         kept.before, kept.after, kept.steps, kept.taken = (record["before"], record["after"], record["best"],
                                                            record["step"])
