@@ -24,7 +24,7 @@ from tersor.families import DEFAULT, effort_of
 from tersor.files import exclusive, write_json
 from tersor.hf.compress import calibrate, card, encode, needs, plan, recover, survey
 from tersor.hf.compress.cluster import Cluster, check_engine
-from tersor.hf.compress.course import PASSES, Course, RecoverSettings
+from tersor.hf.compress.course import END, MOVES, Course, RecoverSettings
 from tersor.hf.compress.crew import Crew, Hands
 from tersor.hf.compress.method import check_options, first_rungs
 from tersor.hf.compress.reading import Reading, check_numbers
@@ -96,7 +96,7 @@ class CompressSettings(ChosenTexts):
         Train what is not encoded yet between encodings, and what is continuous once all is encoded; see `Moving` and
         `recover_model`.
     recover_passes : float
-        Times that recovery reads its text: between encodings, and once more as often at the end.
+        Times that recovery reads its text between encodings; a quarter as often at the end.
     """
 
     method: str = DEFAULT
@@ -120,7 +120,7 @@ class CompressSettings(ChosenTexts):
     devices: str | None = None
     engine: str | None = None
     recover: bool = False
-    recover_passes: float = PASSES
+    recover_passes: float = MOVES
 
     def changed(self) -> dict[str, Any]:
         """Return the fields that are not their defaults; of devices, the kind."""
@@ -151,7 +151,7 @@ class CompressSettings(ChosenTexts):
         """How what was compressed is trained, if it is to be."""
         if not self.recover:
             return None
-        return RecoverSettings(self.calibration, passes=self.recover_passes, context=self.context, seed=self.seed,
+        return RecoverSettings(self.calibration, passes=END * self.recover_passes, context=self.context, seed=self.seed,
                                device=self.device, moves=self.recover_passes if self.calibrated else 0.0)
 
 
