@@ -189,7 +189,7 @@ def encode_order(order: Order, dense: Tensor, hessian: Tensor | None = None,
     aim = moved
     if hessian is not None and change is not None:
         with pinned():
-            aim = compensated(dense, change, hessian, order.ridge)
+            aim = compensated(dense, change, hessian, order.ridge, moved)
     encoded, found = encode_matrix(dense, order.codec, hessian, order.seed, order.options, order.name, aim=aim)
     if moved is not None:
         away = [part.square().sum(dtype=torch.float64) for part in (moved - dense, dense.to(torch.float32))]

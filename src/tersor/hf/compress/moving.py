@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from tersor.hf.models.matrices import Matrix
 from tersor.hf.recover.mover import Mover, place
 from tersor.hf.recover.training import Moments, Training
 
+RIDGE = 1.0  # times the mean square of an input: what holds a matrix to what it has moved to; docs/log.md
 FOLDER = "moved"  # in the work folder: weights as they are at the entrance of a block
 
 
@@ -79,7 +80,7 @@ class Moving:
         self._original = reading.streamed()
         self._encoded = reading.streamed(like=self._original)
         self._last = len(self._encoded.blocks)
-        self._flow = reading.flow(self._encoded, "encoded")
+        self._dense, self._flow = reading.flow(self._original, "dense"), reading.flow(self._encoded, "encoded")
         self._text = Flow(self._encoded, course.lesson.batches, Activations(reading.folder / "lesson"))
         self._tables = [m for m in self._encoded.matrices(self._last) if self._encoded.looks_up(m)]
         self._mark = seal([desk.mark, course.mark])
@@ -89,8 +90,8 @@ class Moving:
     def run(self) -> None:
         """Encode all; the course has what came of the trainings."""
         ends = outside_of(self._reading, beside(self._work / "survey.jsonl"))
-        self._encode(self._tables, ends)
-        passed = Place(Checkpoint(self._work / "encode.part", self._mark), self._flow, self._text)
+        self._encode(self._tables, ends, None)
+        passed = Place(Checkpoint(self._work / "encode.part", self._mark), self._dense, self._flow, self._text)
         begin = self._taken_up(next((stage for stage in range(self._last) if not self._finished(stage)), self._last))
         at = passed.resume(begin)
         with contextlib.ExitStack() as stack:
@@ -105,11 +106,11 @@ class Moving:
                         self._work_on(stage)
                     else:
                         self._install(self._matrices(stage))
-                    for flow in (self._flow, self._text):
+                    for flow in (self._dense, self._flow, self._text):
                         flow.through(stage, watch=False, keep=True)
                 passed.passed(stage)
         passed.drop()
-        for folder in (self._work / FOLDER, *(self._reading.folder / name for name in ("encoded", "lesson"))):
+        for folder in (self._work / FOLDER, *(self._reading.folder / name for name in ("dense", "encoded", "lesson"))):
             shutil.rmtree(folder, ignore_errors=True)
 
     def _matrices(self, stage: int) -> list[Matrix]:
@@ -128,8 +129,8 @@ class Moving:
             left += [m for later in range(stage + 1, self._last + 1) for m in self._matrices(later)]
             self._train(stage, number, [m for m in left if not self._encoded.hollow.parameter(m.parameter).is_meta],
                         steps)
-            moments = self._flow.through(stage, watch=True, keep=False)
-            self._encode(group, moments, moved=True)
+            own, change = self._flow.beside(self._dense, stage, keep=False)
+            self._encode(group, own, change)
 
     def _groups(self, stage: int) -> list[list[Matrix]]:
         """Return the matrices of a stage in order of use, those together that read one tensor; others with the last."""
@@ -156,16 +157,18 @@ class Moving:
         self._tell(self._taken)
         self._course.phases.append(Phase(stage, number, outcome.before, outcome.after))
 
-    def _encode(self, matrices: Sequence[Matrix], moments: dict[str, Tensor], *, moved: bool = False) -> None:
+    def _encode(self, matrices: Sequence[Matrix], moments: Mapping[str, Tensor],
+                change: Mapping[str, Tensor] | None) -> None:
+        """Encode matrices by moments of their inputs; with a change, near what they have moved to."""
         device = self._encoded.hollow.device
-        own = {name: tensor.to(device) for name, tensor in moments.items()}
+        own, off = ({name: tensor.to(device) for name, tensor in held.items()} for held in (moments, change or {}))
 
         def aim(matrix: Matrix) -> Tensor | None:
             held = self._encoded.hollow.parameter(matrix.parameter)
-            return matrix.take(held.detach()).to(torch.float32) if moved and not held.is_meta else None
+            return matrix.take(held.detach()).to(torch.float32) if change is not None and not held.is_meta else None
 
-        self._desk.encode([Wanted(m.name, lambda m=m: (dense_of(self._original, m),), (own.get(m.name), None, aim(m)),
-                                  m.name in own) for m in matrices])
+        self._desk.encode([Wanted(m.name, lambda m=m: (dense_of(self._original, m),),
+                                  (own.get(m.name), off.get(m.name), aim(m)), m.name in own, RIDGE) for m in matrices])
         self._install(matrices)
 
     def _install(self, matrices: Sequence[Matrix]) -> None:
