@@ -30,7 +30,7 @@ from tersor.hf.models.matrices import Matrix
 from tersor.hf.recover.mover import Mover, place
 from tersor.hf.recover.training import Moments, Training
 
-RIDGE = 1.0  # times the mean square of an input: what holds a matrix to what it has moved to; docs/log.md
+RIDGE = 3.0  # times the mean square of an input: what holds a matrix to what it has moved to; docs/log.md
 FOLDER = "moved"  # in the work folder: weights as they are at the entrance of a block
 
 
