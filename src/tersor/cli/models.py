@@ -95,7 +95,7 @@ def compress(src: Src, output: NewOut, rate: BudgetRate = None, size: Size = Non
              base_model: Annotated[str | None, typer.Option(help="OWNER/NAME of the original, for the card")] = None,
              recover: Annotated[bool, typer.Option("--recover", help="train what is not encoded yet, then scales and "
                                                                      "norms")] = False,
-             recover_passes: Annotated[float, typer.Option(help="times that recovery reads its text")] = 4.0,
+             recover_passes: Annotated[float, typer.Option(help="times that recovery reads its text")] = 3.0,
              dry_run: Annotated[bool, typer.Option("--dry-run", help="estimate bytes, memory and time only")] = False,
              file_format: FileFormat = OWN, as_json: AsJson = False) -> None:
     """Compress a model to a budget. Calibrates, surveys, plans, encodes, verifies and evaluates."""

@@ -75,7 +75,7 @@ def test_gradients_are_those_of_the_whole_model(name: str, tmp_path: Path) -> No
         later = [m for at in range(stage, len(model.blocks) + 1) for m in model.matrices(at) if not model.looks_up(m)]
         if not later:
             continue
-        with Mover(text, stage, later) as moved:
+        with Mover(text, stage, later, {}) as moved:
             logits = moved.answer(0, ids)
             found = moved.gradients(dict(zip(moved.leaves, torch.autograd.grad(
                 logits.square().sum(), list(moved.leaves.values()), materialize_grads=True), strict=True)))

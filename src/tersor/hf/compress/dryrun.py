@@ -24,6 +24,7 @@ from tersor.hf.compress.work import WorkFolder, memory
 from tersor.hf.models.flow import HELD
 from tersor.hf.models.matrices import Matrix
 from tersor.hf.models.source import Source, open_source, read_matrix
+from tersor.hf.recover.training import halves
 from tersor.numerics.settings import pinned, threads_allowed
 from tersor.planning.plan import check_weights
 
@@ -155,7 +156,8 @@ def _forward_seconds(matrices: list[Matrix], sample: Matrix, settings: CompressS
     passed = flop * OVERHEAD / workers
     surveyed = min(read, survey.SURVEY_TOKENS)
     training = settings.recovery
-    trained = 0.0 if training is None else training.forwards() * products * flop * OVERHEAD / threads_allowed()
+    slower = 1.0 if halves(torch.device(settings.places[0])) else OVERHEAD  # the product is timed in 32 bits
+    trained = 0.0 if training is None else training.forwards() * products * flop * slower / threads_allowed()
     return {"recover": trained, "calibrate": drawn * 4 * products * passed,
             "survey": surveyed * (products + moments) * passed, "encode": read * (3 * products + 2 * moments) * passed,
             "evaluate": tokens * 2 * products * flop * OVERHEAD}

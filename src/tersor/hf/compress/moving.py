@@ -85,6 +85,7 @@ class Moving:
         self._tables = [m for m in self._encoded.matrices(self._last) if self._encoded.looks_up(m)]
         self._mark = seal([desk.mark, course.mark])
         self._taken = 0  # steps of all phases before
+        self._moved: dict[str, Tensor] = {}  # float32, where the model may hold fewer bits
         self._moments: dict[str, Moments] = {}
 
     def run(self) -> None:
@@ -147,11 +148,11 @@ class Moving:
             return
         lesson = dataclasses.replace(self._course.between, steps=steps, begin=self._taken)
         saved = Checkpoint(self._work / "recover.part", seal([self._mark, stage, number]))
-        with Mover(self._text, stage, matrices) as mover:
+        with Mover(self._text, stage, matrices, self._moved) as mover:
             training = Training(mover, self._course.teacher, lesson, saved,
                                 lambda done: self._tell(self._taken + done), self._moments)
             outcome = training.run()
-        self._moments = training.moments()
+        self._moved, self._moments = outcome.values, training.moments()
         saved.drop()
         self._taken += steps
         self._tell(self._taken)
@@ -164,8 +165,7 @@ class Moving:
         own, off = ({name: tensor.to(device) for name, tensor in held.items()} for held in (moments, change or {}))
 
         def aim(matrix: Matrix) -> Tensor | None:
-            held = self._encoded.hollow.parameter(matrix.parameter)
-            return matrix.take(held.detach()).to(torch.float32) if change is not None and not held.is_meta else None
+            return None if change is None else self._moved.get(matrix.name)
 
         self._desk.encode([Wanted(m.name, lambda m=m: (dense_of(self._original, m),),
                                   (own.get(m.name), off.get(m.name), aim(m)), m.name in own, RIDGE) for m in matrices])
@@ -183,12 +183,11 @@ class Moving:
 
     def _save(self, stage: int) -> None:
         """Keep what has moved, for a run that goes on with this stage."""
-        file, hollow = self._file(stage), self._encoded.hollow
+        file = self._file(stage)
         if not stage or file.exists():
             return
         left = [m for later in range(stage, self._last + 1) for m in self._matrices(later)]
-        tensors = {m.name: m.take(hollow.parameter(m.parameter).detach()) for m in left
-                   if not hollow.parameter(m.parameter).is_meta}
+        tensors = {m.name: self._moved[m.name] for m in left if m.name in self._moved}
         tensors |= {f"{name}:{key}": tensor for name, held in self._moments.items() if name in tensors
                     for key, tensor in held.items()}
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -220,7 +219,8 @@ class Moving:
             return
         matrices = {m.name: m for later in range(stage, self._last + 1) for m in self._matrices(later)}
         device = self._encoded.hollow.device
-        place(self._flow, matrices, {name: tensor for name, tensor in found[0].items() if name in matrices})
+        self._moved = {name: tensor.to(device, copy=True) for name, tensor in found[0].items() if name in matrices}
+        place(self._flow, matrices, self._moved)
         for key, tensor in found[0].items():
             name, _, what = key.rpartition(":")
             if name in matrices and key not in matrices:

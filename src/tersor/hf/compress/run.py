@@ -96,7 +96,7 @@ class CompressSettings(ChosenTexts):
         Train what is not encoded yet between encodings, and what is continuous once all is encoded; see `Moving` and
         `recover_model`.
     recover_passes : float
-        Times that recovery reads its text between encodings; a quarter as often at the end.
+        Times that recovery reads its text between encodings; a third as often at the end.
     """
 
     method: str = DEFAULT

@@ -27,6 +27,8 @@ class Mover:
     stage : int
     matrices : sequence of Matrix
         Those that are trained; they lie in the stage or after it.
+    moved : mapping of str to Tensor
+        What was trained before, float32, which the model may hold in fewer bits.
 
     Attributes
     ----------
@@ -37,13 +39,13 @@ class Mover:
         The parameters that hold them.
     """
 
-    def __init__(self, flow: Flow, stage: int, matrices: Sequence[Matrix]) -> None:
+    def __init__(self, flow: Flow, stage: int, matrices: Sequence[Matrix], moved: Mapping[str, Tensor]) -> None:
         self._flow, self._stage, self._matrices = flow, stage, {m.name: m for m in matrices}
         hollow = flow.streamed.hollow
         self.device = hollow.device
         self.leaves: dict[str, Tensor] = {m.parameter: hollow.parameter(m.parameter) for m in matrices}
-        self.values = {m.name: m.take(self.leaves[m.parameter].detach()).to(torch.float32, copy=True)
-                       for m in matrices}
+        self.values = {m.name: moved[m.name] if m.name in moved else
+                       m.take(self.leaves[m.parameter].detach()).to(torch.float32, copy=True) for m in matrices}
 
     def __enter__(self) -> Mover:
         """Record gradients of the leaves."""
