@@ -7,7 +7,7 @@ import importlib
 from bench.suite import RefusedError, Suite
 
 SUBJECTS = ("matrices", "language", "qet", "kashin", "two_basis", "low_rank", "rom", "kv", "gpu", "vectors",
-            "embeddings", "pictures", "trellis", "cpu", "compress", "serving", "adapters")
+            "embeddings", "pictures", "trellis", "cpu", "compress", "serving", "adapters", "recovery")
 
 
 def every() -> list[Suite]:

@@ -50,6 +50,10 @@ def test_compensation_is_the_least_squares_solution(ridge: float) -> None:
     found = compensated(w.float(), ((x - y).T @ y / 200).float(), hessian.float(), ridge)
     # float32, conditioned by (1 + ridge) / ridge times the spread of the moments' eigenvalues, below 100 here
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
+    near = (w + 0.1 * gaussian((5, 12), 3)).double()
+    expected = torch.linalg.lstsq(rows, torch.cat([x @ w.T, weight * near.T])).solution.T
+    found = compensated(w.float(), ((x - y).T @ y / 200).float(), hessian.float(), ridge, near.float())
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
     same = compensated(w.float(), torch.zeros(12, 12), hessian.float(), ridge)
     assert torch.equal(same, w.float())  # equal inputs need no other matrix
 

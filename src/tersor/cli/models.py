@@ -93,8 +93,9 @@ def compress(src: Src, output: NewOut, rate: BudgetRate = None, size: Size = Non
              resume: Resume = True, whole_model: Whole = False,
              samples: Annotated[int, typer.Option(help="sample generations in the report; 0: none")] = SAMPLES,
              base_model: Annotated[str | None, typer.Option(help="OWNER/NAME of the original, for the card")] = None,
-             recover: Annotated[bool, typer.Option("--recover", help="then train scales and norms, as `tersor recover` "
-                                                                     "does")] = False,
+             recover: Annotated[bool, typer.Option("--recover", help="train what is not encoded yet, then scales and "
+                                                                     "norms")] = False,
+             recover_passes: Annotated[float, typer.Option(help="times that recovery reads its text")] = 3.0,
              dry_run: Annotated[bool, typer.Option("--dry-run", help="estimate bytes, memory and time only")] = False,
              file_format: FileFormat = OWN, as_json: AsJson = False) -> None:
     """Compress a model to a budget. Calibrates, surveys, plans, encodes, verifies and evaluates."""
@@ -123,7 +124,7 @@ def compress(src: Src, output: NewOut, rate: BudgetRate = None, size: Size = Non
         evaluation_tokens, context, seed, device if dry_run else device_of(device), resume,
         parse_options(option), read_weights(sensitivities),
         None if dense is None else tuple(dense), tuple(leave_out or ()), samples, base_model, effort, whole_model,
-        devices, engine, recover)
+        devices, engine, recover, recover_passes)
     nbytes = None if size is None else parse_size(size)
     rate = 3.0 if rate is None and nbytes is None else rate
     if dry_run:

@@ -95,20 +95,24 @@ class ChangeSum:
         return self._sum / max(1, self.count)
 
 
-def compensated(matrix: Tensor, change: Tensor, hessian: Tensor, ridge: float) -> Tensor:
+def compensated(matrix: Tensor, change: Tensor, hessian: Tensor, ridge: float, near: Tensor | None = None) -> Tensor:
     """Return the matrix that makes of inputs y what comes nearest to what `matrix` (out, in) makes of x, float32.
 
-    It minimizes `E‖W x - V y‖² + λ ‖V - W‖²` over V, λ being `ridge` times the mean square of an input y.
+    It minimizes `E‖W x - V y‖² + λ ‖V - U‖²` over V, λ being `ridge` times the mean square of an input y.
 
     Parameters
     ----------
     change, hessian : Tensor
         `E[(x - y) yᵀ]` and `E[y yᵀ]`, (in, in).
+    near : Tensor or None
+        U, (out, in); None: W.
     """
     dense, regular = matrix.to(torch.float32), hessian.to(torch.float32, copy=True)
+    start = dense if near is None else near.to(torch.float32)
+    off = dense @ change if near is None else dense @ change + (dense - start) @ hessian.to(torch.float32)
     regular.diagonal().add_(ridge * float(regular.diagonal().mean(dtype=torch.float64)) or 1.0)
     factor = torch.linalg.cholesky(regular)
-    return dense + torch.cholesky_solve((dense @ change).T, factor).T
+    return start + torch.cholesky_solve(off.T, factor).T
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -293,6 +293,14 @@ def test_dry_run_writes_nothing(tiny: Callable[[str], Path], tmp_path: Path) -> 
         estimate(tiny("llama"), tmp_path / "out", 0.2, None, run.CompressSettings(calibrated=False))
 
 
+def test_dry_run_tells_of_recovery(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    plain, recovered = (estimate(tiny("llama"), tmp_path / "out", 4.0, None, run.CompressSettings(recover=recover))
+                        for recover in (False, True))
+    assert "seconds_recover" not in plain
+    assert recovered["seconds"] >= recovered["seconds_recover"] > 0
+    assert recovered["peak_memory_bytes"] > 0
+
+
 def test_dry_run_reads_one_matrix(tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
 

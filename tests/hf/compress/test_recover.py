@@ -20,7 +20,7 @@ from tersor.hf.compress.request import Sampling
 from tersor.hf.compress.verify import verify
 from tersor.hf.models.evaluate import load_compressed
 from tersor.hf.models.source import open_source
-from tersor.hf.recover import training
+from tersor.hf.recover import student as student_of
 from tersor.hf.recover.student import Student
 from tersor.hf.recover.training import Lesson, Outcome, Training, divergence
 from tests.hf.tiny import resigned, save_tiny, save_tokenizer
@@ -164,7 +164,7 @@ def test_a_killed_run_goes_on(after: int, source: Path, packed: Path, tmp_path: 
 @pytest.mark.filterwarnings("ignore::tersor.errors.RecoveryWarning")
 def test_divergence_falls_back_and_says_so(source: Path, packed: Path, tmp_path: Path,
                                            monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "RATE", 30.0)
+    monkeypatch.setattr(student_of, "RATE", 30.0)
     with pytest.warns(RecoveryWarning, match=r"diverged|nothing better"):
         report = recover_model(packed, tmp_path / "out", source, **SMALL)
     assert report["recovery"]["kl_after"] == report["recovery"]["kl_before"]
@@ -232,7 +232,10 @@ def test_refusals(source: Path, packed: Path, tmp_path: Path) -> None:
     compress_model(source, tmp_path / "klt", 9.0, method="sum(lm2;lm2)", calibrated=False, evaluation_tokens=0)
     with pytest.raises(CodecConfigError, match=r"nothing to train.*tr2x8"):
         recover_model(tmp_path / "klt", tmp_path / "out", source, **SMALL)
+    with pytest.raises(CodecConfigError, match=r"nothing to train.*sum.*tr2x8"):
+        compress_model(source, tmp_path / "no", 9.0, method="sum(lm2;lm2)", calibrated=False, recover=True, context=16)
     assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "no.work").exists()
 
 
 def test_the_verb(source: Path, packed: Path, tmp_path: Path) -> None:
@@ -245,6 +248,9 @@ def test_the_verb(source: Path, packed: Path, tmp_path: Path) -> None:
     assert told["kl_apart_after"] < told["kl_apart_before"]
     assert told["bytes"] == store.stored_nbytes(tmp_path / "given.recovered")
     assert 0 <= told["bytes"] - told["bytes_before"] < 2000  # the manifest's record, and its copy
+    said = (tmp_path / "given.recovered" / "README.md").read_text()
+    assert "MODEL --tokens 2048 --passes 8.0 --context 16 --evaluation-tokens 0" in said
+    assert "trained against the original, on" in said
     wrong = CliRunner().invoke(app, ["recover", str(given), str(tmp_path / "out"), "--against", str(other), *options])
     assert isinstance(wrong.exception, VerificationError)
     assert wrong.exception.exit_code == 3

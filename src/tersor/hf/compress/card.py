@@ -32,7 +32,7 @@ FRONT_MATTER = 65536  # characters of the base's card that are looked at
 SWITCHES = {"calibrated": "--uncalibrated", "whole": "--whole-model", "recover": "--recover"}
 FLAGS = {"calibration": "--calibration-text", "text": "--text", "evaluation_tokens": "--evaluation-tokens",
          "context": "--context", "effort": "--effort", "seed": "--seed", "device": "--device",
-         "base_model": "--base-model"}
+         "base_model": "--base-model", "recover_passes": "--recover-passes"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,25 +142,28 @@ def command(request: Request, budget: str, changed: Mapping[str, Any]) -> str:
     changed : mapping
         The settings that are not their defaults; of files, only names are told.
     """
-    words = ["tersor", "compress", "MODEL", "OUT", *budget.split()]
+    listed = ["tersor", "compress", "MODEL", "OUT", *budget.split()]
     known = request.method in families()
     if "method" in changed:
-        words += ["--codec", request.method]
-    words += [flag for field, flag in SWITCHES.items() if field in changed]
+        listed += ["--codec", request.method]
+    listed += [flag for field, flag in SWITCHES.items() if field in changed]
     if "sampling" in changed and changed["sampling"].tokens != Sampling.tokens:
-        words += ["--tokens", str(changed["sampling"].tokens)]
-    for field, flag in FLAGS.items():
-        if field in changed:
-            value = changed[field]
-            words += [flag, value.name if isinstance(value, Path) else str(value)]
-    words += _patterns(changed)
+        listed += ["--tokens", str(changed["sampling"].tokens)]
+    listed += words(changed, FLAGS)
+    listed += _patterns(changed)
     defaults = family_options(request.method) if known else {}
     for name, value in request.options.items():
         if name not in defaults or defaults[name] != value:
-            words += ["--option", f"{name}={json.dumps(value)}"]
+            listed += ["--option", f"{name}={json.dumps(value)}"]
     if request.sensitivities:
-        words += ["--sensitivities", "FILE"]
-    return shlex.join(words)
+        listed += ["--sensitivities", "FILE"]
+    return shlex.join(listed)
+
+
+def words(changed: Mapping[str, Any], flags: Mapping[str, str]) -> list[str]:
+    """Return the words of a command line for fields that are not their defaults; of files, names."""
+    return [word for field, flag in flags.items() if field in changed
+            for word in (flag, changed[field].name if isinstance(changed[field], Path) else str(changed[field]))]
 
 
 def _patterns(changed: Mapping[str, Any]) -> list[str]:
@@ -258,6 +261,19 @@ def _figures(report: Mapping[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
+def _recovered(told: Mapping[str, Any] | None, matrices: Mapping[str, Any]) -> list[str]:
+    """Return what a card says of recovery; nothing without one."""
+    if told is None:
+        return []
+    lines = [f"Scales, norms and biases were trained against the original, on {told['source']}."]
+    moved = sum("moved" in line for line in matrices.values())
+    if moved:
+        lines += [f"Before that, weights that were not encoded yet were trained: {moved:,} matrices were encoded as "
+                  "they were then, not as the original has them.",
+                  "Their errors above are against the original's all the same."]
+    return lines
+
+
 def _origin(report: Mapping[str, Any], base: Base, made: str | None) -> str:
     told = report["provenance"]
     lines = ["## How it was made", ""]
@@ -267,6 +283,7 @@ def _origin(report: Mapping[str, Any], base: Base, made: str | None) -> str:
     lines += [f"By {made_by()}."]
     lines += ["No text was used for calibration." if seen is None else
               f"It was calibrated on {seen['tokens']:,} tokens of {seen['source']}."]
+    lines += _recovered(told.get("recovery"), report["matrices"])
     lines += [f"The digest of the configuration and weights that went in is `{told['source_sha256']}`."]
     if base.has_card:
         where = f"[{base.name}](https://huggingface.co/{base.name})" if base.name else "the base model"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from tersor.numerics.settings import pinned
 from tersor.planning.calibration import Calibration, compensated
 from tersor.planning.plan import to_json
 from tersor.quality import measure
+
+MOVED = "moved"  # in a line of the report: how far the encoded matrix was from the source's, squared, over its square
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,7 +57,8 @@ class Wanted:
     given : callable
         Returns the matrix (out, in); and its Hessian, where `needs` does not bring it.
     needs : tuple of Tensor or None
-        Its Hessian, `E[y yᵀ]`; and `E[(x - y) yᵀ]`, where the matrix shall make of inputs y what it makes of x.
+        Its Hessian, `E[y yᵀ]`; `E[(x - y) yᵀ]`, where the matrix shall make of inputs y what it makes of x; and what
+        is encoded in its place, where recovery has moved it.
     calibrated : bool
         Whether there is a Hessian.
     ridge : float
@@ -78,6 +81,27 @@ class Order:
     seed: int
     options: Mapping[str, Any]
     ridge: float
+
+
+class Puts(Protocol):
+    """Where matrices are encoded one by one, and put down when they are finished; see `Desk`."""
+
+    @property
+    def mark(self) -> str:
+        """A digest of what all matrices depend on."""
+        ...
+
+    def finished(self, name: str) -> bool:
+        """Return whether a matrix is there already."""
+        ...
+
+    def encode(self, wanted: Sequence[Wanted]) -> None:
+        """Encode matrices, those that are not there."""
+        ...
+
+    def decoded(self, name: str, device: torch.device) -> Tensor:
+        """Return a finished matrix as it decodes, (out, in)."""
+        ...
 
 
 class Desk:
@@ -160,13 +184,16 @@ def _stamp(job: Job, name: str, options: Mapping[str, Any]) -> str:
 
 
 def encode_order(order: Order, dense: Tensor, hessian: Tensor | None = None,
-                 change: Tensor | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Encode a matrix to order; return its payload and its line of the report."""
-    aim = None
+                 change: Tensor | None = None, moved: Tensor | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Encode a matrix to order, or what it was moved to; return its payload and its line of the report."""
+    aim = moved
     if hessian is not None and change is not None:
         with pinned():
-            aim = compensated(dense, change, hessian, order.ridge)
+            aim = compensated(dense, change, hessian, order.ridge, moved)
     encoded, found = encode_matrix(dense, order.codec, hessian, order.seed, order.options, order.name, aim=aim)
+    if moved is not None:
+        away = [part.square().sum(dtype=torch.float64) for part in (moved - dense, dense.to(torch.float32))]
+        found[MOVED] = float(away[0] / away[1])
     return {key: tensor.cpu() for key, tensor in encoded.tensors.items()}, found
 
 

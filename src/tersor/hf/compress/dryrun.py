@@ -22,8 +22,10 @@ from tersor.hf.compress.reading import BATCH_TOKENS
 from tersor.hf.compress.request import Request, budget_bytes, provenance
 from tersor.hf.compress.run import CompressSettings
 from tersor.hf.compress.work import WorkFolder, memory
+from tersor.hf.models.flow import HELD
 from tersor.hf.models.matrices import Matrix
 from tersor.hf.models.source import Source, open_source, read_matrix
+from tersor.hf.recover.training import halves
 from tersor.numerics.linalg import inverse_cholesky
 from tersor.numerics.settings import pinned, threads_allowed
 from tersor.planning.plan import check_weights
@@ -49,7 +51,8 @@ def estimate(src: Path, output: Path, rate: float | None, size: int | None,
     dict
         `bytes` (the budget), `bytes_original`, `least_bytes`, `matrices`, `peak_memory_bytes` (of the host),
         `device_memory_bytes`, `disk_bytes`, `seconds_calibrate`, `seconds_survey`, `seconds_encode`, `seconds_verify`,
-        `seconds_evaluate`, `seconds`. For a GPU that is not here, `seconds` is None, and no weights are read.
+        `seconds_recover` where there is to be a recovery, `seconds_evaluate`, `seconds`. For a GPU that is not here,
+        `seconds` is None, and no weights are read.
 
     Raises
     ------
@@ -89,6 +92,9 @@ def _estimate(source: Source, rate: float | None, size: int | None, settings: Co
     stages = memory_by_stage(shapes, settings.sampling, settings.evaluation_tokens, settings.context,
                              calibrated=settings.calibrated, workers=threads_allowed() if host else len(places),
                              copies=len(places))
+    if training is not None:
+        carried = training.tokens * shapes.width * shapes.number
+        stages["recover"] = training.memory(source.elements) + 2 * min(HELD, carried)
     beside = CONTEXT + WAITING * shapes.largest * shapes.number
     return {"bytes": request.budget, "bytes_original": source.original_nbytes, "least_bytes": least_bytes,
             "matrices": len(matrices), "peak_memory_bytes": memory() + (max(stages.values()) if host else beside),
@@ -120,6 +126,7 @@ def _seconds(source: Source, matrices: list[Matrix], request: Request, settings:
             "survey": (trial * surveyed * len(tried) + reading["survey"]) / hands,
             "encode": (encoding * elements + factored + reading["encode"]) / hands,
             "verify": VERIFY + 4 * decoding * elements,
+            **({"recover": reading["recover"]} if settings.recover else {}),
             "evaluate": reading["evaluate"] + (2 * decoding * elements if settings.evaluation_tokens else 0)}
 
 
@@ -178,6 +185,9 @@ def _forward_seconds(matrices: list[Matrix], sample: Matrix, settings: CompressS
     moments = 2 * sum(m.shape[1] ** 2 for m in matrices) / SHARING
     passed = flop * OVERHEAD / workers
     surveyed = min(read, survey.SURVEY_TOKENS)
-    return {"calibrate": drawn * 4 * products * passed, "survey": surveyed * (products + moments) * passed,
-            "encode": read * (3 * products + 2 * moments) * passed,
+    training = settings.recovery
+    slower = 1.0 if halves(torch.device(settings.places[0])) else OVERHEAD  # the product is timed in 32 bits
+    trained = 0.0 if training is None else training.forwards() * products * flop * slower / threads_allowed()
+    return {"recover": trained, "calibrate": drawn * 4 * products * passed,
+            "survey": surveyed * (products + moments) * passed, "encode": read * (3 * products + 2 * moments) * passed,
             "evaluate": tokens * 2 * products * flop * OVERHEAD}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +12,10 @@ from torch import Tensor
 from tersor import store
 from tersor.contract.codec import Encoded
 from tersor.hf.compress.checkpoint import Checkpoint
+from tersor.hf.compress.course import Course
 from tersor.hf.compress.crew import Crew, Hands
-from tersor.hf.compress.desk import Desk, Job, Wanted, read_payload
+from tersor.hf.compress.desk import Desk, Job, Puts, Wanted, read_payload
+from tersor.hf.compress.moving import Moving, Tally
 from tersor.hf.compress.plan import check_plan, entries
 from tersor.hf.compress.reading import Place, Reading, dense_of
 from tersor.hf.compress.request import Progress, no_progress
@@ -27,30 +29,9 @@ from tersor.planning.calibration import hessian_of
 RIDGE = 1.0  # times the mean square of an input: what holds a matrix to the dense one, see docs/log.md
 
 
-class Puts(Protocol):
-    """Where matrices are encoded one by one, and put down when they are finished; see `Desk`."""
-
-    @property
-    def mark(self) -> str:
-        """A digest of what all matrices depend on."""
-        ...
-
-    def finished(self, name: str) -> bool:
-        """Return whether a matrix is there already."""
-        ...
-
-    def encode(self, wanted: Sequence[Wanted]) -> None:
-        """Encode matrices, those that are not there."""
-        ...
-
-    def decoded(self, name: str, device: torch.device) -> Tensor:
-        """Return a finished matrix as it decodes, (out, in)."""
-        ...
-
-
 def run(job: Job, work: WorkFolder, *, device: str = "cpu", reading: Reading | None = None,
         crew: Crew | None = None, progress: Progress = no_progress,
-        kept: Mapping[str, Callable[[], Encoded]] | None = None) -> dict[str, Any]:
+        kept: Mapping[str, Callable[[], Encoded]] | None = None, course: Course | None = None) -> dict[str, Any]:
     """Encode one matrix at a time into the work folder, then write the store there as `output`; return the report.
 
     A killed run continues from the last finished matrix, and gives the same bytes as an unbroken one.
@@ -64,16 +45,21 @@ def run(job: Job, work: WorkFolder, *, device: str = "cpu", reading: Reading | N
         Who encodes; None: the device.
     kept : mapping or None
         Matrices that are encoded already, and stored as they are: name to what reads one.
+    course : Course or None
+        What is trained on between encodings, under a reading.
     """
     source, picks = job.source, job.picks
     check_plan(source, picks)
-    desk = Desk(job, work / "matrices", progress, crew or Hands([torch.device(device)]))
+    tally = Tally(progress, 0 if course is None else course.between.steps)
+    desk = Desk(job, work / "matrices", tally.encoded, crew or Hands([torch.device(device)]))
     for name, held in (kept or {}).items():
         desk.keep(name, held(), read_matrix(source, source.layout.matrices[name], "cpu"))
     if reading is None:
         desk.encode([_alone(job, source.layout.matrices[name], device) for name in picks])
-    else:
+    elif course is None:
         by_blocks(desk, reading, work)
+    else:
+        Moving(desk, reading, course, work, tally.trained).run()
 
     def payload(entry: store.Entry) -> Mapping[str, Tensor]:
         return {"": source.tensor(entry.name)} if entry.codec is None else read_payload(desk.files[entry.name])

@@ -26,6 +26,11 @@ def ladders(request: Request) -> Sequence[Budgeted]:
         raise UnknownCodecError(error.name, (*families(), *error.known), "family or codec string") from error
 
 
+def first_rungs(request: Request) -> list[Codec]:
+    """Return one codec of every ladder that a method names."""
+    return [ladder.rungs(REFERENCE_SHAPE)[0] for ladder in ladders(request)]
+
+
 def fixed_options(codec: Codec, options: Mapping[str, Any], *, calibrated: bool) -> dict[str, Any]:
     """Return the options that `codec` reads; error feedback is on by default where there is a Hessian."""
     known = codec.option_names()

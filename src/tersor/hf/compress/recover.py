@@ -6,105 +6,41 @@ As a stage of `compress_model`, between encoding and verification; and as `recov
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import shutil
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import tersor
 from tersor import store
+from tersor.contract.codec import Codec
 from tersor.errors import ModelError, RecoveryWarning, TersorError, VerificationError
 from tersor.files import exclusive, read_json, seal, write_json
 from tersor.hf.compress import card
 from tersor.hf.compress.checkpoint import Checkpoint
+from tersor.hf.compress.course import Course, Phase, RecoverSettings
 from tersor.hf.compress.desk import measured
 from tersor.hf.compress.request import Progress, no_progress, usable_device
 from tersor.hf.compress.status import Teller
 from tersor.hf.compress.verify import verify_in_fresh_process
 from tersor.hf.compress.work import WorkFolder, peak_memory
 from tersor.hf.models.classes import check_language_model
-from tersor.hf.models.evaluate import Original, evaluate
-from tersor.hf.models.source import Source, made_from, open_source
+from tersor.hf.models.evaluate import evaluate
+from tersor.hf.models.source import Source, made_from, open_source, read_matrix
 from tersor.hf.models.staging import REPORT
-from tersor.hf.models.text import default_calibration, default_heldout, read_ids, text_source, windows
-from tersor.hf.recover.student import Student, vectors_of
-from tersor.hf.recover.training import Lesson, Outcome, Training, halves
+from tersor.hf.models.text import default_heldout, read_ids
+from tersor.hf.recover.student import Student, untrainable
+from tersor.hf.recover.training import Outcome, Training
 from tersor.numerics.memory import check_memory
 
-RECORD = "recovery"  # in a manifest's provenance
-AT_ONCE = 2048  # tokens run at a time
-STEP = 4096  # tokens of a step
-APART = 16  # one window in so many is kept apart
-LEAST = 8  # windows, of which one or more are kept apart
-BYTES = 20  # a parameter: the original, weights, weights without scales, gradients of two batches
-
-
-@dataclasses.dataclass(frozen=True)
-class RecoverSettings:
-    """How a compressed model is trained.
-
-    Attributes
-    ----------
-    text : Path or None
-        Calibration text; None uses the packaged one.
-    tokens : int
-        Of the text, at most.
-    passes : float
-        Times that the text is read.
-    context : int
-        Tokens of a window.
-    heldout : Path or None
-        Text to evaluate on; None uses the packaged one.
-    evaluation_tokens : int
-        Tokens of it; 0 skips the evaluation.
-    """
-
-    text: Path | None = None
-    tokens: int = 262144
-    passes: float = 2.0
-    context: int = 512
-    seed: int = 0
-    device: str = "cpu"
-    resume: bool = True
-    heldout: Path | None = None
-    evaluation_tokens: int = 8192
-
-    @property
-    def read(self) -> Path:
-        """The calibration text."""
-        return self.text or default_calibration()
-
-    def record(self, source: Source) -> dict[str, Any]:
-        """Return what a manifest says of the recovery; its length does not depend on what comes of it."""
-        return {RECORD: {"source": text_source(self.read), "tokens": self.tokens, "passes": self.passes,
-                         "seed": self.seed, "vectors": vectors_of(source)}}
-
-    def lesson(self, source: Source) -> Lesson:
-        """Return the text in batches.
-
-        Raises
-        ------
-        ModelError
-            If there is too little text, or passes are not positive.
-        """
-        if not 0 < self.passes <= 1000:
-            raise ModelError(f"passes of the text must lie above 0 and up to 1000, found {self.passes}")
-        every = windows(read_ids(source, self.read, self.context, self.tokens), self.context)
-        if len(every) < LEAST:
-            raise ModelError(f"{self.read}: {every.numel()} tokens make {len(every)} windows of {self.context}; "
-                             f"recovery needs at least {LEAST}; give a longer text, more --tokens or a shorter "
-                             "--context")
-        kept = torch.arange(len(every)) % APART == LEAST - 1
-        size = max(1, AT_ONCE // self.context)
-        apart, rest = every[kept].split(size), every[~kept].split(size)
-        each = max(1, STEP // max(AT_ONCE, self.context))
-        steps = max(1, round(self.passes * len(rest) / each))
-        return Lesson([*apart, *rest], len(apart), each, steps, self.seed)
+TRIED = 64  # rows of a matrix that are encoded to see whether a codec has scales
+FLAGS = {"text": "--calibration-text", "tokens": "--tokens", "passes": "--passes", "context": "--context",
+         "seed": "--seed", "device": "--device", "heldout": "--text", "evaluation_tokens": "--evaluation-tokens"}
 
 
 def check(source: Source, settings: RecoverSettings) -> None:
@@ -112,12 +48,28 @@ def check(source: Source, settings: RecoverSettings) -> None:
     check_language_model(source.config, "recovery")
     settings.lesson(source)
     if settings.device == "cpu":
-        check_memory(BYTES * source.elements, "recovery, which holds a model and its gradients,",
+        check_memory(settings.memory(source.elements), "recovery, which holds a model and its gradients,",
                      "give a machine with more, or compress without --recover")
 
 
-def improve(source: Source, work: WorkFolder, settings: RecoverSettings, tell: Progress,
-            folder: Path | None = None) -> Outcome:
+def check_codecs(source: Source, codecs: Sequence[Codec]) -> None:
+    """Refuse codecs none of which has row scales, by encoding some rows of the smallest matrix.
+
+    Raises
+    ------
+    CodecConfigError
+        Lists codecs that have some.
+    """
+    smallest = min(source.layout.matrices.values(), key=lambda matrix: matrix.shape[0] * matrix.shape[1])
+    rows = read_matrix(source, smallest, "cpu")[:TRIED].to(torch.float32)
+    for codec in codecs:
+        encoded = codec.encode(rows, seed=0, tables=codec.train([rows], seed=0))
+        if codec.row_scales(encoded):
+            return
+    raise untrainable(str(source.path), [codec.spec() for codec in codecs])
+
+
+def improve(source: Source, work: WorkFolder, course: Course, tell: Progress, folder: Path | None = None) -> Outcome:
     """Train the parts of a store; the store `output` in the work folder is the trained one afterwards.
 
     Parameters
@@ -125,17 +77,13 @@ def improve(source: Source, work: WorkFolder, settings: RecoverSettings, tell: P
     folder : Path or None
         The store; None: that `output`, which it replaces.
     """
-    given, lesson = folder or work / "output", settings.lesson(source)
+    given, lesson, settings = folder or work / "output", course.lesson, course.settings
     opened = store.read(given)
     student = Student(opened, source, settings.device)
-    mark = seal([tersor.__version__, opened.manifest["sha256"], source.fingerprint, settings.record(source),
-                 settings.context, student.device.type, halves(student.device)])
-    tell("teacher", 0, 1)
-    teacher = Original(source, lesson.batches, settings.device, lambda done, total: tell("teacher", done, total),
-                       work / "activations" / "teacher")
+    course.teacher(0)
     tell("recover", 0, lesson.steps)
-    saved = Checkpoint(work / "recover.part", mark)
-    outcome = Training(student, teacher, lesson, saved, lambda done: tell("recover", done, lesson.steps)).run()
+    saved = Checkpoint(work / "recover.part", seal([opened.manifest["sha256"], course.mark]))
+    outcome = Training(student, course.teacher, lesson, saved, lambda done: tell("recover", done, lesson.steps)).run()
     tell("recover", lesson.steps, lesson.steps)
     _warn(outcome)
     shutil.rmtree(work / "recovered", ignore_errors=True)
@@ -178,10 +126,11 @@ def remeasured(path: Path, source: Source, lines: Mapping[str, Any]) -> dict[str
     return found
 
 
-def told(outcome: Outcome) -> dict[str, Any]:
-    """Return what a report says of a recovery."""
-    return {"kl_before": outcome.before, "kl_after": outcome.after, "steps": outcome.steps, "taken": outcome.taken,
-            "diverged": outcome.diverged, "history": [list(line) for line in outcome.history]}
+def told(outcome: Outcome, phases: Sequence[Phase] = ()) -> dict[str, Any]:
+    """Return what a report says of a recovery, and of the trainings between encodings."""
+    moves = {"moves": [dataclasses.asdict(phase) for phase in phases]} if phases else {}
+    return {**moves, "kl_before": outcome.before, "kl_after": outcome.after, "steps": outcome.steps,
+            "taken": outcome.taken, "diverged": outcome.diverged, "history": [list(line) for line in outcome.history]}
 
 
 @exclusive("output")
@@ -234,7 +183,7 @@ def recover_model(compressed: str | Path, output: str | Path, against: str | Pat
         raise
     work.stamp(seal([opened.manifest["sha256"], source.fingerprint, chosen.record(source)]), resume=chosen.resume)
     tell = Teller(progress, work, source.nbytes, lambda: "")
-    outcome = improve(source, work, chosen, tell, path)
+    outcome = improve(source, work, Course(source, chosen, work / "activations" / "teacher", tell), tell, path)
     report = _reported(path, source, work, chosen, outcome, tell)
     report["summary"]["seconds"], report["summary"]["peak_memory_bytes"] = time.perf_counter() - began, peak_memory()
     write_json(work / "output" / REPORT, report)
@@ -259,5 +208,12 @@ def _reported(path: Path, source: Source, work: WorkFolder, settings: RecoverSet
         report["evaluation"] = evaluate(output, source, settings.heldout or default_heldout(),
                                         context=settings.context, tokens=settings.evaluation_tokens,
                                         device=settings.device, progress=tell)
-    card.write_card(output, report, card.base_of(source), "tersor recover OUT RECOVERED --against MODEL")
+    card.write_card(output, report, card.base_of(source), command(settings))
     return report
+
+
+def command(settings: RecoverSettings) -> str:
+    """Return the command line of a recovery: of files, only names are told."""
+    changed = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)
+               if getattr(settings, field.name) != field.default}
+    return shlex.join(["tersor", "recover", "OUT", "RECOVERED", "--against", "MODEL", *card.words(changed, FLAGS)])

@@ -26,8 +26,9 @@ from tersor.families import DEFAULT, effort_of
 from tersor.files import exclusive, write_json
 from tersor.hf.compress import calibrate, card, encode, needs, plan, recover, survey
 from tersor.hf.compress.cluster import Cluster, check_engine
+from tersor.hf.compress.course import END, MOVES, Course, RecoverSettings
 from tersor.hf.compress.crew import Crew, Hands
-from tersor.hf.compress.method import check_options
+from tersor.hf.compress.method import check_options, first_rungs
 from tersor.hf.compress.reading import Reading, check_numbers
 from tersor.hf.compress.request import (
     Progress,
@@ -96,7 +97,10 @@ class CompressSettings(ChosenTexts):
     whole : bool
         Keep the whole model in memory while text runs through it, in place of one block at a time.
     recover : bool
-        Train what is continuous against the original once all is encoded; see `recover_model`.
+        Train what is not encoded yet between encodings, and what is continuous once all is encoded; see `Moving` and
+        `recover_model`.
+    recover_passes : float
+        Times that recovery reads its text between encodings; a third as often at the end.
     """
 
     method: str = DEFAULT
@@ -120,6 +124,7 @@ class CompressSettings(ChosenTexts):
     devices: str | None = None
     engine: str | None = None
     recover: bool = False
+    recover_passes: float = MOVES
 
     def changed(self) -> dict[str, Any]:
         """Return the fields that are not their defaults; of devices, the kind."""
@@ -146,10 +151,12 @@ class CompressSettings(ChosenTexts):
         return Cluster(devices, self.engine.partition(":")[2] or None)
 
     @property
-    def recovery(self) -> recover.RecoverSettings | None:
+    def recovery(self) -> RecoverSettings | None:
         """How what was compressed is trained, if it is to be."""
-        return recover.RecoverSettings(self.calibration, context=self.context, seed=self.seed,
-                                       device=self.device) if self.recover else None
+        if not self.recover:
+            return None
+        return RecoverSettings(self.calibration, passes=END * self.recover_passes, context=self.context, seed=self.seed,
+                               device=self.device, moves=self.recover_passes if self.calibrated else 0.0)
 
 
 @exclusive("output")
@@ -240,6 +247,7 @@ def _check(source: Source, request: Request, settings: CompressSettings, work: W
         check_language_model(source.config, "a sample")
     if settings.recovery is not None:
         recover.check(source, settings.recovery)
+        recover.check_codecs(source, first_rungs(request))
     source.tried.check()
     check_options(request)
     check_weights(list(source.layout.matrices), request.sensitivities)
@@ -281,11 +289,13 @@ def _stages(source: Source, request: Request, settings: CompressSettings, crew: 
     picks = plan.run(source, choices, request, record)
     write_json(work / "plan.json", to_json(picks))
     job = encode.Job(source, picks, known, request, record)
-    matrices = encode.run(job, work, device=device, reading=reading, crew=crew, progress=progress)
+    course = None if training is None else Course(source, training, work / "activations" / "teacher", progress)
+    matrices = encode.run(job, work, device=device, reading=reading, crew=crew, progress=progress,
+                          course=None if reading is None else course)
     give_back()
     recovered: dict[str, Any] = {}
-    if training is not None:
-        recovered["recovery"] = recover.told(recover.improve(source, work, training, progress))
+    if course is not None:
+        recovered["recovery"] = recover.told(recover.improve(source, work, course, progress), course.phases)
         matrices = recover.remeasured(work / "output", source, matrices)
     nbytes = store.stored_nbytes(work / "output")
     if nbytes > request.budget:

@@ -17,6 +17,7 @@ from tersor.contract.codec import Encoded
 from tersor.errors import CorruptStoreError, VerificationError
 from tersor.files import read_json
 from tersor.hf.compress.crew import Hands, Task
+from tersor.hf.compress.desk import MOVED
 from tersor.hf.compress.proof import prove
 from tersor.hf.compress.request import Progress, no_progress
 from tersor.hf.models.ledger import CARRIED, check_entries, check_source, ledger_of
@@ -61,7 +62,7 @@ def verify(path: Path, source: Source | None = None, progress: Progress = no_pro
         raise VerificationError(f"{path} was not made from {source.path}: its manifest names a source of other bytes")
     if opened.kind == "model":
         _check_ledger(path, opened, _check_coverage(path, opened), source)
-    worst, recorded, names = 0.0, _recorded(path), opened.matrix_names()
+    worst, recorded, names = 0.0, _recorded(path, "relative_error"), opened.matrix_names()
     progress("verify", 0, len(names))
     tasks = [_task(opened, name, source) for name in names]
     for number, (task, found) in enumerate(Hands([torch.device(device) for device in devices]).each(tasks)):
@@ -79,7 +80,8 @@ def verify(path: Path, source: Source | None = None, progress: Progress = no_pro
     proof = prove(path, opened, devices[0]) if opened.kind == "model" and proven else None
     return {"matrices": len(names), "plain": len(opened.entries) - len(names), "bytes": store.stored_nbytes(path),
             "kind": opened.kind, "against": None if source is None else str(source.path),
-            "worst_relative_error": None if source is None else worst, "changed": changed, "proof": proof}
+            "worst_relative_error": None if source is None else worst, "matrices_moved": len(_recorded(path, MOVED)),
+            "changed": changed, "proof": proof}
 
 
 def _task(opened: store.Store, name: str, source: Source | None) -> Task:
@@ -148,14 +150,14 @@ def trained(opened: store.Store) -> list[str]:
     return listed
 
 
-def _recorded(path: Path) -> dict[str, float]:
-    """Return the relative error that the encoder measured of each matrix."""
+def _recorded(path: Path, field: str) -> dict[str, float]:
+    """Return a figure that the encoder has put down, of each matrix that has it."""
     file = path / REPORT
     if not file.is_file():
         return {}
     try:
         found = read_json(file)["matrices"]
-        return {name: float(line["relative_error"]) for name, line in found.items()}
+        return {name: float(line[field]) for name, line in found.items() if field != MOVED or field in line}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise CorruptStoreError(f"{file}: damaged report: {type(error).__name__}: {error}") from error
 

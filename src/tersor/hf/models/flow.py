@@ -112,9 +112,9 @@ class Flow:
         """Tokens of all batches."""
         return sum(batch.numel() for batch in self.batches)
 
-    def given(self, batch: int) -> Given:
-        """Return a copy of what a batch carries, on its device: some blocks write into what they are given."""
-        device = self.streamed.at(batch).hollow.device
+    def given(self, batch: int, device: torch.device | None = None) -> Given:
+        """Return a copy of what a batch carries, on its own device or another: some blocks write into it."""
+        device = device or self.streamed.at(batch).hollow.device
         return {name: tuple(leaf.to(device, copy=True) for leaf in leaves)
                 for name, leaves in self.kept.of(batch).items()}
 
@@ -136,13 +136,15 @@ class Flow:
         with self.streamed.watched(stage) if watch else contextlib.nullcontext():
             return self._sums(stage, lambda batch: _moments(self._one(stage, batch, keep=keep)), step).means()
 
-    def beside(self, dense: Flow, stage: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Run all batches through a stage that is resident here and in the dense model, whose batches move on.
+    def beside(self, dense: Flow, stage: int, *, keep: bool = True) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Run all batches through a stage that is resident here and in the dense model.
 
         Parameters
         ----------
         dense : Flow
             Of the same batches.
+        keep : bool
+            Whether batches of the dense model carry on what its block returns; here they never do.
 
         Returns
         -------
@@ -151,7 +153,7 @@ class Flow:
             the dense model, by matrix; the latter where all tokens reach a matrix.
         """
         def work(batch: int) -> dict[str, Sums]:
-            expected = dict(dense._one(stage, batch, keep=True))
+            expected = dict(dense._one(stage, batch, keep=keep))
             seen = self._one(stage, batch, keep=False)
             return _moments(seen, {name: x for name, x in expected.items()
                                    if x.shape[:-1].numel() == self.batches[batch].numel()})

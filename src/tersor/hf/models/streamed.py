@@ -69,10 +69,13 @@ class _Run:
         The block that computes; None: all do, each proven in passing.
     given : mapping of str to tuple of Tensor
         What the last block before the stage returned, by list.
+    onward : bool
+        Whether all blocks from the stage on compute, to the model's end.
     """
 
     stage: int | None
     given: Given
+    onward: bool = False
     out: Leaves = ()
     seen: list[tuple[str, Tensor]] = dataclasses.field(default_factory=list)
 
@@ -216,14 +219,22 @@ class Streamed:
         now = self._go(stage, ids, given, lambda inputs: self.model(**inputs))
         return now.out, now.seen
 
-    def finish(self, ids: Tensor, given: Given) -> tuple[Tensor, bool]:
-        """Run the last stage; return the model's main output, and whether that is logits."""
+    def finish(self, ids: Tensor, given: Given, stage: int | None = None) -> tuple[Tensor, bool]:
+        """Run a stage and all after it, which are resident; return the model's main output, and whether that is logits.
+
+        Parameters
+        ----------
+        stage : int or None
+            None: the last.
+        """
         found: list[tuple[Tensor, bool]] = []
-        self._go(len(self.blocks), ids, given, lambda inputs: found.append(run(self.model, inputs)))
+        self._go(len(self.blocks) if stage is None else stage, ids, given,
+                 lambda inputs: found.append(run(self.model, inputs)), onward=True)
         return found[0]
 
-    def _go(self, stage: int, ids: Tensor, given: Given, call: Callable[[dict[str, Any]], Any]) -> _Run:
-        before, now = self._local.__dict__.get("now"), _Run(stage, given)
+    def _go(self, stage: int, ids: Tensor, given: Given, call: Callable[[dict[str, Any]], Any], *,
+            onward: bool = False) -> _Run:
+        before, now = self._local.__dict__.get("now"), _Run(stage, given, onward)
         self._local.now = now
         try:
             with contextlib.suppress(_Enough):
@@ -249,6 +260,8 @@ class Streamed:
                 return self._prove_block(block, lambda: own(*args, **kwargs))
             if self._places[block.name] < now.stage:
                 return self._packed(block.list, now.given[block.list])
+            if now.onward:
+                return own(*args, **kwargs)
             now.out = self._unpacked(block, own(*args, **kwargs))
             raise _Enough
         return forward

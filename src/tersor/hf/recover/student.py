@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ from tersor.payload.scales import bounded
 from tersor.store import Store
 
 Values = Mapping[str, Tensor]
+RATE = 0.01  # of a part's size, its longest step; docs/log.md
+VECTORS = 2.0  # times as much for norms and biases, which are near their best in a dense model
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,8 +96,7 @@ class Student:
         for name in opened.matrix_names():
             self._take(layout.matrices[name], opened.matrix(name))
         if not self._lines:
-            raise CodecConfigError(f"{opened.path}: nothing to train: no row scales in {_codecs(self.fixed)}; codecs "
-                                   f"that have them: {', '.join(trainable())}, and others of their kinds")
+            raise untrainable(str(opened.path), list(self.fixed.values()))
         parameters = dict(self.model.named_parameters())
         for name in opened.plain_names():
             stored = opened.plain(name)
@@ -103,7 +104,7 @@ class Student:
                 self.values[name], self._dtypes[name] = stored.to(self.device, torch.float32), stored.dtype
             elif name in parameters:
                 parameters[name].data.copy_(stored)
-        self.leaves = {name: parameters[name] for name in (*self.vectors, *(line.matrix.parameter
+        self.leaves: dict[str, Tensor] = {name: parameters[name] for name in (*self.vectors, *(line.matrix.parameter
                                                                             for line in self._lines))}
         for leaf in self.leaves.values():
             leaf.requires_grad_(True)
@@ -163,10 +164,21 @@ class Student:
                 made[name] = rows[places].reshape(self.values[name].shape)
         return made
 
-    def steps(self) -> dict[str, float]:
-        """Return the size of each part, by which its steps are measured: the mean magnitude of its numbers."""
-        sizes = {name: float(value.abs().mean()) for name, value in self.values.items()}
-        return {name: size if size > 0 else 1.0 for name, size in sizes.items()}
+    def answer(self, batch: int, ids: Tensor) -> Tensor:
+        """See `Pupil`."""
+        del batch
+        return self.outputs(ids)
+
+    def longest(self) -> dict[str, float]:
+        """See `Pupil`."""
+        return {name: size * RATE * (VECTORS if name in self.vectors else 1.0)
+                for name, size in sizes(self.values).items()}
+
+
+def sizes(values: Values) -> dict[str, float]:
+    """Return the size of each part, by which its steps are measured: the mean magnitude of its numbers."""
+    found = {name: float(value.abs().mean()) for name, value in values.items()}
+    return {name: size if size > 0 else 1.0 for name, size in found.items()}
 
 
 def vectors_of(source: Source) -> list[str]:
@@ -176,8 +188,14 @@ def vectors_of(source: Source) -> list[str]:
             if len(size) == 1 and name in own and own[name].is_floating_point()]
 
 
-def _codecs(fixed: Mapping[str, str]) -> str:
-    listed = sorted(set(fixed.values()))
+def untrainable(where: str, codecs: Sequence[str]) -> CodecConfigError:
+    """Return the error that says that none of some codecs has row scales, and which have."""
+    return CodecConfigError(f"{where}: nothing to train: no row scales in {_codecs(codecs)}; codecs that have them: "
+                            f"{', '.join(trainable())}, and others of their kinds")
+
+
+def _codecs(codecs: Sequence[str]) -> str:
+    listed = sorted(set(codecs))
     return ", ".join(f"'{one}'" for one in listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
 
 

@@ -16,16 +16,50 @@ from torch import Tensor
 from torch.nn import functional
 
 from tersor.hf.models.flow import in_order
-from tersor.hf.recover.student import Student
 
-RATE = 0.01  # of a part's size, the longest step where the loss is `NATS` or more; docs/log.md
-NATS = 0.5  # below, steps shrink with the root of the loss, as the way to the best parts does
-VECTORS = 2.0  # times as much for norms and biases, which are near their best in a dense model
+NATS = 0.5  # below this loss, steps shrink with its root, as the way to the best parts does
 WARM = 0.05  # share of the steps in which they grow to the longest
+WARM_STEPS = 3  # in which they do where they are constant afterwards
 BETAS = (0.9, 0.98)
 CHECKS = 8  # times that the kept-apart text is looked at
 PATIENCE = 5  # looks without a better state, after which training ends
 DIVERGED = 1.5  # times the first loss on the kept-apart text
+
+
+Moments = dict[str, Tensor]  # what Adam keeps of a part: `step`, `exp_avg`, `exp_avg_sq`
+
+
+class Pupil(Protocol):
+    """What is trained: parts, and a model whose weights depend on them.
+
+    Attributes
+    ----------
+    device : torch.device
+    values : dict of str to Tensor
+        The parts before training, float32.
+    leaves : dict of str to Tensor
+        The model's parameters that depend on parts.
+    """
+
+    device: torch.device
+    values: dict[str, Tensor]
+    leaves: dict[str, Tensor]
+
+    def answer(self, batch: int, ids: Tensor) -> Tensor:
+        """Return the logits of a batch of the text, token ids (windows, context); recorded where gradients are."""
+        ...
+
+    def install(self, values: Mapping[str, Tensor]) -> None:
+        """Compute with these parts."""
+        ...
+
+    def gradients(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the gradients of the parts from those of the leaves."""
+        ...
+
+    def longest(self) -> dict[str, float]:
+        """Return the longest step of each part's numbers."""
+        ...
 
 
 class Teacher(Protocol):
@@ -67,6 +101,14 @@ class Lesson:
     steps : int
     seed : int
         Of the order in which batches are read.
+    begin : int
+        Steps of that order that other trainings take before.
+    checks : int
+        Times that the kept-apart text is looked at.
+    looks : int or None
+        Batches of it that are looked at, evenly spaced; None: all.
+    constant : bool
+        Steps are as long at the end as at the beginning: what is trained is trained on.
     """
 
     batches: Sequence[Tensor]
@@ -74,15 +116,19 @@ class Lesson:
     each: int
     steps: int
     seed: int = 0
+    begin: int = 0
+    checks: int = CHECKS
+    looks: int | None = None
+    constant: bool = False
 
     def order(self) -> list[list[int]]:
         """Return the batches of every step: each time through the text in another order."""
         generator = torch.Generator().manual_seed(self.seed)
-        count, wanted = len(self.batches) - self.apart, self.each * self.steps
+        count, wanted = len(self.batches) - self.apart, self.each * (self.begin + self.steps)
         listed: list[int] = []
         while len(listed) < wanted:
             listed += [self.apart + int(place) for place in torch.randperm(count, generator=generator)]
-        return [listed[step * self.each : (step + 1) * self.each] for step in range(self.steps)]
+        return [listed[step * self.each : (step + 1) * self.each] for step in range(self.begin, wanted // self.each)]
 
 
 @dataclasses.dataclass(eq=False)
@@ -142,28 +188,37 @@ class Training:
 
     Parameters
     ----------
-    student : Student
+    student : Pupil
     teacher : Teacher
     lesson : Lesson
     saved : Saved
     tell : callable
         Called with the steps that are done.
+    moments : mapping or None
+        What `moments` returned after a training of the same parts, or more, that this one goes on from.
     """
 
-    def __init__(self, student: Student, teacher: Teacher, lesson: Lesson, saved: Saved,
-                 tell: Callable[[int], None]) -> None:
+    def __init__(self, student: Pupil, teacher: Teacher, lesson: Lesson, saved: Saved, tell: Callable[[int], None],
+                 moments: Mapping[str, Moments] | None = None) -> None:
         self.student, self.teacher, self.lesson, self.saved, self._tell = student, teacher, lesson, saved, tell
         self.parts = {name: value.clone().requires_grad_(True) for name, value in student.values.items()}
-        sizes = student.steps()
-        self._longest = [sizes[name] * RATE * (VECTORS if name in student.vectors else 1.0) for name in self.parts]
+        longest = student.longest()
+        self._longest = [longest[name] for name in self.parts]
         self._adam = torch.optim.Adam([{"params": [part], "lr": rate} for part, rate in
                                        zip(self.parts.values(), self._longest, strict=True)], betas=BETAS)
         self.outcome = Outcome(dict(student.values))
+        for name, part in self.parts.items():
+            if moments is not None and name in moments:
+                self._adam.state[part] = dict(moments[name])
+
+    def moments(self) -> dict[str, Moments]:
+        """Return the means that Adam keeps of the gradients of each part that has made a step."""
+        return {name: self._adam.state[part] for name, part in self.parts.items() if part in self._adam.state}
 
     def run(self) -> Outcome:
         """Train to the end, or until it no longer helps; the student is left with the best parts."""
         begin, order = self._resume(), self.lesson.order()
-        every = max(1, math.ceil(len(order) / CHECKS))
+        every = max(1, math.ceil(len(order) / self.lesson.checks))
         if not self.outcome.history:
             self.outcome.note(0, self._apart(), self.parts)
         for step in range(begin, len(order)):
@@ -182,6 +237,8 @@ class Training:
     def _share(self, step: int) -> float:
         """Return the share of the longest step: it grows, then falls as a cosine does; less where less is to be won."""
         warm, haste = max(1.0, WARM * self.lesson.steps), min(1.0, math.sqrt(self.outcome.before / NATS))
+        if self.lesson.constant:
+            return haste * min(1.0, (self.lesson.begin + step + 1) / WARM_STEPS)
         return haste * min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / self.lesson.steps))
 
     def _step(self, batches: Sequence[int], share: float) -> None:
@@ -201,18 +258,18 @@ class Training:
 
     def _gradients(self, batch: int) -> tuple[Tensor, ...]:
         loss = self._loss(batch)
-        return torch.autograd.grad(loss, list(self.student.leaves.values()))
+        return torch.autograd.grad(loss, list(self.student.leaves.values()), materialize_grads=True)
 
     def _loss(self, batch: int) -> Tensor:
         with torch.no_grad():
             wanted = self.teacher(batch)[0]
         with torch.autocast(self.student.device.type, torch.bfloat16, enabled=halves(self.student.device)):
-            found = self.student.outputs(self.lesson.batches[batch])
+            found = self.student.answer(batch, self.lesson.batches[batch])
         return divergence(found, wanted)
 
     def _apart(self) -> float:
         """Return the mean KL a position on the text kept apart."""
-        listed = range(self.lesson.apart)
+        listed = range(0, self.lesson.apart, max(1, self.lesson.apart // (self.lesson.looks or self.lesson.apart)))
         total = sum(in_order(len(listed), lambda at: float(self._loss(listed[at])), devices=[self.student.device]))
         return total / sum(self.lesson.batches[at].numel() for at in listed)
 
@@ -221,7 +278,8 @@ class Training:
         for name, part in self.parts.items():
             state = self._adam.state[part]
             tensors |= {f"now:{name}": part.detach(), f"best:{name}": self.outcome.values[name],
-                        f"mean:{name}": state["exp_avg"], f"square:{name}": state["exp_avg_sq"]}
+                        f"mean:{name}": state["exp_avg"], f"square:{name}": state["exp_avg_sq"],
+                        f"steps:{name}": state["step"]}
         kept = self.outcome
         self.saved.save(tensors, {"step": step, "before": kept.before, "after": kept.after, "best": kept.steps,
                                   "history": kept.history})
@@ -237,7 +295,7 @@ class Training:
             part.data.copy_(tensors[f"now:{name}"])
             kept.values[name] = tensors[f"best:{name}"].to(part.device, copy=True)
             mean, square = (tensors[f"{kind}:{name}"].to(part.device, copy=True) for kind in ("mean", "square"))
-            self._adam.state[part] = {"step": torch.tensor(float(record["step"])), "exp_avg": mean,
+            self._adam.state[part] = {"step": tensors[f"steps:{name}"].to("cpu", copy=True), "exp_avg": mean,
                                       "exp_avg_sq": square}
         kept.before, kept.after, kept.steps, kept.taken = (record["before"], record["after"], record["best"],
                                                            record["step"])

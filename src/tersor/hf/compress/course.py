@@ -1,0 +1,188 @@
+"""What recovery reads and how much of it: the text in batches, the original's answers, and the steps that are taken."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import tersor
+from tersor.errors import ModelError
+from tersor.files import seal
+from tersor.hf.compress.request import Progress
+from tersor.hf.models.evaluate import Original
+from tersor.hf.models.source import Source
+from tersor.hf.models.text import default_calibration, read_ids, text_source, windows
+from tersor.hf.recover.student import vectors_of
+from tersor.hf.recover.training import Lesson, halves
+
+RECORD = "recovery"  # in a manifest's provenance
+AT_ONCE = 1024  # tokens run at a time
+STEP = 4096  # tokens of a step
+MOVE = 2048  # tokens of a step between encodings: of so many numbers, many short steps move more than few
+LOOK = 8192  # tokens kept apart that are looked at before and after each training between encodings
+APART = 16  # one window in so many is kept apart
+LEAST = 8  # windows, of which one or more are kept apart
+PASSES = 2.0  # times that a text is read to train what is stored as numbers
+MOVES = 3.0  # times that it is read between encodings
+END = 1 / 3  # of these, the times that it is read to train what is stored as numbers, after all is encoded
+BYTES = 20  # a parameter: the original, weights, weights without scales, gradients of two batches
+MOVING = 40  # a parameter: weights, what they were, the best and the present ones, two means, gradients
+PARTLY = 0.6  # of a model, what is run between encodings: blocks that are not encoded yet
+
+
+@dataclasses.dataclass(frozen=True)
+class RecoverSettings:
+    """How a compressed model is trained.
+
+    Attributes
+    ----------
+    text : Path or None
+        Calibration text; None uses the packaged one.
+    tokens : int
+        Of the text, at most.
+    passes : float
+        Times that the text is read to train what is stored as numbers.
+    moves : float
+        Times that it is read between encodings, to train what is not encoded yet; 0: all is encoded already.
+    context : int
+        Tokens of a window.
+    heldout : Path or None
+        Text to evaluate on; None uses the packaged one.
+    evaluation_tokens : int
+        Tokens of it; 0 skips the evaluation.
+    """
+
+    text: Path | None = None
+    tokens: int = 262144
+    passes: float = PASSES
+    context: int = 512
+    seed: int = 0
+    device: str = "cpu"
+    resume: bool = True
+    heldout: Path | None = None
+    evaluation_tokens: int = 8192
+    moves: float = 0.0
+
+    @property
+    def read(self) -> Path:
+        """The calibration text."""
+        return self.text or default_calibration()
+
+    def record(self, source: Source) -> dict[str, Any]:
+        """Return what a manifest says of the recovery; its length does not depend on what comes of it."""
+        moves = {"moves": self.moves} if self.moves else {}
+        return {RECORD: {"source": text_source(self.read), "tokens": self.tokens, "passes": self.passes, **moves,
+                         "seed": self.seed, "vectors": vectors_of(source)}}
+
+    def memory(self, elements: int) -> int:
+        """Return the bytes that the trainings of a model of so many elements hold, besides activations."""
+        return (MOVING if self.moves else BYTES) * elements
+
+    def forwards(self) -> float:
+        """Return the tokens that pass the model, forward and back (as two more), the original's included."""
+        read = 3 * (self.passes + PARTLY * self.moves) * self.tokens
+        return read + (2 if self.moves else 1) * self.tokens
+
+    def lesson(self, source: Source) -> Lesson:
+        """Return the text in batches.
+
+        Raises
+        ------
+        ModelError
+            If there is too little text, or passes are not positive.
+        """
+        for passes in (self.passes, self.moves or self.passes):
+            if not 0 < passes <= 1000:
+                raise ModelError(f"passes of the text must lie above 0 and up to 1000, found {passes}")
+        every = windows(read_ids(source, self.read, self.context, self.tokens), self.context)
+        if len(every) < LEAST:
+            raise ModelError(f"{self.read}: {every.numel()} tokens make {len(every)} windows of {self.context}; "
+                             f"recovery needs at least {LEAST}; give a longer text, more --tokens or a shorter "
+                             "--context")
+        kept = torch.arange(len(every)) % APART == LEAST - 1
+        size = max(1, AT_ONCE // self.context)
+        apart, rest = every[kept].split(size), every[~kept].split(size)
+        lesson = Lesson([*apart, *rest], len(apart), max(1, STEP // max(AT_ONCE, self.context)), 0, self.seed)
+        return dataclasses.replace(lesson, steps=max(1, steps_of(lesson, self.passes)))
+
+
+def steps_of(lesson: Lesson, passes: float) -> int:
+    """Return the steps in which a text is read so many times."""
+    return round(passes * (len(lesson.batches) - lesson.apart) / lesson.each)
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """What came of a training between two encodings.
+
+    Attributes
+    ----------
+    stage, group : int
+        The block, counted from 0, and its group of matrices that is encoded next.
+    before, after : float
+        KL on the text kept apart, in nats a token; of the weights that there were, and of what is kept.
+    """
+
+    stage: int
+    group: int
+    before: float
+    after: float
+
+
+class Course:
+    """A text that a model is trained on, and its original, whose answers are made once for all trainings.
+
+    Parameters
+    ----------
+    source : Source
+    settings : RecoverSettings
+    folder : Path
+        Where activations go that find no room in memory.
+    progress : Progress
+
+    Attributes
+    ----------
+    settings : RecoverSettings
+    lesson : Lesson
+        Of the training at the end.
+    between : Lesson
+        Of all trainings between encodings, as if they were one.
+    phases : list of Phase
+        What came of these.
+    """
+
+    def __init__(self, source: Source, settings: RecoverSettings, folder: Path, progress: Progress) -> None:
+        self.settings, self.lesson, self._source = settings, settings.lesson(source), source
+        self._folder, self._progress = folder, progress
+        each = max(1, MOVE // max(AT_ONCE, settings.context))
+        looks = max(1, LOOK // max(AT_ONCE, settings.context))
+        self.between = dataclasses.replace(self.lesson, each=each, checks=1, looks=looks, constant=True)
+        self.between = dataclasses.replace(self.between, steps=steps_of(self.between, settings.moves))
+        self.phases: list[Phase] = []
+
+    @functools.cached_property
+    def mark(self) -> str:
+        """A digest of what trained parts depend on besides what they were."""
+        device = torch.device(self.settings.device)
+        return seal([tersor.__version__, self._source.fingerprint, self.settings.record(self._source),
+                     self.settings.context, device.type, halves(device)])
+
+    @functools.cached_property
+    def _original(self) -> Original:
+        self._progress("teacher", 0, 1)
+        return Original(self._source, self.lesson.batches, self.settings.device,
+                        lambda done, total: self._progress("teacher", done, total), self._folder)
+
+    def teacher(self, batch: int) -> tuple[Tensor, bool]:
+        """Return the original's logits of a batch."""
+        return self._original(batch)
+
+    def shares(self, stage: int, stages: int, groups: int) -> list[int]:
+        """Return the steps of trainings before each group of a stage: all stages and groups get about as many."""
+        begin, end = (self.between.steps * at // stages for at in (stage, stage + 1))
+        return [(end - begin) * (at + 1) // groups - (end - begin) * at // groups for at in range(groups)]

@@ -1,0 +1,190 @@
+"""Recovery between encodings: what is not encoded moves, bytes stay, killed runs go on, errors are the source's."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tersor import store
+from tersor.hf import compress_model
+from tersor.hf.compress import checkpoint
+from tersor.hf.compress.course import Course, RecoverSettings
+from tersor.hf.compress.desk import Desk
+from tersor.hf.compress.moving import by_input
+from tersor.hf.compress.request import Sampling, no_progress
+from tersor.hf.compress.verify import verify
+from tersor.hf.models.classes import feed, run
+from tersor.hf.models.flow import Activations, Flow
+from tersor.hf.models.hollow import Hollow
+from tersor.hf.models.matrices import Matrix
+from tersor.hf.models.source import Source, open_source
+from tersor.hf.models.streamed import Streamed
+from tersor.hf.recover import mover, training
+from tersor.hf.recover.mover import Mover
+from tersor.hf.recover.training import Training
+from tersor.quality import measure
+from tests.hf.tiny import save_tiny, save_tokenizer
+
+pytestmark = [pytest.mark.usefixtures("verified_here"), pytest.mark.filterwarnings("ignore:recovery")]
+FILES = ("model.safetensors", "tersor.json")
+
+
+def named(name: str, folder: Path) -> Source:
+    save_tiny(name, folder, torch.bfloat16)
+    save_tokenizer(folder)
+    return open_source(folder, folder / "unused")
+
+
+@pytest.fixture(autouse=True)
+def long_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps as of large losses: a tiny random model's are small."""
+    monkeypatch.setattr(training, "NATS", 1e-6)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    return named("llama_tied", tmp_path_factory.mktemp("moving") / "model")
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What all of these runs are asked for: little text, two bits."""
+    text = tmp_path_factory.mktemp("text") / "text.txt"
+    text.write_text(RecoverSettings().read.read_text()[:8192])
+    return {"method": "rotated_scalar", "evaluation_tokens": 0, "calibration": text, "context": 16,
+            "sampling": Sampling(512, 256, 16), "recover": True}
+
+
+def streamed(source: Source, ids: Tensor) -> tuple[Streamed, Flow]:
+    """Return a model with all blocks resident, and a text at its entrance."""
+    found = Streamed(Hollow(source), ids)
+    found.hollow.fill(found.model.modules())
+    return found, Flow(found, [ids], Activations())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_gradients_are_those_of_the_whole_model(name: str, tmp_path: Path) -> None:
+    """From the entrance of a block on, as from the model's."""
+    source, ids = named(name, tmp_path / "model"), torch.arange(24).reshape(2, 12)
+    model, text = streamed(source, ids)
+    whole = Hollow(source).whole()
+    for stage in range(len(model.blocks) + 1):
+        later = [m for at in range(stage, len(model.blocks) + 1) for m in model.matrices(at) if not model.looks_up(m)]
+        if not later:
+            continue
+        with Mover(text, stage, later, {}) as moved:
+            logits = moved.answer(0, ids)
+            found = moved.gradients(dict(zip(moved.leaves, torch.autograd.grad(
+                logits.square().sum(), list(moved.leaves.values()), materialize_grads=True), strict=True)))
+        assert not any(leaf.requires_grad for leaf in moved.leaves.values())
+        own = {m.name: whole.get_parameter(m.parameter).requires_grad_(True) for m in later}
+        expected = run(whole, feed(whole, ids))[0]
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+        gradients = dict(zip(own, torch.autograd.grad(expected.square().sum(), list(own.values()),
+                                                      materialize_grads=True), strict=True))
+        for matrix in later:
+            torch.testing.assert_close(found[matrix.name], matrix.take(gradients[matrix.name]), rtol=2e-3, atol=1e-4)
+        if stage < len(model.blocks):
+            text.through(stage, watch=False, keep=True)
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "llama", "gpt2", "mixtral"])
+def test_weights_move_and_errors_are_the_sources(name: str, asked: dict[str, Any], tmp_path: Path) -> None:
+    source = named(name, tmp_path / "model")
+    size = source.nbytes // 4
+    report = compress_model(source.path, tmp_path / "out", size=size, **asked)
+    opened, moves = store.read(tmp_path / "out"), report["recovery"]["moves"]
+    assert store.stored_nbytes(tmp_path / "out") <= size
+    assert all(phase["after"] <= phase["before"] for phase in moves)
+    assert sorted({phase["stage"] for phase in moves}) == list(range(1 + moves[-1]["stage"]))
+    assert any(line.get("moved", 0.0) > 0 for line in report["matrices"].values())
+    for matrix, line in report["matrices"].items():
+        dense = source.matrix(source.layout.matrices[matrix])
+        assert line["relative_error"] == pytest.approx(measure(dense, opened.matrix(matrix)).relative_error, rel=1e-3)
+    told = verify(tmp_path / "out", source)
+    assert told["matrices_moved"] == sum("moved" in line for line in report["matrices"].values())
+    assert not (tmp_path / "out.work" / "moved").exists()
+
+
+def test_where_training_does_not_help_nothing_moves(source: Source, asked: dict[str, Any], tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mover, "RATE", 30.0)
+    report = compress_model(source.path, tmp_path / "out", size=24_000, **asked)
+    assert all(phase["after"] == phase["before"] for phase in report["recovery"]["moves"])
+    assert {line["moved"] for line in report["matrices"].values() if "moved" in line} == {0.0}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_same_seed_same_bytes(threads: int, source: Source, asked: dict[str, Any], tmp_path: Path) -> None:
+    compress_model(source.path, tmp_path / "one", size=24_000, **asked)
+    before, state = torch.get_num_threads(), torch.random.get_rng_state()
+    torch.set_num_threads(threads)
+    try:
+        compress_model(source.path, tmp_path / "two", size=24_000, **asked)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(state, torch.random.get_rng_state())
+    for file in FILES:
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize(("where", "after"), [("steps", 1), ("matrices", 3)])
+def test_a_killed_run_goes_on(where: str, after: int, damaged: bool, source: Source, asked: dict[str, Any],
+                              tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the bytes of an unbroken one; where what it kept is damaged, it makes that again."""
+    compress_model(source.path, tmp_path / "whole", size=24_000, **asked)
+    monkeypatch.setattr(checkpoint, "EVERY", 0.0)
+    monkeypatch.setattr(checkpoint, "SHARE", 1e9)
+    of: Any = Training if where == "steps" else Desk
+    method, count = ("_step" if where == "steps" else "encode"), 0
+    own = getattr(of, method)
+
+    def killed(self: Any, *given: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > after:
+            raise KeyboardInterrupt
+        own(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(of, method, killed)
+        with pytest.raises(KeyboardInterrupt):
+            compress_model(source.path, tmp_path / "out", size=24_000, **asked)
+    kept = sorted((tmp_path / "out.work" / "moved").glob("*"))
+    assert len(kept) <= 1
+    if damaged:
+        for file in kept:
+            file.write_bytes(file.read_bytes()[:-1] + b"\x55")
+    with pytest.warns(match="made again") if damaged and kept else monkeypatch.context():
+        compress_model(source.path, tmp_path / "out", size=24_000, **asked)
+    for file in FILES:
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def test_matrices_by_what_they_read() -> None:
+    named = {name: Matrix(name, name, None, (1, 1), "linear") for name in ("q", "k", "o", "expert")}
+    one, two = torch.zeros(1), torch.zeros(1)
+    seen = [("k", one), ("q", one), ("o", two), ("k", two)]
+    found = by_input(list(named.values()), seen)
+    assert [[m.name for m in group] for group in found] == [["k", "q"], ["o", "expert"]]
+    assert [[m.name for m in group] for group in by_input(list(named.values()), [])] == [["q", "k", "o", "expert"]]
+    assert by_input([], []) == []
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_shares_are_all_steps(groups: int, source: Source, asked: dict[str, Any]) -> None:
+    course = Course(source, RecoverSettings(asked["calibration"], context=16, moves=3.0), Path(), no_progress)
+    assert sum(sum(course.shares(stage, 5, groups)) for stage in range(5)) == course.between.steps > 0
+
+
+def test_the_teacher_is_the_original(source: Source, asked: dict[str, Any]) -> None:
+    course = Course(source, RecoverSettings(asked["calibration"], context=16, moves=1.0), Path(), no_progress)
+    model = Hollow(source).whole()
+    with torch.no_grad():
+        expected = run(model, feed(model, course.lesson.batches[0]))[0]
+    found, _ = course.teacher(0)
+    assert float(functional.mse_loss(found, expected)) <= 1e-8 * float(expected.square().mean())
