@@ -24,6 +24,7 @@ from tersor.hf.compress.work import WorkFolder
 from tersor.hf.models.matrices import Matrix
 from tersor.hf.models.source import read_matrix
 from tersor.hf.models.streamed import Streamed
+from tersor.numerics.memory import give_back
 from tersor.planning.calibration import hessian_of
 
 RIDGE = 1.0  # times the mean square of an input: what holds a matrix to the dense one, see docs/log.md
@@ -82,6 +83,7 @@ def by_blocks(desk: Puts, reading: Reading, work: WorkFolder) -> None:
     last = len(original.blocks)
     tables = [m for m in original.matrices(last) if original.looks_up(m)]
     _encode(desk, original, tables, (ends, {}))  # the largest, as a rule: before there is room taken for another model
+    give_back()
     encoded = reading.streamed(like=original)
     _decode(desk, encoded, tables)
     dense, flow = reading.flow(original, "dense"), reading.flow(encoded, "encoded")
