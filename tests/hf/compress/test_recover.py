@@ -208,7 +208,8 @@ def test_compress_recover_is_one_command(source: Path, tmp_path: Path) -> None:
     size, text = 24_000, tmp_path / "text.txt"
     text.write_text(RecoverSettings().read.read_text()[:4096])
     report = compress_model(source, tmp_path / "out", size=size, method="rotated_scalar", evaluation_tokens=0,
-                            calibration=text, context=16, sampling=Sampling(1024, 256, 16), recover=True, recover_passes=9.0)
+                            calibration=text, context=16, sampling=Sampling(1024, 256, 16), recover=True,
+                            recover_passes=9.0)
     assert store.stored_nbytes(tmp_path / "out") <= size
     assert report["recovery"]["kl_after"] < report["recovery"]["kl_before"]
     assert all(line["distortion"] == line["relative_error"] for line in report["matrices"].values())
