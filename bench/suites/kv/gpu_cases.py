@@ -100,5 +100,5 @@ class OnProcessor:
 LARGE = (32, 8, 128)  # of an 8B Llama
 TWO_BITS = ("rot,lm2", "rot,tr2x8", "klt@2;ctr8,rot,tr2x8")  # a longer window is met in the same time
 ON_PROCESSOR = tuple(OnProcessor(method, tokens, shape) for shape in (LARGE, (9, 3, 64)) for tokens in (8192, 16384)
-                     for method in ("rot,lm2", "rot,lm3", "rot,lm4", "rot,tr1.5x8", "rot,tr2x8", "rot,tr3x9", "rot,tr4x8",
-                                    "klt@2", "klt@2;ctr8,rot,tr2x8"))
+                     for method in ("rot,lm2", "rot,lm3", "rot,lm4", "rot,tr1.5x8", "rot,tr2x8", "rot,tr3x9",
+                                    "rot,tr4x8", "klt@2", "klt@2;ctr8,rot,tr2x8"))
