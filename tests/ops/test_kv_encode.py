@@ -45,12 +45,17 @@ def test_the_reference_is_the_codec(text: str) -> None:
         assert float(close) >= 0.999  # a rotation's products are summed in another order
 
 
-@pytest.mark.parametrize("text", ["klt16h3x64", "rtn2g16", "rot,tr2x8", "lm4g16", "lm2o", "fit4"])
+@pytest.mark.parametrize("text", ["klt16h3x64", "rtn2g16", "rot,tr2nx8", "lm4g16", "lm2o", "fit4"])
 def test_other_codecs_have_no_such_form(text: str) -> None:
     codec = parse(text)
     given = states(4 * BLOCK)
     tables = codec.train([part.reshape(-1, DIM) for part in given.split(BLOCK, 2)])
     assert Form.of(codec, (HEADS * BLOCK, DIM), tables, torch.device("cpu")) is None
+
+
+def test_signs_of_a_trellis_are_met_but_only_its_own_encoder_finds_them() -> None:
+    form = form_of("rot,tr2x8", "cpu")
+    assert (form.coded.bits, form.levels.codes(DIM), form.encodes) == (1, 2 * DIM, False)
 
 
 @GPU

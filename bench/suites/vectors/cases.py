@@ -63,9 +63,9 @@ _REAL: Mapping[tuple[str, float], tuple[str, ...]] = {
 _CELLS: Mapping[tuple[str, float], tuple[str, ...]] = {  # what fits a cell with its tables; see `tables.SPARE`
     ("glove", 1): ("tersor:ctr8,ktr6", "tersor:rq50x256s6t", "faiss:RQ6x8", "faiss:PQ5x9np", "faiss:OPQ5,PQ5x9np",
                    "faiss:PQ10x4fs"),
-    ("glove", 2): ("tersor:klt", "tersor:rq", "faiss:RQ11x8", "faiss:PQ10x9np", "faiss:OPQ10,PQ10x9np",
+    ("glove", 2): ("tersor:spectral", "tersor:rq", "faiss:RQ11x8", "faiss:PQ10x9np", "faiss:OPQ10,PQ10x9np",
                    "faiss:PQ25x4fs"),
-    ("glove", 4): ("tersor:klt", "tersor:rq50x256s24t", "faiss:PQ25x8np", "faiss:OPQ25,PQ25x8np", "faiss:SQ4",
+    ("glove", 4): ("tersor:spectral", "tersor:rq50x256s24t", "faiss:PQ25x8np", "faiss:OPQ25,PQ25x8np", "faiss:SQ4",
                    "faiss:RaBitQ", "faiss:RQ22x8"),
     ("banking77", 1): ("tersor:ctr8,rot,sym8", "tersor:ctr8,ktr32", "faiss:PQ64x5np", "faiss:PQ96x4np",
                        "faiss:OPQ32_64,PQ32x8np", "faiss:RQ1x8", "faiss:RaBitQ"),

@@ -17,7 +17,7 @@ from tersor.registry import parse
 from tersor.vectors.rowwise import COUNTS, check_rowwise, code_size
 
 TRAINED = ("pq", "opq", "rq")  # families of product codecs with shared codebooks
-KLT = "klt"  # trellis codes over trained axes
+SPECTRAL = "spectral"  # trellis codes over trained axes
 TRELLIS = "trellis"
 DEFAULT_RATE = 2.0
 MAX_RATE = 32.0
@@ -31,7 +31,7 @@ def index_families() -> tuple[str, ...]:
     """Return the families that hold row-wise codecs besides dense ones."""
     rowwise = [name for name, ladders in FAMILIES.items()
                if any(_is_rowwise(codec) for ladder in ladders for codec in ladder.fixed())]
-    return (*rowwise, *TRAINED, KLT)
+    return (*rowwise, *TRAINED, SPECTRAL)
 
 
 def _is_rowwise(codec: Codec) -> bool:
@@ -113,7 +113,7 @@ def _of_family(family: str, dim: int, nbytes: int, effort: str) -> Codec:
         members = [_residual(dim, nbytes)]
     elif family in TRAINED:
         members = [_product(dim, nbytes, family)]
-    elif family == KLT:
+    elif family == SPECTRAL:
         members = [_spectral(dim, nbytes)]
     else:
         rungs = _trellis(effort, dim) if family == TRELLIS else _rungs(family, dim)
