@@ -318,7 +318,7 @@ def attend(query: Tensor, states: States, how: Scores) -> Tensor:
             highest = torch.maximum(peak[:, :, :, rows], scores.amax(-1, keepdim=True))
             base = highest.masked_fill(highest == float("-inf"), 0.0)
             shrink = torch.exp(peak[:, :, :, rows] - base)
-            weights = torch.exp(scores - base)
+            weights = scores.sub_(base).exp_()
             peak[:, :, :, rows] = highest
             total[:, :, :, rows] = total[:, :, :, rows] * shrink + weights.sum(-1, keepdim=True)
             part = mix(weights.reshape(batch, heads, -1, stop - start)).reshape(shape)

@@ -102,9 +102,7 @@ class Part:
         side, stride, levels = self.side, self.codes * self.side.levels.bits // 8, self.side.levels
         addresses = side.addresses.numpy() * 16 + side.pages[0].data_ptr()
         form = (side.codes_at, side.scales_at, stride, self.heads, self.block, self.room, self.low, self.high)
-        assert levels.table is not None
-        steps = torch.zeros(256) if levels.steps is None else levels.steps
-        table = torch.cat([levels.table.repeat(LANES // len(levels.table)), steps]).numpy()
+        table = levels.looked_up.numpy()
         tasks = batch * self.heads
         nbytes = tasks * (self.high - self.low) * self.block * stride
         share(tasks, nbytes, lambda span: kernel(addresses, form, table, given, out, span))  # type: ignore[operator]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ LANE_BITS = (1, 2, 3, 4)  # on the processor, where the codes of a row fill whol
 SIGN_WORD = 32  # on the processor: signs of a row are a multiple,
 SIGN_TOKENS = 16  # and tokens of a block
 WORDS = 256  # that a byte names
+LANE_LEVELS = 16  # that a register holds
 DIMS = (64, 128)  # of a head
 DTYPES = (torch.bfloat16, torch.float16)
 MOST_QUERIES = 8  # tokens of a sequence that attend at once
@@ -80,6 +82,13 @@ class Levels:
         bounds = None if wide is None else wide.norm(dim=2).amax(1)
         mirrored = plain is None or torch.equal(plain, -plain.flip(0))
         return cls(bits, plain, mirrored, table_words(bits, plain).to(near), wide, bounds, shift, known)
+
+    @cached_property
+    def looked_up(self) -> Tensor:
+        """Sixteen levels, repeated where there are fewer, then what 256 bytes of scales stand for: float32 (272,)."""
+        assert self.table is not None
+        steps = torch.zeros(WORDS, device="cpu") if self.steps is None else self.steps
+        return torch.cat([self.table.repeat(LANE_LEVELS // len(self.table)), steps])
 
     def codes(self, dim: int) -> int:
         """Return the codes of a row."""
