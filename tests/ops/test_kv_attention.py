@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tersor.kv import TokenStream
+from tersor.kv import TokenStream, matrices
 from tersor.ops.dispatch import reference_only
 from tersor.ops.kv_attention import Closed, Held, How, kv_attention, reference, takes_kernel
 from tersor.ops.kv_attention.shapes import division_of, refusal, table_words
@@ -38,7 +38,8 @@ class Case:
 
 
 CODECS = [Case(key, value) for key, value in (("rot,lm2", "rot,lm2"), ("rot,lm3", "rot,lm3"), ("rot,lm4", "rot,lm4"),
-                                              ("fp8", "fp8"), ("lm2", "rot,fp8"), ("rot,lm4", "lm3"))]
+                                              ("fp8", "fp8"), ("lm2", "rot,fp8"), ("rot,lm4", "lm3"),
+                                              ("ctr,rot,lm2", "ctr,lm3"))]
 SHAPES = [Case(dim=64), Case("rot,lm4", "rot,lm3", 64), Case("fp8", "lm2", 64), Case(group=1), Case(group=8),
           Case(queries=8), Case("rot,lm4", "rot,lm4", queries=3), Case(blocks=1), Case(blocks=2, recent=1),
           Case(dtype=torch.float16)]
@@ -52,8 +53,9 @@ def states(case: Case, tokens: int, seed: int, device: str) -> Tensor:
 def held(case: Case, device: str) -> Held:
     streams = []
     for seed, text in enumerate((case.key, case.value)):
-        stream = TokenStream(parse(text), BLOCK)
-        stream.append(states(case, case.blocks * BLOCK, seed, device))
+        codec, given = parse(text), states(case, case.blocks * BLOCK, seed, device)
+        stream = TokenStream(codec, BLOCK, tables=codec.train(matrices(given.float(), BLOCK)))
+        stream.append(given)
         streams.append(stream)
     sides = [stream.side() for stream in streams]
     assert sides[0] is not None
@@ -94,7 +96,7 @@ def check(case: Case, device: str, how: How, **given: Any) -> Tensor:
     return found
 
 
-@on_devices(["case"], cpu=[[CODECS[0]], [CODECS[3]]], cuda=[[case] for case in (*CODECS, *SHAPES)])
+@on_devices(["case"], cpu=[[CODECS[0]], [CODECS[3]], [CODECS[-1]]], cuda=[[case] for case in (*CODECS, *SHAPES)])
 def test_is_attention_over_decoded_tokens(device: str, case: Case) -> None:
     check(case, device, How(case.dim**-0.5))
 
@@ -198,6 +200,9 @@ def test_what_is_refused() -> None:
     assert "float32" in str(refusal(asked.float(), all_))
     assert "up to 8 queries" in str(refusal(asked.expand(-1, -1, 9, -1), all_))
     assert "no closed tokens" in str(refusal(asked, dataclasses.replace(all_, closed=None)))
+    signs, steps = held(Case("rot,tr2x8", blocks=1), "cpu"), held(Case(value="ctr8,rot,lm2", blocks=1), "cpu")
+    assert "found keys of 1" in str(refusal(asked, signs))
+    assert "those of values have 8" in str(refusal(asked, steps))
     other = Case(dim=32, dtype=torch.bfloat16)
     assert "dimension" in str(refusal(query(other, "cpu"), held(other, "cpu")))
 
