@@ -120,11 +120,12 @@ def compress(src: Src, output: NewOut, rate: BudgetRate = None, size: Size = Non
     directory(output)
     one_of(device, devices)
     settings = run.CompressSettings(
-        codec, calibration, calibrated, text, Sampling(tokens, context=context, seed=seed),
-        evaluation_tokens, context, seed, device if dry_run else device_of(device), resume,
-        parse_options(option), read_weights(sensitivities),
-        None if dense is None else tuple(dense), tuple(leave_out or ()), samples, base_model, effort, whole_model,
-        devices, engine, recover, recover_passes)
+        method=codec, calibration=calibration, calibrated=calibrated, text=text, seed=seed, context=context,
+        sampling=Sampling(tokens, context=context, seed=seed), evaluation_tokens=evaluation_tokens, resume=resume,
+        device=device if dry_run else device_of(device), devices=devices, engine=engine, whole=whole_model,
+        options=parse_options(option), sensitivities=read_weights(sensitivities), effort=effort, samples=samples,
+        dense=None if dense is None else tuple(dense), leave_out=tuple(leave_out or ()), base_model=base_model,
+        recover=recover, recover_passes=recover_passes)
     nbytes = None if size is None else parse_size(size)
     rate = 3.0 if rate is None and nbytes is None else rate
     if dry_run:

@@ -12,13 +12,36 @@ from torch import Tensor
 
 from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
 from tersor.payload import packing
-from tersor.payload.layout import TensorSpec
+from tersor.payload.blocks import Tables
+from tersor.payload.layout import Layout, TensorSpec
 
 HUGE = 2.0**100  # beyond this magnitude float32 arithmetic may overflow, so an encoder's result is checked
 SMALL = 2.0**-96  # below this magnitude scales may fall under float32's normal numbers; the result is checked as well
 BEYOND, BELOW = 2.0**128 - 2.0**103, 2.0**-150  # what rounds to infinity, and to 0, in float32
 REACH = 64  # bits of magnitude that stored numbers may have together: codes and sums over rows stay below the others
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def shared_tables(codec: str, layout: Layout, given: Tables, device: torch.device) -> dict[str, Tensor]:
+    """Return the tables that matrices of a layout share, on a device.
+
+    Raises
+    ------
+    CodecConfigError
+        If one is missing, or of another shape.
+    NonFiniteError
+        If one has numbers that are none.
+    """
+    found = {name: given[name].to(device) for name, spec in layout.items() if spec.shared and name in given}
+    if len(found) < sum(spec.shared for spec in layout.values()):
+        raise CodecConfigError(f"codec '{codec}' needs its shared tables: tables=codec.train(samples)")
+    for name, table in found.items():
+        if tuple(table.shape) != layout[name].shape:
+            raise CodecConfigError(f"codec '{codec}': table '{name}' is {tuple(table.shape)}, expected "
+                                   f"{layout[name].shape}: trained on another width, or for another codec")
+        if not bool(torch.isfinite(table.to(torch.float32)).all()):
+            raise NonFiniteError(f"codec '{codec}': table '{name}' overflows; scale the matrix down")
+    return found
 
 
 def from_numpy(array: np.ndarray, name: str = "matrix") -> Tensor:

@@ -110,14 +110,14 @@ def test_an_index_finds_more_with_it() -> None:
     """By a scan of its signs, which must find what decoded vectors say; and more than other families do."""
     x, queries = spread(3000, 64) + 2.0, spread(200, 64, 7) + 2.0
     truth, reached = exact(x, queries, 10, "l2"), {}
-    for family in ("klt1.5", "trellis1.5", "pq1.5"):
+    for family in ("spectral1.5", "trellis1.5", "pq1.5"):
         index = Index(64, family)
         index.train(x)
         index.add(x)
         reached[family] = recall(index.search(queries, 10)[1], truth)
-        if family == "klt1.5":
+        if family == "spectral1.5":
             assert str(index.codec) == "ctr8,ktr11"
             assert index.code_size == 12
             decoded = exact(index.reconstruct(index.ids), queries, 10, "l2")
             assert recall(index.search(queries, 10)[1], decoded) > 0.999
-    assert reached["klt1.5"] > max(reached["trellis1.5"], reached["pq1.5"]) + 0.05, reached
+    assert reached["spectral1.5"] > max(reached["trellis1.5"], reached["pq1.5"]) + 0.05, reached

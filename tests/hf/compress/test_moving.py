@@ -26,6 +26,7 @@ from tersor.hf.recover import mover, training
 from tersor.hf.recover.mover import Mover
 from tersor.hf.recover.training import Training
 from tersor.quality import measure
+from tests.hf.compress.killing import killed_after
 from tests.hf.tiny import save_tiny, save_tokenizer
 
 pytestmark = [pytest.mark.usefixtures("verified_here"), pytest.mark.filterwarnings("ignore:recovery")]
@@ -139,21 +140,9 @@ def test_a_killed_run_goes_on(where: str, after: int, damaged: bool, source: Sou
     compress_model(source.path, tmp_path / "whole", size=24_000, **asked)
     monkeypatch.setattr(checkpoint, "EVERY", 0.0)
     monkeypatch.setattr(checkpoint, "SHARE", 1e9)
-    of: Any = Training if where == "steps" else Desk
-    method, count = ("_step" if where == "steps" else "encode"), 0
-    own = getattr(of, method)
-
-    def killed(self: Any, *given: Any) -> None:
-        nonlocal count
-        count += 1
-        if count > after:
-            raise KeyboardInterrupt
-        own(self, *given)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(of, method, killed)
-        with pytest.raises(KeyboardInterrupt):
-            compress_model(source.path, tmp_path / "out", size=24_000, **asked)
+    of, method = (Training, "_step") if where == "steps" else (Desk, "encode")
+    with killed_after(after, of, method):
+        compress_model(source.path, tmp_path / "out", size=24_000, **asked)
     kept = sorted((tmp_path / "out.work" / "moved").glob("*"))
     assert len(kept) <= 1
     if damaged:

@@ -23,6 +23,7 @@ from tersor.hf.models.source import open_source
 from tersor.hf.recover import student as student_of
 from tersor.hf.recover.student import Student
 from tersor.hf.recover.training import Lesson, Outcome, Training, divergence
+from tests.hf.compress.killing import killed_after
 from tests.hf.tiny import resigned, save_tiny, save_tokenizer
 
 pytestmark = pytest.mark.usefixtures("verified_here")
@@ -139,21 +140,10 @@ def test_a_killed_run_goes_on(after: int, source: Path, packed: Path, tmp_path: 
     recover_model(packed, tmp_path / "whole", source, **more)
     monkeypatch.setattr(checkpoint, "EVERY", 0.0)
     monkeypatch.setattr(checkpoint, "SHARE", 1e9)
-    step, count = Training._step, 0
-
-    def killed(self: Training, *given: Any) -> None:
-        nonlocal count
-        count += 1
-        if count > after:
-            raise KeyboardInterrupt
-        step(self, *given)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Training, "_step", killed)
-        with pytest.raises(KeyboardInterrupt):
-            recover_model(packed, tmp_path / "out", source, **more)
+    with killed_after(after, Training, "_step"):
+        recover_model(packed, tmp_path / "out", source, **more)
     assert (tmp_path / "out.work" / "recover.part").exists()
-    taken: list[int] = []
+    taken, step = list[int](), Training._step
     monkeypatch.setattr(Training, "_step", lambda self, *given: (taken.append(1), step(self, *given))[1])
     report = recover_model(packed, tmp_path / "out", source, **more)
     assert len(taken) == report["recovery"]["taken"] - after

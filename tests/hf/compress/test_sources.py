@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tersor.hf.compress.run import Sampling, compress_model
+from tersor.hf.compress.request import Sampling
+from tersor.hf.compress.run import compress_model
 from tersor.hf.models.source import open_source
 from tests.hf.models import test_gguf_file as gguf_files
 from tests.hf.models.test_mapping import save

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tersor import store
 from tersor.errors import ModelError, VerificationError
+from tersor.hf.compress.request import Sampling
 from tersor.hf.compress.run import compress_model
 from tersor.hf.compress.verify import verify
 from tersor.hf.models.dense import write_dense
@@ -151,7 +152,7 @@ def test_a_tokenizer_that_changes_between_kill_and_resume_starts_anew(tmp_path: 
 
     monkeypatch.setattr(run.calibrate, "sensitivities", stopped)
     settings: dict[str, Any] = {"rate": 6, "method": "rtn4", "evaluation_tokens": 0,
-                                "sampling": run.Sampling(tokens=64, fisher_tokens=0, context=32)}
+                                "sampling": Sampling(tokens=64, fisher_tokens=0, context=32)}
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             compress_model(src, tmp_path / "out", **settings)
@@ -167,7 +168,6 @@ def test_a_tokenizer_that_changes_between_kill_and_resume_starts_anew(tmp_path: 
                                             ("bart", {"kl"}), ("llama-base", {"output_error"})])
 def test_other_classes_are_calibrated_and_evaluated_on_text(name: str, keys: set[str], short: Path,
                                                             tmp_path: Path) -> None:
-    from tersor.hf.compress.run import Sampling
 
     zoo.save(name, tmp_path / "src", vocab=8192)
     for file in short.glob("*token*"):

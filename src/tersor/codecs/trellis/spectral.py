@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tersor.codecs.trellis.filters import Filter, filters
 from tersor.codecs.trellis.streamed import signs_of
+from tersor.contract.checks import shared_tables
 from tersor.contract.codec import Codec, Encoded, Search
 from tersor.contract.coordinates import Coordinates
 from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
@@ -120,14 +121,7 @@ class SpectralTrellis(Codec):
         """Take the rows to their axes, find the best paths, errors weighed as they count, then the best scales."""
         shape = shape_of(matrix)
         layout = self.layout(shape)
-        tables = {name: how.tables[name].to(matrix.device) for name, spec in layout.items()
-                  if spec.shared and name in how.tables}
-        if len(tables) + 2 < len(layout):
-            raise CodecConfigError(f"codec '{self.spec()}' needs its shared tables: tables=codec.train(samples)")
-        for name, table in tables.items():
-            if tuple(table.shape) != layout[name].shape:
-                raise CodecConfigError(f"codec '{self.spec()}': table '{name}' is {tuple(table.shape)}, trained on "
-                                       f"another width than {shape[1]} or for other bytes")
+        tables = shared_tables(self.spec(), layout, how.tables, matrix.device)
         shifts, axes, deviations = self._tables(tables)
         code = code_of(shifts)
         table = code.table().to(matrix.device) * deviations[:, None]

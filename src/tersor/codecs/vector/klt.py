@@ -28,6 +28,7 @@ from tersor.codecs.vector.components import (
     water_fill,
     words_of,
 )
+from tersor.contract.checks import shared_tables
 from tersor.contract.codec import Codec, Encoded, Search, Traits
 from tersor.contract.coordinates import Coordinates
 from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
@@ -152,16 +153,7 @@ class Klt(Codec):
         """Take the rows to components, then the nearest codeword of every run, errors weighed as they count."""
         shape = shape_of(matrix)
         layout = self.layout(shape)
-        tables = {name: how.tables[name].to(matrix.device) for name, spec in layout.items()
-                  if spec.shared and name in how.tables}
-        if len(tables) + 1 < len(layout):
-            raise CodecConfigError(f"codec '{self.spec()}' needs its shared tables: tables=codec.train(samples)")
-        for name, table in tables.items():
-            if tuple(table.shape) != layout[name].shape:
-                raise CodecConfigError(f"codec '{self.spec()}': table '{name}' is {tuple(table.shape)}, trained on "
-                                       f"another width than {shape[1]} or for other heads or bytes")
-            if not bool(torch.isfinite(table.to(torch.float32)).all()):
-                raise NonFiniteError(f"codec '{self.spec()}': table '{name}' overflows; scale the matrix down")
+        tables = shared_tables(self.spec(), layout, how.tables, matrix.device)
         codes = torch.empty(layout["codes"].shape, dtype=torch.uint8, device=matrix.device)
         book, scale = _book(tables), tables["scale"]
         analysis, singular = torch.linalg.inv_ex(tables["basis"].to(torch.float64))

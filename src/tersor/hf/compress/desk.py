@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +16,9 @@ from tersor.files import load_sealed, save_sealed, seal, tell_damaged
 from tersor.hf.compress.crew import Crew, Task
 from tersor.hf.compress.method import fixed_options
 from tersor.hf.compress.request import Progress, Request
+from tersor.hf.models.matrices import Matrix
 from tersor.hf.models.source import Source
+from tersor.hf.models.streamed import Streamed
 from tersor.numerics.settings import pinned
 from tersor.planning.calibration import Calibration, compensated
 from tersor.planning.plan import to_json
@@ -102,6 +104,14 @@ class Puts(Protocol):
     def decoded(self, name: str, device: torch.device) -> Tensor:
         """Return a finished matrix as it decodes, (out, in)."""
         ...
+
+
+def decode_into(model: Streamed, desk: Puts, matrices: Iterable[Matrix]) -> None:
+    """Let a model compute with finished matrices as they decode, those that it holds."""
+    hollow = model.hollow
+    for matrix in matrices:
+        if not hollow.parameter(matrix.parameter).is_meta:
+            model.put(matrix, desk.decoded(matrix.name, hollow.device))
 
 
 class Desk:

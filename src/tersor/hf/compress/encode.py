@@ -14,7 +14,7 @@ from tersor.contract.codec import Encoded
 from tersor.hf.compress.checkpoint import Checkpoint
 from tersor.hf.compress.course import Course
 from tersor.hf.compress.crew import Crew, Hands
-from tersor.hf.compress.desk import Desk, Job, Puts, Wanted, read_payload
+from tersor.hf.compress.desk import Desk, Job, Puts, Wanted, decode_into, read_payload
 from tersor.hf.compress.moving import Moving, Tally
 from tersor.hf.compress.plan import check_plan, entries
 from tersor.hf.compress.reading import Place, Reading, dense_of
@@ -85,7 +85,7 @@ def by_blocks(desk: Puts, reading: Reading, work: WorkFolder) -> None:
     _encode(desk, original, tables, (ends, {}))  # the largest, as a rule: before there is room taken for another model
     give_back()
     encoded = reading.streamed(like=original)
-    _decode(desk, encoded, tables)
+    decode_into(encoded, desk, tables)
     dense, flow = reading.flow(original, "dense"), reading.flow(encoded, "encoded")
     place = Place(Checkpoint(work / "encode.part", desk.mark), dense, flow)
     first = next((stage for stage in range(last) if not _finished(desk, encoded.matrices(stage))), last)
@@ -99,7 +99,7 @@ def by_blocks(desk: Puts, reading: Reading, work: WorkFolder) -> None:
             else:
                 moments = flow.beside(dense, stage)
             _encode(desk, original, matrices, moments)
-            _decode(desk, encoded, matrices)
+            decode_into(encoded, desk, matrices)
             flow.through(stage, watch=False, keep=True)
         place.passed(stage)
     place.drop()
@@ -118,17 +118,6 @@ def _encode(desk: Puts, original: Streamed, matrices: Iterable[Matrix],
     own, change = ({name: tensor.to(device) for name, tensor in held.items()} for held in moments)
     desk.encode([Wanted(m.name, lambda m=m: (dense_of(original, m),), (own.get(m.name), change.get(m.name)),
                         m.name in own, RIDGE) for m in matrices])
-
-
-def _decode(desk: Puts, encoded: Streamed, matrices: Iterable[Matrix]) -> None:
-    """Let a model compute with finished matrices as they decode, where it holds them."""
-    device = encoded.hollow.device
-    for m in matrices:
-        if not encoded.hollow.parameter(m.parameter).is_meta:
-            decoded = desk.decoded(m.name, device)
-            for copy in encoded.copies:
-                with torch.no_grad():
-                    m.take(copy.hollow.parameter(m.parameter)).copy_(decoded)
 
 
 def _alone(job: Job, matrix: Matrix, device: str) -> Wanted:

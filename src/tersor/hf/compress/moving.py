@@ -20,14 +20,14 @@ from tersor.errors import CorruptStoreError
 from tersor.files import load_sealed, save_sealed, seal, tell_damaged
 from tersor.hf.compress.checkpoint import Checkpoint
 from tersor.hf.compress.course import Course, Phase
-from tersor.hf.compress.desk import Puts, Wanted
+from tersor.hf.compress.desk import Puts, Wanted, decode_into
 from tersor.hf.compress.reading import Place, Reading, dense_of
 from tersor.hf.compress.request import Progress
 from tersor.hf.compress.survey import beside, outside_of
 from tersor.hf.compress.work import WorkFolder
 from tersor.hf.models.flow import Activations, Flow
 from tersor.hf.models.matrices import Matrix
-from tersor.hf.recover.mover import Mover, place
+from tersor.hf.recover.mover import Mover
 from tersor.hf.recover.training import Moments, Training
 
 RIDGE = 3.0  # times the mean square of an input: what holds a matrix to what it has moved to; docs/log.md
@@ -106,7 +106,7 @@ class Moving:
                         self._save(stage)
                         self._work_on(stage)
                     else:
-                        self._install(self._matrices(stage))
+                        decode_into(self._encoded, self._desk, self._matrices(stage))
                     for flow in (self._dense, self._flow, self._text):
                         flow.through(stage, watch=False, keep=True)
                 passed.passed(stage)
@@ -169,14 +169,7 @@ class Moving:
 
         self._desk.encode([Wanted(m.name, lambda m=m: (dense_of(self._original, m),),
                                   (own.get(m.name), off.get(m.name), aim(m)), m.name in own, RIDGE) for m in matrices])
-        self._install(matrices)
-
-    def _install(self, matrices: Sequence[Matrix]) -> None:
-        """Compute with finished matrices as they decode."""
-        device = self._encoded.hollow.device
-        held = {m.name: m for m in matrices if not self._encoded.hollow.parameter(m.parameter).is_meta}
-        for name in held:
-            place(self._flow, held, {name: self._desk.decoded(name, device)})
+        decode_into(self._encoded, self._desk, matrices)
 
     def _file(self, stage: int) -> Path:
         return self._work / FOLDER / f"{stage:06d}.safetensors"
@@ -220,7 +213,8 @@ class Moving:
         matrices = {m.name: m for later in range(stage, self._last + 1) for m in self._matrices(later)}
         device = self._encoded.hollow.device
         self._moved = {name: tensor.to(device, copy=True) for name, tensor in found[0].items() if name in matrices}
-        place(self._flow, matrices, self._moved)
+        for name, held in self._moved.items():
+            self._encoded.put(matrices[name], held)
         for key, tensor in found[0].items():
             name, _, what = key.rpartition(":")
             if name in matrices and key not in matrices:

@@ -86,7 +86,7 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class Texts(ChosenTexts):
-    """What commands that encode a model are told of texts, and of how long to work.
+    """What commands that encode a model are told of texts.
 
     Attributes
     ----------
@@ -102,8 +102,6 @@ class Texts(ChosenTexts):
         Tokens to evaluate on; 0 skips the evaluation.
     context : int
         Window length of the evaluation, in tokens.
-    effort : str
-        `"fast"`, `"normal"` or `"best"`: how often levels and scales are chosen again.
     resume : bool
         Go on with what a killed run has finished.
     """
@@ -114,7 +112,6 @@ class Texts(ChosenTexts):
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     evaluation_tokens: int = 8192
     context: int = 512
-    effort: str = "normal"
     resume: bool = True
 
 

@@ -33,7 +33,7 @@ from tersor.hf.compress.reading import Reading, check_numbers
 from tersor.hf.compress.request import (
     Progress,
     Request,
-    Sampling,
+    Texts,
     budget_bytes,
     no_progress,
     provenance,
@@ -49,7 +49,7 @@ from tersor.hf.models.evaluate import evaluate
 from tersor.hf.models.samples import samples
 from tersor.hf.models.source import Source, open_source
 from tersor.hf.models.staging import REPORT
-from tersor.hf.models.text import ChosenTexts, read_ids, text_source
+from tersor.hf.models.text import read_ids, text_source
 from tersor.numerics.memory import give_back
 from tersor.numerics.settings import threads_allowed
 from tersor.planning.calibration import Calibration
@@ -58,25 +58,13 @@ from tersor.store.manifest import file_digest
 
 
 @dataclasses.dataclass(frozen=True)
-class CompressSettings(ChosenTexts):
+class CompressSettings(Texts):
     """Everything `compress_model` may be told besides source, output and budget.
 
     Attributes
     ----------
     method : str
         A family, or one codec string for every matrix.
-    calibration : Path or None
-        Text; None uses the packaged one.
-    calibrated : bool
-        False: no calibration at all; plain errors, no error feedback.
-    text : Path or None
-        Held-out text to evaluate on; None uses the packaged one.
-    sampling : Sampling
-        How much text to calibrate on.
-    evaluation_tokens : int
-        Tokens to evaluate on; 0 skips the evaluation.
-    context : int
-        Window length of the evaluation, in tokens.
     dense : tuple of str or None
         Shell patterns of parameters that stay as they are; None: of a model that reads text, what text does not reach,
         such as a vision tower.
@@ -104,15 +92,8 @@ class CompressSettings(ChosenTexts):
     """
 
     method: str = DEFAULT
-    calibration: Path | None = None
-    calibrated: bool = True
-    text: Path | None = None
-    sampling: Sampling = dataclasses.field(default_factory=Sampling)
-    evaluation_tokens: int = 8192
-    context: int = 512
     seed: int = 0
     device: str = "cpu"
-    resume: bool = True
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     sensitivities: Mapping[str, float] = dataclasses.field(default_factory=dict)
     dense: tuple[str, ...] | None = None

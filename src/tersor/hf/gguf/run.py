@@ -45,6 +45,8 @@ class GgufSettings(Texts):
 
     Attributes
     ----------
+    effort : str
+        `"fast"`, `"normal"` or `"best"`: how often levels and scales are chosen again.
     moments : Path or None
         A file that `tersor calibrate` wrote of the same model, instead of reading the text: for several sizes.
     requantize : bool
@@ -55,6 +57,7 @@ class GgufSettings(Texts):
         The types that tensors may have besides their own; none: all.
     """
 
+    effort: str = "normal"
     moments: Path | None = None
     requantize: bool = False
     dense: tuple[str, ...] = ()

@@ -46,6 +46,8 @@ class PackSettings(Texts):
 
     Attributes
     ----------
+    effort : str
+        `"fast"`, `"normal"` or `"best"`: how often levels and scales are chosen again.
     device : str
         Where the model runs and matrices are encoded.
     dense : tuple of str or None
@@ -63,6 +65,7 @@ class PackSettings(Texts):
         Keep the whole model in memory while text runs through it.
     """
 
+    effort: str = "normal"
     device: str = "cpu"
     dense: tuple[str, ...] | None = None
     leave_out: tuple[str, ...] = ()

@@ -168,6 +168,12 @@ class Streamed:
         """The copies' devices."""
         return [copy.hollow.device for copy in self.copies]
 
+    @torch.no_grad()
+    def put(self, matrix: Matrix, value: Tensor) -> None:
+        """Let all copies compute with a matrix (out, in) that they hold."""
+        for copy in self.copies:
+            matrix.take(copy.hollow.parameter(matrix.parameter)).copy_(value)
+
     def looks_up(self, matrix: Matrix) -> bool:
         """Return whether a matrix is a table that tokens are looked up in, whatever else it is."""
         return isinstance(self.model.get_submodule(matrix.parameter.rpartition(".")[0]), nn.Embedding)

@@ -62,10 +62,10 @@ class Mover:
         """See `Pupil`."""
         return self._flow.streamed.finish(ids, self._flow.given(batch, self.device), self._stage)[0]
 
-    @torch.no_grad()
     def install(self, values: Mapping[str, Tensor]) -> None:
         """See `Pupil`."""
-        place(self._flow, self._matrices, values)
+        for name, value in values.items():
+            self._flow.streamed.put(self._matrices[name], value)
 
     def gradients(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `Pupil`."""
@@ -74,11 +74,3 @@ class Mover:
     def longest(self) -> dict[str, float]:
         """See `Pupil`."""
         return {name: size * RATE for name, size in sizes(self.values).items()}
-
-
-@torch.no_grad()
-def place(flow: Flow, matrices: Mapping[str, Matrix], values: Mapping[str, Tensor]) -> None:
-    """Let all copies of a model compute with matrices (out, in), by name."""
-    for name, value in values.items():
-        for copy in flow.streamed.copies:
-            matrices[name].take(copy.hollow.parameter(matrices[name].parameter)).copy_(value)

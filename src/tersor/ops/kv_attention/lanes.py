@@ -50,6 +50,8 @@ class Part:
 
     def scores(self, asked: Tensor) -> Tensor:
         """Return products of queries, float32 (batch, heads, q, dim), with the tokens: float32 (…, q, tokens)."""
+        from tersor.ops.kv_attention.kernels import lanes
+
         batch, heads, queries = asked.shape[:3]
         out = torch.empty(batch * heads, queries, (self.high - self.low) * self.block, device="cpu")
         maps, offset = self.side.levels.maps, self.side.levels.offset
@@ -58,7 +60,7 @@ class Part:
         for first, count in passes(queries, QUERIES):
             met = self._met(flat[:, first : first + count]).numpy()
             found = out if count == queries else out.new_empty(len(out), count, out.shape[2])
-            self._share(self._meets(count), met, found.numpy(), batch)
+            self._share(lanes.scores(*self.kind, count, self.size), met, found.numpy(), batch)
             if found is not out:
                 out[:, first : first + count] = found
         products = out.reshape(batch, heads, queries, -1)
@@ -66,13 +68,15 @@ class Part:
 
     def mixture(self, weights: Tensor) -> Tensor:
         """Return sums of the tokens under weights, float32 (batch, heads, q, tokens): float32 (…, q, dim)."""
+        from tersor.ops.kv_attention.kernels import lanes
+
         batch, heads, queries, tokens = weights.shape
         flat, (each, vectors) = weights.reshape(batch * heads, queries, tokens), self.units
         parts = []
         for first, count in passes(queries, QUERIES):
             some = flat[:, first : first + count].contiguous()
             out = torch.zeros(len(flat), vectors, each, count, LANES, device="cpu")
-            self._share(self._gathers(count), some.numpy(), out.numpy(), batch)
+            self._share(lanes.mixture(*self.kind, count, self.size), some.numpy(), out.numpy(), batch)
             parts.append(out.permute(0, 3, 1, 4, 2).flatten(2)[..., : self.codes])
         total = torch.cat(parts, 1).reshape(batch, heads, queries, self.codes)
         maps, offset = self.side.levels.maps, self.side.levels.offset
@@ -85,17 +89,10 @@ class Part:
         padded = torch.nn.functional.pad(near, (0, vectors * LANES * each - self.codes))
         return padded.unflatten(2, (vectors, LANES, each)).permute(0, 2, 4, 1, 3).contiguous()
 
-    def _meets(self, queries: int) -> object:
-        """Return the kernel of scores."""
-        from tersor.ops.kv_attention.kernels import lanes
-
-        return lanes.scores(self.side.levels.bits, self.units[1], queries, self.size)
-
-    def _gathers(self, queries: int) -> object:
-        """Return the kernel of sums."""
-        from tersor.ops.kv_attention.kernels import lanes
-
-        return lanes.mixture(self.side.levels.bits, self.units[1], queries, self.size)
+    @property
+    def kind(self) -> tuple[str, tuple[int, int]]:
+        """Kind of codes, and what kernels of that kind are made for."""
+        return "levels", (self.side.levels.bits, self.units[1])
 
     def _share(self, kernel: object, given: np.ndarray, out: np.ndarray, batch: int) -> None:
         """Run a kernel over all heads of all sequences, in shares."""
@@ -116,17 +113,10 @@ class Signs(Part):
         places = torch.arange(LANES)[None] >> torch.arange(4)[:, None] & 1
         return (near.unflatten(2, (-1, 4)) @ (2.0 * places - 1.0)).transpose(1, 2).contiguous()
 
-    def _meets(self, queries: int) -> object:
-        """Return the kernel of scores."""
-        from tersor.ops.kv_attention.kernels import signs
-
-        return signs.scores(self.codes // SIGN_WORD, queries, self.size)
-
-    def _gathers(self, queries: int) -> object:
-        """Return the kernel of sums."""
-        from tersor.ops.kv_attention.kernels import signs
-
-        return signs.mixture(self.units[1], queries, self.size)
+    @property
+    def kind(self) -> tuple[str, tuple[int, int]]:
+        """See `Part`."""
+        return "signs", (self.codes // SIGN_WORD, self.units[1])
 
 
 __all__ = ["Part", "Signs"]

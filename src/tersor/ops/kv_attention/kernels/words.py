@@ -14,20 +14,16 @@ from numba import types
 from numba.core.extending import intrinsic
 
 from tersor.numerics.machine import njit
-from tersor.ops.kv_attention.kernels import lanes
-from tersor.ops.kv_attention.kernels.lanes import BYTE
+from tersor.ops.kv_attention.kernels import rows
+from tersor.ops.kv_attention.kernels.rows import BYTE, Addressed
 from tersor.ops.kv_attention.shapes import WORDS
-from tersor.ops.vectors import FLOAT, LONG, Vectors, how
+from tersor.ops.vectors import FLOAT, LONG, how
 
 CHUNK = 8  # bytes of a row whose tables are held near
 
 
-class _Bytes(Vectors):
-    """Instructions on rows of bytes, given by addresses that are numbers."""
-
-    def pointer(self, address: Any, kind: Any) -> Any:
-        """Return an address as a pointer."""
-        return self.builder.inttoptr(address, kind.as_pointer())
+class _Bytes(Addressed):
+    """Instructions on rows of bytes."""
 
     def entry(self, line: Any, tables: Any, byte: int, queries: int) -> Any:
         """Return the address of what a row's byte names in the tables, float32 (bytes, 256, queries)."""
@@ -89,7 +85,7 @@ def _byte(typing: Any, address: Any) -> Any:
 @cache
 def passes(verb: str, count: int, queries: int) -> Any:
     """Return the kernel of scores or mixtures for so many bytes at a time and queries."""
-    made = how(verb, count, queries, sources=(lanes.__file__,))
+    made = how(verb, count, queries, sources=(rows.__file__,))
 
     @njit()
     def passes(addresses: Any, form: Any, tables: Any, sums: Any, tasks: Any) -> None:
