@@ -22,7 +22,7 @@ from bench.suites.gpu.timing import PlainTorch, device, relative, settle, time_c
 from bench.suites.kv.gpu_cases import Attending
 from tersor.kv.coded import Form
 from tersor.kv.pages import Pages
-from tersor.ops.kv_attention import Closed, Held, How, Side, kv_attention, reference
+from tersor.ops.kv_attention import Closed, Held, How, Lying, Side, kv_attention, reference
 from tersor.registry import parse
 
 HEADS, GROUP, DIM, BLOCK, PAGE, SINK, RECENT = 8, 4, 128, 64, 16, 4, 160
@@ -38,8 +38,8 @@ def random(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.randn(shape, device=device(), generator=generator).to(torch.bfloat16)
 
 
-def side(text: str, batch: int, tokens: int, generator: torch.Generator) -> Side:
-    """Return closed tokens of random codes."""
+def side(text: str, batch: int, tokens: int, generator: torch.Generator, *, across: bool) -> Side:
+    """Return closed tokens of random codes; signs lie as kernels meet them, of values `across`."""
     codec, unit = parse(text), (HEADS * BLOCK, DIM)
     form = Form.of(codec, unit, {}, device())
     assert form is not None
@@ -54,15 +54,16 @@ def side(text: str, batch: int, tokens: int, generator: torch.Generator) -> Side
         if coded.bits == 8:
             codes &= 0x77  # NaN are none
         pages.append({coded.codes: codes, coded.scales: scales}, count)
+    lines = form.levels.lines
     return Side(form.levels, pages.buffers(), pages.slots(), pages.addresses(), pages.starts[coded.codes],
-                pages.starts[coded.scales])
+                pages.starts[coded.scales], None if lines is None else Lying(HEADS, BLOCK, lines.shape[1], across))
 
 
 def held(case: Attending, seed: int) -> Held:
     """Return a cache of random codes."""
     generator = torch.Generator(device()).manual_seed(seed)
     tokens = (case.tokens - SINK - RECENT) // BLOCK * BLOCK
-    keys, values = (side(case.method, case.batch, tokens, generator) for _ in range(2))
+    keys, values = (side(case.method, case.batch, tokens, generator, across=across) for across in (False, True))
     parts = [random((case.batch, HEADS, count, DIM), generator) for count in (SINK, SINK, RECENT, RECENT)]
     return Held((parts[0], parts[1]), (parts[2], parts[3]), Closed(keys, values, tokens, BLOCK, PAGE))
 

@@ -1,5 +1,5 @@
 """Tokens of keys or values, encoded once, block by block; knows no models."""
 
-from tersor.kv.stream import TokenStream, matrices
+from tersor.kv.stream import TokenStream, matrices, meet_as_signs
 
-__all__ = ["TokenStream", "matrices"]
+__all__ = ["TokenStream", "matrices", "meet_as_signs"]

@@ -48,7 +48,8 @@ class Form:
             return None
         maps, offset = _affine(near, unit[1], device)
         maps = None if maps is None else _shared((str(codec), device), maps)
-        levels = Levels.of(coded.bits, coded.table, maps, offset, coded.steps, device=device)
+        levels = Levels.of(coded.bits, coded.table, maps, offset, coded.steps, device=device,
+                           dim=unit[1] if device.type == "cuda" else None)
         maps = levels.maps
         turned = maps is None or (len(maps) == 1 and maps.shape[1] == maps.shape[2] and bool(
             ((maps[0] @ maps[0].T - torch.eye(unit[1], device=device)).abs() <= ORTHOGONAL).all()))

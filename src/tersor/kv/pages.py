@@ -16,6 +16,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from tersor.ops.kv_attention import Lying
 from tersor.payload.layout import TensorSpec
 
 ALIGNED = 16  # bytes: what kernels on a GPU read at once
@@ -72,12 +73,15 @@ class Pages:
     ----------
     starts : mapping of str to int
         Where each tensor begins in a slot, bytes.
+    lying : dict of str to Lying
+        How bits of blocks lie, of tensors that lie otherwise than they are given.
     count : int
         Blocks held.
     """
 
     def __init__(self, specs: Mapping[str, TensorSpec], batch: int, blocks: int, device: torch.device) -> None:
         self.specs, self.batch, self.blocks, self.device = dict(specs), batch, blocks, device
+        self.lying: dict[str, Lying] = {}
         self.starts: dict[str, int] = {}
         self.count = self._size = 0
         for name, spec in self.specs.items():
@@ -116,9 +120,8 @@ class Pages:
 
     def part(self, name: str, low: int, high: int) -> Tensor:
         """Return a tensor's blocks `low` to `high`, all of one page: (blocks, batch, *stored shape)."""
-        page, first = divmod(low, self.blocks)
-        held, slots = self._whole(name, self._buffer(page))[:, first : first + high - low], self._slots[page]
-        return (held if slots is None else held.index_select(0, slots)).transpose(0, 1)
+        held, way = self._lying_part(name, low, high), self.lying.get(name)
+        return held if way is None else way.get(held)
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor's blocks, one behind the other: (blocks, batch, *stored shape)."""
@@ -141,10 +144,20 @@ class Pages:
             page, first = divmod(self.count + done, self.blocks)
             many = min(blocks - done, self.blocks - first)
             for name, tensor in tensors.items():
+                some, way = tensor[done : done + many], self.lying.get(name)
                 whole = self._whole(name, self._buffer(page))
-                whole[:, first : first + many] = tensor[done : done + many].transpose(0, 1)
+                whole[:, first : first + many] = (some if way is None else way.put(some)).transpose(0, 1)
             done += many
         self.count += blocks
+
+    def lie(self, name: str, way: Lying) -> None:
+        """Let the bits of a tensor, bytes of a block in a row, lie so from now on; before anything shares the pages."""
+        assert name not in self.lying
+        for number in range(len(self._pages)):
+            self._own(number)
+            whole = self._whole(name, self._buffer(number))
+            whole.copy_(way.put(whole))
+        self.lying[name] = way
 
     def reserve(self, blocks: int) -> None:
         """Make room for so many blocks more, and let the pages to be written to be the stream's own; as `append`."""
@@ -181,13 +194,13 @@ class Pages:
                     here[:, : self.blocks - rest] = here[:, rest:].clone()
                     if behind:
                         low = (page + 1) * self.blocks
-                        here[:, self.blocks - rest :] = self.part(name, low, low + rest).transpose(0, 1)
+                        here[:, self.blocks - rest :] = self._lying_part(name, low, low + rest).transpose(0, 1)
             self._forget(-(-self.count // self.blocks), len(self._pages))
 
     def select(self, index: Tensor) -> Pages:
         """Return pages of some of the sequences: these, shared, unless less than half of their slots stay in use."""
         chosen, near = Pages(self.specs, index.numel(), self.blocks, self.device), index.to(self.device)
-        chosen.count = self.count
+        chosen.count, chosen.lying = self.count, dict(self.lying)
         for number, page in enumerate(self._pages):
             slots = self._slots[number]
             taken = near if slots is None else slots.index_select(0, near)
@@ -200,7 +213,7 @@ class Pages:
     def copy(self) -> Pages:
         """Return pages that share these until one of the two is written to."""
         twin = Pages(self.specs, self.batch, self.blocks, self.device)
-        twin.count, twin._brought = self.count, dict(self._brought)
+        twin.count, twin._brought, twin.lying = self.count, dict(self._brought), dict(self.lying)
         for page, slots in zip(self._pages, self._slots, strict=True):
             twin._share(page, slots)
         return twin
@@ -247,6 +260,12 @@ class Pages:
             slots = torch.stack([order if one is None else one for one in self._slots])
             self._addresses = (near[:, None] + slots * (self._size // ALIGNED)).contiguous()
         return self._addresses
+
+    def _lying_part(self, name: str, low: int, high: int) -> Tensor:
+        """Return blocks of one page as they lie: (blocks, batch, *stored shape)."""
+        page, first = divmod(low, self.blocks)
+        held, slots = self._whole(name, self._buffer(page))[:, first : first + high - low], self._slots[page]
+        return (held if slots is None else held.index_select(0, slots)).transpose(0, 1)
 
     def _buffer(self, number: int, *, keep: bool = False) -> Tensor:
         """Return a page on the device; brought for this once, or to stay for a while."""

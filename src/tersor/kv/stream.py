@@ -23,7 +23,7 @@ from tersor.kv.coded import Form, Watch
 from tersor.kv.kept import Kept
 from tersor.kv.saved import check
 from tersor.numerics.memory import check_memory
-from tersor.ops.kv_attention import Side, part_of, words_of
+from tersor.ops.kv_attention import Lying, Side, has_sign_blocks, part_of, words_of
 from tersor.payload.blocks import Tables
 
 if TYPE_CHECKING:
@@ -196,9 +196,9 @@ class TokenStream(Kept):
         """
         if self._pages is None or not self._blocks or (form := self._as_codes(self._pages.device)) is None:
             return None
-        starts = self._pages.starts
-        return Side(form.levels, self._pages.buffers(), self._pages.slots(), self._pages.addresses(),
-                    starts[form.coded.codes], starts[form.coded.scales])
+        starts, codes = self._pages.starts, form.coded.codes
+        return Side(form.levels, self._pages.buffers(), self._pages.slots(), self._pages.addresses(), starts[codes],
+                    starts[form.coded.scales], self._pages.lying.get(codes))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return (tensors, JSON-able configuration), from which `from_state` makes an equal stream.
@@ -249,6 +249,21 @@ class TokenStream(Kept):
                     one.check(f"kv block {number}")
         stream._check_finite()
         return stream
+
+    def lie_as_signs(self, *, across: bool) -> None:
+        """Let bits of blocks lie as kernels meet signs with queries, or `across` with weights; see `meet_as_signs`."""
+        assert self._pages is not None
+        form = self._as_codes(self._pages.device)
+        assert form is not None
+        assert form.levels.lines is not None
+        self._pages.lie(form.coded.codes, Lying(self.heads, self.block, form.levels.lines.shape[1], across))
+
+    def are_signs(self) -> bool:
+        """Tell whether blocks are there whose codes are signs to kernels of their device, and lie token by token."""
+        if self._pages is None or not self._blocks or self._pages.lying or self._pages.device.type != "cuda":
+            return False
+        form = self._as_codes(self._pages.device)
+        return form is not None and form.levels.lines is not None and has_sign_blocks(self.block)
 
     def _range(self, start: int, stop: int | None) -> tuple[int, int]:
         stop = self.tokens if stop is None else stop
@@ -344,6 +359,13 @@ class TokenStream(Kept):
                 bool(torch.isfinite(self.decode(start, stop)).all()) for start, stop in self.chunks()):
             raise CorruptStoreError(f"kv: blocks of codec '{self.codec}' decode to NaN or infinity, from numbers that "
                                     "are finite but too large; the file is damaged or was forged")
+
+
+def meet_as_signs(keys: TokenStream, values: TokenStream) -> None:
+    """Let bits lie as kernels on a GPU meet signs, where keys and values are such; as soon as there are blocks."""
+    if keys.are_signs() and values.are_signs():
+        keys.lie_as_signs(across=False)
+        values.lie_as_signs(across=True)
 
 
 def matrices(states: Tensor, block: int) -> Sequence[Tensor]:

@@ -14,7 +14,7 @@ from tersor.hf.kv.attention import Pair, States
 from tersor.hf.kv.padding import Lead
 from tersor.hf.kv.parts import CacheReport, SideCodec, Window, nbytes_of
 from tersor.hf.kv.store import SIDES, LayerState
-from tersor.kv import TokenStream
+from tersor.kv import TokenStream, meet_as_signs
 
 
 class CompressedCacheLayer(CacheLayerMixin):
@@ -168,6 +168,7 @@ class CompressedCacheLayer(CacheLayerMixin):
             finally:
                 if not written:
                     streams[0].crop(held)
+            meet_as_signs(*streams)
         if not closed and keys.shape[2]:
             kept = tail
         else:  # neither the memory of the closed blocks nor the model's own
@@ -378,6 +379,7 @@ class CompressedCacheLayer(CacheLayerMixin):
         if "padding" in state.meta:
             lead = Lead.restore(state.meta["padding"], keys.shape[0], layer.get_seq_length(), key_sinks.shape[2])
             layer.lead = lead if lead.padding.any() else None
+        meet_as_signs(*streams)
         return layer
 
 

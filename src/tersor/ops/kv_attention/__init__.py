@@ -8,7 +8,19 @@ from torch import Tensor
 
 from tersor.ops.dispatch import compiled_allowed, take_reference
 from tersor.ops.kv_attention import reference
-from tersor.ops.kv_attention.shapes import LANE_BITS, SIGN_TOKENS, SIGN_WORD, Closed, Held, How, Levels, Side, refusal
+from tersor.ops.kv_attention.shapes import (
+    LANE_BITS,
+    SIGN_TOKENS,
+    SIGN_WORD,
+    Closed,
+    Held,
+    How,
+    Levels,
+    Side,
+    has_sign_blocks,
+    refusal,
+)
+from tersor.ops.kv_attention.signs import Lying
 
 if TYPE_CHECKING:
     from tersor.ops.kv_attention.lanes import Part
@@ -93,4 +105,5 @@ def _are_signs(levels: Levels) -> bool:
     return levels.bits == 1 and levels.table is not None and levels.table.tolist() == [-1.0, 1.0]
 
 
-__all__ = ["Closed", "Held", "How", "Levels", "Side", "kv_attention", "part_of", "takes_kernel", "words_of"]
+__all__ = ["Closed", "Held", "How", "Levels", "Lying", "Side", "has_sign_blocks", "kv_attention", "part_of",
+           "takes_kernel", "words_of"]

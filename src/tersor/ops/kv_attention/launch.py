@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeAlias
+
 import torch
 from torch import Tensor
 
+from tersor.ops.kv_attention.kernels import bits
 from tersor.ops.kv_attention.kernels.around import merge, prepare
+from tersor.ops.kv_attention.kernels.asking import ask_signs
 from tersor.ops.kv_attention.kernels.attending import attend
+from tersor.ops.kv_attention.kernels.signed import attend_signs
 from tersor.ops.kv_attention.shapes import (
     DENSE_TURN,
     LOG2E,
     WARPS,
-    Closed,
     Division,
     Held,
     How,
@@ -19,6 +23,7 @@ from tersor.ops.kv_attention.shapes import (
     division_of,
     element_codes,
 )
+from tersor.ops.kv_attention.signs import SET, WORD
 from tersor.ops.workspace import multiprocessors, workspace
 
 COLUMNS = 32  # of a program around attention
@@ -32,48 +37,97 @@ def attention(query: Tensor, held: Held, how: How, counts: Tensor | None = None)
     batch, heads, _, dim = held.recent[0].shape
     rows = query.shape[1] // heads * query.shape[2]
     dense = held.sinks[0].shape[2] + held.recent[0].shape[2]
+    signs = closed.keys.lying is not None
     with torch.cuda.device(query.device):
-        cut = division_of(closed.tokens, dense, batch * heads, rows, multiprocessors(query.device))
-        near = workspace((batch * heads, cut.rows, dim), torch.float16, query.device, "queries")
-        numbers = workspace((2, batch * heads, cut.rows), torch.float32, query.device, "queries")
-        parts = batch * heads * cut.parts * rows
+        cut = division_of(closed.tokens, dense, batch * heads, rows, multiprocessors(query.device), signs=signs)
+        parts, values = batch * heads * cut.parts * rows, closed.values.levels
+        maps = values.lines if signs else values.maps
+        count = dim if maps is None else maps.shape[1]
         scores = workspace((2, parts), torch.float32, query.device, "parts of attention")
-        sums = workspace((parts, dim), torch.float32, query.device, "parts of attention")
+        sums = workspace((parts, max(count, dim)), torch.float32, query.device, "parts of attention")
         out = torch.empty(batch, query.shape[2], query.shape[1], dim, dtype=query.dtype, device=query.device)
         room = max(16, 1 << (cut.parts - 1).bit_length())
-        keys, values = closed.keys.levels, closed.values.levels
-        scaling = how.scaling * (LOG2E if how.softcap is None else 1.0)
-        prepare[(batch * heads, dim // COLUMNS)](
-            query, _or(keys.maps, query), _or(keys.bounds, query), _or(keys.offset, query), near, *numbers, scaling,
-            heads, rows, dim, keys.maps is not None, _per_head(keys.maps, keys.offset), keys.offset is not None,
-            cut.rows, element_codes(keys.bits, dim), COLUMNS, num_warps=4)
-        _attend(query, held, closed, how, (cut, near, numbers, scores, sums), scaling, counts)
+        (_meet_signs if signs else _meet_codes)(query, held, how, (cut, scores, sums), counts)
         merge[(batch * heads * rows, dim // COLUMNS)](
-            scores[0], scores[1], sums, _or(values.maps, query), _or(values.offset, query), _or(how.s_aux, query), out,
-            cut.parts, cut.splits, heads, rows, query.shape[2], dim, values.maps is not None,
-            _per_head(values.maps, values.offset), values.offset is not None, how.s_aux is not None,
-            room, min(room, PARTS), COLUMNS, num_warps=8, launch_pdl=True)
+            scores[0], scores[1], sums, _or(maps, query), _or(values.offset, query), _or(how.s_aux, query), out,
+            cut.parts, cut.splits, heads, rows, query.shape[2], dim, count, 1 << (count - 1).bit_length(),
+            max(count, dim), maps is not None, _per_head(maps, values.offset), values.offset is not None,
+            how.s_aux is not None, room, min(room, PARTS if count <= dim else PARTS // 2), COLUMNS, num_warps=8,
+            launch_pdl=True)
     return out.transpose(1, 2)
 
 
-def _attend(query: Tensor, held: Held, closed: Closed, how: How,
-            work: tuple[Division, Tensor, Tensor, Tensor, Tensor], scaling: float, counts: Tensor | None) -> None:
-    """Launch the kernel that reads the cache."""
-    cut, near, numbers, scores, sums = work
-    batch, heads, recent, dim = held.recent[0].shape
-    (sink_keys, sink_values), (keys, values) = ((_rows(one) for one in pair) for pair in (held.sinks, held.recent))
-    mask, steps = _mask(how.mask, query, batch)
+Work: TypeAlias = tuple[Division, Tensor, Tensor]
+
+
+def _meet_codes(query: Tensor, held: Held, how: How, work: Work, counts: Tensor | None) -> None:
+    """Launch what prepares queries, and what reads codes and looks their levels up."""
+    (cut, scores, sums), closed = work, held.closed
+    assert closed is not None
+    batch, heads, _, dim = held.recent[0].shape
+    rows, keys, scaling = query.shape[1] // heads * query.shape[2], closed.keys.levels, _scaling(how)
+    near = workspace((batch * heads, cut.rows, dim), torch.float16, query.device, "queries")
+    numbers = workspace((2, batch * heads, cut.rows), torch.float32, query.device, "queries")
+    prepare[(batch * heads, dim // COLUMNS)](
+        query, _or(keys.maps, query), _or(keys.bounds, query), _or(keys.offset, query), near, *numbers, scaling,
+        heads, rows, dim, keys.maps is not None, _per_head(keys.maps, keys.offset), keys.offset is not None,
+        cut.rows, element_codes(keys.bits, dim), COLUMNS, num_warps=4)
     near_side, far_side = _anchored(closed.keys), _anchored(closed.values)
     attend[(cut.parts, batch * heads)](
         query, near, numbers[0], numbers[1], near_side[0], far_side[0], closed.keys.addresses, closed.values.addresses,
-        near_side[1], far_side[1], closed.keys.levels.words, closed.values.levels.words, sink_keys, sink_values, keys,
-        values, mask, float(how.softcap or 0.0), scaling, scores[0], scores[1], sums,
-        near_side[0] if counts is None else counts, closed.tokens, held.sinks[0].shape[2], recent, batch,
-        *sink_keys.stride()[:3], *keys.stride()[:3], *sink_values.stride()[:3], *values.stride()[:3], *steps,
-        cut.splits, heads, query.shape[1] // heads * query.shape[2], query.shape[2], dim, closed.block, closed.blocks,
-        closed.keys.levels.bits, closed.values.levels.bits, _kind(how.mask), how.softcap is not None,
-        how.mask is None and how.causal, counts is not None, cut.rows, cut.turn, DENSE_TURN, WARPS, num_warps=WARPS,
-        launch_pdl=True)
+        near_side[1], far_side[1], closed.keys.levels.words, closed.values.levels.words,
+        *_dense(query, held, how, (scaling, scores, sums, near_side[0] if counts is None else counts)),
+        cut.splits, heads, rows, query.shape[2], dim, closed.block, closed.blocks,
+        closed.keys.levels.bits, closed.values.levels.bits, *_kinds(how, counts), cut.rows, cut.turn, DENSE_TURN, WARPS,
+        num_warps=WARPS, launch_pdl=True)
+
+
+def _meet_signs(query: Tensor, held: Held, how: How, work: Work, counts: Tensor | None) -> None:
+    """Launch what writes the bit planes of queries, and what meets signs with them."""
+    (cut, scores, sums), closed = work, held.closed
+    assert closed is not None
+    batch, heads, _, dim = held.recent[0].shape
+    rows, keys, values, scaling = (query.shape[1] // heads * query.shape[2], closed.keys.levels, closed.values.levels,
+                                   _scaling(how))
+    assert keys.lines is not None
+    assert values.lines is not None
+    count, sets, parts = keys.lines.shape[1], -(-rows // SET), batch * heads
+    planes = workspace((parts, sets * bits.ASKED_TILES * -(-count // (4 * WORD)) * WORD), torch.int32, query.device,
+                       "queries")
+    begins = workspace((parts, sets * SET), torch.int32, query.device, "queries")
+    numbers = workspace((2, parts, sets * SET), torch.float32, query.device, "queries")
+    ask_signs[(parts,)](
+        query, keys.lines, _or(keys.offset, query), planes, begins, *numbers, scaling, heads, rows, dim, count,
+        1 << (count - 1).bit_length(), len(keys.lines) > 1, keys.offset is not None, sets, num_warps=8)
+    near_side, far_side = _anchored(closed.keys), _anchored(closed.values)
+    attend_signs[(cut.parts, parts)](
+        query, planes, begins, *numbers, near_side[0], far_side[0], closed.keys.addresses, closed.values.addresses,
+        near_side[1], far_side[1], keys.stepped, values.stepped,
+        *_dense(query, held, how, (scaling, scores, sums, near_side[0] if counts is None else counts)),
+        cut.splits, heads, rows, query.shape[2], dim, closed.block, closed.blocks, count, values.lines.shape[1],
+        closed.keys.scale_bytes, closed.values.scale_bytes, sums.shape[1], *_kinds(how, counts), sets, cut.rows,
+        DENSE_TURN, WARPS, num_warps=WARPS, launch_pdl=True)
+
+
+def _scaling(how: How) -> float:
+    return how.scaling * (LOG2E if how.softcap is None else 1.0)
+
+
+def _dense(query: Tensor, held: Held, how: How, work: tuple[float, Tensor, Tensor, Tensor]) -> tuple[Any, ...]:
+    """Return what both kernels are given from dense sinks to the steps of masks."""
+    scaling, scores, sums, counts = work
+    batch, _, recent, _ = held.recent[0].shape
+    assert held.closed is not None
+    (sink_keys, sink_values), (keys, values) = ((_rows(one) for one in pair) for pair in (held.sinks, held.recent))
+    mask, steps = _mask(how.mask, query, batch)
+    return (sink_keys, sink_values, keys, values, mask, float(how.softcap or 0.0), scaling, scores[0], scores[1], sums,
+            counts, held.closed.tokens, held.sinks[0].shape[2], recent, batch, *sink_keys.stride()[:3],
+            *keys.stride()[:3], *sink_values.stride()[:3], *values.stride()[:3], *steps)
+
+
+def _kinds(how: How, counts: Tensor | None) -> tuple[str, bool, bool, bool]:
+    """Return the kind of the mask, and whether scores are capped, tokens causal, and counts on the device."""
+    return _kind(how.mask), how.softcap is not None, how.mask is None and how.causal, counts is not None
 
 
 def _anchored(side: Side) -> tuple[Tensor, int]:

@@ -54,6 +54,8 @@ def decoded(closed: Closed, side: Side, shape: torch.Size, dtype: torch.dtype) -
     for page, slots in zip(side.pages, side.slots, strict=True):
         held = page if slots is None else page.index_select(0, slots)
         raw = held[:, side.codes_at : side.codes_at + rows * count * levels.bits // 8].contiguous()
+        if side.lying is not None:
+            raw = side.lying.get(raw.unflatten(1, (closed.blocks, -1))).flatten(1)
         stored = held[:, side.scales_at : side.scales_at + nbytes * rows].contiguous()
         scales = (stored.view(torch.bfloat16) if levels.steps is None
                   else levels.steps.to(page.device)[stored.to(torch.int64)]).to(dtype)

@@ -9,6 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from tersor.ops.kv_attention.signs import MOST_ROWS, MOST_SIGNS, SET, Lying, signs_of
+
 BITS = (2, 3, 4, 8)  # of a code
 LANE_BITS = (1, 2, 3, 4)  # on the processor, where the codes of a row fill whole bytes
 SIGN_WORD = 32  # on the processor: signs of a row are a multiple,
@@ -25,6 +27,9 @@ DENSE_TURN = 16
 PROGRAMS = 2  # of a multiprocessor, over closed tokens; three fit, and those over dense tokens are short
 LEAST_TURNS = 3  # of a warp: beginning and ending cost as much as two or three
 LOG2E = math.log2(math.e)
+SIGN_TURN = 128  # closed tokens that a warp takes at a time where codes are signs
+SIGN_PROGRAMS = 2  # of a multiprocessor, of such
+SIGN_BLOCK = 32  # tokens, of which blocks hold a multiple
 
 
 def unit_bytes(bits: int) -> int:
@@ -59,6 +64,8 @@ class Levels:
         float32 (heads or 1, dim).
     steps : Tensor or None
         float32 (256,), on the processor: what scales of a byte stand for; None where scales are bf16.
+    lines : Tensor or None
+        float32 (heads or 1, signs, dim): what takes signs to tokens, where kernels are to know; see `signs_of`.
     """
 
     bits: int
@@ -69,11 +76,12 @@ class Levels:
     bounds: Tensor | None = None
     offset: Tensor | None = None
     steps: Tensor | None = None
+    lines: Tensor | None = None
 
     @classmethod
     def of(cls, bits: int, table: Tensor | None, maps: Tensor | None = None, offset: Tensor | None = None,
-           steps: Tensor | None = None, *, device: torch.device | None = None) -> Levels:
-        """Return the levels with all but the table on a device, by default the processor."""
+           steps: Tensor | None = None, *, dim: int | None = None, device: torch.device | None = None) -> Levels:
+        """Return the levels with all but the table on a device, by default the processor; `lines` if `dim` is told."""
         near = torch.device("cpu") if device is None else device
         heads = max((len(one) for one in (maps, offset) if one is not None), default=1)
         wide, shift = (None if one is None else one.expand(heads, *one.shape[1:]).to(
@@ -81,7 +89,14 @@ class Levels:
         plain, known = (None if one is None else one.to(device="cpu", dtype=torch.float32) for one in (table, steps))
         bounds = None if wide is None else wide.norm(dim=2).amax(1)
         mirrored = plain is None or torch.equal(plain, -plain.flip(0))
-        return cls(bits, plain, mirrored, table_words(bits, plain).to(near), wide, bounds, shift, known)
+        lines = None if dim is None else signs_of(bits, plain, wide, dim)
+        lines = None if lines is None else lines.expand(heads, -1, -1).contiguous().to(near)
+        return cls(bits, plain, mirrored, table_words(bits, plain).to(near), wide, bounds, shift, known, lines)
+
+    @cached_property
+    def stepped(self) -> Tensor:
+        """What scales of a byte stand for, where the other tensors are."""
+        return self.words if self.steps is None else self.steps.to(self.words.device)
 
     @cached_property
     def looked_up(self) -> Tensor:
@@ -111,6 +126,8 @@ class Side:
         int64 (pages, batch): how far each sequence's slot is from the first page, in units of 16 bytes.
     codes_at, scales_at : int
         Where codes and scales begin in a slot, bytes.
+    lying : Lying or None
+        How the bits of a block lie, where not token by token.
     """
 
     levels: Levels
@@ -119,6 +136,12 @@ class Side:
     addresses: Tensor
     codes_at: int
     scales_at: int
+    lying: Lying | None = None
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of a scale."""
+        return 2 if self.levels.steps is None else 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -191,6 +214,8 @@ def refusal(query: Tensor, held: Held) -> str | None:
     if query.shape[2] > MOST_QUERIES or rows > ROWS[-1]:
         return (f"it takes up to {MOST_QUERIES} queries, and {ROWS[-1]} that share a key, found {query.shape[2]} and "
                 f"{rows}")
+    if closed.keys.lying is not None or closed.values.lying is not None:
+        return _unmet(closed, rows)
     for name, side in (("keys", closed.keys), ("values", closed.values)):
         if (reason := _unknown(name, side.levels, dim)) is not None:
             return reason
@@ -210,6 +235,25 @@ def _unknown(name: str, levels: Levels, dim: int) -> str | None:
     if levels.bits == 4 and not levels.mirrored:
         return f"levels of 4 bits must be symmetric, those of {name} are not"
     return None
+
+
+def _unmet(closed: Closed, rows: int) -> str | None:
+    """Return why kernels do not take signs that lie as these do, or None."""
+    ways = [side.lying for side in (closed.keys, closed.values)]
+    if [way is not None and way.across for way in ways] != [False, True] or ways[0] is None:
+        return "keys and values must both lie as signs do, or neither"
+    signs = max(way.signs for way in ways if way is not None)
+    if rows > MOST_ROWS or -(-rows // SET) * signs > MOST_SIGNS:
+        return (f"it takes up to {MOST_ROWS} queries that share a key of signs, {SET} where these are more than "
+                f"{MOST_SIGNS // 2}; found {rows} and {signs}")
+    if closed.block * closed.blocks % SIGN_TURN:
+        return f"pages must hold a multiple of {SIGN_TURN} tokens, found {closed.block * closed.blocks}"
+    return None
+
+
+def has_sign_blocks(block: int) -> bool:
+    """Tell whether blocks of so many tokens can lie as kernels meet signs."""
+    return block % SIGN_BLOCK == 0 and block & (block - 1) == 0
 
 
 def element_codes(bits: int, dim: int) -> int:
@@ -264,11 +308,12 @@ class Division:
         return self.splits + self.dense
 
 
-def division_of(closed: int, dense: int, heads: int, rows: int, processors: int) -> Division:
+def division_of(closed: int, dense: int, heads: int, rows: int, processors: int, *, signs: bool = False) -> Division:
     """Return the division for so many closed and dense tokens of `heads` heads of all sequences."""
     tile = next(one for one in ROWS if rows <= one)
-    turn = TURN if tile < ROWS[-1] else TURN // 2
+    turn = SIGN_TURN if signs else TURN if tile < ROWS[-1] else TURN // 2
     others = -(-dense // (WARPS * DENSE_TURN))
     turns = -(-closed // (WARPS * turn))
-    each = max(min(LEAST_TURNS, turns), -(-turns // max(1, PROGRAMS * processors // heads)))
+    programs, least = (SIGN_PROGRAMS, 1) if signs else (PROGRAMS, LEAST_TURNS)
+    each = max(min(least, turns), -(-turns // max(1, programs * processors // heads)))
     return Division(-(-turns // each), others, tile, turn)

@@ -51,12 +51,13 @@ def prepare(query, maps, bounds, offset, near, units, shifts, scaling, HEADS: tl
 
 
 @triton.jit
-def shares(sums, first, number, weight, splits, parts, place, column, ROWS: tl.constexpr, DIM: tl.constexpr):
-    """Return the parts' sums of codes, (DIM,), and of dense tokens at `column`, under weights."""
+def shares(sums, first, number, weight, splits, parts, place, column, ROWS: tl.constexpr, WIDE: tl.constexpr,
+           COUNT: tl.constexpr):
+    """Return the parts' sums of codes, COUNT of them, and of dense tokens at `column`, under weights."""
     at = first + number * ROWS
-    coded = tl.load(sums + at[:, None] * DIM + place[None, :], (number < splits)[:, None] & (place >= 0)[None, :],
+    coded = tl.load(sums + at[:, None] * WIDE + place[None, :], (number < splits)[:, None] & (place < COUNT)[None, :],
                     other=0.0)
-    dense = tl.load(sums + at[:, None] * DIM + column[None, :],
+    dense = tl.load(sums + at[:, None] * WIDE + column[None, :],
                     ((number >= splits) & (number < parts))[:, None] & (column >= 0)[None, :], other=0.0)
     return tl.sum(coded * weight[:, None], 0), tl.sum(dense * weight[:, None], 0)
 
@@ -64,17 +65,22 @@ def shares(sums, first, number, weight, splits, parts, place, column, ROWS: tl.c
 @kernel
 @triton.jit(do_not_specialize=["parts", "splits"])
 def merge(peaks, totals, sums, maps, offset, aux, out, parts, splits, HEADS: tl.constexpr, ROWS: tl.constexpr,
-          QUERIES: tl.constexpr, DIM: tl.constexpr, MAPPED: tl.constexpr, PER_HEAD: tl.constexpr,
-          SHIFTED: tl.constexpr, AUX: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr):
-    """Write attention (batch, queries, query heads, DIM) from the parts of every query, TILE of them at a time."""
+          QUERIES: tl.constexpr, DIM: tl.constexpr, COUNT: tl.constexpr, ROOM: tl.constexpr, WIDE: tl.constexpr,
+          MAPPED: tl.constexpr, PER_HEAD: tl.constexpr, SHIFTED: tl.constexpr, AUX: tl.constexpr, PARTS: tl.constexpr,
+          TILE: tl.constexpr, COLUMNS: tl.constexpr):
+    """Write attention (batch, queries, query heads, DIM) from the parts of every query, TILE of them at a time.
+
+    Sums of codes are COUNT coordinates, which ROOM, a power of two, holds; a query has WIDE numbers in `sums`.
+    """
     line = tl.program_id(0)
     part = line // ROWS
     row = line % ROWS
     head = part % HEADS
-    place = tl.arange(0, DIM)
+    place = tl.arange(0, ROOM)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     if MAPPED:  # what no kernel writes is asked for before the parts are there
-        turn = tl.load(maps + (head * DIM * DIM if PER_HEAD else 0) + place[:, None] * DIM + column[None, :])
+        turn = tl.load(maps + (head * COUNT * DIM if PER_HEAD else 0) + place[:, None] * DIM + column[None, :],
+                       (place < COUNT)[:, None] & (column >= 0)[None, :], other=0.0)
     if SHIFTED:
         added = tl.load(offset + (head * DIM if PER_HEAD else 0) + column)
     tl.extra.cuda.gdc_wait()
@@ -93,14 +99,14 @@ def merge(peaks, totals, sums, maps, offset, aux, out, parts, splits, HEADS: tl.
     if AUX:
         total += tl.exp2(extra - base)
     if PARTS == TILE:
-        coded, mixed = shares(sums, first, number, weight, splits, parts, place, column, ROWS, DIM)
+        coded, mixed = shares(sums, first, number, weight, splits, parts, place, column, ROWS, WIDE, COUNT)
     else:
-        coded = tl.zeros([DIM], tl.float32)
+        coded = tl.zeros([ROOM], tl.float32)
         mixed = tl.zeros([COLUMNS], tl.float32)
         for begin in range(0, parts, TILE):
             near = begin + tl.arange(0, TILE)
             own = tl.exp2(tl.load(peaks + first + near * ROWS, near < parts, other=NONE) - base)
-            one, other = shares(sums, first, near, own, splits, parts, place, column, ROWS, DIM)
+            one, other = shares(sums, first, near, own, splits, parts, place, column, ROWS, WIDE, COUNT)
             coded += one
             mixed += other
     if MAPPED:

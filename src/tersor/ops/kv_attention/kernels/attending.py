@@ -125,9 +125,12 @@ def weighed(scores, peak, total):
 
 
 @gluon.jit
-def finish(acc, peak, total, unit, at, peaks, totals, sums, ROWS: gl.constexpr, DIM: gl.constexpr, R: gl.constexpr,
-           S: gl.constexpr, CODES: gl.constexpr):
-    """Join the warps' sums (S, DIM, R) and write them; `at`: the number of the part. Lines go by CODES, then elements."""
+def finish(acc, peak, total, unit, at, peaks, totals, sums, ROWS: gl.constexpr, DIM: gl.constexpr, WIDE: gl.constexpr,
+           R: gl.constexpr, S: gl.constexpr, CODES: gl.constexpr):
+    """Join the warps' sums (S, DIM, R) and write them, WIDE a query; `at`: the number of the part.
+
+    Lines go by CODES, then elements.
+    """
     most = gl.max(peak, 0)
     base = gl.where(most == NONE, 0.0, most)
     share = gl.exp2(peak - base[None, :])
@@ -141,7 +144,7 @@ def finish(acc, peak, total, unit, at, peaks, totals, sums, ROWS: gl.constexpr, 
     mixed = gl.convert_layout(mixed, flat)
     rows = gl.arange(0, R, layout=gl.SliceLayout(1, flat))[:, None]
     column = gl.arange(0, DIM, layout=gl.SliceLayout(0, flat))[None, :]
-    gl.store(sums + (at * ROWS + rows) * DIM + column, mixed, (rows < ROWS) & (column >= 0))
+    gl.store(sums + (at * ROWS + rows) * WIDE + column, mixed, (rows < ROWS) & (column >= 0))
 
 
 @gluon.constexpr_function
@@ -266,15 +269,15 @@ def over_codes(split, splits, at, head, sequence, near, units, shifts, sources, 
         acc = mma_v2(gl.convert_layout(rows_of(decoded(values, far_table, VALUES, is_wide(VALUES, DIM)), S, DIM, N),
                                        lv, assert_trivial=True),
                      gl.convert_layout((weights * (value_scale / size)).to(gl.float16), lw), acc)
-    finish(acc, peak, total, size, at, peaks, totals, sums, ROWS, DIM, R, S, CODES_V)
+    finish(acc, peak, total, size, at, peaks, totals, sums, ROWS, DIM, DIM, R, S, CODES_V)
 
 
 @gluon.jit
 def over_dense(split, at, head, sequence, query, sink_keys, sink_values, tail_keys, tail_values, mask, softcap, scaling,
                peaks, totals, sums, middle, sinks, recent, strides, mask_head, mask_query, mask_token,
                mma: gl.constexpr, HEADS: gl.constexpr, ROWS: gl.constexpr, QUERIES: gl.constexpr, DIM: gl.constexpr,
-               MASK: gl.constexpr, CAPPED: gl.constexpr, CAUSAL: gl.constexpr, R: gl.constexpr, N: gl.constexpr,
-               S: gl.constexpr):
+               WIDE: gl.constexpr, MASK: gl.constexpr, CAPPED: gl.constexpr, CAUSAL: gl.constexpr, R: gl.constexpr,
+               N: gl.constexpr, S: gl.constexpr):
     """Attend to S N of the dense tokens: sinks, then recent ones."""
     la: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     lb: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
@@ -303,7 +306,7 @@ def over_dense(split, at, head, sequence, query, sink_keys, sink_values, tail_ke
     weights, peak, _shrink, total = weighed(scores, peak, total)
     mixing = gl.convert_layout(weights.to(query.dtype.element_ty), lb)
     acc = mma_v2(gl.convert_layout(value.permute([0, 2, 1]), la), mixing, gl.zeros([S, DIM, R], gl.float32, mma))
-    finish(acc, peak, total, 1.0, at, peaks, totals, sums, ROWS, DIM, R, S, 1)
+    finish(acc, peak, total, 1.0, at, peaks, totals, sums, ROWS, DIM, WIDE, R, S, 1)
 
 
 @gluon.jit
@@ -355,4 +358,4 @@ def attend(query, near, units, shifts, key_words, value_words, key_pages, value_
                    sink_token_v, tail_batch_v, tail_head_v, tail_token_v)
         over_dense(split - splits, at, head, sequence, query, sink_keys, sink_values, tail_keys, tail_values, mask,
                    softcap, scaling, peaks, totals, sums, middle, sinks, recent, strides, mask_head, mask_query,
-                   mask_token, mma, HEADS, ROWS, QUERIES, DIM, MASK, CAPPED, CAUSAL, R, N_DENSE, S)
+                   mask_token, mma, HEADS, ROWS, QUERIES, DIM, DIM, MASK, CAPPED, CAUSAL, R, N_DENSE, S)

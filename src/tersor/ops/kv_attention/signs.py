@@ -1,0 +1,97 @@
+"""Codes whose levels are sums of signs: what takes signs to tokens, and how kernels on a GPU want their bits to lie.
+
+Bits of linear trellis codes are signs (`trellis`); of four symmetric levels each is two, by the higher and the lower bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+WORD = 32
+RUN = 16  # tokens of a lane, one behind the other
+MOST_SIGNS = 512  # of a token, times groups of four queries: sums are in registers
+SET = 4  # queries that share a product
+MOST_ROWS = 8  # that share a head's keys, in two products
+
+
+def signs_of(bits: int, table: Tensor | None, maps: Tensor | None, dim: int) -> Tensor | None:
+    """Return what takes signs (-1 or 1), bit by bit as they are stored, to tokens: float32 (heads or 1, signs, dim).
+
+    None where levels are no sums of signs, or signs do not fill words.
+
+    Parameters
+    ----------
+    bits : int
+        Of a code.
+    table : Tensor or None
+        float32 (2**bits,), ascending.
+    maps : Tensor or None
+        float32 (heads or 1, coordinates, dim); None where coordinates are tokens.
+    """
+    if table is None or bits not in (1, 2) or not torch.equal(table, -table.flip(0)):
+        return None
+    lines = torch.eye(dim)[None] if maps is None else maps.cpu()
+    parts = [table[1]] if bits == 1 else [(table[3] - table[2]) / 2, (table[3] + table[2]) / 2]
+    every = torch.stack([lines * part for part in parts], 2).flatten(1, 2)
+    count = every.shape[1]
+    return every.contiguous() if count % WORD == 0 and count <= MOST_SIGNS else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Lying:
+    """How the bits of blocks lie in pages, where not token by token.
+
+    Attributes
+    ----------
+    heads, block, signs : int
+        Of a block's heads, tokens, and a token's bits.
+    across : bool
+        Values: of 32 tokens each, line by line, a word of their bits. Keys: of each 16 tokens two, word by word.
+    """
+
+    heads: int
+    block: int
+    signs: int
+    across: bool
+
+    def put(self, codes: Tensor) -> Tensor:
+        """Return codes (..., bytes of a block) as they lie."""
+        if not self.across:
+            words = codes.contiguous().view(torch.int32).unflatten(-1, self._pairs)
+            return words.movedim((-4, -3, -2, -1), (-3, -4, -1, -2)).flatten(-5).contiguous().view(torch.uint8)
+        rows = codes.unflatten(-1, (self.heads, self.block // WORD, WORD, self.signs // 8))
+        return _packed(_bits(rows).index_select(-2, _order(codes.device)).mT).flatten(-4)
+
+    def get(self, codes: Tensor) -> Tensor:
+        """Return what `put` was given."""
+        if not self.across:
+            heads, runs, pairs, two, words = self._pairs
+            held = codes.contiguous().view(torch.int32).unflatten(-1, (heads, pairs, runs, words, two))
+            return held.movedim((-3, -4, -1, -2), (-4, -3, -2, -1)).flatten(-5).contiguous().view(torch.uint8)
+        lines = codes.unflatten(-1, (self.heads, self.block // WORD, self.signs, WORD // 8))
+        return _packed(_bits(lines).mT.index_select(-2, _order(codes.device).argsort())).flatten(-4)
+
+    @property
+    def _pairs(self) -> tuple[int, int, int, int, int]:
+        """Heads, runs of tokens, pairs of a run, tokens of a pair, words of a token."""
+        return self.heads, self.block // RUN, RUN // 2, 2, self.signs // WORD
+
+
+def _order(device: torch.device) -> Tensor:
+    """Return which of 32 tokens each bit of a word is: those that are even, then the others."""
+    bit = torch.arange(WORD, device=device)
+    return bit % RUN * 2 + bit // RUN
+
+
+def _bits(rows: Tensor) -> Tensor:
+    """Return the bits of bytes (..., n): uint8 (..., 8 n)."""
+    return (rows[..., None] >> torch.arange(8, dtype=torch.uint8, device=rows.device) & 1).flatten(-2)
+
+
+def _packed(bits: Tensor) -> Tensor:
+    """Return the bytes of bits (..., 8 n): uint8 (..., n)."""
+    eight = bits.unflatten(-1, (-1, 8)) << torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return eight.sum(-1, dtype=torch.uint8)
