@@ -1,4 +1,4 @@
-"""Few vectors times a linear trellis code whose lines run along outputs: one vector's signs and filter in one launch."""
+"""Few vectors times linear trellis codes along outputs: one vector meets signs and filter in one launch."""
 
 from __future__ import annotations
 
