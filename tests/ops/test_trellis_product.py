@@ -89,7 +89,7 @@ CASES = [*((key, 771, 1024, 5, torch.bfloat16) for key in KEYS),
 
 
 @on_devices(("key", "length", "width", "rotation", "dtype"), cuda=CASES,
-            cpu=[(key, 600, 128, None, torch.float32) for key in KEYS[::4]] + [((2.0, 12), 300, 256, 5, torch.bfloat16)])
+            cpu=[(key, 600, 128, None, torch.float32) for key in KEYS[::4]] + [(MAIN[0], 300, 256, 5, torch.bfloat16)])
 def test_it_is_the_product(device: str, key: tuple[float, int], length: int, width: int, rotation: int | None,
                            dtype: torch.dtype) -> None:
     line = line_of(key, length)
