@@ -2,8 +2,9 @@
 
     python tools/train_beam.py 2,2:24@256 3,3:32@1024 --seconds 150 --device cuda --out OUT
 
-trains two filters side by side, a process each: new bits by phase, bits of the window, survivors. Each begins with the
-packaged filters of its rate, small random taps behind their own (or those of a file of `--start` as well).
+trains two filters side by side, a process each: new bits by phase, bits of the window, survivors, or `@all` for all
+states of windows up to 16 bits. Each begins with the packaged filters of its rate, small random taps behind their own
+(or those of a file of `--start` as well).
 
 Paths that a beam finds for fresh numbers give normal equations, and those a direction: from a filter's taps to the taps
 of least squares. Steps along it have momentum, since paths follow the taps: where one step would end is far from where
@@ -26,15 +27,18 @@ import torch
 from torch import Tensor
 
 from tersor.codecs.trellis.filters import filters
+from tersor.codecs.trellis.windows import every_window
 from tersor.ops.trellis_linear.shapes import Line
-from tersor.ops.trellis_path import bits_of
+from tersor.ops.trellis_path import bits_of, states
 from tersor.ops.trellis_path.beam import Sums, entering
 from tersor.ops.trellis_path.shapes import Steps
 
 LENGTH = 256
+POPULATION = 8
 VALIDATED = 2048
 MOMENTUM, STEP = 0.9, 0.5
 DAMPING = 1e-5
+FADING = 0.85  # of random taps, from bit to bit
 AVERAGED = 0.95  # of the mean of taps, from step to step
 TURN = 12  # steps between two choices
 SETTLED = 0.15  # of the time, before which none is chosen: paths have to follow first
@@ -42,23 +46,26 @@ SETTLED = 0.15  # of the time, before which none is chosen: paths have to follow
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
-    """What to train: new bits by phase, bits of the window, survivors."""
+    """What to train: new bits by phase, bits of the window, survivors, or None for all states; and of how many."""
 
     shifts: tuple[int, ...]
     memory: int
-    width: int
+    width: int | None
+    population: int
 
     @classmethod
     def parsed(cls, text: str) -> Goal:
-        """Return the goal that `2,2:24@256` names."""
+        """Return the goal that `2,2:24@256`, or, with other than 8 candidates, `2,2:24@256/12` names."""
         shifts, rest = text.split(":")
-        memory, width = rest.split("@")
-        return cls(tuple(map(int, shifts.split(","))), int(memory), int(width))
+        memory, _, rest = rest.partition("@")
+        width, _, population = rest.partition("/")
+        return cls(tuple(map(int, shifts.split(","))), int(memory), None if width == "all" else int(width),
+                   int(population or POPULATION))
 
     @property
     def name(self) -> str:
         """What its file is called."""
-        return f"{'-'.join(map(str, self.shifts))}x{self.memory}b{self.width}"
+        return f"{'-'.join(map(str, self.shifts))}x{self.memory}{'' if self.width is None else f'b{self.width}'}"
 
     @property
     def rate(self) -> float:
@@ -68,17 +75,17 @@ class Goal:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How to train: candidates, segments of a step, seconds in all, of them the part of the last ones alone, where."""
+    """How to train: segments of a step, seconds in all, of them the part of the last ones alone, where."""
 
-    population: int
     segments: int
     seconds: float
     device: str
     alone: float = 0.35
 
-    def of(self, width: int) -> int:
+    def of(self, width: int | None) -> int:
         """Return the segments of a step with so many survivors: the fewer, the more programs run at a time."""
-        return max(self.segments // 2, self.segments * 1024 // width) if self.device != "cpu" else self.segments
+        wanted = max(self.segments // 2, self.segments * 1024 // (width or 256))
+        return self.segments if self.device == "cpu" else wanted
 
 
 @dataclasses.dataclass
@@ -96,16 +103,27 @@ class Candidate:
         return cls(taps.clone(), torch.zeros_like(taps), taps.clone())
 
 
-def equations(taps: Tensor, numbers: Tensor, goal: Goal, width: int | None = None) -> tuple[float, Tensor, Tensor]:
-    """Return the error of taps (period, memory) on segments, and the normal equations of the paths found, by phase."""
+def windows_of(taps: Tensor, numbers: Tensor, goal: Goal, width: int | None) -> list[Tensor]:
+    """Return the windows, as signs (n, numbers of a phase, memory), that an encoder finds for segments, by phase."""
+    steps = Steps(goal.memory, goal.shifts, linear=True)
+    if width is None:
+        ages = torch.arange(goal.memory, device=numbers.device)
+        table = taps.to(torch.float32) @ (every_window(goal.memory).to(numbers.device, torch.float32) * 2 - 1)
+        path = states(numbers, table, steps)
+        return [(path[:, phase :: len(taps), None] >> ages & 1).to(torch.float64) * 2 - 1 for phase in range(len(taps))]
     places, phases, _ = Line(LENGTH, goal.shifts, goal.memory).windows(LENGTH)
-    found = entering(numbers, Sums(Steps(goal.memory, goal.shifts), taps.cpu()), width or goal.width)
+    found = entering(numbers, Sums(steps, taps.cpu()), width)
     signs = bits_of(found, goal.shifts).to(torch.float64).mul_(2).sub_(1)
+    return [signs[:, places[phases == phase].to(signs.device)] for phase in range(len(taps))]
+
+
+def equations(taps: Tensor, numbers: Tensor, goal: Goal, width: int | None) -> tuple[float, Tensor, Tensor]:
+    """Return the error of taps (period, memory) on segments, and the normal equations of the paths found, by phase."""
     grams, mets, error = [], [], torch.zeros((), dtype=torch.float64, device=taps.device)
-    for phase, own in enumerate(taps):
-        windows = signs[:, places[phases == phase].to(signs.device)].flatten(0, 1)
-        target = numbers[:, phases == phase].reshape(-1).to(torch.float64)
-        error += (windows @ own - target).square().sum()
+    for phase, found in enumerate(windows_of(taps, numbers, goal, width)):
+        windows = found.flatten(0, 1)
+        target = numbers[:, phase :: len(taps)].reshape(-1).to(torch.float64)
+        error += (windows @ taps[phase] - target).square().sum()
         grams.append(windows.T @ windows / len(windows))
         mets.append(windows.T @ target / len(windows))
     return float(error / numbers.to(torch.float64).square().sum()), torch.stack(grams), torch.stack(mets)
@@ -113,7 +131,7 @@ def equations(taps: Tensor, numbers: Tensor, goal: Goal, width: int | None = Non
 
 def stepped(one: Candidate, numbers: Tensor, goal: Goal, step: float) -> float:
     """Move a candidate towards the taps of least squares for its own paths; return the error before."""
-    error, grams, mets = equations(one.taps, numbers, goal)
+    error, grams, mets = equations(one.taps, numbers, goal, goal.width)
     damped = grams + DAMPING * torch.eye(goal.memory, dtype=torch.float64, device=grams.device)
     aim = torch.linalg.solve(damped, mets[..., None])[..., 0]
     one.velocity = MOMENTUM * one.velocity + aim - one.taps
@@ -139,7 +157,7 @@ def changed(taps: Tensor, drawn: torch.Generator) -> Tensor:
 
 
 def begun(goal: Goal, known: list[Tensor], count: int, drawn: torch.Generator) -> list[Tensor]:
-    """Return taps to begin with: known ones, cut or with random taps behind them, of several sizes."""
+    """Return taps to begin with: known ones, cut or with random taps behind them; changed copies; random ones."""
     found = []
     for turn in range(count):
         own = known[turn % len(known)]
@@ -147,13 +165,15 @@ def begun(goal: Goal, known: list[Tensor], count: int, drawn: torch.Generator) -
         size = (0.02, 0.005, 0.05, 0.1)[turn // len(known) % 4]
         taps = size * torch.randn(len(goal.shifts), goal.memory, generator=drawn, dtype=torch.float64)
         taps[:, : own.shape[1]] = own if turn < len(known) else changed(own, drawn)
+        if turn >= 4 * len(known):
+            taps = torch.randn(taps.shape, generator=drawn, dtype=torch.float64) * FADING ** torch.arange(goal.memory)
         found.append(taps)
     return found
 
 
 def known_of(goal: Goal, files: list[Path]) -> list[Tensor]:
     """Return taps of the goal's rate, float64 (period, memory), those of the longest windows first."""
-    found = [(code.shifts, code.taps_tensor()) for code in filters().values() if code.memory >= min(16, goal.memory)]
+    found = [(code.shifts, code.taps_tensor()) for code in filters().values() if code.memory >= min(goal.memory, 16)]
     for file in files:
         held = json.loads(file.read_text())
         found += [(tuple(held["shifts"]), torch.tensor(held["taps"], dtype=torch.float64))]
@@ -166,12 +186,12 @@ class Trainer:
 
     def __init__(self, goal: Goal, plan: Plan, known: list[Tensor], out: Path) -> None:
         self.goal, self.plan, self.out = goal, plan, out
-        self.drawn = torch.Generator().manual_seed(goal.memory + goal.width)
-        self.normal = torch.Generator(plan.device).manual_seed(7 + goal.width)
+        self.drawn = torch.Generator().manual_seed(goal.memory)
+        self.normal = torch.Generator(plan.device).manual_seed(7)
         self.begin, self.best = time.perf_counter(), (float("inf"), torch.zeros(0))
         count = VALIDATED if plan.device != "cpu" else 4 * plan.segments
         self.validation = torch.randn(count, LENGTH, generator=torch.Generator().manual_seed(1)).to(plan.device)
-        taps = begun(goal, known, plan.population, self.drawn)
+        taps = begun(goal, known, goal.population, self.drawn)
         self.candidates = [Candidate.at(one.to(plan.device)) for one in taps]
         self.steps = 0
 
@@ -182,7 +202,7 @@ class Trainer:
 
     def judge(self, taps: Tensor, note: str) -> float:
         """Return the error on the validation numbers; the best taps are written down."""
-        error = equations(taps, self.validation, self.goal)[0]
+        error = equations(taps, self.validation, self.goal, self.goal.width)[0]
         if error < self.best[0]:
             self.best = error, taps.clone()
             held = {"shifts": self.goal.shifts, "width": self.goal.width, "error": error,
@@ -223,14 +243,16 @@ class Trainer:
         while self.passed < 1:
             left = (1 - self.passed) / self.plan.alone
             self.turn(STEP * max(0.1, min(1.0, left)), 2)
-            for i, one in enumerate(self.candidates):
-                self.judge(one.mean, f"alone {i}")
+            if self.passed > min(last + 0.04, 1):
+                last = self.passed
+                for i, one in enumerate(self.candidates):
+                    self.judge(one.mean, f"alone {i}")
         self.close()
 
     def choose(self, left: float) -> None:
         """Put changed copies of the best in the place of the worst half; the population shrinks with the time left."""
         kept = self.candidates[: max(1, len(self.candidates) // 2)]
-        count = max(2, round(self.plan.population * left)) - len(kept)
+        count = max(2, round(self.goal.population * left)) - len(kept)
         copies = [Candidate.at(changed(one.taps, self.drawn)) for one in kept[: max(0, count)]]
         self.candidates = kept + copies
 
@@ -258,12 +280,11 @@ def main() -> None:
     parser.add_argument("goals", nargs="+", type=Goal.parsed, help="such as 2,2:24@256")
     parser.add_argument("--seconds", type=float, default=150.0)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--population", type=int, default=8)
     parser.add_argument("--segments", type=int, default=264, help="of a step: two programs a multiprocessor")
     parser.add_argument("--start", type=Path, action="append", default=[], help="a file that this wrote")
     parser.add_argument("--out", type=Path, default=Path())
     given = parser.parse_args()
-    plan = Plan(given.population, given.segments, given.seconds, given.device)
+    plan = Plan(given.segments, given.seconds, given.device)
     given.out.mkdir(parents=True, exist_ok=True)
     context = torch.multiprocessing.get_context("spawn")
     every = [context.Process(target=_train, args=(place, given.goals, plan, given.start, given.out))
