@@ -6,11 +6,13 @@ do to each other.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import importlib
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -51,6 +53,11 @@ class Pointer:
 
     def __add__(self, more: Any) -> Pointer:
         return Pointer(self.held, self.place + np.asarray(more))
+
+    @property
+    def dtype(self) -> Any:
+        """What lies there."""
+        return types.SimpleNamespace(element_ty=self.held.dtype)
 
     def _places(self, mask: Any, *shapes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         where = np.asarray(True if mask is None else mask)
@@ -101,7 +108,9 @@ class Shared:
         self.held[...] = value
 
 
-def _where(condition: Any, left: Any, right: Any) -> Tensor:
+def _where(condition: Any, left: Any, right: Any) -> Any:
+    if isinstance(left, Pointer):
+        return left if condition else right
     known = [x.dtype for x in (left, right) if isinstance(x, (np.ndarray, np.generic))]
     found = np.where(condition, left, right)
     plain = np.float32 if found.dtype == np.float64 else found.dtype  # Python's numbers are single there
@@ -113,7 +122,12 @@ def _folded(function: Callable[..., Any]) -> Callable[..., Tensor]:
                                       else function(x, axis=axis))
 
 
-def language(program: tuple[int, ...], warps: int) -> Any:
+def _copied(near: Shared, place: Pointer, mask: Any = None) -> None:
+    """Copy at once; what is not copied is not written."""
+    near.held[...] = np.where(mask, place.load(mask), near.held)
+
+
+def language(program: tuple[int, ...], warps: int, grid: tuple[int, ...] = ()) -> Any:
     """Return what stands in for `triton.language` and for Gluon's, for one program."""
     made: Any = types.ModuleType("language")
     names = ("int32", "int64", "float32", "uint8")
@@ -122,6 +136,8 @@ def language(program: tuple[int, ...], warps: int) -> Any:
     functions: dict[str, Any] = {
         "constexpr": lambda value: value, "static_range": range,
         "program_id": lambda axis: array(np.int32(program[axis])), "num_warps": lambda: warps,
+        "num_programs": lambda axis: array(np.int32(grid[axis])),
+        "gather": lambda x, index, axis: array(np.take_along_axis(x, index, axis)),
         "arange": lambda first, last, layout=None: array(np.arange(first, last, dtype=np.int32)),
         "zeros": lambda shape, dtype, layout=None: array(np.zeros(shape, dtype)),
         "full": lambda shape, value, dtype, layout=None: array(np.full(shape, value, dtype)),
@@ -155,7 +171,11 @@ def _pretended(spoken: Any) -> Iterator[None]:
     triton.jit = gluon.jit = gluon.constexpr_function = same
     triton.language = gluon.language = spoken
     experimental.gluon = gluon
-    fakes = {"triton": triton, "triton.language": spoken, "triton.experimental": experimental,
+    ampere: Any = types.ModuleType("triton.experimental.gluon.language.nvidia.ampere")
+    ampere.mma_v2 = None  # replaced with what calls it
+    ampere.async_copy = types.SimpleNamespace(async_copy_global_to_shared=_copied, commit_group=lambda: None,
+                                              wait_group=lambda count: None)
+    fakes = {ampere.__name__: ampere, "triton": triton, "triton.language": spoken, "triton.experimental": experimental,
              "triton.experimental.gluon": gluon, "triton.experimental.gluon.language": spoken}
     before = {name: module for name, module in sys.modules.items() if _changes(name)}
     for name in before:
@@ -184,9 +204,22 @@ def _forget(name: str) -> None:
     vars(sys.modules[parent]).pop(own, None) if parent in sys.modules else None
 
 
-def launch(module: str, name: str, grid: tuple[int, ...], arguments: tuple[Any, ...], warps: int = 1) -> None:
-    """Run a kernel of `tersor.ops.MODULE`; arrays stand for pointers, and are written to."""
-    given = [Pointer(one) if isinstance(one, np.ndarray) else one for one in arguments]
+def launch(module: str, name: str, grid: tuple[int, ...], arguments: tuple[Any, ...], warps: int = 1,
+           instead: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Run a kernel of `tersor.ops.MODULE`; arrays stand for pointers, and are written to.
+
+    Functions `instead` are called for those of the same names that the module has, such as those written in PTX.
+    """
+    given = [_pointers(one) for one in arguments]
     for program in np.ndindex(*grid):
-        with _pretended(language(program, warps)):
-            importlib.import_module(f"{tersor.ops.__name__}.{module}").__dict__[name]._jitted(*given)
+        with _pretended(language(program, warps, grid)):
+            found = importlib.import_module(f"{tersor.ops.__name__}.{module}").__dict__
+            assert instead.keys() <= found.keys() | vars(builtins).keys()
+            found.update(instead)
+            found[name]._jitted(*given)
+
+
+def _pointers(one: Any) -> Any:
+    if isinstance(one, tuple):
+        return tuple(_pointers(part) for part in one)
+    return Pointer(one) if isinstance(one, np.ndarray) else one

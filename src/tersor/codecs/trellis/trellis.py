@@ -21,6 +21,8 @@ from tersor.contract.rotating import MultipliesRotated
 from tersor.numerics.constants import constant
 from tersor.ops.codebook_linear import codebook_linear, ready_product, widened
 from tersor.ops.trellis_linear import decoded_rows, ready_filter, trellis_filter, trellis_linear
+from tersor.ops.trellis_product import ready_product as ready_across
+from tersor.ops.trellis_product import trellis_product
 from tersor.ops.window_linear import MOST_MEMORY, takes, window_linear
 from tersor.payload import codes
 from tersor.payload.blocks import Few, Rows, Shape, after
@@ -88,6 +90,9 @@ class Trellis(Streamed, MultipliesRotated):
         if many:
             return trellis_linear(x, held["codes"], taps_on(self.bits, self.memory, x.device), held["scales"],
                                   self.filter.shifts, across=across)
+        if across and x.is_cuda and not torch.compiler.is_compiling():  # graphs join products of signs
+            return trellis_product(x, held["codes"], taps_on(self.bits, self.memory, x.device), held["scales"],
+                                   self.filter.shifts, rotation=seed)
         dtype, table = x.dtype, _signs_on(x.device)
         x = x if x.is_cuda else widened(x)
         if self.axis == "in":
@@ -107,6 +112,8 @@ class Trellis(Streamed, MultipliesRotated):
             shape = line.stream, line.stream
             product = ready_product(held["codes"], table, held["scales"][:, None], None, 1, shape, "symmetric")
             return after(product, met)
+        if held["codes"].is_cuda:
+            return ready_across(held["codes"], taps, held["scales"], line, width, rotation=seed)
         ones = _ones_on(self.bits, self.memory, line.length, held["codes"].device)
         product = ready_product(held["codes"], table, ones, None, 1, (width, width), "symmetric", rotation=seed)
         return after(ready_filter(taps, held["scales"], line), product)

@@ -123,11 +123,12 @@ class VectorStream:
         return -(-self.steps(warps) // whole) * whole * ACROSS * warps * CODES[self.bits] * each
 
 
-def vector_fitted(tiling: VectorTiling, streams: Sequence[VectorStream], *, rotated: bool) -> VectorTiling | None:
+def vector_fitted(tiling: VectorTiling, streams: Sequence[VectorStream], *, rotated: bool,
+                  besides: int = 0) -> VectorTiling | None:
     """Return the tiling with what shared memory holds beside the numbers that streams meet, or None.
 
     There may be fewer stages, then fewer programs; None where one stage does not fit. Where the vector is rotated
-    first, all lanes hold words of it, and enough of it for the widest factor.
+    first, all lanes hold words of it, and enough of it for the widest factor. A kernel may need bytes `besides`.
     """
     if rotated:
         factor = 1 << ((max(one.width for one in streams).bit_length() + 1) // 3)
@@ -137,7 +138,7 @@ def vector_fitted(tiling: VectorTiling, streams: Sequence[VectorStream], *, rota
             return None
         tiling = dataclasses.replace(tiling, warps=max(least, min(tiling.warps, 1 << (most.bit_length() - 1))))
     step = ACROSS * tiling.warps
-    near = sum(one.near_bytes(tiling.warps, rotated=rotated) for one in streams)
+    near = besides + sum(one.near_bytes(tiling.warps, rotated=rotated) for one in streams)
     near += max(one.width for one in streams) // 2 if rotated else 0  # where rotating needs more than it leaves
     stage = sum(3 if one.bits == 3 else 1 for one in streams) * 4 * step * tiling.rows
     for programs in range(tiling.programs, 0, -1):

@@ -1,0 +1,96 @@
+"""Products with linear trellis codes along outputs on CUDA: one vector's in one launch, others in two."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from tersor.numerics.rotation import Rotation
+from tersor.ops.codebook_linear.launch import choose
+from tersor.ops.codebook_linear.launch.operand import Around, Operand
+from tersor.ops.codebook_linear.shapes.one import VectorStream, number_bytes, vector_rotates
+from tersor.ops.hadamard import launch as turning
+from tersor.ops.hadamard.signs import signs_on
+from tersor.ops.trellis_linear import launch as filtering
+from tersor.ops.trellis_linear.shapes import Line
+from tersor.ops.trellis_product.kernels.product import multiply_filtered
+from tersor.ops.trellis_product.shapes import FORM, Division, Tiling, divided, refusal, tiling_for
+from tersor.ops.workspace import multiprocessors
+
+
+def product(x: Tensor, codes: Tensor, taps: Tensor, scales: Tensor, line: Line, turn: Rotation | None) -> Tensor:
+    """Return (*batch, length) in the dtype of `x` (*batch, width), of up to 64 vectors."""
+    around = Around(() if turn is None else (turn,))
+    y = one_vector(x, [codes], taps, [scales], [line], around)
+    return in_two(x, codes, taps, scales, line, around) if y is None else y
+
+
+def in_two(x: Tensor, codes: Tensor, taps: Tensor, scales: Tensor, line: Line, around: Around) -> Tensor:
+    """Return the product of signs, filtered by a second launch: of any number of vectors."""
+    width, (table, ones) = x.shape[-1], _signs(line.stream, x.device)
+    y = choose.one_vector_linear(x, [codes], table, [ones], 1, FORM, around)
+    if y is None:
+        turned = turning.rotate(x, around.rotations[0], False, x.dtype) if around.rotations else x
+        y = choose.codebook_linear(turned, codes, table, ones, None, 1, width, FORM)
+    made = filtering.numbers(y.reshape(-1, line.stream), taps, scales, line, x.dtype)
+    return made.reshape(*x.shape[:-1], line.length)
+
+
+def one_vector(x: Tensor, codes: Sequence[Tensor], taps: Tensor, scales: Sequence[Tensor], lines: Sequence[Line],
+               around: Around, tiling: Tiling | None = None) -> Tensor | None:
+    """Return (*batch, all lengths) in the dtype of `x`, one vector (*batch, width), by one kernel, or None.
+
+    Codes, scales and lines are of each matrix, of one filter. A vector that the kernel does not rotate is rotated by a
+    launch before it, if there is no norm.
+    """
+    width = x.shape[-1]
+    if x.numel() != width or refusal(x.dtype, lines, width) is not None:
+        return None
+    flat, turn = x.reshape(1, -1).contiguous(), around.rotations[0] if around.rotations else None
+    found = None
+    if turn is not None and vector_rotates(width):
+        found = _divided(flat, lines, tiling, rotated=True)
+    if found is None:
+        if around.norm is not None:
+            return None
+        found = _divided(flat, lines, tiling, rotated=False)
+        if found is None:
+            return None
+        flat, turn = flat if turn is None else turning.rotate(flat, turn, False, x.dtype), None
+    out = torch.empty(*x.shape[:-1], sum(line.length for line in lines), dtype=x.dtype, device=x.device)
+    with torch.cuda.device(x.device):
+        operand = Operand(flat, codes[0], taps, 1, FORM, tuple(codes[1:]))
+        _multiply(out, operand, scales, lines, around, turn, found)
+    return out
+
+
+def _divided(x: Tensor, lines: Sequence[Line], tiling: Tiling | None, *, rotated: bool) -> Division | None:
+    width = x.shape[1]
+    chosen = tiling or tiling_for(lines, width, rotated=rotated)
+    return divided(chosen, tuple(lines), width, x.dtype, multiprocessors(x.device), rotated=rotated)
+
+
+def _multiply(out: Tensor, operand: Operand, scales: Sequence[Tensor], lines: Sequence[Line], around: Around,
+              turn: Rotation | None, found: Division) -> None:
+    """Launch; the operand's table are the taps."""
+    width, number = operand.x.shape[1], number_bytes(operand.x.dtype)
+    tiling, line, taps = found.tiling, lines[0], operand.table
+    together = VectorStream(1, width, FORM, number).together(tiling.warps, rotated=turn is not None)
+    norm, added = (taps if one is None else one for one in (around.norm, around.added))
+    signs = taps if turn is None else signs_on(turn, out.device)
+    programs = min(found.blocks, tiling.programs * multiprocessors(out.device))
+    multiply_filtered[(programs,)](
+        operand.x, operand.words(), signs, norm, around.eps, taps, tuple(scales), added, out,
+        tuple(one.length for one in lines), width, together, number, turn is not None, around.norm is not None,
+        around.added is not None, line.shifts, sum(line.shifts), line.memory, found.parts, found.halo, found.tiles,
+        found.numbers, tiling.warps, tiling.rows, tiling.stages, tiling.early, num_warps=tiling.warps,
+        maxnreg=tiling.registers, launch_pdl=operand.aligned)  # codes are read before the wait
+
+
+@lru_cache(maxsize=64)
+def _signs(stream: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return what a bit stands for, and the scales of streams, which are ones: the filter scales."""
+    return torch.tensor([-1.0, 1.0], device=device), torch.ones(stream, 1, dtype=torch.bfloat16, device=device)
