@@ -1,6 +1,6 @@
 """Codes whose levels are sums of signs: what takes signs to tokens, and how kernels on a GPU want their bits to lie.
 
-Bits of linear trellis codes are signs (`trellis`); of four symmetric levels each is two, by the higher and the lower bit.
+Bits of linear trellis codes (`trellis`) are signs; of four symmetric levels each is two, by its higher and lower bit.
 """
 
 from __future__ import annotations
