@@ -32,7 +32,7 @@ class Warp:
         if name == "global_smem":
             return np.full(LANES, self.base, np.uint64)
         if re.fullmatch(r"-?\d+|0x[0-9a-f]+", name):
-            return np.full(LANES, int(name, 0) & (1 << 64) - 1, np.uint64)
+            return np.full(LANES, int(name, 0) & (1 << 32) - 1 if name[0] == "-" else int(name, 0), np.uint64)
         return self.held[name]
 
     def _write(self, name: str, values: np.ndarray) -> None:
@@ -51,10 +51,14 @@ class Warp:
             return
         name, rest = line.removeprefix("@inside ").split(" ", 1)  # all lanes are
         if name == "setp.ne.b32":
-            assert self._read(rest.split(", ")[1]).all()
+            predicate, one, other = rest.split(", ")
+            self.held[predicate] = (self._read(one) != self._read(other)).astype(np.uint64)
+            assert predicate != "inside" or self.held[predicate].all()
             return
         lists = re.findall(r"\{([^}]*)\}", rest)
-        if name.startswith("mma"):
+        if name.startswith("mma") and ".b1." in name:
+            self._count([one.split(", ") for one in lists])
+        elif name.startswith("mma"):
             self._multiply([one.split(", ") for one in lists])
         elif name.startswith(("ld.", "st.")):
             self._move(name, rest)
@@ -112,8 +116,18 @@ class Warp:
                 return one << given[1]
             case "shr.u32":
                 return one >> given[1]
-            case "mad.lo.u32":
+            case "mad.lo.u32" | "mad.lo.s32":
                 return one * given[1] + given[2]
+            case "add.s32":
+                return one + given[1]
+            case "max.NaN.f32":
+                return _bits(np.maximum(_float(one), _float(given[1])))
+            case "selp.b32":
+                return np.where(given[2] != 0, one, given[1])
+            case "shfl.sync.idx.b32":
+                return one[given[1].astype(np.int64)]
+            case "shfl.sync.bfly.b32":
+                return one[np.arange(LANES) ^ given[1].astype(np.int64)]
             case "shf.r.wrap.b32":
                 return (one | given[1] << np.uint64(32)) >> given[2]
             case "lop3.b32":
@@ -150,6 +164,21 @@ class Warp:
         total = (total + first @ second).astype(np.float32)
         for corner, one in zip(corners, registers[0], strict=True):
             self._write(one, _bits(total[corner]))
+
+
+    def _count(self, registers: list[list[str]]) -> None:
+        """Count bits that rows and columns share: words 4 place + quad of row group, then of row group + 8."""
+        lanes = np.arange(LANES)
+        group, quad = lanes // 4, lanes % 4
+        steps = len(registers[2])
+        rows, columns = np.zeros((16, 4 * steps), np.uint64), np.zeros((8, 4 * steps), np.uint64)
+        for place, one in enumerate(registers[1]):
+            rows[group + 8 * (place % 2), 4 * (place // 2) + quad] = self._read(one)
+        for place, one in enumerate(registers[2]):
+            columns[group, 4 * place + quad] = self._read(one)
+        shared = np.bitwise_count(rows[:, None] & columns[None]).sum(2, dtype=np.uint64)
+        for place, (out, acc) in enumerate(zip(registers[0], registers[3], strict=True)):
+            self._write(out, self._read(acc) + shared[group + 8 * (place // 2), 2 * quad + place % 2])
 
 
 def _any_of_three(one: np.ndarray, other: np.ndarray, third: np.ndarray, table: int) -> np.ndarray:

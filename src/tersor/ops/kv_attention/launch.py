@@ -27,7 +27,8 @@ from tersor.ops.kv_attention.signs import SET, WORD
 from tersor.ops.workspace import multiprocessors, workspace
 
 COLUMNS = 32  # of a program around attention
-PARTS = 64  # that a program joins at a time
+PARTS = 64  # that a program joins at a time, half as many
+WIDEST = 256  # where a query has more coordinates
 
 
 def attention(query: Tensor, held: Held, how: How, counts: Tensor | None = None) -> Tensor:
@@ -52,7 +53,7 @@ def attention(query: Tensor, held: Held, how: How, counts: Tensor | None = None)
             scores[0], scores[1], sums, _or(maps, query), _or(values.offset, query), _or(how.s_aux, query), out,
             cut.parts, cut.splits, heads, rows, query.shape[2], dim, count, 1 << (count - 1).bit_length(),
             max(count, dim), maps is not None, _per_head(maps, values.offset), values.offset is not None,
-            how.s_aux is not None, room, min(room, PARTS if count <= dim else PARTS // 2), COLUMNS, num_warps=8,
+            how.s_aux is not None, room, min(room, PARTS if count <= WIDEST else PARTS // 2), COLUMNS, num_warps=8,
             launch_pdl=True)
     return out.transpose(1, 2)
 
@@ -92,13 +93,13 @@ def _meet_signs(query: Tensor, held: Held, how: How, work: Work, counts: Tensor 
     assert keys.lines is not None
     assert values.lines is not None
     count, sets, parts = keys.lines.shape[1], -(-rows // SET), batch * heads
-    planes = workspace((parts, sets * bits.ASKED_TILES * -(-count // (4 * WORD)) * WORD), torch.int32, query.device,
-                       "queries")
-    begins = workspace((parts, sets * SET), torch.int32, query.device, "queries")
+    steps = -(-count // (4 * WORD))
+    planes = workspace((parts, sets * bits.ASKED_TILES * steps * WORD), torch.int32, query.device, "queries")
+    begins = workspace((parts, 4 * steps, sets * SET), torch.int32, query.device, "queries")
     numbers = workspace((2, parts, sets * SET), torch.float32, query.device, "queries")
-    ask_signs[(parts,)](
-        query, keys.lines, _or(keys.offset, query), planes, begins, *numbers, scaling, heads, rows, dim, count,
-        1 << (count - 1).bit_length(), len(keys.lines) > 1, keys.offset is not None, sets, num_warps=8)
+    ask_signs[(parts, 4 * steps)](
+        query, keys.lines, keys.line_bounds, _or(keys.offset, query), planes, begins, *numbers, scaling, heads, rows,
+        dim, count, steps, len(keys.lines) > 1, keys.offset is not None, sets, num_warps=4)
     near_side, far_side = _anchored(closed.keys), _anchored(closed.values)
     attend_signs[(cut.parts, parts)](
         query, planes, begins, *numbers, near_side[0], far_side[0], closed.keys.addresses, closed.values.addresses,

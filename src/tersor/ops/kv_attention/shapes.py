@@ -94,6 +94,12 @@ class Levels:
         return cls(bits, plain, mirrored, table_words(bits, plain).to(near), wide, bounds, shift, known, lines)
 
     @cached_property
+    def line_bounds(self) -> Tensor:
+        """The 2-norm of the longest of `lines` of each head: float32 (heads or 1,)."""
+        assert self.lines is not None
+        return self.lines.norm(dim=2).amax(1)
+
+    @cached_property
     def stepped(self) -> Tensor:
         """What scales of a byte stand for, where the other tensors are."""
         return self.words if self.steps is None else self.steps.to(self.words.device)

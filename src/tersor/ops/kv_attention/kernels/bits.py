@@ -100,10 +100,10 @@ def turned() -> str:
             if place & shift:
                 continue
             one, other = f"x{stage}_{place}", f"x{stage}_{place + shift}"
-            if place < GIVEN:
+            if place // shift * shift < GIVEN:  # later steps mix the lines of a block of so many
                 lines += [f"shl.b32 t, {other}, {shift};",
                           f"lop3.b32 x{stage + 1}_{place}, {one}, t, {mask}, 0xe4;"]
-            if place + shift < GIVEN:
+            if (place + shift) // shift * shift < GIVEN:
                 lines += [f"shr.u32 t, {one}, {shift};",
                           f"lop3.b32 x{stage + 1}_{place + shift}, t, {other}, {mask}, 0xe4;"]
     lines += [f"selp.b32 ${tile}, x3_{2 * tile + 1}, x3_{2 * tile}, odd;" for tile in range(GIVEN_TILES)]

@@ -20,6 +20,7 @@ TILES = gl.constexpr(bits.ASKED_TILES)
 GIVEN_TILES = gl.constexpr(bits.GIVEN_TILES)
 TURN = gl.constexpr(bits.TOKENS)
 MOST = gl.constexpr(float(bits.MOST))
+LEAST = gl.constexpr(1e-30)  # the largest weight of a turn, where it is divided by
 ROUNDS = gl.constexpr(float(1 << 23))  # added to a number below it, leaves its nearest integer in the lowest bits
 EACH = gl.constexpr(16)  # tokens of a lane
 
@@ -151,18 +152,18 @@ def weighed(scores, scales, peak, total):
     fresh = gl.maximum(peak, across(most, LARGEST))
     base = gl.where(fresh == NONE, 0.0, fresh)
     shrink = gl.exp2(peak - base)
-    total *= shrink
+    total = total * shrink
     weights = ()
     largest = gl.zeros_like(total)
     for each in gl.static_range(EACH):
         weight = gl.exp2(scores[each] - base)
-        total += weight
-        weight *= scales[each]
+        total = total + weight
+        weight = weight * scales[each]
         largest = gl.inline_asm_elementwise("max.NaN.f32 $0, $1, $2;", registers(1, 2), [largest, weight],
                                             dtype=gl.float32, is_pure=True, pack=1)
         weights = weights + (weight,)
     largest = across(largest, LARGEST)
-    inverse = gl.where(largest > 0.0, MOST / largest, 0.0)
+    inverse = MOST / gl.maximum(largest, LEAST)
     found = ()
     for pair in gl.static_range(EACH // 2):
         low = (weights[2 * pair] * inverse + ROUNDS).to(gl.int32, bitcast=True)
@@ -178,7 +179,7 @@ def planes_of(words, lane):
     COUNT: gl.constexpr = EACH // 2
     total = words[0]  # halves stay apart: sixteen of GIVEN bits are less than 16 bits
     for pair in gl.static_range(1, COUNT):
-        total += words[pair]
+        total = total + words[pair]
     near = (lane & 3) * 8 + (lane >> 3 & 3)
     every = gl.inline_asm_elementwise(GATHERED, registers(2 * COUNT, COUNT + 2), words + (near, near + 4),
                                       dtype=integers(2 * COUNT), is_pure=False, pack=1)
@@ -291,7 +292,10 @@ def over_signs(split, splits, at, head, sequence, near, begins, units, shifts, s
     begin, unit, shift, peak, total = (), (), (), (), ()
     for group in gl.static_range(SETS):
         at_row = part * (4 * SETS) + 4 * group + quad
-        begin = begin + (gl.load(begins + at_row),)
+        whole = gl.zeros([32 * S], gl.int32, flat)
+        for word in gl.static_range(4 * STEPS):
+            whole = whole + gl.load(begins + ((part * (4 * STEPS) + word) * (4 * SETS) + 4 * group + quad))
+        begin = begin + (whole,)
         unit = unit + (gl.load(units + at_row),)
         shift = shift + (gl.load(shifts + at_row),)
         peak = peak + (gl.full([32 * S], NONE, gl.float32, flat),)
