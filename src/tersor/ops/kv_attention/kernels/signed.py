@@ -292,10 +292,10 @@ def over_signs(split, splits, at, head, sequence, near, begins, units, shifts, s
     begin, unit, shift, peak, total = (), (), (), (), ()
     for group in gl.static_range(SETS):
         at_row = part * (4 * SETS) + 4 * group + quad
-        whole = gl.zeros([32 * S], gl.int32, flat)
+        opening = gl.zeros([32 * S], gl.int32, flat)
         for word in gl.static_range(4 * STEPS):
-            whole = whole + gl.load(begins + ((part * (4 * STEPS) + word) * (4 * SETS) + 4 * group + quad))
-        begin = begin + (whole,)
+            opening = opening + gl.load(begins + ((part * (4 * STEPS) + word) * (4 * SETS) + 4 * group + quad))
+        begin = begin + (opening,)
         unit = unit + (gl.load(units + at_row),)
         shift = shift + (gl.load(shifts + at_row),)
         peak = peak + (gl.full([32 * S], NONE, gl.float32, flat),)
