@@ -111,7 +111,10 @@ class Shared:
 
 def _where(condition: Any, left: Any, right: Any) -> Any:
     if isinstance(left, Pointer):
-        return left if condition else right
+        if np.ndim(condition) == 0:
+            return left if condition else right
+        places = np.where(condition, left.place, right.place + left.held.size)
+        return Pointer(np.concatenate([left.held, right.held]), places)
     known = [x.dtype for x in (left, right) if isinstance(x, (np.ndarray, np.generic))]
     found = np.where(condition, left, right)
     plain = {"f": np.float32, "i": np.int32}.get(found.dtype.kind, found.dtype)  # what Python's numbers are there
@@ -128,6 +131,9 @@ def _copied(near: Shared, place: Pointer, mask: Any = None) -> None:
     near.held[...] = np.where(mask, place.load(mask), near.held)
 
 
+_NEAR = np.full(1 << 16, UNWRITTEN, np.int32)  # shared memory that PTX addresses, words
+
+
 def _asm(text: str, constraints: str, args: Any, dtype: Any, is_pure: bool, pack: int) -> Any:
     """Run a block of PTX for every warp; what waits for another kernel needs not, and loads are done here."""
     del is_pure
@@ -135,8 +141,17 @@ def _asm(text: str, constraints: str, args: Any, dtype: Any, is_pure: bool, pack
     outs, given = constraints.count("="), list(args)
     if text.startswith("griddepcontrol"):
         return array(np.int32(0))
-    if text.startswith("ld.global"):
-        return tuple(Pointer(given[0].held, given[0].place + place).load() for place in range(outs))
+    if text.startswith("cp.async") and "global" in text:
+        size = int(text.partition(";")[0].rpartition(" ")[2]) // 4
+        for place in range(size):
+            _NEAR[np.asarray(given[1]) // 4 + place] = Pointer(given[0].held, given[0].place + place).load()
+        return given[1]
+    if text.startswith(("cp.async", "bar.warp")):
+        return given[0]
+    if text.startswith("ld.shared"):
+        return tuple(array(_NEAR[np.asarray(given[0]) // 4 + place]) for place in range(outs))
+    if "global_smem" in text:
+        return array(np.zeros(given[0].shape, np.int32))
     shape = np.broadcast_shapes(*(np.shape(one) for one in given))
     found = [np.empty(shape, np.uint32) for _ in range(outs)]
     for first in range(0, shape[0], LANES):
@@ -164,7 +179,8 @@ def language(program: tuple[int, ...], warps: int, grid: tuple[int, ...] = ()) -
         "num_programs": lambda axis: array(np.int32(grid[axis])),
         "gather": lambda x, index, axis: array(np.take_along_axis(x, index, axis)),
         "arange": lambda first, last, layout=None: array(np.arange(first, last, dtype=np.int32)),
-        "inline_asm_elementwise": _asm, "exp2": lambda x: array(np.exp2(x)), "zeros_like": lambda x: array(np.zeros_like(x)),
+        "inline_asm_elementwise": _asm, "exp2": lambda x: array(np.exp2(x)),
+        "zeros_like": lambda x: array(np.zeros_like(x)),
         "join": lambda a, b: array(np.stack([a, b], -1)),
         "zeros": lambda shape, dtype, layout=None: array(np.zeros(shape, dtype)),
         "full": lambda shape, value, dtype, layout=None: array(np.full(shape, value, dtype)),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +10,7 @@ import torch
 from torch import Tensor
 
 from tersor.kv import TokenStream
-from tersor.ops.kv_attention import Closed, Held, How, Levels, Lying, Side, reference
-from tersor.ops.kv_attention.signs import signs_of
+from tersor.ops.kv_attention import Closed, Held, Levels, Lying, Side, reference
 from tersor.registry import parse
 from tersor.testing import gaussian
 from tests.ops.on_numpy import Pointer, launch
@@ -39,7 +37,7 @@ def side(text: str, tokens: int, seed: int, *, across: bool) -> Side:
     return dataclasses.replace(found, levels=known, lying=way)
 
 
-def run(keys: Side, values: Side, query: Tensor, tokens: int) -> np.ndarray:
+def run(keys: Side, values: Side, query: Tensor, tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return attention over the closed tokens alone: (heads, rows, dim)."""
     rows, lines = query.shape[1] // HEADS, (keys.levels.lines, values.levels.lines)
     assert lines[0] is not None
@@ -67,13 +65,14 @@ def run(keys: Side, values: Side, query: Tensor, tokens: int) -> np.ndarray:
     room = [(one.scales_at - one.codes_at) // 4 for one in (keys, values)]
     launch("kv_attention.kernels.signed", "attend_signs", (SPLITS, HEADS), (
         none, planes, begins, numbers[0], numbers[1], *place, far, far, *room, keys.levels.stepped.numpy(),
-        values.levels.stepped.numpy(), none, none, none, none, none, 0.0, 1.0, peaks, totals, sums, none, tokens, 0, 0, 1,
-        *[0] * 16, SPLITS, HEADS, rows, 1, DIM, BLOCK, 16, lines[0].shape[1], count, keys.scale_bytes,
+        values.levels.stepped.numpy(), *[none] * 5, 0.0, 1.0, peaks, totals, sums, none, tokens, 0, 0, 1, *[0] * 16,
+        SPLITS, HEADS, rows, 1, DIM, BLOCK, 16, lines[0].shape[1], count, keys.scale_bytes,
         values.scale_bytes, max(count, DIM), "none", False, False, False, SETS, 8, 16, WARPS), warps=WARPS)
     return sums, peaks, totals
 
 
-@pytest.mark.parametrize(("key", "value", "tokens"), [("lm2", "lm2", 64), ("rot,lm2", "rot,tr2x8", 320)])
+@pytest.mark.parametrize(("key", "value", "tokens"), [("lm2", "lm2", 64), ("rot,lm2", "rot,tr2x8", 320),
+                                                      ("rot,tr3x9", "rot,tr4x8", 192), ("rot,lm2", "rot,tr3x9", 128)])
 def test_parts(key: str, value: str, tokens: int) -> None:
     keys, values = side(key, tokens, 1, across=False), side(value, tokens, 2, across=True)
     query = gaussian((4 * HEADS, DIM), 3)[None, :, :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, TypeAlias
 
 import torch
@@ -15,6 +16,7 @@ from tersor.ops.kv_attention.kernels.signed import attend_signs
 from tersor.ops.kv_attention.shapes import (
     DENSE_TURN,
     LOG2E,
+    SIGN_REGISTERS,
     WARPS,
     Division,
     Held,
@@ -22,6 +24,7 @@ from tersor.ops.kv_attention.shapes import (
     Side,
     division_of,
     element_codes,
+    queries_at_once,
 )
 from tersor.ops.kv_attention.signs import SET, WORD
 from tersor.ops.workspace import multiprocessors, workspace
@@ -36,9 +39,13 @@ def attention(query: Tensor, held: Held, how: How, counts: Tensor | None = None)
     closed, query = held.closed, query.contiguous()
     assert closed is not None
     batch, heads, _, dim = held.recent[0].shape
-    rows = query.shape[1] // heads * query.shape[2]
+    signs, group = closed.keys.lying is not None, query.shape[1] // heads
+    if signs and (most := queries_at_once(closed, group)) < query.shape[2]:
+        assert counts is None
+        return torch.cat([attention(*_some(query, held, how, slice(first, first + most)))
+                          for first in range(0, query.shape[2], most)], 2)
+    rows = group * query.shape[2]
     dense = held.sinks[0].shape[2] + held.recent[0].shape[2]
-    signs = closed.keys.lying is not None
     with torch.cuda.device(query.device):
         cut = division_of(closed.tokens, dense, batch * heads, rows, multiprocessors(query.device), signs=signs)
         parts, values = batch * heads * cut.parts * rows, closed.values.levels
@@ -56,6 +63,17 @@ def attention(query: Tensor, held: Held, how: How, counts: Tensor | None = None)
             how.s_aux is not None, room, min(room, PARTS if count <= WIDEST else PARTS // 2), COLUMNS, num_warps=8,
             launch_pdl=True)
     return out.transpose(1, 2)
+
+
+def _some(query: Tensor, held: Held, how: How, which: slice) -> tuple[Tensor, Held, How]:
+    """Return some of the queries, and what they attend to."""
+    some = query[:, :, which]
+    if how.mask is not None:
+        return some, held, dataclasses.replace(how, mask=how.mask[:, :, which])
+    if how.causal:  # the last of them is the last token that they see
+        tokens = held.recent[0].shape[2] - max(0, query.shape[2] - which.stop)
+        held = dataclasses.replace(held, recent=(held.recent[0][:, :, :tokens], held.recent[1][:, :, :tokens]))
+    return some, held, how
 
 
 Work: TypeAlias = tuple[Division, Tensor, Tensor]
@@ -99,7 +117,7 @@ def _meet_signs(query: Tensor, held: Held, how: How, work: Work, counts: Tensor 
     numbers = workspace((2, parts, sets * SET), torch.float32, query.device, "queries")
     ask_signs[(parts, 4 * steps)](
         query, keys.lines, keys.line_bounds, _or(keys.offset, query), planes, begins, *numbers, scaling, heads, rows,
-        dim, count, steps, len(keys.lines) > 1, keys.offset is not None, sets, num_warps=4)
+        dim, count, steps, len(keys.lines) > 1, keys.offset is not None, sets, num_warps=1)
     near_side, far_side = _anchored(closed.keys), _anchored(closed.values)
     attend_signs[(cut.parts, parts)](
         query, planes, begins, *numbers, near_side[0], far_side[0], closed.keys.addresses, closed.values.addresses,
@@ -107,7 +125,7 @@ def _meet_signs(query: Tensor, held: Held, how: How, work: Work, counts: Tensor 
         *_dense(query, held, how, (scaling, scores, sums, near_side[0] if counts is None else counts)),
         cut.splits, heads, rows, query.shape[2], dim, closed.block, closed.blocks, count, values.lines.shape[1],
         closed.keys.scale_bytes, closed.values.scale_bytes, sums.shape[1], *_kinds(how, counts), sets, cut.rows,
-        DENSE_TURN, WARPS, num_warps=WARPS, launch_pdl=True)
+        DENSE_TURN, WARPS, num_warps=WARPS, maxnreg=SIGN_REGISTERS, launch_pdl=True)
 
 
 def _scaling(how: How) -> float:

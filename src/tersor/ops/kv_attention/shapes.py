@@ -28,7 +28,8 @@ PROGRAMS = 2  # of a multiprocessor, over closed tokens; three fit, and those ov
 LEAST_TURNS = 3  # of a warp: beginning and ending cost as much as two or three
 LOG2E = math.log2(math.e)
 SIGN_TURN = 128  # closed tokens that a warp takes at a time where codes are signs
-SIGN_PROGRAMS = 2  # of a multiprocessor, of such
+SIGN_PROGRAMS = 3  # of a multiprocessor, of such
+SIGN_REGISTERS = 168  # of a thread of theirs
 SIGN_BLOCK = 32  # tokens, of which blocks hold a multiple
 
 
@@ -217,11 +218,11 @@ def refusal(query: Tensor, held: Held) -> str | None:
         return f"it takes bfloat16 or float16 throughout, found {', '.join(sorted(str(one) for one in dtypes))}"
     if dim not in DIMS or held.recent[1].shape[3] != dim:
         return f"it takes keys and values of one dimension of {DIMS}, found {dim} and {held.recent[1].shape[3]}"
+    if closed.keys.lying is not None or closed.values.lying is not None:
+        return _unmet(closed, query.shape[1] // heads)
     if query.shape[2] > MOST_QUERIES or rows > ROWS[-1]:
         return (f"it takes up to {MOST_QUERIES} queries, and {ROWS[-1]} that share a key, found {query.shape[2]} and "
                 f"{rows}")
-    if closed.keys.lying is not None or closed.values.lying is not None:
-        return _unmet(closed, rows)
     for name, side in (("keys", closed.keys), ("values", closed.values)):
         if (reason := _unknown(name, side.levels, dim)) is not None:
             return reason
@@ -243,18 +244,22 @@ def _unknown(name: str, levels: Levels, dim: int) -> str | None:
     return None
 
 
-def _unmet(closed: Closed, rows: int) -> str | None:
-    """Return why kernels do not take signs that lie as these do, or None."""
+def _unmet(closed: Closed, group: int) -> str | None:
+    """Return why kernels do not take signs that lie as these do, or None; `group` queries of a token share a key."""
     ways = [side.lying for side in (closed.keys, closed.values)]
     if [way is not None and way.across for way in ways] != [False, True] or ways[0] is None:
         return "keys and values must both lie as signs do, or neither"
-    signs = max(way.signs for way in ways if way is not None)
-    if rows > MOST_ROWS or -(-rows // SET) * signs > MOST_SIGNS:
-        return (f"it takes up to {MOST_ROWS} queries that share a key of signs, {SET} where these are more than "
-                f"{MOST_SIGNS // 2}; found {rows} and {signs}")
+    if not queries_at_once(closed, group):
+        return f"it takes up to {MOST_ROWS} heads that share a key of signs, {SET} of long ones, found {group}"
     if closed.block * closed.blocks % SIGN_TURN:
         return f"pages must hold a multiple of {SIGN_TURN} tokens, found {closed.block * closed.blocks}"
     return None
+
+
+def queries_at_once(closed: Closed, group: int) -> int:
+    """Return how many tokens' queries, of `group` heads that share a key, meet signs in one launch."""
+    signs = max(way.signs for way in (closed.keys.lying, closed.values.lying) if way is not None)
+    return min(MOST_ROWS, MOST_SIGNS // signs * SET) // group
 
 
 def has_sign_blocks(block: int) -> bool:

@@ -11,18 +11,33 @@ from __future__ import annotations
 ASKED, GIVEN = 12, 10  # planes of a query's integers, and of a weight's
 ASKED_TILES, GIVEN_TILES = ASKED // 2, GIVEN // 2  # products whose columns are the planes of four queries
 TOKENS = 128  # of a turn: the bits of a product's inner dimension
+EACH = 16  # of a lane
 MOST = (1 << GIVEN) - 1  # a weight's largest integer
 
 
-def registers(outs: int, ins: int, last: str = "") -> str:
-    """Return the constraints of so many registers, and of those named."""
-    return ",".join(["=&r"] * outs + ["r"] * ins + ([last] if last else []))
+def registers(outs: int, ins: int, places: int = 0) -> str:
+    """Return the constraints of so many registers, those after `outs` and `places` addresses being given."""
+    return ",".join(["=&r"] * outs + ["l"] * places + ["r"] * ins)
 
 
-def load(count: int) -> str:
-    """Return PTX: `count` words from an address to $0 …."""
+def copied(count: int, size: int) -> str:
+    """Return PTX: copies of `size` bytes each, from $1, $2, … to shared memory from $count + 1 on, 32 lanes apart."""
+    kind = "cg" if size == 16 else "ca"
+    there = f"${count + 1}"
+    lines = [f"cp.async.{kind}.shared.global [{there}+{32 * size * place}], [${1 + place}], {size};" for place in range(count)]
+    return "\n".join([*lines, "mov.b32 $0, 0;"])
+
+
+def held(count: int) -> str:
+    """Return PTX: `count` words, two or four, from shared memory at $count."""
     names = ", ".join(f"${place}" for place in range(count))
-    return f"ld.global.v{count}.b32 {{{names}}}, [${count}];"
+    return f"ld.shared.v{count}.b32 {{{names}}}, [${count}];"
+
+
+def waited(behind: int) -> str:
+    """Return PTX: wait for a warp's copies but those of so many groups; `behind` -1 ends a group instead."""
+    what = "commit_group" if behind < 0 else f"wait_group {behind}; bar.warp.sync 0xffffffff"
+    return f"cp.async.{what}; mov.b32 $0, 0;"
 
 
 def met(steps: int) -> str:
