@@ -9,6 +9,7 @@ from torch import Tensor
 from tersor.kv import TokenStream
 from tersor.kv.kept import PAGE_BLOCKS
 from tersor.kv.pages import Pages
+from tersor.ops.kv_attention import Lying
 from tersor.registry import parse
 from tersor.testing import gaussian
 
@@ -177,3 +178,26 @@ def test_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(pages(made).buffers()) == 2
     made.append(states(2 * FULL))
     assert made.tokens == (3 * FULL + 1) * BLOCK
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_bits_that_lie_for_their_kernel_are_what_they_were(across: bool) -> None:
+    """What is appended before and after, cut, dropped, chosen, copied and sent away comes back as it was given."""
+    plain, turned = stream(5), stream(5)
+    codes = next(name for name in pages(plain).names if name.endswith("codes"))
+    pages(turned).lie(codes, Lying(HEADS, BLOCK, 2 * DIM, across))
+    assert not torch.equal(pages(plain).buffers()[0], pages(turned).buffers()[0])
+    for made in (plain, turned):
+        made.append(states(FULL, 1))
+        made.crop(made.tokens - BLOCK)
+        made.drop(3)
+        made.append(states(2, 2))
+        made.select(torch.tensor([0, 0, 0]))
+        made.append(states(1, 3, batch=3))
+    twin = turned.copy()
+    pages(turned).away()
+    for one in (turned, twin):
+        assert torch.equal(pages(one).tensor(codes), pages(plain).tensor(codes))
+        assert torch.equal(decoded(one), decoded(plain))
+    again = TokenStream.from_state(*turned.state())
+    assert torch.equal(again.decode(), plain.decode())
