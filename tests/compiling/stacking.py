@@ -83,5 +83,5 @@ def joined(found: Stacking) -> tuple[int, int]:
     return found.norms, found.sums
 
 
-def model_of(codec: str, name: str, folder: Path, **changed: int) -> torch.nn.Module:
+def model_of(codec: str, name: str, folder: Path, **changed: Any) -> torch.nn.Module:
     return compressed(codec, save_tiny(name, folder / "source", **changed), folder)

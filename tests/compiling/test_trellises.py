@@ -85,7 +85,8 @@ def test_products_are_as_before(shape: tuple[int, ...], rotation: int | None) ->
     assert found.taken == [3 if shape in (ONE, (WIDTH,)) else 0]
 
 
-@pytest.mark.parametrize("change", [{"rotation": None}, {"rotation": 8}, {"taps": TAPS.clone()}], ids=["no", "8", "taps"])
+@pytest.mark.parametrize("change", [{"rotation": None}, {"rotation": 8}, {"taps": TAPS.clone()}],
+                         ids=["not rotated", "rotated by another", "taps"])
 def test_products_that_differ_are_apart(change: dict[str, Any]) -> None:
     found = stacked(lambda x: (meets(x, FIRST), meets(x, SECOND, **change)), drawn(ONE, 1))
     assert found.taken == [0]
@@ -181,20 +182,24 @@ def test_gates_stay_and_their_products_join() -> None:
     assert found.calls[functional.silu] == 1
 
 
+def on_cuda(of: Matrix) -> Matrix:
+    return of[0].cuda(), of[1].cuda()
+
+
 @GPU
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 @pytest.mark.parametrize("width", [1024, 1152])
 def test_inductor_on_a_gpu(mode: str | None, width: int) -> None:
     """Of 1,152 the rotation is a launch of its own, and the norm stays."""
-    every = [tuple(one.cuda() for one in lines(length, length, width)) for length in (512, 256, 256)]
-    back, weight = tuple(one.cuda() for one in lines(width, 9, width)), drawn((width,), 8).cuda().to(torch.bfloat16)
+    every = [on_cuda(lines(length, length, width)) for length in (512, 256, 256)]
+    back, weight = on_cuda(lines(width, 9, width)), drawn((width,), 8).cuda().to(torch.bfloat16)
     taps = TAPS.cuda()
 
     def function(x: Tensor) -> Tensor:
         y = normed(x, weight)
-        q, k, v = (meets(y, of, taps) for of in every)  # type: ignore[arg-type]
+        q, k, v = (meets(y, of, taps) for of in every)
         z = functional.pad(torch.cat([q + 1, k * v], -1), (0, width - 768))
-        return x + meets(z, back, taps)  # type: ignore[arg-type]
+        return x + meets(z, back, taps)
 
     named: dict[str, Any] = {} if mode is None else {"mode": mode}
     compiled: Callable[[Tensor], Tensor] = torch.compile(function, backend="tersor", fullgraph=True, dynamic=False,
