@@ -158,10 +158,9 @@ def test_several_matrices_with_a_norm_and_a_sum(key: tuple[float, int], lengths:
 
 @on_devices(("key", "lengths", "width", "rotation", "dtype"),
             cpu=[((2.0, 12), (300, 64), 256, 5, torch.float32), ((2.5, 12), (256,), 384, None, torch.float32)],
-            cuda=[(key, lengths, width, rotation, dtype) for key in ((2.0, 12), (2.5, 12), (4.0, 12))
-                  for lengths in ((512, 256, 256), (771,))
-                  for width, rotation, dtype in ((1024, 5, torch.bfloat16), (1024, None, torch.float16),
-                                                 (1152, 3, torch.bfloat16), (96, 3, torch.float32))])
+            cuda=[((2.0, 12), (512, 256, 256), 1024, 5, torch.bfloat16), ((2.5, 12), (771,), 1024, None, torch.float16),
+                  ((4.0, 12), (771, 512), 1152, 3, torch.bfloat16), ((2.0, 12), (512, 256), 96, 3, torch.float32),
+                  ((2.5, 12), (2048, 512, 512), 4096, 5, torch.float32)])
 @pytest.mark.parametrize("count", [1, 3])
 def test_fused_it_is_norm_products_and_sum(device: str, key: tuple[float, int], lengths: tuple[int, ...], width: int,
                                            rotation: int | None, dtype: torch.dtype, count: int) -> None:
