@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from tersor.compiling.products import FUSED, fuse_products
+from tersor.compiling.products import fuse_products
 from tersor.ops.codebook_linear import codebook_linear
 from tests.hf.models.test_compile import compressed
 from tests.hf.tiny import save_tiny
 
 WIDTH = 512
 ONE, MANY = (1, 1, WIDTH), (2, 3, WIDTH)
+PRODUCT, FUSED = torch.ops.tersor.codebook_linear, torch.ops.tersor.fused_codebook_linear
+TRELLIS, FUSED_TRELLIS = torch.ops.tersor.trellis_product, torch.ops.tersor.fused_trellis_product
 TABLE = torch.linspace(-2, 2, 16)
 
 
@@ -33,10 +35,10 @@ class Stacking:
         self.taken.append(fuse_products(graph))
         self.calls.update(node.target for module in graph.modules() if isinstance(module, fx.GraphModule)
                           for node in module.graph.nodes)
-        made = [node for node in graph.graph.nodes if node.target is FUSED.default]
+        made = [node for node in graph.graph.nodes if node.target in (FUSED.default, FUSED_TRELLIS.default)]
         self.norms += sum(node.args[1] is not None for node in made)
         self.sums += sum(node.args[5] is not None for node in made)
-        self.gates += sum(node.kwargs["gated"] for node in made)
+        self.gates += sum(node.kwargs.get("gated", False) for node in made)
         return graph.forward
 
 
@@ -81,5 +83,5 @@ def joined(found: Stacking) -> tuple[int, int]:
     return found.norms, found.sums
 
 
-def model_of(codec: str, name: str, folder: Path) -> torch.nn.Module:
-    return compressed(codec, save_tiny(name, folder / "source"), folder)
+def model_of(codec: str, name: str, folder: Path, **changed: Any) -> torch.nn.Module:
+    return compressed(codec, save_tiny(name, folder / "source", **changed), folder)

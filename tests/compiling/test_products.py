@@ -11,10 +11,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from tersor.compiling.products import FUSED, PRODUCT, fuse_products
+from tersor.compiling.products import fuse_products
 from tests.compiling.stacking import (
+    FUSED,
     MANY,
     ONE,
+    PRODUCT,
     SECOND,
     TABLE,
     WIDTH,

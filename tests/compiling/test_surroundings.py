@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tersor.compiling.products import PRODUCT
 from tests.compiling.stacking import (
     MANY,
     ONE,
+    PRODUCT,
     SECOND,
     WEIGHT,
     WIDTH,

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from tersor.codecs.trellis.filters import filters
+from tersor.errors import CodecConfigError
 from tersor.numerics.rotation import Rotation
 from tersor.ops.codebook_linear.launch.operand import Around
 from tersor.ops.codebook_linear.shapes.one import vector_rotates
 from tersor.ops.trellis_linear.reference import matrix
 from tersor.ops.trellis_linear.shapes import Line, segments
-from tersor.ops.trellis_product import ready_product, trellis_product
+from tersor.ops.trellis_product import fused_trellis_product, ready_product, trellis_product
 from tersor.ops.trellis_product.shapes import (
     CONFIGURATIONS,
     ROTATED_CONFIGURATIONS,
@@ -155,6 +156,45 @@ def test_several_matrices_with_a_norm_and_a_sum(key: tuple[float, int], lengths:
     assert bool(((y[0].cpu().double() - both).abs() <= limit + torch.finfo(x.dtype).eps * both.abs()).all())
 
 
+@on_devices(("key", "lengths", "width", "rotation", "dtype"),
+            cpu=[((2.0, 12), (300, 64), 256, 5, torch.float32), ((2.5, 12), (256,), 384, None, torch.float32)],
+            cuda=[((2.0, 12), (512, 256, 256), 1024, 5, torch.bfloat16), ((2.5, 12), (771,), 1024, None, torch.float16),
+                  ((4.0, 12), (771, 512), 1152, 3, torch.bfloat16), ((2.0, 12), (512, 256), 96, 3, torch.float32),
+                  ((2.5, 12), (2048, 512, 512), 4096, 5, torch.float32)])
+@pytest.mark.parametrize("count", [1, 3])
+def test_fused_it_is_norm_products_and_sum(device: str, key: tuple[float, int], lengths: tuple[int, ...], width: int,
+                                           rotation: int | None, dtype: torch.dtype, count: int) -> None:
+    """Also what the kernel refuses: a norm of a width that it does not rotate, rows of 96, several vectors."""
+    lines, eps = [line_of(key, length) for length in lengths], 0.25
+    every = [held(line, width, seed) for seed, line in enumerate(lines)]
+    x, norm = gaussian((count, width), 3).to(dtype), gaussian((1, width), 4)[0].to(dtype)
+    added = gaussian((count, sum(lengths)), 5).to(dtype)
+    y = fused_trellis_product(x.to(device), norm.to(device), [one[0].to(device) for one in every],
+                              taps_of(key).to(device), [one[1].to(device) for one in every], added.to(device),
+                              lines[0].shifts, rotation=rotation, eps=eps).cpu()
+    normed = x.double() * (x.double().square().mean(-1, keepdim=True) + eps).rsqrt() * norm.double()
+    turned = (normed if rotation is None else Rotation(width, rotation).forward(normed.float())).double()
+    want = torch.cat([(numbers(signs @ turned.mT, key, line) * scales.double()[:, None]).mT
+                      for line, (_, scales, signs) in zip(lines, every, strict=True)], -1)
+    assert (y.shape, y.dtype) == (want.shape, dtype)
+    # the normed vector, the rotated one, sums, lines and the sum are each rounded
+    terms = 5 if dtype != torch.float32 else width
+    assert float((y.double() - want - added.double()).norm()) <= tolerance(dtype, terms) * float((want + added).norm())
+
+
+def test_what_does_not_belong_together_is_refused() -> None:
+    key, width = (2.0, 12), 128
+    line = line_of(key, 64)
+    codes, scales, _ = held(line, width)
+    x, taps = gaussian((1, width), 1), taps_of(key)
+    with pytest.raises(CodecConfigError, match="scales of each matrix"):
+        fused_trellis_product(x, None, [codes] * 2, taps, [scales], None, line.shifts)
+    with pytest.raises(CodecConfigError, match="norm must be"):
+        fused_trellis_product(x, x, [codes], taps, [scales], None, line.shifts)
+    with pytest.raises(CodecConfigError, match="what is added"):
+        fused_trellis_product(x, None, [codes] * 2, taps, [scales] * 2, x[:, :64], line.shifts)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("batch", [(2,), (8,), (2, 5)])
 @pytest.mark.parametrize("rotation", [None, 5])
@@ -207,6 +247,9 @@ def test_op(device: str) -> None:
     codes, scales, _ = (one.to(device) for one in held(line, width))
     torch.library.opcheck(trellis_product, (gaussian((1, width), 1).to(device), codes, taps_of(key).to(device), scales,
                                             line.shifts), {"rotation": 3})
+    x = gaussian((1, width), 1).to(device)
+    torch.library.opcheck(fused_trellis_product, (x, x[0], [codes] * 2, taps_of(key).to(device), [scales] * 2,
+                                                  torch.ones(1, 600, device=device), line.shifts), {"rotation": 3})
 
 
 @pytest.mark.parametrize("key", KEYS)

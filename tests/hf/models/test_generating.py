@@ -82,12 +82,13 @@ def test_payloads_stay_where_they_are(codec: str, graphs: list[fx.GraphModule], 
     assert all("_dynamo_static_input_type" in node.meta["tensor_dict"] for node in held)
 
 
-@pytest.mark.parametrize(("codec", "joined"), [("rot,lm4", 2), ("rot,tr3x9o", 1)])
-def test_queries_keys_and_values_are_joined(codec: str, joined: int, graphs: list[fx.GraphModule],
+@pytest.mark.parametrize(("codec", "call", "joined"), [("rot,lm4", "fused_codebook_linear", 2),
+                                                       ("rot,tr3x9o", "fused_trellis_product", 4)])
+def test_queries_keys_and_values_are_joined(codec: str, call: str, joined: int, graphs: list[fx.GraphModule],
                                             tmp_path: Path) -> None:
-    model: Any = model_of(codec, "llama", tmp_path)
+    model: Any = model_of(codec, "llama", tmp_path, hidden_size=128, intermediate_size=128, head_dim=32)
     generated(model)
-    assert called(graphs[0], "fused_codebook_linear") >= joined * model.config.num_hidden_layers
+    assert called(graphs[0], call) >= joined * model.config.num_hidden_layers
 
 
 def test_what_changes_in_a_model_is_noticed_at_the_next_call(graphs: list[fx.GraphModule], tmp_path: Path) -> None:

@@ -90,33 +90,22 @@ class Trellis(Streamed, MultipliesRotated):
         if many:
             return trellis_linear(x, held["codes"], taps_on(self.bits, self.memory, x.device), held["scales"],
                                   self.filter.shifts, across=across)
-        if across and x.is_cuda and not torch.compiler.is_compiling():  # graphs join products of signs
+        if across:
             return trellis_product(x, held["codes"], taps_on(self.bits, self.memory, x.device), held["scales"],
                                    self.filter.shifts, rotation=seed)
-        dtype, table = x.dtype, _signs_on(x.device)
-        x = x if x.is_cuda else widened(x)
-        if self.axis == "in":
-            met = self.filtered(x)
-            return codebook_linear(met, held["codes"], table, held["scales"][:, None], None, 1, met.shape[-1],
-                                   "symmetric").to(dtype)
-        ones = _ones_on(self.bits, self.memory, encoded.shape[0], x.device)
-        y = codebook_linear(x, held["codes"], table, ones, None, 1, width, "symmetric", rotation=seed)
-        return self.numbers(y, encoded.shape[0], held["scales"]).to(dtype)
+        met = self.filtered(x if x.is_cuda else widened(x))
+        return codebook_linear(met, held["codes"], _signs_on(x.device), held["scales"][:, None], None, 1,
+                               met.shape[-1], "symmetric").to(x.dtype)
 
     def ready_rotated(self, encoded: Encoded, seed: int | None) -> Few | None:
         """See `MultipliesRotated.ready_rotated`."""
         held, line, width = encoded.tensors, self.line(encoded.shape), encoded.shape[1]
-        taps, table = taps_on(self.bits, self.memory, held["codes"].device), _signs_on(held["codes"].device)
-        if self.axis == "in":
-            met = None if seed is not None else ready_filter(taps, None, line, back=True)
-            shape = line.stream, line.stream
-            product = ready_product(held["codes"], table, held["scales"][:, None], None, 1, shape, "symmetric")
-            return after(product, met)
-        if held["codes"].is_cuda:
+        taps = taps_on(self.bits, self.memory, held["codes"].device)
+        if self.axis == "out":
             return ready_across(held["codes"], taps, held["scales"], line, width, rotation=seed)
-        ones = _ones_on(self.bits, self.memory, line.length, held["codes"].device)
-        product = ready_product(held["codes"], table, ones, None, 1, (width, width), "symmetric", rotation=seed)
-        return after(ready_filter(taps, held["scales"], line), product)
+        met = None if seed is not None else ready_filter(taps, None, line, back=True)
+        table, shape = _signs_on(held["codes"].device), (line.stream, line.stream)
+        return after(ready_product(held["codes"], table, held["scales"][:, None], None, 1, shape, "symmetric"), met)
 
     def _looked_up(self, encoded: Encoded, x: Tensor) -> bool:
         """Tell whether windows are looked up instead: by many vectors on the processor, and by some on CUDA."""
@@ -173,13 +162,7 @@ def _looked_up(bits: float, memory: int, shape: Shape, axis: str) -> bool:
 @constant
 def _signs_on(device: torch.device) -> Tensor:
     """Return what a bit stands for."""
-    return torch.tensor([-1.0, 1.0], device=device)
-
-
-@constant
-def _ones_on(bits: float, memory: int, length: int, device: torch.device) -> Tensor:
-    """Return the scales of streams along outputs: the filter scales."""
-    return torch.ones(filters()[bits, memory].stream(length), 1, dtype=torch.bfloat16, device=device)
+    return torch.tensor([-1.0, 1.0], dtype=torch.float32, device=device)
 
 
 @constant

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tersor.errors import CodecConfigError
 from tersor.numerics.rotation import Rotation
 from tersor.ops.codebook_linear import reference
 from tersor.ops.codebook_linear.launch.operand import Around
 from tersor.ops.codebook_linear.shapes.lanes import TILED_FROM
 from tersor.ops.codebook_linear.shapes.lanes import refusal as lanes_refuse
 from tersor.ops.codebook_linear.shapes.limits import refusal
+from tersor.ops.codebook_linear.surrounding import check, joined, normed
 from tersor.ops.dispatch import compiled_allowed, take_reference
 from tersor.ops.hadamard import hadamard, ready_rotation
 from tersor.ops.hadamard.shapes import refusal as rotation_refusal
@@ -205,41 +205,14 @@ def fused_codebook_linear(x: Tensor, norm: Tensor | None, codes: Sequence[Tensor
         If there are not as many codes as scales, a gate's matrices are not two of as many rows, or `norm` or `added`
         have another shape.
     """
-    _check(x, norm, codes, scales, added, gated=gated)
-    return _around(_one_by_one(_normed(x, norm, eps), codes, table, scales, bits, form, rotation), added, gated)
-
-
-def _check(x: Tensor, norm: Tensor | None, codes: Sequence[Tensor], scales: Sequence[Tensor], added: Tensor | None, *,
-           gated: bool) -> None:
-    rows = [scale.shape[0] for scale in scales]
-    if len(codes) != len(rows) or not rows:
-        raise CodecConfigError(f"expected scales of each matrix, found codes of {len(codes)} and scales of {len(rows)}")
-    if gated and (len(rows) != 2 or rows[0] != rows[1]):
-        raise CodecConfigError(f"a gate needs two matrices of as many rows, found rows {rows}")
-    if norm is not None and norm.shape != x.shape[-1:]:
-        raise CodecConfigError(f"norm must be of shape {tuple(x.shape[-1:])}, found {tuple(norm.shape)}")
-    wanted = (*x.shape[:-1], rows[0] if gated else sum(rows))
-    if added is not None and tuple(added.shape) != wanted:
-        raise CodecConfigError(f"what is added must be of shape {wanted}, found {tuple(added.shape)}")
-
-
-def _normed(x: Tensor, norm: Tensor | None, eps: float) -> Tensor:
-    if norm is None:
-        return x
-    wide = x.to(torch.float32)
-    size = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * size * norm.to(torch.float32)).to(x.dtype)
+    check(x, norm, codes, scales, added, gated=gated)
+    return joined(_one_by_one(normed(x, norm, eps), codes, table, scales, bits, form, rotation), added, gated)
 
 
 def _one_by_one(x: Tensor, codes: Sequence[Tensor], table: Tensor, scales: Sequence[Tensor], bits: int, form: str,
                 rotation: int | None) -> list[Tensor]:
     return [codebook_linear(x, one, table, scale, None, bits, x.shape[-1], form, rotation=rotation)
             for one, scale in zip(codes, scales, strict=True)]
-
-
-def _around(parts: list[Tensor], added: Tensor | None, gated: bool) -> Tensor:
-    y = torch.nn.functional.silu(parts[0]) * parts[1] if gated else torch.cat(parts, -1)
-    return y if added is None else (y + added).to(y.dtype)
 
 
 @fused_codebook_linear.register_fake
@@ -254,7 +227,7 @@ def _(x: Tensor, norm: Tensor | None, codes: Sequence[Tensor], table: Tensor, sc
 def _(x: Tensor, norm: Tensor | None, codes: Sequence[Tensor], table: Tensor, scales: Sequence[Tensor],
       added: Tensor | None, bits: int, form: str = "any", *, rotation: int | None = None, eps: float = 0.0,
       gated: bool = False) -> Tensor:
-    _check(x, norm, codes, scales, added, gated=gated)
+    check(x, norm, codes, scales, added, gated=gated)
     width = x.shape[-1]
     if x.numel() == width and not take_reference("codebook_linear", refusal(x.dtype, bits, width, width), x.device):
         from tersor.ops.codebook_linear.launch import choose
@@ -265,9 +238,9 @@ def _(x: Tensor, norm: Tensor | None, codes: Sequence[Tensor], table: Tensor, sc
             y = choose.one_vector_linear(x, codes, table, scales, bits, form, around)
             if y is not None:
                 return y
-            x, rotation, norm = hadamard(_normed(x, norm, eps), Rotation(width, rotation)), None, None
-        x, norm = _normed(x, norm, eps), None
+            x, rotation, norm = hadamard(normed(x, norm, eps), Rotation(width, rotation)), None, None
+        x, norm = normed(x, norm, eps), None
         y = choose.one_vector_linear(x, codes, table, scales, bits, form, Around(added=after, gated=gated))
         if y is not None:
             return y
-    return _around(_one_by_one(_normed(x, norm, eps), codes, table, scales, bits, form, rotation), added, gated)
+    return joined(_one_by_one(normed(x, norm, eps), codes, table, scales, bits, form, rotation), added, gated)

@@ -12,6 +12,7 @@ from tersor.numerics.rotation import Rotation
 from tersor.ops.codebook_linear.launch import choose
 from tersor.ops.codebook_linear.launch.operand import Around, Operand
 from tersor.ops.codebook_linear.shapes.one import VectorStream, number_bytes, vector_rotates
+from tersor.ops.codebook_linear.surrounding import normed
 from tersor.ops.hadamard import launch as turning
 from tersor.ops.hadamard.signs import signs_on
 from tersor.ops.trellis_linear import launch as filtering
@@ -37,6 +38,16 @@ def in_two(x: Tensor, codes: Tensor, taps: Tensor, scales: Tensor, line: Line, a
         y = choose.codebook_linear(turned, codes, table, ones, None, 1, width, FORM)
     made = filtering.numbers(y.reshape(-1, line.stream), taps, scales, line, x.dtype)
     return made.reshape(*x.shape[:-1], line.length)
+
+
+def joined(x: Tensor, codes: Sequence[Tensor], taps: Tensor, scales: Sequence[Tensor], lines: Sequence[Line],
+           around: Around) -> Tensor | None:
+    """Return what `one_vector` does; where it takes no norm, of a vector that was normed before."""
+    y = one_vector(x, codes, taps, scales, lines, around)
+    if y is not None or around.norm is None:
+        return y
+    known = normed(x, around.norm, around.eps)
+    return one_vector(known, codes, taps, scales, lines, Around(around.rotations, added=around.added))
 
 
 def one_vector(x: Tensor, codes: Sequence[Tensor], taps: Tensor, scales: Sequence[Tensor], lines: Sequence[Line],
@@ -93,4 +104,5 @@ def _multiply(out: Tensor, operand: Operand, scales: Sequence[Tensor], lines: Se
 @lru_cache(maxsize=64)
 def _signs(stream: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return what a bit stands for, and the scales of streams, which are ones: the filter scales."""
-    return torch.tensor([-1.0, 1.0], device=device), torch.ones(stream, 1, dtype=torch.bfloat16, device=device)
+    table = torch.tensor([-1.0, 1.0], dtype=torch.float32, device=device)
+    return table, torch.ones(stream, 1, dtype=torch.bfloat16, device=device)

@@ -122,12 +122,13 @@ def divided(tiling: Tiling, found: tuple[lines.Line, ...], width: int, dtype: to
     return Division(fitted, parts, halo, tiles, 1 << (each * period - 1).bit_length(), parts * len(sizes))
 
 
-# configurations: rows of signs and width
-CONFIGURATIONS = {(8192, 14336): Tiling(8, 16, 1, 4), (28672, 14336): Tiling(8, 16, 2, 2),
-                  (57344, 8192): Tiling(4, 32, 4, 2)}
-# the same where the kernel rotates the vector first
-ROTATED_CONFIGURATIONS = {(8192, 4096): Tiling(4, 16, 1, 4, 2), (16384, 4096): Tiling(4, 16, 1, 4),
-                          (28672, 4096): Tiling(4, 32, 2, 2), (57344, 4096): Tiling(4, 32, 2, 2)}
+# configurations, by rows of signs and width; not measured, but like those below: one program a multiprocessor, which
+# prepares its vector once for two or three blocks, and whose ring is deep
+CONFIGURATIONS = {(8192, 14336): Tiling(8, 16, 1, 6, 2, 2), (28672, 14336): Tiling(8, 32, 1, 3, 2, 3),
+                  (57344, 8192): Tiling(8, 32, 1, 4, 2, 3)}
+# the same where the kernel rotates the vector first, measured at 2, 2.5, 3 and 4 bits
+ROTATED_CONFIGURATIONS = {(8192, 4096): Tiling(4, 16, 1, 8, 2, 2), (12288, 4096): Tiling(4, 16, 1, 8, 2, 2),
+                          (16384, 4096): Tiling(4, 32, 1, 4, 2, 3), (57344, 4096): Tiling(4, 32, 1, 4, 2, 3)}
 
 
 def tiling_for(found: Sequence[lines.Line], width: int, *, rotated: bool) -> Tiling:
