@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tersor.codecs.trellis.filters import filters
+from tersor.compiling import backend
 from tersor.ops.trellis_product import trellis_product
 from tersor.ops.trellis_product.shapes import MATRICES
 from tests.compiling.stacking import (
@@ -202,7 +203,7 @@ def test_inductor_on_a_gpu(mode: str | None, width: int) -> None:
         return x + meets(z, back, taps)
 
     named: dict[str, Any] = {} if mode is None else {"mode": mode}
-    compiled: Callable[[Tensor], Tensor] = torch.compile(function, backend="tersor", fullgraph=True, dynamic=False,
+    compiled: Callable[[Tensor], Tensor] = torch.compile(function, backend=backend, fullgraph=True, dynamic=False,
                                                          **named)
     with torch.no_grad():
         for seed in range(3):

@@ -122,6 +122,10 @@ class Warp:
                 return one + given[1]
             case "max.NaN.f32":
                 return _bits(np.maximum(_float(one), _float(given[1])))
+            case "redux.sync.add.s32":
+                return np.full(LANES, one.sum(dtype=np.uint64), np.uint64)
+            case "vote.sync.ballot.b32":
+                return np.full(LANES, (one << np.arange(LANES, dtype=np.uint64)).sum(dtype=np.uint64), np.uint64)
             case "selp.b32":
                 return np.where(given[2] != 0, one, given[1])
             case "shfl.sync.idx.b32":

@@ -153,17 +153,17 @@ def _asm(text: str, constraints: str, args: Any, dtype: Any, is_pure: bool, pack
     if "global_smem" in text:
         return array(np.zeros(given[0].shape, np.int32))
     shape = np.broadcast_shapes(*(np.shape(one) for one in given))
-    found = [np.empty(shape, np.uint32) for _ in range(outs)]
-    for first in range(0, shape[0], LANES):
+    found = [np.empty(np.prod(shape), np.uint32) for _ in range(outs)]
+    for first in range(0, found[0].size, LANES):
         warp = Warp(np.zeros(0, np.uint8), np.zeros(0, np.uint8))
         for place, one in enumerate(given):
-            whole = np.ascontiguousarray(np.broadcast_to(one, shape)[first : first + LANES])
+            whole = np.ascontiguousarray(np.broadcast_to(one, shape).reshape(-1)[first : first + LANES])
             warp.held[f"${outs + place}"] = whole.view(np.uint32).astype(np.uint64)
         warp.run(text)
         for place in range(outs):
             found[place][first : first + LANES] = warp.held[f"${place}"]
     kinds = dtype if isinstance(dtype, tuple) else (dtype,) * outs
-    done = tuple(array(one.view(kind)) for one, kind in zip(found, kinds, strict=True))
+    done = tuple(array(one.view(kind).reshape(shape)) for one, kind in zip(found, kinds, strict=True))
     return done if isinstance(dtype, tuple) else done[0]
 
 
@@ -180,6 +180,7 @@ def language(program: tuple[int, ...], warps: int, grid: tuple[int, ...] = ()) -
         "gather": lambda x, index, axis: array(np.take_along_axis(x, index, axis)),
         "arange": lambda first, last, layout=None: array(np.arange(first, last, dtype=np.int32)),
         "inline_asm_elementwise": _asm, "exp2": lambda x: array(np.exp2(x)),
+        "sqrt": lambda x: array(np.sqrt(x)), "floor": lambda x: array(np.floor(x)),
         "zeros_like": lambda x: array(np.zeros_like(x)),
         "join": lambda a, b: array(np.stack([a, b], -1)),
         "zeros": lambda shape, dtype, layout=None: array(np.zeros(shape, dtype)),

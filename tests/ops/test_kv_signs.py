@@ -16,6 +16,7 @@ from tersor.testing import gaussian
 from tests.ops.on_numpy import Pointer, launch
 
 HEADS, DIM, BLOCK, SETS, WARPS, SPLITS = 2, 64, 64, 1, 2, 1
+LOG2E = 1.4426950408889634
 
 
 def side(text: str, tokens: int, seed: int, *, across: bool) -> Side:
@@ -47,21 +48,14 @@ def run(keys: Side, values: Side, query: Tensor, tokens: int) -> tuple[np.ndarra
     begins, numbers = np.zeros((HEADS, 4 * steps, 4 * SETS), np.int32), np.zeros((2, HEADS, 4 * SETS), np.float32)
     peaks, totals = (np.zeros((HEADS, SPLITS, rows), np.float32) for _ in range(2))
     sums = np.zeros((HEADS, SPLITS, rows, max(count, DIM)), np.float32)
-    asked = np.einsum("hrd,hsd->hrs", query.reshape(HEADS, rows, DIM).numpy(),
-                      lines[0].expand(HEADS, -1, -1).numpy()) * DIM**-0.5 * 1.4426950408889634
-    for head in range(HEADS):
-        for row in range(rows):
-            step = np.abs(asked[head, row]).max() / 2047
-            whole = np.rint(asked[head, row] / step).astype(np.int64)
-            begins[head, 0, row], numbers[0, head, row] = -whole.sum(), step
-            for plane in range(12):
-                words = np.packbits((whole >> plane & 1).astype(np.uint8), bitorder="little").view(np.int32)
-                for word, held in enumerate(words):
-                    lane = 4 * (2 * (row % 4) + plane % 2) + word // steps
-                    planes[head, (plane // 2 * steps + word % steps) * 32 + lane] = held
+    none = np.zeros(256, np.float32)
+    launch("kv_attention.kernels.asking", "ask_signs", (HEADS, 4 * steps), (
+        query.numpy().copy(), keys.levels.turned_lines.numpy(), keys.levels.line_bounds.numpy(), none, planes, begins,
+        numbers[0], numbers[1], DIM**-0.5 * LOG2E, HEADS, rows, DIM, lines[0].shape[1], steps, len(lines[0]) > 1, False,
+        SETS), warps=4)
     pages = [np.ascontiguousarray(one.pages[0].numpy()).reshape(-1).view(np.int32) for one in (keys, values)]
     place = [Pointer(page, one.codes_at // 4) for page, one in zip(pages, (keys, values), strict=True)]
-    far, none = np.zeros(64, np.int64), np.zeros(256, np.float32)
+    far = np.zeros(64, np.int64)
     room = [(one.scales_at - one.codes_at) // 4 for one in (keys, values)]
     launch("kv_attention.kernels.signed", "attend_signs", (SPLITS, HEADS), (
         none, planes, begins, numbers[0], numbers[1], *place, far, far, *room, keys.levels.stepped.numpy(),
@@ -89,6 +83,6 @@ def test_parts(key: str, value: str, tokens: int) -> None:
     mixed = (torch.from_numpy(sums).double() * share[..., None]).sum(1)
     assert values.levels.lines is not None
     found = mixed[..., : values.levels.lines.shape[1]] @ values.levels.lines.double() / whole[..., None]
-    print(float((top[:, 0] - scores.amax(-1) * 1.4426950408889634).abs().max()))
+    print(float((top[:, 0] - scores.amax(-1) * LOG2E).abs().max()))
     print(float((whole - (scores - scores.amax(-1, keepdim=True)).exp().sum(-1)).abs().max()))
     assert float((found - wanted).norm()) <= 0.01 * float(wanted.norm())

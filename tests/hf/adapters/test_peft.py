@@ -178,7 +178,7 @@ def test_gradients_on_a_gpu(dtype: str, load: LOAD, tmp_path: Path) -> None:
         assert parameter.grad is not None
         found = trainable(ours)[name].grad
         assert found is not None
-        # 2 to 64 vectors and levels are halves in kernels, 2**-11 each, in 14 products; of bfloat16, twice the roundings
-        # of 8 bits of 24 products, there and back
+        # 2 to 64 vectors and levels are halves in kernels, 2**-11 each, in 14 products; of bfloat16, twice the
+        # roundings of 8 bits of 24 products, there and back
         bound = 14 * 2 * 2.0**-11 if dtype == "float32" else 0.2
         assert float((found.cpu().float() - parameter.grad).norm()) <= bound * float(parameter.grad.norm()), name

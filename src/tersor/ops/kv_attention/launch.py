@@ -116,8 +116,8 @@ def _meet_signs(query: Tensor, held: Held, how: How, work: Work, counts: Tensor 
     begins = workspace((parts, 4 * steps, sets * SET), torch.int32, query.device, "queries")
     numbers = workspace((2, parts, sets * SET), torch.float32, query.device, "queries")
     ask_signs[(parts, 4 * steps)](
-        query, keys.lines, keys.line_bounds, _or(keys.offset, query), planes, begins, *numbers, scaling, heads, rows,
-        dim, count, steps, len(keys.lines) > 1, keys.offset is not None, sets, num_warps=1)
+        query, keys.turned_lines, keys.line_bounds, _or(keys.offset, query), planes, begins, *numbers, scaling, heads,
+        rows, dim, count, steps, len(keys.lines) > 1, keys.offset is not None, sets, num_warps=4)
     near_side, far_side = _anchored(closed.keys), _anchored(closed.values)
     attend_signs[(cut.parts, parts)](
         query, planes, begins, *numbers, near_side[0], far_side[0], closed.keys.addresses, closed.values.addresses,

@@ -95,6 +95,12 @@ class Levels:
         return cls(bits, plain, mirrored, table_words(bits, plain).to(near), wide, bounds, shift, known, lines)
 
     @cached_property
+    def turned_lines(self) -> Tensor:
+        """`lines` as (heads or 1, dim, signs)."""
+        assert self.lines is not None
+        return self.lines.mT.contiguous()
+
+    @cached_property
     def line_bounds(self) -> Tensor:
         """The 2-norm of the longest of `lines` of each head: float32 (heads or 1,)."""
         assert self.lines is not None

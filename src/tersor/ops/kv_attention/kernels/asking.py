@@ -2,54 +2,68 @@
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 
 from tersor.ops.dispatch import kernel
 from tersor.ops.kv_attention.kernels import bits
 
-PLANES = tl.constexpr(bits.ASKED)
-TILES = tl.constexpr(bits.ASKED_TILES)
-LEAST = tl.constexpr(16)  # rows of a product
-WORD = tl.constexpr(32)
+PLANES = gl.constexpr(bits.ASKED)
+TILES = gl.constexpr(bits.ASKED_TILES)
+WORD = gl.constexpr(32)
+BALLOT = gl.constexpr(bits.ballot())
+WHOLE = gl.constexpr("redux.sync.add.s32 $0, $1, -1;")
+registers = gluon.constexpr_function(bits.registers)
+
+
+@gluon.jit
+def ballot(integers, PLANE: gl.constexpr):
+    """Return the bits of a plane of a row's 32 integers, a warp's, as a word."""
+    return gl.inline_asm_elementwise(BALLOT, registers(1, 1), [(integers >> PLANE) & 1], dtype=gl.int32, is_pure=False,
+                                     pack=1)
 
 
 @kernel
-@triton.jit
-def ask_signs(query, lines, bounds, offset, planes, begins, units, shifts, scaling, HEADS: tl.constexpr,
-              ROWS: tl.constexpr, DIM: tl.constexpr, SIGNS: tl.constexpr, STEPS: tl.constexpr, PER_HEAD: tl.constexpr,
-              SHIFTED: tl.constexpr, SETS: tl.constexpr):
+@gluon.jit
+def ask_signs(query, lines, bounds, offset, planes, begins, units, shifts, scaling, HEADS: gl.constexpr,
+              ROWS: gl.constexpr, DIM: gl.constexpr, SIGNS: gl.constexpr, STEPS: gl.constexpr, PER_HEAD: gl.constexpr,
+              SHIFTED: gl.constexpr, SETS: gl.constexpr):
     """Write a word of each plane of a head's queries, (part, set, tile, step, lane), and what its sums begin with.
 
-    Coordinates are divided by a bound of theirs, of which the largest integer, 2**(PLANES - 1) - 1, is one: 2-norms of
-    the query and, in `bounds`, of the longest line. Words beyond the last are zeros. `begins` is (part, word, row).
+    A warp has a query, a lane one of 32 signs; `lines` are (heads or 1, DIM, SIGNS). Coordinates are divided by a bound
+    of theirs, of which the largest integer, 2**(PLANES - 1) - 1, is one: 2-norms of the query and, in `bounds`, of the
+    longest line. Words beyond the last are zeros. `begins` is (part, word, row).
     """
-    tl.extra.cuda.gdc_launch_dependents()
-    part = tl.program_id(0)
-    word = tl.program_id(1)
+    R: gl.constexpr = 4 * SETS
+    layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
+    gl.inline_asm_elementwise("griddepcontrol.launch_dependents; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False,
+                              pack=1)
+    part = gl.program_id(0)
+    word = gl.program_id(1)
     head = part % HEADS
-    row = tl.arange(0, LEAST)
-    near = tl.arange(0, DIM)
-    place = word * WORD + tl.arange(0, WORD)
-    q = tl.load(query + (part * ROWS + row[:, None]) * DIM + near[None, :], (row < ROWS)[:, None] & (near >= 0)[None, :],
-                other=0.0).to(tl.float32)
-    some = tl.load(lines + (head * SIGNS * DIM if PER_HEAD else 0) + place[:, None] * DIM + near[None, :],
-                   (place < SIGNS)[:, None] & (near >= 0)[None, :], other=0.0)
-    numbers = tl.dot(q, tl.trans(some), input_precision="tf32x3")
-    bound = tl.sqrt(tl.sum(q * q, 1)) * tl.load(bounds + (head if PER_HEAD else 0))
-    step = bound / ((1 << (PLANES - 1)) - 1)
-    inverse = tl.where(bound > 0.0, 1.0 / step, 0.0)
-    integers = tl.floor(numbers * inverse[:, None] + 0.5).to(tl.int32)
-    at_row = part * (4 * SETS) + row
-    tl.store(begins + (part * (4 * STEPS) + word) * (4 * SETS) + row, -tl.sum(integers, 1), row < 4 * SETS)
-    if word == 0:
-        tl.store(units + at_row, step * scaling, row < 4 * SETS)
-        shift = tl.zeros([LEAST], tl.float32)
+    lane = gl.arange(0, WORD, layout=gl.SliceLayout(0, layout))[None, :]
+    row = gl.arange(0, R, layout=gl.SliceLayout(1, layout))[:, None] + lane * 0
+    column = word * WORD + lane + row * 0
+    side = lines + ((head * DIM * SIGNS if PER_HEAD else 0) + column)
+    near = query + (part * ROWS + row) * DIM
+    number = gl.zeros([R, WORD], gl.float32, layout)
+    power = gl.zeros([R, WORD], gl.float32, layout)
+    shift = gl.zeros([R, WORD], gl.float32, layout)
+    for place in gl.static_range(DIM):
+        q = gl.load(near + place, row < ROWS, other=0.0).to(gl.float32)
+        number += q * gl.load(side + place * SIGNS, column < SIGNS, other=0.0)
+        power += q * q
         if SHIFTED:
-            shift = tl.sum(q * tl.load(offset + (head * DIM if PER_HEAD else 0) + near)[None, :], 1) * scaling
-        tl.store(shifts + at_row, shift, row < 4 * SETS)
-    bit = tl.arange(0, WORD)[None, :]
-    at = planes + (part * SETS + row // 4) * (TILES * STEPS * WORD) + word % STEPS * WORD + word // STEPS
-    for plane in tl.static_range(PLANES):
-        words = tl.sum(((integers >> plane) & 1) << bit, 1)
-        tl.store(at + (plane // 2 * STEPS * WORD + 4 * (row % 4 * 2 + plane % 2)), words, row < 4 * SETS)
+            shift += q * gl.load(offset + ((head * DIM if PER_HEAD else 0) + place))
+    bound = gl.sqrt(power) * gl.load(bounds + (head if PER_HEAD else 0))
+    step = bound / ((1 << (PLANES - 1)) - 1)
+    inverse = gl.where(bound > 0.0, 1.0 / step, 0.0)
+    integers = gl.floor(number * inverse + 0.5).to(gl.int32)
+    whole = gl.inline_asm_elementwise(WHOLE, registers(1, 1), [integers], dtype=gl.int32, is_pure=False, pack=1)
+    first = column % WORD == 0
+    gl.store(begins + ((part * (4 * STEPS) + word) * R + row), -whole, first)
+    gl.store(units + (part * R + row), step * scaling, first & (column == 0))
+    gl.store(shifts + (part * R + row), shift * scaling, first & (column == 0))
+    at = planes + ((part * SETS + row // 4) * (TILES * STEPS * WORD) + word % STEPS * WORD + word // STEPS)
+    for plane in gl.static_range(PLANES):
+        gl.store(at + (plane // 2 * STEPS * WORD + 4 * (row % 4 * 2 + plane % 2)), ballot(integers, plane), first)

@@ -139,3 +139,8 @@ def across(kind: str) -> str:
     for far in (4, 8, 16):
         lines += [f"shfl.sync.bfly.b32 t, $0, {far}, 31, -1;", f"{kind} $0, $0, t;"]
     return "\n".join([*lines, "}"])
+
+
+def ballot() -> str:
+    """Return PTX: which lanes of a warp have a number that is not 0."""
+    return "\n".join(["{", ".reg .pred some;", "setp.ne.b32 some, $1, 0;", "vote.sync.ballot.b32 $0, some, -1;", "}"])
