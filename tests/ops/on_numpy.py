@@ -131,9 +131,6 @@ def _copied(near: Shared, place: Pointer, mask: Any = None) -> None:
     near.held[...] = np.where(mask, place.load(mask), near.held)
 
 
-_NEAR = np.full(1 << 16, UNWRITTEN, np.int32)  # shared memory that PTX addresses, words
-
-
 def _asm(text: str, constraints: str, args: Any, dtype: Any, is_pure: bool, pack: int) -> Any:
     """Run a block of PTX for every warp; what waits for another kernel needs not, and loads are done here."""
     del is_pure
@@ -141,17 +138,8 @@ def _asm(text: str, constraints: str, args: Any, dtype: Any, is_pure: bool, pack
     outs, given = constraints.count("="), list(args)
     if text.startswith("griddepcontrol"):
         return array(np.int32(0))
-    if text.startswith("cp.async") and "global" in text:
-        size = int(text.partition(";")[0].rpartition(" ")[2]) // 4
-        for place in range(size):
-            _NEAR[np.asarray(given[1]) // 4 + place] = Pointer(given[0].held, given[0].place + place).load()
-        return given[1]
-    if text.startswith(("cp.async", "bar.warp")):
-        return given[0]
-    if text.startswith("ld.shared"):
-        return tuple(array(_NEAR[np.asarray(given[0]) // 4 + place]) for place in range(outs))
-    if "global_smem" in text:
-        return array(np.zeros(given[0].shape, np.int32))
+    if text.startswith("ld.global"):
+        return tuple(Pointer(given[0].held, given[0].place + place).load() for place in range(outs))
     shape = np.broadcast_shapes(*(np.shape(one) for one in given))
     found = [np.empty(np.prod(shape), np.uint32) for _ in range(outs)]
     for first in range(0, found[0].size, LANES):

@@ -177,7 +177,7 @@ def test_fused_it_is_norm_products_and_sum(device: str, key: tuple[float, int], 
     want = torch.cat([(numbers(signs @ turned.mT, key, line) * scales.double()[:, None]).mT
                       for line, (_, scales, signs) in zip(lines, every, strict=True)], -1)
     assert (y.shape, y.dtype) == (want.shape, dtype)
-    # the normed vector, the rotated one, sums, lines and the sum are each rounded; kernels take several vectors as halves
+    # the normed vector, the rotated one, sums, lines and the sum are each rounded; kernels take several as halves
     bound = tolerance(dtype, 5 if dtype != torch.float32 else width)
     if device == "cuda" and count > 1:
         bound = max(bound, tolerance(torch.float16, 1))

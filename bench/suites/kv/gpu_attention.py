@@ -22,7 +22,7 @@ from bench.suites.gpu.timing import PlainTorch, device, relative, settle, time_c
 from bench.suites.kv.gpu_cases import Attending
 from tersor.kv.coded import Form
 from tersor.kv.pages import Pages
-from tersor.ops.kv_attention import Closed, Held, How, Lying, Side, kv_attention, reference
+from tersor.ops.kv_attention import Closed, Held, How, Lying, Side, kv_attention, lie_as_signs, reference
 from tersor.registry import parse
 
 HEADS, GROUP, DIM, BLOCK, PAGE, SINK, RECENT = 8, 4, 128, 64, 16, 4, 160
@@ -54,7 +54,7 @@ def side(text: str, batch: int, tokens: int, generator: torch.Generator, *, acro
         if coded.bits == 8:
             codes &= 0x77  # NaN are none
         pages.append({coded.codes: codes, coded.scales: scales}, count)
-    lines = form.levels.lines
+    lines = form.levels.lines if lie_as_signs(form.levels, form.levels, BLOCK, batch * HEADS * tokens) else None
     return Side(form.levels, pages.buffers(), pages.slots(), pages.addresses(), pages.starts[coded.codes],
                 pages.starts[coded.scales], None if lines is None else Lying(HEADS, BLOCK, lines.shape[1], across))
 

@@ -23,7 +23,7 @@ from tersor.kv.coded import Form, Watch
 from tersor.kv.kept import Kept
 from tersor.kv.saved import check
 from tersor.numerics.memory import check_memory
-from tersor.ops.kv_attention import Lying, Side, has_sign_blocks, part_of, words_of
+from tersor.ops.kv_attention import Levels, Lying, Side, lie_as_signs, part_of, words_of
 from tersor.payload.blocks import Tables
 
 if TYPE_CHECKING:
@@ -250,6 +250,13 @@ class TokenStream(Kept):
         stream._check_finite()
         return stream
 
+    def levels(self) -> Levels | None:
+        """Return what codes stand for to attention's kernels, where blocks on a GPU lie token by token; else None."""
+        if self._pages is None or not self._blocks or self._pages.lying or self._pages.device.type != "cuda":
+            return None
+        form = None if self._pages.far_nbytes else self._as_codes(self._pages.device)
+        return None if form is None else form.levels
+
     def lie_as_signs(self, *, across: bool) -> None:
         """Let bits of blocks lie as kernels meet signs with queries, or `across` with weights; see `meet_as_signs`."""
         assert self._pages is not None
@@ -257,13 +264,6 @@ class TokenStream(Kept):
         assert form is not None
         assert form.levels.lines is not None
         self._pages.lie(form.coded.codes, Lying(self.heads, self.block, form.levels.lines.shape[1], across))
-
-    def are_signs(self) -> bool:
-        """Tell whether blocks are there whose codes are signs to kernels of their device, and lie token by token."""
-        if self._pages is None or not self._blocks or self._pages.lying or self._pages.device.type != "cuda":
-            return False
-        form = self._as_codes(self._pages.device)
-        return form is not None and form.levels.lines is not None and has_sign_blocks(self.block)
 
     def _range(self, start: int, stop: int | None) -> tuple[int, int]:
         stop = self.tokens if stop is None else stop
@@ -362,8 +362,10 @@ class TokenStream(Kept):
 
 
 def meet_as_signs(keys: TokenStream, values: TokenStream) -> None:
-    """Let bits lie as kernels on a GPU meet signs, where keys and values are such; as soon as there are blocks."""
-    if keys.are_signs() and values.are_signs():
+    """Let bits lie as kernels on a GPU meet signs, where keys and values are such, once it pays."""
+    near, far = keys.levels(), values.levels()
+    rows = keys.tokens * keys.batch * keys.heads
+    if near is not None and far is not None and lie_as_signs(near, far, keys.block, rows):
         keys.lie_as_signs(across=False)
         values.lie_as_signs(across=True)
 

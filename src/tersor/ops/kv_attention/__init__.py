@@ -17,7 +17,7 @@ from tersor.ops.kv_attention.shapes import (
     How,
     Levels,
     Side,
-    has_sign_blocks,
+    lie_as_signs,
     refusal,
 )
 from tersor.ops.kv_attention.signs import Lying
@@ -105,5 +105,5 @@ def _are_signs(levels: Levels) -> bool:
     return levels.bits == 1 and levels.table is not None and levels.table.tolist() == [-1.0, 1.0]
 
 
-__all__ = ["Closed", "Held", "How", "Levels", "Lying", "Side", "has_sign_blocks", "kv_attention", "part_of",
+__all__ = ["Closed", "Held", "How", "Levels", "Lying", "Side", "kv_attention", "lie_as_signs", "part_of",
            "takes_kernel", "words_of"]

@@ -16,7 +16,6 @@ from tersor.ops.kv_attention.kernels.signed import attend_signs
 from tersor.ops.kv_attention.shapes import (
     DENSE_TURN,
     LOG2E,
-    SIGN_REGISTERS,
     WARPS,
     Division,
     Held,
@@ -25,6 +24,8 @@ from tersor.ops.kv_attention.shapes import (
     division_of,
     element_codes,
     queries_at_once,
+    sign_limits,
+    signs_met,
 )
 from tersor.ops.kv_attention.signs import SET, WORD
 from tersor.ops.workspace import multiprocessors, workspace
@@ -47,7 +48,8 @@ def attention(query: Tensor, held: Held, how: How, counts: Tensor | None = None)
     rows = group * query.shape[2]
     dense = held.sinks[0].shape[2] + held.recent[0].shape[2]
     with torch.cuda.device(query.device):
-        cut = division_of(closed.tokens, dense, batch * heads, rows, multiprocessors(query.device), signs=signs)
+        cut = division_of(closed.tokens, dense, batch * heads, rows, multiprocessors(query.device),
+                          signs=signs_met(closed, rows) if signs else 0)
         parts, values = batch * heads * cut.parts * rows, closed.values.levels
         maps = values.lines if signs else values.maps
         count = dim if maps is None else maps.shape[1]
@@ -125,7 +127,7 @@ def _meet_signs(query: Tensor, held: Held, how: How, work: Work, counts: Tensor 
         *_dense(query, held, how, (scaling, scores, sums, near_side[0] if counts is None else counts)),
         cut.splits, heads, rows, query.shape[2], dim, closed.block, closed.blocks, count, values.lines.shape[1],
         closed.keys.scale_bytes, closed.values.scale_bytes, sums.shape[1], *_kinds(how, counts), sets, cut.rows,
-        DENSE_TURN, WARPS, num_warps=WARPS, maxnreg=SIGN_REGISTERS, launch_pdl=True)
+        DENSE_TURN, WARPS, num_warps=WARPS, maxnreg=sign_limits(signs_met(closed, rows))[1], launch_pdl=True)
 
 
 def _scaling(how: How) -> float:

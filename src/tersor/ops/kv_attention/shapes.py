@@ -28,9 +28,9 @@ PROGRAMS = 2  # of a multiprocessor, over closed tokens; three fit, and those ov
 LEAST_TURNS = 3  # of a warp: beginning and ending cost as much as two or three
 LOG2E = math.log2(math.e)
 SIGN_TURN = 128  # closed tokens that a warp takes at a time where codes are signs
-SIGN_PROGRAMS = 3  # of a multiprocessor, of such
-SIGN_REGISTERS = 168  # of a thread of theirs
+SIGN_LIMITS = ((256, 3, 168), (512, 2, 255))  # signs of a lane's queries, programs of a multiprocessor, registers
 SIGN_BLOCK = 32  # tokens, of which blocks hold a multiple
+SIGN_ROWS = 1 << 19  # from which signs are faster than levels: 65,536 tokens of 8 heads
 
 
 def unit_bytes(bits: int) -> int:
@@ -264,13 +264,22 @@ def _unmet(closed: Closed, group: int) -> str | None:
 
 def queries_at_once(closed: Closed, group: int) -> int:
     """Return how many tokens' queries, of `group` heads that share a key, meet signs in one launch."""
-    signs = max(way.signs for way in (closed.keys.lying, closed.values.lying) if way is not None)
-    return min(MOST_ROWS, MOST_SIGNS // signs * SET) // group
+    return min(MOST_ROWS, MOST_SIGNS // signs_met(closed, 1) * SET) // group
 
 
-def has_sign_blocks(block: int) -> bool:
-    """Tell whether blocks of so many tokens can lie as kernels meet signs."""
-    return block % SIGN_BLOCK == 0 and block & (block - 1) == 0
+def signs_met(closed: Closed, rows: int) -> int:
+    """Return the signs of a token, of the side that has more, times groups of four of so many queries."""
+    return max(way.signs for way in (closed.keys.lying, closed.values.lying) if way is not None) * -(-rows // SET)
+
+
+def lie_as_signs(keys: Levels, values: Levels, block: int, rows: int) -> bool:
+    """Tell whether blocks of so many tokens should lie as kernels meet signs, where streams have so many rows.
+
+    Rows are tokens of a head of a sequence. Few are attended to sooner as levels, where these have a kernel.
+    """
+    signs = keys.lines is not None and values.lines is not None
+    levels = keys.bits == values.bits == 2 and keys.steps is values.steps is None
+    return signs and block % SIGN_BLOCK == 0 and block & (block - 1) == 0 and (rows >= SIGN_ROWS or not levels)
 
 
 def element_codes(bits: int, dim: int) -> int:
@@ -325,12 +334,17 @@ class Division:
         return self.splits + self.dense
 
 
-def division_of(closed: int, dense: int, heads: int, rows: int, processors: int, *, signs: bool = False) -> Division:
-    """Return the division for so many closed and dense tokens of `heads` heads of all sequences."""
+def sign_limits(signs: int) -> tuple[int, int]:
+    """Return programs of a multiprocessor, and a thread's registers, where a lane's queries have so many signs."""
+    return next((programs, registers) for most, programs, registers in SIGN_LIMITS if signs <= most)
+
+
+def division_of(closed: int, dense: int, heads: int, rows: int, processors: int, *, signs: int = 0) -> Division:
+    """Return the division for so many closed and dense tokens of `heads` heads of all sequences; `signs`, where met."""
     tile = next(one for one in ROWS if rows <= one)
     turn = SIGN_TURN if signs else TURN if tile < ROWS[-1] else TURN // 2
     others = -(-dense // (WARPS * DENSE_TURN))
     turns = -(-closed // (WARPS * turn))
-    programs, least = (SIGN_PROGRAMS, 1) if signs else (PROGRAMS, LEAST_TURNS)
+    programs, least = (sign_limits(signs)[0], 1) if signs else (PROGRAMS, LEAST_TURNS)
     each = max(min(least, turns), -(-turns // max(1, programs * processors // heads)))
     return Division(-(-turns // each), others, tile, turn)

@@ -20,24 +20,10 @@ def registers(outs: int, ins: int, places: int = 0) -> str:
     return ",".join(["=&r"] * outs + ["l"] * places + ["r"] * ins)
 
 
-def copied(count: int, size: int) -> str:
-    """Return PTX: copies of `size` bytes each, from $1, $2, … to shared memory from $count + 1 on, 32 lanes apart."""
-    kind = "cg" if size == 16 else "ca"
-    there = f"${count + 1}"
-    lines = [f"cp.async.{kind}.shared.global [{there}+{32 * size * place}], [${1 + place}], {size};" for place in range(count)]
-    return "\n".join([*lines, "mov.b32 $0, 0;"])
-
-
-def held(count: int) -> str:
-    """Return PTX: `count` words, two or four, from shared memory at $count."""
+def load(count: int) -> str:
+    """Return PTX: `count` words, two or four, from an address to $0 …."""
     names = ", ".join(f"${place}" for place in range(count))
-    return f"ld.shared.v{count}.b32 {{{names}}}, [${count}];"
-
-
-def waited(behind: int) -> str:
-    """Return PTX: wait for a warp's copies but those of so many groups; `behind` -1 ends a group instead."""
-    what = "commit_group" if behind < 0 else f"wait_group {behind}; bar.warp.sync 0xffffffff"
-    return f"cp.async.{what}; mov.b32 $0, 0;"
+    return f"ld.global.v{count}.b32 {{{names}}}, [${count}];"
 
 
 def met(steps: int) -> str:

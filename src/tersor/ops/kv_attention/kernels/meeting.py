@@ -6,7 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from tersor.ops.kv_attention.kernels import bits
-from tersor.ops.kv_attention.kernels.arriving import held, integers, registers
+from tersor.ops.kv_attention.kernels.arriving import integers, registers
 from tersor.ops.kv_attention.kernels.attending import capped
 
 NONE = gl.constexpr(float("-inf"))
@@ -117,16 +117,15 @@ def planes_of(words, lane):
 
 
 @gluon.jit
-def added(acc, near, lane, columns, totals, units, shrinks, LINES: gl.constexpr):
-    """Return sums of signs plus those of a turn, whose words are in shared memory; of each four queries one by one."""
+def added(acc, values, columns, totals, units, shrinks, LINES: gl.constexpr):
+    """Return sums of signs plus those of a turn, of each four queries one by one."""
     SETS: gl.constexpr = len(totals)
     COUNT: gl.constexpr = LINES // 8
     every = ()
     for part in gl.static_range(LINES // 32):
-        values = held(near + (part * 32 + lane) * 16, 4)
         for turn in gl.static_range(SETS):
             sums = gl.inline_asm_elementwise(
-                MIXED, registers(4, 5 + GIVEN_TILES), values
+                MIXED, registers(4, 5 + GIVEN_TILES), values[4 * part : 4 * part + 4]
                 + columns[turn * GIVEN_TILES : (turn + 1) * GIVEN_TILES] + (-totals[turn],), dtype=integers(4),
                 is_pure=True, pack=1)
             for which in gl.static_range(4):

@@ -11,20 +11,7 @@ from triton.experimental.gluon import language as gl
 
 from tersor.ops.dispatch import kernel
 from tersor.ops.kv_attention.kernels import bits
-from tersor.ops.kv_attention.kernels.arriving import (
-    NONE_BEHIND,
-    ONE_BEHIND,
-    TOGETHER,
-    ask_keys,
-    ask_values,
-    group,
-    held_keys,
-    held_scales,
-    memory,
-    place_of,
-    room_of,
-    sizes,
-)
+from tersor.ops.kv_attention.kernels.arriving import line_of, load_scales, load_turn, load_values, place_of
 from tersor.ops.kv_attention.kernels.attending import over_dense, waited
 from tersor.ops.kv_attention.kernels.meeting import added, finish, masked, planes_of, scored, weighed
 
@@ -85,45 +72,38 @@ def over_signs(split, splits, at, head, sequence, asked, sources, steps, mask, s
     COUNT: gl.constexpr = VALUES // 8
     thread = gl.arange(0, 32 * S, layout=gl.BlockedLayout([1], [32], [S], [0]))
     lane = thread & 31
-    near = memory(thread, KEYS, VALUES, S) + (thread >> 5) * room_of(KEYS, VALUES)
-    near_values = near + 32 * sizes(KEYS, VALUES)[0]
-    near_scales = near_values + 32 * sizes(KEYS, VALUES)[1]
     start = (split * S + (thread >> 5)) * TURN
     first = gl.where(start < middle, start, 0)  # turns that are none read the first one's
-    far = place_of(sources[2], first, batch, sequence, BLOCK, PAGE), place_of(sources[3], first, batch, sequence, BLOCK, PAGE)
-    ask_keys((near, near_scales), sources, far, first, head, lane, HEADS, BLOCK, PAGE, KEYS, KEY_BYTES, VALUE_BYTES)
-    ask_values(near_values, sources[1], far[1], first, head, lane, HEADS, BLOCK, PAGE, VALUES)
+    inside = start + (lane >> 2) * EACH < middle
+    keys, key_scales = load_turn(sources, place_of(sources[2], first, batch, sequence, BLOCK, PAGE), first, inside, head,
+                                 lane, steps[0], HEADS, BLOCK, PAGE, KEYS, KEY_BYTES)
+    far = place_of(sources[3], first, batch, sequence, BLOCK, PAGE)
     planes, begin, unit, shift = load_queries(asked[0], asked[1], asked[2], asked[3], sequence * HEADS + head + waited(),
                                               lane, STEPS, SETS)
     peak = filled(NONE, unit[0], SETS)
     total = filled(0.0, unit[0], SETS)
     acc = filled(0.0, unit[0], SETS * COUNT)
     for _ in range(0, ((middle + TURN - 1) // TURN + splits * S - 1) // (splits * S)):
-        group(lane, ONE_BEHIND)
-        inside = start + (lane >> 2) * EACH < middle
-        keys = held_keys(near, lane, KEYS // 32)
-        key_scales = held_scales(near_scales, lane, inside, steps[0], 0, KEY_BYTES)
-        value_scales = held_scales(near_scales, lane, inside, steps[1], 2, VALUE_BYTES)
-        token = early + first + (lane >> 2) * EACH
+        values = load_values(sources[1], far, first, head, lane, HEADS, BLOCK, PAGE, VALUES)
+        token = first + (lane >> 2) * EACH
+        row = line_of(token, head, HEADS, BLOCK, PAGE) * BLOCK + (token & (BLOCK - 1))
+        value_scales = load_scales(sources[1], sources[5], far, row, inside, steps[1], VALUE_BYTES)
+        bias = gl.where(inside, 0.0, NONE)
         start += splits * (S * TURN)
         first = gl.where(start < middle, start, 0)
-        far = place_of(sources[2], first, batch, sequence, BLOCK, PAGE), place_of(sources[3], first, batch, sequence, BLOCK,
-                                                                              PAGE)
+        near = place_of(sources[2], first, batch, sequence, BLOCK, PAGE)
+        far = place_of(sources[3], first, batch, sequence, BLOCK, PAGE)
         every = ()
         for turn in gl.static_range(SETS):
             scores = scored(keys, planes[turn * TILES * STEPS : (turn + 1) * TILES * STEPS], begin[turn], unit[turn],
-                            shift[turn], gl.where(inside, 0.0, NONE), key_scales, softcap, KEYS // 32, CAPPED)
-            every = every + masked(scores, mask, token, inside, 4 * turn + (lane & 3), head, mask_head, mask_query,
-                                   mask_token, ROWS, QUERIES, MASK)
-        group(lane, TOGETHER)
-        ask_keys((near, near_scales), sources, far, first, head, lane, HEADS, BLOCK, PAGE, KEYS, KEY_BYTES, VALUE_BYTES)
+                            shift[turn], bias, key_scales, softcap, KEYS // 32, CAPPED)
+            every = every + masked(scores, mask, early + token, inside, 4 * turn + (lane & 3), head, mask_head,
+                                   mask_query, mask_token, ROWS, QUERIES, MASK)
+        inside = start + (lane >> 2) * EACH < middle
+        keys, key_scales = load_turn(sources, near, first, inside, head, lane, steps[0], HEADS, BLOCK, PAGE, KEYS,
+                                     KEY_BYTES)
         columns, weights, unit_of, shrink, peak, total = weighed_all(every, value_scales, peak, total, lane, SETS)
-        group(lane, ONE_BEHIND)
-        acc = added(acc, near_values, lane, columns, weights, unit_of, shrink, VALUES)
-        group(lane, TOGETHER)
-        ask_values(near_values, sources[1], far[1], first, head, lane, HEADS, BLOCK, PAGE, VALUES)
-    group(lane, NONE_BEHIND)
-    gl.thread_barrier()
+        acc = added(acc, values, columns, weights, unit_of, shrink, VALUES)
     for turn in gl.static_range(SETS):
         finish(acc[turn * COUNT : (turn + 1) * COUNT], peak[turn], total[turn], 4 * turn, at, peaks, totals, sums, ROWS,
                WIDE, VALUES, S)
