@@ -29,6 +29,20 @@ def filters_table(found: Mapping[str, Line]) -> str:
                   ""], rows)
 
 
+def beams_table(found: Mapping[str, Line]) -> str:
+    """Error of windows that beams encode, by survivors and bits."""
+    rows = []
+    for case in cases.BEAM:
+        line = found.get(case.key)
+        if line is not None:
+            numbers = line["numbers"]
+            rows.append([f"`{case.codec}`", f"{case.bits:g}", str(case.memory), f"{case.beam:,}",
+                         f"{numbers['relative_mse']:.5f}", f"{numbers['shannon_gap_db']:.2f}", f"{case.target:g}",
+                         verdict(numbers["passed"])])
+    return table(["codec", "bits of a stream", "window", "survivors", "relative error", "dB to Shannon", "asked", ""],
+                 rows)
+
+
 def peers_table(found: Mapping[str, Line]) -> str:
     """Trellis codes and others by bits; within them by what is lost to Shannon."""
     rows: list[tuple[float, float, Sequence[str]]] = []
@@ -81,6 +95,7 @@ def heads_table(found: Mapping[str, Line]) -> str:
 
 
 TABLES = {"trellis": Table(filters_table, prefixes=("gaussian",)),
+          "trellis_beams": Table(beams_table, prefixes=("beam",)),
           "trellis_peers": Table(peers_table, prefixes=("gaussian", "peer")),
           "trellis_real": Table(real_table, prefixes=("real",)),
           "trellis_heads": Table(heads_table, prefixes=("head",))}
