@@ -39,7 +39,7 @@ class Trellis(Streamed, MultipliesRotated):
     mark: ClassVar[str] = ""
     version: ClassVar[int] = 2
     grammar: ClassVar[str] = r"tr(?P<rate>\d+(?:\.\d+)?)(?:x(?P<memory>\d+))?(?P<axis>o?)(?:v(?P<edition>\d+))?"
-    examples: ClassVar[tuple[str, ...]] = ("tr2x8", "tr3x9o", "tr2.5x8", "tr1.5x8o")
+    examples: ClassVar[tuple[str, ...]] = ("tr2x8", "tr3x9o", "tr2.5x8", "tr1.5x8o", "tr2x24")
 
     @classmethod
     def editions(cls) -> Mapping[tuple[float, int, int], Filter]:
