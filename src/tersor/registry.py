@@ -64,7 +64,11 @@ def from_config(config: Mapping[str, Any]) -> Codec:
     given = {key: value for key, value in config.items() if key not in ("id", "version")}
     if set(given) != known:
         raise CodecConfigError(f"codec '{name}' has fields {sorted(known)}, found {sorted(given)}")
-    return cls(**{key: _value(value) for key, value in given.items()}, **later)
+    codec = cls(**{key: _value(value) for key, value in given.items()}, **later)
+    filled = [field for field in cls.later if field in given and getattr(codec, field) != given[field]]
+    if filled:  # by what a later version may choose otherwise
+        raise CodecConfigError(f"codec '{name}' must say its {filled[0]}, found {given[filled[0]]!r}")
+    return codec
 
 
 def _value(value: Any) -> Any:

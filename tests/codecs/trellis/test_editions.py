@@ -72,6 +72,8 @@ def test_a_configuration_of_before_means_the_first_edition() -> None:
         from_config({**before, "edition": 1})
     with pytest.raises(CodecConfigError, match="fields"):
         from_config({**before, "version": 2})
+    with pytest.raises(CodecConfigError, match="must say its edition"):
+        from_config({**before, "version": 2, "edition": 0})
     with pytest.raises(UnknownCodecError, match="version 3"):
         from_config({**before, "version": 3, "edition": 2})
 
