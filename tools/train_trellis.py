@@ -4,33 +4,23 @@
 
 Every candidate of a generation codes the same fresh numbers; its taps are then those of least squares for its own
 paths. The best quarter stays, the others are changed copies of it. Needs a GPU that Triton supports.
-
-    python tools/train_trellis.py SHIFTS MEMORY --seconds 600 --start src/tersor/data/trellis.json --width 512
-
-instead refines one filter on the processor, of any memory to 64: the longest known one, with small random taps behind
-its own, goes half the way to the taps of least squares for what a beam finds, round after round; normal equations are
-averaged over rounds.
+`tools/train_beam.py` then improves what is found, and trains windows that beams encode.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from tersor.ops.trellis_linear.shapes import Line
-from tersor.ops.trellis_path import bits_of
-from tersor.ops.trellis_path.beam import Sums, entering
 from tersor.ops.trellis_path.shapes import Steps
 
 LENGTH = 256
 POPULATION, SEQUENCES, ROUNDS = 64, 96, 3
-KEPT = 0.8  # of the normal equations, from round to round
 
 
 def tables(taps: Tensor) -> Tensor:
@@ -111,39 +101,6 @@ def distortion(taps: Tensor, shifts: tuple[int, ...], count: int = 8192, seed: i
     return float((decoded - numbers).square().mean() / numbers.square().mean())
 
 
-def coded(taps: Tensor, numbers: Tensor, shifts: tuple[int, ...], width: int) -> tuple[Tensor, Tensor]:
-    """Return the windows, as signs (n, length, memory), that a beam finds for taps (period, memory), and the phases."""
-    memory = taps.shape[1]
-    places, phases, _ = Line(LENGTH, shifts, memory).windows(LENGTH)
-    bits = bits_of(entering(numbers, Sums(Steps(memory, shifts), taps), width), shifts)
-    return (bits.to(torch.float64) * 2 - 1)[:, places], phases
-
-
-def refined(known: Tensor, shifts: tuple[int, ...], memory: int, given: argparse.Namespace) -> tuple[Tensor, float]:
-    """Return taps (period, memory) that start from known ones, and their error on fresh segments."""
-    drawn, period = torch.Generator().manual_seed(given.seed), len(shifts)
-    taps = 0.02 * torch.randn(period, memory, generator=drawn, dtype=torch.float64)
-    taps[:, : known.shape[1]] = known.repeat(period // len(known), 1)
-    gram, met = torch.zeros(period, memory, memory, dtype=torch.float64), torch.zeros(period, memory, 1)
-    met, ends = met.to(torch.float64), time.perf_counter() + given.seconds
-    while time.perf_counter() < ends:
-        numbers = torch.randn(SEQUENCES, LENGTH, generator=drawn)
-        windows, phases = coded(taps, numbers, shifts, given.width)
-        gram, met = KEPT * gram, KEPT * met
-        error = 0.0
-        for phase in range(period):
-            own, target = windows[:, phases == phase].flatten(0, 1), numbers[:, phases == phase].reshape(-1, 1)
-            error += float((own @ taps[phase, :, None] - target).square().sum()) / numbers.numel()
-            gram[phase] += own.T @ own
-            met[phase] += own.T @ target.to(torch.float64)
-        taps = 0.5 * taps + 0.5 * torch.linalg.solve(gram, met)[..., 0]
-        print(f"{error:.5f}", file=sys.stderr, flush=True)
-    numbers = torch.randn(4 * SEQUENCES, LENGTH, generator=torch.Generator().manual_seed(1))
-    windows, phases = coded(taps, numbers, shifts, given.width)
-    gap = (windows * taps[phases]).sum(2) - numbers
-    return taps, float(gap.square().mean() / numbers.square().mean())
-
-
 def main() -> None:
     """Print the taps found and their error."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -152,18 +109,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=Path)
-    parser.add_argument("--width", type=int, help="of a beam: refine on the processor")
     given = parser.parse_args()
     shifts = tuple(map(int, given.shifts.split(",")))
     known = [] if given.start is None else json.loads(given.start.read_text())["filters"]
     start = [one["taps"] for one in known if sum(one["shifts"]) * len(shifts) == sum(shifts) * len(one["shifts"])]
-    if given.width is None:
-        taps = search(shifts, given.memory, start, given.seconds, given.seed)
-        error = distortion(taps, shifts)
-    else:
-        known = max((one for one in start if len(one[0]) <= given.memory), key=lambda one: len(one[0]))
-        taps, error = refined(torch.tensor(known, dtype=torch.float64), shifts, given.memory, given)
-    print(json.dumps({"shifts": shifts, "error": error,
+    taps = search(shifts, given.memory, start, given.seconds, given.seed)
+    print(json.dumps({"shifts": shifts, "error": distortion(taps, shifts),
                       "taps": [[round(float(tap), 5) for tap in phase] for phase in taps]}))
 
 

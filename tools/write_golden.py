@@ -25,7 +25,7 @@ FOLDER = Path(__file__).resolve().parent.parent / "tests" / "golden"
 def folder_of(text: str, root: Path = FOLDER) -> Path:
     """Return the fixture's folder of a factory string; `;` is spelled `+`, which file systems everywhere accept."""
     codec = parse(text)
-    return root / f"{codec.id}-v{codec.version}" / codec.spec().replace(";", "+")
+    return root / f"{codec.id}-v{codec.to_config()['version']}" / codec.spec().replace(";", "+")
 
 
 def write(text: str, shape: tuple[int, int], seed: int, root: Path = FOLDER) -> Path:

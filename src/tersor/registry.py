@@ -59,11 +59,16 @@ def from_config(config: Mapping[str, Any]) -> Codec:
     version = config.get("version", cls.version)
     if not isinstance(version, int) or not 1 <= version <= cls.version:
         raise UnknownCodecError(f"{name} version {version}", (f"{name} version 1 to {cls.version}",))
-    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    later = {field: before for field, (since, before) in cls.later.items() if version < since}
+    known = {f.name for f in dataclasses.fields(cls)} - set(later)  # type: ignore[arg-type]
     given = {key: value for key, value in config.items() if key not in ("id", "version")}
     if set(given) != known:
         raise CodecConfigError(f"codec '{name}' has fields {sorted(known)}, found {sorted(given)}")
-    return cls(**{key: _value(value) for key, value in given.items()})
+    codec = cls(**{key: _value(value) for key, value in given.items()}, **later)
+    filled = [field for field in cls.later if field in given and getattr(codec, field) != given[field]]
+    if filled:  # by what a later version may choose otherwise
+        raise CodecConfigError(f"codec '{name}' must say its {filled[0]}, found {given[filled[0]]!r}")
+    return codec
 
 
 def _value(value: Any) -> Any:

@@ -47,8 +47,9 @@ def test_codes_are_linear_from_two_bits_or_folded_for_less_error() -> None:
     assert {error_of(FoldedTrellis(bits)) < error_of(Trellis(bits)) for bits in (2.0, 3.0, 4.0)} == {True}
 
 
-SHORT = [kind(*one) for kind in (Trellis, FoldedTrellis) for one in kind.packaged() if one[1] <= 10]
-LONG = [kind(*one) for kind in (Trellis, FoldedTrellis) for one in kind.packaged() if one[1] > 10]
+EVERY = [kind(bits, memory, "in", edition) for kind in (Trellis, FoldedTrellis)
+         for bits, memory, edition in kind.editions()]
+SHORT, LONG = ([one for one in EVERY if (one.memory <= 10) == short] for short in (True, False))
 
 
 @pytest.mark.parametrize("codec", [*SHORT, *(pytest.param(one, marks=pytest.mark.slow) for one in LONG)],
@@ -59,7 +60,7 @@ def test_packaged_errors_are_what_the_codes_have(codec: Streamed) -> None:
 
 
 def test_every_packaged_code_has_its_error() -> None:
-    assert set(shelf()["errors"]) == {codec.spec() for codec in (*SHORT, *LONG)}
+    assert set(shelf()["errors"]) == {codec.spec() for codec in EVERY}
 
 
 def test_more_effort_is_less_error_in_as_many_bytes() -> None:

@@ -14,7 +14,12 @@ SHAPE = (256, 4096)
 # the errors asked of encoders with the work of 256 and of 4,096 states
 FAST = {2.0: 0.0805, 2.5: 0.0430, 3.0: 0.0212, 4.0: 0.0060}
 NORMAL = {2.0: 0.0755, 2.5: 0.0388, 3.0: 0.0190, 4.0: 0.00492}
-BEST = {2.0: 0.0728, 2.5: 0.0370, 3.0: 0.0182, 4.0: 0.00464}  # a beam of 1,024 survivors
+BEST = {2.0: 0.0728, 2.5: 0.0370, 3.0: 0.0182, 4.0: 0.00464}  # a beam of 1,024 survivors, or of 2,048
+ALL = 16  # bits of windows of which all states are walked
+# survivors, and windows to try with so many: of a rate only those that there are
+BEAMS = ((256, NORMAL, ((2.0, 24), (2.5, 16), (2.5, 32), (3.0, 20), (4.0, 14), (4.0, 16))),
+         (1024, BEST, ((2.0, 40), (2.5, 32), (3.0, 32), (4.0, 24))),
+         (2048, BEST, ((2.0, 40), (2.5, 32), (3.0, 32), (4.0, 24))))
 FOLDED = {(1.0, 12): 0.275, (1.5, 12): 0.140, (2.0, 12): 0.074, (1.0, 16): 0.265, (1.5, 16): 0.134, (2.0, 16): 0.0690}
 HEADS = {64: {}, 96: {}, 128: {"tr2x8": 0.0805, "tr3x9": 0.0216, "tr4x8": 0.0059}, 256: {}}  # asked of heads of 128
 CODECS = ("tr2x8", "tr3x9", "tr4x8", "tr2", "tr3", "tr4", "tr2n")  # on heads the first three, on real matrices all
@@ -56,12 +61,15 @@ class TrellisCase:
         Bits of the window.
     target : float or None
         The relative squared error asked for.
+    beam : int or None
+        Survivors; None: all states.
     """
 
     bits: float
     memory: int
     target: float | None = None
     folded: bool = False
+    beam: int | None = None
 
     @property
     def codec(self) -> str:
@@ -71,7 +79,7 @@ class TrellisCase:
     @property
     def key(self) -> str:
         """The case's name in results."""
-        return f"gaussian|{self.codec}"
+        return f"gaussian|{self.codec}" if self.beam is None else f"beam|{self.beam}|{self.codec}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,13 +127,15 @@ Case = TrellisCase | HeadCase | RealCase | PeerCase
 
 
 def _target(bits: float, memory: int) -> float | None:
-    return (FAST if memory < 12 else NORMAL if memory == 12 else BEST if memory > 16 else {}).get(bits)
+    return (FAST if memory < 12 else NORMAL if memory == 12 else BEST if memory == ALL else {}).get(bits)
 
 
-GAUSSIAN = (*(TrellisCase(bits, memory, _target(bits, memory)) for bits, memory in sorted(filters())),
+GAUSSIAN = (*(TrellisCase(bits, memory, _target(bits, memory)) for bits, memory in sorted(filters()) if memory <= ALL),
             *(TrellisCase(bits, memory, FOLDED.get((bits, memory)), True) for bits, memory in sorted(folded())))
+BEAM = tuple(TrellisCase(*code, target[code[0]], beam=width) for width, target, windows in BEAMS for code in windows
+             if code in filters())
 HEAD = tuple(HeadCase(width, codec, asked.get(codec)) for width, asked in HEADS.items() for codec in CODECS[:3])
 MATRICES = tuple(RealCase(matrix, codec) for matrix in REAL for codec in CODECS)
 OTHERS = tuple(PeerCase(bits, codec, SWEEPS if codec.startswith("two") else 0)
                for bits, codecs in PEERS.items() for codec in codecs)
-CASES: tuple[Case, ...] = (*GAUSSIAN, *HEAD, *OTHERS, *MATRICES)
+CASES: tuple[Case, ...] = (*GAUSSIAN, *BEAM, *HEAD, *OTHERS, *MATRICES)

@@ -36,7 +36,7 @@ def measure(cases: Sequence[Case], asked: Asked) -> Iterator[Outcome]:
         elif isinstance(case, PeerCase):
             yield one(case, matrix, None, {"sweeps": case.sweeps} if case.sweeps else {})
         else:
-            yield one(case, matrix, case.target)
+            yield one(case, matrix, case.target, {"beam": case.beam} if case.beam else {})
 
 
 def one(case: Case, matrix: Tensor, target: float | None, options: Mapping[str, Any] | None = None) -> Result:

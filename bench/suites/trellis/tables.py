@@ -8,6 +8,8 @@ from bench.baselines import shannon_gap
 from bench.markdown import table, verdict
 from bench.suite import Line, Table
 from bench.suites.trellis import cases
+from tersor.codecs import Trellis
+from tersor.families.trellis import WINDOWS, window
 
 # 65,536 states of computed random numbers (QTIP, EXL3 and their like), as the project's limits give it; not run here
 CITED = {2.0: 0.0687, 3.0: 0.0178, 4.0: 0.00463}
@@ -27,6 +29,32 @@ def filters_table(found: Mapping[str, Line]) -> str:
                      f"{numbers['relative_mse']:.5f}", f"{numbers['shannon_gap_db']:.2f}", *asked])
     return table(["codec", "bits of a stream", "window", "bits per element", "relative error", "dB to Shannon", "asked",
                   ""], rows)
+
+
+def beams_table(found: Mapping[str, Line]) -> str:
+    """Error of windows that beams encode, by survivors and bits."""
+    rows = []
+    for case in cases.BEAM:
+        line = found.get(case.key)
+        if line is not None:
+            numbers = line["numbers"]
+            rows.append([f"`{case.codec}`", f"{case.bits:g}", str(case.memory), f"{case.beam:,}",
+                         f"{numbers['relative_mse']:.5f}", f"{numbers['shannon_gap_db']:.2f}", f"{case.target:g}",
+                         verdict(numbers["passed"])])
+    return table(["codec", "bits of a stream", "window", "survivors", "relative error", "dB to Shannon", "asked", ""],
+                 rows)
+
+
+def efforts_table(found: Mapping[str, Line]) -> str:
+    """Error of the window that an effort takes, by bits of a stream."""
+    rows = []
+    for effort in WINDOWS:
+        codecs = {bits: Trellis(bits, memory).spec() for bits in cases.BEST
+                  if (memory := window(Trellis, bits, effort)) is not None}
+        lines = [found.get(f"gaussian|{codec}") for codec in codecs.values()]
+        rows.append([f"`{effort}`", *("" if line is None else f"{line['numbers']['relative_mse']:.5f}"
+                                      for line in lines)])
+    return table(["effort", *(f"{bits:g} bits" for bits in cases.BEST)], rows)
 
 
 def peers_table(found: Mapping[str, Line]) -> str:
@@ -81,6 +109,8 @@ def heads_table(found: Mapping[str, Line]) -> str:
 
 
 TABLES = {"trellis": Table(filters_table, prefixes=("gaussian",)),
+          "trellis_efforts": Table(efforts_table, prefixes=("gaussian",), bare=True),
+          "trellis_beams": Table(beams_table, prefixes=("beam",)),
           "trellis_peers": Table(peers_table, prefixes=("gaussian", "peer")),
           "trellis_real": Table(real_table, prefixes=("real",)),
           "trellis_heads": Table(heads_table, prefixes=("head",))}

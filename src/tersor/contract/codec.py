@@ -107,7 +107,9 @@ class Codec(Derived, abc.ABC):
     id : str
         Name in configurations and manifests.
     version : int
-        Raised when old bytes would decode differently.
+        Raised when old bytes would decode differently, or when a field comes.
+    later : mapping of str to (int, object)
+        Fields that came with a later version: which, and what they are in configurations before it.
     grammar : str
         Regular expression of the codec's head in a factory string such as `"rot,lm3"`.
     own_options : frozenset of str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tersor.payload.blocks import Shape
@@ -18,6 +19,7 @@ class Derived:
 
     id: ClassVar[str]
     version: ClassVar[int] = 1
+    later: ClassVar[Mapping[str, tuple[int, Any]]] = MappingProxyType({})
     own_options: ClassVar[frozenset[str]] = frozenset()
 
     def children(self) -> Mapping[str, Codec]:
@@ -54,8 +56,11 @@ class Derived:
         return {name: size for child in self.children().values() for name, size in child.package_tables().items()}
 
     def to_config(self) -> dict[str, Any]:
-        """Return the JSON-able configuration; `registry.from_config` is the inverse."""
-        return {"id": self.id, "version": self.version, **{k: _plain(v) for k, v in self._fields().items()}}
+        """Return the JSON-able configuration, of the least version that can; `registry.from_config` is the inverse."""
+        needed = [since for name, (since, before) in self.later.items() if getattr(self, name) != before]
+        version = max(needed) if needed else min((since - 1 for since, _ in self.later.values()), default=self.version)
+        return {"id": self.id, "version": version, **{name: _plain(value) for name, value in self._fields().items()
+                                                      if name not in self.later or self.later[name][0] <= version}}
 
     def _fields(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]

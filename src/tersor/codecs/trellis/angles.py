@@ -12,13 +12,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from functools import cache
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from tersor.codecs.trellis.filters import shelf
-from tersor.codecs.trellis.windows import Window, every_window
+from tersor.codecs.trellis.windows import Window, editions_of, every_window, newest
 from tersor.ops.trellis_path import Steps
 from tersor.ops.trellis_path.beam import Sums
 
@@ -94,8 +93,13 @@ def bent(curve: tuple[int, ...]) -> Tensor:
 
 
 @cache
+def folded_editions() -> Mapping[tuple[float, int, int], Folded]:
+    """Return all packaged folded codes by rate, memory and edition."""
+    return editions_of(Folded(tuple(one["shifts"]), tuple(map(tuple, one["turns"])), tuple(one["curve"]))
+                       for one in shelf()["folded"])
+
+
+@cache
 def folded() -> Mapping[tuple[float, int], Folded]:
-    """Return the packaged folded codes by rate and memory."""
-    found = [Folded(tuple(one["shifts"]), tuple(map(tuple, one["turns"])), tuple(one["curve"]))
-             for one in shelf()["folded"]]
-    return MappingProxyType({(one.rate, one.memory): one for one in found})
+    """Return the packaged folded codes of the last editions by rate and memory."""
+    return newest(folded_editions())

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tersor.codecs.trellis.windows import Window, every_window
+from tersor.codecs.trellis.windows import Window, editions_of, every_window, newest
 from tersor.numerics.constants import constant
 from tersor.ops.trellis_linear import reference
 from tersor.ops.trellis_path import Steps
@@ -64,22 +64,27 @@ class Filter(Window):
 
 @cache
 def shelf() -> Mapping[str, Any]:
-    """Return the packaged codes, as their file holds them."""
+    """Return the packaged codes, as their file holds them: only ever added to, since stores refer to them by number."""
     text = importlib.resources.files("tersor").joinpath("data/trellis.json").read_text()
     return MappingProxyType(json.loads(text))
 
 
 @cache
+def filter_editions() -> Mapping[tuple[float, int, int], Filter]:
+    """Return all packaged linear codes by rate, memory and edition."""
+    return editions_of(Filter(tuple(one["shifts"]), tuple(map(tuple, one["taps"]))) for one in shelf()["filters"])
+
+
+@cache
 def filters() -> Mapping[tuple[float, int], Filter]:
-    """Return the packaged linear codes by rate and memory."""
-    found = [Filter(tuple(one["shifts"]), tuple(map(tuple, one["taps"]))) for one in shelf()["filters"]]
-    return MappingProxyType({(one.rate, one.memory): one for one in found})
+    """Return the packaged linear codes of the last editions by rate and memory."""
+    return newest(filter_editions())
 
 
 @constant
-def taps_on(bits: float, memory: int, device: torch.device) -> Tensor:
+def taps_on(bits: float, memory: int, edition: int, device: torch.device) -> Tensor:
     """Return the taps of a packaged code on a device, float32 (period, memory)."""
-    return filters()[bits, memory].taps_tensor().to(device=device, dtype=torch.float32)
+    return filter_editions()[bits, memory, edition].taps_tensor().to(device=device, dtype=torch.float32)
 
 
 @cache

@@ -13,7 +13,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from tersor.codecs.trellis.angles import FOLD, Folded, folded
+from tersor.codecs.trellis.angles import FOLD, Folded, folded_editions
 from tersor.codecs.trellis.streamed import Streamed
 from tersor.codecs.trellis.viterbi import image_on, values_on
 from tersor.contract.codec import Encoded
@@ -30,22 +30,22 @@ class FoldedTrellis(Streamed):
     id: ClassVar[str] = "folded"
     kind: ClassVar[str] = "folded code"
     mark: ClassVar[str] = "n"
-    grammar: ClassVar[str] = r"tr(?P<rate>\d+(?:\.\d+)?)n(?:x(?P<memory>\d+))?(?P<axis>o?)"
+    grammar: ClassVar[str] = r"tr(?P<rate>\d+(?:\.\d+)?)n(?:x(?P<memory>\d+))?(?P<axis>o?)(?:v(?P<edition>\d+))?"
     examples: ClassVar[tuple[str, ...]] = ("tr2nx8", "tr1.5nx8o")
 
     @classmethod
-    def packaged(cls) -> Mapping[tuple[float, int], Folded]:
-        """See `Streamed.packaged`."""
-        return folded()
+    def editions(cls) -> Mapping[tuple[float, int, int], Folded]:
+        """See `Streamed.editions`."""
+        return folded_editions()
 
     def _values(self, device: torch.device) -> Tensor:
-        return _values_on(self.bits, self.memory, device)
+        return _values_on(*self.key, device)
 
     def package_tables(self) -> Mapping[str, int]:
         """Return the turns, in 16 bits, and the curve."""
-        code = self.packaged()[self.bits, self.memory]
+        code = self.editions()[self.key]
         count = len(code.shifts) * self.memory + len(code.curve)
-        return {f"turns of {self._named(self.bits, self.memory)}": FOLD // 8 * count}
+        return {f"turns of {dataclasses.replace(self, axis='in').spec()}": FOLD // 8 * count}
 
     def ready(self, encoded: Encoded) -> Few | None:
         """See `Codec.ready`."""
@@ -60,16 +60,16 @@ class FoldedTrellis(Streamed):
         if self.memory > MOST_MEMORY:
             return super().matmul(encoded, x)
         held = encoded.tensors
-        image = _image_on(self.bits, self.memory, x.device) if x.is_cuda else None
+        image = _image_on(*self.key, x.device) if x.is_cuda else None
         return window_linear(x, held["codes"], self._values(x.device), held["scales"], self.code.shifts, image,
                              across=self.axis == "out")
 
 
 @constant
-def _values_on(bits: float, memory: int, device: torch.device) -> Tensor:
-    return values_on(folded()[bits, memory], device)
+def _values_on(bits: float, memory: int, edition: int, device: torch.device) -> Tensor:
+    return values_on(folded_editions()[bits, memory, edition], device)
 
 
 @constant
-def _image_on(bits: float, memory: int, device: torch.device) -> Tensor:
-    return image_on(folded()[bits, memory], device)
+def _image_on(bits: float, memory: int, edition: int, device: torch.device) -> Tensor:
+    return image_on(folded_editions()[bits, memory, edition], device)

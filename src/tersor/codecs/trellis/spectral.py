@@ -19,7 +19,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from tersor.codecs.trellis.filters import Filter, filters
+from tersor.codecs.trellis.filters import Filter, filter_editions
 from tersor.codecs.trellis.streamed import signs_of
 from tersor.contract.checks import shared_tables
 from tersor.contract.codec import Codec, Encoded, Search
@@ -87,7 +87,8 @@ class SpectralTrellis(Codec):
 
     def package_tables(self) -> Mapping[str, int]:
         """Return the taps of the rates that an axis may have, in float32."""
-        return {f"taps of tr{rate:g}": 4 * len(filters()[rate, MEMORY].taps) * MEMORY for rate in SOURCES.values()}
+        return {f"taps of tr{rate:g}": 4 * len(filter_editions()[rate, MEMORY, 1].taps) * MEMORY
+                for rate in SOURCES.values()}
 
     def stream_shape(self, shape: Shape) -> Shape:
         """Return the shape of the bits, (out, stream)."""
@@ -226,7 +227,7 @@ def code_of(shifts: tuple[int, ...]) -> Filter:
         if shift == 1:
             taps.append(SINGLE)
             continue
-        source = filters()[SOURCES[shift], MEMORY]
+        source = filter_editions()[SOURCES[shift], MEMORY, 1]
         taps.append(source.taps[seen[shift] % len(source.taps)])
         seen[shift] += 1
     return Filter(shifts, tuple(taps))

@@ -11,14 +11,15 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from functools import cached_property
-from typing import ClassVar
+from functools import cache, cached_property
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from tersor.codecs.trellis import viterbi
-from tersor.codecs.trellis.windows import Window
+from tersor.codecs.trellis.windows import Window, newest
 from tersor.contract.codec import Codec, ColumnEncoder, Encoded, Search, Traits
 from tersor.contract.feedback import encode_with_feedback
 from tersor.errors import CodecConfigError
@@ -46,6 +47,8 @@ class Streamed(Codec):
         Bits of the window: 2**memory states for the encoder, and weights of a number for the decoder.
     axis : str
         `"in"`: lines are rows; `"out"`: columns, which error feedback wants.
+    edition : int
+        Which of the codes of that rate and window, in the order in which they came; 0, the default, becomes the last.
 
     Encoder options
     ---------------
@@ -58,9 +61,11 @@ class Streamed(Codec):
     bits: float = 2.0
     memory: int = MEMORY
     axis: str = "in"
+    edition: int = 0
 
     kind: ClassVar[str]  # what a packaged code is called
     mark: ClassVar[str]  # behind the rate in factory strings
+    later: ClassVar[Mapping[str, tuple[int, Any]]] = MappingProxyType({"edition": (2, 1)})
     own_traits: ClassVar[Traits] = Traits(column_wise=True)
     own_options: ClassVar[frozenset[str]] = frozenset({"feedback", "beam"})
 
@@ -71,17 +76,36 @@ class Streamed(Codec):
         if not known or (self.bits, self.memory) not in self.packaged():
             raise CodecConfigError(f"{self.id}: there is no {self.kind} of {self.bits} bits and a memory of "
                                    f"{self.memory}; the nearest are {', '.join(self._nearest())}")
+        if type(self.edition) is not int or not 0 <= self.edition <= self._last():
+            raise CodecConfigError(f"{self.id}: editions of {self._named(self.bits, self.memory)} are 1 to "
+                                   f"{self._last()}, found {self.edition!r}; a later one needs a later tersor")
+        if not self.edition:
+            object.__setattr__(self, "edition", self._last())
         assert self.code  # is found now, so that `torch.compile` does not trace how
 
     @classmethod
     @abc.abstractmethod
+    def editions(cls) -> Mapping[tuple[float, int, int], Window]:
+        """Return the codes that come with the package, by rate, memory and edition."""
+
+    @classmethod
     def packaged(cls) -> Mapping[tuple[float, int], Window]:
-        """Return the codes that come with the package, by rate and memory."""
+        """Return those of the last editions, by rate and memory."""
+        return _newest(cls)
 
     @cached_property
     def code(self) -> Window:
         """The packaged code."""
-        return self.packaged()[self.bits, self.memory]
+        return self.editions()[self.key]
+
+    @property
+    def key(self) -> tuple[float, int, int]:
+        """By what `editions` has the code: plain values, from which constants are made."""
+        return self.bits, self.memory, self.edition
+
+    def _last(self) -> int:
+        """Return the last edition of the rate and window."""
+        return max(edition for *code, edition in self.editions() if code == [self.bits, self.memory])
 
     @abc.abstractmethod
     def _values(self, device: torch.device) -> Tensor:
@@ -204,14 +228,18 @@ class Streamed(Codec):
         return _Columns(self, matrix, _width(how))
 
     def spec(self) -> str:
-        """Return for example `tr2`, `tr2.5x16`, `tr3o` (along outputs), `tr2n` (folded), `tr1.5nx16o`."""
-        return self._named(self.bits, self.memory, self.axis)
+        """Return for example `tr2`, `tr2.5x16`, `tr3o` (along outputs), `tr2n` (folded), `tr2x16v1` (an edition)."""
+        named = self._named(self.bits, self.memory, self.axis)
+        return named if self.edition == self._last() else f"{named}v{self.edition}"
 
     @classmethod
     def from_spec(cls, match: re.Match[str], parts: Sequence[Codec]) -> Codec:
         """Parse `tr` strings; see `spec`."""
         del parts
-        return cls(float(match["rate"]), int(match["memory"] or MEMORY), "out" if match["axis"] else "in")
+        if match["edition"] is not None and int(match["edition"]) == 0:
+            raise CodecConfigError(f"codec string '{match[0]}': editions are numbered from 1 on")
+        return cls(float(match["rate"]), int(match["memory"] or MEMORY), "out" if match["axis"] else "in",
+                   int(match["edition"] or 0))
 
 
 class _Columns(ColumnEncoder):
@@ -246,6 +274,11 @@ class _Columns(ColumnEncoder):
     def finish(self) -> Encoded:
         """Pack all bits; see `ColumnEncoder`."""
         return self._codec.close(self._shape, self._scales, self._bits)
+
+
+@cache
+def _newest(kind: type[Streamed]) -> Mapping[tuple[float, int], Window]:
+    return newest(kind.editions())
 
 
 def signs_of(bits: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from tersor.codecs.trellis.filters import Filter, filters, taps_on
+from tersor.codecs.trellis.filters import Filter, filter_editions, taps_on
 from tersor.codecs.trellis.streamed import Streamed, signs_of
 from tersor.codecs.trellis.viterbi import image_on, values_on
 from tersor.contract.codec import Encoded
@@ -39,13 +39,14 @@ class Trellis(Streamed, MultipliesRotated):
     id: ClassVar[str] = "trellis"
     kind: ClassVar[str] = "filter"
     mark: ClassVar[str] = ""
-    grammar: ClassVar[str] = r"tr(?P<rate>\d+(?:\.\d+)?)(?:x(?P<memory>\d+))?(?P<axis>o?)"
-    examples: ClassVar[tuple[str, ...]] = ("tr2x8", "tr3x9o", "tr2.5x8", "tr1.5x8o")
+    version: ClassVar[int] = 2
+    grammar: ClassVar[str] = r"tr(?P<rate>\d+(?:\.\d+)?)(?:x(?P<memory>\d+))?(?P<axis>o?)(?:v(?P<edition>\d+))?"
+    examples: ClassVar[tuple[str, ...]] = ("tr2x8", "tr3x9o", "tr2.5x8", "tr1.5x8o", "tr2x24")
 
     @classmethod
-    def packaged(cls) -> Mapping[tuple[float, int], Filter]:
-        """See `Streamed.packaged`."""
-        return filters()
+    def editions(cls) -> Mapping[tuple[float, int, int], Filter]:
+        """See `Streamed.editions`."""
+        return filter_editions()
 
     @property
     def filter(self) -> Filter:
@@ -55,25 +56,25 @@ class Trellis(Streamed, MultipliesRotated):
         return code
 
     def _values(self, device: torch.device) -> Tensor:
-        return _values_on(self.bits, self.memory, device)
+        return _values_on(*self.key, device)
 
     def package_tables(self) -> Mapping[str, int]:
         """Return the taps, in float32."""
-        return {f"taps of {self._named(self.bits, self.memory)}": 4 * len(self.code.shifts) * self.memory}
+        return {f"taps of {dataclasses.replace(self, axis='in').spec()}": 4 * len(self.code.shifts) * self.memory}
 
     def numbers(self, signs: Tensor, length: int, scales: Tensor | None = None) -> Tensor:
         """Return lines (*n, length) from the signs of their streams (*n, stream), times `scales` (length,)."""
-        return trellis_filter(signs, taps_on(self.bits, self.memory, signs.device), scales, self.filter.shifts, length)
+        return trellis_filter(signs, taps_on(*self.key, signs.device), scales, self.filter.shifts, length)
 
     def filtered(self, lines: Tensor) -> Tensor:
         """Return what the signs of streams meet instead of lines, (*n, stream) for (*n, length)."""
-        taps = taps_on(self.bits, self.memory, lines.device)
+        taps = taps_on(*self.key, lines.device)
         return trellis_filter(lines, taps, None, self.filter.shifts, lines.shape[-1], back=True)
 
     def decode_rows(self, encoded: Encoded, rows: Rows) -> Tensor:
         """Return scaled numbers: a filter over the signs of the streams."""
         held, across = encoded.tensors, self.axis == "out"
-        return decoded_rows(held["codes"], taps_on(self.bits, self.memory, held["codes"].device), held["scales"],
+        return decoded_rows(held["codes"], taps_on(*self.key, held["codes"].device), held["scales"],
                             self.line(encoded.shape), encoded.shape[1], rows, across=across)
 
     def matmul_rotated(self, encoded: Encoded, x: Tensor, seed: int | None) -> Tensor | None:
@@ -84,14 +85,14 @@ class Trellis(Streamed, MultipliesRotated):
         if seed is not None and (many or looked or not across):
             return None
         if looked:
-            image = _image_on(self.bits, self.memory, x.device) if x.is_cuda else None
+            image = _image_on(*self.key, x.device) if x.is_cuda else None
             return window_linear(x, held["codes"], self._values(x.device), held["scales"], self.filter.shifts,
                                  image, across=across)
         if many:
-            return trellis_linear(x, held["codes"], taps_on(self.bits, self.memory, x.device), held["scales"],
+            return trellis_linear(x, held["codes"], taps_on(*self.key, x.device), held["scales"],
                                   self.filter.shifts, across=across)
         if across:
-            return trellis_product(x, held["codes"], taps_on(self.bits, self.memory, x.device), held["scales"],
+            return trellis_product(x, held["codes"], taps_on(*self.key, x.device), held["scales"],
                                    self.filter.shifts, rotation=seed)
         met = self.filtered(x if x.is_cuda else widened(x))
         return codebook_linear(met, held["codes"], _signs_on(x.device), held["scales"][:, None], None, 1,
@@ -100,7 +101,7 @@ class Trellis(Streamed, MultipliesRotated):
     def ready_rotated(self, encoded: Encoded, seed: int | None) -> Few | None:
         """See `MultipliesRotated.ready_rotated`."""
         held, line, width = encoded.tensors, self.line(encoded.shape), encoded.shape[1]
-        taps = taps_on(self.bits, self.memory, held["codes"].device)
+        taps = taps_on(*self.key, held["codes"].device)
         if self.axis == "out":
             return ready_across(held["codes"], taps, held["scales"], line, width, rotation=seed)
         met = None if seed is not None else ready_filter(taps, None, line, back=True)
@@ -115,7 +116,7 @@ class Trellis(Streamed, MultipliesRotated):
         if not x.is_cuda:
             return x.numel() > FEW * width
         some = SIGNED * width < x.numel() <= FEW * width
-        return some and _looked_up(self.bits, self.memory, encoded.shape, self.axis)
+        return some and _looked_up(*self.key, encoded.shape, self.axis)
 
     def coordinates(self, encoded: Encoded) -> Coordinates:
         """Return signs, met by filtered vectors; decoded rows where streams run along outputs."""
@@ -154,9 +155,10 @@ class _Streams(Coordinates):
 
 
 @constant
-def _looked_up(bits: float, memory: int, shape: Shape, axis: str) -> bool:
+def _looked_up(bits: float, memory: int, edition: int, shape: Shape, axis: str) -> bool:
     """Tell whether kernels look the windows of a matrix up."""
-    return takes(filters()[bits, memory].line(shape[0 if axis == "out" else 1]), *shape, across=axis == "out")
+    line = filter_editions()[bits, memory, edition].line(shape[0 if axis == "out" else 1])
+    return takes(line, *shape, across=axis == "out")
 
 
 @constant
@@ -166,10 +168,10 @@ def _signs_on(device: torch.device) -> Tensor:
 
 
 @constant
-def _values_on(bits: float, memory: int, device: torch.device) -> Tensor:
-    return values_on(filters()[bits, memory], device)
+def _values_on(bits: float, memory: int, edition: int, device: torch.device) -> Tensor:
+    return values_on(filter_editions()[bits, memory, edition], device)
 
 
 @constant
-def _image_on(bits: float, memory: int, device: torch.device) -> Tensor:
-    return image_on(filters()[bits, memory], device)
+def _image_on(bits: float, memory: int, edition: int, device: torch.device) -> Tensor:
+    return image_on(filter_editions()[bits, memory, edition], device)

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -85,6 +88,25 @@ class Window(abc.ABC):
         for age in range(self.memory):
             out.add_(entries[places[:, age]].mul_(weights[:, age, None]))
         return out
+
+
+Kind = TypeVar("Kind", bound=Window)
+
+
+def editions_of(codes: Iterable[Kind]) -> Mapping[tuple[float, int, int], Kind]:
+    """Return packaged codes by rate, memory and edition: its place, from 1 on, among those of this rate and memory."""
+    found: dict[tuple[float, int, int], Kind] = {}
+    for code in codes:
+        edition = 1
+        while (code.rate, code.memory, edition) in found:
+            edition += 1
+        found[code.rate, code.memory, edition] = code
+    return MappingProxyType(found)
+
+
+def newest(editions: Mapping[tuple[float, int, int], Kind]) -> Mapping[tuple[float, int], Kind]:
+    """Return the codes of the last editions, by rate and memory."""
+    return MappingProxyType({(rate, memory): editions[rate, memory, last] for rate, memory, last in sorted(editions)})
 
 
 def every_window(memory: int) -> Tensor:

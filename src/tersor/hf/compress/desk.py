@@ -190,7 +190,7 @@ def _facts(job: Job) -> list[Any]:
 
 def _stamp(job: Job, name: str, options: Mapping[str, Any]) -> str:
     codec = job.picks[name]
-    return seal([*_facts(job), name, codec.spec(), codec.version, dict(options)])
+    return seal([*_facts(job), name, codec.to_config(), dict(options)])
 
 
 def encode_order(order: Order, dense: Tensor, hessian: Tensor | None = None,

@@ -26,7 +26,7 @@ from tersor.hf.models.matrices import Matrix
 from tersor.hf.models.source import Source
 from tersor.hf.rom.recipe import Recipe
 from tersor.quality import measure
-from tersor.registry import parse
+from tersor.registry import from_config, parse
 from tersor.rom.linear import Moments, Sums, reduce, regression
 from tersor.rom.ranks import Linear
 from tersor.rom.storage import encode_corrected, encode_reduced
@@ -290,7 +290,8 @@ def save_block(path: Path, done: Done, stamp: str) -> None:
     """Write a finished block, whole or not at all."""
     tensors = {key: t for name, e in done.encoded.items() for key, t in nest_tensors(name, e.tensors).items()}
     tensors.update(done.biases)
-    save_sealed(tensors, path, {"job": stamp, "report": done.lines, "biases": list(done.biases)})
+    codecs = {name: e.codec.to_config() for name, e in done.encoded.items()}
+    save_sealed(tensors, path, {"job": stamp, "report": done.lines, "biases": list(done.biases), "codecs": codecs})
 
 
 def load_block(path: Path, stamp: str) -> Done | None:
@@ -302,13 +303,13 @@ def load_block(path: Path, stamp: str) -> Done | None:
     except CorruptStoreError as error:
         tell_damaged(error)
         return None
-    if record.get("job") != stamp:
+    if record.get("job") != stamp or "codecs" not in record:
         return None
     lines, biases = record["report"], {name: tensors.pop(name) for name in record["biases"]}
     encoded = {}
     for name, line in lines.items():
         held = {key.removeprefix(f"{name}/"): t for key, t in tensors.items() if key.startswith(f"{name}/")}
-        encoded[name] = Encoded(parse(line["codec"]), (line["shape"][0], line["shape"][1]), held)
+        encoded[name] = Encoded(from_config(record["codecs"][name]), (line["shape"][0], line["shape"][1]), held)
     return Done(encoded, biases, lines)
 
 
