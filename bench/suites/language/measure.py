@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -52,7 +53,7 @@ def piped(case: ModelCase, source: Path, output: Path, device: str) -> tuple[nn.
     """
     begun, start = output.with_name(f"{output.name}.work").exists(), time.perf_counter()
     method, _, effort = case.method.partition(":")[2].partition("@")
-    settings = {"method": method} if method else {}
+    settings: dict[str, Any] = {"method": method} if method else {}
     settings |= {"effort": effort} if effort else {}
     compress_model(source, output, rate=case.rate, seed=SEED, evaluation_tokens=0, device=device, **settings)
     seconds = None if begun else time.perf_counter() - start
