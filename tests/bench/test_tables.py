@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 from bench.suite import RefusedError
+from bench.suites.recovery.cases import RecoveryCase
+from bench.suites.recovery.tables import build as recovery
 
 from bench import markdown, results, tables
 
@@ -41,6 +43,25 @@ def test_provenance_of_several_days() -> None:
     assert found.startswith("Measured 2026-11-22 to 2026-11-24,")
 
 
+def recovered(how: str, kl: float) -> dict[str, Any]:
+    texts = {name: {"kl": kl * scale} for name, scale in
+             {"fiction": 1, "speech": 1, "technical": 1, "house": 1, "wikitext": 2}.items()}
+    return {"case": {"model": "fable-7m", "rate": 2.0, "how": how}, "bytes": 1234567,
+            "numbers": {"texts": texts, "blimp": {"accuracy": 0.6543, "error": 0.0032}, "processor_s": 90.0,
+                        "peak_bytes": 2.84e9}}
+
+
+def test_recovery_is_told_in_percent_of_what_it_began_with() -> None:
+    found = {RecoveryCase("fable-7m", 2.0, how).key: recovered(how, kl) for how, kl in (("all", 0.4), ("plain", 0.5))}
+    rows = [row.strip("| ").split(" | ") for row in recovery(found).splitlines()[2:]]
+    assert [row[2] for row in rows] == ["none", "`compress --recover`"]
+    assert rows[0][7:11] == ["0.5000", "", "1.0000", ""]
+    assert rows[1][3:] == ["1,234,567", "0.4000", "0.4000", "0.4000", "0.4000", "20.0 %", "0.8000", "20.0 %",
+                           "65.4 ± 0.3", "1.5", "2.8"]
+    del found["fable-7m|2|plain"]
+    assert recovery(found).splitlines()[2].count("%") == 0  # nothing to compare with
+
+
 def test_every_marker_has_a_builder_and_no_table_is_stale() -> None:
     known, asked = tables.tables(), set()
     for file in tables.documents():
@@ -61,4 +82,4 @@ def test_unknown_tables_are_named() -> None:
     with pytest.raises(LookupError, match="no table 'bench:nonsense'"):
         tables.splice("<!-- bench:nonsense -->\n<!-- /bench -->\n")
     with pytest.raises(LookupError, match="run the suite 'models' first"):
-        tables.render("models-smollm2-135m")
+        tables.render("models-fable-7m")
