@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tersor.errors import CorruptStoreError, NonFiniteError
-from tersor.planning.calibration import Calibration, ChangeSum, MomentSum, compensated
+from tersor.planning.calibration import TRUST, Calibration, ChangeSum, MomentSum, compensated
 from tersor.testing import gaussian
 
 
@@ -38,15 +38,20 @@ def test_sums_of_parts_are_those_of_the_whole() -> None:
     torch.testing.assert_close(change.mean(), (x - y).T @ y / 96)
 
 
+@pytest.mark.parametrize("size", [0.1, 1.0])
 @pytest.mark.parametrize("ridge", [0.01, 1.0])
-def test_compensation_is_the_least_squares_solution(ridge: float) -> None:
+def test_compensation_is_the_least_squares_solution(ridge: float, size: float) -> None:
     """Against the normal equations' slow form: stacked rows of inputs and of the ridge, solved in float64."""
     x, w = gaussian((200, 12), 0).double(), gaussian((5, 12), 1).double()
-    y = x + 0.3 * gaussian((200, 12), 2) + 0.2 * x[:, :1]
+    y = x + size * (0.3 * gaussian((200, 12), 2) + 0.2 * x[:, :1])
     hessian = y.T @ y / 200
     weight = (ridge * float(hessian.diagonal().mean()) * 200) ** 0.5
     rows = torch.cat([y, weight * torch.eye(12, dtype=torch.float64)])
     expected = torch.linalg.lstsq(rows, torch.cat([x @ w.T, weight * w.T])).solution.T
+    step = expected - w  # which goes no further than is trusted
+    share = float((step @ hessian * step).sum() / (w @ hessian * w).sum())
+    assert (share > TRUST) == (size == 1.0)
+    expected = w + step * min(1.0, (TRUST / share) ** 0.5)
     found = compensated(w.float(), ((x - y).T @ y / 200).float(), hessian.float(), ridge)
     # float32, conditioned by (1 + ridge) / ridge times the spread of the moments' eigenvalues, below 100 here
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)

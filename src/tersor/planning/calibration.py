@@ -15,6 +15,7 @@ from tersor.errors import CorruptStoreError, NonFiniteError, NotAStoreError
 from tersor.files import load_sealed, save_sealed, seal_of
 
 _CHECK = 1e-3  # largest relative gap tolerated between the float32 trace and a float64 sum of squares
+TRUST = 0.025  # of the power of a matrix's outputs, that what makes up for earlier errors may have; see docs/log.md
 
 
 def _in_halves(x: Tensor) -> bool:
@@ -98,7 +99,8 @@ class ChangeSum:
 def compensated(matrix: Tensor, change: Tensor, hessian: Tensor, ridge: float, near: Tensor | None = None) -> Tensor:
     """Return the matrix that makes of inputs y what comes nearest to what `matrix` (out, in) makes of x, float32.
 
-    It minimizes `E‖W x - V y‖² + λ ‖V - U‖²` over V, λ being `ridge` times the mean square of an input y.
+    It minimizes `E‖W x - V y‖² + λ ‖V - U‖²` over V, λ being `ridge` times the mean square of an input y. From W it goes
+    no further than TRUST: `E‖(V - W) y‖²` is at most so much of `E‖W y‖²`.
 
     Parameters
     ----------
@@ -112,7 +114,12 @@ def compensated(matrix: Tensor, change: Tensor, hessian: Tensor, ridge: float, n
     off = dense @ change if near is None else dense @ change + (dense - start) @ hessian.to(torch.float32)
     regular.diagonal().add_(ridge * float(regular.diagonal().mean(dtype=torch.float64)) or 1.0)
     factor = torch.linalg.cholesky(regular)
-    return start + torch.cholesky_solve(off.T, factor).T
+    step = torch.cholesky_solve(off.T, factor).T
+    if near is not None:
+        return start + step
+    own = hessian.to(torch.float32)
+    taken, whole = (float(((part @ own) * part).sum(dtype=torch.float64)) for part in (step, dense))
+    return start + step * min(1.0, (TRUST * whole / taken) ** 0.5 if taken > 0.0 else 1.0)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -131,6 +131,7 @@ def test_without_numba_it_says_once_how_much_slower() -> None:
     assert "tersor[cpu]" in lines[0]
 
 
+@pytest.mark.slow
 def test_where_nothing_can_be_cached_it_still_works() -> None:
     """A package in a read-only place, and no home: containers are so."""
     found, _ = fresh("", "import numba.core.caching; numba.core.caching.CacheImpl._locator_classes = []")

@@ -92,7 +92,8 @@ def test_gradients_are_those_of_the_whole_model(name: str, tmp_path: Path) -> No
             text.through(stage, watch=False, keep=True)
 
 
-@pytest.mark.parametrize("name", ["llama_tied", "llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("name", ["llama_tied", *(pytest.param(name, marks=pytest.mark.slow)
+                                                  for name in ("llama", "gpt2", "mixtral"))])
 def test_weights_move_and_errors_are_the_sources(name: str, asked: dict[str, Any], tmp_path: Path) -> None:
     source = named(name, tmp_path / "model")
     size = source.nbytes // 4
@@ -118,7 +119,7 @@ def test_where_training_does_not_help_nothing_moves(source: Source, asked: dict[
     assert {line["moved"] for line in report["matrices"].values() if "moved" in line} == {0.0}
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_same_seed_same_bytes(threads: int, source: Source, asked: dict[str, Any], tmp_path: Path) -> None:
     compress_model(source.path, tmp_path / "one", size=24_000, **asked)
     before, state = torch.get_num_threads(), torch.random.get_rng_state()
@@ -132,8 +133,9 @@ def test_same_seed_same_bytes(threads: int, source: Source, asked: dict[str, Any
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
-@pytest.mark.parametrize("damaged", [False, True])
-@pytest.mark.parametrize(("where", "after"), [("steps", 1), ("matrices", 3)])
+@pytest.mark.parametrize(("where", "after", "damaged"), [
+    ("matrices", 3, True), *(pytest.param(*case, marks=pytest.mark.slow)
+                             for case in (("steps", 1, False), ("steps", 1, True), ("matrices", 3, False)))])
 def test_a_killed_run_goes_on(where: str, after: int, damaged: bool, source: Source, asked: dict[str, Any],
                               tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the bytes of an unbroken one; where what it kept is damaged, it makes that again."""
