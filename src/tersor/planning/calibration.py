@@ -99,8 +99,8 @@ class ChangeSum:
 def compensated(matrix: Tensor, change: Tensor, hessian: Tensor, ridge: float, near: Tensor | None = None) -> Tensor:
     """Return the matrix that makes of inputs y what comes nearest to what `matrix` (out, in) makes of x, float32.
 
-    It minimizes `E‖W x - V y‖² + λ ‖V - U‖²` over V, λ being `ridge` times the mean square of an input y. From W it goes
-    no further than TRUST: `E‖(V - W) y‖²` is at most so much of `E‖W y‖²`.
+    It minimizes `E‖W x - V y‖² + λ ‖V - U‖²` over V, λ being `ridge` times the mean square of an input y. From W it
+    goes no further than TRUST: `E‖(V - W) y‖²` is at most so much of `E‖W y‖²`.
 
     Parameters
     ----------
