@@ -308,6 +308,7 @@ def test_offloading_moves_full_pages(device: str, monkeypatch: pytest.MonkeyPatc
     assert all(torch.equal(a, b) for a, b in zip(before, payload(held), strict=True))
 
 
+@pytest.mark.slow
 def test_compiled_models_break_the_graph_at_the_cache() -> None:
     register_attention()
     model = build("llama", num_hidden_layers=1)

@@ -209,6 +209,7 @@ def test_a_size_is_met_from_below(storage: str, short: Path, tmp_path: Path) -> 
         reduce(short, tmp_path / "less", None, recipe, size=1_000_000)
 
 
+@pytest.mark.slow
 def test_factors_in_any_codec(short: Path, tmp_path: Path) -> None:
     """Given the right factor as it decodes, the left one makes up for it; errors fall with bits."""
     errors = {}
