@@ -12,7 +12,17 @@ from torch import Tensor
 from tersor.kv import TokenStream, matrices, meet_as_signs
 from tersor.kv.pages import Pages
 from tersor.ops.dispatch import reference_only
-from tersor.ops.kv_attention import Closed, Held, How, Levels, kv_attention, lie_as_signs, reference, takes_kernel
+from tersor.ops.kv_attention import (
+    Closed,
+    Held,
+    How,
+    Levels,
+    Lying,
+    kv_attention,
+    lie_as_signs,
+    reference,
+    takes_kernel,
+)
 from tersor.ops.kv_attention.shapes import SIGN_ROWS, division_of, refusal, table_words
 from tersor.registry import parse
 from tersor.testing import gaussian
@@ -210,6 +220,14 @@ def test_runs_alike() -> None:
         assert not takes_kernel(asked, all_)
 
 
+def lying(closed: Closed | None, *, across: bool = True) -> Closed:
+    """As if bits lay for kernels that meet signs."""
+    assert closed is not None
+    keys, values = (dataclasses.replace(side, lying=Lying(HEADS, BLOCK, 256, one))
+                    for side, one in ((closed.keys, False), (closed.values, across)))
+    return dataclasses.replace(closed, keys=keys, values=values)
+
+
 def test_what_is_refused() -> None:
     case = Case()
     all_, asked = held(case, "cpu"), query(case, "cpu")
@@ -217,6 +235,11 @@ def test_what_is_refused() -> None:
     assert "float32" in str(refusal(asked.float(), all_))
     assert "up to 8 queries" in str(refusal(asked.expand(-1, -1, 9, -1), all_))
     assert "no closed tokens" in str(refusal(asked, dataclasses.replace(all_, closed=None)))
+    met = dataclasses.replace(all_, closed=lying(all_.closed))
+    assert refusal(asked, met) is None
+    assert "up to 8 queries" in str(refusal(asked.expand(-1, -1, 9, -1), met))  # a prompt is not cut into queries
+    assert "up to 8 heads" in str(refusal(asked.repeat(1, 9, 1, 1), met))
+    assert "or neither" in str(refusal(asked, dataclasses.replace(all_, closed=lying(all_.closed, across=False))))
     signs, steps = held(Case("rot,tr2x8", blocks=1), "cpu"), held(Case(value="ctr8,rot,lm2", blocks=1), "cpu")
     assert "found keys of 1" in str(refusal(asked, signs))
     assert "those of values have 8" in str(refusal(asked, steps))
@@ -248,6 +271,8 @@ def test_when_bits_lie_as_signs() -> None:
     assert lie_as_signs(levels(2), levels(2), 64, SIGN_ROWS)
     assert not lie_as_signs(levels(1, 192), levels(1), 64, 64)
     assert not lie_as_signs(levels(1), levels(1), 48, 64)
+    other = Levels.of(1, torch.tensor([-1.0, 1.0]), torch.eye(96)[None], dim=96)  # heads that kernels leave
+    assert not lie_as_signs(other, other, 64, 64)
     assert not lie_as_signs(levels(1), Levels.of(1, torch.tensor([-1.0, 2.0]), turn, dim=64), 64, 64)
 
 

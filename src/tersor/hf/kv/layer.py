@@ -124,6 +124,8 @@ class CompressedCacheLayer(CacheLayerMixin):
         seen = (streams[0].copy(), streams[1].copy()) if self.offloads else streams
         states = States(sinks, tail, seen, middle, lead, gone)
         self._keep(tail)
+        if lazy:
+            meet_as_signs(*streams)
         self.sinks, self.lead = sinks, lead
         if states.tokens == key_states.shape[2]:
             return given
@@ -168,7 +170,6 @@ class CompressedCacheLayer(CacheLayerMixin):
             finally:
                 if not written:
                     streams[0].crop(held)
-            meet_as_signs(*streams)
         if not closed and keys.shape[2]:
             kept = tail
         else:  # neither the memory of the closed blocks nor the model's own
@@ -379,7 +380,6 @@ class CompressedCacheLayer(CacheLayerMixin):
         if "padding" in state.meta:
             lead = Lead.restore(state.meta["padding"], keys.shape[0], layer.get_seq_length(), key_sinks.shape[2])
             layer.lead = lead if lead.padding.any() else None
-        meet_as_signs(*streams)
         return layer
 
 

@@ -224,11 +224,12 @@ def refusal(query: Tensor, held: Held) -> str | None:
         return f"it takes bfloat16 or float16 throughout, found {', '.join(sorted(str(one) for one in dtypes))}"
     if dim not in DIMS or held.recent[1].shape[3] != dim:
         return f"it takes keys and values of one dimension of {DIMS}, found {dim} and {held.recent[1].shape[3]}"
+    if query.shape[2] > MOST_QUERIES:
+        return f"it takes up to {MOST_QUERIES} queries of a sequence, found {query.shape[2]}"
     if closed.keys.lying is not None or closed.values.lying is not None:
         return _unmet(closed, query.shape[1] // heads)
-    if query.shape[2] > MOST_QUERIES or rows > ROWS[-1]:
-        return (f"it takes up to {MOST_QUERIES} queries, and {ROWS[-1]} that share a key, found {query.shape[2]} and "
-                f"{rows}")
+    if rows > ROWS[-1]:
+        return f"it takes up to {ROWS[-1]} queries that share a key, found {rows}"
     for name, side in (("keys", closed.keys), ("values", closed.values)):
         if (reason := _unknown(name, side.levels, dim)) is not None:
             return reason
@@ -277,9 +278,10 @@ def lie_as_signs(keys: Levels, values: Levels, block: int, rows: int) -> bool:
 
     Rows are tokens of a head of a sequence. Few are attended to sooner as levels, where these have a kernel.
     """
-    signs = keys.lines is not None and values.lines is not None
+    if keys.lines is None or values.lines is None or keys.lines.shape[2] not in DIMS:
+        return False
     levels = keys.bits == values.bits == 2 and keys.steps is values.steps is None
-    return signs and block % SIGN_BLOCK == 0 and block & (block - 1) == 0 and (rows >= SIGN_ROWS or not levels)
+    return block % SIGN_BLOCK == 0 and block & (block - 1) == 0 and (rows >= SIGN_ROWS or not levels)
 
 
 def element_codes(bits: int, dim: int) -> int:

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import torch
 
-from tersor.ops.codebook_linear.shapes.limits import DTYPES, REGISTERS, nearest_shape
+from tersor.ops.codebook_linear.shapes.limits import DTYPES, nearest_shape
 from tersor.ops.codebook_linear.shapes.one import (
     VectorStream,
     VectorTiling,
@@ -27,33 +27,16 @@ MATRICES = 4  # of one launch
 
 
 @dataclasses.dataclass(frozen=True)
-class Tiling:
-    """How a product is divided: a program's `warps` share each of `rows` rows of signs at a time.
+class Tiling(VectorTiling):
+    """How a product is divided: rows are of signs.
 
     Attributes
     ----------
-    warps, rows : int
-    programs : int
-        Of a multiprocessor, resident together.
-    stages : int
-        Steps of a ring in shared memory, all on their way.
-    early : int
-        Stages that are asked for before the vector is waited for.
     rounds : int
         Blocks of a program, at most, where segments are long enough.
     """
 
-    warps: int = 4
-    rows: int = 16
-    programs: int = 2
-    stages: int = 2
-    early: int = 1
     rounds: int = 1
-
-    @property
-    def registers(self) -> int:
-        """Return the most registers a thread that so many programs leave one another, in steps of 8."""
-        return min(255, REGISTERS // (32 * self.warps * self.programs) // 8 * 8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,14 +94,12 @@ def divided(tiling: Tiling, found: tuple[lines.Line, ...], width: int, dtype: to
     each = -(-periods // parts)
     tiles = -(-(each * step + halo) // tiling.rows)
     held = 1 << (tiles - 1).bit_length()  # shares of all warps are kept, then their sums
-    asked = VectorTiling(tiling.warps, tiling.rows, tiling.programs, tiling.stages, tiling.early)
     stream = VectorStream(1, width, FORM, number_bytes(dtype))
-    fit = vector_fitted(asked, [stream], rotated=rotated, besides=4 * held * tiling.rows * (tiling.warps + 1))
+    fit = vector_fitted(tiling, [stream], rotated=rotated, besides=4 * held * tiling.rows * (tiling.warps + 1))
     if fit is None or (rotated and not vector_rotates(width)):
         return None
     stages = min(fit.stages, tiles * stream.steps(fit.warps))
-    fitted = dataclasses.replace(tiling, warps=fit.warps, programs=fit.programs, stages=stages,
-                                 early=min(stages, fit.early))
+    fitted = dataclasses.replace(fit, stages=stages, early=min(stages, fit.early))
     return Division(fitted, parts, halo, tiles, 1 << (each * period - 1).bit_length(), parts * len(sizes))
 
 

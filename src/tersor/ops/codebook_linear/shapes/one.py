@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 
@@ -123,8 +124,11 @@ class VectorStream:
         return -(-self.steps(warps) // whole) * whole * ACROSS * warps * CODES[self.bits] * each
 
 
-def vector_fitted(tiling: VectorTiling, streams: Sequence[VectorStream], *, rotated: bool,
-                  besides: int = 0) -> VectorTiling | None:
+Tiling = TypeVar("Tiling", bound=VectorTiling)
+
+
+def vector_fitted(tiling: Tiling, streams: Sequence[VectorStream], *, rotated: bool,
+                  besides: int = 0) -> Tiling | None:
     """Return the tiling with what shared memory holds beside the numbers that streams meet, or None.
 
     There may be fewer stages, then fewer programs; None where one stage does not fit. Where the vector is rotated

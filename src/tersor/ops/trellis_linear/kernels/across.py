@@ -9,8 +9,8 @@ from tersor.ops.dispatch import kernel
 
 
 @gluon.jit
-def _before(phase, SHIFTS: gl.constexpr):
-    # bits that have entered before a phase
+def bits_until(phase, SHIFTS: gl.constexpr):
+    """Bits that have entered before a phase: as in `filtering.py`, for Gluon."""
     total = phase * 0
     for p in gl.static_range(len(SHIFTS)):
         total += gl.where(phase > p, SHIFTS[p], 0)
@@ -40,8 +40,8 @@ def decode_across(codes, taps, scales, out, first, rows, width, length, units, c
     size = gl.where(index == count - 1, length, UNIT * ((index + 1) * units // count)) - start
     own = at - start
     phase = own % PERIOD
-    newest = own // PERIOD * STEP + _before(phase + 1, SHIFTS) - 1
-    total = size // PERIOD * STEP + _before(size % PERIOD, SHIFTS)
+    newest = own // PERIOD * STEP + bits_until(phase + 1, SHIFTS) - 1
+    total = size // PERIOD * STEP + bits_until(size % PERIOD, SHIFTS)
     base = start // PERIOD * STEP
     sums = gl.zeros((ROWS, WORDS, 16), gl.int32, OWN)
     for age in gl.static_range(MEMORY):

@@ -13,6 +13,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from tersor.ops.codebook_linear.kernels.arrival import ACROSS, arrive, digest
 from tersor.ops.codebook_linear.kernels.planes import multiply_planes, no_sums, take_codes, weigh_planes
 from tersor.ops.dispatch import kernel
+from tersor.ops.trellis_linear.kernels.across import bits_until
 from tersor.ops.trellis_product import shapes
 
 UNIT = gl.constexpr(shapes.UNIT)
@@ -39,18 +40,9 @@ def _shares(rows: int, warps: int):
 
 
 @gluon.jit
-def _bits_until(phase, SHIFTS: gl.constexpr):
-    # bits that have entered before a phase
-    total = phase * 0
-    for p in gl.static_range(len(SHIFTS)):
-        total += gl.where(phase > p, SHIFTS[p], 0)
-    return total
-
-
-@gluon.jit
 def _bits_of(size, SHIFTS: gl.constexpr, STEP: gl.constexpr):
     # bits of so many numbers from the beginning of a period
-    return size // len(SHIFTS) * STEP + _bits_until(size % len(SHIFTS), SHIFTS)
+    return size // len(SHIFTS) * STEP + bits_until(size % len(SHIFTS), SHIFTS)
 
 
 @gluon.constexpr_function
@@ -62,13 +54,13 @@ def _segments(length: int) -> int:
 @gluon.constexpr_function
 def _before(lengths: tuple[int, ...], number: int) -> int:
     """Return the segments of all matrices before one."""
-    return sum(max(1, round(length / shapes.SEGMENT)) for length in lengths[:number])
+    return sum([_segments(length) for length in lengths[:number]])
 
 
 @gluon.constexpr_function
 def _size(length: int) -> int:
     """Return the numbers of a segment, where all of a line have as many, else 0."""
-    count = max(1, round(length / shapes.SEGMENT))
+    count = _segments(length)
     return length // count if length % (shapes.UNIT * count) == 0 or count == 1 else 0
 
 
@@ -157,7 +149,7 @@ def _windows(taps, SHIFTS: gl.constexpr, STEP: gl.constexpr, MEMORY: gl.constexp
     phase = number % len(SHIFTS)
     inside = (age < MEMORY) & (number >= 0)
     tap = gl.load(taps + phase * MEMORY + age, inside, other=0.0)
-    place = number // len(SHIFTS) * STEP + _bits_until(phase + 1, SHIFTS) - 1 + HALO - age
+    place = number // len(SHIFTS) * STEP + bits_until(phase + 1, SHIFTS) - 1 + HALO - age
     return tap, gl.where(inside, place, 0)
 
 
