@@ -54,7 +54,8 @@ CODECS = [Case(key, value) for key, value in (("rot,lm2", "rot,lm2"), ("rot,lm3"
 SIGNS = [Case("rot,tr2x8", "rot,tr2x8"), Case("rot,lm2", "rot,tr2"), Case("rot,tr4x8", "rot,tr4x8"),
          Case("tr1.5x8", "ctr8,rot,tr2.5x8"), Case("ctr8,rot,tr2x8", "ctr,lm2"), Case("rot,tr2x8", "rot,lm2", 64),
          Case("rot,tr4x8", "rot,tr2.5x8", 64), Case("rot,tr2x8", "rot,tr2x8", group=1), Case("rot,lm2", "lm2", group=7),
-         Case("rot,tr2x8", "rot,tr2x8", queries=2), Case("lm2", "rot,tr2x8", blocks=1),
+         Case("rot,tr2x8", "rot,tr2x8", queries=2),
+         Case("rot,tr2x8", "rot,tr2x8", queries=8), Case("lm2", "rot,tr2x8", blocks=1),
          Case("rot,lm2", "lm2", blocks=2), Case("rot,tr2x8", "rot,tr2x8", dtype=torch.float16)]
 SHAPES = [Case(dim=64), Case("rot,lm4", "rot,lm3", 64), Case("fp8", "lm2", 64), Case(group=1), Case(group=8),
           Case(queries=8), Case("rot,lm4", "rot,lm4", queries=3), Case(blocks=1), Case(blocks=2, recent=1),
