@@ -23,7 +23,7 @@ from tersor.ops.kv_attention import (
     reference,
     takes_kernel,
 )
-from tersor.ops.kv_attention.shapes import SIGN_ROWS, division_of, refusal, table_words
+from tersor.ops.kv_attention.shapes import SIGN_ROWS, division_of, refusal, some_queries, table_words
 from tersor.registry import parse
 from tersor.testing import gaussian
 from tests.ops.devices import GPU, on_devices
@@ -256,6 +256,19 @@ def test_table_words_hold_the_levels() -> None:
     wide = torch.arange(16.0) - 7.5
     high, low = table_words(4, wide)[0].view(torch.uint8).reshape(2, 8)
     assert torch.equal(torch.stack([low, high], 1).reshape(-1).view(torch.float16), wide[8:].to(torch.float16))
+
+
+@pytest.mark.parametrize("kind", ["causal", "full", "mask"])
+@pytest.mark.parametrize("most", [1, 3])
+def test_some_queries_attend_as_among_all(kind: str, most: int) -> None:
+    """More queries than one launch takes go one part after the other."""
+    case = Case(queries=7, blocks=1, recent=9)
+    all_, asked = held(case, "cpu"), query(case, "cpu")
+    mask = gaussian((7, SINK + BLOCK + 16), 3)[None, None] > -1 if kind == "mask" else None
+    how = How(case.dim**-0.5, mask, causal=kind != "full")
+    parts = [reference.attention(*some_queries(asked, all_, how, slice(first, first + most)), torch.float64)
+             for first in range(0, 7, most)]
+    torch.testing.assert_close(torch.cat(parts, 2), reference.attention(asked, all_, how, torch.float64))
 
 
 def test_when_bits_lie_as_signs() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, TypeAlias
 
 import torch
@@ -26,6 +25,7 @@ from tersor.ops.kv_attention.shapes import (
     queries_at_once,
     sign_limits,
     signs_met,
+    some_queries,
 )
 from tersor.ops.kv_attention.signs import SET, WORD
 from tersor.ops.workspace import multiprocessors, workspace
@@ -43,7 +43,7 @@ def attention(query: Tensor, held: Held, how: How, counts: Tensor | None = None)
     signs, group = closed.keys.lying is not None, query.shape[1] // heads
     if signs and (most := queries_at_once(closed, group)) < query.shape[2]:
         assert counts is None
-        return torch.cat([attention(*_some(query, held, how, slice(first, first + most)))
+        return torch.cat([attention(*some_queries(query, held, how, slice(first, first + most)))
                           for first in range(0, query.shape[2], most)], 2)
     rows = group * query.shape[2]
     dense = held.sinks[0].shape[2] + held.recent[0].shape[2]
@@ -65,17 +65,6 @@ def attention(query: Tensor, held: Held, how: How, counts: Tensor | None = None)
             how.s_aux is not None, room, min(room, PARTS if count <= WIDEST else PARTS // 2), COLUMNS, num_warps=8,
             launch_pdl=True)
     return out.transpose(1, 2)
-
-
-def _some(query: Tensor, held: Held, how: How, which: slice) -> tuple[Tensor, Held, How]:
-    """Return some of the queries, and what they attend to."""
-    some = query[:, :, which]
-    if how.mask is not None:
-        return some, held, dataclasses.replace(how, mask=how.mask[:, :, which])
-    if how.causal:  # the last of them is the last token that they see
-        tokens = held.recent[0].shape[2] - max(0, query.shape[2] - which.stop)
-        held = dataclasses.replace(held, recent=(held.recent[0][:, :, :tokens], held.recent[1][:, :, :tokens]))
-    return some, held, how
 
 
 Work: TypeAlias = tuple[Division, Tensor, Tensor]

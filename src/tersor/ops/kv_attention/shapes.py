@@ -268,6 +268,17 @@ def queries_at_once(closed: Closed, group: int) -> int:
     return min(MOST_ROWS, MOST_SIGNS // signs_met(closed, 1) * SET) // group
 
 
+def some_queries(query: Tensor, held: Held, how: How, which: slice) -> tuple[Tensor, Held, How]:
+    """Return some of the queries, and what they attend to."""
+    some = query[:, :, which]
+    if how.mask is not None:
+        return some, held, dataclasses.replace(how, mask=how.mask[:, :, which])
+    if how.causal:  # the last of them is the last token that they see
+        tokens = held.recent[0].shape[2] - max(0, query.shape[2] - which.stop)
+        held = dataclasses.replace(held, recent=(held.recent[0][:, :, :tokens], held.recent[1][:, :, :tokens]))
+    return some, held, how
+
+
 def signs_met(closed: Closed, rows: int) -> int:
     """Return the signs of a token, of the side that has more, times groups of four of so many queries."""
     return max(way.signs for way in (closed.keys.lying, closed.values.lying) if way is not None) * -(-rows // SET)
