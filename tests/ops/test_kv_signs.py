@@ -66,7 +66,8 @@ def run(keys: Side, values: Side, query: Tensor, tokens: int) -> tuple[np.ndarra
 
 
 @pytest.mark.parametrize(("key", "value", "tokens"), [("lm2", "lm2", 64), ("rot,lm2", "rot,tr2x8", 320),
-                                                      ("rot,tr4x8", "rot,tr2.5x8", 192), ("tr1.5x8", "rot,lm2", 128)])
+                                                      ("rot,tr4x8", "rot,tr2.5x8", 192), ("tr1.5x8", "rot,lm2", 128),
+                                                      ("rot,tr3x9", "tr3x9", 128)])
 def test_parts(key: str, value: str, tokens: int) -> None:
     keys, values = side(key, tokens, 1, across=False), side(value, tokens, 2, across=True)
     query = gaussian((4 * HEADS, DIM), 3)[None, :, :]

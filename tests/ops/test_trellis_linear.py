@@ -15,7 +15,8 @@ from tersor.testing import gaussian
 from tests.ops.devices import DEVICES
 
 LINES = [Line(256, (2, 2), 12), Line(600, (2, 3), 12), Line(771, (3,), 9), Line(130, (2, 2, 1, 2), 12),
-         Line(700, (4, 4), 40), Line(64, (1, 2), 8)]
+         Line(700, (4, 4), 40), Line(64, (1, 2), 8), Line(64, (4,), 8), Line(128, (4,), 8), Line(128, (3,), 9),
+         Line(576, (4,), 12), Line(256, (4, 5), 12)]  # a few steps see a sign: of these Triton takes several at once
 LAST = 2.0**-23
 
 

@@ -48,17 +48,16 @@ def test_compensation_is_the_least_squares_solution(ridge: float, size: float) -
     weight = (ridge * float(hessian.diagonal().mean()) * 200) ** 0.5
     rows = torch.cat([y, weight * torch.eye(12, dtype=torch.float64)])
     expected = torch.linalg.lstsq(rows, torch.cat([x @ w.T, weight * w.T])).solution.T
-    step = expected - w  # which goes no further than is trusted
-    share = float((step @ hessian * step).sum() / (w @ hessian * w).sum())
+    share = float(((expected - w) @ hessian * (expected - w)).sum() / (w @ hessian * w).sum())
     assert (share > TRUST) == (size == 1.0)
-    expected = w + step * min(1.0, (TRUST / share) ** 0.5)
-    found = compensated(w.float(), ((x - y).T @ y / 200).float(), hessian.float(), ridge)
-    # float32, conditioned by (1 + ridge) / ridge times the spread of the moments' eigenvalues, below 100 here
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
-    near = (w + 0.1 * gaussian((5, 12), 3)).double()
-    expected = torch.linalg.lstsq(rows, torch.cat([x @ w.T, weight * near.T])).solution.T
-    found = compensated(w.float(), ((x - y).T @ y / 200).float(), hessian.float(), ridge, near.float())
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
+    moved = (w + 0.1 * gaussian((5, 12), 3)).double()
+    for start, near in ((w, None), (moved, moved.float())):
+        expected = torch.linalg.lstsq(rows, torch.cat([x @ w.T, weight * start.T])).solution.T
+        step = expected - start  # which goes no further than is trusted
+        share = float((step @ hessian * step).sum() / (w @ hessian * w).sum())
+        found = compensated(w.float(), ((x - y).T @ y / 200).float(), hessian.float(), ridge, near)
+        # float32, conditioned by (1 + ridge) / ridge times the spread of the moments' eigenvalues, below 100 here
+        torch.testing.assert_close(found.double(), start + step * min(1.0, (TRUST / share) ** 0.5), rtol=0, atol=1e-4)
     same = compensated(w.float(), torch.zeros(12, 12), hessian.float(), ridge)
     assert torch.equal(same, w.float())  # equal inputs need no other matrix
 

@@ -85,3 +85,14 @@ def test_bad_plans_are_refused(record: object, error: type[Exception]) -> None:
 def test_bad_sensitivities_are_refused(weights: dict[str, float]) -> None:
     with pytest.raises(CodecConfigError, match="sensitivit"):
         plan.check_weights(["a"], weights)
+
+
+def test_weights_are_tempered_an_element() -> None:
+    """Ratios an element become their roots, the sum stays; equal ones and none at all are as they were."""
+    found = plan.tempered({"a": 8.0, "b": 4.0, "c": 0.0}, {"a": 2, "b": 16, "c": 5})
+    assert found["c"] == 0.0
+    assert sum(found.values()) == pytest.approx(12.0)
+    assert (found["a"] / 2) / (found["b"] / 16) == pytest.approx((4.0 / 0.25) ** plan.TEMPER)
+    even = plan.tempered({"a": 1.0, "b": 8.0}, {"a": 2, "b": 16})
+    assert even == pytest.approx({"a": 1.0, "b": 8.0})
+    assert plan.tempered({"a": 0.0}, {"a": 3}) == {"a": 0.0}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-HOW = ("plain", "scales", "all")
-CASES_OF = {"fable-7m": (2.0, 3.0), "fable-22m": (2.0, 3.0)}
+HOW = ("plain", "scales", "all", "long")
+LONG = {"recover_passes": 8.0, "recover_tokens": 1_000_000}
+CASES_OF = {"fable-7m": (2.0, 3.0), "fable-22m": (2.0, 3.0), "smollm2-135m": (2.0, 3.0)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +19,8 @@ class RecoveryCase:
     rate : float
         Bits a parameter.
     how : str
-        `"plain"`: no recovery; `"scales"`: `tersor recover` of that; `"all"`: `tersor compress --recover`.
+        `"plain"`: no recovery; `"scales"`: `tersor recover` of that; `"all"`: `tersor compress --recover`;
+        `"long"`: the same with `LONG`, for a GPU.
     """
 
     model: str

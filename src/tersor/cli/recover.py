@@ -25,6 +25,11 @@ from tersor.cli.base import (
 from tersor.cli.funnel import existing
 from tersor.cli.telling import Bars
 
+Recover = Annotated[bool, typer.Option("--recover", help="train what is not encoded yet, then scales and norms")]
+RecoverPasses = Annotated[float, typer.Option(help="times that recovery reads its text")]
+TextTokens = Annotated[int, typer.Option(min=1, help="tokens that recovery reads of it, at most")]
+RecoverBlocks = Annotated[bool, typer.Option("--recover-blocks", help="as --recover, a block at a time: for models "
+                                                                      "that do not fit")]
 RecoverTokens = Annotated[int, typer.Option("--tokens", min=1, help="tokens of the text, at most")]
 
 

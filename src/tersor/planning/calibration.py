@@ -99,8 +99,8 @@ class ChangeSum:
 def compensated(matrix: Tensor, change: Tensor, hessian: Tensor, ridge: float, near: Tensor | None = None) -> Tensor:
     """Return the matrix that makes of inputs y what comes nearest to what `matrix` (out, in) makes of x, float32.
 
-    It minimizes `E‖W x - V y‖² + λ ‖V - U‖²` over V, λ being `ridge` times the mean square of an input y. From W it
-    goes no further than TRUST: `E‖(V - W) y‖²` is at most so much of `E‖W y‖²`.
+    It minimizes `E‖W x - V y‖² + λ ‖V - U‖²` over V, λ being `ridge` times the mean square of an input y. From U it
+    goes no further than TRUST: `E‖(V - U) y‖²` is at most so much of `E‖W y‖²`.
 
     Parameters
     ----------
@@ -115,8 +115,6 @@ def compensated(matrix: Tensor, change: Tensor, hessian: Tensor, ridge: float, n
     regular.diagonal().add_(ridge * float(regular.diagonal().mean(dtype=torch.float64)) or 1.0)
     factor = torch.linalg.cholesky(regular)
     step = torch.cholesky_solve(off.T, factor).T
-    if near is not None:
-        return start + step
     own = hessian.to(torch.float32)
     taken, whole = (float(((part @ own) * part).sum(dtype=torch.float64)) for part in (step, dense))
     return start + step * min(1.0, (TRUST * whole / taken) ** 0.5 if taken > 0.0 else 1.0)

@@ -18,6 +18,7 @@ _CELLS = 6e8  # work of the dynamic program: matrices x choices x budget units
 _UNITS = 200_000
 
 Plan: TypeAlias = Mapping[str, Codec]
+TEMPER = 0.5  # the power of a weight an element that a plan goes by; docs/log.md
 C = TypeVar("C")
 
 
@@ -151,6 +152,27 @@ def from_json(record: Any) -> dict[str, Codec]:
     if not isinstance(record, dict) or not all(isinstance(v, str) for v in record.values()):
         raise CodecConfigError("a plan must be a JSON object of matrix names and codec strings")
     return {name: parse(text) for name, text in record.items()}
+
+
+def tempered(weights: Mapping[str, float], elements: Mapping[str, int]) -> dict[str, float]:
+    """Return weights whose ratios, an element, are those given to the power `TEMPER`; their sum stays.
+
+    A weight is measured by small errors on little text. Errors of few bits are large, and what they cost grows more
+    slowly: plans that take weights at their word give too much to what seems to matter most, and starve the rest.
+
+    Parameters
+    ----------
+    weights : mapping of str to float
+        What a matrix's relative distortion costs, >= 0.
+    elements : mapping of str to int
+        Of the same matrices.
+    """
+    whole = sum(weights.values())
+    if not whole > 0:
+        return dict(weights)
+    made = {name: elements[name] * (weight / elements[name]) ** TEMPER for name, weight in weights.items()}
+    share = whole / sum(made.values())
+    return {name: share * weight for name, weight in made.items()}
 
 
 def check_weights(names: Sequence[str], weights: Mapping[str, float]) -> dict[str, float]:

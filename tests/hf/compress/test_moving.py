@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tersor import store
+from tersor.errors import ModelError
 from tersor.hf import compress_model
 from tersor.hf.compress import checkpoint
 from tersor.hf.compress.course import Course, RecoverSettings
@@ -23,8 +24,8 @@ from tersor.hf.models.matrices import Matrix
 from tersor.hf.models.source import Source, open_source
 from tersor.hf.models.streamed import Streamed
 from tersor.hf.recover import mover, training
-from tersor.hf.recover.mover import Mover
-from tersor.hf.recover.training import Training
+from tersor.hf.recover.mover import BlockMover, Mover, output_of
+from tersor.hf.recover.training import Training, distance
 from tersor.quality import measure
 from tests.hf.compress.killing import killed_after
 from tests.hf.tiny import save_tiny, save_tokenizer
@@ -92,12 +93,15 @@ def test_gradients_are_those_of_the_whole_model(name: str, tmp_path: Path) -> No
             text.through(stage, watch=False, keep=True)
 
 
-@pytest.mark.parametrize("name", ["llama_tied", *(pytest.param(name, marks=pytest.mark.slow)
-                                                  for name in ("llama", "gpt2", "mixtral"))])
-def test_weights_move_and_errors_are_the_sources(name: str, asked: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "blocks"), [
+    ("llama_tied", False), ("llama", True), *(pytest.param(name, blocks, marks=pytest.mark.slow) for name, blocks in (
+        ("llama", False), ("gpt2", False), ("mixtral", False), ("llama_tied", True), ("gpt2", True),
+        ("mixtral", True)))])
+def test_weights_move_and_errors_are_the_sources(name: str, blocks: bool, asked: dict[str, Any],
+                                                 tmp_path: Path) -> None:
     source = named(name, tmp_path / "model")
     size = source.nbytes // 4
-    report = compress_model(source.path, tmp_path / "out", size=size, **asked)
+    report = compress_model(source.path, tmp_path / "out", size=size, recover_blocks=blocks, **asked)
     opened, moves = store.read(tmp_path / "out"), report["recovery"]["moves"]
     assert store.stored_nbytes(tmp_path / "out") <= size
     assert all(phase["after"] <= phase["before"] for phase in moves)
@@ -133,12 +137,15 @@ def test_same_seed_same_bytes(threads: int, source: Source, asked: dict[str, Any
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
-@pytest.mark.parametrize(("where", "after", "damaged"), [
-    ("matrices", 3, True), *(pytest.param(*case, marks=pytest.mark.slow)
-                             for case in (("steps", 1, False), ("steps", 1, True), ("matrices", 3, False)))])
-def test_a_killed_run_goes_on(where: str, after: int, damaged: bool, source: Source, asked: dict[str, Any],
-                              tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("where", "after", "damaged", "blocks"), [
+    ("matrices", 3, True, False), ("matrices", 4, False, True), *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (("steps", 1, False, False), ("steps", 1, True, False), ("matrices", 3, False, False),
+                     ("steps", 1, False, True)))])
+def test_a_killed_run_goes_on(where: str, after: int, damaged: bool, blocks: bool, source: Source,
+                              asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the bytes of an unbroken one; where what it kept is damaged, it makes that again."""
+    asked = {**asked, "recover_blocks": blocks}
     compress_model(source.path, tmp_path / "whole", size=24_000, **asked)
     monkeypatch.setattr(checkpoint, "EVERY", 0.0)
     monkeypatch.setattr(checkpoint, "SHARE", 1e9)
@@ -154,6 +161,29 @@ def test_a_killed_run_goes_on(where: str, after: int, damaged: bool, source: Sou
         compress_model(source.path, tmp_path / "out", size=24_000, **asked)
     for file in FILES:
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def test_a_block_is_trained_by_what_it_returns(source: Source, tmp_path: Path) -> None:
+    """What it answers is what the block makes of the text; the loss is 0 where that is the original's."""
+    ids = torch.arange(24).reshape(2, 12)
+    model, text = streamed(source, ids)
+    for stage in range(len(model.blocks)):
+        own = [m for m in model.matrices(stage) if not model.looks_up(m)]
+        with BlockMover(text, stage, own, {}) as moved:
+            found = moved.answer(0, ids)
+            gradients = torch.autograd.grad(found.square().sum(), list(moved.leaves.values()))
+        assert all(bool(one.any()) for one in gradients)
+        text.through(stage, watch=False, keep=True)
+        wanted = output_of(text.given(0)[model.blocks[stage].list])
+        assert torch.equal(found, wanted)
+        assert float(distance(found.detach(), wanted)) == 0.0
+        assert float(distance(2 * wanted, wanted)) == pytest.approx(ids.numel())
+
+
+def test_blocks_are_trained_by_text_only(source: Source, asked: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="--recover-blocks"):
+        compress_model(source.path, tmp_path / "out", size=24_000, calibrated=False, recover_blocks=True, **asked)
+    assert not (tmp_path / "out").exists()
 
 
 def test_matrices_by_what_they_read() -> None:

@@ -29,10 +29,12 @@ CARD = "README.md"
 CARRIED = ("license", "license_name", "license_link", "pipeline_tag")  # of the base's front matter
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FRONT_MATTER = 65536  # characters of the base's card that are looked at
-SWITCHES = {"calibrated": "--uncalibrated", "whole": "--whole-model", "recover": "--recover"}
+SWITCHES = {"calibrated": "--uncalibrated", "whole": "--whole-model", "recover": "--recover",
+            "recover_blocks": "--recover-blocks"}
 FLAGS = {"calibration": "--calibration-text", "text": "--text", "evaluation_tokens": "--evaluation-tokens",
          "context": "--context", "effort": "--effort", "seed": "--seed", "device": "--device",
-         "base_model": "--base-model", "recover_passes": "--recover-passes"}
+         "base_model": "--base-model", "recover_passes": "--recover-passes",
+         "recover_tokens": "--recover-tokens"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,7 +267,9 @@ def _recovered(told: Mapping[str, Any] | None, matrices: Mapping[str, Any]) -> l
     """Return what a card says of recovery; nothing without one."""
     if told is None:
         return []
-    lines = [f"Scales, norms and biases were trained against the original, on {told['source']}."]
+    alone = bool(told.get("blocks"))
+    lines = [f"{'Weights' if alone else 'Scales, norms and biases'} were trained against the original, on "
+             f"{told['source']}{', a block at a time' if alone else ''}."]
     moved = sum("moved" in line for line in matrices.values())
     if moved:
         lines += [f"Before that, weights that were not encoded yet were trained: {moved:,} matrices were encoded as "

@@ -27,6 +27,7 @@ MOVE = 2048  # tokens of a step between encodings: of so many numbers, many shor
 LOOK = 8192  # tokens kept apart that are looked at before and after each training between encodings
 APART = 16  # one window in so many is kept apart
 LEAST = 8  # windows, of which one or more are kept apart
+TOKENS = 262144  # of a text, at most
 PASSES = 2.0  # times that a text is read to train what is stored as numbers
 MOVES = 3.0  # times that it is read between encodings
 END = 1 / 3  # of these, the times that it is read to train what is stored as numbers, after all is encoded
@@ -49,6 +50,9 @@ class RecoverSettings:
         Times that the text is read to train what is stored as numbers.
     moves : float
         Times that it is read between encodings, to train what is not encoded yet; 0: all is encoded already.
+    blocks : bool
+        A block is trained by what it returns, and nothing outside of it, also not at the end: one is resident at a
+        time.
     context : int
         Tokens of a window.
     heldout : Path or None
@@ -58,7 +62,7 @@ class RecoverSettings:
     """
 
     text: Path | None = None
-    tokens: int = 262144
+    tokens: int = TOKENS
     passes: float = PASSES
     context: int = 512
     seed: int = 0
@@ -67,6 +71,7 @@ class RecoverSettings:
     heldout: Path | None = None
     evaluation_tokens: int = 8192
     moves: float = 0.0
+    blocks: bool = False
 
     @property
     def read(self) -> Path:
@@ -76,11 +81,12 @@ class RecoverSettings:
     def record(self, source: Source) -> dict[str, Any]:
         """Return what a manifest says of the recovery; its length does not depend on what comes of it."""
         moves = {"moves": self.moves} if self.moves else {}
+        moves |= {"blocks": True} if self.blocks else {}
         return {RECORD: {"source": text_source(self.read), "tokens": self.tokens, "passes": self.passes, **moves,
                          "seed": self.seed, "vectors": vectors_of(source)}}
 
     def memory(self, elements: int) -> int:
-        """Return the bytes that the trainings of a model of so many elements hold, besides activations."""
+        """Return the bytes that trainings of so many elements, the model's or a block's, hold besides activations."""
         return (MOVING if self.moves else BYTES) * elements
 
     def forwards(self) -> float:
@@ -125,7 +131,8 @@ class Phase:
     stage, group : int
         The block, counted from 0, and its group of matrices that is encoded next.
     before, after : float
-        KL on the text kept apart, in nats a token; of the weights that there were, and of what is kept.
+        KL on the text kept apart, in nats a token, or by blocks the relative squared distance of what the block
+        returns; of the weights that there were, and of what is kept.
     """
 
     stage: int
@@ -184,5 +191,7 @@ class Course:
 
     def shares(self, stage: int, stages: int, groups: int) -> list[int]:
         """Return the steps of trainings before each group of a stage: all stages and groups get about as many."""
+        if stage >= stages:
+            return [0] * groups
         begin, end = (self.between.steps * at // stages for at in (stage, stage + 1))
         return [(end - begin) * (at + 1) // groups - (end - begin) * at // groups for at in range(groups)]

@@ -93,8 +93,9 @@ def _estimate(source: Source, rate: float | None, size: int | None, settings: Co
                              calibrated=settings.calibrated, workers=threads_allowed() if host else len(places),
                              copies=len(places))
     if training is not None:
-        carried = training.tokens * shapes.width * shapes.number
-        stages["recover"] = training.memory(source.elements) + 2 * min(HELD, carried)
+        carried, alone = training.tokens * shapes.width * shapes.number, training.blocks and shapes.blocks
+        stages["recover"] = (training.memory(shapes.block if alone else source.elements) + 2 * min(HELD, carried)
+                             + (stages["encode"] + min(HELD, carried) if alone else 0))
     beside = CONTEXT + WAITING * shapes.largest * shapes.number
     return {"bytes": request.budget, "bytes_original": source.original_nbytes, "least_bytes": least_bytes,
             "matrices": len(matrices), "peak_memory_bytes": memory() + (max(stages.values()) if host else beside),

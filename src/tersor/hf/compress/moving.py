@@ -2,6 +2,8 @@
 
 Before a group of matrices is encoded, all that is not encoded yet (this group, too) is trained by KL of logits against
 the original. So codes are made of weights that have moved. Errors in the report are still those against the source.
+
+By blocks only what is left of a block is trained, by what the original's block returns: one is resident at a time.
 """
 
 from __future__ import annotations
@@ -27,11 +29,12 @@ from tersor.hf.compress.survey import beside, outside_of
 from tersor.hf.compress.work import WorkFolder
 from tersor.hf.models.flow import Activations, Flow
 from tersor.hf.models.matrices import Matrix
-from tersor.hf.recover.mover import Mover
-from tersor.hf.recover.training import Moments, Training
+from tersor.hf.recover.mover import BlockMover, Mover, output_of
+from tersor.hf.recover.training import Moments, Teacher, Training, distance, divergence
 
 RIDGE = 3.0  # times the mean square of an input: what holds a matrix to what it has moved to; docs/log.md
 FOLDER = "moved"  # in the work folder: weights as they are at the entrance of a block
+READ = ("dense", "encoded", "lesson", "wanted")  # folders of activations
 
 
 class Tally:
@@ -81,7 +84,9 @@ class Moving:
         self._encoded = reading.streamed(like=self._original)
         self._last = len(self._encoded.blocks)
         self._dense, self._flow = reading.flow(self._original, "dense"), reading.flow(self._encoded, "encoded")
+        self._alone = course.settings.blocks
         self._text = Flow(self._encoded, course.lesson.batches, Activations(reading.folder / "lesson"))
+        self._wanted = Flow(self._original, course.lesson.batches, Activations(reading.folder / "wanted"))
         self._tables = [m for m in self._encoded.matrices(self._last) if self._encoded.looks_up(m)]
         self._mark = seal([desk.mark, course.mark])
         self._taken = 0  # steps of all phases before
@@ -92,27 +97,39 @@ class Moving:
         """Encode all; the course has what came of the trainings."""
         ends = outside_of(self._reading, beside(self._work / "survey.jsonl"))
         self._encode(self._tables, ends, None)
-        passed = Place(Checkpoint(self._work / "encode.part", self._mark), self._dense, self._flow, self._text)
+        passed = Place(Checkpoint(self._work / "encode.part", self._mark), *self._flows, *self._ahead)
         begin = self._taken_up(next((stage for stage in range(self._last) if not self._finished(stage)), self._last))
         at = passed.resume(begin)
         with contextlib.ExitStack() as stack:
-            for stage in range(begin, self._last):
+            for stage in range(begin, begin if self._alone else self._last):
                 stack.enter_context(self._encoded.resident(stage))
             self._restore(begin)
             for stage in range(at, self._last + 1):
                 self._reading.position[:] = stage, self._last
                 with self._original.resident(stage), self._encoded.resident(stage):
+                    for flow in self._ahead:
+                        flow.through(stage, watch=False, keep=True)
                     if stage >= begin:
                         self._save(stage)
                         self._work_on(stage)
                     else:
                         decode_into(self._encoded, self._desk, self._matrices(stage))
-                    for flow in (self._dense, self._flow, self._text):
+                    for flow in self._flows:
                         flow.through(stage, watch=False, keep=True)
                 passed.passed(stage)
         passed.drop()
-        for folder in (self._work / FOLDER, *(self._reading.folder / name for name in ("dense", "encoded", "lesson"))):
+        for folder in (self._work / FOLDER, *(self._reading.folder / name for name in READ)):
             shutil.rmtree(folder, ignore_errors=True)
+
+    @property
+    def _flows(self) -> tuple[Flow, ...]:
+        """What passes a stage once it is encoded."""
+        return self._dense, self._flow, self._text
+
+    @property
+    def _ahead(self) -> tuple[Flow, ...]:
+        """What passes a stage before it is worked on: what the original's blocks return is what theirs shall."""
+        return (self._wanted,) if self._alone else ()
 
     def _matrices(self, stage: int) -> list[Matrix]:
         return [m for m in self._encoded.matrices(stage) if m not in self._tables]
@@ -123,11 +140,12 @@ class Moving:
     def _work_on(self, stage: int) -> None:
         """Train and encode the matrices of a stage, group by group."""
         groups = self._groups(stage)
-        stages = self._last + bool(self._matrices(self._last))
+        stages = self._last + (not self._alone and bool(self._matrices(self._last)))
         shares = self._course.shares(stage, stages, len(groups))
         for number, (group, steps) in enumerate(zip(groups, shares, strict=True)):
             left = [m for later in groups[number:] for m in later]
-            left += [m for later in range(stage + 1, self._last + 1) for m in self._matrices(later)]
+            left += [m for later in range(stage + 1, stage + 1 if self._alone else self._last + 1)
+                     for m in self._matrices(later)]
             self._train(stage, number, [m for m in left if not self._encoded.hollow.parameter(m.parameter).is_meta],
                         steps)
             own, change = self._flow.beside(self._dense, stage, keep=False)
@@ -148,15 +166,23 @@ class Moving:
             return
         lesson = dataclasses.replace(self._course.between, steps=steps, begin=self._taken)
         saved = Checkpoint(self._work / "recover.part", seal([self._mark, stage, number]))
-        with Mover(self._text, stage, matrices, self._moved) as mover:
-            training = Training(mover, self._course.teacher, lesson, saved,
-                                lambda done: self._tell(self._taken + done), self._moments)
+        with (BlockMover if self._alone else Mover)(self._text, stage, matrices, self._moved) as mover:
+            training = Training(mover, self._teacher(stage), lesson, saved,
+                                lambda done: self._tell(self._taken + done), self._moments,
+                                loss=distance if self._alone else divergence)
             outcome = training.run()
         self._moved, self._moments = outcome.values, training.moments()
         saved.drop()
         self._taken += steps
         self._tell(self._taken)
         self._course.phases.append(Phase(stage, number, outcome.before, outcome.after))
+
+    def _teacher(self, stage: int) -> Teacher:
+        """Return what the original makes of a batch: logits, or what its block has returned."""
+        if not self._alone:
+            return self._course.teacher
+        listed = self._encoded.blocks[stage].list
+        return lambda batch: (output_of(self._wanted.given(batch)[listed]), False)
 
     def _encode(self, matrices: Sequence[Matrix], moments: Mapping[str, Tensor],
                 change: Mapping[str, Tensor] | None) -> None:

@@ -43,13 +43,23 @@ FLAGS = {"text": "--calibration-text", "tokens": "--tokens", "passes": "--passes
          "seed": "--seed", "device": "--device", "heldout": "--text", "evaluation_tokens": "--evaluation-tokens"}
 
 
-def check(source: Source, settings: RecoverSettings) -> None:
-    """Refuse before any work what would fail after it."""
+def check(source: Source, settings: RecoverSettings, block: int) -> None:
+    """Refuse before any work what would fail after it.
+
+    Parameters
+    ----------
+    block : int
+        Elements of the largest block.
+    """
     check_language_model(source.config, "recovery")
+    if settings.blocks and not settings.moves:
+        raise ModelError("a recovery by blocks makes up for what is encoded already, by calibration text; leave out "
+                         "--uncalibrated, or --recover-blocks")
     settings.lesson(source)
     if settings.device == "cpu":
-        check_memory(settings.memory(source.elements), "recovery, which holds a model and its gradients,",
-                     "give a machine with more, or compress without --recover")
+        check_memory(settings.memory(block if settings.blocks else source.elements),
+                     "recovery, which holds a model and its gradients,",
+                     "add --recover-blocks, give a machine with more, or compress without --recover")
 
 
 def check_codecs(source: Source, codecs: Sequence[Codec]) -> None:
@@ -133,6 +143,11 @@ def told(outcome: Outcome, phases: Sequence[Phase] = ()) -> dict[str, Any]:
             "taken": outcome.taken, "diverged": outcome.diverged, "history": [list(line) for line in outcome.history]}
 
 
+def told_of_blocks(phases: Sequence[Phase]) -> dict[str, Any]:
+    """Return what a report says of a recovery by blocks: relative squared distances of what blocks return."""
+    return {"moves": [dataclasses.asdict(phase) for phase in phases], "blocks": True}
+
+
 @exclusive("output")
 def recover_model(compressed: str | Path, output: str | Path, against: str | Path, *,
                   settings: RecoverSettings | None = None, progress: Progress = no_progress,
@@ -175,7 +190,7 @@ def recover_model(compressed: str | Path, output: str | Path, against: str | Pat
         if not made_from(opened.manifest["provenance"], source):
             raise VerificationError(f"{path} was not made from {source.path}: its manifest names a source of other "
                                     "bytes; give the model that it was made from")
-        check(source, chosen)
+        check(source, chosen, source.elements)
         if chosen.evaluation_tokens:
             read_ids(source, chosen.heldout or default_heldout(), chosen.context, chosen.evaluation_tokens)
     except TersorError:

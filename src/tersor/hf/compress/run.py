@@ -26,7 +26,7 @@ from tersor.families import DEFAULT, effort_of
 from tersor.files import exclusive, write_json
 from tersor.hf.compress import calibrate, card, encode, needs, plan, recover, survey
 from tersor.hf.compress.cluster import Cluster, check_engine
-from tersor.hf.compress.course import END, MOVES, Course, RecoverSettings
+from tersor.hf.compress.course import END, MOVES, TOKENS, Course, RecoverSettings
 from tersor.hf.compress.crew import Crew, Hands
 from tersor.hf.compress.method import check_options, first_rungs
 from tersor.hf.compress.reading import Reading, check_numbers
@@ -89,6 +89,10 @@ class CompressSettings(Texts):
         `recover_model`.
     recover_passes : float
         Times that recovery reads its text between encodings; a third as often at the end.
+    recover_tokens : int
+        Of the calibration text, at most, that recovery reads.
+    recover_blocks : bool
+        Train a block at a time, by what it returns: for models that do not fit. Nothing is trained once all is encoded.
     """
 
     method: str = DEFAULT
@@ -106,6 +110,8 @@ class CompressSettings(Texts):
     engine: str | None = None
     recover: bool = False
     recover_passes: float = MOVES
+    recover_tokens: int = TOKENS
+    recover_blocks: bool = False
 
     def changed(self) -> dict[str, Any]:
         """Return the fields that are not their defaults; of devices, the kind."""
@@ -136,8 +142,9 @@ class CompressSettings(Texts):
         """How what was compressed is trained, if it is to be."""
         if not self.recover:
             return None
-        return RecoverSettings(self.calibration, passes=END * self.recover_passes, context=self.context, seed=self.seed,
-                               device=self.device, moves=self.recover_passes if self.calibrated else 0.0)
+        moves = self.recover_passes if self.calibrated else 0.0
+        return RecoverSettings(self.calibration, self.recover_tokens, END * self.recover_passes, self.context,
+                               self.seed, self.device, moves=moves, blocks=self.recover_blocks)
 
 
 @exclusive("output")
@@ -227,8 +234,9 @@ def _check(source: Source, request: Request, settings: CompressSettings, work: W
     if settings.samples:
         check_language_model(source.config, "a sample")
     if settings.recovery is not None:
-        recover.check(source, settings.recovery)
-        recover.check_codecs(source, first_rungs(request))
+        recover.check(source, settings.recovery, shapes.block if shapes.blocks else source.elements)
+        if not settings.recover_blocks:
+            recover.check_codecs(source, first_rungs(request))
     source.tried.check()
     check_options(request)
     check_weights(list(source.layout.matrices), request.sensitivities)
@@ -275,7 +283,9 @@ def _stages(source: Source, request: Request, settings: CompressSettings, crew: 
                           course=None if reading is None else course)
     give_back()
     recovered: dict[str, Any] = {}
-    if course is not None:
+    if course is not None and course.settings.blocks:
+        recovered["recovery"] = recover.told_of_blocks(course.phases)
+    elif course is not None:
         recovered["recovery"] = recover.told(recover.improve(source, work, course, progress), course.phases)
         matrices = recover.remeasured(work / "output", source, matrices)
     nbytes = store.stored_nbytes(work / "output")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ from tersor.hf.models.matrices import Matrix
 from tersor.hf.models.source import Source, read_matrix
 from tersor.numerics.settings import pinned
 from tersor.planning.calibration import Calibration, hessian_of, shared
-from tersor.planning.plan import Choice, check_weights
+from tersor.planning.plan import Choice, check_weights, tempered
 from tersor.planning.trials import Trials
 from tersor.quality import measure
 
@@ -42,9 +43,10 @@ def run(source: Source, calibration: Calibration | None, request: Request, outpu
     """Encode every matrix with every rung near the budget; one JSON line a trial in `output`, resumed if there.
 
     The cost of a choice is its relative distortion times the matrix's weight: what the request says, else the Fisher
-    estimate of the KL, else the matrix's share of the elements. Surveys run without error feedback, which lowers all
-    rungs of a matrix by about the same factor, and large matrices are tried on evenly spaced rows only; but where one
-    of the rungs is spectral (low rank), neither shortcut is fair: all of them take every row, and feedback if wanted.
+    estimate of the KL, `tempered`, else the matrix's share of the elements. Surveys run without error feedback, which
+    lowers all rungs of a matrix by about the same factor, and large matrices are tried on evenly spaced rows only; but
+    where one of the rungs is spectral (low rank), neither shortcut is fair: all of them take every row, and feedback if
+    wanted.
 
     Parameters
     ----------
@@ -80,12 +82,11 @@ def run(source: Source, calibration: Calibration | None, request: Request, outpu
         _one_by_one(hands, wanted, known, progress)
     else:
         by_blocks(reading, calibration, output, lambda m: bool(missing(m.name)), Work(hands, known, tasks), progress)
-    choices: dict[str, list[Choice]] = {}
-    for name in matrices:
-        found = [(codec, known.find(name, codec.spec()) or {}) for codec in tried[name]]
-        choices[name] = [Choice(codec, line["nbytes"], line["distortion"] * given.get(name, line["weight"]))
-                         for codec, line in found]
-    return choices
+    found = {name: [(codec, known.find(name, codec.spec()) or {}) for codec in tried[name]] for name in matrices}
+    weights = tempered({name: lines[0][1]["weight"] for name, lines in found.items()},
+                       {name: math.prod(matrix.shape) for name, matrix in matrices.items()}) | given
+    return {name: [Choice(codec, line["nbytes"], line["distortion"] * weights[name]) for codec, line in lines]
+            for name, lines in found.items()}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

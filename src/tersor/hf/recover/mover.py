@@ -74,3 +74,16 @@ class Mover:
     def longest(self) -> dict[str, float]:
         """See `Pupil`."""
         return {name: size * RATE for name, size in sizes(self.values).items()}
+
+
+class BlockMover(Mover):
+    """What is not encoded yet of one block, which alone is resident: it is trained by what the block returns."""
+
+    def answer(self, batch: int, ids: Tensor) -> Tensor:
+        """See `Pupil`."""
+        return output_of(self._flow.streamed.step(self._stage, ids, self._flow.given(batch, self.device))[0])
+
+
+def output_of(leaves: Sequence[Tensor]) -> Tensor:
+    """Return the main one of what a block returns: the first that holds numbers, its hidden states."""
+    return next(leaf for leaf in leaves if leaf.is_floating_point())

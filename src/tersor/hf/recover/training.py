@@ -1,4 +1,4 @@
-"""Training the parts of a compressed model against its original: KL of their logits, by Adam, stopped early.
+"""Training the parts of a compressed model against its original, by Adam, stopped early: as a rule KL of their logits.
 
 Windows of a step are worked on by several threads, each with one thread of torch, and their gradients are added in the
 order of the windows: so the same seed gives the same parts however many threads there are.
@@ -66,7 +66,7 @@ class Teacher(Protocol):
     """What the original makes of batches of windows."""
 
     def __call__(self, batch: int) -> tuple[Tensor, bool]:
-        """Return the logits of a batch, and whether they are logits."""
+        """Return the logits of a batch, or what a block makes of it, and whether they are logits."""
         ...
 
 
@@ -176,6 +176,13 @@ class Outcome:
             self.values = {name: value.detach().clone() for name, value in values.items()}
 
 
+def distance(outputs: Tensor, original: Tensor) -> Tensor:
+    """Return the sum over positions of `‖original - ours‖² / ‖original‖²` of what a block returns, (..., width)."""
+    wanted = original.to(torch.float32)
+    off = (outputs.to(torch.float32) - wanted).square().sum(-1)
+    return (off / wanted.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)).sum()
+
+
 def divergence(logits: Tensor, original: Tensor) -> Tensor:
     """Return the sum over positions of `KL(original ‖ ours)` of logits (..., vocabulary), in nats."""
     ours = torch.log_softmax(logits.to(torch.float32).flatten(0, -2), -1)
@@ -196,11 +203,15 @@ class Training:
         Called with the steps that are done.
     moments : mapping or None
         What `moments` returned after a training of the same parts, or more, that this one goes on from.
+    loss : callable
+        Of what the student and the teacher make of a batch: a sum over its positions.
     """
 
     def __init__(self, student: Pupil, teacher: Teacher, lesson: Lesson, saved: Saved, tell: Callable[[int], None],
-                 moments: Mapping[str, Moments] | None = None) -> None:
+                 moments: Mapping[str, Moments] | None = None, *,
+                 loss: Callable[[Tensor, Tensor], Tensor] = divergence) -> None:
         self.student, self.teacher, self.lesson, self.saved, self._tell = student, teacher, lesson, saved, tell
+        self._measure = loss
         self.parts = {name: value.clone().requires_grad_(True) for name, value in student.values.items()}
         longest = student.longest()
         self._longest = [longest[name] for name in self.parts]
@@ -265,7 +276,7 @@ class Training:
             wanted = self.teacher(batch)[0]
         with torch.autocast(self.student.device.type, torch.bfloat16, enabled=halves(self.student.device)):
             found = self.student.answer(batch, self.lesson.batches[batch])
-        return divergence(found, wanted)
+        return self._measure(found, wanted)
 
     def _apart(self) -> float:
         """Return the mean KL a position on the text kept apart."""

@@ -12,7 +12,6 @@ from torch import Tensor
 
 WORD = 32
 RUN = 16  # tokens of a lane, one behind the other
-UNPROVEN = 3  # signs a number: on a GPU two ways to decode such codes disagree (docs/log.md), so kernels leave them
 MOST_SIGNS = 512  # of a token, times groups of four queries: sums are in registers
 SET = 4  # queries that share a product
 MOST_ROWS = 8  # that share a head's keys, in two products
@@ -38,7 +37,7 @@ def signs_of(bits: int, table: Tensor | None, maps: Tensor | None, dim: int) -> 
     parts = [table[1]] if bits == 1 else [(table[3] - table[2]) / 2, (table[3] + table[2]) / 2]
     every = torch.stack([lines * part for part in parts], 2).flatten(1, 2)
     count = every.shape[1]
-    return every.contiguous() if count % WORD == 0 and count <= MOST_SIGNS and count != UNPROVEN * dim else None
+    return every.contiguous() if count % WORD == 0 and count <= MOST_SIGNS else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from tersor.numerics.rotation import Rotation
-from tersor.ops.codebook_linear.launch.choose import multiply_into
+from tersor.ops.codebook_linear.launch.choose import decodes, multiply_into
 from tersor.ops.codebook_linear.launch.decoded import by_decoding
 from tersor.ops.codebook_linear.launch.one import multiply_one_into, vector_tiling
 from tersor.ops.codebook_linear.launch.operand import Around, Operand
-from tersor.ops.codebook_linear.shapes.limits import MOST_COLUMNS
 from tersor.ops.codebook_linear.shapes.one import known_form
 from tersor.payload.codes import mirrored
 
@@ -23,15 +22,15 @@ def sign_linear(vectors: Pair, packed: Pair, levels: Tensor, scales: Tensor, siz
     batch, rows, device = vectors[0].shape[0], scales.shape[0], vectors[0].device
     near = [x if x.stride(-1) == 1 else x.contiguous() for x in vectors]
     halves = levels[: sizes[0] // 2], levels[sizes[0] // 2 :]
+    operands = [_operand(x, codes, half, size)
+                for x, codes, half, size in zip(near, packed, halves, sizes, strict=True)]
     with torch.cuda.device(device):
-        if batch > MOST_COLUMNS:
+        if decodes(operands, scales, None, dtype):
             full = (mirrored(half, size) for half, size in zip(halves, sizes, strict=True))
             parts = [by_decoding(Operand(x, codes, table, size.bit_length() - 1), scales, None, x.shape[1])
                      for x, codes, table, size in zip(near, packed, full, sizes, strict=True)]
             return parts[0].to(torch.float32).add_(parts[1]).to(dtype)
         out = torch.empty(batch, rows, dtype=dtype, device=device)
-        operands = [_operand(x, codes, half, size)
-                    for x, codes, half, size in zip(near, packed, halves, sizes, strict=True)]
         multiply_into(out, operands, scales, None, max(x.shape[1] for x in near))
     return out
 

@@ -16,7 +16,7 @@ from tersor.ops.codebook_linear.launch.operand import Around, Operand
 from tersor.ops.codebook_linear.shapes.few import COLUMNS, Tiling
 from tersor.ops.codebook_linear.shapes.limits import MOST_COLUMNS
 from tersor.ops.codebook_linear.shapes.many import many_takes
-from tersor.ops.codebook_linear.shapes.one import known_form
+from tersor.ops.codebook_linear.shapes.one import VectorTiling, known_form
 
 
 def codebook_linear(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, zeros: Tensor | None, bits: int,
@@ -26,12 +26,29 @@ def codebook_linear(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, zer
     flat = x.reshape(-1, width)
     operand = Operand(flat if flat.stride(-1) == 1 else flat.contiguous(), codes, table, bits, known_form(bits, form))
     with torch.cuda.device(x.device):
-        if len(flat) > MOST_COLUMNS:
+        if decodes([operand], scales, zeros, x.dtype):
             out = by_decoding(operand, scales, zeros, group)
         else:
             out = torch.empty(len(flat), rows, dtype=x.dtype, device=x.device)
             multiply_into(out, [operand], scales, zeros, group)
     return out.reshape(*x.shape[:-1], rows)
+
+
+def decodes(operands: Sequence[Operand], scales: Tensor, zeros: Tensor | None, dtype: torch.dtype) -> bool:
+    """Tell whether rows are decoded for products (batch, rows) in `dtype`.
+
+    They are for many vectors; and for float32, unless the kernel for one vector takes it: those for few round numbers
+    and levels to half precision.
+    """
+    batch, rows = len(operands[0].x), scales.shape[0]
+    if batch > MOST_COLUMNS or dtype != torch.float32:
+        return batch > MOST_COLUMNS
+    return batch > 1 or _alone(operands, scales, zeros, rows) is None
+
+
+def _alone(operands: Sequence[Operand], scales: Tensor, zeros: Tensor | None, rows: int) -> VectorTiling | None:
+    """Return how the kernel for one vector divides a product, or None where it does not take it."""
+    return vector_tiling(operands, rows, rotated=False) if zeros is None and scales.numel() == rows else None
 
 
 def one_vector_linear(x: Tensor, codes: Sequence[Tensor], table: Tensor, scales: Sequence[Tensor], bits: int,
@@ -58,11 +75,10 @@ def one_vector_linear(x: Tensor, codes: Sequence[Tensor], table: Tensor, scales:
 def multiply_into(out: Tensor, operands: Sequence[Operand], scales: Tensor, zeros: Tensor | None, group: int,
                   tiling: Tiling | None = None) -> None:
     """Write into `out` (batch, rows) the sum over one or two operands of x Wᵀ; a scale a row where there are two."""
-    if tiling is None and len(out) == 1 and zeros is None and scales.numel() == out.shape[1]:
-        chosen = vector_tiling(operands, out.shape[1], rotated=False)
-        if chosen is not None:
-            multiply_one_into(out, operands, [scales], chosen, Around())
-            return
+    chosen = _alone(operands, scales, zeros, out.shape[1]) if tiling is None and len(out) == 1 else None
+    if chosen is not None:
+        multiply_one_into(out, operands, [scales], chosen, Around())
+        return
     if tiling is None and len(operands) == 1 and many_takes(len(out), operands[0].bits, operands[0].x.shape[1], group):
         multiply_many_into(out, operands[0], scales, zeros, group)
         return

@@ -77,7 +77,8 @@ def filtered(lines, taps, out, length, stream, units, count, UNIT: tl.constexpr,
     first = own // STEP * len(SHIFTS)
     for p in tl.static_range(len(SHIFTS) - 1):  # the number that the bit entered with
         first += tl.where(rest >= bits_until(p + 1 + rest * 0, SHIFTS), 1, 0)
-    later = tl.arange(0, AGES)[None, :]
+    # from the last to the first: of rising ones Triton 3.6 compares one in two with the end, and takes it for both
+    later = (AGES - 1 - tl.arange(0, AGES))[None, :]
     at = first[:, None] + later
     turned = at >= size[:, None]
     at = tl.where(turned, at - size[:, None], at)
