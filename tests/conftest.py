@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before it is imported: what no test asks for is asked for thrice, with pauses
 
 import pytest
 import torch
@@ -51,7 +54,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled model with two of its six layers; never damaged, so one serves all tests of a process."""
+    """The bundled model with two of its layers and an eighth of its words; never damaged, so one serves a process."""
     return shorten(tmp_path_factory.mktemp("short") / "model")
 
 
