@@ -41,10 +41,9 @@ pytestmark = pytest.mark.usefixtures("verified_here")
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Folder of a tiny random model of one layer, by architecture: what is asked here holds for any number."""
-    folder = tmp_path_factory.mktemp("pipeline")
-    fields = {"llama": {"num_hidden_layers": 1}, "gpt2": {"n_layer": 1}}
-    made = {name: save_tiny(name, folder / name, **changed) for name, changed in fields.items()}
-    return made.__getitem__
+    made = tmp_path_factory.mktemp("pipeline")
+    return {name: save_tiny(name, made / name, **{layers: 1})
+            for name, layers in (("llama", "num_hidden_layers"), ("gpt2", "n_layer"))}.__getitem__
 
 
 def copy_of(source: Path, to: Path) -> Path:
@@ -60,9 +59,7 @@ def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any])
 
 @pytest.mark.parametrize("method", ["rotated_scalar", "uniform", pytest.param("auto", marks=pytest.mark.slow)])
 def test_budget_is_met_from_below(method: str, tmp_path: Path) -> None:
-    """That of `auto` too, by the command in `tests/cli/test_cli.py`."""
-    size = 70_000
-    model = save_tiny("llama", tmp_path / "model")
+    size, model = 70_000, save_tiny("llama", tmp_path / "model")  # `auto`: tests/cli/test_cli.py
     report = compress_model(model, tmp_path / "out", size=size, **{**FAST, "method": method})
     on_disk = sum(f.stat().st_size for f in (tmp_path / "out").iterdir()
                   if f.suffix == ".safetensors" or f.name == "tersor.json")
@@ -143,7 +140,6 @@ def test_other_request_does_not_resume(tiny: Callable[[str], Path], tmp_path: Pa
 def test_efforts_are_told_and_never_mixed(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     """A run that goes on with another effort encodes all matrices anew; a survey is of no effort."""
     asked, model = {**FAST, "method": "trellis"}, tiny("llama")
-
     def interrupt(stage: str, done: int, total: int) -> None:
         if stage == "encode" and done > total // 2:
             raise KeyboardInterrupt
@@ -178,8 +174,6 @@ def test_edited_plan_is_encoded_as_edited(tiny: Callable[[str], Path], tmp_path:
     request = Request(36_000)
     choices = survey.run(source, None, request, tmp_path / "survey.jsonl")
     picks = plan.run(source, choices, request, {})
-    from tersor.registry import parse
-
     picks["lm_head.weight"] = parse("bf16")
     report = encode.run(encode.Job(source, picks, None, request, {}), WorkFolder(tmp_path / "out"))
     assert report["lm_head.weight"]["codec"] == "bf16"
