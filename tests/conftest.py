@@ -51,7 +51,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled model with two of its six layers; never damaged, so one serves all tests of a process."""
+    """The bundled model with two of its layers and an eighth of its words; never damaged, so one serves a process."""
     return shorten(tmp_path_factory.mktemp("short") / "model")
 
 

@@ -44,7 +44,7 @@ def test_every_contract_has_a_violation() -> None:
 
 @pytest.mark.parametrize(("contract", "place", "imported"), VIOLATIONS)
 def test_a_violation_is_caught(contract: str, place: str, imported: str | None, tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "src", tmp_path / "src")
+    shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     file = tmp_path / "src" / "tersor" / place
     text = file.read_text() if imported else '"""New."""\n'

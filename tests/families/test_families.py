@@ -121,8 +121,8 @@ def test_least_is_reachable_in_floating_point(height: int, width: int) -> None:
     assert _budget(Scalar(2).rate((height, width)), (height, width)) == nbytes
 
 
-MATRICES = {"gaussian": gaussian((210, 192)), "student": student_t3((210, 192)), "outliers": outliers((210, 192)),
-            "offset": gaussian((210, 192)).abs() + 3}
+MATRICES = {"gaussian": gaussian((105, 192)), "student": student_t3((105, 192)), "outliers": outliers((105, 192)),
+            "offset": gaussian((105, 192)).abs() + 3}
 
 
 @pytest.mark.parametrize("kind", list(MATRICES))
@@ -187,7 +187,7 @@ def test_published_presets_are_families_that_auto_leaves_out() -> None:
 
 
 def test_qet_plus_beats_every_published_preset() -> None:
-    matrix = gaussian((1024, 128), 4)
+    matrix = gaussian((512, 128), 4)
     for rate in (2.5, 4.0, 6.0):
         ours = measure(matrix, tersor.compress(matrix, rate=rate, codec="qet_plus"))
         for name in ("pq", "qet_vanilla", "qet"):

@@ -71,10 +71,13 @@ def admitted(text: str, name: str) -> Specimen:
 
 
 APART = ("scale", "gradient", "store")  # on fewer matrices, below
-CASES = [(text, name) for text in CODECS for name in MATRICES]
+FIRST = {cls.examples[0] for cls in BUILT_IN}  # a class's first example meets all matrices, its others the kinds below
+KINDS = ("1x1", "1xn", "ragged", "even", "constant", "fp64", "huge", "tiny")
+CASES = [(text, name) for text in CODECS for name in MATRICES if text in FIRST or name in KINDS]
+OTHERS = [(text, name) for text in CODECS for name in MATRICES if (text, name) not in CASES]
 
 
-@pytest.mark.parametrize(("text", "name"), CASES)
+@pytest.mark.parametrize(("text", "name"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS)])
 def test_laws(text: str, name: str) -> None:
     codec, matrix = parse(text), MATRICES[name]
     refused = refusal(codec, matrix)
@@ -102,7 +105,7 @@ def test_all_decode_in_a_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tersor.store.manifest.SHARD_BYTES", 30_000)
     encoded = {f"{text}.{name}": specimen(text, name).encoded for text, name in CASES
                if not refusal(parse(text), MATRICES[name])}
-    assert len(encoded) > 0.8 * len(CODECS) * len(MATRICES)
+    assert len(encoded) > 0.8 * len(CASES)
     check_fresh_process(encoded)
 
 
@@ -153,11 +156,10 @@ def test_the_small_end_of_float32(text: str) -> None:
 @pytest.mark.parametrize("text", CODECS)
 def test_shannon_guard(text: str) -> None:
     """On white Gaussian noise no honest codec beats D(R) = 4^-R: more is a lie about bytes."""
-    codec = parse(text)
-    found = [measure(matrix, encode(codec, matrix)) for matrix in (gaussian((96, 192), seed) for seed in range(3))]
-    mean = sum(quality.sqnr for quality in found) / len(found)
-    if math.isfinite(mean):
-        assert mean <= DB_PER_BIT * codec.rate((96, 192))
+    codec, matrix = parse(text), gaussian((96, 192))
+    found = measure(matrix, encode(codec, matrix)).sqnr
+    if math.isfinite(found):
+        assert found <= DB_PER_BIT * codec.rate((96, 192))
     else:  # an exact copy of 24-bit significands
         assert codec.rate((96, 192)) >= 32
 

@@ -16,7 +16,7 @@ from tersor.testing import gaussian
 from tersor.vectors import Index
 from tersor.vectors.trial import exact, recall
 
-DIM, COUNT, QUERIES, K = 32, 3000, 500, 10
+DIM, COUNT, QUERIES, K = 32, 1500, 500, 10
 MOST = 0.01  # that recall may change by: 50 of 5,000 neighbours
 SHIFT = 3.0  # standard deviations
 WRITERS, READERS, BATCH = 4, 8, 20

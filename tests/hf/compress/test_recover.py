@@ -14,7 +14,7 @@ from tersor import store
 from tersor.cli import app
 from tersor.errors import CodecConfigError, CorruptStoreError, ModelError, RecoveryWarning, VerificationError
 from tersor.hf import compress_model
-from tersor.hf.compress import checkpoint, run
+from tersor.hf.compress import checkpoint, recover, run
 from tersor.hf.compress.recover import RecoverSettings, recover_model
 from tersor.hf.compress.request import Sampling
 from tersor.hf.compress.verify import verify
@@ -50,6 +50,15 @@ def packed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def recovered(source: Path, packed: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A recovered model and its report, of which tests only read."""
+    out = tmp_path_factory.mktemp("recovered") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recover, "verify_in_fresh_process", lambda *_: None)
+        return out, recover_model(packed, out, source, **SMALL)
+
+
 def payload(path: Path) -> dict[str, Tensor]:
     opened = store.read(path)
     held = {f"{name}/{key}": tensor for name in opened.matrix_names()
@@ -57,35 +66,39 @@ def payload(path: Path) -> dict[str, Tensor]:
     return held | {name: opened.plain(name) for name in opened.plain_names()}
 
 
-def test_parts_change_and_nothing_else(source: Path, packed: Path, tmp_path: Path) -> None:
-    report = recover_model(packed, tmp_path / "out", source, **SMALL)
-    before, after = payload(packed), payload(tmp_path / "out")
+def test_parts_change_and_nothing_else(source: Path, packed: Path, recovered: tuple[Path, dict[str, Any]],
+                                       tmp_path: Path) -> None:
+    out, report = recovered
+    before, after = payload(packed), payload(out)
     assert {name: (t.shape, t.dtype) for name, t in before.items()} == {
         name: (t.shape, t.dtype) for name, t in after.items()}
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed
     assert all(name.endswith("/scales") or "norm" in name for name in changed)
     assert report["recovery"]["kl_after"] < report["recovery"]["kl_before"]
-    told = verify(tmp_path / "out", open_source(source, tmp_path / "unused"))
-    assert told["bytes"] == report["summary"]["bytes"] == store.stored_nbytes(tmp_path / "out")
-    assert not (tmp_path / "out.work").exists()
+    told = verify(out, open_source(source, tmp_path / "unused"))
+    assert told["bytes"] == report["summary"]["bytes"] == store.stored_nbytes(out)
+    assert not out.with_name("out.work").exists()
 
 
-def test_the_loaded_model_is_what_was_trained(source: Path, packed: Path, tmp_path: Path) -> None:
-    recover_model(packed, tmp_path / "out", source, **SMALL)
-    opened, ids = store.read(tmp_path / "out"), torch.arange(32)[None]
+def test_the_loaded_model_is_what_was_trained(source: Path, recovered: tuple[Path, dict[str, Any]],
+                                              tmp_path: Path) -> None:
+    out, _ = recovered
+    opened, ids = store.read(out), torch.arange(32)[None]
     student = Student(opened, open_source(source, tmp_path / "unused"))
-    loaded = load_compressed(tmp_path / "out")
+    loaded = load_compressed(out)
     with torch.no_grad():
         expected, found = student.outputs(ids), loaded(ids).logits
     assert float((found - expected).norm()) <= 1e-4 * float(expected.norm())
     stored = student.stored(student.values)
-    held = payload(tmp_path / "out")
+    held = payload(out)
     assert all(torch.equal(stored[name], held[name]) for name in stored)
 
 
-@pytest.mark.parametrize("method", ["rot,lm2", "rows8(rot,lm3;rot,sym16)"])
-@pytest.mark.parametrize("name", ["gpt2", "llama_tied", "mixtral"])
+@pytest.mark.parametrize(("name", "method"), [
+    ("gpt2", "rows8(rot,lm3;rot,sym16)"), ("llama_tied", "rows8(rot,lm3;rot,sym16)"), ("mixtral", "rot,lm2"),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("gpt2", "rot,lm2"), ("llama_tied", "rot,lm2"), ("mixtral", "rows8(rot,lm3;rot,sym16)")))])
 def test_gradients_are_those_of_the_decoded_model(name: str, method: str, tmp_path: Path) -> None:
     """Against differences of the loss in float64, each part moved alone along its gradient."""
     folder = named(name, tmp_path / "model")
@@ -118,9 +131,9 @@ def test_divergence_is_kl() -> None:
     assert float(divergence(q.log() + 3, p.log() - 1)) == pytest.approx(0.5 * 0.6931472 - 0.25 * 0.6931472)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_same_seed_same_bytes(threads: int, source: Path, packed: Path, tmp_path: Path) -> None:
-    recover_model(packed, tmp_path / "one", source, **SMALL)
+@pytest.mark.parametrize("threads", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_same_seed_same_bytes(threads: int, source: Path, packed: Path, recovered: tuple[Path, dict[str, Any]],
+                              tmp_path: Path) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     state = torch.random.get_rng_state()
@@ -130,10 +143,10 @@ def test_same_seed_same_bytes(threads: int, source: Path, packed: Path, tmp_path
         torch.set_num_threads(before)
     assert torch.equal(state, torch.random.get_rng_state())
     for file in ("model.safetensors", "tersor.json"):
-        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+        assert (recovered[0] / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
-@pytest.mark.parametrize("after", [1, 2, 5])
+@pytest.mark.parametrize("after", [2, *(pytest.param(after, marks=pytest.mark.slow) for after in (1, 5))])
 def test_a_killed_run_goes_on(after: int, source: Path, packed: Path, tmp_path: Path,
                               monkeypatch: pytest.MonkeyPatch) -> None:
     more = {**SMALL, "passes": 24}
@@ -255,12 +268,11 @@ def test_on_a_gpu(source: Path, packed: Path, tmp_path: Path) -> None:
     assert (tmp_path / "one" / "tersor.json").read_bytes() == (tmp_path / "two" / "tersor.json").read_bytes()
 
 
-def test_forged_vectors(source: Path, packed: Path, tmp_path: Path) -> None:
+def test_forged_vectors(source: Path, recovered: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     """A manifest cannot exempt what recovery never trains from being compared with the source."""
-    recover_model(packed, tmp_path / "out", source, **SMALL)
     for vectors in ("all", ["model.embed_tokens.weight"], [["model.norm.weight"]]):
         shutil.rmtree(tmp_path / "forged", ignore_errors=True)
-        forged = resigned(shutil.copytree(tmp_path / "out", tmp_path / "forged"),
+        forged = resigned(shutil.copytree(recovered[0], tmp_path / "forged"),
                           lambda manifest, vectors=vectors: manifest["provenance"]["recovery"].update(vectors=vectors))
         with pytest.raises(CorruptStoreError, match="recovery must name vectors"):
             verify(forged, open_source(source, tmp_path / "unused"))

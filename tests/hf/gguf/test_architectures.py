@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text"])
 def test_a_dense_file_is_the_model(kind: str, tmp_path: Path) -> None:
     folder = save(kind, tmp_path / "src", torch.float32)
-    write_gguf(folder, tmp_path / "m.gguf", 64, calibrated=False, evaluation_tokens=0)
+    write_gguf(folder, tmp_path / "m.gguf", 64, calibrated=False, evaluation_tokens=0, types=("Q8_0",))
     expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
     found = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32).state_dict()
     assert set(found) == set(expected)
@@ -31,7 +31,7 @@ def test_a_dense_file_is_the_model(kind: str, tmp_path: Path) -> None:
 
 def test_a_tokenizer_goes_along(tmp_path: Path) -> None:
     folder = save("llama", tmp_path / "src")
-    write_gguf(folder, tmp_path / "m.gguf", 64, calibrated=False, evaluation_tokens=0)
+    write_gguf(folder, tmp_path / "m.gguf", 64, calibrated=False, evaluation_tokens=0, types=("Q8_0",))
     text = "the thin thread, 123 übers <|end|> t h"
     found = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
     assert found(text)["input_ids"] == AutoTokenizer.from_pretrained(folder)(text)["input_ids"]

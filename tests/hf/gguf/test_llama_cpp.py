@@ -19,11 +19,15 @@ KL = 2e-3  # llama.cpp rounds activations to 8 bits
 PROMPTS, LENGTH = 12, 24
 
 
-@pytest.mark.parametrize("rate", [3.4, 5, 64])
-def test_the_server_answers_with_the_chances_of_the_decoded_model(rate: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("rate", "types"), [(3.4, ("IQ3_XXS", "IQ3_S")), (64, ("Q8_0",)),
+                                             (5, ("IQ4_XS", "Q4_K", "Q5_K"))])
+def test_the_server_answers_with_the_chances_of_the_decoded_model(rate: float, types: tuple[str, ...],
+                                                                  tmp_path: Path) -> None:
+    """At three rates, of the types that are chosen there from all: each is tried in the survey, and costs its time."""
     xllamacpp = pytest.importorskip("xllamacpp")
     folder = save("llama", tmp_path / "src", torch.float32, intermediate_size=512)
-    write_gguf(folder, tmp_path / "m.gguf", rate, calibrated=False, evaluation_tokens=0, effort="fast")
+    write_gguf(folder, tmp_path / "m.gguf", rate, calibrated=False, evaluation_tokens=0, effort="fast",
+               types=types)
     prompts = [[(number * 7 + 11 * one) % 256 for number in range(LENGTH)] for one in range(PROMPTS)]
     model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32).eval()
     with torch.no_grad():

@@ -26,6 +26,7 @@ from tests.hf.tiny import load_original, save_tiny, save_tokenizer
 
 QUICK = {"sampling": Sampling(1024, 256, context=64), "evaluation_tokens": 256, "context": 64, "effort": "fast"}
 PLAIN = {"calibrated": False, "evaluation_tokens": 0, "effort": "fast"}
+FEW = {**PLAIN, "schemes": ("w4g32", "w5c", "w6*")}  # a survey tries each on every matrix
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,7 @@ def test_a_size_counts_everything(folder: Path, tmp_path: Path) -> None:
 def test_families_load_in_stock_transformers(name: str, packs: int, tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
     folder = save_tiny(name, tmp_path / "src", torch.bfloat16)
-    report = write_packed(folder, tmp_path / "out", linears=5, **PLAIN)
+    report = write_packed(folder, tmp_path / "out", linears=6, **FEW)
     assert len(report["matrices"]) == packs
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     ids = torch.arange(64)[None]
@@ -116,10 +117,10 @@ def test_families_load_in_stock_transformers(name: str, packs: int, tmp_path: Pa
 
 def test_a_head_is_packed_where_asked(tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "src", torch.float16)
-    report = write_packed(folder, tmp_path / "a", linears=4.5, head=True, **PLAIN)
+    report = write_packed(folder, tmp_path / "a", linears=6, head=True, **FEW)
     assert "lm_head.weight" in report["matrices"]
     assert load_file(tmp_path / "a" / "model.safetensors")["lm_head.weight_scale"].dtype == torch.float16
-    report = write_packed(folder, tmp_path / "b", linears=4.5, **PLAIN)
+    report = write_packed(folder, tmp_path / "b", linears=6, **FEW)
     assert "lm_head.weight" in report["left_dense"]
     config = json.loads((tmp_path / "b" / "config.json").read_text())
     assert config["quantization_config"]["ignore"] == ["lm_head"]
@@ -237,5 +238,5 @@ def test_packed_checkpoints_are_read_as_sources(packed: tuple[Path, Mapping[str,
     for name, matrix in exact(out).items():
         assert torch.equal(source.tensor(name), matrix.to(torch.bfloat16))
         assert Scheme.parse(report["matrices"][name]["scheme"]).takes(matrix.shape[1])
-    again = write_packed(out, tmp_path / "again", linears=6, **PLAIN)
+    again = write_packed(out, tmp_path / "again", linears=6, **FEW)
     assert again["summary"]["rate_packed"] <= 6

@@ -54,7 +54,7 @@ def test_layers_are_one_graph(codec: str, tiny: Callable[[str], Path], tmp_path:
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("codec", TABLES)
+@pytest.mark.parametrize("codec", ["rot,lm4", *(pytest.param(text, marks=pytest.mark.slow) for text in TABLES[1:])])
 def test_a_model_is_one_graph(codec: str, tiny: Callable[[str], Path], tmp_path: Path) -> None:
     model = compressed(codec, tiny("llama"), tmp_path)
     with torch.no_grad():
