@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -38,7 +39,8 @@ def encode(scheme: Scheme, matrix: Tensor, metric: Metric | None, effort: Effort
 
     def whole() -> State:
         states = [part(rows) for rows in matrix.split(max(1, PART // matrix.shape[1]))]
-        found = State(*(torch.cat([getattr(state, name) for state in states]) for name in ("levels", "scales", "zeros")))
+        found = State(*(torch.cat([getattr(state, field.name) for state in states])
+                        for field in dataclasses.fields(State)))
         if metric is None or sides is None or not effort.across:
             return found
         return sided(scheme, matrix, found, metric.whole, sides, effort.across)

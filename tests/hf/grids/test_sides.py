@@ -35,17 +35,15 @@ def by_autograd(reading: Reading) -> dict[str, Tensor]:
                if isinstance(module, torch.nn.Linear) and name.startswith("model.layers")}
     model.get_input_embeddings().weight.requires_grad_()
     found = dict[str, Tensor]()
+    outputs = dict[str, Tensor]()
+    for name, module in linears.items():
+        module.register_forward_hook(lambda module, given, out, name=name: outputs.update({name: out}))
     for sequence in reading.sequences:
-        outputs = dict[str, Tensor]()
-        hooks = [module.register_forward_hook(lambda module, given, out, name=name: outputs.update({name: out}))
-                 for name, module in linears.items()]
         logits = model(sequence[None]).logits
         gradients = torch.autograd.grad(logits, list(outputs.values()), score(logits, generator))
         for name, gradient in zip(outputs, gradients, strict=True):
             rows = gradient.flatten(0, 1)
             found[name] = found.get(name, 0) + rows.T @ rows / reading.tokens
-        for hook in hooks:
-            hook.remove()
     return found
 
 
