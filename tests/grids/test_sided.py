@@ -63,9 +63,9 @@ def test_rows_that_do_not_meet_are_chosen_as_before() -> None:
 def test_blocks_of_rows_without_gradients_stay() -> None:
     scheme = Scheme.parse("w3g32")
     target, metric, state = begun(scheme)
-    found = sided(scheme, target, state, metric.whole, [torch.zeros(32, 32), moments(64, 5)], 1)
-    assert torch.equal(found.levels[:32], state.levels[:32])
-    assert not torch.equal(found.levels[32:], state.levels[32:])
+    found = sided(scheme, target, state, metric.whole, [moments(64, 5), torch.zeros(32, 32)], 1)
+    assert torch.equal(found.levels[64:], state.levels[64:])
+    assert not torch.equal(found.levels[:64], state.levels[:64])
 
 
 def test_blocks_cover_all_rows() -> None:

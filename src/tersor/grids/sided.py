@@ -37,46 +37,57 @@ def sided(scheme: Scheme, target: Tensor, state: State, whole: Tensor, sides: Se
     whole : Tensor
         (w, w): H, damped.
     sides : sequence of Tensor
-        The blocks of G, (r, r) each.
+        The blocks of G, (r, r) each; the last may be smaller.
     """
-    found, start = [], 0
-    for side in sides:
-        rows = slice(start, start + len(side))
-        part = State(state.levels[rows], state.scales[rows], state.zeros[rows])
-        mean = float(side.diagonal().mean(dtype=torch.float64))
-        if mean > 0.0:
-            damped = side.to(torch.float32) / mean
-            damped.diagonal().add_(DAMPING)
-            for _ in range(sweeps):
-                part = _swept(scheme, target[rows].to(torch.float32), part, whole, damped)
-        found.append(part.levels)
-        start += len(side)
-    return dataclasses.replace(state, levels=torch.cat(found))
+    size = len(sides[0])
+    spare = len(sides) * size - len(target)  # rows that fill the last block; they have no pull, so they never move
+
+    def laid(numbers: Tensor) -> Tensor:
+        """Return numbers of rows (n, k) as (k, b, r)."""
+        wide = torch.nn.functional.pad(numbers.to(torch.float32), (0, 0, 0, spare))
+        return wide.T.reshape(-1, len(sides), size).contiguous()
+
+    levels, steps = laid(state.levels), laid(state.scales)
+    aim = laid(target - dataclasses.replace(state, levels=torch.zeros_like(state.levels)).values())
+    damped = torch.stack([_damped(side, size) for side in sides])
+    for _ in range(sweeps):
+        _sweep(scheme, levels, (aim, steps), whole, damped)
+    found = levels.flatten(1)[:, : len(target)].to(torch.int8).T.contiguous()
+    return dataclasses.replace(state, levels=found)
 
 
-def _swept(scheme: Scheme, target: Tensor, state: State, whole: Tensor, side: Tensor) -> State:
-    """Return the levels after each column, from left to right, was chosen anew class by class."""
-    pull = (side @ ((target - state.values()) @ whole)).T.contiguous()  # half of what the cost falls by, (w, n)
-    steps = state.scales.T.contiguous()
-    size = target.shape[1] // len(steps)
-    levels = state.levels.T.to(torch.float32).contiguous()
-    classes = [torch.arange(first, len(side), CLASSES, device=side.device) for first in range(CLASSES)]
-    parts = [(rows, side[:, rows].contiguous()) for rows in classes if len(rows)]
+def _damped(side: Tensor, size: int) -> Tensor:
+    """Return a block of G, scaled and damped; zeros, by which no row moves, where it has none."""
+    mean, found = float(side.diagonal().mean(dtype=torch.float64)), torch.zeros(size, size, device=side.device)
+    if mean > 0.0:
+        own = found[: len(side), : len(side)]
+        own += side.to(torch.float32) / mean
+        own.diagonal().add_(DAMPING)
+    return found
+
+
+def _sweep(scheme: Scheme, levels: Tensor, given: tuple[Tensor, Tensor], whole: Tensor, sides: Tensor) -> None:
+    """Choose the levels (w, b, r) of b blocks of rows anew, column by column and class by class; no step waits."""
+    aim, steps = given
+    group = len(aim) // len(steps)
+    error = aim - levels * steps.repeat_interleave(group, 0)
+    pull = torch.einsum("bij,cbj->cbi", sides, (whole @ error.flatten(1)).reshape(error.shape)).contiguous()
+    parts = [(slice(first, None, CLASSES), sides[:, :, first::CLASSES].contiguous())
+             for first in range(min(CLASSES, sides.shape[1]))]
+    over, own, costs = inverse(steps), inverse(sides.diagonal(dim1=1, dim2=2)), inverse(whole.diagonal())
     for start in range(0, len(pull), BLOCK):
         stop = min(start + BLOCK, len(pull))
-        moved = torch.zeros(stop - start, pull.shape[1], device=pull.device)
+        moved = torch.empty(stop - start, *pull.shape[1:], device=pull.device)
         for column in range(start, stop):
-            own, step = whole[column, column], steps[column // size]
-            now, held = pull[column].clone(), levels[column]
-            over = inverse(step) / (side.diagonal() * own)
+            now, held, step = pull[column].clone(), levels[column], steps[column // group]
+            share = over[column // group] * own * costs[column]
             for rows, part in parts:
-                level = nearest(scheme, held[rows] + now[rows] * over[rows])
-                change = (level - held[rows]) * step[rows]
-                bent = own * (part @ change)
-                if bool(2 * (change @ now[rows]) > change @ bent[rows]):
-                    held[rows] = level
-                    now -= bent
-                    moved[column - start] += bent / own
-            pull[column + 1 : stop].addr_(whole[column + 1 : stop, column], moved[column - start], alpha=-1)
-        pull[stop:].addmm_(whole[stop:, start:stop], moved, alpha=-1)
-    return dataclasses.replace(state, levels=levels.to(torch.int8).T.contiguous())
+                level = nearest(scheme, held[:, rows] + now[:, rows] * share[:, rows])
+                change = (level - held[:, rows]) * step[:, rows]
+                bent = whole[column, column] * torch.bmm(part, change[..., None])[..., 0]
+                taken = (2 * (change * now[:, rows]).sum(1) > (change * bent[:, rows]).sum(1))[:, None]
+                held[:, rows] = torch.where(taken, level, held[:, rows])
+                now -= torch.where(taken, bent, 0.0)
+            moved[column - start] = (pull[column] - now) * costs[column]
+            pull[column + 1 : stop] -= whole[column + 1 : stop, column, None, None] * moved[column - start]
+        pull[stop:].flatten(1).addmm_(whole[stop:, start:stop], moved.flatten(1), alpha=-1)
