@@ -111,7 +111,13 @@ class Sides:
 
 
 def measured(reading: Reading, traces: Path, folder: Path, progress: Progress) -> tuple[Calibration, Sides]:
-    """Measure sensitivities and, in the same pass, the moments of gradients; what is there already is taken."""
+    """Measure sensitivities and, in the same pass, the moments of gradients; what is there already is taken.
+
+    Raises
+    ------
+    CorruptStoreError
+        If a file of moments was damaged while others were made; the next run makes all of them again.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     sampling = reading.sampling
     wanted = max(sampling.fisher_tokens, min(sampling.tokens, TOKENS)) if sampling.fisher_tokens else 0
@@ -124,7 +130,11 @@ def measured(reading: Reading, traces: Path, folder: Path, progress: Progress) -
     if traces.exists() and _read(folder, reading.mark) is None:
         traces.unlink()
     known = calibrate.sensitivities(reading, traces, progress, fisher=fisher)
-    return known, Sides(_read(folder, reading.mark) or {})
+    found = _read(folder, reading.mark)
+    if found is None:
+        traces.unlink()
+        raise CorruptStoreError(f"{folder}: a file of it is damaged; run again, and all of them are made again")
+    return known, Sides(found)
 
 
 def _read(folder: Path, mark: str) -> dict[str, Path] | None:
