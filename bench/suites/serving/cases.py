@@ -7,7 +7,6 @@ import dataclasses
 MODEL = "fable-7m"
 TOKENS = 32_768  # of calibration, for all
 CONTEXT, EVALUATED = 512, 8192  # window and tokens of the evaluation
-METADATA = {"fable-7m": 272_160}  # bytes of a file that are no tensors: tokenizer and header, by model
 ITERATIONS = 50  # of AutoRound, its "light" recipe's; 200 is its default
 
 
@@ -177,8 +176,11 @@ OURS = (
     Gguf(Quantized("Q2_K", pure=False), 3_461_632, 0.198), Gguf(Quantized("IQ4_XS", pure=True), 3_627_520, 0.034),
     Gguf(Quantized("Q4_K_S", pure=True), 3_840_512, 0.030), Gguf(Quantized("Q3_K_M", pure=False), 4_004_352, 0.0461),
     Gguf(Quantized("Q4_K_M", pure=False), 4_506_112, 0.0169))
+WIDER = tuple(Gguf(Quantized(ftype, pure, "fable-22m"), nbytes) for ftype, pure, nbytes in (
+    ("Q2_K", True, 8_222_720), ("IQ3_XXS", True, 9_183_232), ("Q3_K_S", True, 10_006_528),
+    ("IQ4_XS", True, 11_790_336)))  # rows of 1,408, no whole 256s, have 4.5 bits there
 OWN = tuple(Own(case.peer, case.nbytes) for case in OURS if case.peer.name in ("Q2_K", "IQ3_XXS", "IQ4_XS"))
-GGUF = (*(case.peer for case in OURS), *OURS, *OWN)
+GGUF = (*(case.peer for case in (*OURS, *WIDER)), *OURS, *WIDER, *OWN)
 RATES = ((2, 64, 0.50), (3, 128, 0.130), (4, 128, 0.032))  # bits, group, and what our KL may be
 PEERS = tuple(Calibrated(tool, bits, group) for bits, group, _ in RATES for tool in TOOLS)
 LINEARS = tuple(Packed(bits + 16 / group, most, effort) for bits, group, most in RATES for effort in ("normal", "best"))

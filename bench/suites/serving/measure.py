@@ -16,7 +16,6 @@ from bench.suites.serving.cases import (
     CONTEXT,
     EVALUATED,
     ITERATIONS,
-    METADATA,
     TOKENS,
     Calibrated,
     Gguf,
@@ -96,6 +95,11 @@ class _Made:
             write_gguf(self.origin(model), path, DENSE_RATE, calibrated=False, evaluation_tokens=0, effort="fast")
         return path
 
+    def overhead(self, model: str) -> int:
+        """Return the bytes of a model's GGUF file that are no tensors: tokenizer and header."""
+        found = file.read(self.plain(model))
+        return found.nbytes - tensors_nbytes(found)
+
     def importance(self, model: str) -> Path:
         """Return mean squared inputs by GGUF tensor, which is what llama-imatrix counts, as a file."""
         path = self.folder / f"{model}.importance.npz"
@@ -106,6 +110,11 @@ class _Made:
                                      if item.matrix is not None and item.matrix in seen}
             np.savez(path, **found)
         return path
+
+
+def tensors_nbytes(found: file.GgufFile) -> int:
+    """Return the bytes of a file's tensors."""
+    return sum(BY_NUMBER[entry.number].tensor_nbytes(entry.elements) for entry in found.entries)
 
 
 def _quantized(case: Quantized, made: _Made) -> Outcome:
@@ -120,15 +129,14 @@ def _quantized(case: Quantized, made: _Made) -> Outcome:
         if len(entry.shape) > 1:
             name = BY_NUMBER[entry.number].name
             kinds[name] = kinds.get(name, 0) + 1
-    nbytes = sum(BY_NUMBER[entry.number].tensor_nbytes(entry.elements) for entry in written.entries)
-    return _result(case, found, nbytes, kinds=dict(sorted(kinds.items())), total_bytes=written.nbytes,
+    return _result(case, found, tensors_nbytes(written), kinds=dict(sorted(kinds.items())), total_bytes=written.nbytes,
                    parameters=sum(entry.elements for entry in written.entries),
                    versions=peers.versions("llama", "llama-cpp-python"))
 
 
 def _gguf(case: Gguf, made: _Made) -> Outcome:
     report = write_gguf(made.origin(case.model), made.new().with_suffix(".gguf"),
-                        size=case.nbytes + METADATA[case.model], effort=case.effort,
+                        size=case.nbytes + made.overhead(case.model), effort=case.effort,
                         moments=made.moments(case.model), text=TEXT)
     summary, found = report["summary"], report["evaluation"]
     passed = None if case.most is None else found["kl"] <= case.most

@@ -13,7 +13,7 @@ def gguf(model: str) -> Builder:
     """KL at the bytes of llama-quantize's types."""
     def build(found: Mapping[str, Line]) -> str:
         rows = []
-        for case in cases.OURS:
+        for case in (*cases.OURS, *cases.WIDER):
             line, peer = found.get(case.key), found.get(case.peer.key)
             if case.model == model and line is not None:
                 numbers = line["numbers"]
@@ -101,7 +101,8 @@ def _kinds(counted: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counted.items())
 
 
-GGUF = {"gguf": Table(gguf("fable-7m"), ("fable-7m",)), "front": Table(blocks(short=True), ("fable-7m",), bare=True),
+GGUF = {"gguf": Table(gguf("fable-7m"), ("fable-7m",)), "gguf-22m": Table(gguf("fable-22m"), ("fable-22m",)),
+        "front": Table(blocks(short=True), ("fable-7m",), bare=True),
         "calibrated": Table(blocks(short=False), ("fable-7m",))}
 PACKED = {"packed": Table(packed)}
 SHARDS = {"gguf-shards": Table(shards)}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from tersor.grids import packing
 from tersor.grids.scheme import Scheme
+from tersor.grids.sided import sided
 from tersor.grids.solve import Effort, Metric, plainly, solve
 from tersor.grids.state import State
 from tersor.numerics.settings import steadily
@@ -17,7 +19,7 @@ PART = 1 << 23  # weights at a time
 
 
 def encode(scheme: Scheme, matrix: Tensor, metric: Metric | None, effort: Effort,
-           dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+           dtype: torch.dtype = torch.bfloat16, sides: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
     """Return the tensors of a matrix (out, in), as `Scheme.layout` declares them; rows are encoded by parts.
 
     Parameters
@@ -26,6 +28,8 @@ def encode(scheme: Scheme, matrix: Tensor, metric: Metric | None, effort: Effort
         What errors cost, by what is known of the inputs; None: all alike, and there is no feedback.
     dtype : torch.dtype
         Of scales.
+    sides : sequence of Tensor or None
+        How errors of different rows add up, see `sided`; None: each row is chosen for itself.
     """
     def part(rows: Tensor) -> State:
         wide = rows.to(torch.float32)
@@ -33,14 +37,19 @@ def encode(scheme: Scheme, matrix: Tensor, metric: Metric | None, effort: Effort
             return plainly(scheme, wide, torch.ones(rows.shape[1], device=rows.device), dtype)
         return solve(scheme, wide, metric, effort, dtype)
 
-    count = max(1, PART // matrix.shape[1])
-    states = steadily(lambda: [part(rows) for rows in matrix.split(count)])
-    levels, scales, zeros = (torch.cat([getattr(state, name) for state in states])
-                             for name in ("levels", "scales", "zeros"))
-    found = {"weight_packed": packing.pack(levels, scheme.bits), "weight_scale": scales.to(dtype),
+    def whole() -> State:
+        states = [part(rows) for rows in matrix.split(max(1, PART // matrix.shape[1]))]
+        found = State(*(torch.cat([getattr(state, field.name) for state in states])
+                        for field in dataclasses.fields(State)))
+        if metric is None or sides is None or not effort.across:
+            return found
+        return sided(scheme, matrix, found, metric.whole, sides, effort.across)
+
+    state = steadily(whole)
+    found = {"weight_packed": packing.pack(state.levels, scheme.bits), "weight_scale": state.scales.to(dtype),
              "weight_shape": torch.tensor(matrix.shape, dtype=torch.int64)}
     if not scheme.symmetric:
-        packed = packing.pack(zeros.T.to(torch.int8).contiguous(), scheme.bits)
+        packed = packing.pack(state.zeros.T.to(torch.int8).contiguous(), scheme.bits)
         found["weight_zero_point"] = packed.T.contiguous()
     return found
 

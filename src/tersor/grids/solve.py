@@ -69,10 +69,13 @@ class Effort:
         Of scales, feedback and levels in turn.
     sweeps : int
         Over all levels in a round.
+    across : int
+        Over all levels at the end, where it is known how errors of different rows add up.
     """
 
     rounds: int
     sweeps: int
+    across: int = 0
 
 
 def solve(scheme: Scheme, target: Tensor, metric: Metric, effort: Effort, dtype: torch.dtype) -> State:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
@@ -20,21 +21,23 @@ from tersor.planning.calibration import Calibration, shared
 PASSES = 3  # of the text that sensitivities are measured on: forward, and back at twice the price
 
 
-def sensitivities(reading: Reading, file: Path, progress: Progress = no_progress) -> Calibration:
+def sensitivities(reading: Reading, file: Path, progress: Progress = no_progress, *,
+                  fisher: Callable[..., Fisher] = Fisher) -> Calibration:
     """Measure the Fisher traces and keep them in a file; return what is known of the text, without moments.
 
-    A killed run goes on between two blocks.
+    A killed run goes on between two blocks. `fisher` makes the pass.
     """
     found = _finished(file, reading.mark)
     if found is None:
         checkpoint = Checkpoint(part_of(file), reading.mark)
-        found = _traces(reading, checkpoint, progress)
+        found = _traces(reading, checkpoint, progress, fisher)
         write_sealed_json(file, {"job": reading.mark, "traces": found})
         checkpoint.drop()
     return dataclasses.replace(reading.seen, fisher=found)
 
 
-def _traces(reading: Reading, checkpoint: Checkpoint, progress: Progress) -> dict[str, float]:
+def _traces(reading: Reading, checkpoint: Checkpoint, progress: Progress,
+            fisher: Callable[..., Fisher] = Fisher) -> dict[str, float]:
     wanted, sequences = reading.sampling.fisher_tokens, reading.sequences
     if not wanted:
         return {}
@@ -47,8 +50,7 @@ def _traces(reading: Reading, checkpoint: Checkpoint, progress: Progress) -> dic
         progress("calibrate", done, PASSES * chosen.numel())
 
     step(0)
-    fisher = Fisher(reading.streamed(), chosen, reading.sampling.seed, reading.folder / "fisher")
-    return fisher.traces(step, checkpoint)
+    return fisher(reading.streamed(), chosen, reading.sampling.seed, reading.folder / "fisher").traces(step, checkpoint)
 
 
 def _finished(file: Path, mark: str) -> dict[str, float] | None:

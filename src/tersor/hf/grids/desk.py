@@ -18,6 +18,7 @@ from tersor.grids.scheme import Scheme
 from tersor.grids.solve import Effort
 from tersor.hf.compress.desk import Wanted
 from tersor.hf.compress.request import Progress
+from tersor.hf.grids.sides import Sides
 from tersor.hf.grids.survey import Metrics
 from tersor.hf.models.source import Source
 from tersor.numerics.settings import pinned
@@ -39,6 +40,8 @@ class Job:
         Of scales.
     mark : Any
         JSON-able: what the bytes depend on besides these.
+    sides : Sides or None
+        How errors of rows add up.
     """
 
     source: Source
@@ -46,6 +49,7 @@ class Job:
     effort: Effort
     dtype: torch.dtype
     mark: Any
+    sides: Sides | None = None
 
 
 class GridDesk:
@@ -97,7 +101,8 @@ class GridDesk:
                 with pinned():
                     aim = compensated(given, change, metric, one.ridge)
             scheme = self.job.picks[name]
-            tensors = encode(scheme, aim, self._metrics.of(metric), self.job.effort, self.job.dtype)
+            sides = None if self.job.sides is None else self.job.sides.of(name, aim.device)
+            tensors = encode(scheme, aim, self._metrics.of(metric), self.job.effort, self.job.dtype, sides)
             errors = compare(given, decode(scheme, tensors, given.shape[1]), metric)
             shape = self.job.source.layout.matrices[name].shape
             found = {"scheme": scheme.name, "shape": list(shape), "nbytes": scheme.nbytes(shape),

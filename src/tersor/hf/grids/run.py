@@ -26,7 +26,7 @@ from tersor.hf.compress.request import Progress, Texts, budget_bytes, no_progres
 from tersor.hf.compress.status import Teller
 from tersor.hf.compress.work import WorkFolder, peak_memory
 from tersor.hf.grids import output as directory
-from tersor.hf.grids import plan, survey
+from tersor.hf.grids import plan, sides, survey
 from tersor.hf.grids.desk import GridDesk, Job
 from tersor.hf.grids.encodable import fused, open_for_grids
 from tersor.hf.grids.verify import verify
@@ -36,8 +36,9 @@ from tersor.hf.models.source import Source, open_source, read_matrix
 from tersor.hf.models.staging import REPORT
 from tersor.hf.models.text import read_ids, text_source
 from tersor.payload.layout import TensorSpec
+from tersor.planning.calibration import Calibration
 
-EFFORTS = {"fast": Effort(0, 0), "normal": Effort(2, 2), "best": Effort(6, 4)}
+EFFORTS = {"fast": Effort(0, 0), "normal": Effort(2, 2, 2), "best": Effort(6, 4, 4)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +147,7 @@ def write_packed(source: str | Path, output: str | Path, rate: float | None = No
     report = _stages((opened, ladders), budget, chosen, work, progress)
     report["summary"] |= {"seconds": time.perf_counter() - began, "peak_memory_bytes": peak_memory()}
     write_json(work / "output" / REPORT, report)
-    work.finish("matrices", "staged", "activations")
+    work.finish("matrices", "staged", "activations", "sides")
     return report
 
 
@@ -208,13 +209,13 @@ def _stages(model: tuple[Source, Mapping[str, Sequence[Scheme]]], budget: Budget
     source, ladders = model
     reading = settings.reading(source, work / "activations")
     tell = Teller(progress, work, source.nbytes, lambda: "" if reading is None else reading.place)
-    known = None if reading is None else calibrate.sensitivities(reading, work / "sensitivities.json", tell)
+    known, rows = _sensitivities(reading, settings, work, tell)
     mark = [*_mark(source, settings), None if known is None else known.sha256]
     tried = survey.run(source, known, ladders, work / "survey.jsonl", reading=reading, device=settings.device,
                        mark=mark, progress=tell)
     picks = plan.spent(source, tried, budget.nbytes, linears=budget.linears)
     write_json(work / "plan.json", {name: scheme.name for name, scheme in picks.items()})
-    job = Job(source, picks, EFFORTS[settings.effort], plan.scale_dtype(source), mark)
+    job = Job(source, picks, EFFORTS[settings.effort], plan.scale_dtype(source), mark, rows)
     desk = GridDesk(job, work / "matrices", tell)
     if reading is None:
         desk.encode([Wanted(name, lambda matrix=matrix: (read_matrix(source, matrix, settings.device),), (), False)
@@ -234,6 +235,16 @@ def _stages(model: tuple[Source, Mapping[str, Sequence[Scheme]]], budget: Budget
                             "effort": settings.effort, "schemes": list(settings.schemes),
                             "asymmetric": settings.asymmetric}
     return report
+
+
+def _sensitivities(reading: Reading | None, settings: PackSettings, work: WorkFolder,
+                   tell: Progress) -> tuple[Calibration | None, sides.Sides | None]:
+    if reading is None:
+        return None, None
+    traces = work / "sensitivities.json"
+    if not EFFORTS[settings.effort].across:
+        return calibrate.sensitivities(reading, traces, tell), None
+    return sides.measured(reading, traces, work / "sides", tell)
 
 
 def _report(source: Source, desk: GridDesk, tried: survey.Tried, budget: Budget, work: WorkFolder) -> dict[str, Any]:
