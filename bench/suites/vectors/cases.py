@@ -60,9 +60,10 @@ _REAL: Mapping[tuple[str, float], tuple[str, ...]] = {
     ("banking77", 3): ("tersor:ctr8,rot,tr3", "tersor:qet_plus", "tersor:pq", "tersor:rotated_scalar",
                        "faiss:PQ192x6np", "faiss:RaBitQ"),
 }
+_ADDITIVE = {1: ("faiss:RQ30x4", "faiss:RQ16x6", "faiss:LSQ7x8"), 2: ("faiss:RQ58x4", "faiss:RQ31x6")}  # small tables
 _CELLS: Mapping[tuple[str, float], tuple[str, ...]] = {  # what fits a cell with its tables; see `tables.SPARE`
     ("glove", 1): ("tersor:ctr8,ktr6", "tersor:rq50x256s6t", "faiss:RQ6x8", "faiss:PQ5x9np", "faiss:OPQ5,PQ5x9np",
-                   "faiss:PQ10x4fs"),
+                   "faiss:PQ10x4fs", "faiss:LSQ6x8"),
     ("glove", 2): ("tersor:spectral", "tersor:rq", "faiss:RQ11x8", "faiss:PQ10x9np", "faiss:OPQ10,PQ10x9np",
                    "faiss:PQ25x4fs"),
     ("glove", 4): ("tersor:spectral", "tersor:rq50x256s24t", "faiss:PQ25x8np", "faiss:OPQ25,PQ25x8np", "faiss:SQ4",
@@ -77,7 +78,7 @@ _CELLS: Mapping[tuple[str, float], tuple[str, ...]] = {  # what fits a cell with
     **{(data, bits): (f"tersor:ctr8,ktr{16 * bits}", "tersor:pq", *(["tersor:ctr8,rot,tr4"] if bits == 4 else []),
                       f"faiss:PQ{16 * bits}x8np", f"faiss:OPQ{16 * bits},PQ{16 * bits}x8np",
                       f"faiss:PQ{32 * bits}x4fs", "faiss:RaBitQ", *(["faiss:SQ4"] if bits == 4 else []),
-                      f"faiss:RQ{7 * bits}x8")
+                      f"faiss:RQ{7 * bits}x8", *_ADDITIVE.get(bits, ()))
        for data in ("sift", "anisotropic") for bits in (1, 2, 4)},
 }
 METHODS: Mapping[tuple[str, float], tuple[str, ...]] = {
