@@ -40,13 +40,16 @@ def reference(encoded: Encoded) -> Tensor:
         number = torch.zeros(rows, dtype=torch.float64)
         for age in range(MEMORY):
             number += taps[axis][age] * signs[:, (newest - age) % total]
-        out += (number * held["deviations"][axis].double())[:, None] * held["axes"][:, axis].double()
+        column = held["axes"][:, axis].double()
+        if held["axes"].dtype == torch.uint8:
+            column = (column - 128) / (column - 128).norm()
+        out += (number * held["deviations"][axis].double())[:, None] * column
     return out * held["scales"].double()[:, None]
 
 
-@pytest.mark.parametrize(("size", "width"), [(6, 24), (15, 24), (9, 70)])
-def test_equals_a_slow_reference(size: int, width: int) -> None:
-    encoded = encode(SpectralTrellis(size), spread(90, width))
+@pytest.mark.parametrize(("size", "width", "axes"), [(6, 24, None), (15, 24, None), (9, 70, None), (9, 70, 40)])
+def test_equals_a_slow_reference(size: int, width: int, axes: int | None) -> None:
+    encoded = encode(SpectralTrellis(size, axes), spread(90, width))
     expected = reference(encoded)
     bound = tolerance(torch.float32, 8 * size + width) * float(expected.norm())
     assert float((encoded.decode().double() - expected).norm()) <= bound
@@ -88,6 +91,15 @@ def test_errs_less_than_a_rotated_trellis_where_variances_differ(size: int) -> N
     assert own < 0.8 * measure(matrix, encode(parse(other), matrix)).relative_error
 
 
+def test_axes_in_bytes_err_as_those_in_half_precision_do() -> None:
+    matrix = spread(400, 64)
+    whole, bytewise, few = (measure(matrix, encode(SpectralTrellis(8, axes), matrix)).relative_error
+                            for axes in (None, 64, 40))
+    assert abs(bytewise / whole - 1) < 0.01
+    assert few < 1.1 * whole
+    assert SpectralTrellis(8, 40).layout((1, 64))["axes"].nbytes == 64 * 40
+
+
 def test_forged_tables_are_refused() -> None:
     encoded = encode(SpectralTrellis(6), spread(20, 24))
     forged = encoded.tensors["shifts"].clone()
@@ -102,6 +114,11 @@ def test_bad_sizes_name_what_fits() -> None:
         SpectralTrellis(5)
     with pytest.raises(CodecConfigError, match="needs a width of at least 12"):
         SpectralTrellis(7).layout((1, 10))
+    for axes in (9, 49):
+        with pytest.raises(CodecConfigError, match=f"expected 10 to 48 axes at width 64, found {axes}"):
+            SpectralTrellis(6, axes).layout((1, 64))
+    with pytest.raises(CodecConfigError, match="most_axes must be None or a positive integer, found 0"):
+        SpectralTrellis(6, 0)
     with pytest.raises(CodecConfigError, match="needs its shared tables"):
         SpectralTrellis(6).encode(spread(4, 12))
 

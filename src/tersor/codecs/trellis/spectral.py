@@ -38,6 +38,7 @@ DISTORTION = (1.0, 0.363, 0.0757, 0.0193, 0.00502, 0.0014)  # of a unit normal n
 SOURCES = {2: 2.0, 3: 3.0, 4: 4.0, 5: 5.0}  # the packaged filters whose taps so many bits take
 SINGLE = (math.sqrt(2 / math.pi), *[0.0] * (MEMORY - 1))  # of one bit: linear codes of that rate gain nothing on a sign
 LEAST = 6  # bytes of a row: a circle of four windows; of less, its two ends cannot be made to meet well
+ZERO = 128  # the byte of a number of an axis that is 0
 FLAT = 2.0**-20  # of the largest deviation: less is none
 
 
@@ -53,18 +54,24 @@ class SpectralTrellis(Codec):
     ----------
     row_bytes : int
         Bytes of a row's stream, from 6 on. Its scale, bf16, takes two more.
+    most_axes : int or None
+        Most axes that have bits. They are stored as bytes: for sets so small that tables count. None: as many as there
+        are, in fp16.
     """
 
     row_bytes: int
+    most_axes: int | None = None
 
     id: ClassVar[str] = "spectral"
-    grammar: ClassVar[str] = r"ktr(?P<bytes>\d{1,6})"
-    examples: ClassVar[tuple[str, ...]] = ("ktr6", "ktr8")
+    grammar: ClassVar[str] = r"ktr(?P<bytes>\d{1,6})(?:a(?P<axes>\d{1,6}))?"
+    examples: ClassVar[tuple[str, ...]] = ("ktr6", "ktr8", "ktr6a12")
 
     def __post_init__(self) -> None:
         if type(self.row_bytes) is not int or self.row_bytes < LEAST:
             raise CodecConfigError(f"spectral: row_bytes must be an integer of at least {LEAST}, found "
                                    f"{self.row_bytes!r}")
+        if self.most_axes is not None and (type(self.most_axes) is not int or self.most_axes < 1):
+            raise CodecConfigError(f"spectral: most_axes must be None or a positive integer, found {self.most_axes!r}")
 
     def layout(self, shape: Shape) -> Layout:
         """Return `scales` and `codes`, and the shared `axes`, as columns, their `deviations` and `shifts` (bits).
@@ -72,16 +79,22 @@ class SpectralTrellis(Codec):
         Raises
         ------
         CodecConfigError
-            If a number would have more than 5 bits.
+            If a number would have more than 5 bits, or there are more axes than numbers.
         """
         rows, width = shape
-        bits = 8 * self.row_bytes
+        bits, axes = 8 * self.row_bytes, min(width, 8 * self.row_bytes)
         if bits > MOST_SHIFT * width:
             raise CodecConfigError(f"codec '{self.spec()}': {bits} bits are more than {MOST_SHIFT} a number at width "
                                    f"{width}; it needs a width of at least {-(-bits // MOST_SHIFT)}")
-        axes = min(width, bits)
+        if self.most_axes is not None:
+            least = -(-bits // MOST_SHIFT)
+            if not least <= self.most_axes <= axes:
+                raise CodecConfigError(f"codec '{self.spec()}': expected {least} to {axes} axes at width {width}, "
+                                       f"found {self.most_axes}")
+            axes = self.most_axes
+        kind = torch.float16 if self.most_axes is None else torch.uint8
         return {"scales": TensorSpec((rows,), torch.bfloat16), "codes": TensorSpec(self.stream_shape(shape), levels=2),
-                "axes": TensorSpec((width, axes), torch.float16, shared=True),
+                "axes": TensorSpec((width, axes), kind, shared=True),
                 "deviations": TensorSpec((axes,), torch.float32, shared=True),
                 "shifts": TensorSpec((axes,), shared=True)}
 
@@ -114,7 +127,8 @@ class SpectralTrellis(Codec):
         power, axes = torch.linalg.eigh(gram)
         count = layout["shifts"].numel
         power, axes = power.flip(0)[:count].clamp_min(0), axes.flip(1)[:, :count]
-        return {"axes": axes.to(torch.float16).contiguous(), "deviations": power.sqrt().to(torch.float32),
+        held = axes.to(torch.float16) if self.most_axes is None else _in_bytes(axes)
+        return {"axes": held.contiguous(), "deviations": power.sqrt().to(torch.float32),
                 "shifts": torch.tensor(shared_out(power.tolist(), 8 * self.row_bytes), dtype=torch.uint8,
                                        device=axes.device)}
 
@@ -164,7 +178,11 @@ class SpectralTrellis(Codec):
         count = sum(shift > 0 for shift in shifts)
         deviations = tensors["deviations"][:count]
         deviations = torch.where(deviations > FLAT * deviations[:1], deviations, 0.0)
-        return tuple(shifts[:count]), tensors["axes"][:, :count].to(torch.float32), deviations
+        axes = tensors["axes"][:, :count].to(torch.float32)
+        if self.most_axes is not None:
+            axes -= ZERO
+            axes /= torch.linalg.vector_norm(axes, dim=0).clamp_min(1.0)
+        return tuple(shifts[:count]), axes, deviations
 
     def _matrix(self, tensors: Tables) -> Tensor:
         """Return what takes signs to rows, float32 (width, stream)."""
@@ -172,14 +190,14 @@ class SpectralTrellis(Codec):
         return (axes * deviations) @ _matrix_of(shifts).to(axes.device)
 
     def spec(self) -> str:
-        """Return for example `ktr15`: 15 bytes a row."""
-        return f"ktr{self.row_bytes}"
+        """Return for example `ktr15`: 15 bytes a row; or `ktr15a90`: of at most 90 axes."""
+        return f"ktr{self.row_bytes}{'' if self.most_axes is None else f'a{self.most_axes}'}"
 
     @classmethod
     def from_spec(cls, match: re.Match[str], parts: Sequence[Codec]) -> Codec:
         """Parse `ktr` strings; see `spec`."""
         del parts
-        return cls(int(match["bytes"]))
+        return cls(int(match["bytes"]), None if match["axes"] is None else int(match["axes"]))
 
 
 class _Signs(Coordinates):
@@ -204,6 +222,12 @@ class _Signs(Coordinates):
     def out_of(self, y: Tensor) -> Tensor:
         """Take sums of signs to rows."""
         return y @ self._codec._matrix(self.encoded.tensors).T
+
+
+def _in_bytes(axes: Tensor) -> Tensor:
+    """Return axes, columns of length 1, as bytes: in steps of a 127th of the largest number, around `ZERO`."""
+    most = axes.abs().amax(0).clamp_min(1e-30)
+    return (axes / most * (ZERO - 1)).round().add_(ZERO).to(torch.uint8)
 
 
 def shared_out(power: Sequence[float], bits: int) -> list[int]:
