@@ -12,7 +12,8 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import ClassVar, final
+from types import MappingProxyType
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -57,6 +58,8 @@ class SpectralTrellis(Codec):
     most_axes: int | None = None
 
     id: ClassVar[str] = "spectral"
+    version: ClassVar[int] = 2
+    later: ClassVar[Mapping[str, tuple[int, Any]]] = MappingProxyType({"most_axes": (2, None)})
     grammar: ClassVar[str] = r"ktr(?P<bytes>\d{1,6})(?:a(?P<axes>\d{1,6}))?"
     examples: ClassVar[tuple[str, ...]] = ("ktr6", "ktr8", "ktr6a12")
 
