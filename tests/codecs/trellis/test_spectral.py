@@ -13,6 +13,7 @@ from tersor.codecs import SpectralTrellis
 from tersor.codecs.trellis.sharing import FIRST_SHARED, MEMORY, code_of, distortion, shared_out
 from tersor.contract.codec import Encoded
 from tersor.errors import CodecConfigError, CorruptStoreError
+from tersor.ops import trellis_path
 from tersor.ops.trellis_path import Steps, best
 from tersor.payload import packing
 from tersor.quality import measure
@@ -65,7 +66,8 @@ def test_bits_go_where_they_lower_the_error_most() -> None:
     """Against all ways to share out nine bits among four axes, in which neighbours may share 3, 5 or 7."""
     power = [9.0, 4.0, 1.0, 0.1]
     found = shared_out(power, 9)
-    whole = [((a, b), a + b) for a in range(6) for b in range(6)]
+    alone = {**{bits: bits for bits in range(6)}, 10: 6, 11: 7}
+    whole = [((a, b), alone[a] + alone[b]) for a in alone for b in alone]
     halves = [((FIRST_SHARED + i,) * 2, 2 * i + 3) for i in range(4)]
     ways = [(*a, *b) for (a, count), (b, more) in itertools.product(whole + halves, repeat=2) if count + more == 9]
     assert tuple(found) in ways
@@ -80,7 +82,8 @@ def test_neighbours_share_bits_where_that_errs_less() -> None:
         code_of((2, FIRST_SHARED))
 
 
-@pytest.mark.parametrize(("size", "width", "most"), [(6, 14, 1.8), (30, 120, 1.06), (60, 200, 1.03)])
+@pytest.mark.parametrize(("size", "width", "most"), [(6, 14, 1.8), (30, 120, 1.06), (60, 200, 1.03),
+                                                      (40, 64, 1.06)])
 def test_errors_are_those_that_bits_were_shared_out_by(size: int, width: int, most: float) -> None:
     """Short circles err more: their ends must meet. `DISTORTION` itself was measured on circles of 120 numbers."""
     power = [1 / (1 + i) for i in range(width)]
@@ -91,6 +94,21 @@ def test_errors_are_those_that_bits_were_shared_out_by(size: int, width: int, mo
     foretold = sum(p * distortion(kind) for p, kind in zip(power, kinds, strict=False)) / sum(power[: len(kinds)])
     ratio = float((numbers - found).square().sum() / numbers.square().sum()) / foretold
     assert 0.9 < ratio < most
+
+
+def test_large_axes_have_six_and_seven_bits() -> None:
+    """Against the reference's search, which knows no bound of new bits."""
+    kinds = tuple(shared_out([400.0, 100.0, *[1.0] * 10], 40))
+    assert kinds[:2] == (11, 10)
+    code, numbers = code_of(kinds), gaussian((20, 12), 4) * torch.tensor([20.0, 10.0, *[1.0] * 10])
+    table = code.table() * torch.tensor([20.0, 10.0, *[1.0] * 10])[:, None]
+    steps = Steps(MEMORY, code.shifts, linear=True)
+    errors = [float((numbers - path(numbers, table, steps)[1]).square().sum()) for path in (best, _slowly)]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-3)
+
+
+def _slowly(numbers: Tensor, table: Tensor, steps: Steps) -> tuple[Tensor, Tensor]:
+    return trellis_path.reference.entered(trellis_path.reference.states(numbers, table, steps), table, steps)
 
 
 @pytest.mark.parametrize("size", [8, 16, 32])

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tersor.codecs.trellis.filters import Filter, filter_editions
-from tersor.codecs.trellis.sharing import MEMORY, MOST_SHIFT, SHARED, SOURCES, code_of, shared_out
+from tersor.codecs.trellis.sharing import FINE, MEMORY, MOST_SHIFT, SHARED, SOURCES, code_of, shared_out
 from tersor.codecs.trellis.streamed import signs_of
 from tersor.contract.checks import shared_tables
 from tersor.contract.codec import Codec, Encoded, Search
@@ -76,7 +76,7 @@ class SpectralTrellis(Codec):
         Raises
         ------
         CodecConfigError
-            If a number would have more than 5 bits, or there are more axes than numbers.
+            If numbers would have more than 5 bits on average, or there are more axes than numbers.
         """
         rows, width = shape
         bits, axes = 8 * self.row_bytes, min(width, 8 * self.row_bytes)
@@ -97,8 +97,9 @@ class SpectralTrellis(Codec):
 
     def package_tables(self) -> Mapping[str, int]:
         """Return the taps of the rates that an axis may have, in float32."""
-        return {f"taps of tr{rate:g}": 4 * len(filter_editions()[rate, MEMORY, 1].taps) * MEMORY
-                for rate in (*SOURCES.values(), *(place + 1.5 for place in range(len(SHARED))))}
+        rates = *SOURCES.values(), *(place + 1.5 for place in range(len(SHARED)))
+        found = {f"taps of tr{rate:g}": 4 * len(filter_editions()[rate, MEMORY, 1].taps) * MEMORY for rate in rates}
+        return {**found, "taps of 6 and 7 bits": 4 * len(FINE) * MEMORY}
 
     def stream_shape(self, shape: Shape) -> Shape:
         """Return the shape of the bits, (out, stream)."""
