@@ -73,7 +73,7 @@ _CELLS: Mapping[tuple[str, float], tuple[str, ...]] = {  # what fits a cell with
     ("banking77", 2): ("tersor:ctr8,rot,tr2", "tersor:ctr8,ktr64", "tersor:ctr8,ktr91a240", "faiss:PQ96x6np",
                        "faiss:PQ192x4np", "faiss:OPQ64_128,PQ64x8np", "faiss:RQ2x8", "faiss:RaBitQ",
                        "faiss:RaBitQ unrotated"),
-    ("banking77", 4): ("tersor:ctr8,rot,tr4", "tersor:ctr8,ktr182a384", "faiss:PQ192x7np", "faiss:OPQ120_240,PQ120x8np",
+    ("banking77", 4): ("tersor:ctr8,rot,tr4", "tersor:ctr8,ktr184a320", "faiss:PQ192x7np", "faiss:OPQ120_240,PQ120x8np",
                        "faiss:OPQ192_192,PQ192x6np", "faiss:OPQ96,PQ96x8np", "faiss:SQ4", "faiss:RaBitQ",
                        "faiss:RaBitQ unrotated"),
     **{(data, bits): (f"tersor:ctr8,ktr{16 * bits}", "tersor:pq", *(["tersor:ctr8,rot,tr4"] if bits == 4 else []),
