@@ -55,10 +55,10 @@ def shared_out(power: Sequence[float], bits: int) -> list[int]:
     for first in range(0, len(held), 2):
         ways = _ways(len(held[first : first + 2]))
         best, choice = np.full(bits + 1, np.inf), np.zeros(bits + 1, np.uint8)
-        for number, (kinds, count) in enumerate(ways):
+        for number, (way, count) in enumerate(ways):
             if count > bits:
                 continue
-            errors = float(np.dot([distortion(kind) for kind in kinds], held[first : first + 2]))
+            errors = float(np.dot([distortion(kind) for kind in way], held[first : first + 2]))
             found = costs[: bits + 1 - count] + errors
             better = found < best[count:]
             best[count:][better], choice[count:][better] = found[better], number
