@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,26 @@ def test_beside_faiss() -> None:
     assert "recall@10" in run("bench", "x.npy", "--codec", "fp32")
 
 
+def test_a_picture_may_be_a_png() -> None:
+    pytest.importorskip("matplotlib")
+    run("bench", "x.npy", "--codec", "trellis3", "--codec", "rot,lm4", "--plot", "plot.png")
+    held = Path("plot.png").read_bytes()
+    assert held.startswith(b"\x89PNG\r\n\x1a\n")
+    assert held[16:24] == (960).to_bytes(4, "big") + (600).to_bytes(4, "big")
+
+
+def test_a_png_needs_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "pip install matplotlib" in refused("bench", "x.npy", "--plot", "plot.png")
+
+
+def test_known_neighbours_must_be_those_of_the_queries() -> None:
+    for shape in ((5,), (4, 10), (5, 9)):
+        np.save(f"truth{len(shape)}{shape[0]}.npy", np.zeros(shape, np.int64))
+        told = refused("bench", "x.npy", "--queries", "q.npy", "--truth", f"truth{len(shape)}{shape[0]}.npy")
+        assert "ids of at least 5 queries, 10 each" in told
+
+
 def _built() -> str:
     run("build", "x.npy", "exact", "--codec", "fp32")
     return "exact"
@@ -100,6 +121,7 @@ def test_what_is_refused() -> None:
                                (("search", "nowhere", "q.npy"), "expected an index"),
                                (("search", "set", "ids.npy"), "expected floats"),
                                (("export", "set", "out", "--to", "lance"), "expected faiss"),
+                               (("bench", "x.npy", "--plot", "plot.pdf"), "expected a file as .svg or .png"),
                                (("bench", "x.npy", "--truth", "ids.npy"), "expected --queries")):
         assert message in refused(*arguments)
     assert sorted(path.name for path in Path().iterdir()) == ["ids.npy", "q.npy", "set", "x.npy"]

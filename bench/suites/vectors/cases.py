@@ -60,24 +60,26 @@ _REAL: Mapping[tuple[str, float], tuple[str, ...]] = {
     ("banking77", 3): ("tersor:ctr8,rot,tr3", "tersor:qet_plus", "tersor:pq", "tersor:rotated_scalar",
                        "faiss:PQ192x6np", "faiss:RaBitQ"),
 }
+_ADDITIVE = {1: ("faiss:RQ30x4", "faiss:RQ16x6", "faiss:LSQ7x8"), 2: ("faiss:RQ58x4", "faiss:RQ31x6")}  # small tables
 _CELLS: Mapping[tuple[str, float], tuple[str, ...]] = {  # what fits a cell with its tables; see `tables.SPARE`
     ("glove", 1): ("tersor:ctr8,ktr6", "tersor:rq50x256s6t", "faiss:RQ6x8", "faiss:PQ5x9np", "faiss:OPQ5,PQ5x9np",
-                   "faiss:PQ10x4fs"),
+                   "faiss:PQ10x4fs", "faiss:LSQ6x8"),
     ("glove", 2): ("tersor:spectral", "tersor:rq", "faiss:RQ11x8", "faiss:PQ10x9np", "faiss:OPQ10,PQ10x9np",
                    "faiss:PQ25x4fs"),
     ("glove", 4): ("tersor:spectral", "tersor:rq50x256s24t", "faiss:PQ25x8np", "faiss:OPQ25,PQ25x8np", "faiss:SQ4",
                    "faiss:RaBitQ", "faiss:RQ22x8"),
-    ("banking77", 1): ("tersor:ctr8,rot,sym8", "tersor:ctr8,ktr32", "faiss:PQ64x5np", "faiss:PQ96x4np",
-                       "faiss:OPQ32_64,PQ32x8np", "faiss:RQ1x8", "faiss:RaBitQ"),
-    ("banking77", 2): ("tersor:ctr8,rot,tr2", "tersor:ctr8,ktr64", "faiss:PQ96x6np", "faiss:PQ192x4np",
-                       "faiss:OPQ64_128,PQ64x8np", "faiss:RQ2x8", "faiss:RaBitQ", "faiss:RaBitQ unrotated"),
-    ("banking77", 4): ("tersor:ctr8,rot,tr4", "tersor:ctr8,ktr160", "faiss:PQ192x7np", "faiss:OPQ120_240,PQ120x8np",
+    ("banking77", 1): ("tersor:ctr8,rot,sym8", "tersor:ctr8,ktr32", "tersor:ctr8,ktr46a140", "faiss:PQ64x5np",
+                       "faiss:PQ96x4np", "faiss:OPQ32_64,PQ32x8np", "faiss:RQ1x8", "faiss:RaBitQ"),
+    ("banking77", 2): ("tersor:ctr8,rot,tr2", "tersor:ctr8,ktr64", "tersor:ctr8,ktr91a240", "faiss:PQ96x6np",
+                       "faiss:PQ192x4np", "faiss:OPQ64_128,PQ64x8np", "faiss:RQ2x8", "faiss:RaBitQ",
+                       "faiss:RaBitQ unrotated"),
+    ("banking77", 4): ("tersor:ctr8,rot,tr4", "tersor:ctr8,ktr184a320", "faiss:PQ192x7np", "faiss:OPQ120_240,PQ120x8np",
                        "faiss:OPQ192_192,PQ192x6np", "faiss:OPQ96,PQ96x8np", "faiss:SQ4", "faiss:RaBitQ",
                        "faiss:RaBitQ unrotated"),
     **{(data, bits): (f"tersor:ctr8,ktr{16 * bits}", "tersor:pq", *(["tersor:ctr8,rot,tr4"] if bits == 4 else []),
                       f"faiss:PQ{16 * bits}x8np", f"faiss:OPQ{16 * bits},PQ{16 * bits}x8np",
                       f"faiss:PQ{32 * bits}x4fs", "faiss:RaBitQ", *(["faiss:SQ4"] if bits == 4 else []),
-                      f"faiss:RQ{7 * bits}x8")
+                      f"faiss:RQ{7 * bits}x8", *_ADDITIVE.get(bits, ()))
        for data in ("sift", "anisotropic") for bits in (1, 2, 4)},
 }
 METHODS: Mapping[tuple[str, float], tuple[str, ...]] = {

@@ -15,8 +15,8 @@ from rich.text import Text
 
 from tersor import vectors
 from tersor.cli.base import AsJson, Effort, Seed, directory, emit, refuse_existing, show, write_new
-from tersor.cli.charts import scatter
 from tersor.cli.funnel import Verb, existing
+from tersor.cli.plots import check_plot, plotted
 from tersor.cli.telling import Bars, spoken
 from tersor.errors import CodecConfigError
 from tersor.files import locked
@@ -113,26 +113,28 @@ def bench(data: Data, queries: Annotated[Path | None, typer.Option(
           codec: Annotated[list[str] | None, typer.Option("--codec", help="as of build; repeatable",
                                                           show_default="trellis")] = None,
           rate: Rate = None, metric: Metric = "l2", effort: Effort = None, k: Count = 10, nprobe: Probes = None,
-          plot: Annotated[Path | None, typer.Option(help="write recall against speed as .svg")] = None,
+          plot: Annotated[Path | None, typer.Option(help="write recall against speed as .svg, or as .png "
+                                                    "with matplotlib")] = None,
           seed: Seed = 0, as_json: AsJson = False) -> None:
     """Measure recall, bytes and speed, on one thread, beside FAISS where it is installed."""
     if plot is not None:
+        check_plot(plot)
         refuse_existing(plot)
     x = torch.from_numpy(vectors.open_vectors(existing(data, FILES)).sample(1 << 62))
     if truth is not None and queries is None:
         raise CodecConfigError("--truth: expected --queries, too, whose true ids they are")
     x, asked = held_out(x, seed) if queries is None else (x, _queries(queries))
     with one_thread():
-        known = exact(x, asked, k, metric) if truth is None else torch.from_numpy(_integers(truth)[:len(asked), :k])
+        known = exact(x, asked, k, metric) if truth is None else _truth(truth, len(asked), k)
         indexes = [Index(x.shape[1], name, rate, seed, effort or "normal", metric) for name in codec or ["trellis"]]
         for index in indexes:
             index.nprobe = nprobe or index.nprobe
         found = [tried(index, x, asked, known) for index in indexes]
         found += beside(x, asked, known, max(index.code_size for index in indexes), metric)
     if plot is not None:
-        picture = scatter(f"{data.name}: recall@{k} against queries a second, one by one",
+        picture = plotted(plot, data.name, f"recall@{k}", "queries a second, one by one",
                           {one.method: (one.recall, one.single) for one in found})
-        write_new(plot, lambda handle: handle.write(picture.encode()))
+        write_new(plot, lambda handle: handle.write(picture))
     _tell(found, data, k, as_json)
 
 
@@ -169,6 +171,15 @@ def _mapped(path: Path) -> np.ndarray:
         return np.load(existing(path, "an array as .npy"), mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise CodecConfigError(f"{path}: expected an array as .npy: {error}") from error
+
+
+def _truth(path: Path, count: int, k: int) -> torch.Tensor:
+    """Return the first `k` true ids of so many queries, int64 (count, k)."""
+    known = _integers(path)
+    if known.ndim != 2 or len(known) < count or known.shape[1] < k:
+        raise CodecConfigError(f"--truth: {path}: expected ids of at least {count} queries, {k} each, found an array "
+                               f"{known.shape}")
+    return torch.from_numpy(known[:count, :k])
 
 
 def _integers(path: Path) -> np.ndarray:

@@ -9,17 +9,17 @@ Derivation and figures: docs/codecs/trellis.md.
 from __future__ import annotations
 
 import dataclasses
-import heapq
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import ClassVar, final
+from types import MappingProxyType
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
 
 from tersor.codecs.trellis.filters import Filter, filter_editions
+from tersor.codecs.trellis.sharing import FINE, MEMORY, MOST_SHIFT, SHARED, SOURCES, code_of, shared_out
 from tersor.codecs.trellis.streamed import signs_of
 from tersor.contract.checks import shared_tables
 from tersor.contract.codec import Codec, Encoded, Search
@@ -32,12 +32,8 @@ from tersor.payload.blocks import Rows, Shape, Tables, row_blocks, shape_of
 from tersor.payload.layout import Layout, TensorSpec
 from tersor.payload.scales import bounded, reciprocal, row_rms
 
-MEMORY = 12  # bits of the window
-MOST_SHIFT = 5  # bits of an axis
-DISTORTION = (1.0, 0.363, 0.0757, 0.0193, 0.00502, 0.0014)  # of a unit normal number by its bits
-SOURCES = {2: 2.0, 3: 3.0, 4: 4.0, 5: 5.0}  # the packaged filters whose taps so many bits take
-SINGLE = (math.sqrt(2 / math.pi), *[0.0] * (MEMORY - 1))  # of one bit: linear codes of that rate gain nothing on a sign
 LEAST = 6  # bytes of a row: a circle of four windows; of less, its two ends cannot be made to meet well
+ZERO = 128  # the byte of a number of an axis that is 0
 FLAT = 2.0**-20  # of the largest deviation: less is none
 
 
@@ -53,42 +49,57 @@ class SpectralTrellis(Codec):
     ----------
     row_bytes : int
         Bytes of a row's stream, from 6 on. Its scale, bf16, takes two more.
+    most_axes : int or None
+        Most axes that have bits. They are stored as bytes: for sets so small that tables count. None: as many as there
+        are, in fp16.
     """
 
     row_bytes: int
+    most_axes: int | None = None
 
     id: ClassVar[str] = "spectral"
-    grammar: ClassVar[str] = r"ktr(?P<bytes>\d{1,6})"
-    examples: ClassVar[tuple[str, ...]] = ("ktr6", "ktr8")
+    version: ClassVar[int] = 2
+    later: ClassVar[Mapping[str, tuple[int, Any]]] = MappingProxyType({"most_axes": (2, None)})
+    grammar: ClassVar[str] = r"ktr(?P<bytes>\d{1,6})(?:a(?P<axes>\d{1,6}))?"
+    examples: ClassVar[tuple[str, ...]] = ("ktr6", "ktr8", "ktr6a12")
 
     def __post_init__(self) -> None:
         if type(self.row_bytes) is not int or self.row_bytes < LEAST:
             raise CodecConfigError(f"spectral: row_bytes must be an integer of at least {LEAST}, found "
                                    f"{self.row_bytes!r}")
+        if self.most_axes is not None and (type(self.most_axes) is not int or self.most_axes < 1):
+            raise CodecConfigError(f"spectral: most_axes must be None or a positive integer, found {self.most_axes!r}")
 
     def layout(self, shape: Shape) -> Layout:
-        """Return `scales` and `codes`, and the shared `axes`, as columns, their `deviations` and `shifts` (bits).
+        """Return `scales` and `codes`, and the shared `axes`, as columns, their `deviations` and kinds, `shifts`.
 
         Raises
         ------
         CodecConfigError
-            If a number would have more than 5 bits.
+            If numbers would have more than 5 bits on average, or there are more axes than numbers.
         """
         rows, width = shape
-        bits = 8 * self.row_bytes
+        bits, axes = 8 * self.row_bytes, min(width, 8 * self.row_bytes)
         if bits > MOST_SHIFT * width:
             raise CodecConfigError(f"codec '{self.spec()}': {bits} bits are more than {MOST_SHIFT} a number at width "
                                    f"{width}; it needs a width of at least {-(-bits // MOST_SHIFT)}")
-        axes = min(width, bits)
+        if self.most_axes is not None:
+            least = -(-bits // MOST_SHIFT)
+            if not least <= self.most_axes <= axes:
+                raise CodecConfigError(f"codec '{self.spec()}': expected {least} to {axes} axes at width {width}, "
+                                       f"found {self.most_axes}")
+            axes = self.most_axes
+        kind = torch.float16 if self.most_axes is None else torch.uint8
         return {"scales": TensorSpec((rows,), torch.bfloat16), "codes": TensorSpec(self.stream_shape(shape), levels=2),
-                "axes": TensorSpec((width, axes), torch.float16, shared=True),
+                "axes": TensorSpec((width, axes), kind, shared=True),
                 "deviations": TensorSpec((axes,), torch.float32, shared=True),
                 "shifts": TensorSpec((axes,), shared=True)}
 
     def package_tables(self) -> Mapping[str, int]:
         """Return the taps of the rates that an axis may have, in float32."""
-        return {f"taps of tr{rate:g}": 4 * len(filter_editions()[rate, MEMORY, 1].taps) * MEMORY
-                for rate in SOURCES.values()}
+        rates = *SOURCES.values(), *(place + 1.5 for place in range(len(SHARED)))
+        found = {f"taps of tr{rate:g}": 4 * len(filter_editions()[rate, MEMORY, 1].taps) * MEMORY for rate in rates}
+        return {**found, "taps of 6 and 7 bits": 4 * len(FINE) * MEMORY}
 
     def stream_shape(self, shape: Shape) -> Shape:
         """Return the shape of the bits, (out, stream)."""
@@ -114,7 +125,8 @@ class SpectralTrellis(Codec):
         power, axes = torch.linalg.eigh(gram)
         count = layout["shifts"].numel
         power, axes = power.flip(0)[:count].clamp_min(0), axes.flip(1)[:, :count]
-        return {"axes": axes.to(torch.float16).contiguous(), "deviations": power.sqrt().to(torch.float32),
+        held = axes.to(torch.float16) if self.most_axes is None else _in_bytes(axes)
+        return {"axes": held.contiguous(), "deviations": power.sqrt().to(torch.float32),
                 "shifts": torch.tensor(shared_out(power.tolist(), 8 * self.row_bytes), dtype=torch.uint8,
                                        device=axes.device)}
 
@@ -123,8 +135,7 @@ class SpectralTrellis(Codec):
         shape = shape_of(matrix)
         layout = self.layout(shape)
         tables = shared_tables(self.spec(), layout, how.tables, matrix.device)
-        shifts, axes, deviations = self._tables(tables)
-        code = code_of(shifts)
+        code, axes, deviations = self._tables(tables)
         table = code.table().to(matrix.device) * deviations[:, None]
         scales = torch.zeros(shape[0], dtype=torch.bfloat16, device=matrix.device)
         bits = torch.empty(layout["codes"].shape, dtype=torch.uint8, device=matrix.device)
@@ -135,7 +146,7 @@ class SpectralTrellis(Codec):
             if not bool(torch.isfinite(numbers).all()):
                 raise NonFiniteError(f"codec '{self.spec()}': rows overflow float32 along the axes that it was trained "
                                      "on; train on such rows too, or scale them down")
-            bits[block], made = best(numbers, table, Steps(MEMORY, shifts, linear=True))
+            bits[block], made = best(numbers, table, Steps(MEMORY, code.shifts, linear=True))
             size = made.square().sum(1)
             gain = torch.where(size > 0, (numbers * made).sum(1).clamp_min(0) / size.clamp_min(1e-38), 1.0)
             scales[block] = bounded(scale.to(torch.float32) * gain)
@@ -149,37 +160,42 @@ class SpectralTrellis(Codec):
         """Return the scaled signs."""
         return _Signs(encoded)
 
-    def _tables(self, tensors: Tables) -> tuple[tuple[int, ...], Tensor, Tensor]:
-        """Return the bits of the axes that have some, those axes as columns, and their deviations, float32.
+    def _tables(self, tensors: Tables) -> tuple[Filter, Tensor, Tensor]:
+        """Return the code of the axes that have bits, those axes as columns, and their deviations, float32.
 
         Raises
         ------
         CorruptStoreError
             If the bits are not those of a row.
         """
-        shifts = tensors["shifts"].tolist()
-        if sum(shifts) != 8 * self.row_bytes or sorted(shifts, reverse=True) != shifts or shifts[0] > MOST_SHIFT:
-            raise CorruptStoreError(f"codec '{self.spec()}': axes of {shifts} bits are not those of a row of "
-                                    f"{8 * self.row_bytes}")
-        count = sum(shift > 0 for shift in shifts)
-        deviations = tensors["deviations"][:count]
-        deviations = torch.where(deviations > FLAT * deviations[:1], deviations, 0.0)
-        return tuple(shifts[:count]), tensors["axes"][:, :count].to(torch.float32), deviations
+        kinds = tensors["shifts"].tolist()
+        code = _code_of(tuple(kind for kind in kinds if kind))
+        if code is None or sum(code.shifts) != 8 * self.row_bytes:
+            raise CorruptStoreError(f"codec '{self.spec()}': axes of kinds {kinds} are not those of a row of "
+                                    f"{8 * self.row_bytes} bits")
+        chosen = (tensors["shifts"] > 0).nonzero().squeeze(1)
+        deviations = tensors["deviations"]
+        deviations = torch.where(deviations > FLAT * deviations[:1], deviations, 0.0)[chosen]
+        axes = tensors["axes"][:, chosen].to(torch.float32)
+        if self.most_axes is not None:
+            axes -= ZERO
+            axes /= torch.linalg.vector_norm(axes, dim=0).clamp_min(1.0)
+        return code, axes, deviations
 
     def _matrix(self, tensors: Tables) -> Tensor:
         """Return what takes signs to rows, float32 (width, stream)."""
-        shifts, axes, deviations = self._tables(tensors)
-        return (axes * deviations) @ _matrix_of(shifts).to(axes.device)
+        code, axes, deviations = self._tables(tensors)
+        return (axes * deviations) @ _matrix_of(code).to(axes.device)
 
     def spec(self) -> str:
-        """Return for example `ktr15`: 15 bytes a row."""
-        return f"ktr{self.row_bytes}"
+        """Return for example `ktr15`: 15 bytes a row; or `ktr15a90`: of at most 90 axes."""
+        return f"ktr{self.row_bytes}{'' if self.most_axes is None else f'a{self.most_axes}'}"
 
     @classmethod
     def from_spec(cls, match: re.Match[str], parts: Sequence[Codec]) -> Codec:
         """Parse `ktr` strings; see `spec`."""
         del parts
-        return cls(int(match["bytes"]))
+        return cls(int(match["bytes"]), None if match["axes"] is None else int(match["axes"]))
 
 
 class _Signs(Coordinates):
@@ -206,35 +222,23 @@ class _Signs(Coordinates):
         return y @ self._codec._matrix(self.encoded.tensors).T
 
 
-def shared_out(power: Sequence[float], bits: int) -> list[int]:
-    """Return the bits of each axis, descending as its power is: each in turn goes where it lowers the error most."""
-    shifts = [0] * len(power)
-    gains = [(-one * (DISTORTION[0] - DISTORTION[1]), place) for place, one in enumerate(power)]
-    heapq.heapify(gains)
-    for _ in range(bits):
-        _, place = heapq.heappop(gains)
-        shifts[place] += 1
-        if shifts[place] < MOST_SHIFT:
-            gain = DISTORTION[shifts[place]] - DISTORTION[shifts[place] + 1]
-            heapq.heappush(gains, (-power[place] * gain, place))
-    return sorted(shifts, reverse=True)
-
-
-def code_of(shifts: tuple[int, ...]) -> Filter:
-    """Return the code of one step an axis: of so many new bits the taps of the packaged code of that rate."""
-    taps, seen = [], dict.fromkeys(SOURCES, 0)
-    for shift in shifts:
-        if shift == 1:
-            taps.append(SINGLE)
-            continue
-        source = filter_editions()[SOURCES[shift], MEMORY, 1]
-        taps.append(source.taps[seen[shift] % len(source.taps)])
-        seen[shift] += 1
-    return Filter(shifts, tuple(taps))
+def _in_bytes(axes: Tensor) -> Tensor:
+    """Return axes, columns of length 1, as bytes: in steps of a 127th of the largest number, around `ZERO`."""
+    most = axes.abs().amax(0).clamp_min(1e-30)
+    return (axes / most * (ZERO - 1)).round().add_(ZERO).to(torch.uint8)
 
 
 @lru_cache(maxsize=16)
-def _matrix_of(shifts: tuple[int, ...]) -> Tensor:
+def _code_of(kinds: tuple[int, ...]) -> Filter | None:
+    """Return the code of axes, None where there is none."""
+    try:
+        return code_of(kinds)
+    except ValueError:
+        return None
+
+
+@lru_cache(maxsize=16)
+def _matrix_of(code: Filter) -> Tensor:
     """Return what takes signs to the numbers of the axes, float32 (axes, stream)."""
-    code = code_of(shifts)
-    return reference.matrix(code.taps_tensor(), Line(len(shifts), shifts, MEMORY), len(shifts)).to(torch.float32)
+    count = len(code.shifts)
+    return reference.matrix(code.taps_tensor(), Line(count, code.shifts, MEMORY), count).to(torch.float32)

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from tersor.numerics.machine import njit
-from tersor.ops.trellis_path.kernels.advance import WIDTH, advance
+from tersor.ops.trellis_path.kernels.advance import MOST_SHIFT, WIDTH, advance
 
 
 @njit()
 def _advance_singly(bests: Any, levels: Any, x: Any, places: Any, shifts: Any) -> None:
-    """Do what `advance` does, for windows too short for its vectors."""
+    """Do what `advance` does, for windows too short for its vectors, and for more new bits."""
     old, level, new = places
     before, after, groups = shifts
     for group in range(groups):
@@ -70,7 +70,7 @@ def _walk(x: Any, problem: Any, span: Any, bests: Any, states: Any, start: Any) 
             phase = 0
         after = shifts[phase]
         groups = everywhere >> after
-        if groups >= WIDTH:
+        if groups >= WIDTH and max(before, after) <= MOST_SHIFT:
             advance(bests, levels, number, places, (before, after, groups))
         else:
             _advance_singly(bests, levels, number, places, (before, after, groups))
