@@ -149,15 +149,16 @@ def test_same_seed_same_bytes(threads: int, source: Source, asked: dict[str, Any
         assert (whole / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
-@pytest.mark.parametrize(("where", "after", "damaged", "blocks"), [
-    ("matrices", 3, True, False), ("matrices", 4, False, True), *(
+@pytest.mark.parametrize(("kill", "damaged", "blocks"), [
+    (("matrices", 3), True, False), (("matrices", 4), False, True), *(
         pytest.param(*case, marks=pytest.mark.slow)
-        for case in (("steps", 1, False, False), ("steps", 1, True, False), ("matrices", 3, False, False),
-                     ("steps", 1, False, True)))])
-def test_a_killed_run_goes_on(where: str, after: int, damaged: bool, blocks: bool, source: Source,
+        for case in ((("steps", 1), False, False), (("steps", 1), True, False), (("matrices", 3), False, False),
+                     (("steps", 1), False, True)))])
+def test_a_killed_run_goes_on(kill: tuple[str, int], damaged: bool, blocks: bool, source: Source,
                               asked: dict[str, Any], whole: Path, tmp_path: Path,
                               monkeypatch: pytest.MonkeyPatch) -> None:
     """With the bytes of an unbroken one; where what it kept is damaged, it makes that again."""
+    where, after = kill
     if blocks:
         asked, whole = {**asked, "recover_blocks": True}, tmp_path / "whole"
         compress_model(source.path, whole, size=24_000, **asked)
