@@ -11,7 +11,7 @@ from torch.nn import functional
 from tersor import store
 from tersor.errors import ModelError
 from tersor.hf import compress_model
-from tersor.hf.compress import checkpoint
+from tersor.hf.compress import checkpoint, moving
 from tersor.hf.compress import run as run_of_compress
 from tersor.hf.compress.course import Course, RecoverSettings
 from tersor.hf.compress.desk import Desk
@@ -45,6 +45,7 @@ def named(name: str, folder: Path) -> Source:
 def long_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps as of large losses: a tiny random model's are small."""
     monkeypatch.setattr(training, "NATS", 1e-6)
+    monkeypatch.setattr(moving, "OFF", 1e-6)
 
 
 @pytest.fixture(scope="module")

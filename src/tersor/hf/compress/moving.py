@@ -34,6 +34,7 @@ from tersor.hf.recover.training import Moments, Teacher, Training, distance, div
 
 RIDGE = 3.0  # times the mean square of an input: what holds a matrix to what it has moved to; docs/log.md
 FOLDER = "moved"  # in the work folder: weights as they are at the entrance of a block
+OFF = 0.05  # a block's relative squared distance from which steps are the longest; docs/log.md
 READ = ("dense", "encoded", "lesson", "wanted")  # folders of activations
 
 
@@ -169,7 +170,7 @@ class Moving:
         with (BlockMover if self._alone else Mover)(self._text, stage, matrices, self._moved) as mover:
             training = Training(mover, self._teacher(stage), lesson, saved,
                                 lambda done: self._tell(self._taken + done), self._moments,
-                                loss=distance if self._alone else divergence)
+                                loss=distance if self._alone else divergence, full=OFF if self._alone else None)
             outcome = training.run()
         self._moved, self._moments = outcome.values, training.moments()
         saved.drop()

@@ -4,7 +4,8 @@ For small independent errors, KL(original ‖ compressed) is half the Fisher qua
 element that a rotation has made isotropic, a matrix costs `s² tr(F) / 2`, where `tr(F)` is the expected squared norm of
 the gradient of the log-likelihood of tokens *sampled from the model* (summing over a sequence leaves the expectation of
 the squared norm additive over tokens, because scores have mean zero). Divided by the distortion that such errors have,
-it is the weight of that matrix's relative distortion in the planner's sum, which so estimates the KL in nats a token.
+it is the weight of that matrix's relative distortion; the sum so estimates the KL in nats a token. The planner goes by
+roots of such weights: `planning.plan.tempered`.
 
 The pass goes forward once, keeping what enters each block, and back block by block: each is computed anew with its
 gradients, which are let go once their norms are known.

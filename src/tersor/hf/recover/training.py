@@ -205,13 +205,15 @@ class Training:
         What `moments` returned after a training of the same parts, or more, that this one goes on from.
     loss : callable
         Of what the student and the teacher make of a batch: a sum over its positions.
+    full : float or None
+        The loss from which steps are the longest; None: `NATS`.
     """
 
     def __init__(self, student: Pupil, teacher: Teacher, lesson: Lesson, saved: Saved, tell: Callable[[int], None],
                  moments: Mapping[str, Moments] | None = None, *,
-                 loss: Callable[[Tensor, Tensor], Tensor] = divergence) -> None:
+                 loss: Callable[[Tensor, Tensor], Tensor] = divergence, full: float | None = None) -> None:
         self.student, self.teacher, self.lesson, self.saved, self._tell = student, teacher, lesson, saved, tell
-        self._measure = loss
+        self._measure, self._full = loss, NATS if full is None else full
         self.parts = {name: value.clone().requires_grad_(True) for name, value in student.values.items()}
         longest = student.longest()
         self._longest = [longest[name] for name in self.parts]
@@ -247,7 +249,7 @@ class Training:
 
     def _share(self, step: int) -> float:
         """Return the share of the longest step: it grows, then falls as a cosine does; less where less is to be won."""
-        warm, haste = max(1.0, WARM * self.lesson.steps), min(1.0, math.sqrt(self.outcome.before / NATS))
+        warm, haste = max(1.0, WARM * self.lesson.steps), min(1.0, math.sqrt(self.outcome.before / self._full))
         if self.lesson.constant:
             return haste * min(1.0, (self.lesson.begin + step + 1) / WARM_STEPS)
         return haste * min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / self.lesson.steps))
