@@ -124,7 +124,7 @@ def compress(src: Src, output: NewOut, rate: BudgetRate = None, size: Size = Non
         device=device if dry_run else device_of(device), devices=devices, engine=engine, whole=whole_model,
         options=parse_options(option), sensitivities=read_weights(sensitivities), effort=effort, samples=samples,
         dense=None if dense is None else tuple(dense), leave_out=tuple(leave_out or ()), base_model=base_model,
-        recover=recover or recover_blocks, recover_passes=recover_passes, recover_tokens=recover_tokens,
+        recover=recover, recover_passes=recover_passes, recover_tokens=recover_tokens,
         recover_blocks=recover_blocks)
     nbytes = None if size is None else parse_size(size)
     rate = 3.0 if rate is None and nbytes is None else rate

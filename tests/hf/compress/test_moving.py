@@ -114,7 +114,8 @@ def test_weights_move_and_errors_are_the_sources(name: str, blocks: bool, asked:
                                                  tmp_path: Path) -> None:
     source = named(name, tmp_path / "model")
     size = source.nbytes // 4
-    report = compress_model(source.path, tmp_path / "out", size=size, recover_blocks=blocks, **asked)
+    report = compress_model(source.path, tmp_path / "out", size=size,
+                            **{**asked, "recover": not blocks, "recover_blocks": blocks})
     opened, moves = store.read(tmp_path / "out"), report["recovery"]["moves"]
     assert store.stored_nbytes(tmp_path / "out") <= size
     assert all(phase["after"] <= phase["before"] for phase in moves)

@@ -127,7 +127,7 @@ def _seconds(source: Source, matrices: list[Matrix], request: Request, settings:
             "survey": (trial * surveyed * len(tried) + reading["survey"]) / hands,
             "encode": (encoding * elements + factored + reading["encode"]) / hands,
             "verify": VERIFY + 4 * decoding * elements,
-            **({"recover": reading["recover"]} if settings.recover else {}),
+            **({"recover": reading["recover"]} if settings.recovery is not None else {}),
             "evaluate": reading["evaluate"] + (2 * decoding * elements if settings.evaluation_tokens else 0)}
 
 

@@ -140,7 +140,7 @@ class CompressSettings(Texts):
     @property
     def recovery(self) -> RecoverSettings | None:
         """How what was compressed is trained, if it is to be."""
-        if not self.recover:
+        if not (self.recover or self.recover_blocks):
             return None
         moves = self.recover_passes if self.calibrated else 0.0
         return RecoverSettings(self.calibration, self.recover_tokens, END * self.recover_passes, self.context,
