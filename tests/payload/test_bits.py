@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -97,6 +99,39 @@ def test_models_are_built_under_another_default_device(width: int) -> None:
     words = pack(codes, 1 << width)
     with torch.device("meta"):
         assert unpack(words, 1 << width, 0, len(codes)).tolist() == codes.tolist()
+
+
+THREADS = """
+import threading
+import torch
+from tersor.payload import packing
+from tersor.ops.dispatch import compiled_allowed
+
+gate, failed = threading.Barrier(6), []
+
+def work(number):
+    gate.wait()
+    try:
+        if number % 2:
+            packing.unpack(torch.zeros(1 << 15, dtype=torch.uint8), 16, 0, 1 << (16 if number == 1 else 8))
+        elif compiled_allowed("a test"):
+            from tersor.ops.trellis_linear import lanes
+            from tersor.ops.trellis_path import compiled
+    except Exception as error:
+        failed.append(repr(error))
+
+threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+[one.start() for one in threads]
+[one.join() for one in threads]
+assert not failed, failed
+"""
+
+
+def test_threads_that_begin_at_once_see_all_of_numba() -> None:
+    """In a new process, where none has imported it."""
+    pytest.importorskip("numba")
+    done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_non_contiguous_codes() -> None:

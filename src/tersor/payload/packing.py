@@ -5,9 +5,10 @@ At `b` bits a code when `levels = 2**b`, else as digits of a mixed-radix word (5
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import math
-import sys
+import threading
 from functools import cache
 
 import numpy as np
@@ -19,6 +20,7 @@ from tersor.payload.layout import packed_nbytes, radix_word, width_of
 
 _MANY = 1 << 16
 _CHUNK = 1 << 18  # codes handled at a time: keeps integer temporaries inside the processor's cache
+_IMPORTED, _IMPORTING = threading.Event(), threading.Lock()  # numba: of two threads that begin to, one sees half of it
 _WIDE = 1 << 25  # elsewhere: a launch costs as much as a hundred thousand codes
 
 
@@ -117,7 +119,7 @@ def _has_kernel(words: Tensor, count: int, needed: int) -> bool:
     """Tell whether a compiled kernel may spread codes out; few codes are not worth importing numba for."""
     if type(words) is not Tensor or words.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    return words.numel() >= needed and ("numba" in sys.modules or (count >= _MANY and has_numba()))
+    return words.numel() >= needed and (_IMPORTED.is_set() or (count >= _MANY and has_numba()))
 
 
 def _unpack_compiled(words: Tensor, width: int, start: int, stop: int) -> Tensor:
@@ -131,8 +133,14 @@ def _unpack_compiled(words: Tensor, width: int, start: int, stop: int) -> Tensor
 
 @cache
 def has_numba() -> bool:
-    """Tell whether numba is installed."""
-    return importlib.util.find_spec("numba") is not None
+    """Tell whether numba is installed, and import it then, whole: ask before importing what imports it."""
+    if importlib.util.find_spec("numba") is None:
+        return False
+    with _IMPORTING:
+        for name in ("numba", "numba.core.extending", "numba.extending"):
+            importlib.import_module(name)
+        _IMPORTED.set()
+    return True
 
 
 def _unpack_groups(part: Tensor, levels: int, per: int, nbytes: int) -> Tensor:

@@ -25,7 +25,7 @@ def sign_linear(vectors: Pair, packed: Pair, levels: Tensor, scales: Tensor, siz
     operands = [_operand(x, codes, half, size)
                 for x, codes, half, size in zip(near, packed, halves, sizes, strict=True)]
     with torch.cuda.device(device):
-        if decodes(operands, scales, None, dtype):
+        if decodes(operands, scales, None):
             full = (mirrored(half, size) for half, size in zip(halves, sizes, strict=True))
             parts = [by_decoding(Operand(x, codes, table, size.bit_length() - 1), scales, None, x.shape[1])
                      for x, codes, table, size in zip(near, packed, full, sizes, strict=True)]

@@ -26,7 +26,7 @@ def codebook_linear(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, zer
     flat = x.reshape(-1, width)
     operand = Operand(flat if flat.stride(-1) == 1 else flat.contiguous(), codes, table, bits, known_form(bits, form))
     with torch.cuda.device(x.device):
-        if decodes([operand], scales, zeros, x.dtype):
+        if decodes([operand], scales, zeros):
             out = by_decoding(operand, scales, zeros, group)
         else:
             out = torch.empty(len(flat), rows, dtype=x.dtype, device=x.device)
@@ -34,14 +34,14 @@ def codebook_linear(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, zer
     return out.reshape(*x.shape[:-1], rows)
 
 
-def decodes(operands: Sequence[Operand], scales: Tensor, zeros: Tensor | None, dtype: torch.dtype) -> bool:
-    """Tell whether rows are decoded for products (batch, rows) in `dtype`.
+def decodes(operands: Sequence[Operand], scales: Tensor, zeros: Tensor | None) -> bool:
+    """Tell whether rows are decoded for products.
 
-    They are for many vectors; and for float32, unless the kernel for one vector takes it: those for few round numbers
-    and levels to half precision.
+    They are for many vectors; and for those of float32, unless the kernel for one vector takes it: those for few round
+    numbers and levels to half precision.
     """
     batch, rows = len(operands[0].x), scales.shape[0]
-    if batch > MOST_COLUMNS or dtype != torch.float32:
+    if batch > MOST_COLUMNS or operands[0].x.dtype != torch.float32:
         return batch > MOST_COLUMNS
     return batch > 1 or _alone(operands, scales, zeros, rows) is None
 
