@@ -127,6 +127,7 @@ def test_weights_move_and_errors_are_the_sources(name: str, blocks: bool, asked:
     told = verify(tmp_path / "out", source)
     assert told["matrices_moved"] == sum("moved" in line for line in report["matrices"].values())
     assert not (tmp_path / "out.work" / "moved").exists()
+    assert ("a block at a time" in (tmp_path / "out" / "README.md").read_text()) == blocks
 
 
 def test_where_training_does_not_help_nothing_moves(source: Source, asked: dict[str, Any], tmp_path: Path,

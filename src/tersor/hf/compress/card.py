@@ -268,12 +268,13 @@ def _recovered(told: Mapping[str, Any] | None, matrices: Mapping[str, Any]) -> l
     if told is None:
         return []
     alone = bool(told.get("blocks"))
-    lines = [f"{'Weights' if alone else 'Scales, norms and biases'} were trained against the original, on "
-             f"{told['source']}{', a block at a time' if alone else ''}."]
+    what = ("Weights that were not encoded yet were trained, a block at a time," if alone
+            else "Scales, norms and biases were trained")
+    lines = [f"{what} against the original, on {told['source']}."]
     moved = sum("moved" in line for line in matrices.values())
     if moved:
-        lines += [f"Before that, weights that were not encoded yet were trained: {moved:,} matrices were encoded as "
-                  "they were then, not as the original has them.",
+        before = "" if alone else "Before that, weights that were not encoded yet were trained: "
+        lines += [f"{before}{moved:,} matrices were encoded as they were then, not as the original has them.",
                   "Their errors above are against the original's all the same."]
     return lines
 
