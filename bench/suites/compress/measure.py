@@ -104,7 +104,8 @@ def child(what: str, source: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return {"failed": done.stderr[-1500:]} if done.returncode else json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def _models(names: Sequence[str], folder: Path) -> dict[str, Path]:
+def places_of(names: Sequence[str], folder: Path) -> dict[str, Path]:
+    """Return where models lie; those of random weights are written into a folder."""
     def place(name: str) -> Path:
         if name in SHAPES:
             return random_llama(SHAPES[name], folder / name)
@@ -117,7 +118,7 @@ def room(cases: Sequence[RoomCase], asked: Asked) -> Iterator[Outcome]:
     """Yield the largest resident size and seconds of whole compressions, beside what they may take."""
     with tempfile.TemporaryDirectory() as folder:
         for case in cases:
-            place = _models([case.model], Path(folder))[case.model]
+            place = places_of([case.model], Path(folder))[case.model]
             settings = {"tokens": case.tokens, "rate": case.rate, "method": case.method, "effort": case.effort,
                         "device": asked.device, "threads": THREADS}
             told, found = (child(what, place, settings) for what in ("foretell", "compress"))
@@ -136,7 +137,7 @@ def room(cases: Sequence[RoomCase], asked: Asked) -> Iterator[Outcome]:
 def foretold(cases: Sequence[ForetoldCase], asked: Asked) -> Iterator[Outcome]:
     """Yield what is foretold and measured of each model; memory and time should be within 30 %."""
     with tempfile.TemporaryDirectory() as folder:
-        places = _models([case.model for case in cases], Path(folder))
+        places = places_of([case.model for case in cases], Path(folder))
         for case in cases:
             settings = {"tokens": case.tokens, "method": case.method, "effort": case.effort, "device": asked.device}
             told, found = (child(what, places[case.model], settings) for what in ("foretell", "compress"))
@@ -159,7 +160,7 @@ def devices(cases: Sequence[DevicesCase], asked: Asked) -> Iterator[Outcome]:
         there = max(1, torch.cuda.device_count())
         able = [case for case in cases if not case.devices.isdecimal() or int(case.devices) <= there]
         yield from (Unmeasured(case.key, f"there are {there} GPUs") for case in cases if case not in able)
-        places = _models([case.model for case in able], Path(folder))
+        places = places_of([case.model for case in able], Path(folder))
         for case in able:
             settings = {key: value for key, value in dataclasses.asdict(case).items() if key != "model"}
             found = child("compress", places[case.model], settings)

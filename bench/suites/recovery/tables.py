@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from bench.markdown import table
 from bench.places import DOMAINS
 from bench.suite import Line, Table
-from bench.suites.recovery.cases import CASES, RecoveryCase
+from bench.suites.recovery.cases import BESIDE, BLOCKS, CASES, BesideCase, RecoveryCase
 
-TOLD = {"plain": "none", "scales": "`tersor recover`", "all": "`compress --recover`",
-        "long": "the same, 8 passes of all the text"}
+TOLD = {"plain": "none", "scales": "`tersor recover`", "blocks": "`compress --recover-blocks`",
+        "all": "`compress --recover`", "again": "the same, planned by what that made",
+        "long": "`--recover`, 8 passes of all the text"}
 TEXTS = {**{text: text for text in DOMAINS}, "house": "these three", "wikitext": "WikiText-2"}
 COMPARED = ("house", "wikitext")  # texts whose KL is told in percent of that without recovery, too
 
@@ -25,25 +26,58 @@ def less(before: Line | None, after: Line, text: str) -> str:
 
 def row(case: RecoveryCase, line: Line, plain: Line | None) -> list[str]:
     """Return the row of a case beside that of the same model and rate without recovery."""
-    numbers = line["numbers"]
-    blimp, cells = numbers["blimp"], []
+    numbers, cells = line["numbers"], []
     for text in TEXTS:
         cells.append(f"{numbers['texts'][text]['kl']:.4f}")
         if text in COMPARED:
             cells.append("" if case.how == "plain" else less(plain, line, text))
-    return [case.model, f"{case.rate:g}", TOLD[case.how], f"{line['bytes']:,}", *cells,
-            f"{100 * blimp['accuracy']:.1f} ± {100 * blimp['error']:.1f}", f"{numbers['processor_s'] / 60:.1f}",
-            f"{numbers['peak_bytes'] / 1e9:.1f}"]
+    return [case.model, f"{case.rate:g}", TOLD[case.how], f"{line['bytes']:,}", *cells, blimp(line),
+            "GPU" if line.get("device") else f"{numbers['processor_s'] / 60:.1f}", f"{numbers['peak_bytes'] / 1e9:.1f}"]
+
+
+def blimp(line: Line) -> str:
+    """Return a model's accuracy on BLiMP, in percent, with its standard error."""
+    found = line["numbers"]["blimp"]
+    return f"{100 * found['accuracy']:.1f} ± {100 * found['error']:.1f}"
+
+
+def heads() -> list[str]:
+    """Return the heads of the columns of texts."""
+    return [head for text, name in TEXTS.items() for head in (f"KL, {name}", *(["less"] if text in COMPARED else []))]
 
 
 def build(found: Mapping[str, Line]) -> str:
     """Return what was measured, a model and rate after the other."""
-    heads = []
-    for text, name in TEXTS.items():
-        heads += [f"KL, {name}", *(["less"] if text in COMPARED else [])]
     body = [row(case, found[case.key], found.get(RecoveryCase(case.model, case.rate, "plain").key))
             for case in CASES if case.key in found]
-    return table(["model", "bits", "recovery", "bytes", *heads, "BLiMP, %", "processor, minutes", "peak, GB"], body)
+    return table(["model", "bits", "recovery", "bytes", *heads(), "BLiMP, %", "processor, minutes", "peak, GB"], body)
 
 
-TABLES = {"recovery": Table(build)}
+def named(case: BesideCase) -> str:
+    """Return what a row beside a published system is called."""
+    if case.how == "efficientqat":
+        return f"EfficientQAT, steps of {case.haste:g}" if case.haste != 1 else "EfficientQAT, steps as released"
+    return f"Tersor, recovery: {TOLD[case.how]}"
+
+
+def build_beside(found: Mapping[str, Line]) -> str:
+    """Return a published system's rows, and ours at its bytes."""
+    rows = [[case.model, named(case), f"{line['bytes']:,}",
+             *(f"{line['numbers']['texts'][text]['kl']:.4f}" for text in TEXTS), blimp(line)]
+            for case in BESIDE if (line := found.get(case.key))]
+    return table(["model", "", "bytes", *(f"KL, {name}" for name in TEXTS.values()), "BLiMP, %"], rows)
+
+
+def build_blocks(found: Mapping[str, Line]) -> str:
+    """Return seconds and memory of a recovery by blocks of a real size."""
+    rows = []
+    for case in BLOCKS:
+        if line := found.get(case.key):
+            numbers = line["numbers"]
+            stages = ", ".join(f"{name} {seconds:.0f}" for name, seconds in numbers["by_stage"].items())
+            rows.append([case.model, f"{case.tokens:,}", f"{numbers['seconds']:.0f}", stages,
+                         f"{max(numbers['device_peaks']) / 1e9:.1f}", f"{max(numbers['peaks'].values()) / 1e9:.1f}"])
+    return table(["model", "tokens", "seconds", "by stage", "device, GB", "host, GB"], rows)
+
+
+TABLES = {"recovery": Table(build), "recovery-beside": Table(build_beside), "recovery-blocks": Table(build_blocks)}
