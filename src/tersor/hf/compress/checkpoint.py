@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,25 @@ def checkpoints(file: Path) -> tuple[Path, Path]:
     return file.with_name(f"{file.name}.fisher"), file.with_name(f"{file.name}.moments")
 
 
+class Pace:
+    """When it is time to save once more: what is saved takes room and time, and is only of use to a killed run."""
+
+    def __init__(self) -> None:
+        self._saved, self._cost = time.monotonic(), 0.0
+
+    def due(self) -> bool:
+        """Return whether it is time."""
+        return time.monotonic() - self._saved >= max(EVERY, self._cost / SHARE)
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Take note of how long a saving takes."""
+        began = time.monotonic()
+        yield
+        self._saved = time.monotonic()
+        self._cost = self._saved - began
+
+
 class Checkpoint:
     """Partial sums of one part of a job, in a file.
 
@@ -40,7 +59,7 @@ class Checkpoint:
 
     def __init__(self, path: Path, mark: str) -> None:
         self.path, self._mark = path, mark
-        self._saved, self._cost = time.monotonic(), 0.0
+        self._pace = Pace()
 
     def read(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Return what was saved last, tensors mapped; None if nothing was, it is damaged, or another job's."""
@@ -55,14 +74,12 @@ class Checkpoint:
 
     def due(self) -> bool:
         """Return whether it is time to save."""
-        return time.monotonic() - self._saved >= max(EVERY, self._cost / SHARE)
+        return self._pace.due()
 
     def save(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Replace what was saved; a kill leaves the old file or the new one."""
-        began = time.monotonic()
-        save_sealed(tensors, self.path, {"job": self._mark, **record})
-        self._saved = time.monotonic()
-        self._cost = self._saved - began
+        with self._pace.saving():
+            save_sealed(tensors, self.path, {"job": self._mark, **record})
 
     def drop(self) -> None:
         """Remove the file: what it was for is done."""

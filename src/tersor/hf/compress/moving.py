@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tersor.errors import CorruptStoreError
 from tersor.files import load_sealed, save_sealed, seal, tell_damaged
-from tersor.hf.compress.checkpoint import Checkpoint
+from tersor.hf.compress.checkpoint import Checkpoint, Pace
 from tersor.hf.compress.course import Course, Phase
 from tersor.hf.compress.desk import Puts, Wanted, decode_into
 from tersor.hf.compress.reading import Place, Reading, dense_of
@@ -90,6 +90,7 @@ class Moving:
         self._wanted = Flow(self._original, course.lesson.batches, Activations(reading.folder / "wanted"))
         self._tables = [m for m in self._encoded.matrices(self._last) if self._encoded.looks_up(m)]
         self._mark = seal([desk.mark, course.mark])
+        self._pace = Pace()
         self._taken = 0  # steps of all phases before
         self._moved: dict[str, Tensor] = {}  # float32, where the model may hold fewer bits
         self._moments: dict[str, Moments] = {}
@@ -202,17 +203,18 @@ class Moving:
         return self._work / FOLDER / f"{stage:06d}.safetensors"
 
     def _save(self, stage: int) -> None:
-        """Keep what has moved, for a run that goes on with this stage."""
+        """Keep what has moved, for a run that goes on with this stage, if it is time: that is 12 bytes a weight."""
         file = self._file(stage)
-        if not stage or file.exists():
+        if not stage or file.exists() or not self._pace.due():
             return
         left = [m for later in range(stage, self._last + 1) for m in self._matrices(later)]
         tensors = {m.name: self._moved[m.name] for m in left if m.name in self._moved}
         tensors |= {f"{name}:{key}": tensor for name, held in self._moments.items() if name in tensors
                     for key, tensor in held.items()}
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_sealed(tensors, file, {"job": self._mark, "taken": self._taken,
-                                    "phases": [dataclasses.astuple(phase) for phase in self._course.phases]})
+        with self._pace.saving():
+            save_sealed(tensors, file, {"job": self._mark, "taken": self._taken,
+                                        "phases": [dataclasses.astuple(phase) for phase in self._course.phases]})
         for old in file.parent.iterdir():
             if old.name < file.name:
                 old.unlink()
