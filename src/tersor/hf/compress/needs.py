@@ -131,8 +131,8 @@ def _verification(shapes: Shapes) -> int:
 
 
 def room_beside(shapes: Shapes, device: str, evaluation_tokens: int, context: int) -> bool:
-    """Return whether a processor's memory has room for a verification beside an evaluation, several times over."""
-    if torch.device(device).type != "cpu" or not evaluation_tokens:
+    """Return whether a device's memory has room for a verification beside an evaluation, several times over."""
+    if not evaluation_tokens:
         return False
     free = free_memory(device)
     needed = _evaluation(shapes, evaluation_tokens, context) + _verification(shapes) + PROCESS

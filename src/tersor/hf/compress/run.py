@@ -340,9 +340,9 @@ def _told(job: encode.Job, matrices: Mapping[str, Any], work: WorkFolder, asked:
 
 @contextlib.contextmanager
 def _verifying(source: Source, settings: CompressSettings, work: WorkFolder) -> Iterator[None]:
-    """Verify the output in a new process: before what is done within, or, on several threads of a processor, meanwhile.
+    """Verify the output in a new process: before what is done within, or meanwhile, where there is room for both.
 
-    What loads a new process, and much of a verification, takes one thread only. On a GPU both would share its memory.
+    What loads a new process, and much of a verification, takes one thread of a processor only, and leaves a GPU idle.
 
     Raises
     ------
@@ -351,8 +351,8 @@ def _verifying(source: Source, settings: CompressSettings, work: WorkFolder) -> 
     """
     given = work / "output", source.path, list(settings.places)
     shapes = needs.Shapes.of(source, settings.device, whole=settings.whole)
-    if threads_allowed() == 1 or not needs.room_beside(shapes, settings.device, settings.evaluation_tokens,
-                                                       settings.context):
+    alone = torch.device(settings.device).type == "cpu" and threads_allowed() == 1
+    if alone or not needs.room_beside(shapes, settings.device, settings.evaluation_tokens, settings.context):
         verify_in_fresh_process(*given)
         yield
         return
