@@ -220,6 +220,18 @@ def test_shares_are_all_steps(groups: int, source: Source, asked: dict[str, Any]
     assert sum(sum(course.shares(stage, 5, groups)) for stage in range(5)) == course.between.steps > 0
 
 
+@pytest.mark.parametrize(("device", "context"), [("cpu", 16), ("cuda", 16), ("cuda:1", 3000)])
+def test_a_step_reads_as_many_tokens_wherever_it_runs(device: str, context: int, source: Source) -> None:
+    """What runs at a time is a matter of speed: 2,048 tokens make a step between encodings, or one window."""
+    settings = RecoverSettings(context=context, moves=1.0, device=device)
+    assert settings.at_once == (max(2048, context) if "cuda" in device else 1024)
+    if context == 16:
+        course = Course(source, settings, Path(), no_progress)
+        batches = course.between.batches
+        assert max(map(torch.Tensor.numel, batches)) * course.between.each == 2048
+        assert course.between.looks == 8192 // settings.at_once
+
+
 def test_the_teacher_is_the_original(source: Source, asked: dict[str, Any]) -> None:
     course = Course(source, RecoverSettings(asked["calibration"], context=16, moves=1.0), Path(), no_progress)
     model = Hollow(source).whole()

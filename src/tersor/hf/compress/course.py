@@ -21,7 +21,7 @@ from tersor.hf.recover.student import vectors_of
 from tersor.hf.recover.training import Lesson, halves
 
 RECORD = "recovery"  # in a manifest's provenance
-AT_ONCE = 1024  # tokens run at a time
+AT_ONCE, AT_ONCE_GPU = 1024, 2048  # tokens run at a time: a GPU waits for launches otherwise
 STEP = 4096  # tokens of a step
 MOVE = 2048  # tokens of a step between encodings: of so many numbers, many short steps move more than few
 LOOK = 8192  # tokens kept apart that are looked at before and after each training between encodings
@@ -74,6 +74,11 @@ class RecoverSettings:
     blocks: bool = False
 
     @property
+    def at_once(self) -> int:
+        """Tokens that run through the model at a time; one window at least."""
+        return max(self.context, AT_ONCE_GPU if torch.device(self.device).type == "cuda" else AT_ONCE)
+
+    @property
     def read(self) -> Path:
         """The calibration text."""
         return self.text or default_calibration()
@@ -111,9 +116,9 @@ class RecoverSettings:
                              f"recovery needs at least {LEAST}; give a longer text, more --tokens or a shorter "
                              "--context")
         kept = torch.arange(len(every)) % APART == LEAST - 1
-        size = max(1, AT_ONCE // self.context)
+        size = self.at_once // self.context
         apart, rest = every[kept].split(size), every[~kept].split(size)
-        lesson = Lesson([*apart, *rest], len(apart), max(1, STEP // max(AT_ONCE, self.context)), 0, self.seed)
+        lesson = Lesson([*apart, *rest], len(apart), max(1, STEP // self.at_once), 0, self.seed)
         return dataclasses.replace(lesson, steps=max(1, steps_of(lesson, self.passes)))
 
 
@@ -166,8 +171,7 @@ class Course:
     def __init__(self, source: Source, settings: RecoverSettings, folder: Path, progress: Progress) -> None:
         self.settings, self.lesson, self._source = settings, settings.lesson(source), source
         self._folder, self._progress = folder, progress
-        each = max(1, MOVE // max(AT_ONCE, settings.context))
-        looks = max(1, LOOK // max(AT_ONCE, settings.context))
+        each, looks = (max(1, tokens // settings.at_once) for tokens in (MOVE, LOOK))
         self.between = dataclasses.replace(self.lesson, each=each, checks=1, looks=looks, constant=True)
         self.between = dataclasses.replace(self.between, steps=steps_of(self.between, settings.moves))
         self.phases: list[Phase] = []
