@@ -32,7 +32,7 @@ Example = dict[str, torch.Tensor]
 
 def run(case: AdapterCase, original: Path, device: str) -> tuple[dict[str, Any], int]:
     """Return the curves of one case, and the bytes of its weights."""
-    folder = original if case.rate is None else compressed(case, original)
+    folder = original if case.rate is None else compressed(case, original, device)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -65,16 +65,17 @@ def windows(original: Path) -> tuple[list[Example], str]:
     return [{"input_ids": row, "labels": row} for row in whole], hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def compressed(case: AdapterCase, original: Path) -> Path:
+def compressed(case: AdapterCase, original: Path, device: str) -> Path:
     """Return the store of a case, made once."""
     folder = kept("adapters") / f"{case.model}-{case.rate:g}"
     if not folder.exists():
-        compress_model(original, folder, case.rate, evaluation_tokens=0)
+        compress_model(original, folder, case.rate, evaluation_tokens=0, device=device)
     return folder
 
 
 def measure(cases: Sequence[AdapterCase], asked: Asked) -> Iterator[Outcome]:
     """Yield every case."""
+    name = "" if asked.device == "cpu" else torch.cuda.get_device_name()
     for case in cases:
         numbers, nbytes = run(case, locate(case.model, asked.models), asked.device)
-        yield Result.of(case, nbytes, numbers)
+        yield Result.of(case, nbytes, numbers, device=name)
