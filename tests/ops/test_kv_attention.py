@@ -255,7 +255,7 @@ def test_what_is_refused() -> None:
     met = dataclasses.replace(all_, closed=lying(all_.closed))
     assert refusal(asked, met) is None
     assert "up to 8 queries" in str(refusal(asked.expand(-1, -1, 9, -1), met))  # a prompt is not cut into queries
-    assert "up to 8 heads" in str(refusal(asked.repeat(1, 9, 1, 1), met))
+    assert "up to 32 heads" in str(refusal(asked.repeat(1, 9, 1, 1), met))
     assert "or neither" in str(refusal(asked, dataclasses.replace(all_, closed=lying(all_.closed, across=False))))
     signs, steps = held(Case("rot,tr2x8", blocks=1), "cpu"), held(Case(value="ctr8,rot,lm2", blocks=1), "cpu")
     assert "found keys of 1" in str(refusal(asked, signs))

@@ -27,7 +27,8 @@ from tersor.ops.kv_attention.shapes import (
     element_codes,
     queries_at_once,
     sign_limits,
-    signs_met,
+    sign_sets,
+    signs_of_token,
     some_queries,
     words_division,
 )
@@ -47,7 +48,7 @@ def attention(query: Tensor, held: Held, how: How, counts: Tensor | None = None)
     assert closed is not None
     batch, heads, _, dim = held.recent[0].shape
     group = query.shape[1] // heads
-    if (most := queries_at_once(closed, group)) < query.shape[2]:
+    if (most := queries_at_once(group)) < query.shape[2]:
         assert counts is None
         return torch.cat([attention(*some_queries(query, held, how, slice(first, first + most)))
                           for first in range(0, query.shape[2], most)], 2)
@@ -77,8 +78,11 @@ def _division(held: Held, rows: int, processors: int) -> Division:
     if isinstance(closed.keys, Spelled) and isinstance(closed.values, Spelled):
         return words_division(closed.tokens, dense, heads, rows, processors,
                               warps_of(closed.keys.book, closed.values.book, rows))
-    signs = signs_met(closed, rows) if isinstance(closed.keys, Side) and closed.keys.lying is not None else 0
-    return division_of(closed.tokens, dense, heads, rows, processors, signs=signs)
+    if isinstance(closed.keys, Side) and closed.keys.lying is not None:
+        sets = sign_sets(closed, rows)
+        return division_of(closed.tokens, dense, heads * -(-rows // (SET * sets)), rows, processors,
+                           signs=signs_of_token(closed) * sets)
+    return division_of(closed.tokens, dense, heads, rows, processors)
 
 
 def _ways(closed: Closed) -> tuple[Meet, Tensor | None, Tensor | None]:
@@ -130,23 +134,25 @@ def _meet_signs(query: Tensor, held: Held, how: How, work: Work, counts: Tensor 
                                    _scaling(how))
     assert keys.lines is not None
     assert values.lines is not None
-    count, sets, parts = keys.lines.shape[1], -(-rows // SET), batch * heads
+    count, sets, parts = keys.lines.shape[1], sign_sets(closed, rows), batch * heads
+    all_ = 1 << (-(-rows // SET) - 1).bit_length()
     steps = -(-count // (4 * WORD))
-    planes = workspace((parts, sets * bits.ASKED_TILES * steps * WORD), torch.int32, query.device, "queries")
-    begins = workspace((parts, 4 * steps, sets * SET), torch.int32, query.device, "queries")
-    numbers = workspace((2, parts, sets * SET), torch.float32, query.device, "queries")
+    planes = workspace((parts, all_ * bits.ASKED_TILES * steps * WORD), torch.int32, query.device, "queries")
+    begins = workspace((parts, 4 * steps, all_ * SET), torch.int32, query.device, "queries")
+    numbers = workspace((2, parts, all_ * SET), torch.float32, query.device, "queries")
     ask_signs[(parts, 4 * steps)](
         query, keys.turned_lines, keys.line_bounds, _or(keys.offset, query), planes, begins, *numbers, scaling, heads,
-        rows, dim, count, steps, len(keys.lines) > 1, keys.offset is not None, sets, num_warps=4)
+        rows, dim, count, steps, len(keys.lines) > 1, keys.offset is not None, all_, num_warps=4)
     near_side, far_side = _anchored(closed.keys), _anchored(closed.values)
     near_room, far_room = _room(closed.keys), _room(closed.values)
-    attend_signs[(cut.parts, parts)](
+    attend_signs[(cut.parts, parts, -(-rows // (SET * sets)))](
         query, planes, begins, *numbers, near_side, far_side, closed.keys.addresses, closed.values.addresses,
         near_room, far_room, keys.stepped, values.stepped,
         *_dense(query, held, how, (scaling, scores, sums, _or(counts, near_side))),
         cut.splits, heads, rows, query.shape[2], dim, closed.block, closed.blocks, count, values.lines.shape[1],
-        closed.keys.scale_bytes, closed.values.scale_bytes, sums.shape[1], *_kinds(how, counts), sets, cut.rows,
-        DENSE_TURN, WARPS, num_warps=WARPS, maxnreg=sign_limits(signs_met(closed, rows))[1], launch_pdl=True)
+        closed.keys.scale_bytes, closed.values.scale_bytes, sums.shape[1], *_kinds(how, counts), sets, all_,
+        cut.rows, DENSE_TURN, WARPS, num_warps=WARPS, maxnreg=sign_limits(signs_of_token(closed) * sets)[1],
+        launch_pdl=True)
 
 
 def _meet_words(query: Tensor, held: Held, how: How, work: Work, counts: Tensor | None) -> None:

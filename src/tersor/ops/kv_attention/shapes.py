@@ -269,18 +269,16 @@ def _unmet(closed: Closed, group: int) -> str | None:
     ways = [side.lying for side in (closed.keys, closed.values) if isinstance(side, Side)]
     if [way is not None and way.across for way in ways] != [False, True] or ways[0] is None:
         return "keys and values must both lie as signs do, or neither"
-    if not queries_at_once(closed, group):
-        return f"it takes up to {MOST_ROWS} heads that share a key of signs, {SET} of long ones, found {group}"
+    if group > ROWS[-1]:
+        return f"it takes up to {ROWS[-1]} heads that share a key, found {group}"
     if closed.block * closed.blocks % SIGN_TURN:
         return f"pages must hold a multiple of {SIGN_TURN} tokens, found {closed.block * closed.blocks}"
     return None
 
 
-def queries_at_once(closed: Closed, group: int) -> int:
+def queries_at_once(group: int) -> int:
     """Return how many tokens' queries, of `group` heads that share a key, go in one launch."""
-    if isinstance(closed.keys, Spelled) or closed.keys.lying is None:
-        return ROWS[-1] // group
-    return min(MOST_ROWS, MOST_SIGNS // signs_met(closed, 1) * SET) // group
+    return ROWS[-1] // group
 
 
 def some_queries(query: Tensor, held: Held, how: How, which: slice) -> tuple[Tensor, Held, How]:
@@ -294,10 +292,15 @@ def some_queries(query: Tensor, held: Held, how: How, which: slice) -> tuple[Ten
     return some, held, how
 
 
-def signs_met(closed: Closed, rows: int) -> int:
-    """Return the signs of a token, of the side that has more, times groups of four of so many queries."""
+def signs_of_token(closed: Closed) -> int:
+    """Return the signs of a token, of the side that has more."""
     ways = [side.lying for side in (closed.keys, closed.values) if isinstance(side, Side)]
-    return max(way.signs for way in ways if way is not None) * -(-rows // SET)
+    return max(way.signs for way in ways if way is not None)
+
+
+def sign_sets(closed: Closed, rows: int) -> int:
+    """Return how many times four queries a program meets signs with: as many as registers hold sums for."""
+    return min(-(-rows // SET), MOST_ROWS // SET, MOST_SIGNS // signs_of_token(closed))
 
 
 def lie_as_signs(keys: Levels, values: Levels, block: int, rows: int) -> bool:

@@ -57,7 +57,7 @@ def ask_signs(query, lines, bounds, offset, planes, begins, units, shifts, scali
             shift += q * gl.load(offset + ((head * DIM if PER_HEAD else 0) + place))
     bound = gl.sqrt(power) * gl.load(bounds + (head if PER_HEAD else 0))
     step = bound / ((1 << (PLANES - 1)) - 1)
-    inverse = gl.where(bound > 0.0, 1.0 / step, 0.0)
+    inverse = gl.where(bound > 0.0, 1.0 / gl.where(bound > 0.0, step, 1.0), 0.0)
     integers = gl.floor(number * inverse + 0.5).to(gl.int32)
     whole = gl.inline_asm_elementwise(WHOLE, registers(1, 1), [integers], dtype=gl.int32, is_pure=False, pack=1)
     first = column % WORD == 0
