@@ -51,10 +51,10 @@ def run(keys: Side, values: Side, query: Tensor, tokens: int) -> tuple[np.ndarra
     peaks, totals = (np.zeros((HEADS, SPLITS, rows), np.float32) for _ in range(2))
     sums = np.zeros((HEADS, SPLITS, rows, max(count, DIM)), np.float32)
     none = np.zeros(256, np.float32)
-    launch("kv_attention.kernels.asking", "ask_signs", (HEADS, 4 * steps), (
+    launch("kv_attention.kernels.asking", "ask_signs", (HEADS, 4 * steps, -(-every // 2)), (
         query.numpy().copy(), keys.levels.turned_lines.numpy(), keys.levels.line_bounds.numpy(), none, planes, begins,
         numbers[0], numbers[1], DIM**-0.5 * LOG2E, HEADS, rows, DIM, lines[0].shape[1], steps, len(lines[0]) > 1, False,
-        every), warps=4)
+        min(2, every), every), warps=4)
     pages = [np.ascontiguousarray(one.pages[0].numpy()).reshape(-1).view(np.int32) for one in (keys, values)]
     place = [Pointer(page, one.codes_at // 4) for page, one in zip(pages, (keys, values), strict=True)]
     far = np.zeros(64, np.int64)

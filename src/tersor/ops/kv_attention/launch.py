@@ -140,9 +140,11 @@ def _meet_signs(query: Tensor, held: Held, how: How, work: Work, counts: Tensor 
     planes = workspace((parts, all_ * bits.ASKED_TILES * steps * WORD), torch.int32, query.device, "queries")
     begins = workspace((parts, 4 * steps, all_ * SET), torch.int32, query.device, "queries")
     numbers = workspace((2, parts, all_ * SET), torch.float32, query.device, "queries")
-    ask_signs[(parts, 4 * steps)](
+    some = min(2, all_)
+    ask_signs[(parts, 4 * steps, all_ // some)](
         query, keys.turned_lines, keys.line_bounds, _or(keys.offset, query), planes, begins, *numbers, scaling, heads,
-        rows, dim, count, steps, len(keys.lines) > 1, keys.offset is not None, all_, num_warps=4)
+        rows, dim, count, steps, len(keys.lines) > 1, keys.offset is not None, some, all_,
+        num_warps=4)
     near_side, far_side = _anchored(closed.keys), _anchored(closed.values)
     near_room, far_room = _room(closed.keys), _room(closed.values)
     attend_signs[(cut.parts, parts, -(-rows // (SET * sets)))](
