@@ -19,16 +19,18 @@ from tersor.contract.codec import Codec, Encoded
 from tersor.contract.coordinates import Coordinates
 from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
 from tersor.kv.beside import lie_side_by_side
-from tersor.kv.coded import Form, Watch
+from tersor.kv.coded import Form, Watch, empty
 from tersor.kv.read import Read
 from tersor.kv.saved import check
 from tersor.numerics.memory import check_memory
 from tersor.ops.kv_attention import part_of, words_of
+from tersor.ops.kv_encode import kv_name
 from tersor.payload.blocks import Tables
 
 if TYPE_CHECKING:
     from tersor.ops.kv_attention.lanes import Part
     from tersor.ops.kv_attention.worded import Worded
+    from tersor.payload.words import Naming
 
 FEW = 64  # queries that meet codes as they are; more meet numbers, decoded once
 ENCODED_ELEMENTS = 1 << 22  # numbers that a GPU encodes at a time
@@ -63,6 +65,7 @@ class TokenStream(Read):
         self.codec, self.block, self.seed, self.options = codec, block, seed, dict(options or {})
         super().__init__(tables or {})
         self._watch = Watch()
+        self._naming: tuple[Naming | None] | None = None  # made at the first use
 
     def append(self, states: Tensor) -> None:
         """Encode states (batch, heads, n block, dim), any float dtype, behind the tokens held, which stay untouched.
@@ -97,6 +100,11 @@ class TokenStream(Read):
             self._append({name: payload[name].unflatten(2, spec.stored_shape) for name, spec in self._own().items()},
                          blocks)
             self._watch.take(flag)
+        elif (naming := self._namer(states.device)) is not None:
+            codes, flag = kv_name(states, naming, self.block)
+            if bool(flag):  # bytes cannot say that a token was not finite
+                raise NonFiniteError("a block that was to be closed holds NaN or infinity")
+            self._append({naming.codes: codes}, blocks)
         else:
             step = self._step(ENCODED_ELEMENTS) if states.is_cuda else 1
             parts = [self._side_by_side(part) for part in states.split(step * self.block, 2)]
@@ -182,6 +190,7 @@ class TokenStream(Read):
         twin.batch, twin.heads, twin.dim, twin._blocks = self.batch, self.heads, self.dim, self._blocks
         twin._tables, twin._watch = dict(self._tables), self._watch
         twin._know(self)
+        twin._naming = self._naming
         twin._pages = None if self._pages is None else self._pages.copy()
         twin._single = None if self._single is None else [list(row) for row in self._single]
         return twin
@@ -293,6 +302,15 @@ class TokenStream(Read):
         """Return what encodes blocks by one kernel, where there is one."""
         form = None if device.type != "cuda" or self.options else self._as_codes(device)
         return form if form is not None and form.encodes else None
+
+    def _namer(self, device: torch.device) -> Naming | None:
+        """Return what names words by one kernel, where there is one."""
+        if device.type != "cuda" or self.options or self._single is not None:
+            return None
+        if self._naming is None:
+            near, tables = empty(self.codec, self._unit, self._tables or self._given, device)
+            self._naming, self._tables = (near.naming(),), self._tables or tables
+        return self._naming[0]
 
     def _blockwise(self, low: int, high: int, *, coordinates: bool = True) -> Tensor:
         """Return blocks as coordinates, or decoded: (blocks, batch, heads, block, n)."""
