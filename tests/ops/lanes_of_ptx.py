@@ -36,7 +36,8 @@ class Warp:
         return self.held[name]
 
     def _write(self, name: str, values: np.ndarray) -> None:
-        self.held[name] = values.astype(np.uint64) & np.uint64(0xFFFF if name.startswith("h") else 0xFFFFFFFF)
+        bits = 16 if name[0] == "h" and name != "hi" else 64 if name == "found" else 32
+        self.held[name] = values.astype(np.uint64) & np.uint64((1 << bits) - 1)
 
     def _place(self, where: str) -> np.ndarray:
         parts = where.strip("[]").split("+")
@@ -49,8 +50,11 @@ class Warp:
     def _run(self, line: str) -> None:
         if line in ("{", "}", "") or line.startswith(".reg"):
             return
+        if line.startswith("@wrong "):
+            assert not self.held["wrong"].any()
+            return
         name, rest = line.removeprefix("@inside ").split(" ", 1)  # all lanes are
-        if name == "setp.ne.b32":
+        if name in ("setp.ne.b32", "setp.ne.b64"):
             predicate, one, other = rest.split(", ")
             self.held[predicate] = (self._read(one) != self._read(other)).astype(np.uint64)
             assert predicate != "inside" or self.held[predicate].all()
@@ -72,7 +76,7 @@ class Warp:
         where = re.search(r"\[[^]]*\]", rest)
         assert where is not None
         names = re.sub(r"\[[^]]*\]|[{}]", "", rest).strip(", ").split(", ")
-        size = 2 if name.endswith("b16") else 4
+        size = 2 if name.endswith("b16") else 8 if name.endswith("b64") else 4
         places = self._place(where[0])
         if "shared" in name:
             self._near(name, names, places - self.base, size)
@@ -87,11 +91,13 @@ class Warp:
 
     def _near(self, name: str, names: list[str], places: np.ndarray, size: int) -> None:
         if name.startswith("ld"):
-            self._write(names[0], self._load(self.shared, places, size))
+            assert not (places % (size * len(names))).any()
+            for i, one in enumerate(names):
+                self._write(one, self._load(self.shared, places + size * i, size))
             return
         for i, one in enumerate(names):
-            for byte in range(4):
-                self.shared[places + 4 * i + byte] = self.held[one] >> np.uint64(8 * byte) & np.uint64(255)
+            for byte in range(size):
+                self.shared[places + size * i + byte] = self.held[one] >> np.uint64(8 * byte) & np.uint64(255)
 
     def _halves(self, rest: str, parts: list[str]) -> None:
         if rest.startswith("{"):
@@ -104,7 +110,7 @@ class Warp:
     def _value(self, name: str, given: list[np.ndarray]) -> np.ndarray:  # noqa: C901
         one = given[0]
         match name:
-            case "mov.b32" | "mov.u32":
+            case "mov.b32" | "mov.u32" | "mov.f32":
                 return one
             case "and.b32":
                 return one & given[1]
@@ -120,6 +126,8 @@ class Warp:
                 return one * given[1] + given[2]
             case "add.s32":
                 return one + given[1]
+            case "add.f32":
+                return _bits(_float(one) + _float(given[1]))
             case "max.NaN.f32":
                 return _bits(np.maximum(_float(one), _float(given[1])))
             case "redux.sync.add.s32":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import functools
 import importlib
 import sys
 import types
@@ -109,6 +110,11 @@ class Shared:
         self.held[...] = value
 
 
+def _kept(held: list[np.ndarray], one: np.ndarray) -> np.ndarray:
+    held.append(one)
+    return one
+
+
 def _where(condition: Any, left: Any, right: Any) -> Any:
     if isinstance(left, Pointer):
         if np.ndim(condition) == 0:
@@ -131,8 +137,12 @@ def _copied(near: Shared, place: Pointer, mask: Any = None) -> None:
     near.held[...] = np.where(mask, place.load(mask), near.held)
 
 
-def _asm(text: str, constraints: str, args: Any, dtype: Any, is_pure: bool, pack: int) -> Any:
-    """Run a block of PTX for every warp; what waits for another kernel needs not, and loads are done here."""
+def _asm(text: str, constraints: str, args: Any, dtype: Any, is_pure: bool, pack: int, *,
+         held: list[np.ndarray]) -> Any:
+    """Run a block of PTX for every warp; what waits for another kernel needs not, and loads are done here.
+
+    Shared memory is the last that was allocated.
+    """
     del is_pure
     assert pack == 1
     outs, given = constraints.count("="), list(args)
@@ -143,10 +153,11 @@ def _asm(text: str, constraints: str, args: Any, dtype: Any, is_pure: bool, pack
     shape = np.broadcast_shapes(*(np.shape(one) for one in given))
     found = [np.empty(np.prod(shape), np.uint32) for _ in range(outs)]
     for first in range(0, found[0].size, LANES):
-        warp = Warp(np.zeros(0, np.uint8), np.zeros(0, np.uint8))
+        warp = Warp(held[-1].reshape(-1).view(np.uint8) if held else np.zeros(0, np.uint8), np.zeros(0, np.uint8))
         for place, one in enumerate(given):
             whole = np.ascontiguousarray(np.broadcast_to(one, shape).reshape(-1)[first : first + LANES])
-            warp.held[f"${outs + place}"] = whole.view(np.uint32).astype(np.uint64)
+            bits = np.uint64 if whole.itemsize == 8 else np.uint32
+            warp.held[f"${outs + place}"] = whole.view(bits).astype(np.uint64)
         warp.run(text)
         for place in range(outs):
             found[place][first : first + LANES] = warp.held[f"${place}"]
@@ -158,6 +169,7 @@ def _asm(text: str, constraints: str, args: Any, dtype: Any, is_pure: bool, pack
 def language(program: tuple[int, ...], warps: int, grid: tuple[int, ...] = ()) -> Any:
     """Return what stands in for `triton.language` and for Gluon's, for one program."""
     made: Any = types.ModuleType("language")
+    held: list[np.ndarray] = []
     names = ("int32", "int64", "float32", "uint8")
     for name in names:
         setattr(made, name, getattr(np, name))
@@ -167,7 +179,7 @@ def language(program: tuple[int, ...], warps: int, grid: tuple[int, ...] = ()) -
         "num_programs": lambda axis: array(np.int32(grid[axis])),
         "gather": lambda x, index, axis: array(np.take_along_axis(x, index, axis)),
         "arange": lambda first, last, layout=None: array(np.arange(first, last, dtype=np.int32)),
-        "inline_asm_elementwise": _asm, "exp2": lambda x: array(np.exp2(x)),
+        "inline_asm_elementwise": functools.partial(_asm, held=held), "exp2": lambda x: array(np.exp2(x)),
         "sqrt": lambda x: array(np.sqrt(x)), "floor": lambda x: array(np.floor(x)),
         "zeros_like": lambda x: array(np.zeros_like(x)),
         "join": lambda a, b: array(np.stack([a, b], -1)),
@@ -182,7 +194,7 @@ def language(program: tuple[int, ...], warps: int, grid: tuple[int, ...] = ()) -
         "expand_dims": lambda x, axis: array(np.expand_dims(x, axis)), "thread_barrier": lambda: None,
         "convert_layout": lambda x, layout, assert_trivial=False: x,
         "fma": lambda a, b, c: array((np.asarray(a, np.float64) * b + c).astype(np.float32)),
-        "allocate_shared_memory": lambda dtype, shape, layout: Shared(np.full(shape, UNWRITTEN, dtype))}
+        "allocate_shared_memory": lambda dtype, shape, layout: Shared(_kept(held, np.full(shape, UNWRITTEN, dtype)))}
     for name, function in functions.items():
         setattr(made, name, function)
     for name in ("BlockedLayout", "SliceLayout", "SwizzledSharedLayout", "NVMMADistributedLayout"):

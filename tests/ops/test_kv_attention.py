@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tersor.kv import TokenStream, matrices, meet_as_signs
+from tersor.kv import TokenStream, lie_for_kernels, matrices, meet_as_signs
 from tersor.kv.pages import Pages
 from tersor.ops.dispatch import reference_only
 from tersor.ops.kv_attention import (
@@ -18,6 +18,7 @@ from tersor.ops.kv_attention import (
     How,
     Levels,
     Lying,
+    Side,
     kv_attention,
     lie_as_signs,
     reference,
@@ -62,6 +63,13 @@ SHAPES = [Case(dim=64), Case("rot,lm4", "rot,lm3", 64), Case("fp8", "lm2", 64), 
           Case(dtype=torch.float16)]
 
 
+WORDS = [Case("klt32h2x64", "klt32h2x64"), Case("klt64h2x64", "klt48h2x64"), Case("klt31h2x64", "klt29h2x64"),
+         Case("klt16h2x64", "klt24h2x64", 64), Case("klt32h2x64", "klt32h2x64", group=1),
+         Case("klt32h2x64", "klt32h2x64", group=7), Case("klt32h2x64", "klt32h2x64", queries=2),
+         Case("klt32h2x64", "klt32h2x64", queries=8), Case("klt64h2x64", "klt64h2x64", group=7, queries=8),
+         Case("klt32h2x64", "klt32h2x64", blocks=1), Case("klt32h2x64", "klt16h2x64", dtype=torch.float16)]
+
+
 def states(case: Case, tokens: int, seed: int, device: str) -> Tensor:
     normal = gaussian((BATCH * HEADS * tokens, case.dim), seed).reshape(BATCH, HEADS, tokens, case.dim)
     return (normal * torch.linspace(0.2, 2, case.dim)).to(device=device, dtype=case.dtype)
@@ -79,7 +87,9 @@ def held(case: Case, device: str) -> Held:
         for across, stream in enumerate(streams):
             if not pages_of(stream).lying:  # two bits of few tokens lie as levels
                 stream.lie_as_signs(across=bool(across))
-    sides = [stream.side() for stream in streams]
+    if device == "cuda":
+        lie_for_kernels(*streams)
+    sides = [stream.side() or stream.spelled(values=bool(which)) for which, stream in enumerate(streams)]
     assert sides[0] is not None
     assert sides[1] is not None
     closed = Closed(sides[0], sides[1], case.blocks * BLOCK, BLOCK, streams[0].page_blocks)
@@ -124,7 +134,7 @@ def check(case: Case, device: str, how: How, **given: Any) -> Tensor:
 
 
 @on_devices(["case"], cpu=[[CODECS[0]], [CODECS[3]], [CODECS[-1]]],
-            cuda=[[case] for case in (*CODECS, *SHAPES, *SIGNS)])
+            cuda=[[case] for case in (*CODECS, *SHAPES, *SIGNS, *WORDS)])
 def test_is_attention_over_decoded_tokens(device: str, case: Case) -> None:
     check(case, device, How(case.dim**-0.5))
 
@@ -155,10 +165,11 @@ def test_sequences_share_pages(device: str, index: tuple[int, ...]) -> None:
     assert float((found - wanted).norm()) <= tolerance(case) * float(wanted.norm())
 
 
-@on_devices(["kind"], cpu=[["bool"]], cuda=[["bool"], ["float"], ["heads"], ["blind"]])
+@on_devices(["codec", "kind"], cpu=[["rot,lm2", "bool"]],
+            cuda=[[codec, kind] for codec in ("rot,lm2", "klt32h2x64") for kind in ("bool", "float", "heads", "blind")])
 @pytest.mark.parametrize("queries", [1, 4])
-def test_masks(device: str, kind: str, queries: int) -> None:
-    case = Case(queries=queries, blocks=3)
+def test_masks(device: str, codec: str, kind: str, queries: int) -> None:
+    case = Case(codec, codec, queries=queries, blocks=3)
     tokens = SINK + 3 * BLOCK + case.recent + queries
     shape = (BATCH, HEADS * case.group if kind == "heads" else 1, queries, tokens)
     numbers = gaussian((shape[0] * shape[1] * queries, tokens), 3).reshape(shape).to(device)
@@ -169,19 +180,22 @@ def test_masks(device: str, kind: str, queries: int) -> None:
     assert kind != "blind" or not found[1].any()
 
 
-@on_devices(["how"], cpu=[["softcap"]], cuda=[["softcap"], ["s_aux"], ["full"]])
-def test_scores(device: str, how: str) -> None:
-    case = Case("rot,lm4", "rot,lm2", queries=2, blocks=5)
+@on_devices(["key", "value", "how"], cpu=[["rot,lm4", "rot,lm2", "softcap"]],
+            cuda=[[*codecs, how] for codecs in (("rot,lm4", "rot,lm2"), ("klt32h2x64", "klt32h2x64"))
+                  for how in ("softcap", "s_aux", "full")])
+def test_scores(device: str, key: str, value: str, how: str) -> None:
+    case = Case(key, value, queries=2, blocks=5)
     aux = gaussian((HEADS * case.group, 1), 5)[:, 0].to(device) + 4
     check(case, device, How(case.dim**-0.5, softcap=3.0 if how == "softcap" else None,
                             s_aux=aux if how == "s_aux" else None, causal=how != "full"))
 
 
 @GPU
+@pytest.mark.parametrize("codec", ["rot,lm2", "klt32h2x64"])
 @pytest.mark.parametrize("counts", [(21, 4, 131), (16, 4, 3), (1, 4, 90)])
-def test_counts_on_the_device_and_captured_graphs(counts: tuple[int, int, int]) -> None:
+def test_counts_on_the_device_and_captured_graphs(counts: tuple[int, int, int], codec: str) -> None:
     """A graph captured once serves a cache that grows within its room."""
-    case = Case()
+    case = Case(codec, codec)
     whole, asked, how = held(case, "cuda"), query(case, "cuda"), How(case.dim**-0.5)
     closed, sinks, recent = counts[0] * BLOCK, *counts[1:]
     on_device = torch.tensor([0, 4, 1], dtype=torch.int32, device="cuda")
@@ -205,6 +219,7 @@ def test_a_poisoned_page_shows() -> None:
     all_, asked = held(case, "cuda"), query(case, "cuda")
     assert all_.closed is not None
     side = all_.closed.keys
+    assert isinstance(side, Side)
     side.pages[0][0, side.scales_at : side.scales_at + 2].view(torch.bfloat16).fill_(float("nan"))
     found = kv_attention(asked, all_, How(case.dim**-0.5))
     assert bool(found[0, : case.group].isnan().all())
@@ -212,8 +227,9 @@ def test_a_poisoned_page_shows() -> None:
 
 
 @GPU
-def test_runs_alike() -> None:
-    case = Case()
+@pytest.mark.parametrize("codec", ["rot,lm2", "klt32h2x64"])
+def test_runs_alike(codec: str) -> None:
+    case = Case(codec, codec)
     all_, asked, how = held(case, "cuda"), query(case, "cuda"), How(case.dim**-0.5)
     first = kv_attention(asked, all_, how)
     assert all(torch.equal(first, kv_attention(asked, all_, how)) for _ in range(5))
@@ -239,7 +255,7 @@ def test_what_is_refused() -> None:
     met = dataclasses.replace(all_, closed=lying(all_.closed))
     assert refusal(asked, met) is None
     assert "up to 8 queries" in str(refusal(asked.expand(-1, -1, 9, -1), met))  # a prompt is not cut into queries
-    assert "up to 8 heads" in str(refusal(asked.repeat(1, 9, 1, 1), met))
+    assert "up to 32 heads" in str(refusal(asked.repeat(1, 9, 1, 1), met))
     assert "or neither" in str(refusal(asked, dataclasses.replace(all_, closed=lying(all_.closed, across=False))))
     signs, steps = held(Case("rot,tr2x8", blocks=1), "cpu"), held(Case(value="ctr8,rot,lm2", blocks=1), "cpu")
     assert "found keys of 1" in str(refusal(asked, signs))

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from tersor.errors import NonFiniteError
-from tersor.kv import TokenStream
-from tersor.kv.coded import Form
-from tersor.ops.kv_encode import kv_encode, reference
+from tersor.kv import TokenStream, matrices
+from tersor.kv.coded import Form, empty
+from tersor.ops.kv_encode import kv_encode, kv_name, reference
+from tersor.payload.words import Naming
 from tersor.registry import parse
 from tersor.testing import gaussian
 from tests.ops.devices import GPU
@@ -84,6 +85,61 @@ def test_streams_on_a_gpu_decode_as_on_the_processor(text: str) -> None:
     there.append(given[:, :, 2 * BLOCK :].cuda())
     errors = [float((stream.decode().cpu() - given).norm() / given.norm()) for stream in (here, there)]
     assert abs(errors[0] - errors[1]) <= 0.002 * errors[0]
+
+
+def named(text: str, device: str) -> tuple[TokenStream, Naming]:
+    """Return a stream with tables, and how its rows are named."""
+    codec = parse(text)
+    sample = states(4 * BLOCK)
+    tables = {name: table.to(device) for name, table in codec.train(matrices(sample, BLOCK)).items()}
+    naming = empty(codec, (HEADS * BLOCK, DIM), tables, torch.device(device))[0].naming()
+    assert naming is not None
+    return TokenStream(codec, BLOCK, tables=tables), naming
+
+
+def test_the_reference_names_as_the_codec_does() -> None:
+    stream, naming = named("klt32h3x64", "cpu")
+    given = states(2 * BLOCK)
+    stream.append(given)
+    codes, flag = kv_name(given, naming, BLOCK)
+    assert not int(flag)
+    assert float((codes == stream.state()[0]["blocks/codes"]).double().mean()) >= 0.999
+    given[1, 0, 70, 3] = float("nan")
+    assert int(kv_name(given, naming, BLOCK)[1])
+
+
+def test_bytes_of_sized_rows_are_not_named() -> None:
+    codec = parse("klt16sh3x64")
+    tables = codec.train(matrices(states(4 * BLOCK), BLOCK))
+    assert empty(codec, (HEADS * BLOCK, DIM), tables, torch.device("cpu"))[0].naming() is None
+
+
+@GPU
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("text", ["klt16h3x64", "klt32h3x64", "klt61h3x64"])
+def test_the_kernel_names_as_the_reference(text: str, dtype: torch.dtype) -> None:
+    naming, given = named(text, "cuda")[1], states(5 * BLOCK, "cuda", dtype)
+    strided = given.transpose(1, 2).contiguous().transpose(1, 2)
+    found, wanted = kv_name(strided, naming, BLOCK), reference.name(given, naming, BLOCK)
+    assert found[0].shape == wanted[0].shape
+    assert float((found[0] != wanted[0]).double().mean()) <= 0.005
+    assert not int(found[1])
+
+
+@GPU
+def test_streams_of_words_on_a_gpu_decode_as_on_the_processor() -> None:
+    given = states(5 * BLOCK)
+    here, there = named("klt32h3x64", "cpu")[0], named("klt32h3x64", "cuda")[0]
+    here.append(given)
+    there.append(given[:, :, : 2 * BLOCK].cuda())
+    there.append(given[:, :, 2 * BLOCK :].cuda())
+    errors = [float((stream.decode().cpu() - given).norm() / given.norm()) for stream in (here, there)]
+    assert abs(errors[0] - errors[1]) <= 0.002 * errors[0]
+    spoilt = given[:, :, :BLOCK].cuda()
+    spoilt[1, 2, 5, 7] = float("inf")
+    with pytest.raises(NonFiniteError, match="NaN or infinity"):
+        there.append(spoilt)
+    assert there.tokens == 5 * BLOCK
 
 
 @GPU

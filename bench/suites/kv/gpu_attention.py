@@ -1,14 +1,16 @@
 """Attention of one decoded token over a cache on a GPU, alone: dense beside codes, by context and sequences.
 
 Shapes are an 8B Llama's: 32 query heads, 8 of keys and values, dimension 128, bf16. Payloads are random bytes, several
-caches in turn, so that none stays in the device's own cache. Calls are captured in a CUDA graph: what is timed are the
-kernels. Dense is the fastest of torch's attentions, of which some take the queries that share a head as one block.
+caches in turn, so that none stays in the device's own cache. Tables of `klt` are trained on random states whose
+components decay in size, so that bytes have words of many sizes. Calls are captured in a CUDA graph: what is timed are
+the kernels. Dense is the fastest of torch's attentions, of which some take the queries that share a head as one block.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,16 +20,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from bench.suite import Asked, Outcome, Result
-from bench.suites.gpu.timing import PlainTorch, device, relative, settle, time_calls
+from bench.suites.gpu.timing import SEED, PlainTorch, device, relative, settle, time_calls
 from bench.suites.kv.gpu_cases import Attending
+from tersor.contract.codec import Codec, Encoded
+from tersor.kv import matrices
 from tersor.kv.coded import Form
 from tersor.kv.pages import Pages
-from tersor.ops.kv_attention import Closed, Held, How, Lying, Side, kv_attention, lie_as_signs, reference
+from tersor.ops.kv_attention import Book, Closed, Held, How, Lying, Side, Spelled, kv_attention, lie_as_signs, reference
+from tersor.payload.blocks import Tables
 from tersor.registry import parse
 
 HEADS, GROUP, DIM, BLOCK, PAGE, SINK, RECENT = 8, 4, 128, 64, 16, 4, 160
 SPREAD = 2e8  # bytes of all caches in turn: several times a device's own cache
 MOST = 24  # caches in turn
+TRAINED = 24  # blocks that tables of `klt` are trained on
+DECADES = 1.0  # that the components of its states decay
 TOLERANCE = 0.01  # against float64: half precision in scores and weights, bf16 in the result
 CHECKED = 8192  # tokens up to which results are compared
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
@@ -59,11 +66,38 @@ def side(text: str, batch: int, tokens: int, generator: torch.Generator, *, acro
                 pages.starts[coded.scales], None if lines is None else Lying(HEADS, BLOCK, lines.shape[1], across))
 
 
+@functools.cache
+def trained(codec: Codec) -> Tables:
+    """Return tables of `klt`, trained on the processor on states of components that decay in size."""
+    draw = torch.Generator().manual_seed(SEED)
+    states = torch.randn(1, HEADS, TRAINED * BLOCK, DIM, generator=draw, dtype=torch.float32)
+    tables = codec.train(matrices(states * torch.logspace(0, -DECADES, DIM), BLOCK), seed=SEED)
+    return {name: table.to(device()) for name, table in tables.items()}
+
+
+def spelled(text: str, batch: int, tokens: int, generator: torch.Generator, *, across: bool) -> Spelled:
+    """Return closed tokens of random bytes that name words, `klt@2` at 2 bits, in the order that kernels read."""
+    codec, unit = parse(f"klt{round(float(text[4:]) * DIM / 8)}h{HEADS}x{BLOCK}"), (HEADS * BLOCK, DIM)
+    tables, specs = trained(codec), codec.layout(unit)
+    empty = torch.zeros(specs["codes"].stored_shape, dtype=torch.uint8, device=device())
+    words = codec.coordinates(Encoded(codec, unit, {"codes": empty, **tables})).words()
+    assert words is not None
+    book = Book.of(words, values=across)
+    assert book is not None
+    pages, blocks = Pages({"codes": specs["codes"]}, batch, PAGE, device()), tokens // BLOCK
+    for first in range(0, blocks, PAGE):
+        count = min(PAGE, blocks - first)
+        pages.append({"codes": torch.randint(0, 256, (count, batch, *empty.shape), dtype=torch.uint8, device=device(),
+                                             generator=generator)}, count)
+    return Spelled(book, pages.buffers(), pages.slots(), pages.addresses(), pages.starts["codes"], True)
+
+
 def held(case: Attending, seed: int) -> Held:
     """Return a cache of random codes."""
     generator = torch.Generator(device()).manual_seed(seed)
     tokens = (case.tokens - SINK - RECENT) // BLOCK * BLOCK
-    keys, values = (side(case.method, case.batch, tokens, generator, across=across) for across in (False, True))
+    make = spelled if case.method.startswith("klt@") else side
+    keys, values = (make(case.method, case.batch, tokens, generator, across=across) for across in (False, True))
     parts = [random((case.batch, HEADS, count, DIM), generator) for count in (SINK, SINK, RECENT, RECENT)]
     return Held((parts[0], parts[1]), (parts[2], parts[3]), Closed(keys, values, tokens, BLOCK, PAGE))
 

@@ -45,7 +45,7 @@ def attending(device: str) -> list[Attending]:
     """Return the cases of attention alone."""
     del device
     return [Attending(method, tokens, batch) for batch in (1, 8) for tokens in (8192, 32768, 131072)
-            for method in ("none", "rot,lm2", "rot,tr2x8", "rot,lm4", "rot,tr4x8", "fp8")]
+            for method in ("none", "klt@2", "rot,lm2", "rot,tr2x8", "klt@4", "rot,lm4", "rot,tr4x8", "fp8")]
 
 
 def cases(device: str) -> list[Caching]:

@@ -17,7 +17,7 @@ from tersor.payload.blocks import Rows
 
 if TYPE_CHECKING:
     from tersor.contract.codec import Encoded
-    from tersor.payload.words import Words
+    from tersor.payload.words import Naming, Words
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,6 +71,10 @@ class Coordinates:
 
     def words(self) -> Words | None:
         """Return how rows are made of words that bytes name, where they are; else None."""
+        return None
+
+    def naming(self) -> Naming | None:
+        """Return how rows are named by bytes, where each is the nearest word's and nothing else; else None."""
         return None
 
     def into(self, x: Tensor) -> Tensor:

@@ -40,9 +40,7 @@ class Form:
     @classmethod
     def of(cls, codec: Codec, unit: Shape, tables: Tables, device: torch.device) -> Form | None:
         """Return that of blocks of a shape, or None where they are no plain codes."""
-        held = {name: tables[name] if spec.shared else torch.zeros(spec.stored_shape, dtype=spec.dtype, device=device)
-                for name, spec in codec.layout(unit).items()}
-        near = codec.coordinates(Encoded(codec, unit, held))
+        near, _ = empty(codec, unit, tables, device)
         coded = near.coded()
         if coded is None:
             return None
@@ -61,6 +59,15 @@ class Form:
         assert self.coded.refits is not None
         codes, scales, flag = kv_encode(states, self.table, self.levels.maps, self.coded.bits, block, self.coded.refits)
         return {self.coded.codes: codes, self.coded.scales: scales}, flag
+
+
+def empty(codec: Codec, unit: Shape, tables: Tables, device: torch.device) -> tuple[Coordinates, Tables]:
+    """Return the coordinates of a block of zeros, for what they know of the codec, and its shared tables."""
+    layout = codec.layout(unit)
+    held = {name: tables[name] if spec.shared else torch.zeros(spec.stored_shape, dtype=spec.dtype, device=device)
+            for name, spec in layout.items()}
+    shared = {name: held[name] for name, spec in layout.items() if spec.shared}
+    return codec.coordinates(Encoded(codec, unit, held)), shared
 
 
 def _affine(near: Coordinates, dim: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
@@ -109,4 +116,4 @@ class Watch:
         return self._flag is not None and bool(self._flag[0])
 
 
-__all__ = ["Form", "Watch"]
+__all__ = ["Form", "Watch", "empty"]

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from tersor.ops.kv_attention import Lying
+from tersor.ops.kv_attention import Book, Lying
 from tersor.payload.layout import TensorSpec
 
 ALIGNED = 16  # bytes: what kernels on a GPU read at once
@@ -73,7 +73,7 @@ class Pages:
     ----------
     starts : mapping of str to int
         Where each tensor begins in a slot, bytes.
-    lying : dict of str to Lying
+    lying : dict of str to Lying or Book
         How bits of blocks lie, of tensors that lie otherwise than they are given.
     count : int
         Blocks held.
@@ -81,7 +81,7 @@ class Pages:
 
     def __init__(self, specs: Mapping[str, TensorSpec], batch: int, blocks: int, device: torch.device) -> None:
         self.specs, self.batch, self.blocks, self.device = dict(specs), batch, blocks, device
-        self.lying: dict[str, Lying] = {}
+        self.lying: dict[str, Lying | Book] = {}
         self.starts: dict[str, int] = {}
         self.count = self._size = 0
         for name, spec in self.specs.items():
@@ -150,7 +150,7 @@ class Pages:
             done += many
         self.count += blocks
 
-    def lie(self, name: str, way: Lying) -> None:
+    def lie(self, name: str, way: Lying | Book) -> None:
         """Let the bits of a tensor, bytes of a block in a row, lie so from now on; before anything shares the pages."""
         assert name not in self.lying
         for number in range(len(self._pages)):

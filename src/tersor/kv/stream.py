@@ -19,23 +19,24 @@ from tersor.contract.codec import Codec, Encoded
 from tersor.contract.coordinates import Coordinates
 from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
 from tersor.kv.beside import lie_side_by_side
-from tersor.kv.coded import Form, Watch
-from tersor.kv.kept import Kept
+from tersor.kv.coded import Form, Watch, empty
+from tersor.kv.read import Read
 from tersor.kv.saved import check
 from tersor.numerics.memory import check_memory
-from tersor.ops.kv_attention import Levels, Lying, Side, lie_as_signs, part_of, words_of
+from tersor.ops.kv_attention import part_of, words_of
+from tersor.ops.kv_encode import kv_name
 from tersor.payload.blocks import Tables
 
 if TYPE_CHECKING:
     from tersor.ops.kv_attention.lanes import Part
     from tersor.ops.kv_attention.worded import Worded
-    from tersor.payload.words import Words
+    from tersor.payload.words import Naming
 
 FEW = 64  # queries that meet codes as they are; more meet numbers, decoded once
 ENCODED_ELEMENTS = 1 << 22  # numbers that a GPU encodes at a time
 
 
-class TokenStream(Kept):
+class TokenStream(Read):
     """Tokens of one tensor (keys or values) of one attention layer, encoded once, block by block.
 
     Parameters
@@ -63,9 +64,8 @@ class TokenStream(Kept):
             raise CodecConfigError(f"kv: block must be a positive number of tokens, found {block!r}")
         self.codec, self.block, self.seed, self.options = codec, block, seed, dict(options or {})
         super().__init__(tables or {})
-        self._form: tuple[Form | None] | None = None  # made at the first use
-        self._words: tuple[Words | None] | None = None  # likewise
         self._watch = Watch()
+        self._naming: tuple[Naming | None] | None = None  # made at the first use
 
     def append(self, states: Tensor) -> None:
         """Encode states (batch, heads, n block, dim), any float dtype, behind the tokens held, which stay untouched.
@@ -100,6 +100,11 @@ class TokenStream(Kept):
             self._append({name: payload[name].unflatten(2, spec.stored_shape) for name, spec in self._own().items()},
                          blocks)
             self._watch.take(flag)
+        elif (naming := self._namer(states.device)) is not None:
+            codes, flag = kv_name(states, naming, self.block)
+            if bool(flag):  # bytes cannot say that a token was not finite
+                raise NonFiniteError("a block that was to be closed holds NaN or infinity")
+            self._append({naming.codes: codes}, blocks)
         else:
             step = self._step(ENCODED_ELEMENTS) if states.is_cuda else 1
             parts = [self._side_by_side(part) for part in states.split(step * self.block, 2)]
@@ -183,22 +188,12 @@ class TokenStream(Kept):
         """Return an independent stream with the same tokens; blocks are shared until one of the two changes."""
         twin = TokenStream(self.codec, self.block, tables=self._given, seed=self.seed, options=self.options)
         twin.batch, twin.heads, twin.dim, twin._blocks = self.batch, self.heads, self.dim, self._blocks
-        twin._tables, twin._form, twin._watch = dict(self._tables), self._form, self._watch
-        twin._words = self._words
+        twin._tables, twin._watch = dict(self._tables), self._watch
+        twin._know(self)
+        twin._naming = self._naming
         twin._pages = None if self._pages is None else self._pages.copy()
         twin._single = None if self._single is None else [list(row) for row in self._single]
         return twin
-
-    def side(self) -> Side | None:
-        """Return the tokens as attention's kernels read them, or None where they are coded otherwise or there are none.
-
-        It is good until the stream changes.
-        """
-        if self._pages is None or not self._blocks or (form := self._as_codes(self._pages.device)) is None:
-            return None
-        starts, codes = self._pages.starts, form.coded.codes
-        return Side(form.levels, self._pages.buffers(), self._pages.slots(), self._pages.addresses(), starts[codes],
-                    starts[form.coded.scales], self._pages.lying.get(codes))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return (tensors, JSON-able configuration), from which `from_state` makes an equal stream.
@@ -250,21 +245,6 @@ class TokenStream(Kept):
         stream._check_finite()
         return stream
 
-    def levels(self) -> Levels | None:
-        """Return what codes stand for to attention's kernels, where blocks on a GPU lie token by token; else None."""
-        if self._pages is None or not self._blocks or self._pages.lying or self._pages.device.type != "cuda":
-            return None
-        form = None if self._pages.far_nbytes else self._as_codes(self._pages.device)
-        return None if form is None else form.levels
-
-    def lie_as_signs(self, *, across: bool) -> None:
-        """Let bits of blocks lie as kernels meet signs with queries, or `across` with weights; see `meet_as_signs`."""
-        assert self._pages is not None
-        form = self._as_codes(self._pages.device)
-        assert form is not None
-        assert form.levels.lines is not None
-        self._pages.lie(form.coded.codes, Lying(self.heads, self.block, form.levels.lines.shape[1], across))
-
     def _range(self, start: int, stop: int | None) -> tuple[int, int]:
         stop = self.tokens if stop is None else stop
         if not 0 <= start <= stop <= self.tokens:
@@ -293,9 +273,7 @@ class TokenStream(Kept):
         place = self.page_blocks, (start // self.block, stop // self.block)
         if (side := self.side()) is not None:
             return part_of(side, (self.heads, self.dim, self.block), *place)
-        if self._words is None:
-            self._words = (self.codec.coordinates(self._view(0, 1)).words(),)
-        if (words := self._words[0]) is None:
+        if (words := self._as_words()) is None:
             return None
         lying = self._pages.addresses(), self._pages.buffers()[0].data_ptr(), self._pages.starts[words.codes]
         return words_of(words, lying, (self.heads, self.block), *place)
@@ -325,18 +303,14 @@ class TokenStream(Kept):
         form = None if device.type != "cuda" or self.options else self._as_codes(device)
         return form if form is not None and form.encodes else None
 
-    def _as_codes(self, device: torch.device) -> Form | None:
-        """Return how blocks that lie side by side are coded, where attention's kernels know such."""
-        if self._form is None:
-            self._form = (Form.of(self.codec, self._unit, self._tables or self._given, device),)
-        return self._form[0]
-
-    def _view(self, low: int, high: int) -> Encoded:
-        """Return blocks `low` to `high` as one encoded matrix."""
-        assert self._pages is not None
-        tensors = {name: self._pages.part(name, low, high).flatten(0, 2) for name in self._pages.names}
-        return Encoded(self.codec, ((high - low) * self.batch * self.heads * self.block, self.dim),
-                       {**tensors, **self._tables})
+    def _namer(self, device: torch.device) -> Naming | None:
+        """Return what names words by one kernel, where there is one."""
+        if device.type != "cuda" or self.options or self._single is not None:
+            return None
+        if self._naming is None:
+            near, tables = empty(self.codec, self._unit, self._tables or self._given, device)
+            self._naming, self._tables = (near.naming(),), self._tables or tables
+        return self._naming[0]
 
     def _blockwise(self, low: int, high: int, *, coordinates: bool = True) -> Tensor:
         """Return blocks as coordinates, or decoded: (blocks, batch, heads, block, n)."""
@@ -359,15 +333,6 @@ class TokenStream(Kept):
                 bool(torch.isfinite(self.decode(start, stop)).all()) for start, stop in self.chunks()):
             raise CorruptStoreError(f"kv: blocks of codec '{self.codec}' decode to NaN or infinity, from numbers that "
                                     "are finite but too large; the file is damaged or was forged")
-
-
-def meet_as_signs(keys: TokenStream, values: TokenStream) -> None:
-    """Let bits lie as kernels on a GPU meet signs, where keys and values are such, once it pays."""
-    near, far = keys.levels(), values.levels()
-    rows = keys.tokens * keys.batch * keys.heads
-    if near is not None and far is not None and lie_as_signs(near, far, keys.block, rows):
-        keys.lie_as_signs(across=False)
-        values.lie_as_signs(across=True)
 
 
 def matrices(states: Tensor, block: int) -> Sequence[Tensor]:

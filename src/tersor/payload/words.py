@@ -40,4 +40,32 @@ class Words:
         return len(self.counts) + (self.sizes is not None)
 
 
-__all__ = ["Words"]
+@dataclasses.dataclass(frozen=True, eq=False)
+class Naming:
+    """How rows are named: `(row - centre) analysis` are numbers, and each byte the word nearest to some of them.
+
+    Attributes
+    ----------
+    codes : str
+        Name of the stored bytes, uint8 (rows, bytes).
+    centre : Tensor
+        float32 (heads, dim).
+    analysis : Tensor
+        float32 (heads, dim, sum of counts).
+    words : Tensor
+        float32 (256, sum of counts): the words of all bytes; of each head they are multiplied by `weights`.
+    weights : Tensor
+        float32 (heads, sum of counts).
+    counts : tuple of int
+        Numbers of each byte's words.
+    """
+
+    codes: str
+    centre: Tensor
+    analysis: Tensor
+    words: Tensor
+    weights: Tensor
+    counts: tuple[int, ...]
+
+
+__all__ = ["Naming", "Words"]

@@ -36,7 +36,7 @@ from tersor.numerics.kmeans import assign
 from tersor.numerics.settings import pinned
 from tersor.payload.blocks import Rows, Shape, Tables, row_blocks, shape_of
 from tersor.payload.layout import Layout, TensorSpec
-from tersor.payload.words import Words
+from tersor.payload.words import Naming, Words
 
 QUAD = 4  # numbers that are looked up together: 16 bytes, the widest element that torch moves at once
 
@@ -156,10 +156,7 @@ class Klt(Codec):
         tables = shared_tables(self.spec(), layout, how.tables, matrix.device)
         codes = torch.empty(layout["codes"].shape, dtype=torch.uint8, device=matrix.device)
         book, scale = _book(tables), tables["scale"]
-        analysis, singular = torch.linalg.inv_ex(tables["basis"].to(torch.float64))
-        if bool(singular.any()):
-            raise CodecConfigError(f"codec '{self.spec()}': the table 'basis' is singular, so no training made it; "
-                                   "train the tables again")
+        analysis = _analysis(self, tables)
         inverse = torch.where(scale > 0, 1.0 / scale.to(torch.float64), 0.0)
         for block in row_blocks(shape):
             head = self._head(block, matrix.device)
@@ -260,6 +257,19 @@ class _Words(Coordinates):
         known = sizes(torch.arange(WORDS, dtype=torch.uint8, device=words.device)) if self._codec.sized else None
         return Words("codes", book.parts, words, maps.contiguous(), held["mean"], known)
 
+    def naming(self) -> Naming | None:
+        """Return what the encoder does as one product and nearest words: numbers are over a byte's largest scale."""
+        if self._codec.sized:
+            return None
+        book, held = self._book, self.encoded.tensors
+        words, count = self.words().words, sum(book.parts)
+        scale = held["scale"][:, :count].to(torch.float64)
+        most = torch.cat([part.amax(1, keepdim=True).expand_as(part) for part in scale.split(book.parts, 1)], 1)
+        over = torch.where(most > 0, 1.0 / most, 0.0)
+        analysis = _analysis(self._codec, held)[:, :, :count] * torch.where(scale > 0, over, 0.0).unsqueeze(1)
+        return Naming("codes", held["mean"], analysis.to(torch.float32).contiguous(), words.contiguous(),
+                      (scale * over).to(torch.float32), book.parts)
+
     def into(self, x: Tensor) -> Tensor:
         """Multiply by every head's scaled basis: (..., heads, q, in) to (..., heads, q, n)."""
         return x @ self._book.maps.mT
@@ -271,6 +281,15 @@ class _Words(Coordinates):
     def offset(self) -> Tensor | None:
         """Return the means, (heads, 1, in)."""
         return self.encoded.tensors["mean"].unsqueeze(1)
+
+
+def _analysis(codec: Klt, tables: Tables) -> Tensor:
+    """Return what takes rows less their mean to components, float64 (heads, width, width)."""
+    analysis, singular = torch.linalg.inv_ex(tables["basis"].to(torch.float64))
+    if bool(singular.any()):
+        raise CodecConfigError(f"codec '{codec.spec()}': the table 'basis' is singular, so no training made it; "
+                               "train the tables again")
+    return analysis
 
 
 class _Book:

@@ -67,7 +67,8 @@ class States:
         """Return the compressed tokens as kernels of attention read them, None where they do not know the codecs."""
         if self.streams is None or not self.middle or self.streams[0].page_blocks != self.streams[1].page_blocks:
             return None
-        keys, values = (stream.side() for stream in self.streams)
+        near, far = self.streams
+        keys, values = near.side() or near.spelled(values=False), far.side() or far.spelled(values=True)
         if keys is None or values is None:
             return None
         return Closed(keys, values, self.middle, self.streams[0].block, self.streams[0].page_blocks)

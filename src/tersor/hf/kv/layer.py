@@ -14,7 +14,7 @@ from tersor.hf.kv.attention import Pair, States
 from tersor.hf.kv.padding import Lead
 from tersor.hf.kv.parts import CacheReport, SideCodec, Window, nbytes_of
 from tersor.hf.kv.store import SIDES, LayerState
-from tersor.kv import TokenStream, meet_as_signs
+from tersor.kv import TokenStream, lie_for_kernels
 
 
 class CompressedCacheLayer(CacheLayerMixin):
@@ -125,7 +125,7 @@ class CompressedCacheLayer(CacheLayerMixin):
         states = States(sinks, tail, seen, middle, lead, gone)
         self._keep(tail)
         if lazy:
-            meet_as_signs(*streams)
+            lie_for_kernels(*streams)
         self.sinks, self.lead = sinks, lead
         if states.tokens == key_states.shape[2]:
             return given

@@ -21,6 +21,7 @@ from tersor.ops.kv_attention.shapes import (
     refusal,
 )
 from tersor.ops.kv_attention.signs import Lying
+from tersor.ops.kv_attention.spelling import Book, Spelled, shelf_of
 
 if TYPE_CHECKING:
     from tersor.ops.kv_attention.lanes import Part
@@ -100,10 +101,15 @@ def words_of(words: Words, lying: tuple[Tensor, int, int], shape: tuple[int, int
     return Worded(words, far.numpy() * 16 + base, start, *shape, room, *span)
 
 
+def look_up(keys: Spelled | None, values: Spelled | None) -> bool:
+    """Tell whether kernels on a GPU look words of keys and values up, once rows lie in order."""
+    return keys is not None and values is not None and shelf_of(keys.book.spelling, values.book.spelling) is not None
+
+
 def _are_signs(levels: Levels) -> bool:
     """Tell whether codes are bits that stand for -1 and 1."""
     return levels.bits == 1 and levels.table is not None and levels.table.tolist() == [-1.0, 1.0]
 
 
-__all__ = ["Closed", "Held", "How", "Levels", "Lying", "Side", "kv_attention", "lie_as_signs", "part_of",
-           "takes_kernel", "words_of"]
+__all__ = ["Book", "Closed", "Held", "How", "Levels", "Lying", "Side", "Spelled", "kv_attention", "lie_as_signs",
+           "look_up", "part_of", "takes_kernel", "words_of"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
@@ -12,10 +13,12 @@ from tersor.ops.kv_attention.kernels.around import merge, prepare
 from tersor.ops.kv_attention.kernels.asking import ask_signs
 from tersor.ops.kv_attention.kernels.attending import attend
 from tersor.ops.kv_attention.kernels.signed import attend_signs
+from tersor.ops.kv_attention.kernels.spelled import attend_words
 from tersor.ops.kv_attention.shapes import (
     DENSE_TURN,
     LOG2E,
     WARPS,
+    Closed,
     Division,
     Held,
     How,
@@ -24,15 +27,19 @@ from tersor.ops.kv_attention.shapes import (
     element_codes,
     queries_at_once,
     sign_limits,
-    signs_met,
+    sign_sets,
+    signs_of_token,
     some_queries,
+    words_division,
 )
 from tersor.ops.kv_attention.signs import SET, WORD
+from tersor.ops.kv_attention.spelling import LOOKUPS, Spelled, shelved, warps_of
 from tersor.ops.workspace import multiprocessors, workspace
 
 COLUMNS = 32  # of a program around attention
 PARTS = 64  # that a program joins at a time, half as many
 WIDEST = 256  # where a query has more coordinates
+REGISTERS = 1 << 16  # of a multiprocessor
 
 
 def attention(query: Tensor, held: Held, how: How, counts: Tensor | None = None) -> Tensor:
@@ -40,53 +47,77 @@ def attention(query: Tensor, held: Held, how: How, counts: Tensor | None = None)
     closed, query = held.closed, query.contiguous()
     assert closed is not None
     batch, heads, _, dim = held.recent[0].shape
-    signs, group = closed.keys.lying is not None, query.shape[1] // heads
-    if signs and (most := queries_at_once(closed, group)) < query.shape[2]:
+    group = query.shape[1] // heads
+    if (most := queries_at_once(group)) < query.shape[2]:
         assert counts is None
         return torch.cat([attention(*some_queries(query, held, how, slice(first, first + most)))
                           for first in range(0, query.shape[2], most)], 2)
     rows = group * query.shape[2]
-    dense = held.sinks[0].shape[2] + held.recent[0].shape[2]
     with torch.cuda.device(query.device):
-        cut = division_of(closed.tokens, dense, batch * heads, rows, multiprocessors(query.device),
-                          signs=signs_met(closed, rows) if signs else 0)
-        parts, values = batch * heads * cut.parts * rows, closed.values.levels
-        maps = values.lines if signs else values.maps
+        cut, (meet, maps, offset) = _division(held, rows, multiprocessors(query.device)), _ways(closed)
+        parts = batch * heads * cut.parts * rows
         count = dim if maps is None else maps.shape[1]
         scores = workspace((2, parts), torch.float32, query.device, "parts of attention")
         sums = workspace((parts, max(count, dim)), torch.float32, query.device, "parts of attention")
         out = torch.empty(batch, query.shape[2], query.shape[1], dim, dtype=query.dtype, device=query.device)
         room = max(16, 1 << (cut.parts - 1).bit_length())
-        (_meet_signs if signs else _meet_codes)(query, held, how, (cut, scores, sums), counts)
+        meet(query, held, how, (cut, scores, sums), counts)
         merge[(batch * heads * rows, dim // COLUMNS)](
-            scores[0], scores[1], sums, _or(maps, query), _or(values.offset, query), _or(how.s_aux, query), out,
+            scores[0], scores[1], sums, _or(maps, query), _or(offset, query), _or(how.s_aux, query), out,
             cut.parts, cut.splits, heads, rows, query.shape[2], dim, count, 1 << (count - 1).bit_length(),
-            max(count, dim), maps is not None, _per_head(maps, values.offset), values.offset is not None,
+            max(count, dim), maps is not None, _per_head(maps, offset), offset is not None,
             how.s_aux is not None, room, min(room, PARTS if count <= WIDEST else PARTS // 2), COLUMNS, num_warps=8,
             launch_pdl=True)
     return out.transpose(1, 2)
 
 
+def _division(held: Held, rows: int, processors: int) -> Division:
+    closed = held.closed
+    assert closed is not None
+    dense, heads = held.sinks[0].shape[2] + held.recent[0].shape[2], held.recent[0].shape[0] * held.recent[0].shape[1]
+    if isinstance(closed.keys, Spelled) and isinstance(closed.values, Spelled):
+        return words_division(closed.tokens, dense, heads, rows, processors,
+                              warps_of(closed.keys.book, closed.values.book, rows))
+    if isinstance(closed.keys, Side) and closed.keys.lying is not None:
+        sets = sign_sets(closed, rows)
+        return division_of(closed.tokens, dense, heads * -(-rows // (SET * sets)), rows, processors,
+                           signs=signs_of_token(closed) * sets)
+    return division_of(closed.tokens, dense, heads, rows, processors)
+
+
+def _ways(closed: Closed) -> tuple[Meet, Tensor | None, Tensor | None]:
+    """Return what meets codes of these, and what takes sums of values to tokens: maps, and what is added."""
+    if isinstance(closed.values, Spelled):
+        return _meet_words, closed.values.book.maps, closed.values.book.offset
+    levels = closed.values.levels
+    signs = closed.values.lying is not None
+    return _meet_signs if signs else _meet_codes, levels.lines if signs else levels.maps, levels.offset
+
+
 Work: TypeAlias = tuple[Division, Tensor, Tensor]
+Meet: TypeAlias = Callable[[Tensor, Held, How, Work, Tensor | None], None]
 
 
 def _meet_codes(query: Tensor, held: Held, how: How, work: Work, counts: Tensor | None) -> None:
     """Launch what prepares queries, and what reads codes and looks their levels up."""
     (cut, scores, sums), closed = work, held.closed
     assert closed is not None
+    assert isinstance(closed.keys, Side)
+    assert isinstance(closed.values, Side)
     batch, heads, _, dim = held.recent[0].shape
     rows, keys, scaling = query.shape[1] // heads * query.shape[2], closed.keys.levels, _scaling(how)
     near = workspace((batch * heads, cut.rows, dim), torch.float16, query.device, "queries")
     numbers = workspace((2, batch * heads, cut.rows), torch.float32, query.device, "queries")
     prepare[(batch * heads, dim // COLUMNS)](
         query, _or(keys.maps, query), _or(keys.bounds, query), _or(keys.offset, query), near, *numbers, scaling,
-        heads, rows, dim, keys.maps is not None, _per_head(keys.maps, keys.offset), keys.offset is not None,
+        heads, rows, dim, dim, keys.maps is not None, _per_head(keys.maps, keys.offset), keys.offset is not None,
         cut.rows, element_codes(keys.bits, dim), COLUMNS, num_warps=4)
     near_side, far_side = _anchored(closed.keys), _anchored(closed.values)
+    near_room, far_room = _room(closed.keys), _room(closed.values)
     attend[(cut.parts, batch * heads)](
-        query, near, numbers[0], numbers[1], near_side[0], far_side[0], closed.keys.addresses, closed.values.addresses,
-        near_side[1], far_side[1], closed.keys.levels.words, closed.values.levels.words,
-        *_dense(query, held, how, (scaling, scores, sums, near_side[0] if counts is None else counts)),
+        query, near, numbers[0], numbers[1], near_side, far_side, closed.keys.addresses, closed.values.addresses,
+        near_room, far_room, closed.keys.levels.words, closed.values.levels.words,
+        *_dense(query, held, how, (scaling, scores, sums, _or(counts, near_side))),
         cut.splits, heads, rows, query.shape[2], dim, closed.block, closed.blocks,
         closed.keys.levels.bits, closed.values.levels.bits, *_kinds(how, counts), cut.rows, cut.turn, DENSE_TURN, WARPS,
         num_warps=WARPS, launch_pdl=True)
@@ -96,27 +127,61 @@ def _meet_signs(query: Tensor, held: Held, how: How, work: Work, counts: Tensor 
     """Launch what writes the bit planes of queries, and what meets signs with them."""
     (cut, scores, sums), closed = work, held.closed
     assert closed is not None
+    assert isinstance(closed.keys, Side)
+    assert isinstance(closed.values, Side)
     batch, heads, _, dim = held.recent[0].shape
     rows, keys, values, scaling = (query.shape[1] // heads * query.shape[2], closed.keys.levels, closed.values.levels,
                                    _scaling(how))
     assert keys.lines is not None
     assert values.lines is not None
-    count, sets, parts = keys.lines.shape[1], -(-rows // SET), batch * heads
+    count, sets, parts = keys.lines.shape[1], sign_sets(closed, rows), batch * heads
+    all_ = 1 << (-(-rows // SET) - 1).bit_length()
     steps = -(-count // (4 * WORD))
-    planes = workspace((parts, sets * bits.ASKED_TILES * steps * WORD), torch.int32, query.device, "queries")
-    begins = workspace((parts, 4 * steps, sets * SET), torch.int32, query.device, "queries")
-    numbers = workspace((2, parts, sets * SET), torch.float32, query.device, "queries")
-    ask_signs[(parts, 4 * steps)](
+    planes = workspace((parts, all_ * bits.ASKED_TILES * steps * WORD), torch.int32, query.device, "queries")
+    begins = workspace((parts, 4 * steps, all_ * SET), torch.int32, query.device, "queries")
+    numbers = workspace((2, parts, all_ * SET), torch.float32, query.device, "queries")
+    some = min(2, all_)
+    ask_signs[(parts, 4 * steps, all_ // some)](
         query, keys.turned_lines, keys.line_bounds, _or(keys.offset, query), planes, begins, *numbers, scaling, heads,
-        rows, dim, count, steps, len(keys.lines) > 1, keys.offset is not None, sets, num_warps=4)
+        rows, dim, count, steps, len(keys.lines) > 1, keys.offset is not None, some, all_,
+        num_warps=4)
     near_side, far_side = _anchored(closed.keys), _anchored(closed.values)
-    attend_signs[(cut.parts, parts)](
-        query, planes, begins, *numbers, near_side[0], far_side[0], closed.keys.addresses, closed.values.addresses,
-        near_side[1], far_side[1], keys.stepped, values.stepped,
-        *_dense(query, held, how, (scaling, scores, sums, near_side[0] if counts is None else counts)),
+    near_room, far_room = _room(closed.keys), _room(closed.values)
+    attend_signs[(cut.parts, parts, -(-rows // (SET * sets)))](
+        query, planes, begins, *numbers, near_side, far_side, closed.keys.addresses, closed.values.addresses,
+        near_room, far_room, keys.stepped, values.stepped,
+        *_dense(query, held, how, (scaling, scores, sums, _or(counts, near_side))),
         cut.splits, heads, rows, query.shape[2], dim, closed.block, closed.blocks, count, values.lines.shape[1],
-        closed.keys.scale_bytes, closed.values.scale_bytes, sums.shape[1], *_kinds(how, counts), sets, cut.rows,
-        DENSE_TURN, WARPS, num_warps=WARPS, maxnreg=sign_limits(signs_met(closed, rows))[1], launch_pdl=True)
+        closed.keys.scale_bytes, closed.values.scale_bytes, sums.shape[1], *_kinds(how, counts), sets, all_,
+        cut.rows, DENSE_TURN, WARPS, num_warps=WARPS, maxnreg=sign_limits(signs_of_token(closed) * sets)[1],
+        launch_pdl=True)
+
+
+def _meet_words(query: Tensor, held: Held, how: How, work: Work, counts: Tensor | None) -> None:
+    """Launch what prepares queries, and what looks words up."""
+    (cut, scores, sums), closed = work, held.closed
+    assert closed is not None
+    assert isinstance(closed.keys, Spelled)
+    assert isinstance(closed.values, Spelled)
+    batch, heads, _, dim = held.recent[0].shape
+    keys, values, scaling = closed.keys.book, closed.values.book, _scaling(how)
+    parts, rows, count = batch * heads, query.shape[1] // heads * query.shape[2], keys.maps.shape[1]
+    shelf, fills, bases = shelved(keys, values)
+    sets, warps = min(2, -(-rows // SET)), warps_of(keys, values, rows)
+    near = workspace((parts, cut.rows, count), torch.float16, query.device, "queries")
+    numbers = workspace((2, parts, cut.rows), torch.float32, query.device, "queries")
+    prepare[(parts, count // LOOKUPS)](
+        query, keys.maps, keys.bounds, keys.offset, near, *numbers, scaling, heads, rows, dim, count, True,
+        len(keys.maps) > 1, True, cut.rows, 1, LOOKUPS, num_warps=4)
+    near_side, far_side = _anchored(closed.keys), _anchored(closed.values)
+    forms = tuple((book.row_bytes, book.spelling.each, book.spelling.steps) for book in (keys, values))
+    attend_words[(cut.parts, parts, -(-rows // (SET * sets)))](
+        query, near.view(torch.int32), *numbers, near_side, far_side, closed.keys.addresses, closed.values.addresses,
+        keys.tables, values.tables, fills, bases,
+        *_dense(query, held, how, (scaling, scores, sums, _or(counts, near_side))),
+        cut.splits, heads, rows, query.shape[2], dim, closed.block, closed.blocks, *forms,
+        (shelf.columns, *shelf.tall, *shelf.flat), sums.shape[1], *_kinds(how, counts), sets, cut.rows, DENSE_TURN,
+        warps, num_warps=warps, maxnreg=REGISTERS // (32 * warps), launch_pdl=True)
 
 
 def _scaling(how: How) -> float:
@@ -140,9 +205,14 @@ def _kinds(how: How, counts: Tensor | None) -> tuple[str, bool, bool, bool]:
     return _kind(how.mask), how.softcap is not None, how.mask is None and how.causal, counts is not None
 
 
-def _anchored(side: Side) -> tuple[Tensor, int]:
-    """Return the first page from where codes begin, as words, and how far scales are from there, in words."""
-    return side.pages[0].view(-1).view(torch.int32)[side.codes_at // 4 :], (side.scales_at - side.codes_at) // 4
+def _anchored(side: Side | Spelled) -> Tensor:
+    """Return the first page from where codes begin, as words."""
+    return side.pages[0].view(-1).view(torch.int32)[side.codes_at // 4 :]
+
+
+def _room(side: Side) -> int:
+    """Return how far scales are from where codes begin, in words."""
+    return (side.scales_at - side.codes_at) // 4
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tersor.ops.kv_attention.shapes import Closed, Held, How, Side
+from tersor.ops.kv_attention.spelling import Spelled
 from tersor.payload import packing
 
 
@@ -45,8 +46,10 @@ def every(held: Held, which: int, dtype: torch.dtype) -> Tensor:
     return torch.cat(parts, 2)
 
 
-def decoded(closed: Closed, side: Side, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+def decoded(closed: Closed, side: Side | Spelled, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """Return closed tokens of a cache of (batch, heads, any, dim): (batch, heads, tokens, dim)."""
+    if isinstance(side, Spelled):
+        return _spelled(closed, side, shape, dtype)
     batch, heads, _, dim = shape
     levels, rows = side.levels, closed.blocks * heads * closed.block
     count, nbytes = levels.codes(dim), 2 if levels.steps is None else 1
@@ -70,3 +73,21 @@ def decoded(closed: Closed, side: Side, shape: torch.Size, dtype: torch.dtype) -
     if levels.maps is not None:
         tokens = tokens @ levels.maps.to(dtype)
     return tokens if levels.offset is None else tokens + levels.offset.to(dtype)[:, None]
+
+
+def _spelled(closed: Closed, side: Spelled, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Return closed tokens whose bytes name words, looked up as the book says."""
+    batch, heads, book = shape[0], shape[1], side.book
+    rows, maps, spelling = closed.blocks * heads * closed.block, book.maps.to(dtype), book.spelling
+    tables = book.tables.view(torch.float16).unflatten(1, (-1, 4)).to(dtype)
+    found = []
+    for page, slots in zip(side.pages, side.slots, strict=True):
+        held = page if slots is None else page.index_select(0, slots)
+        raw = held[:, side.codes_at : side.codes_at + rows * book.row_bytes].reshape(-1, book.row_bytes)
+        codes = (raw if side.ordered else book.put(raw)).to(torch.int64)
+        codes = torch.nn.functional.pad(codes, (0, spelling.lanes * spelling.each - book.row_bytes))
+        numbers = [tables[spelling.entries[lane][step]][codes[:, lane * spelling.each + place]]
+                   for step, place in enumerate(spelling.steps) for lane in spelling.lane_order]
+        found.append(torch.cat(numbers, 1).reshape(batch, closed.blocks, heads, closed.block, -1) @ maps)
+    tokens = torch.cat(found, 1).transpose(1, 2).flatten(2, 3)[:, :, : closed.tokens]
+    return tokens + book.offset.to(dtype)[:, None]

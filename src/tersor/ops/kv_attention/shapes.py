@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tersor.ops.kv_attention.signs import MOST_ROWS, MOST_SIGNS, SET, Lying, signs_of
+from tersor.ops.kv_attention.spelling import Spelled, unspelled
 
 BITS = (2, 3, 4, 8)  # of a code
 LANE_BITS = (1, 2, 3, 4)  # on the processor, where the codes of a row fill whole bytes
@@ -30,6 +31,7 @@ LOG2E = math.log2(math.e)
 SIGN_TURN = 128  # closed tokens that a warp takes at a time where codes are signs
 SIGN_LIMITS = ((256, 3, 168), (512, 2, 255))  # signs of a lane's queries, programs of a multiprocessor, registers
 SIGN_BLOCK = 32  # tokens, of which blocks hold a multiple
+WORD_ROWS = 8  # queries of a program where bytes name words
 SIGN_ROWS = 1 << 19  # from which signs are faster than levels: 65,536 tokens of 8 heads
 
 
@@ -161,8 +163,8 @@ class Side:
 class Closed:
     """Closed tokens of a layer: `tokens` of them, in blocks of `block`, pages of `blocks` blocks."""
 
-    keys: Side
-    values: Side
+    keys: Side | Spelled
+    values: Side | Spelled
     tokens: int
     block: int
     blocks: int
@@ -226,16 +228,20 @@ def refusal(query: Tensor, held: Held) -> str | None:
         return f"it takes keys and values of one dimension of {DIMS}, found {dim} and {held.recent[1].shape[3]}"
     if query.shape[2] > MOST_QUERIES:
         return f"it takes up to {MOST_QUERIES} queries of a sequence, found {query.shape[2]}"
+    return _unread(closed, dim, query.shape[1] // heads) or (
+        "it takes tokens of one batch" if batch * heads * rows >= 1 << 24 else None)
+
+
+def _unread(closed: Closed, dim: int, group: int) -> str | None:
+    """Return why the kernels do not read these codes, or None; `group` queries of a token share a key."""
+    if isinstance(closed.keys, Spelled) or isinstance(closed.values, Spelled):
+        return unspelled(closed.keys, closed.values) or _uncut(closed, group)
     if closed.keys.lying is not None or closed.values.lying is not None:
-        return _unmet(closed, query.shape[1] // heads)
-    if rows > ROWS[-1]:
-        return f"it takes up to {ROWS[-1]} queries that share a key, found {rows}"
+        return _unmet(closed, group)
     for name, side in (("keys", closed.keys), ("values", closed.values)):
         if (reason := _unknown(name, side.levels, dim)) is not None:
             return reason
-    if closed.block % TURN or closed.block & (closed.block - 1) or closed.blocks & (closed.blocks - 1):
-        return f"blocks must be powers of two of at least {TURN} tokens, found {closed.block}"
-    return "it takes tokens of one batch" if batch * heads * rows >= 1 << 24 else None
+    return _uncut(closed, group)
 
 
 def _unknown(name: str, levels: Levels, dim: int) -> str | None:
@@ -251,21 +257,28 @@ def _unknown(name: str, levels: Levels, dim: int) -> str | None:
     return None
 
 
+def _uncut(closed: Closed, group: int) -> str | None:
+    """Return why blocks are not taken in whole turns, or None."""
+    if closed.block % TURN or closed.block & (closed.block - 1) or closed.blocks & (closed.blocks - 1):
+        return f"blocks must be powers of two of at least {TURN} tokens, found {closed.block}"
+    return f"it takes up to {ROWS[-1]} heads that share a key, found {group}" if group > ROWS[-1] else None
+
+
 def _unmet(closed: Closed, group: int) -> str | None:
     """Return why kernels do not take signs that lie as these do, or None; `group` queries of a token share a key."""
-    ways = [side.lying for side in (closed.keys, closed.values)]
+    ways = [side.lying for side in (closed.keys, closed.values) if isinstance(side, Side)]
     if [way is not None and way.across for way in ways] != [False, True] or ways[0] is None:
         return "keys and values must both lie as signs do, or neither"
-    if not queries_at_once(closed, group):
-        return f"it takes up to {MOST_ROWS} heads that share a key of signs, {SET} of long ones, found {group}"
+    if group > ROWS[-1]:
+        return f"it takes up to {ROWS[-1]} heads that share a key, found {group}"
     if closed.block * closed.blocks % SIGN_TURN:
         return f"pages must hold a multiple of {SIGN_TURN} tokens, found {closed.block * closed.blocks}"
     return None
 
 
-def queries_at_once(closed: Closed, group: int) -> int:
-    """Return how many tokens' queries, of `group` heads that share a key, meet signs in one launch."""
-    return min(MOST_ROWS, MOST_SIGNS // signs_met(closed, 1) * SET) // group
+def queries_at_once(group: int) -> int:
+    """Return how many tokens' queries, of `group` heads that share a key, go in one launch."""
+    return ROWS[-1] // group
 
 
 def some_queries(query: Tensor, held: Held, how: How, which: slice) -> tuple[Tensor, Held, How]:
@@ -279,9 +292,15 @@ def some_queries(query: Tensor, held: Held, how: How, which: slice) -> tuple[Ten
     return some, held, how
 
 
-def signs_met(closed: Closed, rows: int) -> int:
-    """Return the signs of a token, of the side that has more, times groups of four of so many queries."""
-    return max(way.signs for way in (closed.keys.lying, closed.values.lying) if way is not None) * -(-rows // SET)
+def signs_of_token(closed: Closed) -> int:
+    """Return the signs of a token, of the side that has more."""
+    ways = [side.lying for side in (closed.keys, closed.values) if isinstance(side, Side)]
+    return max(way.signs for way in ways if way is not None)
+
+
+def sign_sets(closed: Closed, rows: int) -> int:
+    """Return how many times four queries a program meets signs with: as many as registers hold sums for."""
+    return min(-(-rows // SET), MOST_ROWS // SET, MOST_SIGNS // signs_of_token(closed))
 
 
 def lie_as_signs(keys: Levels, values: Levels, block: int, rows: int) -> bool:
@@ -350,6 +369,20 @@ class Division:
 def sign_limits(signs: int) -> tuple[int, int]:
     """Return programs of a multiprocessor, and a thread's registers, where a lane's queries have so many signs."""
     return next((programs, registers) for most, programs, registers in SIGN_LIMITS if signs <= most)
+
+
+def words_division(closed: int, dense: int, heads: int, rows: int, processors: int, warps: int) -> Division:
+    """Return the division where bytes name words: tables fill a multiprocessor, so a program has one for itself.
+
+    Programs over dense tokens come last; where they are a turn of their own, it counts as much as one and a half.
+    """
+    tile = next(one for one in ROWS if rows <= one)
+    others, turns = -(-dense // (warps * DENSE_TURN)), -(-closed // (warps * TURN))
+    room = processors // (heads * -(-rows // WORD_ROWS))
+    ways = [(-(-turns // max(1, splits)) + cost, -splits) for splits, cost in ((room - others, 0.0), (room, 1.5))
+            if splits > 0] or [(turns + 0.0, -1)]
+    each = -(-turns // -min(ways)[1])
+    return Division(-(-turns // each), others, tile, TURN)
 
 
 def division_of(closed: int, dense: int, heads: int, rows: int, processors: int, *, signs: int = 0) -> Division:

@@ -14,7 +14,7 @@ WORD = 32
 RUN = 16  # tokens of a lane, one behind the other
 MOST_SIGNS = 512  # of a token, times groups of four queries: sums are in registers
 SET = 4  # queries that share a product
-MOST_ROWS = 8  # that share a head's keys, in two products
+MOST_ROWS = 8  # of a program, in two products
 
 
 def signs_of(bits: int, table: Tensor | None, maps: Tensor | None, dim: int) -> Tensor | None:

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from tersor.ops.dispatch import take_reference
 from tersor.ops.kv_encode import reference
-from tersor.ops.kv_encode.shapes import refusal
+from tersor.ops.kv_encode.shapes import refusal, unnamed
+from tersor.payload.words import Naming
 
 
 def kv_encode(states: Tensor, table: Tensor | None, maps: Tensor | None, bits: int, block: int,
@@ -35,4 +36,22 @@ def kv_encode(states: Tensor, table: Tensor | None, maps: Tensor | None, bits: i
     return launch.encode(states, table, maps, bits, block, refits)
 
 
-__all__ = ["kv_encode"]
+def kv_name(states: Tensor, naming: Naming, block: int) -> tuple[Tensor, Tensor]:
+    """Return bytes that name the nearest words, uint8 (blocks, batch, heads block, bytes), and a flag int32 (1,).
+
+    Rows of a block lie head-major. The flag is 1 where a token is not finite.
+
+    Parameters
+    ----------
+    states : Tensor
+        (batch, heads, blocks block, dim).
+    naming : Naming
+    """
+    if not states.is_cuda or take_reference("kv_name", unnamed(states, block)):
+        return reference.name(states, naming, block)
+    from tersor.ops.kv_encode import launch
+
+    return launch.name(states, naming, block)
+
+
+__all__ = ["kv_encode", "kv_name"]

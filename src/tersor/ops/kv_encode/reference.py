@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tersor.payload import packing
 from tersor.payload.scales import bounded, reciprocal, rms
+from tersor.payload.words import Naming
 
 PEAK = 448.0  # of e4m3
 
@@ -47,3 +48,18 @@ def _fitted(rows: Tensor, levels: Tensor, refits: int) -> Tensor:
         refit = (found * unit).sum(1) / torch.where(power > 0, power, 1.0)
         factor = torch.where((power > 0) & (refit > 0), refit, factor)
     return bounded(spread * factor)
+
+
+def name(states: Tensor, naming: Naming, block: int) -> tuple[Tensor, Tensor]:
+    """Return bytes that name the nearest words, and the flag; see the op."""
+    blocks = states.unflatten(2, (-1, block)).permute(2, 0, 1, 3, 4).to(torch.float32)
+    sound = torch.isfinite(blocks).all()
+    near = (blocks - naming.centre[:, None]) @ naming.analysis
+    found, first = [], 0
+    for count in naming.counts:
+        here = slice(first, first + count)
+        book = naming.words[:, here] * naming.weights[:, None, here]
+        far = book.square().sum(2)[:, None] - 2.0 * near[..., here] @ book.mT
+        found.append(far.argmin(-1).to(torch.uint8))
+        first += count
+    return torch.stack(found, -1).flatten(2, 3), (~sound).to(torch.int32).reshape(1)

@@ -14,9 +14,9 @@ NONE = tl.constexpr(float("-inf"))
 @kernel
 @triton.jit
 def prepare(query, maps, bounds, offset, near, units, shifts, scaling, HEADS: tl.constexpr, ROWS: tl.constexpr,
-            DIM: tl.constexpr, MAPPED: tl.constexpr, PER_HEAD: tl.constexpr, SHIFTED: tl.constexpr, M: tl.constexpr,
-            CODES: tl.constexpr, COLUMNS: tl.constexpr):
-    """Write queries as codes meet them, half precision (part, M, DIM), with their units and their scores of the offset.
+            DIM: tl.constexpr, COUNT: tl.constexpr, MAPPED: tl.constexpr, PER_HEAD: tl.constexpr, SHIFTED: tl.constexpr,
+            M: tl.constexpr, CODES: tl.constexpr, COLUMNS: tl.constexpr):
+    """Write queries as codes meet them, half precision (part, M, COUNT), with their units and their scores of the offset.
 
     They come in the order of the codes of an element, CODES of them, then of elements: so programs read them in a row.
 
@@ -32,7 +32,7 @@ def prepare(query, maps, bounds, offset, near, units, shifts, scaling, HEADS: tl
                 other=0.0).to(tl.float32)
     bound = tl.sqrt(tl.sum(q * q, 1))
     if MAPPED:
-        side = maps + (head * DIM * DIM if PER_HEAD else 0)
+        side = maps + (head * COUNT * DIM if PER_HEAD else 0)
         lines = tl.load(side + column[:, None] * DIM + place[None, :])
         numbers = tl.dot(q, tl.trans(lines), input_precision="tf32x3")
         bound *= tl.load(bounds + (head if PER_HEAD else 0))
@@ -40,8 +40,8 @@ def prepare(query, maps, bounds, offset, near, units, shifts, scaling, HEADS: tl
         numbers = tl.load(query + (part * ROWS + row[:, None]) * DIM + column[None, :],
                           (row < ROWS)[:, None] & (column >= 0)[None, :], other=0.0).to(tl.float32)
     inverse = tl.where(bound > 0.0, 1.0 / bound, 0.0)
-    spot = column % CODES * (DIM // CODES) + column // CODES
-    tl.store(near + (part * M + row[:, None]) * DIM + spot[None, :], (numbers * inverse[:, None]).to(tl.float16))
+    spot = column % CODES * (COUNT // CODES) + column // CODES
+    tl.store(near + (part * M + row[:, None]) * COUNT + spot[None, :], (numbers * inverse[:, None]).to(tl.float16))
     if tl.program_id(1) == 0:
         shift = tl.zeros([M], tl.float32)
         if SHIFTED:

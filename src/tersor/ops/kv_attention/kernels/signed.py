@@ -22,20 +22,24 @@ EACH = gl.constexpr(bits.EACH)
 
 
 @gluon.jit
-def load_queries(near, begins, units, shifts, part, lane, STEPS: gl.constexpr, SETS: gl.constexpr):
-    """Return the planes of a lane's column, and of its query what sums begin with, count, and are shifted by."""
+def load_queries(near, begins, units, shifts, part, first, lane, STEPS: gl.constexpr, SETS: gl.constexpr,
+                 ALL: gl.constexpr):
+    """Return the planes of a lane's column, and of its query what sums begin with, count, and are shifted by.
+
+    Queries from `first` on, SETS times four, of ALL times four.
+    """
     planes = ()
     for place in gl.static_range(SETS * TILES * STEPS):
-        planes = planes + (gl.load(near + ((part * SETS * TILES * STEPS + place) * 32 + lane)),)
+        planes = planes + (gl.load(near + (((part * ALL + first // 4) * (TILES * STEPS) + place) * 32 + lane)),)
     begin, unit, shift = (), (), ()
     for turn in gl.static_range(SETS):
-        row = 4 * turn + (lane & 3)
+        row = first + 4 * turn + (lane & 3)
         opening = gl.zeros_like(lane)
         for word in gl.static_range(4 * STEPS):
-            opening = opening + gl.load(begins + ((part * (4 * STEPS) + word) * (4 * SETS) + row))
+            opening = opening + gl.load(begins + ((part * (4 * STEPS) + word) * (4 * ALL) + row))
         begin = begin + (opening,)
-        unit = unit + (gl.load(units + (part * (4 * SETS) + row)),)
-        shift = shift + (gl.load(shifts + (part * (4 * SETS) + row)),)
+        unit = unit + (gl.load(units + (part * (4 * ALL) + row)),)
+        shift = shift + (gl.load(shifts + (part * (4 * ALL) + row)),)
     return planes, begin, unit, shift
 
 
@@ -62,12 +66,15 @@ def weighed_all(every, value_scales, peaks, totals, lane, SETS: gl.constexpr):
 
 
 @gluon.jit
-def over_signs(split, splits, at, head, sequence, asked, sources, steps, mask, softcap, peaks, totals, sums, middle,
+def over_signs(split, splits, at, head, sequence, row, asked, sources, steps, mask, softcap, peaks, totals, sums, middle,
                batch, early, mask_head, mask_query, mask_token, HEADS: gl.constexpr, ROWS: gl.constexpr,
                QUERIES: gl.constexpr, BLOCK: gl.constexpr, PAGE: gl.constexpr, KEYS: gl.constexpr, VALUES: gl.constexpr,
                KEY_BYTES: gl.constexpr, VALUE_BYTES: gl.constexpr, WIDE: gl.constexpr, MASK: gl.constexpr,
-               CAPPED: gl.constexpr, SETS: gl.constexpr, S: gl.constexpr):
-    """Attend to the turns of closed tokens that are this program's; KEYS and VALUES are signs of a token."""
+               CAPPED: gl.constexpr, SETS: gl.constexpr, ALL: gl.constexpr, S: gl.constexpr):
+    """Attend to the turns of closed tokens that are this program's, with queries from `row` on.
+
+    KEYS and VALUES are signs of a token.
+    """
     STEPS: gl.constexpr = (KEYS // 32 + 3) // 4
     COUNT: gl.constexpr = VALUES // 8
     thread = gl.arange(0, 32 * S, layout=gl.BlockedLayout([1], [32], [S], [0]))
@@ -79,15 +86,15 @@ def over_signs(split, splits, at, head, sequence, asked, sources, steps, mask, s
                                  lane, steps[0], HEADS, BLOCK, PAGE, KEYS, KEY_BYTES)
     far = place_of(sources[3], first, batch, sequence, BLOCK, PAGE)
     planes, begin, unit, shift = load_queries(asked[0], asked[1], asked[2], asked[3], sequence * HEADS + head + waited(),
-                                              lane, STEPS, SETS)
+                                              row, lane, STEPS, SETS, ALL)
     peak = filled(NONE, unit[0], SETS)
     total = filled(0.0, unit[0], SETS)
     acc = filled(0.0, unit[0], SETS * COUNT)
     for _ in range(0, ((middle + TURN - 1) // TURN + splits * S - 1) // (splits * S)):
         values = load_values(sources[1], far, first, head, lane, HEADS, BLOCK, PAGE, VALUES)
         token = first + (lane >> 2) * EACH
-        row = line_of(token, head, HEADS, BLOCK, PAGE) * BLOCK + (token & (BLOCK - 1))
-        value_scales = load_scales(sources[1], sources[5], far, row, inside, steps[1], VALUE_BYTES)
+        place = line_of(token, head, HEADS, BLOCK, PAGE) * BLOCK + (token & (BLOCK - 1))
+        value_scales = load_scales(sources[1], sources[5], far, place, inside, steps[1], VALUE_BYTES)
         bias = gl.where(inside, 0.0, NONE)
         start += splits * (S * TURN)
         first = gl.where(start < middle, start, 0)
@@ -97,7 +104,7 @@ def over_signs(split, splits, at, head, sequence, asked, sources, steps, mask, s
         for turn in gl.static_range(SETS):
             scores = scored(keys, planes[turn * TILES * STEPS : (turn + 1) * TILES * STEPS], begin[turn], unit[turn],
                             shift[turn], bias, key_scales, softcap, KEYS // 32, CAPPED)
-            every = every + masked(scores, mask, early + token, inside, 4 * turn + (lane & 3), head, mask_head,
+            every = every + masked(scores, mask, early + token, inside, row + 4 * turn + (lane & 3), head, mask_head,
                                    mask_query, mask_token, ROWS, QUERIES, MASK)
         inside = start + (lane >> 2) * EACH < middle
         keys, key_scales = load_turn(sources, near, first, inside, head, lane, steps[0], HEADS, BLOCK, PAGE, KEYS,
@@ -105,8 +112,8 @@ def over_signs(split, splits, at, head, sequence, asked, sources, steps, mask, s
         columns, weights, unit_of, shrink, peak, total = weighed_all(every, value_scales, peak, total, lane, SETS)
         acc = added(acc, values, columns, weights, unit_of, shrink, VALUES)
     for turn in gl.static_range(SETS):
-        finish(acc[turn * COUNT : (turn + 1) * COUNT], peak[turn], total[turn], 4 * turn, at, peaks, totals, sums, ROWS,
-               WIDE, VALUES, S)
+        finish(acc[turn * COUNT : (turn + 1) * COUNT], peak[turn], total[turn], row + 4 * turn, at, peaks, totals, sums,
+               ROWS, WIDE, VALUES, S)
 
 
 @kernel
@@ -120,8 +127,11 @@ def attend_signs(query, near, begins, units, shifts, key_words, value_words, key
                  QUERIES: gl.constexpr, DIM: gl.constexpr, BLOCK: gl.constexpr, PAGE: gl.constexpr, KEYS: gl.constexpr,
                  VALUES: gl.constexpr, KEY_BYTES: gl.constexpr, VALUE_BYTES: gl.constexpr, WIDE: gl.constexpr,
                  MASK: gl.constexpr, CAPPED: gl.constexpr, CAUSAL: gl.constexpr, COUNTED: gl.constexpr,
-                 SETS: gl.constexpr, R: gl.constexpr, N_DENSE: gl.constexpr, S: gl.constexpr):
-    """As `attend`, over signs: KEYS and VALUES of a token, with scales of so many bytes."""
+                 SETS: gl.constexpr, ALL: gl.constexpr, R: gl.constexpr, N_DENSE: gl.constexpr, S: gl.constexpr):
+    """As `attend`, over signs: KEYS and VALUES of a token, with scales of so many bytes.
+
+    Programs of the third axis have other queries, SETS times four of ALL times four.
+    """
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [S, 1, 1], [1, 16, 8])
     split = gl.program_id(0)
     part = gl.program_id(1)
@@ -135,10 +145,10 @@ def attend_signs(query, near, begins, units, shifts, key_words, value_words, key
     mask += sequence.to(gl.int64) * mask_batch
     sources = (key_words, value_words, key_pages, value_pages, key_room, value_room)
     if split < splits:
-        over_signs(split, splits, at, head, sequence, (near, begins, units, shifts), sources, (key_steps, value_steps),
+        over_signs(split, splits, at, head, sequence, gl.program_id(2) * (4 * SETS), (near, begins, units, shifts), sources, (key_steps, value_steps),
                    mask, softcap, peaks, totals, sums, middle, batch, sinks, mask_head, mask_query, mask_token, HEADS,
-                   ROWS, QUERIES, BLOCK, PAGE, KEYS, VALUES, KEY_BYTES, VALUE_BYTES, WIDE, MASK, CAPPED, SETS, S)
-    else:
+                   ROWS, QUERIES, BLOCK, PAGE, KEYS, VALUES, KEY_BYTES, VALUE_BYTES, WIDE, MASK, CAPPED, SETS, ALL, S)
+    elif gl.program_id(2) == 0:
         strides = (sink_batch, sink_head, sink_token, tail_batch, tail_head, tail_token, sink_batch_v, sink_head_v,
                    sink_token_v, tail_batch_v, tail_head_v, tail_token_v)
         over_dense(split - splits, at, head, sequence, query, sink_keys, sink_values, tail_keys, tail_values, mask,
