@@ -395,7 +395,6 @@ def test_without_threads_or_room_it_runs_before(monkeypatch: pytest.MonkeyPatch,
     shapes = needs.Shapes.of(open_source(tiny("llama"), tmp_path / "s"), "cpu")
     assert needs.room_beside(shapes, "cpu", 64, 64)
     assert not needs.room_beside(shapes, "cpu", 0, 64)
-    monkeypatch.setattr(needs, "free_memory", lambda _: 3 * needs.PROCESS)
-    assert not any(needs.room_beside(shapes, device, 64, 64) for device in ("cpu", "cuda"))
-    monkeypatch.setattr(needs, "free_memory", lambda _: 4 * needs.PROCESS)
-    assert all(needs.room_beside(shapes, device, 64, 64) for device in ("cpu", "cuda"))
+    for times in (3, 4):
+        monkeypatch.setattr(needs, "free_memory", lambda _, times=times: times * needs.PROCESS)
+        assert [needs.room_beside(shapes, device, 64, 64) for device in ("cpu", "cuda")] == 2 * [times == 4]
