@@ -124,6 +124,9 @@ class Warp:
                 return one >> given[1]
             case "mad.lo.u32" | "mad.lo.s32":
                 return one * given[1] + given[2]
+            case "dp4a.u32.u32":
+                return sum((one >> np.uint64(8 * i) & np.uint64(255)) * (given[1] >> np.uint64(8 * i) & np.uint64(255))
+                           for i in range(4)) + given[2]
             case "add.s32":
                 return one + given[1]
             case "add.f32":

@@ -10,7 +10,7 @@ from torch import Tensor
 from tersor.codecs.vector.components import water_fill
 from tersor.ops.kv_attention import Book, Closed, Spelled, reference
 from tersor.ops.kv_attention.shapes import words_division
-from tersor.ops.kv_attention.spelling import MEMORY, Spelling, shelf_of, shelved
+from tersor.ops.kv_attention.spelling import ENTRY, MEMORY, NAMES, Spelling, shelf_of, shelved
 from tersor.payload.words import Words
 from tersor.testing import gaussian
 from tests.ops.on_numpy import launch
@@ -56,23 +56,26 @@ def test_spelling_takes_every_number_once(dim: int, row: int, decay: float) -> N
     shelf = shelf_of(*sides)
     assert shelf is not None
     assert shelf.nbytes <= MEMORY
+    behind, tall = (0, len(sides[0].classes)), ENTRY * NAMES * shelf.columns * shelf.slots
     for lane, bases in enumerate(shelf.bases):
-        mine = [(one, one.lane_of(lane), step) for one in sides for step in range(len(one.steps))]
-        for base, (one, own, step) in zip(bases, mine, strict=True):
-            if not one.places[own][step][1]:
-                continue
-            tall = base // 8 < sum(shelf.tall) * 256 * shelf.columns
-            place = base // 8 // (256 * shelf.columns) * shelf.columns + base // 8 % shelf.columns if tall else (
-                sum(shelf.tall) * shelf.columns + base // 2048 - sum(shelf.tall) * shelf.columns)
-            assert tall == (step < one.each)
-            assert shelf.fills[place] == one.entries[own][step]
-            assert not tall or base // 8 % shelf.columns == lane % shelf.columns
+        mine = [(which, one.lane_of(lane), step) for which, one in enumerate(sides) for step in range(len(one.steps))]
+        for base, (which, own, step) in zip(bases, mine, strict=True):
+            column = base // ENTRY % shelf.columns
+            place = (base // (ENTRY * NAMES * shelf.columns) * shelf.columns + column if base < tall else
+                     shelf.slots * shelf.columns + (base - tall) // (ENTRY * NAMES))
+            assert (base < tall) == (shelf.steps[which][step] > 1)
+            if sides[which].places[own][step][1]:
+                assert shelf.fills[place] == sides[which].entries[own][step] + behind[which]
+    for half in (shelf.bases[:16], shelf.bases[16:]):  # lanes of a half warp have columns of their own
+        for lines in zip(*half, strict=True):
+            if max(lines) < tall:
+                assert len({base // ENTRY % shelf.columns for base in lines}) == shelf.columns
 
 
 def run(keys: Spelled, values: Spelled, query: Tensor, tokens: int, splits: int) -> tuple[np.ndarray, ...]:
     """Return sums, peaks and sums of weights of parts, over the closed tokens alone."""
     (_, rows, dim), near, far = query.shape, keys.book, values.book
-    shelf, fills, bases = shelved(near, far)
+    shelf, *tables = shelved(near, far)
     sets, high = min(2, -(-rows // 4)), 8
     while high < rows:
         high *= 2
@@ -90,10 +93,11 @@ def run(keys: Spelled, values: Spelled, query: Tensor, tokens: int, splits: int)
     launch("kv_attention.kernels.spelled", "attend_words", (splits, HEADS, -(-rows // (4 * sets))), (
         none, asked.to(torch.float16).numpy().view(np.int32), (units * factor).numpy(), (shifts * factor).numpy(),
         *(one.pages[0].numpy().reshape(-1).view(np.int32) for one in (keys, values)), zeros, zeros,
-        near.tables.numpy(), far.tables.numpy(), fills.numpy(), bases.numpy(), *[none] * 5, 0.0, 1.0, peaks, totals,
+        *(one.numpy() for one in tables), *[none] * 5, 0.0, 1.0, peaks, totals,
         sums, none, tokens, 0, 0, 1, *[0] * 16, splits, HEADS, rows, 1, dim, BLOCK, ROOM,
-        *((book.row_bytes, book.spelling.each, book.spelling.steps) for book in (near, far)),
-        (shelf.columns, *shelf.tall, *shelf.flat), wide, "none", False, False, False, sets, high, 16, WARPS),
+        *((book.row_bytes, book.spelling.each, book.spelling.steps, tall)
+          for book, tall in zip((near, far), shelf.steps, strict=True)),
+        (shelf.columns, shelf.slots, shelf.shared), wide, "none", False, False, False, sets, high, 16, WARPS),
         warps=WARPS)
     return sums, peaks, totals
 

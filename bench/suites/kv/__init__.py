@@ -22,6 +22,8 @@ def measure(chosen: Sequence[Any], asked: Asked) -> Iterator[Outcome]:
 SUITES = (
     Suite("kv", "quality after long prompts, planted keys, decoding speed beside QuantizedCache; hours",
           always(cases.cases()), measure, tables.TABLES, ("transformers",)),
+    Suite("kv_long", "SmolLM2 with plans on three windows, three windows a text, planted keys in up to 8,100 tokens; "
+          "minutes on a GPU (--device cuda)", always(cases.long_cases()), measure, tables.LONG, ("transformers",)),
     Suite("kv_codecs", "codecs on keys and values of SmolLM2 alone", always(codec_cases.cases()),
           deferred("bench.suites.kv.codecs"), needs=("transformers",)),
     Suite("kv_gpu", "decoding after 8k and 32k tokens on a GPU beside quanto's cache", gpu_cases.cases,

@@ -29,6 +29,12 @@ class Setup:
     scored: int  # tokens of continuation of a trial of the plan
     count: int  # windows of calibration text that plans are measured on
     training: int  # further ones, which train tables
+    folder: str = ""  # of the model, where it is not the name
+
+    @property
+    def source(self) -> str:
+        """Name of the model's folder."""
+        return self.folder or self.name
 
     @property
     def context(self) -> int:
@@ -40,6 +46,15 @@ SETUPS = {setup.name: setup for setup in (
     Setup("fable-22m", 768, 3, (0.75, 1, 1.5, 2, 2.5, 3, 4, 5, 6), 256, 2, 8),
     Setup("smollm2-135m", 1792, 1, (1, 2, 3, 4, 5), 64, 1, 4),
 )}
+
+# what a GPU measures in minutes: three windows of each text, plans on three windows, planted keys up to the model's end
+LONG = Setup("smollm2-135m-three", 1792, 3, (1, 2, 3, 4, 5), 64, 3, 4, "smollm2-135m")
+PLANTED = (2048, 4096, 8100)  # tokens of prompts with planted keys; question and answer fit behind the longest
+
+
+def setup_of(name: str) -> Setup:
+    """Return a setup by its name."""
+    return LONG if name == LONG.name else SETUPS[name]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,11 +134,13 @@ class Needle:
     kind: str
     bits: float
     tokens: int = TOKENS
+    model: str = SMALL
 
     @property
     def key(self) -> str:
         """Name of the result line."""
-        return f"needle|{self.method}@{self.bits:g}"
+        longer = "" if self.tokens == TOKENS else f"|{self.tokens}"
+        return f"needle|{self.method}@{self.bits:g}{longer}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +184,15 @@ def cases() -> list[Quality | Needle | Speed]:
         *(Needle(method.name, method.kind, method.bits) for method in ASKED),
         *(Speed(method.name, method.kind, method.bits, tokens, attention) for tokens in LENGTHS for method in TIMED
           for attention in attentions(method))]
+
+
+def long_cases() -> list[Quality | Needle]:
+    """Return what is measured on a GPU: methods that encode fast, on SmolLM2."""
+    windows = [f"{text}{k}" for text in DOMAINS for k in range(LONG.windows)]
+    return [*(Quality(LONG.name, method.name, method.kind, method.bits, window) for window in windows
+              for method in cheap() if method.kind != "trained"),
+            *(Needle(method.name, method.kind, method.bits, tokens, LONG.name) for tokens in PLANTED
+              for method in ASKED)]
 
 
 def method_of(case: Quality | Needle | Speed) -> Method:

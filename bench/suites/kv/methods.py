@@ -61,10 +61,10 @@ def empty(method: Method, model: Any, name: str) -> Cache:
                               residual_length=RESIDUAL)
     window = {"residual": RESIDUAL, "sink": SINK, "block": BLOCK}
     if method.kind in ("klt", "plan"):
-        chosen = models.chosen(name, method.kind)[method.spec]
+        chosen = models.chosen(name, method.kind, model.device.type)[method.spec]
         return CompressedCache(config, chosen.keys, chosen.values, tables=chosen.tables, **window)
     if method.kind == "trained":
-        chosen = models.trained(name, method.spec)
+        chosen = models.trained(name, method.spec, model.device.type)
         return CompressedCache(config, chosen.keys, chosen.values, tables=chosen.tables, **window)
     spec = method.spec
     if method.kind == "qet":

@@ -21,7 +21,7 @@ from bench import evaluation
 from bench.models import locate
 from bench.places import CALIBRATION, DOMAINS, MODELS, kept
 from bench.places import held_out as text_of
-from bench.suites.kv.cases import BLOCK, RATES, RESIDUAL, SETUPS, SINK, UNIFORM, Setup
+from bench.suites.kv.cases import BLOCK, RATES, RESIDUAL, SINK, UNIFORM, Setup, setup_of
 from tersor.hf.kv.plan import Lab, PlanSettings, _measure, _spend, open_trials
 from tersor.hf.kv.store import SIDES
 from tersor.payload.blocks import Tables
@@ -53,19 +53,19 @@ class Chosen:
 
 
 @functools.cache
-def load(name: str, folder: Path = MODELS) -> tuple[Any, Any]:
-    """Return the model, float32, and its tokenizer."""
-    path = locate(name, folder)
-    return evaluation.load_model(path), evaluation.load_tokenizer(path)
+def load(name: str, folder: Path = MODELS, device: str = "cpu") -> tuple[Any, Any]:
+    """Return the model of a setup, float32, and its tokenizer."""
+    path = locate(setup_of(name).source, folder)
+    return evaluation.load_model(path).to(device), evaluation.load_tokenizer(path)
 
 
-def held_out(setup: Setup, folder: Path = MODELS) -> list[tuple[str, Tensor]]:
+def held_out(setup: Setup, folder: Path = MODELS, device: str = "cpu") -> list[tuple[str, Tensor]]:
     """Return (text, window of token ids (1, context)), windows that do not overlap."""
-    tokenizer, found = load(setup.name, folder)[1], []
+    tokenizer, found = load(setup.name, folder, device)[1], []
     for domain in DOMAINS:
         text = text_of(domain)
         ids = tokenizer(text[: 8 * setup.windows * setup.context], verbose=False)["input_ids"]
-        found += [(f"{domain}{k}", torch.tensor([ids[k * setup.context : (k + 1) * setup.context]]))
+        found += [(f"{domain}{k}", torch.tensor([ids[k * setup.context : (k + 1) * setup.context]], device=device))
                   for k in range(setup.windows)]
     assert all(ids.shape[1] == setup.context for _, ids in found)
     return found
@@ -84,19 +84,20 @@ def runs(model: Any) -> str:
 
 
 @functools.cache
-def chosen(name: str, kind: str) -> Mapping[str, Chosen]:
+def chosen(name: str, kind: str, device: str = "cpu") -> Mapping[str, Chosen]:
     """Return the `klt` settings or the `plan`s of a model by rate, as text; made once."""
     file = kept("kv") / f"{name}-{kind}.pt"
     if not file.is_file():
-        choose(name)
-    return {key: Chosen(*value) for key, value in torch.load(file, weights_only=True).items()}
+        choose(name, device)
+    held = torch.load(file, weights_only=True, map_location=device)
+    return {key: Chosen(*value) for key, value in held.items()}
 
 
 @functools.cache
-def laboratory(name: str) -> Lab:
+def laboratory(name: str, device: str = "cpu") -> Lab:
     """Return the model with the prompts that plans are made on and tables are trained on."""
-    setup = SETUPS[name]
-    model, tokenizer = load(setup.name)
+    setup = setup_of(name)
+    model, tokenizer = load(setup.name, device=device)
     width = setup.prompt + setup.scored
     text = CALIBRATION.read_text()
     count = setup.count + setup.training
@@ -108,15 +109,15 @@ def laboratory(name: str) -> Lab:
 
 
 @functools.cache
-def trained(name: str, spec: str) -> Chosen:
+def trained(name: str, spec: str, device: str = "cpu") -> Chosen:
     """Return codecs of keys and values, the same in all layers, and their tables; trained once."""
     file = kept("kv") / f"{name}-{re.sub('[^a-z0-9.]+', '-', spec)}.pt"
     if not file.is_file():
-        lab = laboratory(name)
+        lab = laboratory(name, device)
         codecs = [parse(_spelled(one, lab)) for one in spec.split(";")]
         tables = {(n, SIDES[side]): dict(lab.tables((n, side), codecs[side])) for n, side in lab.places()}
         torch.save((*(codec.spec() for codec in codecs), tables, 0.0), file)
-    return Chosen(*torch.load(file, weights_only=True))
+    return Chosen(*torch.load(file, weights_only=True, map_location=device))
 
 
 def _spelled(spec: str, lab: Lab) -> str:
@@ -126,9 +127,9 @@ def _spelled(spec: str, lab: Lab) -> str:
     return f"klt{round(float(spec[4:]) * lab.config.head_dim / 8)}{runs(lab.model)}"
 
 
-def choose(name: str) -> None:
+def choose(name: str, device: str = "cpu") -> None:
     """Train the tables of uniform settings, and make the plans."""
-    lab = laboratory(name)
+    lab = laboratory(name, device)
     settings, model = lab.settings, lab.model
     found: dict[str, tuple[Any, ...]] = {}
     for rate in UNIFORM:

@@ -17,7 +17,7 @@ import torch
 from bench.places import DOMAINS, held_out
 from bench.suite import Asked, Result
 from bench.suites.kv import methods, models
-from bench.suites.kv.cases import SMALL, TOKENS, Needle, method_of
+from bench.suites.kv.cases import Needle, method_of
 
 NAMES = ("Alice", "Robert", "Maria", "Henry", "Sophie")
 PROMPTS = 2
@@ -33,7 +33,7 @@ class Trial:
     answer: torch.Tensor
 
 
-def prompts(tokenizer: Any) -> list[tuple[torch.Tensor, list[Trial]]]:
+def prompts(tokenizer: Any, tokens: int) -> list[tuple[torch.Tensor, list[Trial]]]:
     """Return the prompts' ids and their questions; one note in each fifth of the text, sinks and window left out."""
     texts = [held_out(name)[40_000:] for name in DOMAINS]
     draw, found = random.Random(models.SEED), []
@@ -43,16 +43,16 @@ def prompts(tokenizer: Any) -> list[tuple[torch.Tensor, list[Trial]]]:
 
     for number in range(PROMPTS):
         names, body, trials, notes = draw.sample(NAMES, len(NAMES)), ids(texts[number % 3]), [], {}
-        place = number // 3 * 4 * TOKENS
+        place = number // 3 * 4 * tokens
         whole: list[int] = []
         for k, name in enumerate(names):
             notes[name] = "".join(draw.choice("0123456789") for _ in range(5))
             note = ids(f"\n\nNote: the pass key of {name} is {notes[name]}. Remember: {name}'s pass key is "
                        f"{notes[name]}.\n\n")
-            part = TOKENS * (k + 1) // 6 - len(whole)
+            part = tokens * (k + 1) // 6 - len(whole)
             whole += body[place : place + part] + note
             place += part
-        whole += body[place : place + TOKENS - len(whole)]
+        whole += body[place : place + tokens - len(whole)]
         for k, name in enumerate(names):
             question = ids(f"\n\nQuestion: what is the pass key of {name}?\nAnswer: the pass key of {name} is")
             trials.append(Trial(number, (k + 1) / 6, torch.tensor([question]), torch.tensor([ids(f" {notes[name]}")])))
@@ -62,14 +62,21 @@ def prompts(tokenizer: Any) -> list[tuple[torch.Tensor, list[Trial]]]:
 
 @torch.no_grad()
 def measure(cases: Sequence[Needle], asked: Asked) -> Iterator[Result]:
-    """Yield the cases; all methods are asked about a prompt before the next one is read."""
-    model, tokenizer = models.load(SMALL, asked.models)
+    """Yield the cases, length by length."""
+    for name, tokens in dict.fromkeys((case.model, case.tokens) for case in cases):
+        yield from _of([case for case in cases if (case.model, case.tokens) == (name, tokens)], asked)
+
+
+def _of(cases: Sequence[Needle], asked: Asked) -> Iterator[Result]:
+    """Yield cases of one length; all methods are asked about a prompt before the next one is read."""
+    name = cases[0].model
+    model, tokenizer = models.load(name, asked.models, asked.device)
     answers: dict[Needle, list[dict[str, float]]] = {}
     held: dict[Needle, dict[str, int]] = {}
-    for ids, trials in prompts(tokenizer):
-        dense = models.read(model, ids)
+    for ids, trials in prompts(tokenizer, cases[0].tokens):
+        dense = models.read(model, ids.to(model.device))
         for case in cases:
-            full = methods.fill(methods.empty(method_of(case), model, SMALL), dense)
+            full = methods.fill(methods.empty(method_of(case), model, name), dense)
             held[case] = methods.held(full)
             answers.setdefault(case, []).extend(_ask(model, full, trial) for trial in trials)
     for case, of in answers.items():
@@ -83,8 +90,8 @@ def measure(cases: Sequence[Needle], asked: Asked) -> Iterator[Result]:
 
 def _ask(model: Any, full: Any, trial: Trial) -> dict[str, float]:
     cache = methods.twin(full)
-    ids = torch.cat([trial.question, trial.answer], 1)
-    logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits.float()
+    ids = torch.cat([trial.question, trial.answer], 1).to(model.device)
+    logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits.float().cpu()
     count = trial.answer.shape[1]
     said = logits[:, -count - 1 : -1]
     hits = said.argmax(-1) == trial.answer

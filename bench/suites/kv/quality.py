@@ -19,7 +19,7 @@ from transformers import Cache, DynamicCache
 from bench import evaluation
 from bench.suite import Asked, Outcome, Result, Unmeasured
 from bench.suites.kv import methods, models
-from bench.suites.kv.cases import BLOCK, CHUNK, SETUPS, Quality, method_of
+from bench.suites.kv.cases import BLOCK, CHUNK, Quality, method_of, setup_of
 from tersor.errors import TersorError
 from tersor.hf.models.evaluate import Score
 
@@ -34,9 +34,9 @@ def continued(model: Any, cache: Cache, ids: Tensor) -> Tensor:
 def measure(cases: Sequence[Quality], asked: Asked) -> Iterator[Outcome]:
     """Yield the cases, window by window."""
     for name in dict.fromkeys(case.model for case in cases):
-        setup = SETUPS[name]
-        model, _ = models.load(name, asked.models)
-        for window, ids in models.held_out(setup, asked.models):
+        setup = setup_of(name)
+        model, _ = models.load(name, asked.models, asked.device)
+        for window, ids in models.held_out(setup, asked.models, asked.device):
             own = [case for case in cases if (case.model, case.window) == (name, window)]
             if not own:
                 continue

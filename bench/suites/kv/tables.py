@@ -201,6 +201,24 @@ def claim(found: Mapping[str, Line]) -> str:
     return table(["SmolLM2, layer 15", "bytes", "claimed", "QET", "best of PQ and OPQ", "ratio", "`qet_plus`"], body)
 
 
+def planted(found: Mapping[str, Line]) -> str:
+    """Keys found by method and length of the prompt."""
+    lengths = sorted({line["case"]["tokens"] for line in found.values()})
+    by_method: dict[str, dict[int, Line]] = {}
+    for line in found.values():
+        by_method.setdefault(line["case"]["method"], {})[line["case"]["tokens"]] = line
+    body = []
+    for method, lines in by_method.items():
+        first = next(iter(lines.values()))
+        rate = first["numbers"]["rate_half"]
+        cells = [f"{lines[tokens]['numbers']['right']:.0f} of {lines[tokens]['numbers']['trials']}"
+                 f" ({lines[tokens]['numbers']['logprob']:.2f})" if tokens in lines else "" for tokens in lengths]
+        body.append([label(first["case"]["kind"], method.partition(":")[2]), f"{rate:.2f}" if rate else "32", *cells])
+    return table(["planted keys", "bits an element", *(f"{tokens:,} tokens" for tokens in lengths)], body)
+
+
+LONG = {"kv-three-windows": Table(quality("smollm2-135m-three"), ("quality",)),
+        "kv-planted": Table(planted, ("needle",))}
 TABLES = {
     **{f"kv-{name}": Table(quality(name), ("quality",)) for name in ("fable-22m", "smollm2-135m")},
     "kv-verdict": Table(verdicts, ("quality",)),

@@ -21,6 +21,7 @@ from tersor.kv import TokenStream
 from tersor.registry import parse
 from tersor.testing import tolerance
 from tests.hf.kv.sharp import PROMPT, WINDOW, build, close, compressed, generate, tiny, tokens
+from tests.ops.devices import CUDA
 
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {}, "sample": {"do_sample": True, "top_k": 20}, "beam": {"num_beams": 3, "num_return_sequences": 2},
@@ -290,7 +291,7 @@ def test_empty_prompts_and_unused_caches() -> None:
     assert keys.shape[2] == 3
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", ["cpu", CUDA])
 def test_offloading_moves_full_pages(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tersor.kv.kept.CHUNK_ELEMENTS", 1)  # pages of 16 blocks, 64 tokens
     held = layer()

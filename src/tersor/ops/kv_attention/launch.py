@@ -166,7 +166,7 @@ def _meet_words(query: Tensor, held: Held, how: How, work: Work, counts: Tensor 
     batch, heads, _, dim = held.recent[0].shape
     keys, values, scaling = closed.keys.book, closed.values.book, _scaling(how)
     parts, rows, count = batch * heads, query.shape[1] // heads * query.shape[2], keys.maps.shape[1]
-    shelf, fills, bases = shelved(keys, values)
+    shelf, *tables = shelved(keys, values)
     sets, warps = min(2, -(-rows // SET)), warps_of(keys, values, rows)
     near = workspace((parts, cut.rows, count), torch.float16, query.device, "queries")
     numbers = workspace((2, parts, cut.rows), torch.float32, query.device, "queries")
@@ -174,13 +174,13 @@ def _meet_words(query: Tensor, held: Held, how: How, work: Work, counts: Tensor 
         query, keys.maps, keys.bounds, keys.offset, near, *numbers, scaling, heads, rows, dim, count, True,
         len(keys.maps) > 1, True, cut.rows, 1, LOOKUPS, num_warps=4)
     near_side, far_side = _anchored(closed.keys), _anchored(closed.values)
-    forms = tuple((book.row_bytes, book.spelling.each, book.spelling.steps) for book in (keys, values))
+    forms = tuple((book.row_bytes, book.spelling.each, book.spelling.steps, tall)
+                  for book, tall in zip((keys, values), shelf.steps, strict=True))
     attend_words[(cut.parts, parts, -(-rows // (SET * sets)))](
         query, near.view(torch.int32), *numbers, near_side, far_side, closed.keys.addresses, closed.values.addresses,
-        keys.tables, values.tables, fills, bases,
-        *_dense(query, held, how, (scaling, scores, sums, _or(counts, near_side))),
+        *tables, *_dense(query, held, how, (scaling, scores, sums, _or(counts, near_side))),
         cut.splits, heads, rows, query.shape[2], dim, closed.block, closed.blocks, *forms,
-        (shelf.columns, *shelf.tall, *shelf.flat), sums.shape[1], *_kinds(how, counts), sets, cut.rows, DENSE_TURN,
+        (shelf.columns, shelf.slots, shelf.shared), sums.shape[1], *_kinds(how, counts), sets, cut.rows, DENSE_TURN,
         warps, num_warps=warps, maxnreg=REGISTERS // (32 * warps), launch_pdl=True)
 
 

@@ -7,6 +7,7 @@ Lanes of a half warp have columns of shared memory of their own, so that sixteen
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from functools import cached_property, lru_cache
 
 import torch
@@ -57,13 +58,25 @@ class Spelling:
     @classmethod
     def of(cls, counts: tuple[int, ...], lanes: int) -> Spelling:
         """Return that of bytes with words of so many numbers, for so many lanes."""
+        ways = [cls._dealt(counts, lanes, start, alike) for start in range(lanes) for alike in (False, True)]
+        return min(ways, key=lambda one: (len(one.steps), sum(one.loads()) + max(one.loads())))
+
+    @classmethod
+    def _dealt(cls, counts: tuple[int, ...], lanes: int, start: int, alike: bool) -> Spelling:
+        """Return that where lanes get long words from `start` on; `alike`: words of a size where others of it are."""
         each = -(-len(counts) // lanes)
-        there = [(lane, byte) for byte in reversed(range(each)) for lane in range(lanes)
+        there = [(lane, byte) for byte in reversed(range(each)) for lane in (*range(start, lanes), *range(start))
                  if lane * each + byte < len(counts)]
         starts = [sum(counts[:byte]) for byte in range(len(counts))]
         long = sorted((byte for byte, count in enumerate(counts) if count > NUMBERS), key=lambda byte: -counts[byte])
         short = sorted((byte for byte, count in enumerate(counts) if count <= NUMBERS), key=lambda byte: counts[byte])
-        taken = dict(zip(there, long, strict=False))  # the longest at the ends of different lanes
+        taken: dict[tuple[int, int], int] = {}  # the longest at the ends of lanes
+        ends = there[: -(-len(long) // lanes) * lanes] if alike else there[: len(long)]
+        for byte in long:
+            free = [place for place in ends if place not in taken]
+            same = [place for place in free if alike and counts[byte] in {
+                counts[mine] for at, mine in taken.items() if seat_of(at[0], lanes) == seat_of(place[0], lanes)}]
+            taken[(same or free)[0]] = byte
         taken |= dict(zip(sorted(set(there) - set(taken)), short, strict=True))
         turns = [max([-(-counts[taken[lane, byte]] // NUMBERS) for lane in range(lanes) if (lane, byte) in taken])
                  for byte in range(each)]
@@ -84,6 +97,15 @@ class Spelling:
             places.append(tuple(spots))
         order = tuple(taken[lane, byte] for lane, byte in sorted(taken))
         return cls(order, each, tuple(byte for byte, _ in steps), tuple(classes), tuple(entries), tuple(places))
+
+    def loads(self) -> list[int]:
+        """Return how many tables lanes look up that share a column of sixteen."""
+        seats: dict[int, set[int]] = {}
+        for lane in range(LANES):
+            mine = self.lane_of(lane)
+            seats.setdefault(seat_of(mine, self.lanes), set()).update(entry for entry, (_, count) in zip(
+                self.entries[mine], self.places[mine], strict=True) if count)
+        return list(map(len, seats.values()))
 
     @property
     def lanes(self) -> int:
@@ -119,76 +141,94 @@ class Spelling:
         return padded.index_select(1, torch.tensor(index, device=maps.device)).contiguous()
 
 
+def seat_of(mine: int, lanes: int) -> int:
+    """Return which of the four quarters of columns, of sixteen, one of those that share a row has."""
+    return mine if lanes == KEY_LANES else mine // 2
+
+
 @dataclasses.dataclass(frozen=True)
 class Shelf:
-    """Where tables lie in shared memory, of keys, then of values.
+    """Where tables of keys and values lie in shared memory.
 
     Attributes
     ----------
     columns : int
-    tall : (int, int)
-        Tables of each column, of keys and of values: of the lookups that every byte has.
-    flat : (int, int)
-        Tables that all lanes share: of further numbers of long words.
+    slots : int
+        Tables of each column.
+    shared : int
+        Tables that all lanes share, behind those of columns.
     fills : tuple of int
-        Classes of the tables, table by table of a column, column by column; then those that are shared.
+        Classes of the tables, slot by slot and column by column, then of those that are shared; values' behind keys'.
+    steps : tuple of tuple of int
+        Of each lookup of keys, and of values, the columns of its tables; 1: shared.
     bases : tuple of tuple of int
         Of each lane of a warp, where in shared memory each of its lookups begins, bytes: of keys, then of values.
     """
 
     columns: int
-    tall: tuple[int, int]
-    flat: tuple[int, int]
+    slots: int
+    shared: int
     fills: tuple[int, ...]
+    steps: tuple[tuple[int, ...], tuple[int, ...]]
     bases: tuple[tuple[int, ...], ...]
 
     @property
     def nbytes(self) -> int:
         """Bytes of shared memory."""
-        return ENTRY * NAMES * (sum(self.tall) * self.columns + sum(self.flat))
+        return ENTRY * NAMES * (self.slots * self.columns + self.shared)
 
 
 @lru_cache(maxsize=256)
 def shelf_of(keys: Spelling, values: Spelling) -> Shelf | None:
-    """Return the shelf of two sides, with as many columns as fit; None where none do."""
-    return next((shelf for columns in COLUMNS if (shelf := _shelf(keys, values, columns)).nbytes <= MEMORY), None)
+    """Return the shelf of two sides, with as many columns as fit; None where none do.
+
+    Tables of further numbers of long words are shared by all columns where they do not fit.
+    """
+    further = [range(len(side.steps), side.each - 1, -1) for side in (keys, values)]
+    owns = sorted(itertools.product(*further), key=lambda own: -own[0] - 2 * own[1])  # a step of values is two lookups
+    tries = ((columns, own, turned) for columns in COLUMNS for own in owns
+             for turned in (itertools.permutations(range(4)) if columns == COLUMNS[0] else (None,)))
+    return next((shelf for one in tries if (shelf := _shelf((keys, values), *one)).nbytes <= MEMORY), None)
 
 
-def _shelf(keys: Spelling, values: Spelling, columns: int) -> Shelf:
-    tall, flat, fills, shared = [], [], [], []
+def _shelf(sides: tuple[Spelling, Spelling], columns: int, own: tuple[int, ...],
+           turned: tuple[int, ...] | None) -> Shelf:
+    """Return a shelf: of each side the first `own` lookups have columns, `turned` says where values' lanes have theirs.
+
+    A half warp's lanes have different columns. Those of values may lie otherwise than those of keys: lanes with many
+    tables of one side share columns with those that have few of the other.
+    """
+    seats = [[lane % columns for lane in range(LANES)] for _ in sides]
+    if turned is not None:
+        seats[1] = [4 * (lane % 4) + turned[lane // 4 % 4] for lane in range(LANES)]
+    held: list[list[tuple[int, int]]] = [[] for _ in range(columns)]  # tables of each column: side, class
+    shared: list[tuple[int, int]] = []
+    found: list[tuple[int, int, tuple[int, int] | None]] = []  # of each lookup: lane, column or -1, table
+    for lane in range(LANES):
+        for which, side in enumerate(sides):
+            mine, seat = side.lane_of(lane), seats[which][lane]
+            for step, entry in enumerate(side.entries[mine]):
+                mean = (which, entry) if side.places[mine][step][1] else None
+                place = seat if step < own[which] else -1
+                into = shared if place < 0 else held[place]
+                if mean is not None and mean not in into:
+                    into.append(mean)
+                found.append((lane, place, mean))
+    slots = max(map(len, held))
     bases: list[list[int]] = [[] for _ in range(LANES)]
-    high = 0
-    sides = (keys, values)
-    held = [[_classes(side, columns, column) for column in range(columns)] for side in sides]
-    further = [sorted({side.entries[lane][step] for lane in range(side.lanes)
-                       for step in range(side.each, len(side.steps)) if side.places[lane][step][1]}) for side in sides]
-    for by_column, some in zip(held, further, strict=True):
-        count = max(map(len, by_column))
-        fills += [(one[table] if table < len(one) else one[0]) for table in range(count) for one in by_column]
-        tall.append(count)
-        flat.append(len(some))
-        shared += some
-    low = ENTRY * NAMES * columns * sum(tall)
-    for side, by_column, some in zip(sides, held, further, strict=True):
-        for lane in range(LANES):
-            column, mine = lane % columns, side.lane_of(lane)
-            for step in range(len(side.steps)):
-                entry = side.entries[mine][step]
-                if step < side.each:
-                    table = by_column[column].index(entry)
-                    bases[lane].append(ENTRY * (column + columns * NAMES * (high + table)))
-                else:
-                    place = some.index(entry) if entry in some and side.places[mine][step][1] else 0
-                    bases[lane].append(low + ENTRY * NAMES * place)
-        high += max(map(len, by_column))
-        low += ENTRY * NAMES * len(some)
-    return Shelf(columns, (tall[0], tall[1]), (flat[0], flat[1]), (*fills, *shared), tuple(map(tuple, bases)))
-
-
-def _classes(side: Spelling, columns: int, column: int) -> list[int]:
-    """Return the classes that the lanes of a column look up first."""
-    lanes = {side.lane_of(lane) for lane in range(LANES) if lane % columns == column}
-    return sorted({side.entries[lane][step] for lane in lanes for step in range(side.each)})
+    for lane, place, mean in found:
+        if place < 0:
+            row = shared.index(mean) if mean is not None else 0
+            bases[lane].append(ENTRY * NAMES * (slots * columns + row))
+        else:
+            row = held[place].index(mean) if mean is not None else 0
+            bases[lane].append(ENTRY * (place + columns * NAMES * row))
+    behind = len(sides[0].classes)
+    tables = [(one[slot] if slot < len(one) else (0, 0)) for slot in range(slots) for one in held]
+    near, far = (tuple(columns if step < mine else 1 for step in range(len(side.steps)))
+                 for side, mine in zip(sides, own, strict=True))
+    return Shelf(columns, slots, len(shared), tuple(behind * which + entry for which, entry in (*tables, *shared)),
+                 (near, far), tuple(map(tuple, bases)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -230,8 +270,8 @@ class Book:
         return cls(spelling, tables, spelling.numbers(words.maps), words.offset, words.row_bytes)
 
     @cached_property
-    def near(self) -> dict[Spelling, tuple[Tensor, Tensor]]:
-        """`fills` and `bases` of shelves on the device, int32, by the values' spelling; of keys only."""
+    def near(self) -> dict[Book, tuple[Tensor, Tensor, Tensor]]:
+        """Tables of both sides, `fills` and `bases` of shelves on the device, by the values' book; of keys only."""
         return {}
 
     @cached_property
@@ -269,15 +309,15 @@ class Spelled:
     ordered: bool
 
 
-def shelved(keys: Book, values: Book) -> tuple[Shelf, Tensor, Tensor]:
-    """Return the shelf of two sides, and its classes and bases on their device, int32, bases (lookups, 32)."""
+def shelved(keys: Book, values: Book) -> tuple[Shelf, Tensor, Tensor, Tensor]:
+    """Return the shelf of two sides, their tables, and on their device its classes and bases, int32 (lookups, 32)."""
     shelf = shelf_of(keys.spelling, values.spelling)
     assert shelf is not None
-    if values.spelling not in keys.near:
+    if values not in keys.near:
         fills, bases = (torch.tensor(one, dtype=torch.int32, device=keys.tables.device)
                         for one in (shelf.fills, shelf.bases))
-        keys.near[values.spelling] = fills, bases.T.contiguous()
-    return shelf, *keys.near[values.spelling]
+        keys.near[values] = torch.cat([keys.tables, values.tables]), fills, bases.T.contiguous()
+    return shelf, *keys.near[values]
 
 
 def warps_of(keys: Book, values: Book, rows: int) -> int:

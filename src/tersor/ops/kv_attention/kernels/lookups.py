@@ -13,8 +13,11 @@ ROUND = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
 
 
 def looked_up(word: str, place: int, stride: int, base: str, names: tuple[str, str]) -> list[str]:
-    """Return PTX: the numbers that a byte of a word names, tables being `stride` bytes an entry, to two registers."""
-    return [f"prmt.b32 x, {word}, 0, 0x444{place};", f"mad.lo.u32 x, x, {stride}, {base};",
+    """Return PTX: the numbers that a byte of a word names, tables being `stride` bytes an entry, to two registers.
+
+    A product of four bytes with four bytes, of which three are zeros, finds the byte and multiplies it: `stride` is one.
+    """
+    return [f"dp4a.u32.u32 x, {word}, {stride << 8 * place}, {base};",
             f"ld.shared.v2.b32 {{{names[0]}, {names[1]}}}, [x];"]
 
 

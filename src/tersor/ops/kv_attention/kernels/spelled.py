@@ -48,46 +48,36 @@ def quad(number, KIND: gl.constexpr):
 
 
 @gluon.jit
-def filled(tables, fills, thread, start, PAGES: gl.constexpr, FIRST: gl.constexpr, COLUMNS: gl.constexpr,
-           SLOT: gl.constexpr, THREADS: gl.constexpr):
-    """Copy tables of COLUMNS columns to shared memory from `start` on, THREADS entries at a time; `fills` from SLOT on."""
-    RUN: gl.constexpr = 4 if PAGES % 4 == 0 else 1
-    for several in range(PAGES // RUN):
-        entries, held = (), ()
-        for page in gl.static_range(RUN):
-            entry = (several * RUN + page) * THREADS + thread
-            name = gl.load(fills + (SLOT + entry // (256 * COLUMNS) * COLUMNS + entry % COLUMNS))
-            entries = entries + (entry,)
-            held = held + (gl.load(tables + (name * 256 + entry // COLUMNS % 256)),)
-        for page in gl.static_range(RUN):
-            gl.inline_asm_elementwise(KEPT, "=r,r,l", [start + (FIRST + entries[page]) * 8, held[page]], dtype=gl.int32,
-                                      is_pure=False, pack=1)
-
-
-@gluon.jit
-def shelved(key_tables, value_tables, fills, thread, COLUMNS: gl.constexpr, TALL_K: gl.constexpr,
-            TALL_V: gl.constexpr, FLAT_K: gl.constexpr, FLAT_V: gl.constexpr, THREADS: gl.constexpr):
-    """Allocate shared memory and fill it; return where it begins."""
+def shelved(tables, fills, thread, COLUMNS: gl.constexpr, SLOTS: gl.constexpr, SHARED: gl.constexpr,
+            THREADS: gl.constexpr):
+    """Allocate shared memory and fill it, eight entries of a thread at a time; return where it begins."""
     EACH: gl.constexpr = 256 * COLUMNS
-    COUNT: gl.constexpr = (TALL_K + TALL_V) * EACH + (FLAT_K + FLAT_V) * 256
+    COUNT: gl.constexpr = SLOTS * EACH + SHARED * 256
+    PAGES: gl.constexpr = SLOTS * EACH // THREADS
+    RUN: gl.constexpr = 8 if PAGES % 8 == 0 else 1
     memory = gl.allocate_shared_memory(gl.int64, [(COUNT + THREADS - 1) // THREADS, THREADS],
                                        gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    first = gl.load(key_tables + (gl.load(fills + (thread // EACH * COLUMNS + thread % COLUMNS)) * 256
-                                  + thread // COLUMNS % 256))
+    first = gl.load(tables + (gl.load(fills + (thread // EACH * COLUMNS + thread % COLUMNS)) * 256
+                              + thread // COLUMNS % 256))
     memory.index(0).store(first)
     gl.thread_barrier()
     start = gl.inline_asm_elementwise(BEGUN, "=r,r", [thread], dtype=gl.int32, is_pure=True, pack=1)
     gl.inline_asm_elementwise(CHECKED, "=r,r,l", [start + 8 * thread, first], dtype=gl.int32, is_pure=False, pack=1)
-    filled(key_tables, fills, thread, start, TALL_K * EACH // THREADS, 0, COLUMNS, 0, THREADS)
-    filled(value_tables, fills, thread, start, TALL_V * EACH // THREADS, TALL_K * EACH, COLUMNS, TALL_K * COLUMNS, THREADS)
-    for turn in gl.static_range(FLAT_K + FLAT_V):
-        source = key_tables
-        if turn >= FLAT_K:
-            source = value_tables
-        table = source + gl.load(fills + ((TALL_K + TALL_V) * COLUMNS + turn)) * 256
+    for several in range(PAGES // RUN):
+        entries, held = (), ()
+        for page in gl.static_range(RUN):
+            entry = (several * RUN + page) * THREADS + thread
+            name = gl.load(fills + (entry // EACH * COLUMNS + entry % COLUMNS))
+            entries = entries + (entry,)
+            held = held + (gl.load(tables + (name * 256 + entry // COLUMNS % 256)),)
+        for page in gl.static_range(RUN):
+            gl.inline_asm_elementwise(KEPT, "=r,r,l", [start + entries[page] * 8, held[page]], dtype=gl.int32,
+                                      is_pure=False, pack=1)
+    for turn in gl.static_range(SHARED):
+        table = tables + gl.load(fills + (SLOTS * COLUMNS + turn)) * 256
         for page in gl.static_range((256 + THREADS - 1) // THREADS):
             name = (page * THREADS + thread) % 256
-            gl.inline_asm_elementwise(KEPT, "=r,r,l", [start + ((TALL_K + TALL_V) * EACH + turn * 256 + name) * 8,
+            gl.inline_asm_elementwise(KEPT, "=r,r,l", [start + (SLOTS * EACH + turn * 256 + name) * 8,
                                                        gl.load(table + name)], dtype=gl.int32, is_pure=False, pack=1)
     gl.thread_barrier()
     return start
@@ -138,7 +128,7 @@ def load_turn(words, far, line, token, lane, BLOCK: gl.constexpr, ROW: gl.conste
 
 
 @gluon.jit
-def scored(words, bases, queries, unit, shift, bias, softcap, zero, STEPS: gl.constexpr, COLUMNS: gl.constexpr,
+def scored(words, bases, queries, unit, shift, bias, softcap, zero, STEPS: gl.constexpr, TALL: gl.constexpr,
            EACH: gl.constexpr, PLACES: gl.constexpr, SETS: gl.constexpr, CAPPED: gl.constexpr):
     """Return scores, set by set and tile by tile, of two tokens each."""
     WORDS: gl.constexpr = (EACH + 3) // 4
@@ -147,7 +137,7 @@ def scored(words, bases, queries, unit, shift, bias, softcap, zero, STEPS: gl.co
         sums = (zero, zero, zero, zero)
         for step in gl.static_range(STEPS):
             sums = gl.inline_asm_elementwise(
-                MET[form(PLACES[step], COLUMNS if step < EACH else 1, SETS)], given(4, 2 + 2 * SETS, 4),
+                MET[form(PLACES[step], TALL[step], SETS)], given(4, 2 + 2 * SETS, 4),
                 (words[tile * WORDS + PLACES[step] // 4], bases[step]) + queries[2 * SETS * step : 2 * SETS * (step + 1)]
                 + sums, dtype=floats(4), is_pure=True, pack=1)
         found = found + sums
@@ -209,7 +199,7 @@ def from_lane(number, lane):
 
 
 @gluon.jit
-def added(acc, words, bases, weights, shrinks, STEPS: gl.constexpr, COLUMNS: gl.constexpr, EACH: gl.constexpr,
+def added(acc, words, bases, weights, shrinks, STEPS: gl.constexpr, TALL: gl.constexpr, EACH: gl.constexpr,
           PLACES: gl.constexpr, SETS: gl.constexpr):
     """Return sums of words, step by step and set by set, plus those of a turn."""
     WORDS: gl.constexpr = (EACH + 3) // 4
@@ -225,7 +215,7 @@ def added(acc, words, bases, weights, shrinks, STEPS: gl.constexpr, COLUMNS: gl.
                 for which in gl.static_range(2):
                     columns = columns + (weights[2 * (TILES * turn + tile) + which],)
             sums = gl.inline_asm_elementwise(
-                MIXED[form(PLACES[step], COLUMNS if step < EACH else 1, SETS)], given(4 * SETS, 3 + 2 * SETS, 4 * SETS),
+                MIXED[form(PLACES[step], TALL[step], SETS)], given(4 * SETS, 3 + 2 * SETS, 4 * SETS),
                 (words[2 * tile * WORDS + PLACES[step] // 4], words[(2 * tile + 1) * WORDS + PLACES[step] // 4], bases[step])
                 + columns + sums, dtype=floats(4 * SETS), is_pure=True, pack=1)
         found = found + sums
@@ -272,9 +262,11 @@ def over_words(split, splits, at, head, sequence, first_row, asked, tables, sour
                BLOCK: gl.constexpr, PAGE: gl.constexpr, KEY: gl.constexpr, VALUE: gl.constexpr, SHELF: gl.constexpr,
                WIDE: gl.constexpr, MASK: gl.constexpr, CAPPED: gl.constexpr, R: gl.constexpr, SETS: gl.constexpr,
                S: gl.constexpr):
-    """Attend to the turns of closed tokens that are this program's; KEY and VALUE: bytes of a row, of a lane, steps."""
+    """Attend to the turns of closed tokens that are this program's; KEY and VALUE: bytes of a row, of a lane, steps, columns."""
     KEY_PLACES: gl.constexpr = KEY[2]
     VALUE_PLACES: gl.constexpr = VALUE[2]
+    KEY_TALL: gl.constexpr = KEY[3]
+    VALUE_TALL: gl.constexpr = VALUE[3]
     KEY_STEPS: gl.constexpr = len(KEY_PLACES)
     STEPS: gl.constexpr = len(VALUE_PLACES)
     thread = gl.arange(0, 32 * S, layout=gl.BlockedLayout([1], [32], [S], [0]))
@@ -287,9 +279,9 @@ def over_words(split, splits, at, head, sequence, first_row, asked, tables, sour
                      KEY[0], KEY[1], True)
     values = load_turn(sources[1], place_of(sources[3], token, batch, sequence, BLOCK, PAGE), line, token, lane, BLOCK,
                        VALUE[0], VALUE[1], False)
-    base = shelved(tables[0], tables[1], tables[2], thread, SHELF[0], SHELF[1], SHELF[2], SHELF[3], SHELF[4], 32 * S)
-    key_bases = load_bases(tables[3], base, lane, 0, KEY_STEPS)
-    value_bases = load_bases(tables[3], base, lane, KEY_STEPS, STEPS)
+    base = shelved(tables[0], tables[1], thread, SHELF[0], SHELF[1], SHELF[2], 32 * S)
+    key_bases = load_bases(tables[2], base, lane, 0, KEY_STEPS)
+    value_bases = load_bases(tables[2], base, lane, KEY_STEPS, STEPS)
     queries, unit, shift = load_queries(asked[0], asked[1], asked[2], sequence * HEADS + head + waited(), row, lane, R,
                                         KEY_STEPS, SETS)
     half = gl.where((lane & 4) == 0, 65535, -65536)
@@ -306,7 +298,7 @@ def over_words(split, splits, at, head, sequence, first_row, asked, tables, sour
         line = line_of(token, head, HEADS, BLOCK, PAGE)
         near = place_of(sources[2], token, batch, sequence, BLOCK, PAGE)
         far = place_of(sources[3], token, batch, sequence, BLOCK, PAGE)
-        every = scored(keys, key_bases, queries, unit, shift, bias, softcap, zero, KEY_STEPS, SHELF[0], KEY[1],
+        every = scored(keys, key_bases, queries, unit, shift, bias, softcap, zero, KEY_STEPS, KEY_TALL, KEY[1],
                        KEY_PLACES, SETS, CAPPED)
         keys = load_turn(sources[0], near, line, token, lane, BLOCK, KEY[0], KEY[1], True)
         weights, shrinks, fresh, whole = (), (), (), ()
@@ -318,7 +310,7 @@ def over_words(split, splits, at, head, sequence, first_row, asked, tables, sour
             shrinks = shrinks + (from_lane(shrink, (lane & 3) * 8),)
             fresh, whole = fresh + (most,), whole + (sum_of,)
         peak, total = fresh, whole
-        acc = added(acc, values, value_bases, weights, shrinks, STEPS, SHELF[0], VALUE[1], VALUE_PLACES, SETS)
+        acc = added(acc, values, value_bases, weights, shrinks, STEPS, VALUE_TALL, VALUE[1], VALUE_PLACES, SETS)
         values = load_turn(sources[1], far, line, token, lane, BLOCK, VALUE[0], VALUE[1], False)
     ended(acc, peak, total, lane, first_row, at, peaks, totals, sums, ROWS, WIDE, STEPS, SETS, S)
 
@@ -326,8 +318,8 @@ def over_words(split, splits, at, head, sequence, first_row, asked, tables, sour
 @kernel
 @gluon.jit(do_not_specialize=["middle", "sinks", "recent", "mask_batch", "mask_head", "mask_query", "mask_token",
                                 "splits", "softcap"])
-def attend_words(query, near, units, shifts, key_words, value_words, key_pages, value_pages, key_tables, value_tables,
-                 fills, bases, sink_keys, sink_values, tail_keys, tail_values, mask, softcap, scaling, peaks, totals, sums,
+def attend_words(query, near, units, shifts, key_words, value_words, key_pages, value_pages, tables, fills, bases,
+                 sink_keys, sink_values, tail_keys, tail_values, mask, softcap, scaling, peaks, totals, sums,
                  counts, middle, sinks, recent, batch, sink_batch, sink_head, sink_token, tail_batch, tail_head,
                  tail_token, sink_batch_v, sink_head_v, sink_token_v, tail_batch_v, tail_head_v, tail_token_v, mask_batch,
                  mask_head, mask_query, mask_token, splits, HEADS: gl.constexpr, ROWS: gl.constexpr,
@@ -349,7 +341,7 @@ def attend_words(query, near, units, shifts, key_words, value_words, key_pages, 
     mask += sequence.to(gl.int64) * mask_batch
     if split < splits:
         over_words(split, splits, at, head, sequence, gl.program_id(2) * (4 * SETS), (near, units, shifts),
-                   (key_tables, value_tables, fills, bases), (key_words, value_words, key_pages, value_pages), mask,
+                   (tables, fills, bases), (key_words, value_words, key_pages, value_pages), mask,
                    softcap, peaks, totals, sums, middle, batch, sinks, (mask_head, mask_query, mask_token), HEADS, ROWS,
                    QUERIES, BLOCK, PAGE, KEY, VALUE, SHELF, WIDE, MASK, CAPPED, R, SETS, S)
     elif gl.program_id(2) == 0:
