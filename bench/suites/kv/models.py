@@ -59,6 +59,11 @@ def load(name: str, folder: Path = MODELS, device: str = "cpu") -> tuple[Any, An
     return evaluation.load_model(path).to(device), evaluation.load_tokenizer(path)
 
 
+def device_name(device: str) -> str:
+    """Return what a result line calls a GPU; empty: the processor."""
+    return torch.cuda.get_device_name() if device == "cuda" else ""
+
+
 def held_out(setup: Setup, folder: Path = MODELS, device: str = "cpu") -> list[tuple[str, Tensor]]:
     """Return (text, window of token ids (1, context)), windows that do not overlap."""
     tokenizer, found = load(setup.name, folder, device)[1], []
@@ -88,7 +93,7 @@ def chosen(name: str, kind: str, device: str = "cpu") -> Mapping[str, Chosen]:
     """Return the `klt` settings or the `plan`s of a model by rate, as text; made once."""
     file = kept("kv") / f"{name}-{kind}.pt"
     if not file.is_file():
-        choose(name, device)
+        {"klt": uniform, "plan": choose}[kind](name, device)
     held = torch.load(file, weights_only=True, map_location=device)
     return {key: Chosen(*value) for key, value in held.items()}
 
@@ -127,10 +132,10 @@ def _spelled(spec: str, lab: Lab) -> str:
     return f"klt{round(float(spec[4:]) * lab.config.head_dim / 8)}{runs(lab.model)}"
 
 
-def choose(name: str, device: str = "cpu") -> None:
-    """Train the tables of uniform settings, and make the plans."""
+def uniform(name: str, device: str = "cpu") -> None:
+    """Train the tables of uniform settings."""
     lab = laboratory(name, device)
-    settings, model = lab.settings, lab.model
+    model = lab.model
     found: dict[str, tuple[Any, ...]] = {}
     for rate in UNIFORM:
         codec = parse(f"klt{round(rate * model.config.head_dim / 8)}{runs(model)}")
@@ -138,7 +143,12 @@ def choose(name: str, device: str = "cpu") -> None:
         found[f"{rate:g}"] = (codec.spec(), codec.spec(), held, rate)
     torch.save(found, kept("kv") / f"{name}-klt.pt")
     print("tables written", flush=True)
-    found = {}
+
+
+def choose(name: str, device: str = "cpu") -> None:
+    """Make the plans."""
+    lab = laboratory(name, device)
+    settings, found = lab.settings, dict[str, tuple[Any, ...]]()
     choices = _measure(lab, open_trials(kept("kv") / f"{name}.trials.jsonl", repr(settings)), _progress)
     for rate in RATES:
         picks = _spend(choices, lab.elements, rate)

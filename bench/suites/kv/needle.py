@@ -85,7 +85,8 @@ def _of(cases: Sequence[Needle], asked: Asked) -> Iterator[Result]:
                    "logprob": sum(one["logprob"] for one in of) / len(of),
                    "digits": sum(one["digits"] for one in of) / len(of),
                    "rate_half": 8 * held[case]["half"] / elements, "each": of}
-        yield Result.of(case, methods.stored(held[case]), numbers, seed=models.SEED)
+        yield Result.of(case, methods.stored(held[case]), numbers, seed=models.SEED,
+                        device=models.device_name(asked.device))
 
 
 def _ask(model: Any, full: Any, trial: Trial) -> dict[str, float]:

@@ -45,12 +45,12 @@ def measure(cases: Sequence[Quality], asked: Asked) -> Iterator[Outcome]:
             reference = continued(model, methods.twin(dense), rest)
             for case in own:
                 try:
-                    yield one(case, model, dense, reference, rest)
+                    yield one(case, model, dense, reference, rest, models.device_name(asked.device))
                 except (TersorError, RuntimeError, ValueError) as error:
                     yield Unmeasured(case.key, f"{type(error).__name__}: {error}", failed=True)
 
 
-def one(case: Quality, model: Any, dense: DynamicCache, reference: Tensor, rest: Tensor) -> Result:
+def one(case: Quality, model: Any, dense: DynamicCache, reference: Tensor, rest: Tensor, device: str) -> Result:
     """Measure one method on one window."""
     start, method = time.perf_counter(), method_of(case)
     cache = methods.empty(method, model, case.model)
@@ -67,4 +67,5 @@ def one(case: Quality, model: Any, dense: DynamicCache, reference: Tensor, rest:
                "agreed": score.agreed, "rate": 8 * held["payload"] / elements, "rate_half": 8 * held["half"] / elements,
                "rate_tables": 8 * (held["half"] + held["tables"]) / elements, "held": held,
                "after": methods.held(cache), "encode_s": seconds}
-    return Result.of(dataclasses.replace(case, setting=setting), methods.stored(held), numbers, seed=models.SEED)
+    return Result.of(dataclasses.replace(case, setting=setting), methods.stored(held), numbers, seed=models.SEED,
+                     device=device)
