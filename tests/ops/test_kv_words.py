@@ -50,7 +50,7 @@ def test_spelling_takes_every_number_once(dim: int, row: int, decay: float) -> N
     sides = Spelling.of(counts, 4), Spelling.of(counts, 8)
     for one in sides:
         assert sorted(one.order) == list(range(len(counts)))
-        found = sorted(first + number for spots in one.places for first, count, _ in spots for number in range(count)
+        found = sorted(first + number for spots in one.places for first, count in spots for number in range(count)
                        if first >= 0)
         assert found == list(range(sum(counts)))
     shelf = shelf_of(*sides)

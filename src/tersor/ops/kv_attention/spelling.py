@@ -40,21 +40,20 @@ class Spelling:
         Bytes of a lane.
     steps : tuple of int
         Of each lookup, which of a lane's bytes it takes: first all of them, then again those of long words.
-    classes : tuple of tuple of (int, int)
-        Tables, each of pieces of words side by side, four numbers at most: numbers of a word, and from which on.
+    classes : tuple of (int, int)
+        What is looked up: numbers of a word, and from which on.
     entries : tuple of tuple of int
-        Of each lane, the table of each lookup; 0 where there is none.
+        Of each lane, the class of each lookup; 0 where there is none.
     places : tuple of tuple of int
-        Of each lane, the component that the first number of each lookup is, how many are its own, and where in the
-        lookup they begin; (-1, 0, 0) where there is none. Numbers of other pieces meet lines of zeros.
+        Of each lane, which component the first number of each lookup is, and of how many; (-1, 0) where there is none.
     """
 
     order: tuple[int, ...]
     each: int
     steps: tuple[int, ...]
-    classes: tuple[tuple[tuple[int, int], ...], ...]
+    classes: tuple[tuple[int, int], ...]
     entries: tuple[tuple[int, ...], ...]
-    places: tuple[tuple[tuple[int, int, int], ...], ...]
+    places: tuple[tuple[tuple[int, int], ...], ...]
 
     @classmethod
     def of(cls, counts: tuple[int, ...], lanes: int) -> Spelling:
@@ -82,9 +81,7 @@ class Spelling:
         turns = [max([-(-counts[taken[lane, byte]] // NUMBERS) for lane in range(lanes) if (lane, byte) in taken])
                  for byte in range(each)]
         steps = [(byte, turn) for turn in range(max(turns)) for byte in range(each) if turn < turns[byte]]
-        classes = _tables({(count, first) for count in counts for first in range(0, count, NUMBERS)})
-        found = {piece: (entry, sum(_size(one) for one in table[:place]))
-                 for entry, table in enumerate(classes) for place, piece in enumerate(table)}
+        classes = sorted({(count, first) for count in counts for first in range(0, count, NUMBERS)})
         entries, places = [], []
         for lane in range(lanes):
             line, spots = [], []
@@ -92,22 +89,21 @@ class Spelling:
                 one, first = taken.get((lane, byte)), turn * NUMBERS
                 if one is None or first >= counts[one]:
                     line.append(0)
-                    spots.append((-1, 0, 0))
+                    spots.append((-1, 0))
                 else:
-                    entry, at = found[counts[one], first]
-                    line.append(entry)
-                    spots.append((starts[one] + first, _size((counts[one], first)), at))
+                    line.append(classes.index((counts[one], first)))
+                    spots.append((starts[one] + first, min(NUMBERS, counts[one] - first)))
             entries.append(tuple(line))
             places.append(tuple(spots))
         order = tuple(taken[lane, byte] for lane, byte in sorted(taken))
-        return cls(order, each, tuple(byte for byte, _ in steps), classes, tuple(entries), tuple(places))
+        return cls(order, each, tuple(byte for byte, _ in steps), tuple(classes), tuple(entries), tuple(places))
 
     def loads(self) -> list[int]:
         """Return how many tables lanes look up that share a column of sixteen."""
         seats: dict[int, set[int]] = {}
         for lane in range(LANES):
             mine = self.lane_of(lane)
-            seats.setdefault(seat_of(mine, self.lanes), set()).update(entry for entry, (_, count, _) in zip(
+            seats.setdefault(seat_of(mine, self.lanes), set()).update(entry for entry, (_, count) in zip(
                 self.entries[mine], self.places[mine], strict=True) if count)
         return list(map(len, seats.values()))
 
@@ -139,29 +135,10 @@ class Spelling:
         index = []
         for step in range(len(self.steps)):
             for lane in self.lane_order:
-                first, count, at = self.places[lane][step]
-                index += [first + number - at if at <= number < at + count else maps.shape[1]
-                          for number in range(NUMBERS)]
+                first, count = self.places[lane][step]
+                index += [first + number if number < count else maps.shape[1] for number in range(NUMBERS)]
         padded = torch.nn.functional.pad(maps, (0, 0, 0, 1))
         return padded.index_select(1, torch.tensor(index, device=maps.device)).contiguous()
-
-
-def _size(piece: tuple[int, int]) -> int:
-    """Return how many numbers a lookup of a word has, which has some in all and begins at one."""
-    return min(NUMBERS, piece[0] - piece[1])
-
-
-def _tables(pieces: set[tuple[int, int]]) -> tuple[tuple[tuple[int, int], ...], ...]:
-    """Return pieces of words as tables of up to four numbers: short ones share one, the longest first."""
-    found: list[list[tuple[int, int]]] = []
-    for piece in sorted(pieces, key=lambda one: (-_size(one), one)):
-        for table in found:
-            if sum(map(_size, table)) + _size(piece) <= NUMBERS:
-                table.append(piece)
-                break
-        else:
-            found.append([piece])
-    return tuple(map(tuple, found))
 
 
 def seat_of(mine: int, lanes: int) -> int:
@@ -286,8 +263,8 @@ class Book:
             return None
         starts = {count: sum(words.counts[: words.counts.index(count)]) for count in words.counts}
         parts = []
-        for table in spelling.classes:
-            some = torch.cat([words.words[:, starts[piece[0]] + piece[1] :][:, : _size(piece)] for piece in table], 1)
+        for count, first in spelling.classes:
+            some = words.words[:, starts[count] + first : starts[count] + min(count, first + NUMBERS)]
             parts.append(torch.nn.functional.pad(some, (0, NUMBERS - some.shape[1])))
         tables = torch.stack(parts).to(torch.float16).contiguous().view(torch.int64)[..., 0].contiguous()
         return cls(spelling, tables, spelling.numbers(words.maps), words.offset, words.row_bytes)
