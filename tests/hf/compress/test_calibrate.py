@@ -1,6 +1,5 @@
 """Text read block by block: a killed reading goes on between two blocks, to the same bytes; others' sums are left."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from tersor.hf.compress.sensitivity import Fisher
 from tersor.hf.compress.work import WorkFolder
 from tersor.hf.models.flow import Flow
 from tersor.hf.models.source import Source, open_source
+from tersor.hf.models.streamed import Streamed
 from tersor.hf.models.text import default_calibration
 from tersor.planning.calibration import Calibration
 from tersor.registry import parse
@@ -142,15 +142,13 @@ def test_bytes_do_not_depend_on_threads(source: Source, tmp_path: Path) -> None:
 def test_sensitivities_read_the_beginnings_of_windows(source: Source, tmp_path: Path) -> None:
     seen: list[torch.Tensor] = []
 
-    class Seen(Fisher):
-        def traces(self, step: Callable[[int], None], saved: checkpoint.Checkpoint | None = None) -> dict[str, float]:
-            del step, saved
-            seen.append(self.sequences)
-            return {}
+    def fisher(streamed: Streamed, sequences: torch.Tensor, seed: int, room: Path | None) -> Fisher:
+        seen.append(sequences)
+        return Fisher(streamed, sequences, seed, room)
 
     sampling = Sampling(1024, 64, 32, fisher_context=16)
     reading = Reading.of(source, default_calibration(), sampling, tmp_path / "activations")
-    calibrate.sensitivities(reading, tmp_path / "file", fisher=Seen)
+    calibrate.sensitivities(reading, tmp_path / "file", fisher=fisher)
     assert torch.equal(seen[0], reading.sequences[::8, :16])  # four of 32 windows
 
 
