@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from tersor.errors import CorruptStoreError, NonFiniteError
-from tersor.planning.calibration import TRUST, Calibration, ChangeSum, MomentSum, compensated
+from tersor.planning.calibration import STRIP, TRUST, Calibration, ChangeSum, MomentSum, compensated
 from tersor.testing import gaussian
 
 
-def test_moments_equal_float64() -> None:
-    x = gaussian((400, 32), 0) * torch.logspace(-2, 2, 32)
-    moments = MomentSum(32, torch.device("cpu"))
+@pytest.mark.parametrize("width", [32, STRIP + 32])
+def test_moments_equal_float64(width: int) -> None:
+    x = gaussian((400, width), 0) * torch.logspace(-2, 2, width)
+    moments = MomentSum(width, torch.device("cpu"))
     for part in x.split(37):
         moments.add(part)
     wide = x.double()

@@ -35,6 +35,7 @@ ABOVE = ((4.0, 1.5), (4.0, 2.0), (5.0, 2.0))  # rates of sums, beyond the highes
 HIGHEST = (32, 4.0)  # a symmetric codebook and a trellis: less error than two of either
 SYMMETRIC_BITS = (4, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30, 32)
 SYMMETRIC_SECOND = (8, 16, 24, 32)
+TRIED = 2.0  # bits a number of the code that surveys try in place of all others
 _TRIED = (64, 256)  # normal numbers on which codes are compared: segments
 
 Kind = type[Trellis] | type[FoldedTrellis]
@@ -124,23 +125,35 @@ def _ladder(kind: Kind, effort: str, axis: str, length: int) -> Ladder:
 
 
 def stand_in(codec: Codec, shape: Shape) -> tuple[Codec, float]:
-    """Return a codec that is tried in place of one of this family, and what its distortion is to be multiplied by.
+    """Return a codec that is tried in place of one of this family, and what its relative error is to be multiplied by.
 
-    The stand-in has windows of `fast`, and lines along inputs, which a sample of rows does not shorten. After a
-    rotation all matrices are alike, so the ratio is that of normal numbers. Other codecs stand for themselves.
+    After a rotation all matrices are alike, so the ratio is that of normal numbers, and one code stands in for those of
+    all rates: a short window on lines along inputs, which a sample of rows does not shorten. Without one, and in sums,
+    whose later stages meet no normal numbers, a code of the same rate does. Other codecs stand for themselves.
     """
     if isinstance(codec, Rotated):
-        inner, factor = stand_in(codec.inner, shape)
-        return (codec if inner is codec.inner else dataclasses.replace(codec, inner=inner)), factor
+        return _stand_in_rotated(codec, shape)
     if isinstance(codec, Sum) and all(isinstance(part, (Trellis, FoldedTrellis, Symmetric)) for part in codec.stages):
         parts = [stand_in(part, shape) for part in codec.stages]
         return dataclasses.replace(codec, stages=tuple(part for part, _ in parts)), math.prod(f for _, f in parts)
     if not isinstance(codec, (Trellis, FoldedTrellis)):
         return codec, 1.0
-    memory = window(type(codec), codec.bits, FAST, min(segments(shape[1])))
+    return _in_place_of(codec, type(codec), codec.bits, shape)
+
+
+def _stand_in_rotated(codec: Rotated, shape: Shape) -> tuple[Codec, float]:
+    inner, factor = stand_in(codec.inner, shape)
+    if isinstance(codec.inner, (Trellis, FoldedTrellis)):
+        inner, factor = _in_place_of(codec.inner, Trellis, TRIED, shape)
+    return (codec if inner is codec.inner else dataclasses.replace(codec, inner=inner)), factor
+
+
+def _in_place_of(codec: Trellis | FoldedTrellis, kind: Kind, bits: float, shape: Shape) -> tuple[Codec, float]:
+    """Return a code of a rate along inputs, with a window of `fast`, and the ratio of errors; itself if none fits."""
+    memory = window(kind, bits, FAST, min(segments(shape[1])))
     if memory is None:
         return codec, 1.0
-    other = type(codec)(codec.bits, memory)
+    other = kind(bits, memory)
     return other, error_of(dataclasses.replace(codec, axis="in")) / error_of(other)
 
 

@@ -15,6 +15,7 @@ from tersor.errors import CorruptStoreError, NonFiniteError, NotAStoreError
 from tersor.files import load_sealed, save_sealed, seal_of
 
 _CHECK = 1e-3  # largest relative gap tolerated between the float32 trace and a float64 sum of squares
+STRIP = 128  # rows of moments that are added up together, from the diagonal on
 TRUST = 0.025  # of the power of a matrix's outputs, that what makes up for earlier errors may have; see docs/log.md
 
 
@@ -37,7 +38,8 @@ class MomentSum:
             self._sum += torch.mm(x.T, x, out_dtype=torch.float32)
         else:
             wide = x.to(torch.float32)
-            self._sum.addmm_(wide.T, wide)
+            for first in range(0, wide.shape[1], STRIP):  # what lies below the diagonal is known
+                self._sum[first : first + STRIP, first:].addmm_(wide[:, first : first + STRIP].T, wide[:, first:])
         self._squares += torch.linalg.vector_norm(x, dtype=torch.float64).square()
         self.count += x.shape[0]
 
@@ -67,7 +69,8 @@ class MomentSum:
         if not abs(trace - squares) <= _CHECK * max(squares, 1e-30):
             raise NonFiniteError(f"calibration of '{name}': float32 moments ({trace:.6g}) and the float64 check "
                                  f"({squares:.6g}) differ; the activations hold NaN, infinity or huge values")
-        return (self._sum + self._sum.T) / (2.0 * max(1, self.count))
+        upper = self._sum.triu_().div(max(1, self.count))
+        return upper.add_(upper.triu(1).T)
 
 
 class ChangeSum:

@@ -1,6 +1,7 @@
 """Text read block by block: a killed reading goes on between two blocks, to the same bytes; others' sums are left."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +10,11 @@ from tersor.errors import DamagedWorkWarning
 from tersor.hf.compress import calibrate, checkpoint, encode, survey
 from tersor.hf.compress.reading import Reading
 from tersor.hf.compress.request import Request, Sampling, provenance
+from tersor.hf.compress.sensitivity import Fisher
 from tersor.hf.compress.work import WorkFolder
+from tersor.hf.models.flow import Flow
 from tersor.hf.models.source import Source, open_source
+from tersor.hf.models.streamed import Streamed
 from tersor.hf.models.text import default_calibration
 from tersor.planning.calibration import Calibration
 from tersor.registry import parse
@@ -133,3 +137,35 @@ def test_bytes_do_not_depend_on_threads(source: Source, tmp_path: Path) -> None:
         found.append((output / "model.safetensors").read_bytes())
     torch.set_num_threads(threads)
     assert found[0] == found[1]
+
+
+def test_sensitivities_read_the_beginnings_of_windows(source: Source, tmp_path: Path) -> None:
+    seen: list[torch.Tensor] = []
+
+    def fisher(streamed: Streamed, sequences: torch.Tensor, seed: int, room: Path | None) -> Fisher:
+        seen.append(sequences)
+        return Fisher(streamed, sequences, seed, room)
+
+    sampling = Sampling(1024, 64, 32, fisher_context=16)
+    reading = Reading.of(source, default_calibration(), sampling, tmp_path / "activations")
+    calibrate.sensitivities(reading, tmp_path / "file", fisher=fisher)
+    assert torch.equal(seen[0], reading.sequences[::8, :16])  # four of 32 windows
+
+
+@pytest.mark.parametrize(("name", "onward"), [("llama", True), ("llama_tied", False)])
+def test_the_last_block_runs_on_only_where_matrices_follow(name: str, onward: bool, tmp_path: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, run, through = save_tiny(name, tmp_path / "model"), list[int](), Flow.through
+    save_tokenizer(folder)
+    source = open_source(folder, folder / "staged")
+
+    def told(self: Flow, stage: int, **how: Any) -> dict[str, torch.Tensor]:
+        if not how["watch"]:
+            run.append(stage)
+        return through(self, stage, **how)
+
+    monkeypatch.setattr(Flow, "through", told)
+    by_blocks(source, tmp_path)
+    last = max(block for block in range(9) if f"model.layers.{block}.mlp.up_proj.weight" in source.layout.matrices)
+    assert (last in run) == onward
+    assert last - 1 in run

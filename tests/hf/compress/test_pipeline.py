@@ -145,10 +145,10 @@ def test_efforts_are_told_and_never_mixed(tiny: Callable[[str], Path], tmp_path:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        compress_model(model, tmp_path / "out", 3.0, **asked, effort="fast", progress=interrupt)
+        compress_model(model, tmp_path / "out", 4.0, **asked, effort="fast", progress=interrupt)
     found = {}
     for name, changes in {"out": {}, "fresh": {"effort": "normal"}, "fast": {"effort": "fast"}}.items():
-        report = compress_model(model, tmp_path / name, 3.0, **asked, **changes)
+        report = compress_model(model, tmp_path / name, 4.0, **asked, **changes)
         assert report["provenance"]["effort"] == changes.get("effort", "normal")
         found[name] = {matrix: line["codec"] for matrix, line in report["matrices"].items()}
     assert found["out"] == found["fresh"] != found["fast"]

@@ -71,6 +71,23 @@ def test_traces_are_those_of_the_whole_model(source: Source) -> None:
         assert whole[name] == pytest.approx(expected, rel=1e-4, abs=1e-12), name
 
 
+def test_a_run_may_end_behind_what_is_still_to_be_seen(source: Source) -> None:
+    """It has then seen what one to the end of the block sees, and what follows was not computed."""
+    streamed, given = Streamed(Hollow(source), IDS), {}
+    with torch.no_grad():
+        for stage, block in enumerate(streamed.blocks):
+            with streamed.resident(stage), streamed.watched(stage):
+                whole, seen = streamed.step(stage, IDS, given)
+                until = {name for name, _ in seen}
+                left, same = streamed.step(stage, IDS, given, until)
+                given[block.list] = whole
+            assert until <= streamed.watchable(stage)
+            if len(seen) == len(until):
+                assert left == ()
+                assert [name for name, _ in same] == [name for name, _ in seen]
+                assert all(torch.equal(one, other) for (_, one), (_, other) in zip(seen, same, strict=True))
+
+
 def test_a_loaded_model_is_what_transformers_loads(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     for name in ("gpt2", "gemma"):
         expected = AutoModelForCausalLM.from_pretrained(tiny(name), dtype=torch.float32)

@@ -38,10 +38,11 @@ def sensitivities(reading: Reading, file: Path, progress: Progress = no_progress
 
 def _traces(reading: Reading, checkpoint: Checkpoint, progress: Progress,
             fisher: Callable[..., Fisher] = Fisher) -> dict[str, float]:
-    wanted, sequences = reading.sampling.fisher_tokens, reading.sequences
-    if not wanted:
+    sampling, sequences = reading.sampling, reading.sequences
+    if not sampling.fisher_tokens:
         return {}
-    chosen = sequences[:: max(1, sequences.numel() // wanted)]
+    length = min(sampling.fisher_context, sampling.context)
+    chosen = sequences[:: max(1, len(sequences) // max(1, sampling.fisher_tokens // length)), :length]
     done = 0
 
     def step(count: int) -> None:
@@ -50,7 +51,7 @@ def _traces(reading: Reading, checkpoint: Checkpoint, progress: Progress,
         progress("calibrate", done, PASSES * chosen.numel())
 
     step(0)
-    return fisher(reading.streamed(), chosen, reading.sampling.seed, reading.folder / "fisher").traces(step, checkpoint)
+    return fisher(reading.streamed(), chosen, sampling.seed, reading.folder / "fisher").traces(step, checkpoint)
 
 
 def _finished(file: Path, mark: str) -> dict[str, float] | None:

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from tersor.contract.codec import Codec
+from tersor.families import stand_in
 from tersor.files import exclusive
 from tersor.hf.compress import survey
 from tersor.hf.compress.cluster import check_engine
 from tersor.hf.compress.desk import encode_matrix
 from tersor.hf.compress.method import check_options, fixed_options, rungs
-from tersor.hf.compress.needs import Shapes, disk, memory_by_stage
+from tersor.hf.compress.needs import Shapes, disk, memory_by_stage, room_beside
 from tersor.hf.compress.plan import least_error, predict
 from tersor.hf.compress.reading import BATCH_TOKENS
 from tersor.hf.compress.request import Request, budget_bytes, provenance
@@ -35,8 +36,10 @@ WIDTH = 1024  # of what is encoded, at most, and of the Hessian whose factoring 
 CONTEXT = 22 * 10**8  # bytes of a process that works on CUDA, besides those of one that does not; measured
 WAITING = 3  # copies of the largest matrix on its way between files and a GPU, about
 PRODUCT = 2048  # vectors of the product that is timed
-OVERHEAD = 1.4  # of a pass over its matrix products: attention, norms, and what moves in memory
-SHARING = 2  # matrices that read one tensor, about: their moments are one
+OVERHEAD = 1.2  # of a pass over its products: norms, and what moves in memory
+RUNS = 2.8  # of text through a block that is encoded: before, of the dense model; up to the last matrix; and after
+HALF = 0.6  # of moments, which are symmetric, what is added up
+BACK = 4  # times the price of a pass: forward, and forward and back once more
 UNREAD = {"source_sha256": hashlib.sha256().hexdigest()}  # stands for what is known once all weights are read
 VERIFY = 10.0  # seconds in which a new process imports what it needs
 
@@ -88,7 +91,7 @@ def _estimate(source: Source, rate: float | None, size: int | None, settings: Co
     places = (settings.device,) if elsewhere else settings.places
     host = torch.device(places[0]).type == "cpu"
     shapes = Shapes.of(source, places[0], whole=settings.whole)
-    seconds = {} if elsewhere else _seconds(source, matrices, request, settings)
+    seconds = {} if elsewhere else _seconds(source, shapes, request, settings)
     stages = memory_by_stage(shapes, settings.sampling, settings.evaluation_tokens, settings.context,
                              calibrated=settings.calibrated, workers=threads_allowed() if host else len(places),
                              copies=len(places))
@@ -102,7 +105,7 @@ def _estimate(source: Source, rate: float | None, size: int | None, settings: Co
             "device_memory_bytes": None if host else max(stages.values()),
             "disk_bytes": disk(shapes, request.budget, settings.sampling, calibrated=settings.calibrated),
             **{f"seconds_{stage}": took for stage, took in seconds.items()},
-            "seconds": None if elsewhere else sum(seconds.values())}
+            "seconds": None if elsewhere else sum(seconds.values()) - _beside(shapes, seconds, settings)}
 
 
 def _elsewhere(settings: CompressSettings) -> bool:
@@ -111,20 +114,29 @@ def _elsewhere(settings: CompressSettings) -> bool:
     return settings.devices is None and named is not None and not torch.cuda.is_available()
 
 
-def _seconds(source: Source, matrices: list[Matrix], request: Request, settings: CompressSettings) -> dict[str, float]:
+def _beside(shapes: Shapes, seconds: dict[str, float], settings: CompressSettings) -> float:
+    """Return the seconds for which the verification runs beside the evaluation."""
+    alone = threads_allowed() == 1 or not room_beside(shapes, settings.places[0], settings.evaluation_tokens,
+                                                      settings.context)
+    return 0.0 if alone else min(seconds["verify"], seconds["evaluate"])
+
+
+def _seconds(source: Source, shapes: Shapes, request: Request, settings: CompressSettings) -> dict[str, float]:
     """Return the seconds of each stage, from one matrix that is tried, encoded and decoded, and a product timed."""
+    matrices = sorted(source.layout.matrices.values(), key=lambda m: m.shape[0] * m.shape[1])
     sample = matrices[len(matrices) // 2]
     model_rate = 8 * request.budget / source.elements
     tried = rungs(request, sample.shape, model_rate)
+    encoded = {stand_in(codec, sample.shape)[0] for codec in tried}  # of several, one is tried
     nearest = min(tried, key=lambda codec: abs(codec.rate(sample.shape) - model_rate))
     trial, encoding, decoding = _timed(source, sample, nearest, request, settings)
     factored = _factoring(settings) * sum(m.shape[1] ** 3 for m in matrices) if settings.calibrated else 0.0
     elements = sum(m.shape[0] * m.shape[1] for m in matrices)
     surveyed = sum(min(m.shape[0] * m.shape[1], 2 * survey.SURVEY_ELEMENTS) for m in matrices)
-    reading = _forward_seconds(matrices, sample, settings)
+    reading = _forward_seconds(shapes, sample, settings)
     hands = 1 if torch.device(settings.places[0]).type == "cpu" else len(settings.places)
     return {"calibrate": reading["calibrate"] / hands,
-            "survey": (trial * surveyed * len(tried) + reading["survey"]) / hands,
+            "survey": (trial * surveyed * len(encoded) + reading["survey"]) / hands,
             "encode": (encoding * elements + factored + reading["encode"]) / hands,
             "verify": VERIFY + 4 * decoding * elements,
             **({"recover": reading["recover"]} if settings.recovery is not None else {}),
@@ -167,28 +179,34 @@ def _factoring(settings: CompressSettings) -> float:
     return took / WIDTH**3
 
 
-def _forward_seconds(matrices: list[Matrix], sample: Matrix, settings: CompressSettings) -> dict[str, float]:
+def _forward_seconds(shapes: Shapes, sample: Matrix, settings: CompressSettings) -> dict[str, float]:
     """Scale a timed matrix product to the passes of text through the model, stage by stage."""
+    flop = _flop(sample, settings)
+    sampling, tokens = settings.sampling, settings.evaluation_tokens
+    read, drawn = (sampling.tokens, sampling.fisher_tokens) if settings.calibrated else (0, 0)
+    blocks, outside = max(1, shapes.blocks), 2 * shapes.outside
+    # attention meets all of a window, whatever is masked: two products of so many numbers
+    passed = blocks * (2 * shapes.block + 4 * sampling.context * shapes.width)
+    moments = blocks * 2 * shapes.moments
+    each = flop * OVERHEAD / max(1, min(threads_allowed(), read // BATCH_TOKENS))
+    training = settings.recovery
+    slower = 1.0 if halves(torch.device(settings.places[0])) else OVERHEAD  # the product is timed in 32 bits
+    trained = 0.0 if training is None else (training.forwards() * (passed + outside) * flop * slower
+                                            / threads_allowed())
+    return {"recover": trained, "calibrate": drawn * (BACK * passed + (BACK - 1) * outside) * each,
+            "survey": min(read, survey.SURVEY_TOKENS) * (passed + HALF * moments) * each,
+            "encode": read * (RUNS * passed + (1 + HALF) * moments) * each,
+            "evaluate": tokens * 2 * (passed + outside) * flop * OVERHEAD}
+
+
+def _flop(sample: Matrix, settings: CompressSettings) -> float:
+    """Return the seconds of a floating-point operation in a product by a matrix of a shape; the best of four."""
     x = torch.ones(PRODUCT, sample.shape[1], device=settings.places[0], dtype=torch.float32)
     w = torch.ones(sample.shape[1], sample.shape[0], device=settings.places[0], dtype=torch.float32)
+    took = []
     with pinned():
-        took = []
         for _ in range(4):
             began = time.perf_counter()
             float(torch.mm(x, w)[0, 0])
             took.append(time.perf_counter() - began)
-    flop = min(took) / (2 * PRODUCT * sample.shape[0] * sample.shape[1])
-    sampling, tokens = settings.sampling, settings.evaluation_tokens
-    read = sampling.tokens if settings.calibrated else 0
-    drawn = sampling.fisher_tokens if settings.calibrated else 0
-    workers = max(1, min(threads_allowed(), read // BATCH_TOKENS))
-    products = 2 * sum(m.shape[0] * m.shape[1] for m in matrices)
-    moments = 2 * sum(m.shape[1] ** 2 for m in matrices) / SHARING
-    passed = flop * OVERHEAD / workers
-    surveyed = min(read, survey.SURVEY_TOKENS)
-    training = settings.recovery
-    slower = 1.0 if halves(torch.device(settings.places[0])) else OVERHEAD  # the product is timed in 32 bits
-    trained = 0.0 if training is None else training.forwards() * products * flop * slower / threads_allowed()
-    return {"recover": trained, "calibrate": drawn * 4 * products * passed,
-            "survey": surveyed * (products + moments) * passed, "encode": read * (3 * products + 2 * moments) * passed,
-            "evaluate": tokens * 2 * products * flop * OVERHEAD}
+    return min(took) / (2 * PRODUCT * sample.shape[0] * sample.shape[1])

@@ -89,18 +89,21 @@ def by_blocks(desk: Puts, reading: Reading, work: WorkFolder) -> None:
     dense, flow = reading.flow(original, "dense"), reading.flow(encoded, "encoded")
     place = Place(Checkpoint(work / "encode.part", desk.mark), dense, flow)
     first = next((stage for stage in range(last) if not _finished(desk, encoded.matrices(stage))), last)
-    for stage in range(place.resume(first), last + 1):
+    listed = [[m for m in encoded.matrices(stage) if m not in tables] for stage in range(last + 1)]
+    ends = last + 1 if listed[last] else last  # of what follows the blocks, nothing may be left to encode
+    for stage in range(place.resume(first), ends):
         reading.position[:] = stage, last
-        matrices = [m for m in encoded.matrices(stage) if m not in tables]
+        matrices, onward = listed[stage], stage + 1 < ends
         with original.resident(stage), encoded.resident(stage):
             moments: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] = {}, {}
-            if _finished(desk, matrices):
+            if not _finished(desk, matrices):
+                moments = flow.beside(dense, stage, keep=onward)
+            elif onward:
                 dense.through(stage, watch=False, keep=True)
-            else:
-                moments = flow.beside(dense, stage)
             _encode(desk, original, matrices, moments)
-            decode_into(encoded, desk, matrices)
-            flow.through(stage, watch=False, keep=True)
+            if onward:
+                decode_into(encoded, desk, matrices)
+                flow.through(stage, watch=False, keep=True)
         place.passed(stage)
     place.drop()
     for name in ("dense", "encoded"):

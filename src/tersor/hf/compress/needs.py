@@ -108,7 +108,7 @@ def memory_by_stage(shapes: Shapes, sampling: Sampling, evaluation_tokens: int, 
     if not calibrated:
         found = {"survey": 4 * shapes.largest * 2, "encode": 4 * COPIES * shapes.largest}
     else:
-        logits = sampling.context * shapes.vocabulary
+        logits = min(sampling.context, sampling.fisher_context) * shapes.vocabulary
         entered = min(HELD, sampling.fisher_tokens * shapes.width * shapes.number * max(1, shapes.blocks))
         found = {"calibrate": rest + entered + max(2 * rest + 24 * logits, workers * 2 * block + moving),
                  "survey": rest + block + held + moments + workers * (moving + moments),

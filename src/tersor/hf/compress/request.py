@@ -76,12 +76,15 @@ class Sampling:
         Window length in tokens.
     seed : int
         Of the tokens that the sensitivities draw from the model.
+    fisher_context : int
+        Of a window, the tokens that sensitivities are measured on, at most: twice as many tell no more (docs/log.md).
     """
 
     tokens: int = 65536
-    fisher_tokens: int = 4096
+    fisher_tokens: int = 2048
     context: int = 512
     seed: int = 0
+    fisher_context: int = 256
 
 
 @dataclasses.dataclass(frozen=True)

@@ -270,3 +270,23 @@ def weight(trace: float, matrix: Tensor, hessian: Tensor | None) -> float:
         return 0.5 * trace * float(dense.square().mean(dtype=torch.float64))
     signal = float(((dense @ hessian) * dense).sum(dtype=torch.float64))
     return 0.5 * trace * signal / (dense.shape[0] * float(hessian.diagonal().sum(dtype=torch.float64)))
+
+
+def white(matrix: Tensor, hessian: Tensor | None) -> float:
+    """Return the distortion of an error of equal variance everywhere on `matrix` (out, in), over its relative error."""
+    if hessian is None:
+        return 1.0
+    dense = matrix.to(torch.float32)
+    signal = float(((dense @ hessian) * dense).sum(dtype=torch.float64))
+    energy = float(dense.square().sum(dtype=torch.float64))
+    trace = float(hessian.diagonal().sum(dtype=torch.float64))
+    return energy * trace / (dense.shape[1] * signal) if signal > 0.0 else 1.0
+
+
+def distortion(relative: float, white: float) -> float:
+    """Return the distortion of a good code that is off by `relative` of a rotated matrix; `white` as above.
+
+    Decoded numbers are short by that share: so much of the error lies along the matrix, and the rest is white.
+    """
+    share = min(1.0, relative)
+    return relative * (share + (1.0 - share) * white)

@@ -30,7 +30,7 @@ from tersor.numerics.settings import pinned
 from tersor.planning.calibration import Calibration, hessian_of, shared
 from tersor.planning.plan import Choice, check_weights, tempered
 from tersor.planning.trials import Trials
-from tersor.quality import measure
+from tersor.quality import Quality, measure
 
 SURVEY_ELEMENTS = 1 << 16  # elements of a matrix that a trial encodes
 SURVEY_TOKENS = 1 << 14  # of the text, by which trials are weighed: four times as many choose no better (docs/log.md)
@@ -67,13 +67,17 @@ def run(source: Source, calibration: Calibration | None, request: Request, outpu
     def missing(name: str) -> list[Codec]:
         return [codec for codec in tried[name] if known.find(name, codec.spec()) is None]
 
+    def whole(matrix: Matrix) -> bool:
+        return any(codec.traits().spectral for codec in tried[matrix.name])
+
     def what(matrix: Matrix, codecs: Sequence[Codec]) -> Tried:
-        whole = any(codec.traits().spectral for codec in tried[matrix.name])
-        return Tried.of(source, matrix, codecs, calibration, request, whole=whole)
+        return Tried.of(source, matrix, codecs, calibration, request, whole=whole(matrix))
 
     def tasks(matrix: Matrix, dense: Tensor, seen: Calibration) -> list[Task]:
-        hessian = hessian_of(seen, matrix.name, str(dense.device))
-        return [_task(what(matrix, [codec]), dense, hessian) for codec in missing(matrix.name)]
+        hessian, apart = hessian_of(seen, matrix.name, str(dense.device)), dict[Codec, list[Codec]]()
+        for codec in missing(matrix.name):
+            apart.setdefault(codec if whole(matrix) else stand_in(codec, matrix.shape)[0], []).append(codec)
+        return [_task(what(matrix, together), dense, hessian) for together in apart.values()]
 
     hands = crew or Hands([torch.device(device)])
     if reading is None or calibration is None:
@@ -269,22 +273,30 @@ class Tried:
 def trials(what: Tried, given: Tensor, hessian: Tensor | None = None) -> list[dict[str, Any]]:
     """Encode what is tried of a matrix, `given` (rows, in), with each codec; return the survey's lines.
 
-    A sample of its rows goes without error feedback, and with a codec that stands in where encoding is long; the whole
-    matrix with feedback.
+    A sample of its rows goes without error feedback, and with a codec that stands in where encoding is long, once for
+    all that it stands in for; the whole matrix with feedback.
     """
-    dense, found = given.to(torch.float32), []
+    dense, found, made = given.to(torch.float32), [], dict[Codec, Quality]()
     with pinned():  # the plan follows from these figures, so they must not depend on the threads
         weight = what.share if what.trace is None else sensitivity.weight(what.trace, dense, hessian)
+        white = sensitivity.white(dense, hessian)
     for codec in what.codecs:
         tried, factor = (codec, 1.0) if what.whole else stand_in(codec, (dense.shape[0], dense.shape[1]))
-        options = fixed_options(tried, what.options if what.whole else {**what.options, "feedback": False},
-                                calibrated=what.whole and hessian is not None)
-        tables = tried.train([dense], seed=what.seed)
-        with pinned():
-            encoded = tried.encode(dense, hessian=hessian if what.whole else None, seed=what.seed, options=options,
-                                   tables=tables)
-            quality = measure(dense, encoded, hessian)
+        if tried not in made:
+            made[tried] = _quality(what, tried, dense, hessian)
+        relative = factor * made[tried].relative_error
+        distortion = made[tried].distortion if tried is codec else sensitivity.distortion(relative, white)
         found.append({"matrix": what.matrix, "codec": codec.spec(), "nbytes": codec.nbytes(what.shape),
-                      "distortion": factor * quality.distortion, "relative_error": factor * quality.relative_error,
-                      "weight": weight})
+                      "distortion": distortion, "relative_error": relative, "weight": weight})
     return found
+
+
+def _quality(what: Tried, tried: Codec, dense: Tensor, hessian: Tensor | None) -> Quality:
+    """Encode float32 numbers with a codec; return how far it is off."""
+    options = fixed_options(tried, what.options if what.whole else {**what.options, "feedback": False},
+                            calibrated=what.whole and hessian is not None)
+    tables = tried.train([dense], seed=what.seed)
+    with pinned():
+        encoded = tried.encode(dense, hessian=hessian if what.whole else None, seed=what.seed, options=options,
+                               tables=tables)
+        return measure(dense, encoded, hessian)

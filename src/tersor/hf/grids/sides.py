@@ -121,7 +121,8 @@ def measured(reading: Reading, traces: Path, folder: Path, progress: Progress) -
     folder.mkdir(parents=True, exist_ok=True)
     sampling = reading.sampling
     wanted = max(sampling.fisher_tokens, min(sampling.tokens, TOKENS)) if sampling.fisher_tokens else 0
-    reading = dataclasses.replace(reading, sampling=dataclasses.replace(sampling, fisher_tokens=wanted))
+    reading = dataclasses.replace(reading, sampling=dataclasses.replace(sampling, fisher_tokens=wanted,
+                                                                           fisher_context=sampling.context))
 
     def fisher(streamed: Streamed, sequences: Tensor, seed: int, room: Path | None) -> Fisher:
         return SidedFisher(streamed, sequences, seed, room, files=lambda stage: folder / f"{stage:06d}.safetensors",

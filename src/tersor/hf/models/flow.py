@@ -11,7 +11,7 @@ import dataclasses
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -152,9 +152,13 @@ class Flow:
             `E[y yᵀ]` of what the stage's matrices multiply here, and `E[(x - y) yᵀ]` where x is what they multiply in
             the dense model, by matrix; the latter where all tokens reach a matrix.
         """
+        whole = self.streamed.watchable(stage)
+
         def work(batch: int) -> dict[str, Sums]:
-            expected = dict(dense._one(stage, batch, keep=keep))
-            seen = self._one(stage, batch, keep=False)
+            listed = dense._one(stage, batch, keep=keep)
+            expected = dict(listed)
+            once = len(listed) == len(whole) == len(expected)  # so the run need not go on behind the last matrix
+            seen = self._one(stage, batch, keep=False, until=whole if once else None)
             return _moments(seen, {name: x for name, x in expected.items()
                                    if x.shape[:-1].numel() == self.batches[batch].numel()})
 
@@ -162,9 +166,10 @@ class Flow:
             total = self._sums(stage, work, lambda done: None)
         return total.means(), total.changes()
 
-    def _one(self, stage: int, batch: int, *, keep: bool) -> list[tuple[str, Tensor]]:
+    def _one(self, stage: int, batch: int, *, keep: bool,
+             until: Collection[str] | None = None) -> list[tuple[str, Tensor]]:
         with torch.no_grad():
-            out, seen = self.streamed.at(batch).step(stage, self.batches[batch], self.given(batch))
+            out, seen = self.streamed.at(batch).step(stage, self.batches[batch], self.given(batch), until)
             if keep and stage < len(self.streamed.blocks):
                 self.kept.put(batch, self.streamed.blocks[stage].list, out)
             return seen

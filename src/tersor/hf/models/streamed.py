@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -71,13 +71,30 @@ class _Run:
         What the last block before the stage returned, by list.
     onward : bool
         Whether all blocks from the stage on compute, to the model's end.
+    left : set of str or None
+        Watched matrices whose inputs are still to come, after which the run may end; None: it goes to the stage's end.
     """
 
     stage: int | None
     given: Given
     onward: bool = False
+    left: set[str] | None = None
     out: Leaves = ()
     seen: list[tuple[str, Tensor]] = dataclasses.field(default_factory=list)
+
+    def see(self, name: str, given: Tensor) -> None:
+        """Take note of what a matrix multiplies.
+
+        Raises
+        ------
+        _Enough
+            If nothing is left to be seen.
+        """
+        self.seen.append((name, given))
+        if self.left is not None:
+            self.left.discard(name)
+            if not self.left:
+                raise _Enough
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,6 +219,10 @@ class Streamed:
             for handle in handles:
                 handle.remove()
 
+    def watchable(self, stage: int) -> set[str]:
+        """Return the matrices of a stage whose inputs can be watched."""
+        return {m.name for m in self.matrices(stage) if m.name in self.reads}
+
     def _watch(self, stage: int) -> list[RemovableHandle]:
         modules = [(m.name, self.reads[m.name]) for m in self.matrices(stage) if m.name in self.reads]
         handles = [module.register_forward_pre_hook(self._hook(name)) for name, module in modules]
@@ -209,20 +230,23 @@ class Streamed:
             handles.append(self._last.register_forward_pre_hook(_stop))
         return handles
 
-    def step(self, stage: int, ids: Tensor, given: Given) -> tuple[Leaves, list[tuple[str, Tensor]]]:
+    def step(self, stage: int, ids: Tensor, given: Given,
+             until: Collection[str] | None = None) -> tuple[Leaves, list[tuple[str, Tensor]]]:
         """Run token ids (batch, length) through a block that is resident, or as far through the rest as is watched.
 
         Parameters
         ----------
         given : mapping of str to tuple of Tensor
             What the last block before the stage returned, by list.
+        until : collection of str or None
+            Matrices after whose inputs the run may end: the block then returns nothing.
 
         Returns
         -------
         (tuple of Tensor, list of (str, Tensor))
             What the block returned, and what watched matrices multiply, in order of use.
         """
-        now = self._go(stage, ids, given, lambda inputs: self.model(**inputs))
+        now = self._go(_Run(stage, given, left=set(until) if until else None), ids, lambda inputs: self.model(**inputs))
         return now.out, now.seen
 
     def finish(self, ids: Tensor, given: Given, stage: int | None = None) -> tuple[Tensor, bool]:
@@ -234,13 +258,12 @@ class Streamed:
             None: the last.
         """
         found: list[tuple[Tensor, bool]] = []
-        self._go(len(self.blocks) if stage is None else stage, ids, given,
-                 lambda inputs: found.append(run(self.model, inputs)), onward=True)
+        self._go(_Run(len(self.blocks) if stage is None else stage, given, onward=True), ids,
+                 lambda inputs: found.append(run(self.model, inputs)))
         return found[0]
 
-    def _go(self, stage: int, ids: Tensor, given: Given, call: Callable[[dict[str, Any]], Any], *,
-            onward: bool = False) -> _Run:
-        before, now = self._local.__dict__.get("now"), _Run(stage, given, onward)
+    def _go(self, now: _Run, ids: Tensor, call: Callable[[dict[str, Any]], Any]) -> _Run:
+        before = self._local.__dict__.get("now")
         self._local.now = now
         try:
             with contextlib.suppress(_Enough):
@@ -253,7 +276,7 @@ class Streamed:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             del module
             if inputs[0].is_floating_point():  # token ids are looked up
-                self._local.now.seen.append((name, inputs[0]))
+                self._local.now.see(name, inputs[0])
         return hook
 
     def _forward(self, block: Block) -> Callable[..., Any]:

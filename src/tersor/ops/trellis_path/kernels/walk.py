@@ -102,11 +102,8 @@ def walk(numbers: Any, problem: Any, warm: Any, bests: Any, states: Any) -> None
         Room for the longer walk.
     states : int64 (n, length)
     """
-    length = numbers.shape[1]
+    length, none = numbers.shape[1], np.int64(0)  # of one type with all other numbers, or walks are compiled for each
+    first, steps, kept = (length - warm, 2 * warm, warm + 1) if warm else (none, length, none + 1)
     for i in range(numbers.shape[0]):
-        x = numbers[i]
-        if warm:
-            start = _walk(x, problem, (length - warm, 2 * warm, warm + 1), bests, states[i], -1)
-        else:
-            start = _walk(x, problem, (0, length, 1), bests, states[i], -1)
-        _walk(x, problem, (0, length, length), bests, states[i], start)
+        start = _walk(numbers[i], problem, (first, steps, kept), bests, states[i], none - 1)
+        _walk(numbers[i], problem, (none, length, length), bests, states[i], start)
