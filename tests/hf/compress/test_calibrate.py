@@ -91,7 +91,7 @@ def test_sums_of_another_job_are_not_taken(source: Source, unbroken: bytes, tmp_
 def test_sums_are_saved_seldom(source: Source, tmp_path: Path) -> None:
     """Every half minute at most, and in a tenth of the time: what takes no half minute saves nothing."""
     assert interrupted(source, tmp_path / "c", ("moments", 0.9)) == []
-    slow = checkpoint.Checkpoint(tmp_path / "c.moments", "m")
+    slow = checkpoint.Pace()
     slow._cost, slow._saved = 60.0, slow._saved - 599
     assert not slow.due()
     slow._saved -= 2
