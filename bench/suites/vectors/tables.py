@@ -33,19 +33,22 @@ def _name(line: Line) -> str:
     if len(stages) > 2:
         codec = f"sum of {len(stages)} {stages[0]}"
     method = method.partition(",")[0] + "," if method.startswith("IVF") else ""
-    return f"**Tersor** `{method}{codec}`" if engine == "tersor" else f"FAISS {codec.removesuffix('np')}"
+    if engine == "tersor":
+        chosen = f", by `{line['case']['method'].removeprefix('tersor:')}`" if "auto" in line["case"]["method"] else ""
+        return f"**Tersor** `{method}{codec}`{chosen}"
+    return f"FAISS {codec.removesuffix('np')}" if engine == "faiss" else f"{engine} {codec}"
 
 
 def _row(line: Line) -> tuple[str, ...]:
     numbers = line["numbers"]
     total = charged(line) / numbers["vectors"]
     return (_name(line), f"{numbers['stored_bytes']:.4g}", f"{total:.4g}", f"{numbers['recall']:.3f}",
-            f"{numbers['relative_mse']:.4f}", f"{numbers['queries_per_s']:.0f}",
+            f"{numbers['relative_mse']:.4f}" if "relative_mse" in numbers else "", f"{numbers['queries_per_s']:.0f}",
             f"{numbers['single_queries_per_s']:.0f}", f"{numbers['train_s']:.1f}", f"{numbers['encode_s']:.1f}")
 
 
 def cells_table(found: Mapping[str, Line]) -> str:
-    """Return the best recall of both at each of 12 cells; bytes are a vector's share of all that is stored."""
+    """Return the best recall of both at each cell; bytes are a vector's share of all that is stored."""
     rows = []
     for data, bits in CELLS:
         best = {}
@@ -53,17 +56,17 @@ def cells_table(found: Mapping[str, Line]) -> str:
             case, numbers = line["case"], line["numbers"]
             if (case.get("data"), case.get("bits")) != (data, bits) or "recall" not in numbers:
                 continue
-            engine = case["method"].partition(":")[0]
+            engine = "tersor" if case["method"].startswith("tersor:") else "others"
             fits = 8 * charged(line) / numbers["vectors"] <= (bits + SPARE) * numbers["dim"]
             if fits and (engine not in best or numbers["recall"] > best[engine]["numbers"]["recall"]):
                 best[engine] = line
         if len(best) == 2:
-            ours, theirs = (best[engine]["numbers"]["recall"] for engine in ("tersor", "faiss"))
+            ours, theirs = (best[engine]["numbers"]["recall"] for engine in ("tersor", "others"))
             sizes = (f"{charged(best[engine]) / best[engine]['numbers']['vectors']:.4g}" for engine in best)
             named = dict(zip(best, sizes, strict=True))
-            rows.append((data, str(bits), _name(best["tersor"]), named["tersor"], f"{ours:.3f}", _name(best["faiss"]),
-                         named["faiss"], f"{theirs:.3f}", f"{ours - theirs:+.3f}"))
-    return table(("data", "bits", "of Tersor", "bytes", "recall@10", "of FAISS", "bytes", "recall@10", "more"), rows)
+            rows.append((data, str(bits), _name(best["tersor"]), named["tersor"], f"{ours:.3f}", _name(best["others"]),
+                         named["others"], f"{theirs:.3f}", f"{ours - theirs:+.3f}"))
+    return table(("data", "bits", "of Tersor", "bytes", "recall@10", "of others", "bytes", "recall@10", "more"), rows)
 
 
 def million_table(found: Mapping[str, Line]) -> str:
