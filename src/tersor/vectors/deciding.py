@@ -35,7 +35,7 @@ FAST = "fast"  # the effort that tries nothing
 def is_open(dim: int, rate: float | None, effort: str) -> bool:
     """Tell whether vectors must be seen before a codec is chosen: not where only the family `trellis` has one."""
     size = code_size(choose(dim, TRELLIS, rate, effort), dim)
-    return effort != FAST and LEAST < size <= MOST_SHIFT * dim / 8 + 1 and dim <= MOST_DIM
+    return effort != FAST and size <= MOST_SHIFT * dim / 8 + 1 and dim <= MOST_DIM
 
 
 def decided(x: Tensor, count: int, rate: float | None, effort: str, seed: int) -> tuple[Codec, Tables]:
