@@ -31,6 +31,19 @@ class VectorCase:
 
 
 @dataclasses.dataclass(frozen=True)
+class SingleCase:
+    """Methods that answer one query at a time, in turn, on one set: `"tersor:"` and a codec, or `"faiss:"`."""
+
+    data: str
+    methods: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        """The case's name in results."""
+        return f"single|{self.data}"
+
+
+@dataclasses.dataclass(frozen=True)
 class MillionCase:
     """One method with lists on a million vectors: `"tersor:"` and a codec, or `"faiss:"` and a factory string."""
 
@@ -96,3 +109,5 @@ CASES = tuple(VectorCase(data, bits, method) for (data, bits), methods in METHOD
 MILLION = tuple(MillionCase(method) for method in (
     "tersor:IVF1024,trellis2", "tersor:IVF1024,auto2", "faiss:IVF1024,PQ32x8", "faiss:IVF1024,PQ64x4fs",
     "faiss:RR128,IVF1024,RaBitQ", "faiss:RR128,IVF1024,RaBitQ2"))
+SINGLE = (SingleCase("glove", ("tersor:ctr8,ktr6", "tersor:trellis2", "tersor:spectral2", "faiss:PQ10x4fs",
+                               "faiss:PQ25x4fs", "faiss:PQ10x8np", "faiss:PQ10x10np")),)

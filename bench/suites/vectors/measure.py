@@ -20,10 +20,11 @@ from torch import Tensor
 
 from bench.suite import Asked, Outcome, Result
 from bench.suites.vectors import million
-from bench.suites.vectors.cases import MillionCase, VectorCase
+from bench.suites.vectors.cases import MillionCase, SingleCase, VectorCase
 from bench.suites.vectors.descriptors import sift
 from bench.suites.vectors.others import ENGINES, run_other
 from bench.suites.vectors.sentences import embeddings, many
+from bench.suites.vectors.single import run_single
 from tersor.errors import TersorError
 from tersor.vectors import Index, index_families
 from tersor.vectors.nearest import Best
@@ -174,7 +175,7 @@ def _faiss_tables(faiss: Any, index: Any) -> int:
     return len(faiss.serialize_index(empty))
 
 
-def measure(cases: Sequence[VectorCase | MillionCase], asked: Asked) -> Iterator[Outcome]:
+def measure(cases: Sequence[VectorCase | MillionCase | SingleCase], asked: Asked) -> Iterator[Outcome]:
     """Yield every case; one that cannot run says why in its line."""
     held: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     for case in cases:
@@ -185,6 +186,10 @@ def measure(cases: Sequence[VectorCase | MillionCase], asked: Asked) -> Iterator
             x, queries = SETS[case.data]()
             held = {case.data: (x, queries, exact(x, queries))}
         x, queries, truth = held[case.data]
+        if isinstance(case, SingleCase):
+            found = run_single(case.methods, x, queries, truth)
+            yield Result.of(case, 0, {"methods": found, "vectors": len(x), "dim": x.shape[1]}, seed=SEED)
+            continue
         run = run_tersor if case.method.startswith("tersor:") else run_faiss
         try:
             if case.method.partition(":")[0] in ENGINES:

@@ -17,7 +17,7 @@ HEADS = ("method", "bytes a vector", "tables included", "recall@10", "relative M
 def vectors_table(data: str, bits: float) -> Builder:
     """Return the builder of the table of one set at one rate, best recall first."""
     def build(found: Mapping[str, Line]) -> str:
-        chosen = [line for line in found.values() if (line["case"]["data"], line["case"]["bits"]) == (data, bits)]
+        chosen = [line for line in found.values() if (line["case"]["data"], line["case"].get("bits")) == (data, bits)]
         measured = [line for line in chosen if "recall" in line["numbers"]]
         measured.sort(key=lambda line: -line["numbers"]["recall"])
         failed = [line for line in chosen if "recall" not in line["numbers"]]
@@ -82,7 +82,23 @@ def million_table(found: Mapping[str, Line]) -> str:
     return table(heads, rows)
 
 
+def single_table(found: Mapping[str, Line]) -> str:
+    """Return what one query takes, the fastest method first, beside the fastest of FAISS."""
+    (line,) = found.values()
+    methods = line["numbers"]["methods"]
+    fastest = min(one["single_ms"] for name, one in methods.items() if name.startswith("faiss:"))
+    names = {name: f"**Tersor** `{one['codec']}`" if name.startswith("tersor:") else
+             f"FAISS {one['codec'].removesuffix('np')}" for name, one in methods.items()}
+    rows = [(names[name], str(one["code_bytes"]), f"{one['recall']:.3f}", f"{one['single_ms']:.3f}",
+             f"{one['single_least_ms']:.3f}", f"{fastest / one['single_ms']:.2f}", f"{one['batch_ms']:.3f}")
+            for name, one in sorted(methods.items(), key=lambda item: item[1]["single_ms"])]
+    heads = ("method", "bytes a code", "recall@10", "one query, ms", "of ten the least", "speed, FAISS' fastest 1",
+             "in a batch, ms")
+    return table(heads, rows)
+
+
 TABLES = {
+    "vectors-single": Table(single_table, ("single",)),
     "vectors-cells": Table(cells_table, tuple(dict.fromkeys(data for data, _ in CELLS)), charged=True),
     "vectors-million": Table(million_table, ("million",), charged=True),
     "vectors-glove-2": Table(vectors_table("glove", 2), ("glove",), charged=True),
