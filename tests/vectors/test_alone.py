@@ -10,12 +10,13 @@ from torch import Tensor
 from tersor.ops.dispatch import reference_only
 from tersor.testing import gaussian
 from tersor.vectors import Index, scoring
+from tersor.vectors.checks import METRICS
 
 pytest.importorskip("numba")
 
 
-def one_by_one(index: Index, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    found = [index.search(queries[i : i + 1], k) for i in range(len(queries))]
+def one_by_one(index: Index, queries: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
+    found = [index.search(queries[i : i + 1], k, metric) for i in range(len(queries))]
     return torch.cat([one for one, _ in found]), torch.cat([ids for _, ids in found])
 
 
@@ -24,22 +25,26 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
 
 
+@pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("codec", ["ctr8,rot,tr2x8", "rot,tr2x8", "ctr8,ktr9", "err,ctr8,rot,tr2x8"])
 @pytest.mark.parametrize("count", [30, 70, 3000])
-def test_alone_and_together(codec: str, count: int) -> None:
+def test_alone_and_together(codec: str, count: int, metric: str) -> None:
     """Vectors of very unlike lengths, twice each, so that many scores are equal; few tiles and many."""
     x = gaussian((count // 2, 32), 1) * torch.logspace(-2, 2, count // 2)[:, None] + 1
     x = torch.cat([x, x])
     index = Index(32, codec)
     index.train(x)
     index.add(x)
-    index.search(x[:1], 1)
-    assert index._held.made["alone"] is not None
+    index.search(x[:1], 1, metric)
+    assert index._held.made["alone", metric] is not None
+    decoded, mean = index.reconstruct(index.ids), x.mean(0)
+    parts = ((mean.norm() + (decoded - mean).norm(dim=1)) / decoded.norm(dim=1)).max()  # a cosine is a sum of two
     queries = torch.cat([x[:20], gaussian((20, 32), 2) * 5, torch.zeros(2, 32)])
     for k in (1, 10, count):
-        scores, ids = index.search(queries, k)
-        alone, numbers = one_by_one(index, queries, k)
-        size = (queries.norm(dim=1) + x.norm(dim=1).max()).square()[:, None]
+        scores, ids = index.search(queries, k, metric)
+        alone, numbers = one_by_one(index, queries, k, metric)
+        near, far = queries.norm(dim=1)[:, None], x.norm(dim=1).max()
+        size = {"l2": (near + far).square(), "ip": near * far, "cosine": parts.reshape(1, 1)}[metric]
         assert bool(((scores - alone).abs() <= 16 * torch.finfo(torch.float32).eps * size).all())
         same = (ids == numbers) | ((scores - alone).abs() < 16 * torch.finfo(torch.float32).eps * size)
         assert bool(same.all())
@@ -56,7 +61,7 @@ def test_equal_scores_come_by_id() -> None:
 
 
 def test_others_look_where_it_must_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Queries beyond the rows' power of two, lists, filters, words, other metrics, threads, plain torch."""
+    """Queries beyond the rows' power of two, lists, filters, words, plain torch."""
     index, x = Index(32, "ctr8,rot,tr4x8"), gaussian((300, 32), 1)
     index.add(x)
     far = x[:1] * 100
@@ -68,8 +73,6 @@ def test_others_look_where_it_must_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scoring, "nearest", lambda *given: asked.append("alone"))
     index.search(x[:1], 5)
     assert asked == ["alone"]  # which gave None
-    for metric in ("ip", "cosine"):
-        index.search(x[:1], 5, metric)
     index.search(x[:1], 5, filter=[1, 2, 3])
     index.search(x[:2], 5)
     with reference_only():
@@ -81,7 +84,7 @@ def test_others_look_where_it_must_not(monkeypatch: pytest.MonkeyPatch) -> None:
         other.train(x)
         other.add(x)
         other.search(x[:1], 3)
-        assert other._held.made.get("alone") is None
+        assert other._held.made.get(("alone", "l2")) is None
 
 
 def test_changes_are_seen() -> None:

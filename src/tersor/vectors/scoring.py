@@ -91,8 +91,8 @@ def best_of(held: Held, queries: Tensor, k: int, wanted: Wanted) -> tuple[Tensor
     if not len(queries):
         return queries.new_zeros(0, k), torch.zeros(0, k, dtype=torch.int64)
     scans = _scans(held)
-    if scans and len(queries) == 1 and wanted.metric == "l2" and wanted.allowed is None:
-        found = nearest(held, queries, k)
+    if scans and len(queries) == 1 and wanted.allowed is None:
+        found = nearest(held, queries, k, wanted.metric)
         if found is not None:
             return found
     posed = _posed(held, queries, wanted.metric)

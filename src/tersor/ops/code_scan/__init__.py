@@ -111,6 +111,27 @@ class Asked:
     masks: tuple[Tensor, ...] | None = None
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Alone:
+    """How queries meet rows of signs one at a time.
+
+    Attributes
+    ----------
+    mean : ndarray
+        What all vectors have in common, float32 (dim,): taken off the query by L2, and met by it else.
+    matrix : ndarray
+        What takes a query to what signs are multiplied by, float32 (dim, bits).
+    size : int
+        Rows are divided by `2**size`.
+    metric : str
+    """
+
+    mean: np.ndarray
+    matrix: np.ndarray
+    size: int
+    metric: str
+
+
 def laid_out(codes: Tensor) -> Tensor:
     """Return rows of codes (n, columns), uint8 or int16, in tiles: (tiles, columns, TILE), padded with 0."""
     count, columns = codes.shape
@@ -164,18 +185,17 @@ def is_little(lines: Lines, queries: int) -> bool:
     return lines.count * queries * lines.pieces[0].codes.shape[1] < 2 * LEAST_WORK
 
 
-def one_nearest(lines: Lines, query: Tensor, how: tuple[np.ndarray, np.ndarray, int],
-                k: int) -> tuple[Tensor, Tensor] | None:
-    """Return squared distances, float32, and ids, (1, k), of the nearest rows of signs to a query, on this thread.
+def one_nearest(lines: Lines, query: Tensor, how: Alone, k: int) -> tuple[Tensor, Tensor] | None:
+    """Return distances or scores, float32, and ids, (1, k), of the best rows of signs for a query, on this thread.
 
     Parameters
     ----------
     lines : Lines
-        Divided by `2**size`, with minus half of each row's squared norm as its offset, and at least k rows.
+        At least k rows. By `"l2"` offsets are minus half of squared norms, by `"cosine"` the inverse of norms, by which
+        factors are divided, too, and by `"ip"` nothing.
     query : Tensor
         float32 (1, dim).
-    how : (mean, matrix, size)
-        What is taken off the query, float32 (dim,); what takes it to signs, float32 (dim, bits).
+    how : Alone
     k : int
 
     Returns
@@ -200,4 +220,5 @@ def within(lines: Lines, asked: Asked, floors: Tensor) -> list[tuple[Tensor, Ten
     return reference.within(lines, asked, floors)
 
 
-__all__ = ["Asked", "Lines", "Rows", "best", "is_little", "laid_out", "one_nearest", "packed", "sums_of", "within"]
+__all__ = ["Alone", "Asked", "Lines", "Rows", "best", "is_little", "laid_out", "one_nearest", "packed", "sums_of",
+           "within"]

@@ -17,10 +17,10 @@ from tersor.ops.code_scan.kernels.heaps import sort_best
 from tersor.ops.code_scan.kernels.scan import scan
 from tersor.ops.code_scan.kernels.tables import rounded, sum_signs
 from tersor.ops.code_scan.kernels.words import scan_words
-from tersor.ops.code_scan.shapes import BYTE, EDGES, FLOOR, GROUP, LEAST_WORK, LINE, NIBBLE, TILE, columns_of
+from tersor.ops.code_scan.shapes import BYTE, EDGES, FLOOR, GROUP, LEAST_WORK, LINE, METRICS, NIBBLE, TILE, columns_of
 
 if TYPE_CHECKING:
-    from tersor.ops.code_scan import Asked, Lines
+    from tersor.ops.code_scan import Alone, Asked, Lines
 
 ROOM = 1024  # rows within a floor that there is room for at first
 _FLOAT, _LONG, _EDGES = 4, 8, 8 * EDGES
@@ -62,12 +62,11 @@ def best(lines: Lines, asked: Asked, k: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(flat), torch.from_numpy(numbers)
 
 
-def one_nearest(lines: Lines, query: Tensor, how: tuple[np.ndarray, np.ndarray, int],
-                k: int) -> tuple[Tensor, Tensor] | None:
-    """Return squared distances and ids of the nearest rows, (1, k); see the op."""
-    mean, matrix, size = how
+def one_nearest(lines: Lines, query: Tensor, how: Alone, k: int) -> tuple[Tensor, Tensor] | None:
+    """Return distances or scores, and ids, of the best rows, (1, k); see the op."""
     found = np.empty((1, k), np.float32), np.empty((1, k), np.int64)
-    if not alone(np.ascontiguousarray(query.numpy()), mean, matrix, size, lines.places, lines.peaks,
+    kind = how.size, METRICS.index(how.metric)
+    if not alone(np.ascontiguousarray(query.numpy()), how.mean, how.matrix, kind, lines.places, lines.peaks,
                  lines.pieces[0].codes.shape[1], found):
         return None
     return torch.from_numpy(found[0]), torch.from_numpy(found[1])
