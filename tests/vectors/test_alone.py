@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -85,6 +88,18 @@ def test_others_look_where_it_must_not(monkeypatch: pytest.MonkeyPatch) -> None:
         other.add(x)
         other.search(x[:1], 3)
         assert other._held.made.get(("alone", "l2")) is None
+
+
+def test_copies_have_their_own_memory() -> None:
+    index, x = Index(32, "ctr8,rot,tr4x8"), gaussian((300, 32), 1)
+    index.add(x)
+    expected = index.search(x[:1], 5)
+    copies = [copy.copy(index), copy.deepcopy(index), pickle.loads(pickle.dumps(index))]
+    index.reset()
+    del index
+    for one in copies:
+        assert torch.equal(one.search(x[:1], 5)[1], expected[1])
+        assert torch.equal(one.search(x[:1], 5)[0], expected[0])
 
 
 def test_changes_are_seen() -> None:

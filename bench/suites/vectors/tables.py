@@ -75,7 +75,7 @@ def million_table(found: Mapping[str, Line]) -> str:
     for line in found.values():
         numbers = line["numbers"]
         probes = [int(name.rpartition("_")[2]) for name in numbers if name.startswith("recall_")]
-        rows.append((_name(line), f"{line['nbytes'] / numbers['vectors']:.1f}", f"{numbers['clock_s']:.0f}",
+        rows.append((_name(line), f"{line['bytes'] / numbers['vectors']:.1f}", f"{numbers['clock_s']:.0f}",
                      f"{numbers['processor_s']:.0f}", f"{line['machine']['load']:.1f}",
                      f"{numbers['peak_bytes'] / 1e9:.2f}",
                      *(f"{numbers[f'recall_{n}']:.3f}, {numbers[f'queries_per_s_{n}']:.0f}" for n in probes)))

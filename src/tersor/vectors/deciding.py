@@ -25,6 +25,7 @@ from tersor.vectors.rowwise import code_size
 SPARE = 1 / 8  # bits a number that tables may take, shared out to all vectors: as much as codes come in steps of
 AXIS_BYTES, KIND_BYTES = 2, 5  # of a number of an axis in fp16, and of an axis' deviation and kind
 APART = 512  # vectors set aside, or an eighth where there are fewer
+MEASURED = 8192  # vectors whose variances say how many axes pay, or four a number
 MOST_DIM = 4096  # of vectors whose axes are looked for
 STEPS = 64  # counts of axes that are weighed
 STAGES = {"fast": 0, "normal": 12, "best": 1 << 10}  # most codewords of a vector's sum that is tried: training is slow
@@ -132,7 +133,8 @@ def foretold(powers: Tensor, bits: int) -> float:
 
 
 def _powers(x: Tensor) -> Tensor:
-    """Return variances along principal axes, descending, float64 (dim,)."""
+    """Return variances along principal axes, descending, float64 (dim,): of some vectors, as many as tell."""
+    x = x[:: max(1, len(x) // max(MEASURED, 4 * x.shape[1]))]
     mean = x.to(torch.float64).mean(0)
     gram = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
     for block in row_blocks(shape_of(x)):
