@@ -243,8 +243,8 @@ def test_bad_requests() -> None:
             Index(DIM, "qet_plus", rate)  # type: ignore[arg-type]
     with pytest.raises(BudgetError, match="needs 40 bytes a vector of 20 numbers, 16 bits"):
         Index(DIM, "bf16", 3)
-    with pytest.raises(UnknownCodecError, match="family of an index 'auto'"):
-        Index(DIM, "auto")
+    with pytest.raises(UnknownCodecError, match="family of an index 'two_basis'"):
+        Index(DIM, "two_basis")
     with pytest.raises(UnknownCodecError):
         Index(DIM, "no such codec")
     with pytest.raises(CodecConfigError, match="dim 3 does not divide"):

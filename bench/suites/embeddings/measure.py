@@ -21,7 +21,7 @@ from torch import Tensor
 import tersor
 from bench.suite import Asked, Outcome, Result, Unmeasured
 from bench.suites.embeddings.cases import EmbeddingCase
-from bench.suites.vectors import measure as vectors
+from bench.suites.vectors import sentences
 from tersor.errors import TersorError
 from tersor.vectors.nearest import Best
 
@@ -33,7 +33,7 @@ def labels() -> tuple[Tensor, Tensor]:
     names: dict[str, int] = {}
     parts = []
     for part in ("train", "test"):
-        with (vectors.TASKS / "banking77" / f"{part}.csv").open(newline="") as handle:
+        with (sentences.TASKS / "banking77" / f"{part}.csv").open(newline="") as handle:
             parts.append(torch.tensor([names.setdefault(row["category"], len(names))
                                        for row in csv.DictReader(handle)]))
     return parts[0], parts[1]
@@ -44,7 +44,7 @@ def classify(x: Tensor, intents: Tensor, queries: Tensor) -> Tensor:
     found = Best(len(queries), K)
     for start in range(0, len(x), 8192):
         part = x[start : start + 8192]
-        found.offer(queries @ part.T - part.square().sum(1) / 2, start)
+        found.offer(queries @ part.T - part.square().sum(1) / 2, torch.arange(start, start + len(part)))
     votes = intents[found.ids]
     count = (votes.unsqueeze(2) == votes.unsqueeze(1)).sum(2)  # of each vote, how many agree with it
     return votes.gather(1, count.argmax(1, keepdim=True)).squeeze(1)  # the first of the most: the nearest
@@ -79,7 +79,7 @@ def compress(x: Tensor, case: EmbeddingCase) -> tuple[Tensor, dict[str, Any]]:
 def measure(cases: Sequence[EmbeddingCase], asked: Asked) -> Iterator[Outcome]:
     """Yield every case."""
     del asked
-    (train, test), (intents, truth) = vectors.embeddings(), labels()
+    (train, test), (intents, truth) = sentences.embeddings(), labels()
     for case in cases:
         try:
             decoded, numbers = compress(train, case)

@@ -5,6 +5,6 @@ from bench.suites.vectors import cases, tables
 
 SUITES = (
     Suite("vectors", "recall, error and speed of vector sets at equal bytes, beside FAISS",
-          always((*cases.CASES, *cases.MILLION)), deferred("bench.suites.vectors.measure"),
+          always((*cases.CASES, *cases.MILLION, *cases.SINGLE)), deferred("bench.suites.vectors.measure"),
           tables.TABLES, ("faiss", "transformers")),
 )

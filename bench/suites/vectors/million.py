@@ -102,7 +102,7 @@ Search = Callable[[np.ndarray, int], np.ndarray]
 
 def _tersor(name: str, base: str) -> tuple[Search, int, dict[str, Any]]:
     """Return what searches, the bytes stored, and numbers: of an index that was saved and loaded again."""
-    index = fill(Index(DIM, name, seed=SEED, effort="fast"), open_vectors(base))
+    index = fill(Index(DIM, name, seed=SEED, effort="normal" if "auto" in name else "fast"), open_vectors(base))
     with tempfile.TemporaryDirectory(dir=kept("vectors")) as folder:
         index.save(f"{folder}/index")
         index = Index.load(f"{folder}/index")

@@ -17,7 +17,7 @@ HEADS = ("method", "bytes a vector", "tables included", "recall@10", "relative M
 def vectors_table(data: str, bits: float) -> Builder:
     """Return the builder of the table of one set at one rate, best recall first."""
     def build(found: Mapping[str, Line]) -> str:
-        chosen = [line for line in found.values() if (line["case"]["data"], line["case"]["bits"]) == (data, bits)]
+        chosen = [line for line in found.values() if (line["case"]["data"], line["case"].get("bits")) == (data, bits)]
         measured = [line for line in chosen if "recall" in line["numbers"]]
         measured.sort(key=lambda line: -line["numbers"]["recall"])
         failed = [line for line in chosen if "recall" not in line["numbers"]]
@@ -33,19 +33,22 @@ def _name(line: Line) -> str:
     if len(stages) > 2:
         codec = f"sum of {len(stages)} {stages[0]}"
     method = method.partition(",")[0] + "," if method.startswith("IVF") else ""
-    return f"**Tersor** `{method}{codec}`" if engine == "tersor" else f"FAISS {codec.removesuffix('np')}"
+    if engine == "tersor":
+        chosen = f", by `{line['case']['method'].removeprefix('tersor:')}`" if "auto" in line["case"]["method"] else ""
+        return f"**Tersor** `{method}{codec}`{chosen}"
+    return f"FAISS {codec.removesuffix('np')}" if engine == "faiss" else f"{engine} {codec}"
 
 
 def _row(line: Line) -> tuple[str, ...]:
     numbers = line["numbers"]
     total = charged(line) / numbers["vectors"]
     return (_name(line), f"{numbers['stored_bytes']:.4g}", f"{total:.4g}", f"{numbers['recall']:.3f}",
-            f"{numbers['relative_mse']:.4f}", f"{numbers['queries_per_s']:.0f}",
+            f"{numbers['relative_mse']:.4f}" if "relative_mse" in numbers else "", f"{numbers['queries_per_s']:.0f}",
             f"{numbers['single_queries_per_s']:.0f}", f"{numbers['train_s']:.1f}", f"{numbers['encode_s']:.1f}")
 
 
 def cells_table(found: Mapping[str, Line]) -> str:
-    """Return the best recall of both at each of 12 cells; bytes are a vector's share of all that is stored."""
+    """Return the best recall of both at each cell; bytes are a vector's share of all that is stored."""
     rows = []
     for data, bits in CELLS:
         best = {}
@@ -53,17 +56,17 @@ def cells_table(found: Mapping[str, Line]) -> str:
             case, numbers = line["case"], line["numbers"]
             if (case.get("data"), case.get("bits")) != (data, bits) or "recall" not in numbers:
                 continue
-            engine = case["method"].partition(":")[0]
+            engine = "tersor" if case["method"].startswith("tersor:") else "others"
             fits = 8 * charged(line) / numbers["vectors"] <= (bits + SPARE) * numbers["dim"]
             if fits and (engine not in best or numbers["recall"] > best[engine]["numbers"]["recall"]):
                 best[engine] = line
         if len(best) == 2:
-            ours, theirs = (best[engine]["numbers"]["recall"] for engine in ("tersor", "faiss"))
+            ours, theirs = (best[engine]["numbers"]["recall"] for engine in ("tersor", "others"))
             sizes = (f"{charged(best[engine]) / best[engine]['numbers']['vectors']:.4g}" for engine in best)
             named = dict(zip(best, sizes, strict=True))
-            rows.append((data, str(bits), _name(best["tersor"]), named["tersor"], f"{ours:.3f}", _name(best["faiss"]),
-                         named["faiss"], f"{theirs:.3f}", f"{ours - theirs:+.3f}"))
-    return table(("data", "bits", "of Tersor", "bytes", "recall@10", "of FAISS", "bytes", "recall@10", "more"), rows)
+            rows.append((data, str(bits), _name(best["tersor"]), named["tersor"], f"{ours:.3f}", _name(best["others"]),
+                         named["others"], f"{theirs:.3f}", f"{ours - theirs:+.3f}"))
+    return table(("data", "bits", "of Tersor", "bytes", "recall@10", "of others", "bytes", "recall@10", "more"), rows)
 
 
 def million_table(found: Mapping[str, Line]) -> str:
@@ -72,14 +75,32 @@ def million_table(found: Mapping[str, Line]) -> str:
     for line in found.values():
         numbers = line["numbers"]
         probes = [int(name.rpartition("_")[2]) for name in numbers if name.startswith("recall_")]
-        rows.append((_name(line), f"{line['nbytes'] / numbers['vectors']:.1f}", f"{numbers['clock_s']:.0f}",
+        rows.append((_name(line), f"{line['bytes'] / numbers['vectors']:.1f}", f"{numbers['clock_s']:.0f}",
+                     f"{numbers['processor_s']:.0f}", f"{line['machine']['load']:.1f}",
                      f"{numbers['peak_bytes'] / 1e9:.2f}",
                      *(f"{numbers[f'recall_{n}']:.3f}, {numbers[f'queries_per_s_{n}']:.0f}" for n in probes)))
-    heads = ("method", "bytes a vector", "build, s", "peak, GB", "1 list: recall, queries/s", "4", "16", "64")
+    heads = ("method", "bytes a vector", "build, s", "of the processor", "load after", "peak, GB",
+             "1 list: recall, queries/s", "4", "16", "64")
+    return table(heads, rows)
+
+
+def single_table(found: Mapping[str, Line]) -> str:
+    """Return what one query takes, the fastest method first, beside the fastest of FAISS."""
+    (line,) = found.values()
+    methods = line["numbers"]["methods"]
+    fastest = min(one["single_ms"] for name, one in methods.items() if name.startswith("faiss:"))
+    names = {name: f"**Tersor** `{one['codec']}`" if name.startswith("tersor:") else
+             f"FAISS {one['codec'].removesuffix('np')}" for name, one in methods.items()}
+    rows = [(names[name], str(one["code_bytes"]), f"{one['recall']:.3f}", f"{one['single_ms']:.3f}",
+             f"{one['single_least_ms']:.3f}", f"{fastest / one['single_ms']:.2f}", f"{one['batch_ms']:.3f}")
+            for name, one in sorted(methods.items(), key=lambda item: item[1]["single_ms"])]
+    heads = ("method", "bytes a code", "recall@10", "one query, ms", "of ten the least", "speed, FAISS' fastest 1",
+             "in a batch, ms")
     return table(heads, rows)
 
 
 TABLES = {
+    "vectors-single": Table(single_table, ("single",)),
     "vectors-cells": Table(cells_table, tuple(dict.fromkeys(data for data, _ in CELLS)), charged=True),
     "vectors-million": Table(million_table, ("million",), charged=True),
     "vectors-glove-2": Table(vectors_table("glove", 2), ("glove",), charged=True),

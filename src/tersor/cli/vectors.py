@@ -44,7 +44,7 @@ Probes = Annotated[int | None, typer.Option(min=1, help="lists that a query look
 
 def build(data: Data, output: Annotated[Path, typer.Argument(metavar="OUT", callback=directory,
                                                              help="output directory; must not exist")],
-          codec: Name = "trellis", rate: Rate = None, metric: Metric = "l2", effort: Effort = None,
+          codec: Name = "auto", rate: Rate = None, metric: Metric = "l2", effort: Effort = None,
           ids: Annotated[Path | None, typer.Option(help="ids as .npy, integers, one a vector",
                                                    show_default="running numbers")] = None,
           column: Column = None, seed: Seed = 0, as_json: AsJson = False) -> None:
@@ -111,7 +111,7 @@ def bench(data: Data, queries: Annotated[Path | None, typer.Option(
           truth: Annotated[Path | None, typer.Option(help="true ids as .npy, integers (q, k), for --queries",
                                                      show_default="computed")] = None,
           codec: Annotated[list[str] | None, typer.Option("--codec", help="as of build; repeatable",
-                                                          show_default="trellis")] = None,
+                                                          show_default="auto")] = None,
           rate: Rate = None, metric: Metric = "l2", effort: Effort = None, k: Count = 10, nprobe: Probes = None,
           plot: Annotated[Path | None, typer.Option(help="write recall against speed as .svg, or as .png "
                                                     "with matplotlib")] = None,
@@ -126,7 +126,7 @@ def bench(data: Data, queries: Annotated[Path | None, typer.Option(
     x, asked = held_out(x, seed) if queries is None else (x, _queries(queries))
     with one_thread():
         known = exact(x, asked, k, metric) if truth is None else _truth(truth, len(asked), k)
-        indexes = [Index(x.shape[1], name, rate, seed, effort or "normal", metric) for name in codec or ["trellis"]]
+        indexes = [Index(x.shape[1], name, rate, seed, effort or "normal", metric) for name in codec or ["auto"]]
         for index in indexes:
             index.nprobe = nprobe or index.nprobe
         found = [tried(index, x, asked, known) for index in indexes]

@@ -30,7 +30,7 @@ def fill(index: Index, source: Source, progress: Callable[[str, int, int], None]
     if not index.is_trained:
         if progress is not None:
             progress("train", 0, 1)
-        index.train(source.sample(max(2 * TRAIN_VECTORS, SAMPLES * index.nlist), index.seed))
+        index.train(source.sample(max(2 * TRAIN_VECTORS, SAMPLES * index.nlist), index.seed), source.shape[0])
         if progress is not None:
             progress("train", 1, 1)
     done = 0

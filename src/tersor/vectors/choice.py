@@ -28,10 +28,10 @@ WIDE_GAIN = 0.1  # bits an element that a doubled sub-vector is worth when a rat
 
 
 def index_families() -> tuple[str, ...]:
-    """Return the families that hold row-wise codecs besides dense ones."""
+    """Return the families that hold row-wise codecs besides dense ones, and `auto`, which is one of three of them."""
     rowwise = [name for name, ladders in FAMILIES.items()
                if any(_is_rowwise(codec) for ladder in ladders for codec in ladder.fixed())]
-    return (*rowwise, *TRAINED, SPECTRAL)
+    return (AUTO, *rowwise, *TRAINED, SPECTRAL)
 
 
 def _is_rowwise(codec: Codec) -> bool:
@@ -57,7 +57,7 @@ def without_lists(codec: str | Codec, rate: float | None) -> tuple[int, str | Co
         return lists, codec, rate
     found = re.fullmatch(r"(?i:ivf)(\d{1,9})(?:,(.*))?", codec)
     if found:
-        lists, codec = int(found[1]), found[2] or TRELLIS
+        lists, codec = int(found[1]), found[2] or AUTO
         if lists < 1:
             raise CodecConfigError("index: expected at least one list, as in 'IVF1024,trellis2', found 'IVF0'")
     named = re.fullmatch(rf"({'|'.join(map(re.escape, index_families()))})(\d+(?:\.\d+)?)", str(codec))
@@ -75,7 +75,7 @@ def choose(dim: int, codec: str | Codec, rate: float | None, effort: str) -> Cod
     ----------
     dim : int
     codec : str or Codec
-        A family, a factory string or a codec.
+        A family, a factory string or a codec. Of `auto` this is what it takes before it has seen vectors.
     rate : float or None
         Most bits per element of a stand-alone code; None: 2.0 for a family, no ceiling for a codec.
     effort : str
@@ -94,10 +94,11 @@ def choose(dim: int, codec: str | Codec, rate: float | None, effort: str) -> Cod
         raise CodecConfigError(f"effort must be one of {', '.join(EFFORTS)}, found {effort!r}")
     if not isinstance(codec, (str, Codec)):
         raise CodecConfigError(f"codec: expected a family, a codec string or a Codec, found {type(codec).__name__}")
-    if isinstance(codec, str) and codec in (AUTO, *FAMILIES) and codec not in index_families():
+    if isinstance(codec, str) and codec in FAMILIES and codec not in index_families():
         raise UnknownCodecError(codec, index_families(), "family of an index")
     if isinstance(codec, str) and codec in index_families():
-        return _of_family(codec, dim, math.floor((DEFAULT_RATE if rate is None else rate) * dim / 8), effort)
+        family = TRELLIS if codec == AUTO else codec  # until vectors are seen
+        return _of_family(family, dim, math.floor((DEFAULT_RATE if rate is None else rate) * dim / 8), effort)
     concrete = parse(codec) if isinstance(codec, str) else codec
     check_rowwise(concrete, dim)
     size = code_size(concrete, dim)

@@ -23,10 +23,11 @@ from torch import Tensor
 from tersor.contract.codec import Codec
 from tersor.contract.operator import like
 from tersor.errors import CodecConfigError
+from tersor.families import AUTO
 from tersor.payload.blocks import Tables
 from tersor.vectors import rowwise, saving
 from tersor.vectors.checks import METRICS, Ids, ids_of, integer, new_ids, vectors_of
-from tersor.vectors.choice import TRELLIS
+from tersor.vectors.deciding import decided
 from tersor.vectors.held import Block, Held
 from tersor.vectors.lists import SAMPLES, Lists
 from tersor.vectors.reading import Reader
@@ -47,13 +48,15 @@ class Index(Reader):
     codec : str or Codec
         A family (`index_families()`), perhaps with a rate (`"trellis2.5"`), a factory string such as `"rot,sym16"` or
         `"opqt,pq5x256t"`, or a codec. It must encode each row by itself. `"IVF1024,"` before it makes 1,024 lists.
+        `"auto"` is chosen when vectors are first seen, and stays: `spectral`, `rq` or `trellis`, whichever errs least
+        on some of them that are set aside, tables weighed. Until then, and where `effort` is `"fast"`, it is `trellis`.
     rate : float or None
         Ceiling in bits per element of a stand-alone code; None means 2.0 for a family, and whatever it takes for a
         concrete codec.
     seed : int
         Steers training and the encoder's search.
     effort : str
-        `"fast"`, `"normal"` or `"best"`: how long encoding may take, where the family `trellis` chooses the codec.
+        `"fast"`, `"normal"` or `"best"`: how long encoding may take, where `trellis` or `auto` chooses the codec.
     metric : str
         `"l2"`, `"ip"` or `"cosine"`: of searches that name none. Codes do not depend on it.
 
@@ -74,7 +77,7 @@ class Index(Reader):
     [0, 1, 2]
     """
 
-    def __init__(self, dim: SupportsIndex, codec: str | Codec = TRELLIS, rate: float | None = None,
+    def __init__(self, dim: SupportsIndex, codec: str | Codec = AUTO, rate: float | None = None,
                  seed: SupportsIndex = 0, effort: str = "normal", metric: str = "l2") -> None:
         super().__init__(dim, codec, rate, seed, effort, metric)
         self._journal: saving.Journal | None = None
@@ -82,10 +85,16 @@ class Index(Reader):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_journal": None}  # a copy is another index
 
-    def train(self, x: Tensor | np.ndarray) -> None:
+    def train(self, x: Tensor | np.ndarray, total: SupportsIndex | None = None) -> None:
         """Train lists and the codec's shared tables on vectors (n, dim); only checks them if there are none.
 
-        Of more than 65,536 vectors, or 64 a codeword or a list, so many are drawn.
+        Of more than 65,536 vectors, or 64 a codeword or a list, so many are drawn. The family `auto` chooses its codec.
+
+        Parameters
+        ----------
+        x : Tensor or ndarray
+        total : int or None
+            Vectors that the index will hold, if more than these: `auto` weighs tables by it.
 
         Raises
         ------
@@ -100,10 +109,12 @@ class Index(Reader):
         if not len(x):
             raise CodecConfigError("index: training needs vectors, found none")
         self._check_empty(self._held)
-        tables, lists = self._learned(x)
+        learned = self._learned(x, len(x) if total is None else integer(total, "total", 1))
         with self._writing:
             self._check_empty(self._held)  # others may have added meanwhile
-            self._held = Held(tables, (), lists)
+            if not self._open and learned[0] != self.codec:
+                raise CodecConfigError("index: another thread trained it meanwhile; train it once")
+            self._begin(learned)
 
     def add(self, x: Tensor | np.ndarray) -> None:
         """Encode vectors (n, dim), any float dtype; ids go on from the largest so far. All or, on an error, none.
@@ -300,14 +311,21 @@ class Index(Reader):
         held = self._held
         if not self._untaught or self._trained(held) or not len(x):
             return held
-        tables, _ = self._learned(x)
+        learned = self._learned(x, len(x))
         with self._writing:
             if not self._trained(self._held):  # others may have been first
-                self._held = Held(tables)
+                self._begin(learned)
             return self._held
 
-    def _learned(self, x: Tensor) -> tuple[Tables, Lists | None]:
-        """Return tables and lists trained on vectors, or on so many drawn from them."""
+    def _begin(self, learned: tuple[Codec, Tables, Lists | None]) -> None:
+        """Take over what was learned."""
+        codec, tables, lists = learned
+        self._settle(codec)
+        self._held, self._open = Held(tables, (), lists), False
+
+    def _learned(self, x: Tensor, total: int) -> tuple[Codec, Tables, Lists | None]:
+        """Return the codec, and tables and lists trained on vectors, or on so many drawn from them."""
+        count = max(total, len(x))
         most = max(TRAIN_VECTORS, SAMPLES * max((spec.levels or 0) for spec in self._layout.values()),
                    SAMPLES * self.nlist)
         if len(x) > most:
@@ -317,7 +335,9 @@ class Index(Reader):
         if self.nlist:
             lists = Lists.trained(wide, self.nlist, self.seed)
             wide = wide - lists.centroids[lists.of(wide)]
-        return dict(self.codec.train([wide], seed=self.seed)), lists
+        if self._open:
+            return *decided(wide, count, *self._asked, self.seed), lists
+        return self.codec, dict(self.codec.train([wide], seed=self.seed)), lists
 
     def _check_empty(self, held: Held) -> None:
         if held.blocks:

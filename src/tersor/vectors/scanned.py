@@ -85,6 +85,11 @@ class Meeting:
         elif width * stream.codec.stream_shape((1, width))[1] <= MOST_MATRIX:  # type: ignore[attr-defined]
             self._matrix = _met(encoded, torch.eye(width)).contiguous()
 
+    @property
+    def matrix(self) -> Tensor | None:
+        """What takes queries to what signs are multiplied by, float32 (dim, signs); None for words, or where large."""
+        return self._matrix
+
     def tables(self, queries: Tensor) -> Tensor:
         """Return tables, float64 (n, lookups, size), for float32 queries (n, dim)."""
         if self._signs:

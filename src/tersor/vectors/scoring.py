@@ -18,6 +18,7 @@ from tersor.numerics.kmeans import times_power
 from tersor.ops import code_scan
 from tersor.ops.dispatch import compiled_allowed
 from tersor.payload.scales import reciprocal
+from tersor.vectors.alone import nearest
 from tersor.vectors.frames import laid, lines
 from tersor.vectors.held import Block, Held
 from tersor.vectors.nearest import WORST, Best
@@ -57,7 +58,7 @@ class _Posed:
     size : int
         Vectors are divided by `2**size`.
     power : Tensor or None
-        Squared norms of queries, by L2; float32 (n, 1).
+        Squared norms of queries, by L2; float64 (n, 1).
     exponent : int
         Of the power of two that scores are multiplied by.
     """
@@ -82,15 +83,20 @@ class _Posed:
         value = math.ldexp(radius, -self.exponent)
         if self.power is None:
             return torch.full((len(self.queries),), value, dtype=torch.float64)
-        return (self.power.to(torch.float64).squeeze(1) - value) / 2
+        return (self.power.squeeze(1) - value) / 2
 
 
 def best_of(held: Held, queries: Tensor, k: int, wanted: Wanted) -> tuple[Tensor, Tensor]:
     """Return scores or squared distances, and ids, (queries, k), of the best vectors for float32 queries (n, dim)."""
     if not len(queries):
         return queries.new_zeros(0, k), torch.zeros(0, k, dtype=torch.int64)
+    scans = _scans(held)
+    if scans and len(queries) == 1 and wanted.allowed is None:
+        found = nearest(held, queries, k, wanted.metric)
+        if found is not None:
+            return found
     posed = _posed(held, queries, wanted.metric)
-    if _scans(held):
+    if scans:
         scores, ids = _scanned(held, posed, wanted, k)
     else:
         best = Best(len(queries), k)
@@ -135,7 +141,7 @@ def _posed(held: Held, queries: Tensor, metric: str) -> _Posed:
     if metric == "l2":
         size = max(exponent, math.frexp(held.longest)[1])
         scaled = times_power(given, -size)
-        power = np.square(scaled).sum(1, keepdims=True)
+        power = np.square(scaled, dtype=np.float64).sum(1, keepdims=True)
         return _Posed(torch.from_numpy(scaled), size, torch.from_numpy(power), 2 * size)
     unit = torch.from_numpy(times_power(given, -exponent))
     if metric == "cosine":

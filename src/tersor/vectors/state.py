@@ -12,9 +12,11 @@ from torch import Tensor
 from tersor.codecs import Centered
 from tersor.contract.codec import Codec
 from tersor.errors import CodecConfigError
+from tersor.families import AUTO
 from tersor.vectors import rowwise
 from tersor.vectors.checks import integer, metric_of
 from tersor.vectors.choice import choose, without_lists
+from tersor.vectors.deciding import is_open
 from tersor.vectors.held import Held
 from tersor.vectors.lists import MOST_LISTS
 
@@ -33,8 +35,9 @@ class State:
         self.nlist, codec, rate = without_lists(codec, rate)
         if self.nlist > MOST_LISTS:
             raise CodecConfigError(f"index: at most {MOST_LISTS} lists, found {self.nlist}")
-        self.codec = choose(self.dim, codec, rate, effort)
-        self._layout = self.codec.layout((1, self.dim))
+        self._asked = rate, effort
+        self._open = codec == AUTO and is_open(self.dim, rate, effort)
+        self._settle(choose(self.dim, codec, rate, effort))
         shared = {name for name, spec in self._layout.items() if spec.shared}
         around = isinstance(self.codec, Centered) and shared <= set(self.codec.own((1, self.dim)))
         self._untaught = around and not self.nlist
@@ -42,6 +45,10 @@ class State:
         self._held = Held()
         self._nprobe = max(1, round(math.sqrt(self.nlist)))
         self._writing = threading.Lock()
+
+    def _settle(self, codec: Codec) -> None:
+        """Take a codec: while none is chosen, vectors have not been seen, and none is held."""
+        self.codec, self._layout = codec, codec.layout((1, self.dim))
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_writing"}

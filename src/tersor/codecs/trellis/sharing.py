@@ -21,6 +21,9 @@ SHARED = (0.164, 0.0388, 0.00996, 0.00263)  # of two, that share 3, 5, 7, 9 bits
 FIRST_SHARED = MOST_SHIFT + 1  # kinds from here on: an axis that shares 3, 5, 7, 9 bits with its neighbour
 FIRST_FINE = FIRST_SHARED + len(SHARED)  # kinds from here on: 6 and 7 bits
 FINE_DISTORTION = (0.0004, 0.000113)
+LEVELS = {**{bits: float(bits) for bits in range(MOST_SHIFT + 1)},
+          **{FIRST_SHARED + i: i + 1.5 for i in range(len(SHARED))},
+          **{FIRST_FINE + i: MOST_SHIFT + 1.0 + i for i in range(len(FINE_DISTORTION))}}  # bits of an axis by its kind
 FINE = ((0.03318, 0.11745, -0.35892, 0.60281, -0.18262, -0.86132, -0.34772, -0.25264, -0.2794, -0.50279, -0.13177,
          -0.57115),
         (0.01461, 0.02726, 0.13958, -0.39023, 0.65744, -0.20071, -0.93964, -0.38187, -0.27792, -0.29223, -0.54071,

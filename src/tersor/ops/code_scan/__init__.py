@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tersor.ops.code_scan import reference
-from tersor.ops.code_scan.shapes import NIBBLE, SIGNS, TILE, columns_of
+from tersor.ops.code_scan.shapes import LEAST_WORK, NIBBLE, SIGNS, TILE, columns_of
 from tersor.ops.dispatch import compiled_allowed
 
 
@@ -54,6 +54,11 @@ class Lines:
         """The largest factor, and the largest magnitude of an offset."""
         held = [one for one in self.pieces if len(one.factors)]
         return (max(float(one.factors.max()) for one in held), max(float(one.offsets.abs().max()) for one in held))
+
+    @cached_property
+    def count(self) -> int:
+        """Rows of all pieces."""
+        return sum(len(one.factors) for one in self.pieces)
 
     @cached_property
     def edges(self) -> tuple[Tensor, ...]:
@@ -106,6 +111,27 @@ class Asked:
     masks: tuple[Tensor, ...] | None = None
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Alone:
+    """How queries meet rows of signs one at a time.
+
+    Attributes
+    ----------
+    mean : ndarray
+        What all vectors have in common, float32 (dim,): taken off the query by L2, and met by it else.
+    matrix : ndarray
+        What takes a query to what signs are multiplied by, float32 (dim, bits).
+    size : int
+        Rows are divided by `2**size`.
+    metric : str
+    """
+
+    mean: np.ndarray
+    matrix: np.ndarray
+    size: int
+    metric: str
+
+
 def laid_out(codes: Tensor) -> Tensor:
     """Return rows of codes (n, columns), uint8 or int16, in tiles: (tiles, columns, TILE), padded with 0."""
     count, columns = codes.shape
@@ -152,6 +178,36 @@ def best(lines: Lines, asked: Asked, k: int) -> tuple[Tensor, Tensor]:
     return reference.best(lines, asked, k)
 
 
+def is_little(lines: Lines, queries: int) -> bool:
+    """Tell whether one thread does all the work for so many queries that look at all rows."""
+    if torch.get_num_threads() == 1:
+        return True
+    return lines.count * queries * lines.pieces[0].codes.shape[1] < 2 * LEAST_WORK
+
+
+def one_nearest(lines: Lines, query: Tensor, how: Alone, k: int) -> tuple[Tensor, Tensor] | None:
+    """Return distances or scores, float32, and ids, (1, k), of the best rows of signs for a query, on this thread.
+
+    Parameters
+    ----------
+    lines : Lines
+        At least k rows. By `"l2"` offsets are minus half of squared norms, by `"cosine"` the inverse of norms, by which
+        factors are divided, too, and by `"ip"` nothing.
+    query : Tensor
+        float32 (1, dim).
+    how : Alone
+    k : int
+
+    Returns
+    -------
+    distances, ids : Tensor, or None
+        What `best` finds, by the same bounds, without calls in between; None for a query of numbers beyond `2**size`.
+    """
+    from tersor.ops.code_scan import compiled
+
+    return compiled.one_nearest(lines, query, how, k)
+
+
 def within(lines: Lines, asked: Asked, floors: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Return the scores and ids of all rows that score at least so much, float64 (queries,): those of each query.
 
@@ -164,4 +220,5 @@ def within(lines: Lines, asked: Asked, floors: Tensor) -> list[tuple[Tensor, Ten
     return reference.within(lines, asked, floors)
 
 
-__all__ = ["Asked", "Lines", "Rows", "best", "laid_out", "packed", "sums_of", "within"]
+__all__ = ["Alone", "Asked", "Lines", "Rows", "best", "is_little", "laid_out", "one_nearest", "packed", "sums_of",
+           "within"]

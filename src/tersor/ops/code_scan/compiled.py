@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from tersor.ops import workers
+from tersor.ops.code_scan.kernels.alone import alone
 from tersor.ops.code_scan.kernels.heaps import sort_best
 from tersor.ops.code_scan.kernels.scan import scan
 from tersor.ops.code_scan.kernels.tables import rounded, sum_signs
 from tersor.ops.code_scan.kernels.words import scan_words
-from tersor.ops.code_scan.shapes import BYTE, EDGES, FLOOR, GROUP, LINE, NIBBLE, TILE, columns_of
+from tersor.ops.code_scan.shapes import BYTE, EDGES, FLOOR, GROUP, LEAST_WORK, LINE, METRICS, NIBBLE, TILE, columns_of
 
 if TYPE_CHECKING:
-    from tersor.ops.code_scan import Asked, Lines
+    from tersor.ops.code_scan import Alone, Asked, Lines
 
-LEAST_WORK = 1 << 20  # bytes of codes times queries that are worth a thread: some tenths of a millisecond
 ROOM = 1024  # rows within a floor that there is room for at first
 _FLOAT, _LONG, _EDGES = 4, 8, 8 * EDGES
 
@@ -60,6 +60,16 @@ def best(lines: Lines, asked: Asked, k: int) -> tuple[Tensor, Tensor]:
     flat, numbers = np.empty((len(queries), k)), np.empty((len(queries), k), np.int64)
     sort_best(scores, ids, flat, numbers)
     return torch.from_numpy(flat), torch.from_numpy(numbers)
+
+
+def one_nearest(lines: Lines, query: Tensor, how: Alone, k: int) -> tuple[Tensor, Tensor] | None:
+    """Return distances or scores, and ids, of the best rows, (1, k); see the op."""
+    found = np.empty((1, k), np.float32), np.empty((1, k), np.int64)
+    kind = how.size, METRICS.index(how.metric)
+    if not alone(np.ascontiguousarray(query.numpy()), how.mean, how.matrix, kind, lines.places, lines.peaks,
+                 lines.pieces[0].codes.shape[1], found):
+        return None
+    return torch.from_numpy(found[0]), torch.from_numpy(found[1])
 
 
 def signed_sums(products: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ MANY = 4  # queries that meet a tile together, so that its bytes are read once
 EDGES = 4  # numbers that say between what the factors and offsets of a tile lie
 LINE, FLOOR = 6, 4  # numbers that bound the scores of a query, and the place of its floor
 MOST_BYTE, MOST_SUM = 255, 65_535  # of the lookups of a group together, and of a row
+LEAST_WORK = 1 << 20  # bytes of codes times queries that are worth a thread: some tenths of a millisecond
+METRICS = ("l2", "ip", "cosine")  # what one query alone may ask for
 SLACK = 2.0**-40  # of the largest score: what sums of float64 may be rounded by in some thousand steps
 
 

@@ -182,12 +182,12 @@ def _summing(queries: int, halves: bool) -> Any:
     return summed
 
 
-_one_halves, _many_halves = _summing(1, True), _summing(MANY, True)
+one_halves, _many_halves = _summing(1, True), _summing(MANY, True)
 _one_bytes, _many_bytes = _summing(1, False), _summing(MANY, False)
 
 
 @intrinsic
-def _reaching(typing: Any, sums: Any, least: Any) -> Any:
+def reaching(typing: Any, sums: Any, least: Any) -> Any:
     """Return which of 64 sums at an address are at least a number: bits of even rows, then of odd ones."""
     del typing, sums, least
 
@@ -203,6 +203,25 @@ def _reaching(typing: Any, sums: Any, least: Any) -> Any:
         return builder.or_(parts[0], builder.shl(parts[1], LONG(HALF)))
 
     return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
+def highest(typing: Any, sums: Any) -> Any:
+    """Return the largest of 64 sums at an address."""
+    del typing, sums
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        del context, signature
+        kind, parts = ir.VectorType(INT16, HALF), []
+        for half in range(2):
+            place = builder.inttoptr(builder.add(arguments[0], LONG(half * TILE)), kind.as_pointer())
+            parts.append(builder.load(place, align=1))
+        larger = builder.select(builder.icmp_unsigned(">", *parts), *parts)
+        name = f"llvm.vector.reduce.umax.v{HALF}i16"
+        most = cgutils.get_or_insert_function(builder.module, ir.FunctionType(INT16, [kind]), name)
+        return builder.zext(builder.call(most, [larger]), LONG)
+
+    return types.int64(types.int64), generate
 
 
 @intrinsic
@@ -245,7 +264,7 @@ def _one_by_one(held: Any, tile: Any, rough: Any, query: Any, total: Any, place:
 
 
 @njit()
-def _least(lines: Any, query: Any, term: Any, floor: float, edges: Any, tile: Any) -> float:
+def least_of(lines: Any, query: Any, term: Any, floor: float, edges: Any, tile: Any) -> float:
     """Return what a sum of bytes must be for a row of a tile to reach a floor: -1 where none does.
 
     `lines` and `edges` are those of `scan`; `term` are base and weight.
@@ -274,7 +293,7 @@ def _product(codes: Any, columns: Any, tables: Any, halves: bool) -> float:
 
 
 @njit()
-def _look(place: Any, columns: Any, bits: Any, total: Any, visit: Any, queries: Any, found: Any) -> None:
+def look(place: Any, columns: Any, bits: Any, total: Any, visit: Any, queries: Any, found: Any) -> None:
     """Score rows of a tile that may reach the floor of a query, and keep those that do.
 
     `bits` name them, of the `place`: the numbers of a piece, and the tile; `total` is an address of their sums;
@@ -347,7 +366,7 @@ def scan(pieces: Any, visits: Any, queries: Any, columns: Any, found: Any) -> No
                         query = who[visit + place]
                         floor = lines[query, 4] if every else scores[query, 0]
                         term = terms[visit + place, 0], terms[visit + place, 1]
-                        least[place] = _least(lines, query, term, floor, edges, tile)
+                        least[place] = least_of(lines, query, term, floor, edges, tile)
                         wanted |= least[place] >= 0
                     if not wanted:
                         continue
@@ -359,13 +378,13 @@ def scan(pieces: Any, visits: Any, queries: Any, columns: Any, found: Any) -> No
                                _many_bytes(codes, several, columns, sums))
                     else:
                         alone = (table + who[visit] * each,)
-                        did = (_one_halves(codes, alone, columns, sums) if halves else
+                        did = (one_halves(codes, alone, columns, sums) if halves else
                                _one_bytes(codes, alone, columns, sums))
                     for place in range(some):
                         if not did:
                             _one_by_one(held, tile, rough, who[visit + place], total, place)
-                        bits = _reaching(sums + 2 * TILE_ROWS * place, least[place]) if least[place] >= 0 else 0
+                        bits = reaching(sums + 2 * TILE_ROWS * place, least[place]) if least[place] >= 0 else 0
                         if bits != 0:
                             one = who[visit + place], terms[visit + place, 0], terms[visit + place, 1]
-                            _look((here, tile), columns, bits, sums + 2 * TILE_ROWS * place, one, queries, found)
+                            look((here, tile), columns, bits, sums + 2 * TILE_ROWS * place, one, queries, found)
                 visit += some
