@@ -77,7 +77,7 @@ class _Made:
         """Return a model's calibration."""
         path = self.folder / f"{model}.calibration"
         if not path.exists():
-            calibrate.run(self.source(model), CALIBRATION, path, SAMPLING)
+            calibrate.run(self.source(model), CALIBRATION, path, Sampling(TOKENS, TOKENS))
         return path
 
     def ids(self, model: str) -> Path:

@@ -21,7 +21,8 @@ from tersor.gguf import plan
 from tersor.gguf.quantizable import quantizable
 from tersor.gguf.types.base import BlockType
 from tersor.gguf.types.ladder import BY_NUMBER, rungs, type_of
-from tersor.hf.compress.request import Progress, Texts, budget_bytes, no_progress
+from tersor.hf.compress.request import Progress, Sampling, Texts, budget_bytes, no_progress
+from tersor.hf.compress.sides import TOKENS
 from tersor.hf.compress.work import WorkFolder, peak_memory
 from tersor.hf.gguf import encoding, survey
 from tersor.hf.gguf.evaluation import evaluate
@@ -35,6 +36,7 @@ from tersor.hf.models.text import read_ids, text_source
 from tersor.planning.calibration import Calibration
 
 ROUNDS = {"fast": 0, "normal": 2, "best": 6}
+SWEEPS = {"fast": 0, "normal": 2, "best": 4}
 OUTPUT = "output"
 LARGE = 256  # weights of the blocks of most types
 
@@ -203,6 +205,14 @@ def _mark(origin: Origin, settings: GgufSettings) -> list[Any]:
     return [tersor.__version__, origin.fingerprint, seen, settings.effort, list(settings.dense)]
 
 
+def _sampling(settings: GgufSettings) -> Sampling:
+    """Return how much text is read: enough for how errors of rows add up, where the effort asks for it."""
+    found = settings.sampling
+    if not (SWEEPS[settings.effort] and found.fisher_tokens):
+        return found
+    return dataclasses.replace(found, fisher_tokens=max(found.fisher_tokens, min(found.tokens, TOKENS)))
+
+
 def _stages(model: tuple[Origin, Sequence[Item]], budget: int, settings: GgufSettings, work: WorkFolder,
             progress: Progress) -> dict[str, Any]:
     origin, items = model
@@ -211,15 +221,15 @@ def _stages(model: tuple[Origin, Sequence[Item]], budget: int, settings: GgufSet
         calibration = _read_moments(settings, items)
     elif settings.calibrated:
         calibration = calibrated(origin.known(), settings.text_seen, work / "calibration.safetensors",
-                                 settings.sampling, progress)
+                                 _sampling(settings), progress)
     mark = [*_mark(origin, settings), None if calibration is None else calibration.sha256]
-    known = Known(calibration, items)
+    known = Known(calibration, items, origin.source)
     choices = survey.run(origin, items, known, work / "survey.jsonl", rate=8 * budget / origin.elements,
                          allowed=settings.types, mark=mark, progress=progress)
     entries = [item.entry for item in origin.items]
     types = plan.spend_file(origin.pairs, entries, choices, budget)
     write_json(work / "plan.json", {name: kind.name for name, kind in types.items()})
-    job = encoding.Job(origin, types, known, ROUNDS[settings.effort], mark)
+    job = encoding.Job(origin, types, known, ROUNDS[settings.effort], SWEEPS[settings.effort], mark)
     lines = encoding.run(job, work / "matrices", work / OUTPUT, progress)
     nbytes = (work / OUTPUT).stat().st_size
     if nbytes > budget or nbytes != plan.file_nbytes(origin.pairs, entries, types):
