@@ -125,8 +125,10 @@ def test_a_changed_byte_is_found(folder: Path, tmp_path: Path) -> None:
         verify(tmp_path / "m.gguf", origin, report["tensors"])
 
 
-def test_bad_input_is_refused_by_name(folder: Path, dense: Path, tmp_path: Path) -> None:
-    out = tmp_path / "m.gguf"
+def test_bad_input_is_refused_by_name(folder: Path, dense: Path, tmp_path: Path,
+                                      tmp_path_factory: pytest.TempPathFactory) -> None:
+    out, narrow = tmp_path / "m.gguf", save("llama", tmp_path_factory.mktemp("narrow") / "src", hidden_size=40,
+                                            intermediate_size=72, head_dim=10)
     for match, error, args, changes in (
             ("at least", BudgetError, (folder, out), {"size": 1000}),
             ("both", BudgetError, (folder, out, 4), {"size": 10**6}),
@@ -134,7 +136,9 @@ def test_bad_input_is_refused_by_name(folder: Path, dense: Path, tmp_path: Path)
             ("OUT", CodecConfigError, (folder, tmp_path / "out", 4), {}),
             ("effort", CodecConfigError, (folder, out, 4), {"effort": "most"}),
             ("no such file", ModelError, (tmp_path / "none.gguf", out, 4), {}),
-            ("matches none", ModelError, (folder, out, 4), {"dense": ("blk.9.*",)})):
+            ("matches none", ModelError, (folder, out, 4), {"dense": ("blk.9.*",)}),
+            ("rows of 40, 72 weights.* any type, .* 32", ModelError, (narrow, out, 8), {"types": ()}),
+            ("rows of 40, 72 weights.* types Q4_K, Q8_0", ModelError, (narrow, out, 8), {"types": ("Q4_K", "Q8_0")})):
         with pytest.raises(error, match=match):
             write_gguf(*args, **{**PLAIN, **changes})
     out.write_bytes(b"mine")

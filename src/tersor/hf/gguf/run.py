@@ -38,7 +38,7 @@ from tersor.planning.calibration import Calibration
 ROUNDS = {"fast": 0, "normal": 2, "best": 6}
 SWEEPS = {"fast": 0, "normal": 2, "best": 4}
 OUTPUT = "output"
-LARGE = 256  # weights of the blocks of most types
+LARGE, SMALL = 256, 32  # weights of the blocks of most types, and of the others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +151,7 @@ def _encodable(origin: Origin, settings: GgufSettings) -> list[Item]:
 def _check(origin: Origin, items: Sequence[Item], budget: int, settings: GgufSettings) -> None:
     """Refuse before any work what would fail after it."""
     if not items:
-        raise ModelError(f"{origin.path}: no tensor of it can be quantized")
+        raise _nothing(origin, settings)
     least = _least(origin, items, settings.types)
     plan.spend_file(origin.pairs, [item.entry for item in origin.items], least, budget)
     if settings.calibrated or settings.evaluation_tokens:
@@ -162,6 +162,15 @@ def _check(origin: Origin, items: Sequence[Item], budget: int, settings: GgufSet
         read_ids(origin.known(), settings.text_seen, settings.sampling.context, settings.sampling.tokens)
     if settings.evaluation_tokens:
         read_ids(origin.known(), settings.heldout, settings.context, settings.evaluation_tokens)
+
+
+def _nothing(origin: Origin, settings: GgufSettings) -> ModelError:
+    """Return the error for a model of which all would stay as it is."""
+    widths = sorted({item.entry.shape[-1] for item in origin.items if quantizable(item.entry)})
+    what = f"the types {', '.join(settings.types)}" if settings.types else f"any type, the least of which has {SMALL}"
+    return ModelError(f"{origin.path}: no tensor of it can be quantized: its matrices have rows of "
+                      f"{', '.join(map(str, widths[:4]))} weights, which are no whole blocks of {what}"
+                      f"{', or stay dense as asked' if settings.dense else ''}")
 
 
 def _read_moments(settings: GgufSettings, items: Sequence[Item]) -> Calibration:
