@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from tersor.grids.scheme import Scheme
-from tersor.grids.sided import DAMPING, ROWS, parted, sided
+from tersor.grids.sided import sided
 from tersor.grids.solve import Effort, Metric, descended, solve
 from tersor.grids.state import State
+from tersor.numerics.sides import DAMPING, ROWS, parted
 from tersor.testing import gaussian
 
 WIDTH, HEIGHT = 160, 96

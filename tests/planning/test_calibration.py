@@ -89,6 +89,17 @@ def test_file_keeps_sharing_and_provenance(tmp_path: Path) -> None:
     assert (tmp_path / "c.safetensors").stat().st_size < 2 * 8 * 8 * 4 + 1000
 
 
+def test_file_keeps_how_rows_add_up(tmp_path: Path) -> None:
+    h, blocks = torch.eye(8), (2 * torch.eye(4), torch.ones(2, 2))
+    Calibration({"q": h}, 64, "text", sides={"q": blocks}).save(tmp_path / "c")
+    found = Calibration.load(tmp_path / "c").sides
+    assert list(found) == ["q"]
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found["q"], blocks, strict=True))
+    Calibration({"q": h}, 64, "text", sides={"q": (torch.ones(2, 3),)}).save(tmp_path / "odd")
+    with pytest.raises(CorruptStoreError, match="float32 squares"):
+        Calibration.load(tmp_path / "odd")
+
+
 def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"no")
     for name in ("x", "missing"):

@@ -183,6 +183,6 @@ OWN = tuple(Own(case.peer, case.nbytes) for case in OURS if case.peer.name in ("
 GGUF = (*(case.peer for case in (*OURS, *WIDER)), *OURS, *WIDER, *OWN)
 RATES = ((2, 64, 0.50), (3, 128, 0.130), (4, 128, 0.032))  # bits, group, and what our KL may be
 PEERS = tuple(Calibrated(tool, bits, group) for bits, group, _ in RATES for tool in TOOLS)
-LINEARS = tuple(Packed(bits + 16 / group, most, effort) for bits, group, most in RATES for effort in ("normal", "best"))
+LINEARS = tuple(Packed(bits + 16 / group, most, "normal") for bits, group, most in RATES)
 PACKED = (*PEERS, *LINEARS)
 SHARDS = (Shards(1), Shards(4), Shards(32), Shards(32, 4.6, "Q4_K,Q6_K"))

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 
 from bench import models, peers
@@ -24,7 +25,6 @@ from bench.suites.serving.cases import (
     Quantized,
 )
 from tersor.gguf import file
-from tersor.gguf.types.ladder import BY_NUMBER
 from tersor.hf.compress import calibrate
 from tersor.hf.compress.request import Sampling, no_progress
 from tersor.hf.compress.run import compress_model
@@ -77,7 +77,7 @@ class _Made:
         """Return a model's calibration."""
         path = self.folder / f"{model}.calibration"
         if not path.exists():
-            calibrate.run(self.source(model), CALIBRATION, path, SAMPLING)
+            calibrate.run(self.source(model), CALIBRATION, path, Sampling(TOKENS, TOKENS))
         return path
 
     def ids(self, model: str) -> Path:
@@ -113,8 +113,12 @@ class _Made:
 
 
 def tensors_nbytes(found: file.GgufFile) -> int:
-    """Return the bytes of a file's tensors."""
-    return sum(BY_NUMBER[entry.number].tensor_nbytes(entry.elements) for entry in found.entries)
+    """Return the bytes of a file's tensors; llama.cpp falls back to types that are not written here."""
+    total = 0
+    for entry in found.entries:
+        block, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(entry.number)]
+        total += entry.elements // block * nbytes
+    return total
 
 
 def _quantized(case: Quantized, made: _Made) -> Outcome:
@@ -127,7 +131,7 @@ def _quantized(case: Quantized, made: _Made) -> Outcome:
     kinds: dict[str, int] = {}
     for entry in written.entries:
         if len(entry.shape) > 1:
-            name = BY_NUMBER[entry.number].name
+            name = gguf.GGMLQuantizationType(entry.number).name
             kinds[name] = kinds.get(name, 0) + 1
     return _result(case, found, tensors_nbytes(written), kinds=dict(sorted(kinds.items())), total_bytes=written.nbytes,
                    parameters=sum(entry.elements for entry in written.entries),

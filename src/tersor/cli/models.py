@@ -148,7 +148,8 @@ def compress(src: Src, output: NewOut, rate: BudgetRate = None, size: Size = Non
 def calibrate(src: Src, output: Annotated[Path, typer.Argument(metavar="CALIB", help="file to write")],
               text: CalibrationText = None,
               tokens: Annotated[int, typer.Option(min=1, help="tokens for the moments")] = 65536,
-              fisher_tokens: Annotated[int, typer.Option(min=0, help="tokens for sensitivities; 0: none")] = 2048,
+              fisher_tokens: Annotated[int, typer.Option(min=0, help="tokens for sensitivities, and from 32,768 on "
+                                                         "for how errors of rows add up; 0: none")] = 32768,
               context: Context = 512, seed: Seed = 0, device: Device = "cpu", whole_model: Whole = False,
               as_json: AsJson = False) -> None:
     """Collect the moments of inputs, and sensitivities. Keeps them all; compress does without."""

@@ -7,10 +7,13 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from tersor.gguf.sided import Across, sided
 from tersor.gguf.solve import Metric, plainly, solve
+from tersor.gguf.state import State
 from tersor.gguf.types.base import BlockType, CodedType
 from tersor.numerics.linalg import inverse_cholesky
 from tersor.numerics.settings import steadily
+from tersor.numerics.sides import ROWS
 
 SPAN = 256  # columns that are solved together: one block, or eight of the small types
 PART = 1 << 23  # weights at a time
@@ -39,29 +42,43 @@ class Inputs:
         return cls(upper, tuple(Metric.of(upper[s : s + SPAN, s : s + SPAN].contiguous()) for s in spans))
 
 
-def encode(kind: CodedType, matrix: Tensor, inputs: Inputs | None, rounds: int = 2) -> Tensor:
-    """Return the bytes uint8 (out, bytes of a row) of a matrix (out, in)."""
-    count = max(1, PART // matrix.shape[1])
-    return steadily(lambda: torch.cat([_rows(kind, part.to(torch.float32), inputs, rounds)
-                                       for part in matrix.split(count)]))
+def encode(kind: CodedType, matrix: Tensor, inputs: Inputs | None, rounds: int = 2,
+           across: Across | None = None) -> Tensor:
+    """Return the bytes uint8 (out, bytes of a row) of a matrix (out, in).
+
+    Parameters
+    ----------
+    across : Across or None
+        How errors of different rows add up; None: each row is chosen for itself.
+    """
+    least = 1 if across is None else ROWS
+    count = least * max(1, PART // (least * matrix.shape[1]))
+
+    def rows(start: int) -> Tensor:
+        part = matrix[start : start + count].to(torch.float32)
+        state = _rows(kind, part, inputs, rounds)
+        if across is not None and across.sweeps:
+            state = sided(kind, part, state, across.part(start, start + len(part)))
+        return kind.pack(state.fields(kind)).reshape(len(part), -1)
+
+    return steadily(lambda: torch.cat([rows(start) for start in range(0, len(matrix), count)]))
 
 
-def _rows(kind: CodedType, rows: Tensor, inputs: Inputs | None, rounds: int) -> Tensor:
+def _rows(kind: CodedType, rows: Tensor, inputs: Inputs | None, rounds: int) -> State:
     work, width = rows.clone(), rows.shape[1]
-    parts = []
+    states = []
     for number, start in enumerate(range(0, width, SPAN)):
         stop = min(start + SPAN, width)
         target = work[:, start:stop]
         if inputs is None:
-            state = plainly(kind, target, torch.ones(stop - start), rounds)
+            states.append(plainly(kind, target, torch.ones(stop - start), rounds))
         else:
             metric = inputs.metrics[number]
-            state = solve(kind, target, metric, rounds)
-            error = target - state.values()
+            states.append(solve(kind, target, metric, rounds))
+            error = target - states[-1].values()
             scaled = torch.linalg.solve_triangular(metric.upper, error, upper=True, left=False)
             work[:, stop:] -= scaled @ inputs.upper[start:stop, stop:]
-        parts.append(kind.pack(state.fields(kind)).reshape(len(rows), -1))
-    return torch.cat(parts, 1)
+    return State.beside(states)
 
 
 def decode(kind: BlockType, stored: Tensor, width: int) -> Tensor:

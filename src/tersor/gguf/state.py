@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -52,6 +53,11 @@ class State:
         """Return the weights (n, w)."""
         levels = self.levels.to(torch.float32).reshape(*self.scales.shape, -1)
         return (self.steps()[..., None] * levels - self.floors()[..., None]).reshape(self.levels.shape)
+
+    @classmethod
+    def beside(cls, spans: Sequence[State]) -> State:
+        """Return the state of spans that lie beside one another."""
+        return cls(*(torch.cat(parts, 1) for parts in zip(*(span.parts() for span in spans), strict=True)))
 
     def where(self, better: Tensor, other: State) -> State:
         """Return these rows where `better` (n,) says so, and those of the other state elsewhere."""

@@ -1,14 +1,12 @@
 """Levels once more, now that errors of different rows make up for one another too.
 
-A model suffers from errors E by `tr(G E H Eᵀ)`, about: H are the second moments of the inputs, G those of the loss's
-gradients by the outputs (Martens and Grosse 2015; Tseng et al. 2025 round by it). Columns are taken one after another,
-and in each the rows by classes: a class moves where all of its moves together lower the cost.
+A model suffers from errors E by `tr(G E H Eᵀ)`, about: see `numerics.sides`. Columns are taken one after another, and
+in each the rows by classes: a class moves where all of its moves together lower the cost.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,18 +14,10 @@ from torch import Tensor
 from tersor.grids.scheme import Scheme
 from tersor.grids.solve import BLOCK
 from tersor.grids.state import State, inverse, nearest
-
-ROWS = 1024  # rows whose errors are weighed together: G is kept in blocks of so many
-CLASSES = 16  # rows of a class lie so far apart
-DAMPING = 0.1  # of G, times its mean diagonal
+from tersor.numerics.sides import Blocks, classes, damped, laid, levels_of
 
 
-def parted(rows: int) -> list[int]:
-    """Return the sizes of the blocks of G."""
-    return [min(ROWS, rows - start) for start in range(0, rows, ROWS)]
-
-
-def sided(scheme: Scheme, target: Tensor, state: State, whole: Tensor, sides: Sequence[Tensor], sweeps: int) -> State:
+def sided(scheme: Scheme, target: Tensor, state: State, whole: Tensor, sides: Blocks, sweeps: int) -> State:
     """Return a state of the same scales whose levels were chosen anew.
 
     Parameters
@@ -39,31 +29,12 @@ def sided(scheme: Scheme, target: Tensor, state: State, whole: Tensor, sides: Se
     sides : sequence of Tensor
         The blocks of G, (r, r) each; the last may be smaller.
     """
-    size = len(sides[0])
-    spare = len(sides) * size - len(target)  # rows that fill the last block; they have no pull, so they never move
-
-    def laid(numbers: Tensor) -> Tensor:
-        """Return numbers of rows (n, k) as (k, b, r)."""
-        wide = torch.nn.functional.pad(numbers.to(torch.float32), (0, 0, 0, spare))
-        return wide.T.reshape(-1, len(sides), size).contiguous()
-
-    levels, steps = laid(state.levels), laid(state.scales)
-    aim = laid(target - dataclasses.replace(state, levels=torch.zeros_like(state.levels)).values())
-    damped = torch.stack([_damped(side, size) for side in sides])
+    levels, steps = laid(state.levels, sides), laid(state.scales, sides)
+    aim = laid(target - dataclasses.replace(state, levels=torch.zeros_like(state.levels)).values(), sides)
+    weighed = damped(sides)
     for _ in range(sweeps):
-        _sweep(scheme, levels, (aim, steps), whole, damped)
-    found = levels.flatten(1)[:, : len(target)].to(torch.int8).T.contiguous()
-    return dataclasses.replace(state, levels=found)
-
-
-def _damped(side: Tensor, size: int) -> Tensor:
-    """Return a block of G, scaled and damped; zeros, by which no row moves, where it has none."""
-    mean, found = float(side.diagonal().mean(dtype=torch.float64)), torch.zeros(size, size, device=side.device)
-    if mean > 0.0:
-        own = found[: len(side), : len(side)]
-        own += side.to(torch.float32) / mean
-        own.diagonal().add_(DAMPING)
-    return found
+        _sweep(scheme, levels, (aim, steps), whole, weighed)
+    return dataclasses.replace(state, levels=levels_of(levels, len(target)))
 
 
 def _sweep(scheme: Scheme, levels: Tensor, given: tuple[Tensor, Tensor], whole: Tensor, sides: Tensor) -> None:
@@ -72,8 +43,7 @@ def _sweep(scheme: Scheme, levels: Tensor, given: tuple[Tensor, Tensor], whole: 
     group = len(aim) // len(steps)
     error = aim - levels * steps.repeat_interleave(group, 0)
     pull = torch.einsum("bij,cbj->cbi", sides, (whole @ error.flatten(1)).reshape(error.shape)).contiguous()
-    parts = [(slice(first, None, CLASSES), sides[:, :, first::CLASSES].contiguous())
-             for first in range(min(CLASSES, sides.shape[1]))]
+    parts = classes(sides)
     over, own, costs = inverse(steps), inverse(sides.diagonal(dim1=1, dim2=2)), inverse(whole.diagonal())
     for start in range(0, len(pull), BLOCK):
         stop = min(start + BLOCK, len(pull))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tersor.errors import CorruptStoreError, NonFiniteError, NotAStoreError
 from tersor.files import load_sealed, save_sealed, seal_of
+from tersor.numerics.sides import Blocks
 
 _CHECK = 1e-3  # largest relative gap tolerated between the float32 trace and a float64 sum of squares
 STRIP = 128  # rows of moments that are added up together, from the diagonal on
@@ -137,6 +138,8 @@ class Calibration:
         Where the text came from, and its SHA-256.
     fisher : mapping of str to float
         Trace of the Fisher information of each matrix, a token; empty where it was not measured.
+    sides : mapping of str to sequence of Tensor
+        How errors of a matrix's rows add up, see `numerics.sides`; empty where it was not measured.
     sha256 : str
         Of all of it, where it was read from a file: what was made with one calibration is never mixed with another's.
     """
@@ -145,12 +148,16 @@ class Calibration:
     tokens: int
     source: str
     fisher: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    sides: Mapping[str, Blocks] = dataclasses.field(default_factory=dict)
     sha256: str = ""
 
     def save(self, path: Path) -> None:
         """Write to a safetensors file with a digest of all of it; shared moments once; atomic."""
         names, tensors = shared(self.hessians)
-        record = {"names": names, "tokens": self.tokens, "source": self.source, "fisher": dict(self.fisher)}
+        tensors |= {f"{name}/{place}": block for name, blocks in self.sides.items()
+                    for place, block in enumerate(blocks)}
+        record = {"names": names, "tokens": self.tokens, "source": self.source, "fisher": dict(self.fisher),
+                  "sides": {name: len(blocks) for name, blocks in self.sides.items()}}
         save_sealed(tensors, path, record)
 
     @classmethod
@@ -175,7 +182,9 @@ class Calibration:
             tensors, record = load_sealed(path)
             hessians = {name: tensors[key] for name, key in record["names"].items()}
             fisher = {name: float(trace) for name, trace in record["fisher"].items()}
-            read = cls(hessians, record["tokens"], record["source"], fisher, sealed)
+            counts = record.get("sides", {})  # files of before 2026-12 have none
+            rows = {name: tuple(tensors[f"{name}/{place}"] for place in range(count)) for name, count in counts.items()}
+            read = cls(hessians, record["tokens"], record["source"], fisher, rows, sealed)
             read._check()
         except (CorruptStoreError, LookupError, AttributeError, ValueError, TypeError, OverflowError) as error:
             raise CorruptStoreError(f"{path}: a damaged calibration, so calibrate again: {error}") from error
@@ -185,7 +194,8 @@ class Calibration:
         """Raise `ValueError` unless counts, traces and shapes are of the right form; moments are looked at in use."""
         sound = (type(self.tokens) is int and self.tokens >= 0 and isinstance(self.source, str)
                  and all(math.isfinite(trace) and trace >= 0 for trace in self.fisher.values()))
-        odd = sorted(name for name, h in self.hessians.items()
+        squares = [*self.hessians.items(), *((name, block) for name, blocks in self.sides.items() for block in blocks)]
+        odd = sorted(name for name, h in squares
                      if h.ndim != 2 or h.shape[0] != h.shape[1] or h.dtype != torch.float32)
         if not sound or odd:
             raise ValueError(f"moments of {odd[:3]} are no float32 squares" if odd else "tokens, source or traces are "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +57,24 @@ def test_a_file_that_another_writer_has_sorted_is_evaluated(folder: Path, dense:
     text.write_text("the quick brown fox " * 40)
     found = evaluate(tmp_path / "turned.gguf", origin, text, context=64, tokens=256, progress=no_progress)
     assert found["kl"] == pytest.approx(0, abs=1e-9)
+
+
+def test_types_of_other_writers_are_evaluated(folder: Path, dense: Path, tmp_path: Path) -> None:
+    """llama-quantize falls back to Q4_0 where rows are no whole 256s; nothing here writes that type."""
+    gguf = pytest.importorskip("gguf")
+    held, origin = file.read(dense), open_folder(folder, tmp_path / "staged")
+    name, old = "blk.0.ffn_up.weight", gguf.GGMLQuantizationType.Q4_0
+    given = {entry.name: held.bytes_of(entry, BY_NUMBER[entry.number].tensor_nbytes(entry.elements))
+             for entry in held.entries}
+    weights = given[name].view(torch.bfloat16).float().numpy()
+    given[name] = torch.from_numpy(gguf.quants.quantize(weights.reshape(-1, 256), old).reshape(-1))
+    entries = [dataclasses.replace(entry, number=old.value) if entry.name == name else entry for entry in held.entries]
+    file.write(tmp_path / "old.gguf", held.pairs, entries, [len(given[entry.name]) for entry in entries],
+               lambda entry: [given[entry.name]])
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox " * 40)
+    found = evaluate(tmp_path / "old.gguf", origin, text, context=64, tokens=256, progress=no_progress)
+    assert 0 < found["kl"] < 0.1
 
 
 def test_a_directory_becomes_a_file_of_its_size(folder: Path, tmp_path: Path) -> None:
@@ -125,8 +144,10 @@ def test_a_changed_byte_is_found(folder: Path, tmp_path: Path) -> None:
         verify(tmp_path / "m.gguf", origin, report["tensors"])
 
 
-def test_bad_input_is_refused_by_name(folder: Path, dense: Path, tmp_path: Path) -> None:
-    out = tmp_path / "m.gguf"
+def test_bad_input_is_refused_by_name(folder: Path, dense: Path, tmp_path: Path,
+                                      tmp_path_factory: pytest.TempPathFactory) -> None:
+    out, narrow = tmp_path / "m.gguf", save("llama", tmp_path_factory.mktemp("narrow") / "src", hidden_size=40,
+                                            intermediate_size=72, head_dim=10)
     for match, error, args, changes in (
             ("at least", BudgetError, (folder, out), {"size": 1000}),
             ("both", BudgetError, (folder, out, 4), {"size": 10**6}),
@@ -134,7 +155,9 @@ def test_bad_input_is_refused_by_name(folder: Path, dense: Path, tmp_path: Path)
             ("OUT", CodecConfigError, (folder, tmp_path / "out", 4), {}),
             ("effort", CodecConfigError, (folder, out, 4), {"effort": "most"}),
             ("no such file", ModelError, (tmp_path / "none.gguf", out, 4), {}),
-            ("matches none", ModelError, (folder, out, 4), {"dense": ("blk.9.*",)})):
+            ("matches none", ModelError, (folder, out, 4), {"dense": ("blk.9.*",)}),
+            ("rows of 40, 72 weights.* any type, .* 32", ModelError, (narrow, out, 8), {"types": ()}),
+            ("rows of 40, 72 weights.* types Q4_K, Q8_0", ModelError, (narrow, out, 8), {"types": ("Q4_K", "Q8_0")})):
         with pytest.raises(error, match=match):
             write_gguf(*args, **{**PLAIN, **changes})
     out.write_bytes(b"mine")

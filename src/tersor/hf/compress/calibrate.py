@@ -7,10 +7,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from tersor.errors import CorruptStoreError
 from tersor.files import exclusive, read_sealed_json, tell_damaged, write_sealed_json
+from tersor.hf.compress import sides
 from tersor.hf.compress.checkpoint import Checkpoint, checkpoints, part_of
 from tersor.hf.compress.reading import Reading, steps
 from tersor.hf.compress.request import Progress, Sampling, no_progress
@@ -72,19 +74,37 @@ def run(source: Source, text: Path, output: Path, sampling: Sampling | None = No
     """Run calibration text through the dense model; write the moments of all matrices and Fisher traces to `output`.
 
     Moments of all blocks are in memory at the end. `compress_model` has no need of that: it surveys and encodes a block
-    while its moments are there. A killed run goes on between two blocks.
+    while its moments are there. A killed run goes on between two blocks. Where sensitivities read enough text,
+    `sides.TOKENS` or all of it, how errors of rows add up is written as well.
     """
     reading = Reading.of(source, text, sampling or Sampling(), output.with_name(f"{output.name}.activations"),
                          devices=(device,), whole=whole)
     traces, moments = (Checkpoint(file, reading.mark) for file in checkpoints(output))
-    found = _traces(reading, traces, progress)
+    found, rows = _sensitivities(reading, traces, progress)
     hessians = _moments(reading, moments, progress)
-    result = dataclasses.replace(reading.seen, hessians=hessians, fisher=found)
+    result = dataclasses.replace(reading.seen, hessians=hessians, fisher=found, sides=rows)
     result.save(output)
     for checkpoint in (traces, moments):
         checkpoint.drop()
     shutil.rmtree(reading.folder, ignore_errors=True)
     return result
+
+
+def _sensitivities(reading: Reading, checkpoint: Checkpoint,
+                   progress: Progress) -> tuple[dict[str, float], dict[str, sides.Blocks]]:
+    """Return Fisher traces and, where enough text is read for them, how errors of rows add up."""
+    if min(reading.tokens, sides.TOKENS) > reading.sampling.fisher_tokens:
+        return _traces(reading, checkpoint, progress), {}
+    reading = dataclasses.replace(reading, sampling=dataclasses.replace(
+        reading.sampling, fisher_context=reading.sampling.context))
+    folder = reading.folder / "sides"
+    traces = _traces(reading, checkpoint, progress, sides.gathering(folder, reading.mark))
+    found = sides.read(folder, reading.mark)
+    if found is None:
+        checkpoint.drop()
+        raise CorruptStoreError(f"{folder}: a file of it is damaged or gone; run again, and all of them are made again")
+    device = torch.device("cpu")
+    return traces, {name: blocks for name in found.names if (blocks := found.of(name, device)) is not None}
 
 
 def _moments(reading: Reading, checkpoint: Checkpoint, progress: Progress) -> dict[str, Tensor]:

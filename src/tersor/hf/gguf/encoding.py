@@ -39,6 +39,8 @@ class Job:
     known : Known
     rounds : int
         Of fitting scales and feedback in turn.
+    sweeps : int
+        Over all levels at the end, with an eye on other rows.
     mark : Any
         JSON-able: what the bytes depend on besides tensor and type.
     """
@@ -47,6 +49,7 @@ class Job:
     types: Mapping[str, BlockType]
     known: Known
     rounds: int
+    sweeps: int
     mark: Any
 
 
@@ -78,7 +81,7 @@ def run(job: Job, folder: Path, target: Path, progress: Progress) -> dict[str, d
 def _encode(job: Job, item: Item, kind: CodedType, place: Path) -> dict[str, Any]:
     matrix, name = rows_of(item), item.entry.name
     check_matrix(matrix, name)
-    stored = encode(kind, matrix, job.known.inputs(item), job.rounds)
+    stored = encode(kind, matrix, job.known.inputs(item), job.rounds, job.known.across(item, job.sweeps))
     errors = measured(kind, stored, matrix, job.known.hessian(item))
     found = {"type": kind.name, "shape": list(item.entry.shape), "nbytes": stored.numel(),
              "relative_error": errors.relative, "distortion": errors.distortion}
@@ -87,7 +90,8 @@ def _encode(job: Job, item: Item, kind: CodedType, place: Path) -> dict[str, Any
 
 
 def _stamp(job: Job, name: str) -> str:
-    text = json.dumps([tersor.__version__, job.mark, name, job.types[name].name, job.rounds], sort_keys=True)
+    told = [tersor.__version__, job.mark, name, job.types[name].name, job.rounds, job.sweeps]
+    text = json.dumps(told, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -11,9 +11,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tersor.errors import NonFiniteError
 from tersor.gguf import file
-from tersor.gguf.encode import decode
-from tersor.gguf.types.ladder import BY_NUMBER
 from tersor.hf.compress.request import Progress
+from tersor.hf.gguf.from_file import numbers
 from tersor.hf.gguf.inputs import flat
 from tersor.hf.gguf.origin import Origin
 from tersor.hf.models.evaluate import Original, batched, compare, vocabulary
@@ -56,7 +55,5 @@ def _filled(path: Path, origin: Origin, source: Source) -> PreTrainedModel:
         if item.matrix is None or item.undo is None:
             continue
         entry = named[item.entry.name]
-        kind, (rows, width) = BY_NUMBER[entry.number], flat(entry)
-        stored = found.bytes_of(entry, kind.tensor_nbytes(entry.elements)).reshape(rows, -1)
-        model.get_parameter(item.matrix).copy_(item.undo(decode(kind, stored, width)))
+        model.get_parameter(item.matrix).copy_(item.undo(numbers(found, entry).reshape(flat(entry))))
     return model

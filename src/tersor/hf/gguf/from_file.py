@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tersor.errors import ModelError
 from tersor.files import file_digest
+from tersor.gguf.encode import decode
 from tersor.gguf.file import Entry, GgufFile, read
 from tersor.gguf.metadata import Pair
 from tersor.gguf.types.ladder import BY_NUMBER
@@ -97,6 +98,15 @@ def _item(found: GgufFile, entry: Entry, matrix: str | None) -> Item:
 
 def _plain(found: GgufFile, entry: Entry, kind: Plain) -> Callable[[], Tensor]:
     return lambda: found.bytes_of(entry, entry.elements * kind.nbytes).view(kind.dtype).reshape(entry.shape)
+
+
+def numbers(found: GgufFile, entry: Entry) -> Tensor:
+    """Return a tensor in float32, of types too that are not written here."""
+    kind = BY_NUMBER.get(entry.number)
+    if kind is None:
+        return _decoded(found, entry)
+    stored = found.bytes_of(entry, kind.tensor_nbytes(entry.elements))
+    return decode(kind, stored.reshape(entry.elements // entry.shape[-1], -1), entry.shape[-1]).reshape(entry.shape)
 
 
 def _decoded(found: GgufFile, entry: Entry) -> Tensor:

@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from tersor.errors import CorruptStoreError
 from tersor.files import tell_damaged
 from tersor.gguf.encode import Inputs
 from tersor.gguf.file import Entry
+from tersor.gguf.sided import Across
 from tersor.hf.compress import calibrate, sensitivity
 from tersor.hf.compress.request import Progress, Sampling
 from tersor.hf.gguf.errors import PART
 from tersor.hf.gguf.origin import Item, Origin
 from tersor.hf.models.source import Source
 from tersor.numerics.settings import pinned
+from tersor.numerics.sides import Blocks
 from tersor.planning.calibration import Calibration, hessian_of
 
 
@@ -50,10 +54,12 @@ class Known:
     calibration : Calibration or None
     items : sequence of Item
         The tensors that are to be encoded.
+    source : Source or None
+        The model that was calibrated, whose rows may lie in another order.
     """
 
-    def __init__(self, calibration: Calibration | None, items: Sequence[Item]) -> None:
-        self._calibration = calibration
+    def __init__(self, calibration: Calibration | None, items: Sequence[Item], source: Source | None = None) -> None:
+        self._calibration, self._source = calibration, source
         self._held: tuple[Tensor, Inputs] | None = None
         self._elements = sum(item.entry.elements for item in items)
 
@@ -74,6 +80,27 @@ class Known:
                 self._held = hessian, Inputs.of(hessian)
         return self._held[1]
 
+    def across(self, item: Item, sweeps: int) -> Across | None:
+        """Return how errors of its rows add up, if it is known; rows that lie in another block there have none.
+
+        Raises
+        ------
+        CorruptStoreError
+            If what is known holds NaN or infinity.
+        """
+        sides = None if self._calibration is None or not sweeps else self._calibration.sides.get(str(item.matrix))
+        hessian = self.hessian(item)
+        if sides is None or hessian is None or self._source is None:
+            return None
+        if not all(bool(torch.isfinite(block).all()) for block in sides):
+            raise CorruptStoreError(f"calibration: what is known of the rows of '{item.matrix}' holds NaN or infinity; "
+                                    "calibrate again")
+        turned = turned_as(rows_of(item), self._source.tensor(str(item.matrix)), sides)
+        if turned is None:
+            return None
+        with pinned():
+            return Across.of(hessian, turned, sweeps)
+
     def weight(self, item: Item) -> float | None:
         """Return the nats of KL a token that a relative distortion of 1 would cost; None where it was not measured.
 
@@ -88,6 +115,37 @@ class Known:
         with pinned():  # a mean over rows, by parts of them
             return sum(sensitivity.weight(trace, part, hessian) * len(part) / len(rows)
                        for part in rows.split(max(1, PART // rows.shape[1])))
+
+
+def turned_as(rows: Tensor, matrix: Tensor, sides: Blocks) -> Blocks | None:
+    """Return blocks of moments in the order in which a file has the rows (n, w) of a model's matrix.
+
+    llama.cpp lays rows of queries and keys in another order. Each row is found by what it holds. None if the file has
+    other rows than the model, or rows of one block lie in another.
+    """
+    if matrix.shape != rows.shape:
+        return None
+    mine, theirs = rows.to(torch.float32), matrix.to(torch.float32)
+    if torch.equal(mine, theirs):
+        return sides
+    order = torch.empty(len(rows), dtype=torch.int64)
+    order[_sorted(mine)] = _sorted(theirs)
+    if not torch.equal(mine, theirs[order]):
+        return None
+    found, start = [], 0
+    for block in sides:
+        own = order[start : start + len(block)] - start
+        if int(own.min()) < 0 or int(own.max()) >= len(block):
+            return None
+        found.append(block[own][:, own])
+        start += len(block)
+    return found
+
+
+def _sorted(rows: Tensor) -> Tensor:
+    """Return the places of rows (n, w) in an order of what they hold."""
+    held = np.ascontiguousarray(rows.numpy())
+    return torch.from_numpy(held.view(np.dtype((np.void, held.strides[0])))[:, 0].argsort(kind="stable"))
 
 
 def filled(weights: Mapping[str, float | None], origin: Origin) -> dict[str, float]:

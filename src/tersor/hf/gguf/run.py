@@ -21,7 +21,8 @@ from tersor.gguf import plan
 from tersor.gguf.quantizable import quantizable
 from tersor.gguf.types.base import BlockType
 from tersor.gguf.types.ladder import BY_NUMBER, rungs, type_of
-from tersor.hf.compress.request import Progress, Texts, budget_bytes, no_progress
+from tersor.hf.compress.request import Progress, Sampling, Texts, budget_bytes, no_progress
+from tersor.hf.compress.sides import TOKENS
 from tersor.hf.compress.work import WorkFolder, peak_memory
 from tersor.hf.gguf import encoding, survey
 from tersor.hf.gguf.evaluation import evaluate
@@ -35,8 +36,9 @@ from tersor.hf.models.text import read_ids, text_source
 from tersor.planning.calibration import Calibration
 
 ROUNDS = {"fast": 0, "normal": 2, "best": 6}
+SWEEPS = {"fast": 0, "normal": 2, "best": 4}
 OUTPUT = "output"
-LARGE = 256  # weights of the blocks of most types
+LARGE, SMALL = 256, 32  # weights of the blocks of most types, and of the others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +151,7 @@ def _encodable(origin: Origin, settings: GgufSettings) -> list[Item]:
 def _check(origin: Origin, items: Sequence[Item], budget: int, settings: GgufSettings) -> None:
     """Refuse before any work what would fail after it."""
     if not items:
-        raise ModelError(f"{origin.path}: no tensor of it can be quantized")
+        raise _nothing(origin, settings)
     least = _least(origin, items, settings.types)
     plan.spend_file(origin.pairs, [item.entry for item in origin.items], least, budget)
     if settings.calibrated or settings.evaluation_tokens:
@@ -160,6 +162,15 @@ def _check(origin: Origin, items: Sequence[Item], budget: int, settings: GgufSet
         read_ids(origin.known(), settings.text_seen, settings.sampling.context, settings.sampling.tokens)
     if settings.evaluation_tokens:
         read_ids(origin.known(), settings.heldout, settings.context, settings.evaluation_tokens)
+
+
+def _nothing(origin: Origin, settings: GgufSettings) -> ModelError:
+    """Return the error for a model of which all would stay as it is."""
+    widths = sorted({item.entry.shape[-1] for item in origin.items if quantizable(item.entry)})
+    what = f"the types {', '.join(settings.types)}" if settings.types else f"any type, the least of which has {SMALL}"
+    return ModelError(f"{origin.path}: no tensor of it can be quantized: its matrices have rows of "
+                      f"{', '.join(map(str, widths[:4]))} weights, which are no whole blocks of {what}"
+                      f"{', or stay dense as asked' if settings.dense else ''}")
 
 
 def _read_moments(settings: GgufSettings, items: Sequence[Item]) -> Calibration:
@@ -203,6 +214,15 @@ def _mark(origin: Origin, settings: GgufSettings) -> list[Any]:
     return [tersor.__version__, origin.fingerprint, seen, settings.effort, list(settings.dense)]
 
 
+def _sampling(settings: GgufSettings) -> Sampling:
+    """Return how much text is read: enough for how errors of rows add up, where the effort asks for it."""
+    found = settings.sampling
+    if not (SWEEPS[settings.effort] and found.fisher_tokens):
+        return found
+    return dataclasses.replace(found, fisher_tokens=max(found.fisher_tokens, min(found.tokens, TOKENS)),
+                               fisher_context=found.context)
+
+
 def _stages(model: tuple[Origin, Sequence[Item]], budget: int, settings: GgufSettings, work: WorkFolder,
             progress: Progress) -> dict[str, Any]:
     origin, items = model
@@ -211,15 +231,15 @@ def _stages(model: tuple[Origin, Sequence[Item]], budget: int, settings: GgufSet
         calibration = _read_moments(settings, items)
     elif settings.calibrated:
         calibration = calibrated(origin.known(), settings.text_seen, work / "calibration.safetensors",
-                                 settings.sampling, progress)
+                                 _sampling(settings), progress)
     mark = [*_mark(origin, settings), None if calibration is None else calibration.sha256]
-    known = Known(calibration, items)
+    known = Known(calibration, items, origin.source)
     choices = survey.run(origin, items, known, work / "survey.jsonl", rate=8 * budget / origin.elements,
                          allowed=settings.types, mark=mark, progress=progress)
     entries = [item.entry for item in origin.items]
     types = plan.spend_file(origin.pairs, entries, choices, budget)
     write_json(work / "plan.json", {name: kind.name for name, kind in types.items()})
-    job = encoding.Job(origin, types, known, ROUNDS[settings.effort], mark)
+    job = encoding.Job(origin, types, known, ROUNDS[settings.effort], SWEEPS[settings.effort], mark)
     lines = encoding.run(job, work / "matrices", work / OUTPUT, progress)
     nbytes = (work / OUTPUT).stat().st_size
     if nbytes > budget or nbytes != plan.file_nbytes(origin.pairs, entries, types):

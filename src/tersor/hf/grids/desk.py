@@ -18,7 +18,7 @@ from tersor.grids.scheme import Scheme
 from tersor.grids.solve import Effort
 from tersor.hf.compress.desk import Wanted
 from tersor.hf.compress.request import Progress
-from tersor.hf.grids.sides import Sides
+from tersor.hf.compress.sides import Sides
 from tersor.hf.grids.survey import Metrics
 from tersor.hf.models.source import Source
 from tersor.numerics.settings import pinned

@@ -23,6 +23,7 @@ from tersor.hf.compress import calibrate, encode
 from tersor.hf.compress.desk import Wanted
 from tersor.hf.compress.reading import Reading, check_numbers
 from tersor.hf.compress.request import Progress, Texts, budget_bytes, no_progress, usable_device
+from tersor.hf.compress.sides import Sides
 from tersor.hf.compress.status import Teller
 from tersor.hf.compress.work import WorkFolder, peak_memory
 from tersor.hf.grids import output as directory
@@ -238,7 +239,7 @@ def _stages(model: tuple[Source, Mapping[str, Sequence[Scheme]]], budget: Budget
 
 
 def _sensitivities(reading: Reading | None, settings: PackSettings, work: WorkFolder,
-                   tell: Progress) -> tuple[Calibration | None, sides.Sides | None]:
+                   tell: Progress) -> tuple[Calibration | None, Sides | None]:
     if reading is None:
         return None, None
     traces = work / "sensitivities.json"

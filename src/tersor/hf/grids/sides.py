@@ -1,113 +1,16 @@
-"""How errors of a matrix's rows add up: second moments of the loss's gradients by its outputs, from the Fisher pass.
-
-They are gathered where the pass goes back through a block, and put down in a file a block: matrices are encoded in the
-other direction, and most models have more of them than memory.
-"""
+"""Sensitivities, and how errors of rows add up, in one pass before anything is encoded."""
 
 from __future__ import annotations
 
 import dataclasses
-import threading
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor, nn
 
 from tersor.errors import CorruptStoreError
-from tersor.files import load_sealed, save_sealed, tell_damaged
-from tersor.grids.sided import parted
 from tersor.hf.compress import calibrate
 from tersor.hf.compress.reading import Reading
 from tersor.hf.compress.request import Progress
-from tersor.hf.compress.sensitivity import Fisher
-from tersor.hf.models.streamed import Streamed
+from tersor.hf.compress.sides import TOKENS, Sides, gathering, read
 from tersor.planning.calibration import Calibration
-
-Blocks = Sequence[Tensor]
-TOKENS = 1 << 15  # of the text that moments are made from; from 4,096 they do harm (docs/log.md)
-
-
-class SidedFisher(Fisher):
-    """The pass, which also gathers the moments of gradients by outputs.
-
-    Parameters
-    ----------
-    files : callable
-        A stage to the file of its moments.
-    """
-
-    def __init__(self, streamed: Streamed, sequences: Tensor, seed: int, folder: Path | None, *,
-                 files: Callable[[int], Path], mark: str) -> None:
-        super().__init__(streamed, sequences, seed, folder)
-        self._files, self._mark, self._here = files, mark, threading.local()
-        self._found: dict[int, dict[str, Blocks]] = {}  # by sequence
-        self._total: dict[str, Blocks] = {}  # of a stage
-
-    def _backward(self, stage: int) -> None:
-        handles = [copy.hollow.model.get_submodule(m.parameter.removesuffix(".weight")).register_forward_hook(
-            self._hook(m.name)) for copy in self.streamed.copies for m in self.streamed.matrices(stage)
-            if m.kind == "linear"]
-        self._total = {}
-        try:
-            super()._backward(stage)
-        finally:
-            for handle in handles:
-                handle.remove()
-        count = self.sequences.numel()
-        save_sealed({f"{name}/{place}": block / count for name, blocks in self._total.items()
-                     for place, block in enumerate(blocks)}, self._files(stage), {"job": self._mark})
-
-    def _one(self, stage: int, number: int, wanted: Mapping[str, nn.Parameter]) -> Any:
-        self._here.found = self._found[number] = {}
-        return super()._one(stage, number, wanted)
-
-    def _take(self, number: int, found: Any, block_list: str | None) -> None:
-        super()._take(number, found, block_list)
-        for name, blocks in self._found.pop(number).items():  # in the order of the sequences
-            before = self._total.get(name)
-            self._total[name] = blocks if before is None else [old + new for old, new in zip(before, blocks,
-                                                                                            strict=True)]
-
-    def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def gather(found: dict[str, Blocks], gradient: Tensor) -> None:
-            rows = gradient.detach().to(torch.float32).reshape(-1, gradient.shape[-1])
-            blocks = [part.T @ part for part in rows.split(parted(rows.shape[1]), 1)]
-            before = found.get(name)
-            found[name] = blocks if before is None else [old + new for old, new in zip(before, blocks, strict=True)]
-
-        def hook(module: nn.Module, given: Any, output: Any) -> None:
-            del module, given
-            if isinstance(output, Tensor) and output.requires_grad:
-                here = self._here.found
-                output.register_hook(lambda gradient: gather(here, gradient))
-        return hook
-
-
-class Sides:
-    """The moments in a folder, by matrix; the file read last is kept.
-
-    Parameters
-    ----------
-    files : mapping of str to Path
-        The file of each matrix.
-    """
-
-    def __init__(self, files: Mapping[str, Path]) -> None:
-        self._files = files
-        self._held: tuple[Path, Mapping[str, Tensor]] | None = None
-
-    def of(self, name: str, device: torch.device) -> Blocks | None:
-        """Return the blocks of a matrix, if there are any."""
-        file = self._files.get(name)
-        if file is None:
-            return None
-        if self._held is None or self._held[0] != file:
-            self._held = file, load_sealed(file)[0]
-        tensors = self._held[1]
-        count = sum(key.rpartition("/")[0] == name for key in tensors)
-        return [tensors[f"{name}/{place}"].to(device) for place in range(count)]
 
 
 def measured(reading: Reading, traces: Path, folder: Path, progress: Progress) -> tuple[Calibration, Sides]:
@@ -118,36 +21,18 @@ def measured(reading: Reading, traces: Path, folder: Path, progress: Progress) -
     CorruptStoreError
         If a file of moments was damaged while others were made; the next run makes all of them again.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     sampling = reading.sampling
-    wanted = max(sampling.fisher_tokens, min(sampling.tokens, TOKENS)) if sampling.fisher_tokens else 0
+    if not sampling.fisher_tokens:
+        return calibrate.sensitivities(reading, traces, progress), Sides({})
+    wanted = max(sampling.fisher_tokens, min(sampling.tokens, TOKENS))
     reading = dataclasses.replace(reading, sampling=dataclasses.replace(sampling, fisher_tokens=wanted,
                                                                            fisher_context=sampling.context))
-
-    def fisher(streamed: Streamed, sequences: Tensor, seed: int, room: Path | None) -> Fisher:
-        return SidedFisher(streamed, sequences, seed, room, files=lambda stage: folder / f"{stage:06d}.safetensors",
-                           mark=reading.mark)
-
-    if traces.exists() and _read(folder, reading.mark) is None:
+    fisher = gathering(folder, reading.mark)
+    if traces.exists() and read(folder, reading.mark) is None:
         traces.unlink()
     known = calibrate.sensitivities(reading, traces, progress, fisher=fisher)
-    found = _read(folder, reading.mark)
+    found = read(folder, reading.mark)
     if found is None:
         traces.unlink()
         raise CorruptStoreError(f"{folder}: a file of it is damaged; run again, and all of them are made again")
-    return known, Sides(found)
-
-
-def _read(folder: Path, mark: str) -> dict[str, Path] | None:
-    """Return the file of each matrix; None if one of the files is damaged, or another job's."""
-    found: dict[str, Path] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            tensors, record = load_sealed(file)
-        except CorruptStoreError as error:
-            tell_damaged(error)
-            return None
-        if record.get("job") != mark:
-            return None
-        found |= {key.rpartition("/")[0]: file for key in tensors}
-    return found
+    return known, found
