@@ -378,7 +378,7 @@ def test_verification_runs_beside_the_evaluation(evaluated: bool, verified: bool
 
     monkeypatch.setattr(run, "evaluate", evaluation)
     monkeypatch.setattr(run, "verify_in_fresh_process", verification)
-    monkeypatch.setattr(run, "threads_allowed", lambda: 2)
+    monkeypatch.setattr(needs, "threads_allowed", lambda: 2)
     monkeypatch.setattr(run, "read_ids", lambda *_: None)  # these models have no tokenizer
     settings = {**FAST, "evaluation_tokens": 64}
     if evaluated and verified:
@@ -390,11 +390,11 @@ def test_verification_runs_beside_the_evaluation(evaluated: bool, verified: bool
     assert not (tmp_path / "out").exists()
 
 
-def test_without_threads_or_room_it_runs_before(monkeypatch: pytest.MonkeyPatch, tiny: Callable[[str], Path],
-                                                tmp_path: Path) -> None:
+def test_alone_it_runs_before(tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = needs.Shapes.of(open_source(tiny("llama"), tmp_path / "s"), "cpu")
-    assert needs.room_beside(shapes, "cpu", 64, 64)
-    assert not needs.room_beside(shapes, "cpu", 0, 64)
+    for threads, tokens in ((1, 64), (2, 0), (2, 64)):
+        monkeypatch.setattr(needs, "threads_allowed", lambda threads=threads: threads)
+        assert needs.room_beside(shapes, "cpu", tokens, 64) == (threads * tokens == 128)
     for times in (3, 4):
         monkeypatch.setattr(needs, "free_memory", lambda _, times=times: times * needs.PROCESS)
         assert [needs.room_beside(shapes, device, 64, 64) for device in ("cpu", "cuda")] == 2 * [times == 4]

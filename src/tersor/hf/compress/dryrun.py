@@ -116,9 +116,8 @@ def _elsewhere(settings: CompressSettings) -> bool:
 
 def _beside(shapes: Shapes, seconds: dict[str, float], settings: CompressSettings) -> float:
     """Return the seconds for which the verification runs beside the evaluation."""
-    alone = threads_allowed() == 1 or not room_beside(shapes, settings.places[0], settings.evaluation_tokens,
-                                                      settings.context)
-    return 0.0 if alone else min(seconds["verify"], seconds["evaluate"])
+    beside = room_beside(shapes, settings.places[0], settings.evaluation_tokens, settings.context)
+    return min(seconds["verify"], seconds["evaluate"]) if beside else 0.0
 
 
 def _seconds(source: Source, shapes: Shapes, request: Request, settings: CompressSettings) -> dict[str, float]:

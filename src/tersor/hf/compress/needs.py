@@ -20,6 +20,7 @@ from tersor.hf.models.hollow import dtype_on
 from tersor.hf.models.matrices import Matrix, empty_model
 from tersor.hf.models.source import Source
 from tersor.hf.models.streamed import candidates
+from tersor.numerics.settings import threads_allowed
 
 DOUBLE = 8  # bytes of the numbers in which a Hessian is factored
 COPIES = 6  # float32 copies of a matrix that an encoder with feedback holds at once, about; measured
@@ -131,8 +132,11 @@ def _verification(shapes: Shapes) -> int:
 
 
 def room_beside(shapes: Shapes, device: str, evaluation_tokens: int, context: int) -> bool:
-    """Return whether a device's memory has room for a verification beside an evaluation, several times over."""
-    if not evaluation_tokens:
+    """Return whether a verification can run beside an evaluation.
+
+    The device's memory must have room for both several times over, and a processor two threads.
+    """
+    if not evaluation_tokens or (torch.device(device).type == "cpu" and threads_allowed() == 1):
         return False
     free = free_memory(device)
     needed = _evaluation(shapes, evaluation_tokens, context) + _verification(shapes) + PROCESS

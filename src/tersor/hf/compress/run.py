@@ -51,7 +51,6 @@ from tersor.hf.models.source import Source, open_source
 from tersor.hf.models.staging import REPORT
 from tersor.hf.models.text import read_ids, text_source
 from tersor.numerics.memory import give_back
-from tersor.numerics.settings import threads_allowed
 from tersor.planning.calibration import Calibration
 from tersor.planning.plan import check_weights, to_json
 from tersor.store.manifest import file_digest
@@ -351,8 +350,7 @@ def _verifying(source: Source, settings: CompressSettings, work: WorkFolder) -> 
     """
     given = work / "output", source.path, list(settings.places)
     shapes = needs.Shapes.of(source, settings.device, whole=settings.whole)
-    alone = torch.device(settings.device).type == "cpu" and threads_allowed() == 1
-    if alone or not needs.room_beside(shapes, settings.device, settings.evaluation_tokens, settings.context):
+    if not needs.room_beside(shapes, settings.device, settings.evaluation_tokens, settings.context):
         verify_in_fresh_process(*given)
         yield
         return
