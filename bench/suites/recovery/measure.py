@@ -37,6 +37,7 @@ TEXT = "house"  # what is read, of the domain of the first three texts
 HEAD = ("*embed_tokens*",)  # of a model with a tied head, what a published system leaves in 16 bits
 MORE: dict[str, dict[str, Any]] = {
     "plain": {}, "blocks": {"recover_blocks": True}, "all": {"recover": True}, "again": {"recover": True},
+    "given": {"recover": True, "recover_own": 0.0}, "own": {"recover": True, "recover_own": 1.0},
     "long": {"recover": True, **LONG}}
 
 

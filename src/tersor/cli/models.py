@@ -48,7 +48,7 @@ from tersor.cli.base import (
 from tersor.cli.figures import parse_size
 from tersor.cli.formats import OWN, FileFormat, compress_to, format_of
 from tersor.cli.funnel import existing
-from tersor.cli.recover import Recover, RecoverBlocks, RecoverPasses, TextTokens, figures
+from tersor.cli.recover import Recover, RecoverBlocks, RecoverOwn, RecoverPasses, TextTokens, figures
 from tersor.cli.reduce import REDUCTIONS
 from tersor.cli.telling import VOICE, Bars
 from tersor.errors import CodecConfigError
@@ -94,7 +94,7 @@ def compress(src: Src, output: NewOut, rate: BudgetRate = None, size: Size = Non
              samples: Annotated[int, typer.Option(help="sample generations in the report; 0: none")] = SAMPLES,
              base_model: Annotated[str | None, typer.Option(help="OWNER/NAME of the original, for the card")] = None,
              recover: Recover = False, recover_passes: RecoverPasses = 3.0, recover_tokens: TextTokens = 262144,
-             recover_blocks: RecoverBlocks = False,
+             recover_blocks: RecoverBlocks = False, recover_own: RecoverOwn = None,
              dry_run: Annotated[bool, typer.Option("--dry-run", help="estimate bytes, memory and time only")] = False,
              file_format: FileFormat = OWN, as_json: AsJson = False) -> None:
     """Compress a model to a budget. Calibrates, surveys, plans, encodes, verifies and evaluates."""
@@ -125,7 +125,7 @@ def compress(src: Src, output: NewOut, rate: BudgetRate = None, size: Size = Non
         options=parse_options(option), sensitivities=read_weights(sensitivities), effort=effort, samples=samples,
         dense=None if dense is None else tuple(dense), leave_out=tuple(leave_out or ()), base_model=base_model,
         recover=recover, recover_passes=recover_passes, recover_tokens=recover_tokens,
-        recover_blocks=recover_blocks)
+        recover_blocks=recover_blocks, recover_own=recover_own)
     nbytes = None if size is None else parse_size(size)
     rate = 3.0 if rate is None and nbytes is None else rate
     if dry_run:

@@ -30,6 +30,8 @@ RecoverPasses = Annotated[float, typer.Option(help="times that recovery reads it
 TextTokens = Annotated[int, typer.Option(min=1, help="tokens that recovery reads of it, at most")]
 RecoverBlocks = Annotated[bool, typer.Option("--recover-blocks", help="as --recover, a block at a time: for models "
                                                                       "that do not fit")]
+RecoverOwn = Annotated[float | None, typer.Option(min=0, max=1, show_default="0.5; by blocks 0",
+                                                  help="share of that text that the original writes itself")]
 RecoverTokens = Annotated[int, typer.Option("--tokens", min=1, help="tokens of the text, at most")]
 
 
@@ -39,8 +41,9 @@ def recover(path: Annotated[Path, typer.Argument(metavar="OUT", help="a compress
                                                           show_default="OUT.recovered")] = None,
             calibration: CalibrationText = None, tokens: RecoverTokens = 262144,
             passes: Annotated[float, typer.Option(help="times that the text is read")] = 2.0,
-            text: HeldoutText = None, evaluation_tokens: EvaluationTokens = 8192, context: Context = 512,
-            seed: Seed = 0, device: Device = "cpu", resume: Resume = True, as_json: AsJson = False) -> None:
+            own: RecoverOwn = None, text: HeldoutText = None, evaluation_tokens: EvaluationTokens = 8192,
+            context: Context = 512, seed: Seed = 0, device: Device = "cpu", resume: Resume = True,
+            as_json: AsJson = False) -> None:
     """Train a compressed model's scales and norms. Their original is the teacher; bytes stay, and so do codes."""
     from tersor.hf.compress.recover import RecoverSettings, recover_model
 
@@ -49,7 +52,7 @@ def recover(path: Annotated[Path, typer.Argument(metavar="OUT", help="a compress
     output = output or path.with_name(f"{path.name}.recovered")
     directory(output)
     settings = RecoverSettings(calibration, tokens, passes, context, seed, device_of(device), resume, text,
-                               evaluation_tokens)
+                               evaluation_tokens, own=own)
     with Bars() as progress:
         report = recover_model(path, output, against, settings=settings, progress=progress)
     emit({**report["summary"], **figures(report), **report.get("evaluation", {})}, as_json, f"{path} → {output}")

@@ -18,6 +18,7 @@ from tersor.hf.compress.desk import Desk
 from tersor.hf.compress.moving import by_input
 from tersor.hf.compress.request import Sampling, no_progress
 from tersor.hf.compress.verify import verify
+from tersor.hf.compress.work import WorkFolder
 from tersor.hf.models.classes import feed, run
 from tersor.hf.models.flow import Activations, Flow
 from tersor.hf.models.hollow import Hollow
@@ -51,6 +52,13 @@ def long_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
     return named("llama_tied", tmp_path_factory.mktemp("moving") / "model")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> WorkFolder:
+    found = WorkFolder(tmp_path / "out")
+    found.path.mkdir()
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -215,25 +223,26 @@ def test_matrices_by_what_they_read() -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 3])
-def test_shares_are_all_steps(groups: int, source: Source, asked: dict[str, Any]) -> None:
-    course = Course(source, RecoverSettings(asked["calibration"], context=16, moves=3.0), Path(), no_progress)
+def test_shares_are_all_steps(groups: int, source: Source, asked: dict[str, Any], folder: WorkFolder) -> None:
+    course = Course(source, RecoverSettings(asked["calibration"], context=16, moves=3.0), folder, no_progress)
     assert sum(sum(course.shares(stage, 5, groups)) for stage in range(5)) == course.between.steps > 0
 
 
 @pytest.mark.parametrize(("device", "context"), [("cpu", 16), ("cuda", 16), ("cuda:1", 3000)])
-def test_a_step_reads_as_many_tokens_wherever_it_runs(device: str, context: int, source: Source) -> None:
+def test_a_step_reads_as_many_tokens_wherever_it_runs(device: str, context: int, source: Source,
+                                                      folder: WorkFolder) -> None:
     """What runs at a time is a matter of speed: 2,048 tokens make a step between encodings, or one window."""
-    settings = RecoverSettings(context=context, moves=1.0, device=device)
+    settings = RecoverSettings(context=context, moves=1.0, device=device, own=0.0)
     assert settings.at_once == (max(2048, context) if "cuda" in device else 1024)
     if context == 16:
-        course = Course(source, settings, Path(), no_progress)
+        course = Course(source, settings, folder, no_progress)
         batches = course.between.batches
         assert max(map(torch.Tensor.numel, batches)) * course.between.each == 2048
         assert course.between.looks == 8192 // settings.at_once
 
 
-def test_the_teacher_is_the_original(source: Source, asked: dict[str, Any]) -> None:
-    course = Course(source, RecoverSettings(asked["calibration"], context=16, moves=1.0), Path(), no_progress)
+def test_the_teacher_is_the_original(source: Source, asked: dict[str, Any], folder: WorkFolder) -> None:
+    course = Course(source, RecoverSettings(asked["calibration"], context=16, moves=1.0), folder, no_progress)
     model = Hollow(source).whole()
     with torch.no_grad():
         expected = run(model, feed(model, course.lesson.batches[0]))[0]

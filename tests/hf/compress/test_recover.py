@@ -1,5 +1,6 @@
 """Recovery: parts are trained as they are stored, bytes stay, killed runs go on, and what cannot be is refused."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ from tersor import store
 from tersor.cli import app
 from tersor.errors import CodecConfigError, CorruptStoreError, ModelError, RecoveryWarning, VerificationError
 from tersor.hf import compress_model
-from tersor.hf.compress import checkpoint, recover, run
+from tersor.hf.compress import checkpoint, course, recover, run
 from tersor.hf.compress.recover import RecoverSettings, recover_model
 from tersor.hf.compress.request import Sampling
 from tersor.hf.compress.verify import verify
@@ -156,6 +157,7 @@ def test_a_killed_run_goes_on(after: int, source: Path, packed: Path, tmp_path: 
     with killed_after(after, Training, "_step"):
         recover_model(packed, tmp_path / "out", source, **more)
     assert (tmp_path / "out.work" / "recover.part").exists()
+    monkeypatch.setattr(course, "write", lambda *_: pytest.fail("what was written is kept"))
     taken, step = list[int](), Training._step
     monkeypatch.setattr(Training, "_step", lambda self, *given: (taken.append(1), step(self, *given))[1])
     report = recover_model(packed, tmp_path / "out", source, **more)
@@ -189,14 +191,37 @@ def test_when_to_stop() -> None:
     assert kept.diverged
 
 
+@pytest.mark.parametrize("own", [0.0, 0.3, 0.5, 1.0])
 @pytest.mark.parametrize("count", [8, 9, 23, 24, 200])
-def test_some_text_is_kept_apart(count: int, source: Path, tmp_path: Path) -> None:
-    settings = RecoverSettings(context=16, tokens=16 * count)
-    lesson = settings.lesson(open_source(source, tmp_path / "unused"))
+def test_some_text_of_each_kind_is_kept_apart(count: int, own: float, source: Path, tmp_path: Path) -> None:
+    settings = RecoverSettings(context=16, tokens=16 * count, own=own)
+    given, more = settings.texts(open_source(source, tmp_path / "unused"))
+    assert (len(given) + more, more) == (count, round(own * count))
+    lesson = settings.lesson(given, torch.full((more, 16), -1))
     apart = torch.cat(list(lesson.batches[: lesson.apart]))
-    assert len(apart) == (count + 8) // 16
+    for kind, all_of in ((apart[apart[:, 0] >= 0], len(given)), (apart[apart[:, 0] < 0], more)):
+        assert len(kind) == (all_of + 8) // 16 if all_of >= 8 else len(kind) == min(1, all_of)
     assert sum(len(batch) for batch in lesson.batches) == count
     assert lesson.steps >= 1
+    if 0 < own < 1 and count == 200:
+        shares = [float((batch[:, 0] < 0).float().mean()) for batch in lesson.batches[lesson.apart : -1]]
+        assert all(abs(share - own) <= 1 / 64 + 1 / 187 for share in shares)  # 64 windows, in a batch of either kind
+
+
+def test_short_text_is_not_made_up_for(source: Path, tmp_path: Path) -> None:
+    """Half of what is read is the text's, also where there is little of it; what is read of it lies evenly in it."""
+    text = tmp_path / "text.txt"
+    text.write_text(RecoverSettings().read.read_text()[:4096])
+    settings = RecoverSettings(text, context=16, own=0.5)
+    opened = open_source(source, tmp_path / "unused")
+    every, none = dataclasses.replace(settings, own=0.0).texts(opened)
+    given, more = settings.texts(opened)
+    assert (none, more) == (0, len(given))
+    assert torch.equal(given, every)
+    few, more = dataclasses.replace(settings, tokens=16 * len(every)).texts(opened)
+    assert len(few) + more == len(every)
+    assert torch.equal(few[0], every[0])
+    assert not torch.equal(few, every[: len(few)])
 
 
 def test_order_reads_all_of_the_text() -> None:
@@ -219,8 +244,10 @@ def test_compress_recover_is_one_command(source: Path, tmp_path: Path) -> None:
     told = store.read(tmp_path / "out").manifest["provenance"]["recovery"]
     assert told["vectors"]
     assert told["source"].startswith("text.txt")
+    assert told["own"] == 0.5
+    assert "text that the original wrote itself" in (tmp_path / "out" / "README.md").read_text()
     assert verify(tmp_path / "out", open_source(source, tmp_path / "unused"))["worst_relative_error"] > 0
-    assert not {"recover.part", "recovered"} & {file.name for file in (tmp_path / "out.work").glob("*")}
+    assert not {"recover.part", "recovered", "written"} & {file.name for file in (tmp_path / "out.work").glob("*")}
 
 
 def test_refusals(source: Path, packed: Path, tmp_path: Path) -> None:
@@ -231,6 +258,10 @@ def test_refusals(source: Path, packed: Path, tmp_path: Path) -> None:
     short.write_text("too little " * 8)
     with pytest.raises(ModelError, match="recovery needs at least 8"):
         recover_model(packed, tmp_path / "out", source, **{**SMALL, "text": short})
+    with pytest.raises(ModelError, match=r"share of text .* found 1\.5"):
+        recover_model(packed, tmp_path / "out", source, **{**SMALL, "own": 1.5})
+    with pytest.raises(ModelError, match="leave out --recover-own"):
+        compress_model(source, tmp_path / "no", 9.0, recover_blocks=True, recover_own=0.5, context=16)
     with pytest.raises(ModelError, match="passes of the text"):
         recover_model(packed, tmp_path / "out", source, **{**SMALL, "passes": 0})
     compress_model(source, tmp_path / "klt", 9.0, method="sum(lm2;lm2)", calibrated=False, evaluation_tokens=0)

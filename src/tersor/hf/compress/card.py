@@ -34,7 +34,7 @@ SWITCHES = {"calibrated": "--uncalibrated", "whole": "--whole-model", "recover":
 FLAGS = {"calibration": "--calibration-text", "text": "--text", "evaluation_tokens": "--evaluation-tokens",
          "context": "--context", "effort": "--effort", "seed": "--seed", "device": "--device",
          "base_model": "--base-model", "recover_passes": "--recover-passes",
-         "recover_tokens": "--recover-tokens"}
+         "recover_tokens": "--recover-tokens", "recover_own": "--recover-own"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,7 +270,10 @@ def _recovered(told: Mapping[str, Any] | None, matrices: Mapping[str, Any]) -> l
     alone = bool(told.get("blocks"))
     what = ("Weights that were not encoded yet were trained, a block at a time," if alone
             else "Scales, norms and biases were trained")
-    lines = [f"{what} against the original, on {told['source']}."]
+    own = float(told.get("own", 0))
+    text = [f"{told['source']}"] if own < 1 else []
+    text += ["text that the original wrote itself"] if own else []
+    lines = [f"{what} against the original, on {' and '.join(text)}."]
     moved = sum("moved" in line for line in matrices.values())
     if moved:
         before = "" if alone else "Before that, weights that were not encoded yet were trained: "

@@ -13,10 +13,13 @@ from torch import Tensor
 import tersor
 from tersor.errors import ModelError
 from tersor.files import seal
+from tersor.hf.compress.checkpoint import Checkpoint
 from tersor.hf.compress.request import Progress
+from tersor.hf.compress.work import WorkFolder
 from tersor.hf.models.evaluate import Original
 from tersor.hf.models.source import Source
 from tersor.hf.models.text import default_calibration, read_ids, text_source, windows
+from tersor.hf.models.writing import write
 from tersor.hf.recover.student import vectors_of
 from tersor.hf.recover.training import Lesson, halves
 
@@ -28,6 +31,7 @@ LOOK = 8192  # tokens kept apart that are looked at before and after each traini
 APART = 16  # one window in so many is kept apart
 LEAST = 8  # windows, of which one or more are kept apart
 TOKENS = 262144  # of a text, at most
+OWN = 0.5  # of the windows, those that the original writes: what is trained on one kind of text forgets others
 PASSES = 2.0  # times that a text is read to train what is stored as numbers
 MOVES = 3.0  # times that it is read between encodings
 END = 1 / 3  # of these, the times that it is read to train what is stored as numbers, after all is encoded
@@ -72,6 +76,12 @@ class RecoverSettings:
     evaluation_tokens: int = 8192
     moves: float = 0.0
     blocks: bool = False
+    own: float | None = None
+
+    @property
+    def written(self) -> float:
+        """The share of the windows that the original writes."""
+        return (0.0 if self.blocks else OWN) if self.own is None else self.own
 
     @property
     def at_once(self) -> int:
@@ -87,7 +97,8 @@ class RecoverSettings:
         """Return what a manifest says of the recovery; its length does not depend on what comes of it."""
         moves = {"moves": self.moves} if self.moves else {}
         moves |= {"blocks": True} if self.blocks else {}
-        return {RECORD: {"source": text_source(self.read), "tokens": self.tokens, "passes": self.passes, **moves,
+        return {RECORD: {"source": text_source(self.read), "own": self.written, "tokens": self.tokens,
+                         "passes": self.passes, **moves,
                          "seed": self.seed, "vectors": vectors_of(source)}}
 
     def memory(self, elements: int) -> int:
@@ -99,27 +110,46 @@ class RecoverSettings:
         read = 3 * (self.passes + PARTLY * self.moves) * self.tokens
         return read + (2 if self.moves else 1) * self.tokens
 
-    def lesson(self, source: Source) -> Lesson:
-        """Return the text in batches.
+    def texts(self, source: Source) -> tuple[Tensor, int]:
+        """Return the windows of the given text that are read, int64 (count, context), and how many are to be written.
 
         Raises
         ------
         ModelError
-            If there is too little text, or passes are not positive.
+            If there is too little text, or passes or the share of own text are out of bounds.
         """
         for passes in (self.passes, self.moves or self.passes):
             if not 0 < passes <= 1000:
                 raise ModelError(f"passes of the text must lie above 0 and up to 1000, found {passes}")
+        if not 0 <= self.written <= 1:
+            raise ModelError(f"the share of text that the original writes lies in 0 to 1, found {self.written}")
+        if self.blocks and self.written:
+            raise ModelError("a recovery by blocks never has the whole original, which so cannot write text; leave out "
+                             "--recover-own or --recover-blocks")
         every = windows(read_ids(source, self.read, self.context, self.tokens), self.context)
-        if len(every) < LEAST:
+        room = self.tokens // self.context
+        total = room if self.written == 1 else min(room, round(len(every) / (1 - self.written)))
+        if min(total, len(every)) < LEAST:
             raise ModelError(f"{self.read}: {every.numel()} tokens make {len(every)} windows of {self.context}; "
                              f"recovery needs at least {LEAST}; give a longer text, more --tokens or a shorter "
                              "--context")
-        kept = torch.arange(len(every)) % APART == LEAST - 1
+        given = min(len(every), total - round(self.written * total))
+        return every[torch.arange(given) * len(every) // max(1, given)], total - given
+
+    def lesson(self, given: Tensor, written: Tensor) -> Lesson:
+        """Return windows of both kinds in batches; of each kind some are kept apart."""
+        kept = [torch.arange(len(kind)) % APART == min(LEAST, len(kind)) - 1 for kind in (given, written)]
         size = self.at_once // self.context
-        apart, rest = every[kept].split(size), every[~kept].split(size)
+        apart, rest = (_mixed(given[first], written[second]).split(size)
+                       for first, second in (kept, [~mask for mask in kept]))
         lesson = Lesson([*apart, *rest], len(apart), max(1, STEP // self.at_once), 0, self.seed)
         return dataclasses.replace(lesson, steps=max(1, steps_of(lesson, self.passes)))
+
+
+def _mixed(first: Tensor, second: Tensor) -> Tensor:
+    """Return the windows of both, each kind's in its order, evenly among the other's."""
+    places = torch.cat([(torch.arange(len(kind)) + 0.5) / max(1, len(kind)) for kind in (first, second)])
+    return torch.cat([first, second])[places.argsort(stable=True)]
 
 
 def steps_of(lesson: Lesson, passes: float) -> int:
@@ -153,8 +183,8 @@ class Course:
     ----------
     source : Source
     settings : RecoverSettings
-    folder : Path
-        Where activations go that find no room in memory.
+    work : WorkFolder
+        Where own text is kept, and activations that find no room in memory.
     progress : Progress
 
     Attributes
@@ -168,9 +198,10 @@ class Course:
         What came of these.
     """
 
-    def __init__(self, source: Source, settings: RecoverSettings, folder: Path, progress: Progress) -> None:
-        self.settings, self.lesson, self._source = settings, settings.lesson(source), source
-        self._folder, self._progress = folder, progress
+    def __init__(self, source: Source, settings: RecoverSettings, work: WorkFolder, progress: Progress) -> None:
+        self.settings, self._source, self._work, self._progress = settings, source, work, progress
+        given, count = settings.texts(source)
+        self.lesson = settings.lesson(given, self._written(count) if count else given[:0])
         each, looks = (max(1, tokens // settings.at_once) for tokens in (MOVE, LOOK))
         self.between = dataclasses.replace(self.lesson, each=each, checks=1, looks=looks, constant=True)
         self.between = dataclasses.replace(self.between, steps=steps_of(self.between, settings.moves))
@@ -183,11 +214,24 @@ class Course:
         return seal([tersor.__version__, self._source.fingerprint, self.settings.record(self._source),
                      self.settings.context, device.type, halves(device)])
 
+    def _written(self, count: int) -> Tensor:
+        """Return what the original writes, from a file where an earlier run has got so far."""
+        saved = Checkpoint(self._work / "written", seal([self.mark, count]))
+        known = saved.read()
+        if known is not None:
+            return known[0]["ids"]
+        self._progress("write", 0, count)
+        ids = write(self._source, count, self.settings.context, self.settings.seed, self.settings.device,
+                    lambda done, total: self._progress("write", done, total))
+        saved.save({"ids": ids}, {})
+        return ids
+
     @functools.cached_property
     def _original(self) -> Original:
         self._progress("teacher", 0, 1)
         return Original(self._source, self.lesson.batches, self.settings.device,
-                        lambda done, total: self._progress("teacher", done, total), self._folder)
+                        lambda done, total: self._progress("teacher", done, total),
+                        self._work / "activations" / "teacher")
 
     def teacher(self, batch: int) -> tuple[Tensor, bool]:
         """Return the original's logits of a batch."""

@@ -40,7 +40,8 @@ from tersor.numerics.memory import check_memory
 
 TRIED = 64  # rows of a matrix that are encoded to see whether a codec has scales
 FLAGS = {"text": "--calibration-text", "tokens": "--tokens", "passes": "--passes", "context": "--context",
-         "seed": "--seed", "device": "--device", "heldout": "--text", "evaluation_tokens": "--evaluation-tokens"}
+         "seed": "--seed", "device": "--device", "heldout": "--text", "evaluation_tokens": "--evaluation-tokens",
+         "own": "--own"}
 
 
 def check(source: Source, settings: RecoverSettings, block: int) -> None:
@@ -55,7 +56,7 @@ def check(source: Source, settings: RecoverSettings, block: int) -> None:
     if settings.blocks and not settings.moves:
         raise ModelError("a recovery by blocks makes up for what is encoded already, by calibration text; leave out "
                          "--uncalibrated, or --recover-blocks")
-    settings.lesson(source)
+    settings.texts(source)
     if settings.device == "cpu":
         check_memory(settings.memory(block if settings.blocks else source.elements),
                      "recovery, which holds a model and its gradients,",
@@ -198,7 +199,7 @@ def recover_model(compressed: str | Path, output: str | Path, against: str | Pat
         raise
     work.stamp(seal([opened.manifest["sha256"], source.fingerprint, chosen.record(source)]), resume=chosen.resume)
     tell = Teller(progress, work, source.nbytes, lambda: "")
-    outcome = improve(source, work, Course(source, chosen, work / "activations" / "teacher", tell), tell, path)
+    outcome = improve(source, work, Course(source, chosen, work, tell), tell, path)
     report = _reported(path, source, work, chosen, outcome, tell)
     report["summary"]["seconds"], report["summary"]["peak_memory_bytes"] = time.perf_counter() - began, peak_memory()
     write_json(work / "output" / REPORT, report)

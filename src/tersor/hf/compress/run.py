@@ -92,6 +92,8 @@ class CompressSettings(Texts):
         Of the calibration text, at most, that recovery reads.
     recover_blocks : bool
         Train a block at a time, by what it returns: for models that do not fit. Nothing is trained once all is encoded.
+    recover_own : float or None
+        Share of recovery's text that the original writes itself; None: as `RecoverSettings` has it.
     """
 
     method: str = DEFAULT
@@ -111,6 +113,7 @@ class CompressSettings(Texts):
     recover_passes: float = MOVES
     recover_tokens: int = TOKENS
     recover_blocks: bool = False
+    recover_own: float | None = None
 
     def changed(self) -> dict[str, Any]:
         """Return the fields that are not their defaults; of devices, the kind."""
@@ -143,7 +146,7 @@ class CompressSettings(Texts):
             return None
         moves = self.recover_passes if self.calibrated else 0.0
         return RecoverSettings(self.calibration, self.recover_tokens, END * self.recover_passes, self.context,
-                               self.seed, self.device, moves=moves, blocks=self.recover_blocks)
+                               self.seed, self.device, moves=moves, blocks=self.recover_blocks, own=self.recover_own)
 
 
 @exclusive("output")
@@ -205,7 +208,7 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
     asked = f"--rate {rate:g}" if size is None else f"--size {size}"
     card.write_card(work / "output", report, card.base_of(opened, chosen.base_model),
                     card.command(request, asked, chosen.changed()))
-    work.finish("matrices", "staged", "activations", "recover.part")
+    work.finish("matrices", "staged", "activations", "recover.part", "written")
     return report
 
 
@@ -277,7 +280,7 @@ def _stages(source: Source, request: Request, settings: CompressSettings, crew: 
     picks = plan.run(source, choices, request, record)
     write_json(work / "plan.json", to_json(picks))
     job = encode.Job(source, picks, known, request, record)
-    course = None if training is None else Course(source, training, work / "activations" / "teacher", progress)
+    course = None if training is None else Course(source, training, work, progress)
     matrices = encode.run(job, work, device=device, reading=reading, crew=crew, progress=progress,
                           course=None if reading is None else course)
     give_back()

@@ -13,7 +13,8 @@ from tersor.files import finished_name, read_sealed_json, tell_damaged, write_se
 
 NAMES = ("staged", "fingerprint", "status.json", "sensitivities.json", "sensitivities.json.part", "survey.jsonl",
          "survey.jsonl.part", "survey.jsonl.outside", "plan.json", "encode.part", "activations", "matrices", "output",
-         "blocks", "ranks.json", "gradients.safetensors", "recover.part", "recovered", "moved", "sides")
+         "blocks", "ranks.json", "gradients.safetensors", "recover.part", "recovered", "moved", "sides",
+         "written")
 FORMER = ("calibration.safetensors", "calibration.safetensors.moments", "calibration.safetensors.fisher")
 
 
