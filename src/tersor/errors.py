@@ -138,5 +138,9 @@ class DamagedWorkWarning(TersorWarning):
     """A file of an unfinished run that is not as it was written; what it held is made again."""
 
 
+class ReachWarning(TersorWarning):
+    """A cache that grows beyond the positions which the tables of its keys were trained for."""
+
+
 class RecoveryWarning(TersorWarning):
     """A recovery that diverged, or made nothing better; what is kept is the best state there was."""

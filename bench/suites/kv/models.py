@@ -109,7 +109,7 @@ def laboratory(name: str, device: str = "cpu") -> Lab:
     pieces = [tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"][:width]
               for part in (text[k * len(text) // count :][: 8 * width] for k in range(count))]
     settings = Settings(tuple(f"klt{{bytes:{rate}}}{{runs}}" for rate in setup.rungs), width, setup.count,
-                        setup.training, RESIDUAL, SINK, BLOCK, SEED, setup.scored)
+                        setup.training, RESIDUAL, SINK, BLOCK, SEED, setup.reach, setup.scored)
     return Lab(model, torch.tensor(pieces), settings)
 
 

@@ -42,6 +42,8 @@ def kv_plan(src: Src, output: Annotated[Path, typer.Argument(metavar="PLAN", hel
             context: Annotated[int, typer.Option(min=2, help="tokens of a window, 3/4 of them the prompt")] = 1024,
             windows: Annotated[int, typer.Option(min=1, help="windows measured")] = 2,
             training: Annotated[int, typer.Option(min=0, help="further windows, which train tables")] = 8,
+            reach: Annotated[int | None, typer.Option(min=1, help="positions that the plan is for",
+                                                      show_default="all of the model's")] = None,
             residual: Annotated[int, typer.Option(min=0, help="recent tokens that stay dense")] = 128,
             sink: Annotated[int, typer.Option(min=0, help="first tokens that stay dense")] = 4,
             block: Annotated[int, typer.Option(min=1, help="tokens encoded at a time")] = 64,
@@ -54,7 +56,7 @@ def kv_plan(src: Src, output: Annotated[Path, typer.Argument(metavar="PLAN", hel
     if output.exists() and FORMAT not in json.dumps(read_json(output)):
         raise FileExistsError(f"{output} exists, and is no KV plan; remove it or name another output")
     rungs = ladders.ladder(codec, effort) if ladder is None else read_ladder(ladder)
-    settings = PlanSettings(rungs, context, windows, training, residual, sink, block, seed)
+    settings = PlanSettings(rungs, context, windows, training, residual, sink, block, seed, reach)
     with Bars() as progress:
         record = plan_cache(open_source(src, output), text or default_calibration(), rate, output, settings,
                             device=device, progress=progress)

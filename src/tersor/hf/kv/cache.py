@@ -20,7 +20,7 @@ from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from tersor.contract.codec import Codec
-from tersor.errors import CodecConfigError, ModelError
+from tersor.errors import CodecConfigError, ModelError, ReachWarning
 from tersor.hf.kv import padding, store
 from tersor.hf.kv.attention import NAME, Pair, register_attention
 from tersor.hf.kv.budget import Budget, Shuttle
@@ -58,12 +58,15 @@ class CompressedCache(Cache):
         `max_bytes` (int or None): bytes that the cache must not pass on the model's device, pages counted with their
         room. `when_full`: "refuse" (the default) raises `BudgetError` and leaves the cache as it was; "evict" drops the
         oldest tokens behind the sinks, and needs Tersor's attention (`for_model`). `offload` (bool): full pages lie in
-        the processor's memory, and a layer's are brought while the layer before it works.
+        the processor's memory, and a layer's are brought while the layer before it works. `reach` (int or None): tokens
+        that tables of keys were trained for.
 
     Warns
     -----
     UserWarning
         If no layer at all is compressed.
+    ReachWarning
+        In the call that makes it hold more tokens than `reach`.
 
     Raises
     ------
@@ -76,14 +79,14 @@ class CompressedCache(Cache):
     def __init__(self, config: PretrainedConfig, key: Specs = "rot,lm4", value: Specs = "rot,lm4", residual: int = 128,
                  sink: int = 4, skip_layers: Sequence[int] = (), block: int = 64,
                  tables: Mapping[tuple[int, str], Tables] | None = None, **limits: Any) -> None:
-        offload = limits.pop("offload", False)
+        offload, reach = limits.pop("offload", False), limits.pop("reach", None)
         wrong = [name for name in limits if name not in {field.name for field in dataclasses.fields(Budget)}]
         if wrong or type(offload) is not bool:
-            raise CodecConfigError(f"{wrong[0]} is no setting of a cache; there are max_bytes, when_full and offload"
+            raise CodecConfigError(f"{wrong[0]} is no setting of a cache; max_bytes, when_full, offload, reach are"
                                    if wrong else f"offload must be True or False, found {offload!r}")
         self.budget, self._shuttle = Budget(**limits), Shuttle() if offload else None
         self.config = config.get_text_config(decoder=True)
-        self.window = Window(residual, sink, block)
+        self.window = Window(residual, sink, block, reach)
         layers: list[Any] = DynamicCache(config=self.config).layers
         count = len(layers)
         wrong = [layer for layer in skip_layers if type(layer) is not int or not -count <= layer < count]
@@ -180,6 +183,8 @@ class CompressedCache(Cache):
     def _admit(self, like: Pair) -> None:
         """Make room for a call with such keys and values, before any layer changes."""
         layers, new = list(self.compressed_layers.values()), like[0].shape[2]
+        if layers and self.window.reach is not None:
+            self._check_reach(layers[0].get_seq_length(), new, self.window.reach)
         if self.budget.evicts and self.config._attn_implementation != NAME:
             raise CodecConfigError("when_full='evict' needs attention that leaves evicted tokens out: make the cache "
                                    "by CompressedCache.for_model(model, ...)")
@@ -196,6 +201,13 @@ class CompressedCache(Cache):
             if not reserved:
                 for layer in layers:
                     layer.release()
+
+    def _check_reach(self, held: int, new: int, reach: int) -> None:
+        """Warn in the call that passes the positions which tables were trained for, and only then."""
+        if held <= reach < held + new:
+            warnings.warn(f"this cache now holds {held + new:,} tokens, but the tables of its keys were trained for "
+                          f"{reach:,} positions: keys beyond have large errors; make the plan again with "
+                          f"'tersor kv-plan --reach {held + new}' or more", ReachWarning, stacklevel=4)
 
     def _others(self, new: int) -> int:
         """Return the bytes of tables and of layers that stay native, these after so many new tokens."""
@@ -267,7 +279,7 @@ class CompressedCache(Cache):
         count = len(DynamicCache(config=config.get_text_config(decoder=True)).layers)
         specs = [[read.layers.get(number, (None, None))[side] for number in range(count)] for side in range(2)]
         return cls(config, specs[0], specs[1], read.residual, read.sink, block=read.block, tables=read.tables,
-                   **limits)
+                   reach=read.reach, **limits)
 
     def save(self, path: str | Path) -> None:
         """Write the cache, for example of a long prompt, as a new directory in the store's format.
@@ -308,7 +320,8 @@ class CompressedCache(Cache):
         settings, states = store.load(Path(path), text, torch.device(device))
         with store.damaged(Path(path)):
             window = Window(**settings)
-            cache = cls(config, residual=window.residual, sink=window.sink, block=window.block, **limits)
+            cache = cls(config, residual=window.residual, sink=window.sink, block=window.block, reach=window.reach,
+                        **limits)
             if len(states) != len(cache.layers):
                 raise ModelError(f"{path}: {len(states)} layers, but the model's caches have {len(cache.layers)}")
             for number, state in enumerate(states):

@@ -47,4 +47,14 @@ def _trellis(effort: str) -> tuple[str, ...]:
     return tuple(f"{size}rot,{spec}" for spec in specs for size in ("ctr8,", ""))
 
 
-__all__ = ["EFFORT", "EFFORTS", "LADDERS", "ladder"]
+class Bytes:
+    """The placeholder `{bytes:…}`: a rate, as bytes a token and head."""
+
+    def __init__(self, dim: int) -> None:
+        self._dim = dim
+
+    def __format__(self, rate: str) -> str:
+        return str(max(1, min(self._dim, round(float(rate) * self._dim / 8))))
+
+
+__all__ = ["Bytes", "EFFORT", "EFFORTS", "LADDERS", "ladder"]

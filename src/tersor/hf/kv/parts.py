@@ -26,15 +26,20 @@ class Window:
         So many of the first tokens stay dense.
     block : int
         Tokens of a block.
+    reach : int or None
+        Tokens that a cache may hold before its tables no longer fit keys; None: any number.
     """
 
     residual: int = 128
     sink: int = 4
     block: int = 64
+    reach: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("residual", 0), ("sink", 0), ("block", 1)):
+        for name, least in (("residual", 0), ("sink", 0), ("block", 1), ("reach", 1)):
             value = getattr(self, name)
+            if name == "reach" and value is None:
+                continue
             if type(value) is not int or value < least:
                 raise CodecConfigError(f"{name} must be a whole number of tokens >= {least}, found {value!r}")
 

@@ -7,6 +7,7 @@ some more are the likeliest ones, and all others are drawn by the probabilities 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ def write(source: Source, count: int, context: int, seed: int, device: str = "cp
     ModelError
         If transformers cannot generate with the model.
     """
-    model = load_dense(source, device)
+    model: Any = load_dense(source, device)
     if not model.can_generate():
         raise ModelError(f"{source.path}: transformers cannot generate text with {type(model).__name__}")
     model.generation_config = GenerationConfig()  # its own may end, or forbid repetition
