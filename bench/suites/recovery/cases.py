@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-HOW = ("plain", "scales", "blocks", "all", "given", "own", "again", "long")
+HOW = ("plain", "scales", "blocks", "all", "given", "own", "long")
 LONG = {"recover_passes": 8.0, "recover_tokens": 1_000_000}
 CASES_OF = {"fable-7m": (2.0, 3.0), "fable-22m": (2.0, 3.0), "smollm2-135m": (2.0, 3.0)}
 BITS, GROUP = 2, 64  # of the published system's linears
@@ -22,9 +22,8 @@ class RecoveryCase:
         Bits a parameter.
     how : str
         `"plain"`: no recovery; `"scales"`: `tersor recover` of that; `"blocks"`: `tersor compress --recover-blocks`;
-        `"all"`: `--recover`; `"given"` and `"own"`: the same without text that the
-        original writes, and with nothing else; `"again"`: as `"all"`, by a plan that goes by sensitivities of what
-        `"all"` made; `"long"`: `"all"` with `LONG`, for a GPU.
+        `"all"`: `--recover`; `"given"` and `"own"`: the same without text that the original writes, and with nothing
+        else; `"long"`: `"all"` with `LONG`, for a GPU.
     """
 
     model: str

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 import shutil
 import tempfile
 import time
@@ -24,19 +23,14 @@ from bench.suites.recovery.cases import BITS, GROUP, LONG, BesideCase, BlockCase
 from bench.suites.rom.data import CONTEXT, Judge, calibration_file
 from tersor import store
 from tersor.hf import compress_model, recover_model
-from tersor.hf.compress import calibrate
-from tersor.hf.compress.request import Sampling
-from tersor.hf.compress.sensitivity import weight
-from tersor.hf.models.dense import write_dense
 from tersor.hf.models.source import open_source
 from tersor.hf.models.text import read_ids, windows
-from tersor.planning.plan import tempered
 
 TOKENS, SENTENCES = 20_480, 150  # of each text; pairs of each phenomenon
 TEXT = "house"  # what is read, of the domain of the first three texts
 HEAD = ("*embed_tokens*",)  # of a model with a tied head, what a published system leaves in 16 bits
 MORE: dict[str, dict[str, Any]] = {
-    "plain": {}, "blocks": {"recover_blocks": True}, "all": {"recover": True}, "again": {"recover": True},
+    "plain": {}, "blocks": {"recover_blocks": True}, "all": {"recover": True},
     "given": {"recover": True, "recover_own": 0.0}, "own": {"recover": True, "recover_own": 1.0},
     "long": {"recover": True, **LONG}}
 
@@ -54,27 +48,13 @@ class Bench:
         return {"calibration": self.text, "evaluation_tokens": 0, "device": self.device}
 
 
-def sensitivities(bench: Bench, recovered: Path) -> dict[str, float]:
-    """Return what the survey would weigh errors by, if a compressed model, written out dense, were the original."""
-    with tempfile.TemporaryDirectory() as folder:
-        dense = Path(folder) / "dense"
-        write_dense(store.read(recovered), dense)
-        source = open_source(dense, Path(folder) / "staged")
-        found = calibrate.run(source, bench.text, Path(folder) / "calibration", Sampling(), device=bench.device)
-        matrices = source.layout.matrices
-        weights = {name: weight(found.fisher[name], source.matrix(matrix).to(bench.device), found.hessians.get(name))
-                   for name, matrix in matrices.items()}
-    return tempered(weights, {name: math.prod(matrix.shape) for name, matrix in matrices.items()})
-
-
 def made(case: RecoveryCase, bench: Bench) -> tuple[Path, dict[str, Any], float]:
     """Return the store of a case, its report, and the processor's seconds; what it begins with is made once."""
     def place(how: str) -> Path:
         return kept("recovery") / f"{case.model}-{case.rate:g}-{how}"
 
-    for how in {"scales": ("plain",), "again": ("all",)}.get(case.how, ()):
-        if not place(how).exists():
-            compress_model(bench.original, place(how), case.rate, **bench.given(), **MORE[how])
+    if case.how == "scales" and not place("plain").exists():
+        compress_model(bench.original, place("plain"), case.rate, **bench.given())
     output = place(case.how)
     shutil.rmtree(output, ignore_errors=True)
     began = time.process_time()
@@ -82,9 +62,7 @@ def made(case: RecoveryCase, bench: Bench) -> tuple[Path, dict[str, Any], float]
         report = recover_model(place("plain"), output, bench.original, text=bench.text, evaluation_tokens=0,
                                device=bench.device)
     else:
-        known = sensitivities(bench, place("all")) if case.how == "again" else {}
-        report = compress_model(bench.original, output, case.rate, sensitivities=known, **bench.given(),
-                                **MORE[case.how])
+        report = compress_model(bench.original, output, case.rate, **bench.given(), **MORE[case.how])
     return output, report, time.process_time() - began
 
 

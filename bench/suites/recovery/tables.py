@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Mapping
 
 from bench.markdown import table
@@ -10,7 +12,7 @@ from bench.suite import Line, Table
 from bench.suites.recovery.cases import BESIDE, BLOCKS, CASES, BesideCase, RecoveryCase
 
 TOLD = {"plain": "none", "scales": "`tersor recover`", "blocks": "`compress --recover-blocks`",
-        "all": "`compress --recover`", "again": "the same, planned by what that made",
+        "all": "`compress --recover`", "given": "the same, `--recover-own 0`", "own": "the same, `--recover-own 1`",
         "long": "`--recover`, 8 passes of all the text"}
 TEXTS = {**{text: text for text in DOMAINS}, "house": "these three", "wikitext": "WikiText-2"}
 COMPARED = ("house", "wikitext")  # texts whose KL is told in percent of that without recovery, too
@@ -31,14 +33,23 @@ def row(case: RecoveryCase, line: Line, plain: Line | None) -> list[str]:
         cells.append(f"{numbers['texts'][text]['kl']:.4f}")
         if text in COMPARED:
             cells.append("" if case.how == "plain" else less(plain, line, text))
-    return [case.model, f"{case.rate:g}", TOLD[case.how], f"{line['bytes']:,}", *cells, blimp(line),
+    return [case.model, f"{case.rate:g}", TOLD[case.how], f"{line['bytes']:,}", *cells,
+            blimp(line, None if case.how == "plain" else plain),
             "GPU" if line.get("device") else f"{numbers['processor_s'] / 60:.1f}", f"{numbers['peak_bytes'] / 1e9:.1f}"]
 
 
-def blimp(line: Line) -> str:
-    """Return a model's accuracy on BLiMP, in percent, with its standard error."""
+def blimp(line: Line, plain: Line | None = None) -> str:
+    """Return a model's accuracy on BLiMP, in percent, and by how much it is above that without recovery.
+
+    With the latter's standard error over phenomena: pairs of one phenomenon are right or wrong together.
+    """
     found = line["numbers"]["blimp"]
-    return f"{100 * found['accuracy']:.1f} ± {100 * found['error']:.1f}"
+    told = f"{100 * found['accuracy']:.1f}"
+    if plain is None:
+        return told
+    before = plain["numbers"]["blimp"]["phenomena"]
+    moved = [100 * (right - before[name]) for name, right in found["phenomena"].items()]
+    return f"{told} ({statistics.mean(moved):+.1f} ± {statistics.stdev(moved) / math.sqrt(len(moved)):.1f})"
 
 
 def heads() -> list[str]:
@@ -63,7 +74,8 @@ def named(case: BesideCase) -> str:
 def build_beside(found: Mapping[str, Line]) -> str:
     """Return a published system's rows, and ours at its bytes."""
     rows = [[case.model, named(case), f"{line['bytes']:,}",
-             *(f"{line['numbers']['texts'][text]['kl']:.4f}" for text in TEXTS), blimp(line)]
+             *(f"{line['numbers']['texts'][text]['kl']:.4f}" for text in TEXTS),
+             blimp(line, found.get(BesideCase(case.model, "plain").key) if case.how == "long" else None)]
             for case in BESIDE if (line := found.get(case.key))]
     return table(["model", "", "bytes", *(f"KL, {name}" for name in TEXTS.values()), "BLiMP, %"], rows)
 
