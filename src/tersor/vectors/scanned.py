@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from tersor.ops.code_scan import packed, sums_of
 from tersor.ops.code_scan.shapes import BYTE, NIBBLE
 from tersor.payload import codes
 from tersor.payload.blocks import row_blocks
+from tersor.vectors.checks import CPU
 
 FEW = 16  # queries that are multiplied by a matrix, which costs less than to call what it stands for
 MOST_MATRIX = 1 << 22  # numbers of it
@@ -75,6 +76,7 @@ class Meeting:
         width = encoded.shape[1]
         self._books: list[tuple[Tensor, int]] = []
         self._matrix: Tensor | None = None
+        self._moved: dict[torch.device, tuple[Tensor | None, list[tuple[Tensor, int]]]] = {}
         if not self._signs:
             found = _books(stream.codec)
             self._size = _size(found)
@@ -90,13 +92,40 @@ class Meeting:
         """What takes queries to what signs are multiplied by, float32 (dim, signs); None for words, or where large."""
         return self._matrix
 
-    def tables(self, queries: Tensor) -> Tensor:
-        """Return tables, float64 (n, lookups, size), for float32 queries (n, dim)."""
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy without what lies on devices."""
+        return {**vars(self), "_moved": {}}
+
+    def tables(self, queries: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Return tables on a device, float64 (n, lookups, size), for float32 queries (n, dim).
+
+        Second what signs are multiplied by, float64 (n, signs); None for words, and on the processor.
+        """
+        if device != CPU:
+            met, held = self._met_on(queries, device)
+            return (sums_of(met), met) if self._signs else (self._looked_up(met, held), None)
         if self._signs:
             few = self._matrix is not None and len(queries) <= FEW
-            return sums_of(queries @ self._matrix if few else _met(self._encoded, queries))  # type: ignore[operator]
-        met, parts = _met(self._encoded, queries), []
-        for books, words in self._books:
+            return sums_of(queries @ self._matrix if few else _met(self._encoded, queries)), None  # type: ignore[operator]
+        return self._looked_up(_met(self._encoded, queries), self._books), None
+
+    def _met_on(self, queries: Tensor, device: torch.device) -> tuple[Tensor, list[tuple[Tensor, int]]]:
+        """Return what codes on a device meet, float64, and the books there, kept."""
+        found = self._moved.get(device)
+        if found is None:
+            matrix, width = self._matrix, self._encoded.shape[1]
+            if not self._signs and width**2 <= MOST_MATRIX:
+                matrix = _met(self._encoded, torch.eye(width))
+            books = [(held.to(device, torch.float64), words) for held, words in self._books]
+            self._moved[device] = found = None if matrix is None else matrix.to(device, torch.float64), books
+        if found[0] is None:
+            return _met(self._encoded, queries).to(device, torch.float64), found[1]
+        return queries.to(device, torch.float64) @ found[0], found[1]
+
+    def _looked_up(self, met: Tensor, held: list[tuple[Tensor, int]]) -> Tensor:
+        """Return the products of all words, float64 (n, lookups, size)."""
+        parts = []
+        for books, words in held:
             split = met.unflatten(1, (books.shape[0], -1)).transpose(0, 1)
             found = (split @ books.transpose(1, 2)).transpose(0, 1).unflatten(2, (-1, words))
             found = found.flatten(1, 2)

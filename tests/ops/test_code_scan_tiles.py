@@ -1,0 +1,115 @@
+"""The scan by tiles, as devices do it: bounds are bounds, and what is found is what float64 finds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tersor.ops import code_scan, reference_only
+from tersor.ops.code_scan import Asked, Lines, Stack, reference, tiles
+from tersor.ops.code_scan.shapes import SIGNS_FROM, TILE, refusal
+from tersor.testing import gaussian
+from tests.ops.devices import DEVICES
+from tests.ops.test_code_scan import KINDS, asked_of, lines_of
+
+COUNTS = (1, 64, 200, 129, 600)
+
+
+def padded(parts: list[Tensor]) -> Tensor:
+    """Return values of pieces as those of tiles."""
+    return torch.cat([torch.nn.functional.pad(part, (0, -len(part) % TILE)).reshape(-1, TILE) for part in parts])
+
+
+def stack_of(lines: Lines, device: str) -> Stack:
+    held = lines.pieces
+    numbers = torch.arange(len(held), dtype=torch.int32)
+    codes, pieces = torch.cat([one.codes for one in held]), torch.tensor([len(one.codes) for one in held])
+    factors, offsets, ids = (padded([getattr(one, name) for one in held]).to(device)
+                             for name in ("factors", "offsets", "ids"))
+    rows = padded([torch.ones(len(one.ids), dtype=torch.uint8) for one in held])
+    return Stack(codes.to(device), factors, offsets, ids, rows.to(device),
+                 numbers.repeat_interleave(pieces).to(device), lines.peaks)
+
+
+def moved(asked: Asked, device: str) -> Asked:
+    """Return what is asked of lines as it is asked of a stack."""
+    masks = None if asked.masks is None else (padded(list(asked.masks)).to(device),)
+    visits, bases, products = (None if one is None else one.to(device)
+                               for one in (asked.visits, asked.bases, asked.products))
+    return Asked(asked.tables.to(device), asked.weights.to(device), visits, bases, masks, products)
+
+
+def signs_asked(columns: int, kind: str, lines: Lines) -> Asked:
+    """Return so many queries of signs that they are multiplied, the last byte not full."""
+    products = gaussian((2 * SIGNS_FROM + 2, 8 * columns - 3), 3).double()
+    some = asked_of(16, columns, len(COUNTS), kind, lines)
+    visits, bases = (None if one is None else one.repeat(3, 1) for one in (some.visits, some.bases))
+    return Asked(code_scan.sums_of(products), some.weights.repeat(3, 1), visits, bases, some.masks, products)
+
+
+def cases() -> list[tuple[int, int, bool]]:
+    return [(size, columns, False) for size, columns in KINDS] + [(16, columns, True) for columns in (1, 8, 11, 41)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["all", "lists", "masks"])
+@pytest.mark.parametrize(("size", "columns", "signs"), cases())
+def test_bounds_and_what_is_found(size: int, columns: int, signs: bool, kind: str, device: str) -> None:
+    lines = lines_of(size, columns, COUNTS)
+    asked = signs_asked(columns, kind, lines) if signs else asked_of(size, columns, len(COUNTS), kind, lines)
+    stack, there = stack_of(lines, device), moved(asked, device)
+    queries, count = len(asked.tables), len(stack.codes)
+    terms = tiles.terms_of(stack, there)
+    assert (terms.products is not None) == signs
+    pairs = (torch.arange(queries, device=device).repeat_interleave(count),
+             torch.arange(count, device=device).repeat(queries))
+    scores, exact = tiles.scores_of(stack, there, *pairs), reference.scores(stack, there, *pairs)
+    finite = exact.isfinite()
+    assert torch.equal(scores.isfinite(), finite)
+    torch.testing.assert_close(scores[finite], exact[finite], rtol=1e-12, atol=1e-12)
+    peaks, bounds = exact.amax(1).reshape(queries, count), tiles.bounds_of(stack, there, terms).double()
+    assert torch.equal(bounds.isfinite(), peaks.isfinite())
+    over = (bounds - peaks)[peaks.isfinite()]
+    assert float(over.min()) >= 0
+    room = terms.numbers.double()[:, :2].cpu().sum(1).max()  # factors are below 1
+    assert float(over.max()) <= 2 * float(room)
+    for k in (1, 10, 1500):
+        found, expected = code_scan.best(stack, there, k), reference.best(lines, asked, k)
+        assert torch.equal(found[1].cpu(), expected[1])
+        torch.testing.assert_close(found[0].cpu(), expected[0], rtol=1e-12, atol=1e-11)
+    floors = torch.linspace(-5, 20, queries).double()
+    for near, far in zip(code_scan.within(stack, there, floors.to(device)), reference.within(lines, asked, floors),
+                         strict=True):
+        assert torch.equal(near[1].cpu(), far[1])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_some_tiles_at_a_time(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries, tiles and rows in parts, also where the best of few tiles do not settle a query."""
+    lines = lines_of(16, 11, (640, 1000))
+    one = lines.pieces[1]
+    one.factors.fill_(0.5)
+    one.offsets.zero_()
+    one.codes.copy_(one.codes[:1, :, :1].expand(one.codes.shape))  # all score alike
+    asked = asked_of(16, 11, 2, "all", lines)
+    for rows, bounds in ((64, 1), (1000, 60), (1 << 20, 1 << 20)):
+        monkeypatch.setattr(tiles, "SOME_ROWS", rows)
+        monkeypatch.setattr(tiles, "SOME_BOUNDS", bounds)
+        found = code_scan.best(stack_of(lines, device), moved(asked, device), 7)
+        assert torch.equal(found[1].cpu(), reference.best(lines, asked, 7)[1])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_plain_torch_on_a_device(device: str) -> None:
+    lines = lines_of(256, 12, COUNTS)
+    asked = asked_of(256, 12, len(COUNTS), "lists", lines)
+    with reference_only():
+        found = code_scan.best(stack_of(lines, device), moved(asked, device), 9)
+    assert torch.equal(found[1].cpu(), reference.best(lines, asked, 9)[1])
+
+
+def test_old_devices_are_refused() -> None:
+    assert refusal((8, 0)) is None
+    assert refusal((12, 0)) is None
+    assert "8.0" in str(refusal((7, 5)))
