@@ -75,6 +75,8 @@ def vectors_of(x: Any, dim: int) -> Tensor:
     """Return checked vectors (n, dim); none at all are as good as any."""
     if isinstance(x, (Tensor, np.ndarray)) and tuple(x.shape) == (0, dim):
         return torch.empty(0, dim, dtype=torch.float32)
+    if isinstance(x, Tensor) and x.is_cuda:
+        x = x.detach().cpu()  # one wait for the device, and none for each check
     if isinstance(x, np.ndarray) and x.dtype == np.float32 and x.flags.c_contiguous and x.flags.writeable:
         x = torch.from_numpy(x)
     if (isinstance(x, Tensor) and x.dtype == torch.float32 and x.device.type == "cpu" and tuple(x.shape[1:]) == (dim,)
