@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tersor.ops import code_scan, reference_only
 from tersor.ops.code_scan import Asked, Lines, Stack, reference, tiles
-from tersor.ops.code_scan.shapes import SIGNS_FROM, TILE, refusal
+from tersor.ops.code_scan.shapes import SIGNS_FROM, STEPS, TILE, refusal
 from tersor.testing import gaussian
 from tests.ops.devices import DEVICES
 from tests.ops.test_code_scan import KINDS, asked_of, lines_of
@@ -60,7 +60,7 @@ def test_bounds_and_what_is_found(size: int, columns: int, signs: bool, kind: st
     asked = signs_asked(columns, kind, lines) if signs else asked_of(size, columns, len(COUNTS), kind, lines)
     stack, there = stack_of(lines, device), moved(asked, device)
     queries, count = len(asked.tables), len(stack.codes)
-    terms = tiles.terms_of(stack, there)
+    terms = tiles.terms_of(there)
     assert (terms.products is not None) == signs
     pairs = (torch.arange(queries, device=device).repeat_interleave(count),
              torch.arange(count, device=device).repeat(queries))
@@ -72,8 +72,10 @@ def test_bounds_and_what_is_found(size: int, columns: int, signs: bool, kind: st
     assert torch.equal(bounds.isfinite(), peaks.isfinite())
     over = (bounds - peaks)[peaks.isfinite()]
     assert float(over.min()) >= 0
-    room = terms.numbers.double()[:, :2].cpu().sum(1).max()  # factors are below 1
-    assert float(over.max()) <= 2 * float(room)
+    lost = 0 if terms.lost is None else terms.lost.double()
+    most = asked.weights.abs().max() * stack.peaks[1] + (0 if asked.bases is None else asked.bases.abs().max())
+    room = terms.step * terms.whole + lost + STEPS * (terms.whole + most.to(device))  # factors are below 1
+    assert float(over.max()) <= 2 * float(room.max())
     for k in (1, 10, 1500):
         found, expected = code_scan.best(stack, there, k), reference.best(lines, asked, k)
         assert torch.equal(found[1].cpu(), expected[1])

@@ -18,10 +18,10 @@ from tersor.ops.code_scan import packed, sums_of
 from tersor.ops.code_scan.shapes import BYTE, NIBBLE
 from tersor.payload import codes
 from tersor.payload.blocks import row_blocks
-from tersor.vectors.checks import CPU
 
 FEW = 16  # queries that are multiplied by a matrix, which costs less than to call what it stands for
 MOST_MATRIX = 1 << 22  # numbers of it
+MOST_MOVED = 1 << 25  # of a matrix on a device
 
 
 def is_scanned(codec: Codec) -> bool:
@@ -76,7 +76,7 @@ class Meeting:
         width = encoded.shape[1]
         self._books: list[tuple[Tensor, int]] = []
         self._matrix: Tensor | None = None
-        self._moved: dict[torch.device, tuple[Tensor | None, list[tuple[Tensor, int]]]] = {}
+        self._moved: dict[torch.device, Tensor | None] = {}
         if not self._signs:
             found = _books(stream.codec)
             self._size = _size(found)
@@ -96,36 +96,40 @@ class Meeting:
         """Copy without what lies on devices."""
         return {**vars(self), "_moved": {}}
 
-    def tables(self, queries: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """Return tables on a device, float64 (n, lookups, size), for float32 queries (n, dim).
+    def tables(self, queries: Tensor) -> Tensor:
+        """Return tables, float64 (n, lookups, size), for float32 queries (n, dim)."""
+        if not self._signs:
+            return self._looked_up(_met(self._encoded, queries))
+        few = self._matrix is not None and len(queries) <= FEW
+        return sums_of(queries @ self._matrix if few else _met(self._encoded, queries))  # type: ignore[operator]
 
-        Second what signs are multiplied by, float64 (n, signs); None for words, and on the processor.
+    def tables_on(self, queries: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Return tables on a device, and what signs are multiplied by, float64 (n, signs); None for words.
+
+        Both are linear in queries, so there they are products with matrices, which are kept. Where those are large,
+        tables are made on the processor.
         """
-        if device != CPU:
-            met, held = self._met_on(queries, device)
-            return (sums_of(met), met) if self._signs else (self._looked_up(met, held), None)
+        width, stream = self._encoded.shape[1], _stream(self._encoded)
+        if device not in self._moved:
+            held, lookups = None, sum(books.shape[0] * (books.shape[1] // words) for books, words in self._books)
+            if self._signs and width * stream.codec.stream_shape((1, width))[1] <= MOST_MOVED:  # type: ignore[attr-defined]
+                held = _met(self._encoded, torch.eye(width)) if self._matrix is None else self._matrix
+            elif not self._signs and width * lookups * self._size <= MOST_MOVED:
+                held = self.tables(torch.eye(width))
+            self._moved[device] = None if held is None else held.to(device, torch.float64)
+        held = self._moved[device]
+        if held is None:
+            return self.tables(queries).to(device), None
+        wide = queries.to(device, torch.float64)
         if self._signs:
-            few = self._matrix is not None and len(queries) <= FEW
-            return sums_of(queries @ self._matrix if few else _met(self._encoded, queries)), None  # type: ignore[operator]
-        return self._looked_up(_met(self._encoded, queries), self._books), None
+            products = wide @ held
+            return sums_of(products), products
+        return (wide @ held.flatten(1)).unflatten(1, held.shape[1:]), None
 
-    def _met_on(self, queries: Tensor, device: torch.device) -> tuple[Tensor, list[tuple[Tensor, int]]]:
-        """Return what codes on a device meet, float64, and the books there, kept."""
-        found = self._moved.get(device)
-        if found is None:
-            matrix, width = self._matrix, self._encoded.shape[1]
-            if not self._signs and width**2 <= MOST_MATRIX:
-                matrix = _met(self._encoded, torch.eye(width))
-            books = [(held.to(device, torch.float64), words) for held, words in self._books]
-            self._moved[device] = found = None if matrix is None else matrix.to(device, torch.float64), books
-        if found[0] is None:
-            return _met(self._encoded, queries).to(device, torch.float64), found[1]
-        return queries.to(device, torch.float64) @ found[0], found[1]
-
-    def _looked_up(self, met: Tensor, held: list[tuple[Tensor, int]]) -> Tensor:
+    def _looked_up(self, met: Tensor) -> Tensor:
         """Return the products of all words, float64 (n, lookups, size)."""
         parts = []
-        for books, words in held:
+        for books, words in self._books:
             split = met.unflatten(1, (books.shape[0], -1)).transpose(0, 1)
             found = (split @ books.transpose(1, 2)).transpose(0, 1).unflatten(2, (-1, words))
             found = found.flatten(1, 2)

@@ -220,7 +220,9 @@ def _asked(held: Held, posed: _Posed, wanted: Wanted) -> code_scan.Asked:
         masks = tuple(part.contiguous() for part in whole.ordered(wanted.allowed.to(torch.uint8)))
     elif wanted.allowed is not None:
         masks = (masked(held, wanted.allowed, wanted.device),)
-    tables, products = held.meeting.tables(queries, wanted.device)
+    if wanted.device == CPU:
+        return code_scan.Asked(held.meeting.tables(queries), weights, visits, bases, masks)
+    tables, products = held.meeting.tables_on(queries, wanted.device)
     return code_scan.Asked(tables, weights, visits, bases, masks, products)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 import torch
@@ -200,11 +200,16 @@ def sums_of(products: Tensor) -> Tensor:
         from tersor.ops.code_scan import compiled
 
         return compiled.signed_sums(products)
-    wide = torch.nn.functional.pad(products.to(torch.float64), (0, 8 * columns_of(products.shape[1]) -
-                                                                products.shape[1]))
-    bits = torch.arange(NIBBLE, device=products.device)[:, None] >> torch.arange(SIGNS, device=products.device)
-    signs = (bits & 1).to(torch.float64) * 2 - 1
-    return (wide.unflatten(1, (-1, SIGNS)).unsqueeze(2) * signs).sum(3)
+    pad = 8 * columns_of(products.shape[1]) - products.shape[1]
+    wide = torch.nn.functional.pad(products.to(torch.float64), (0, pad)) if pad else products.to(torch.float64)
+    return wide.unflatten(1, (-1, SIGNS)) @ _four_signs(products.device)
+
+
+@cache
+def _four_signs(device: torch.device) -> Tensor:
+    """Return all of four signs, float64 (SIGNS, NIBBLE)."""
+    bits = torch.arange(NIBBLE) >> torch.arange(SIGNS)[:, None]
+    return ((bits & 1).to(torch.float64) * 2 - 1).to(device)
 
 
 def best(lines: Lines | Stack, asked: Asked, k: int) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,8 @@ def bounds(stack: Stack, asked: Asked, terms: Terms) -> Tensor:
     (tiles, columns, _), (queries, lookups, size) = stack.codes.shape, asked.tables.shape
     weights, bases, steps, based = _around(asked)
     out = workspace((queries, tiles), torch.float32, stack.codes.device, "bounds of a search")
-    held = (stack.factors, stack.offsets, _there(stack, asked), stack.pieces, weights, bases, terms.numbers, out, tiles)
+    held = (stack.factors, stack.offsets, _there(stack, asked), stack.pieces, weights, bases, terms.whole, out,
+            *stack.peaks, terms.step, tiles)
     with torch.cuda.device(stack.codes.device):
         if terms.products is None:
             words, each = stack.codes.view(torch.int32), 4 // stack.codes.itemsize
@@ -33,21 +34,23 @@ def bounds(stack: Stack, asked: Asked, terms: Terms) -> Tensor:
         products = torch.zeros(tall, wide, dtype=torch.float16, device=out.device)
         products[: terms.products.shape[1], :queries] = terms.products.T
         bound_signs[(wide // block, -(-tiles // SIGN_TILES))](
-            stack.codes, products, *held, queries, wide, *steps, columns, based, SIGN_TILES, block, SIGN_STEP,
-            num_warps=WARPS)
+            stack.codes, products, terms.unit, terms.lost, *held, queries, wide, *steps, columns, based, SIGN_TILES,
+            block, SIGN_STEP, num_warps=WARPS)
     return out
 
 
-def scores(stack: Stack, asked: Asked, queries: Tensor, tiles: Tensor) -> Tensor:
-    """Return the scores of the rows of tiles, one for one query each: float64 (n, TILE)."""
-    columns, (_, lookups, size) = stack.codes.shape[1], asked.tables.shape
+def scores(stack: Stack, asked: Asked, queries: Tensor | None, tiles: Tensor) -> Tensor:
+    """Return the scores of the rows of tiles, float64 (n, TILE); see `tiles.scores_of`."""
+    columns, (_, lookups, size), counted = stack.codes.shape[1], asked.tables.shape, queries is None
+    each, tiles = (tiles.shape[1], tiles.reshape(-1)) if counted else (1, tiles)
+    asking = tiles if queries is None else queries
     weights, bases, steps, based = _around(asked)
     out = workspace((len(tiles), TILE), torch.float64, stack.codes.device, "scores of a search")
     if len(tiles):
         with torch.cuda.device(stack.codes.device):
             score_tiles[(len(tiles),)](
                 stack.codes, asked.tables, stack.factors, stack.offsets, _there(stack, asked), stack.pieces, weights,
-                bases, queries, tiles, out, *steps, columns, lookups, size, based, num_warps=2)
+                bases, asking, tiles, out, each, *steps, columns, lookups, size, based, counted, num_warps=2)
     return out
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tersor.ops.code_scan.shapes import NIBBLE, SOME_ROWS, TILE
+from tersor.ops.code_scan.shapes import NIBBLE, SOME_ROWS, STEPS, TILE, TINY
 
 if TYPE_CHECKING:
     from tersor.ops.code_scan import Asked, Lines, Rows, Stack
@@ -73,26 +73,33 @@ def _lookups(codes: Tensor, size: int) -> Iterator[Tensor]:
 
 def bounds(stack: Stack, asked: Asked, terms: Terms) -> Tensor:
     """Return what the scores of each tile's rows do not exceed, float32 (queries, tiles), from float32 tables."""
-    queries, _, size = terms.tables.shape
+    queries, _, size = asked.tables.shape
+    tables, (factor, offset) = asked.tables.to(torch.float32), stack.peaks
     out = torch.empty(queries, len(stack.codes), device=stack.codes.device)
-    slack, more = terms.numbers[:, 0, None, None], terms.numbers[:, 1, None, None]
+    whole = terms.whole[:, None, None]
+    slack = terms.step * whole + (0 if terms.lost is None else terms.lost[:, None, None])
     step, bases = max(1, SOME_ROWS // (TILE * queries)), asked.based()
     there = stack.there if asked.masks is None else asked.masks[0]
     for first in range(0, len(stack.codes), step):
         some = slice(first, first + step)
         sums = torch.zeros(queries, len(stack.codes[some]), TILE, device=out.device)
         for lookup, codes in enumerate(_lookups(stack.codes[some], size)):
-            sums += terms.tables[:, lookup][:, codes]
+            sums += tables[:, lookup][:, codes]
         found = stack.factors[some] * (sums + slack)
-        found += _by_piece(asked.weights, stack.pieces[some]) * stack.offsets[some] + more
+        weights = _by_piece(asked.weights, stack.pieces[some])
+        found += weights * stack.offsets[some] + (STEPS * (factor * whole + offset * weights.abs()) + TINY)
         if bases is not None:
-            found += _by_piece(bases, stack.pieces[some])
+            own = _by_piece(bases, stack.pieces[some])
+            found += own + STEPS * own.abs().nan_to_num(posinf=0.0)
         out[:, some] = found.masked_fill_(there[some] == 0, -math.inf).amax(2)
     return out
 
 
-def scores(stack: Stack, asked: Asked, queries: Tensor, tiles: Tensor) -> Tensor:
-    """Return the scores of the rows of tiles, one for one query each: float64 (n, TILE)."""
+def scores(stack: Stack, asked: Asked, queries: Tensor | None, tiles: Tensor) -> Tensor:
+    """Return the scores of the rows of tiles, float64 (n, TILE); see `tiles.scores_of`."""
+    if queries is None:
+        queries = torch.arange(len(tiles), device=tiles.device).repeat_interleave(tiles.shape[1])
+        tiles = tiles.reshape(-1)
     sums = torch.zeros(len(tiles), TILE, dtype=torch.float64, device=stack.codes.device)
     for lookup, codes in enumerate(_lookups(stack.codes[tiles], asked.tables.shape[2])):
         sums += asked.tables[queries, lookup].gather(1, codes)

@@ -19,6 +19,9 @@ BOUND_TILES, SIGN_TILES, MOST_QUERIES, WARPS = 8, 2, 128, 8  # of a program that
 MORE = 16  # tiles that are scored beside one for each row that is asked for
 SOME_ROWS = 1 << 22  # times queries, whose scores in float64 are held at a time
 SOME_BOUNDS = 1 << 26  # tiles times queries, whose bounds are held at a time
+STEP = 2.0**-22  # of a sum: what one addition of float32 may lose, and more, as tensor cores cut sums off
+STEPS = 2.0**-21  # of a score's parts: what is lost where they are put together as float32
+TINY = 2.0**-120  # what float32 may lose below its least normal number, many times over
 CAPABILITY = (8, 0)  # of a GPU that Triton compiles for
 SLACK = 2.0**-40  # of the largest score: what sums of float64 may be rounded by in some thousand steps
 

@@ -14,14 +14,12 @@ import torch
 from torch import Tensor
 
 from tersor.ops.code_scan import reference
-from tersor.ops.code_scan.shapes import MORE, SIGNS_FROM, SOME_BOUNDS, SOME_ROWS, TILE, refusal
+from tersor.ops.code_scan.shapes import MORE, SIGNS_FROM, SOME_BOUNDS, SOME_ROWS, STEP, TILE, refusal
 from tersor.ops.dispatch import take_reference
 
 if TYPE_CHECKING:
     from tersor.ops.code_scan import Asked, Stack
 
-STEP32, STEP22 = 2.0**-23, 2.0**-22  # of a sum of float32, and of one that tensor cores cut off
-TINY = 2.0**-120  # what float32 may lose below its least normal number, many times over
 MOST_HALF = 14  # exponent of the largest product as float16
 
 
@@ -29,37 +27,48 @@ MOST_HALF = 14  # exponent of the largest product as float16
 class Terms:
     """What bounds of scores are made of.
 
+    With the largest factor `F` and offset `O`, no score exceeds `factor * (sum + step * whole + lost) + weight * offset
+    + base + STEPS * (F * whole + O * |weight| + |base|) + TINY`.
+
     Attributes
     ----------
-    numbers : Tensor
-        float32 (queries, 3): what is added to a sum for its roundings, what to a score, and the unit of `products`.
-    tables : Tensor
-        float32 (queries, lookups, size).
+    whole : Tensor
+        What no sum exceeds, float32 (queries,).
+    step : float
+        What sums may lose in roundings, of the whole.
+    tables : Tensor or None
+        float32 (queries, lookups, size); None where signs are multiplied.
     products : Tensor or None
-        float16 (queries, signs), divided by the unit; None where codes are looked up.
+        float16 (queries, signs), divided by `unit`; None where codes are looked up.
+    unit, lost : Tensor or None
+        float32 (queries,): that, and what products lose as float16.
     """
 
-    numbers: Tensor
-    tables: Tensor
-    products: Tensor | None
+    whole: Tensor
+    step: float
+    tables: Tensor | None
+    products: Tensor | None = None
+    unit: Tensor | None = None
+    lost: Tensor | None = None
 
 
 def best(stack: Stack, asked: Asked, k: int) -> tuple[Tensor, Tensor]:
-    """Return the scores and ids of the best rows, (queries, k); see the op."""
+    """Return the scores and ids of the best rows, (queries, k), on the processor; see the op."""
     tiles = len(stack.codes)
     take = min(tiles, k + max(MORE, k // 4))
-    parts = [_best(stack, part, terms_of(stack, part), None, (k, take))
-             for part in _some(asked, min(SOME_BOUNDS // tiles, 4 * SOME_ROWS // (TILE * take)))]
-    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    parts = [_best(stack, part, bounds_of(stack, part, terms_of(part)), (k, take))
+             for part in _some(asked, min(SOME_BOUNDS // tiles, SOME_ROWS // (TILE * take)))]
+    return parts[0] if len(parts) == 1 else (torch.cat([part[0] for part in parts]),
+                                             torch.cat([part[1] for part in parts]))
 
 
 def within(stack: Stack, asked: Asked, floors: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Return the scores and ids of all rows from a floor on; see the op."""
+    """Return the scores and ids of all rows from a floor on, on the processor; see the op."""
     out, first = [], 0
     for part in _some(asked, SOME_BOUNDS // len(stack.codes)):
         own = floors[first : first + len(part.tables)]
         first += len(own)
-        bounds = bounds_of(stack, part, terms_of(stack, part))
+        bounds = bounds_of(stack, part, terms_of(part))
         query, tile = ((bounds >= own[:, None]) & (bounds > -math.inf)).nonzero(as_tuple=True)
         found = [(query[:0], own[:0], query[:0])]
         for start in range(0, len(query), SOME_ROWS // TILE):
@@ -73,28 +82,26 @@ def within(stack: Stack, asked: Asked, floors: Tensor) -> list[tuple[Tensor, Ten
         order = order[query[order].argsort(stable=True)]
         query, scores, ids = query[order], scores[order], ids[order]
         counts = query.bincount(minlength=len(own)).tolist()
-        out += zip(scores.split(counts), ids.split(counts), strict=True)
+        out += zip(scores.cpu().split(counts), ids.cpu().split(counts), strict=True)
     return out
 
 
-def terms_of(stack: Stack, asked: Asked) -> Terms:
+def terms_of(asked: Asked) -> Terms:
     """Return what bounds are made of, from what roundings may take at most."""
-    (factor, offset), lookups = stack.peaks, asked.tables.shape[1]
-    whole = asked.tables.abs().amax(2).sum(1)
-    products, unit = None, torch.ones_like(whole)
-    slack = (lookups + 4) * STEP32 * whole
-    if asked.products is not None and len(asked.tables) >= SIGNS_FROM:
-        largest = asked.products.abs().amax(1, keepdim=True)
-        unit = torch.ldexp(torch.ones_like(largest), largest.frexp().exponent - MOST_HALF)
-        scaled = asked.products / unit
-        products = scaled.to(torch.float16)
-        rounded = ((scaled - products).abs().sum(1, keepdim=True) * unit).squeeze(1)
-        slack, unit = slack + rounded + (4 * lookups + 8) * STEP22 * whole, unit.squeeze(1)
-    most = factor * (whole + slack) + offset * asked.weights.abs().amax(1)
-    if asked.bases is not None:
-        most = most + asked.bases.abs().nan_to_num(posinf=0.0).amax(1)
-    numbers = torch.stack([slack, 2 * STEP22 * most + TINY, unit], 1)
-    return Terms(numbers.to(torch.float32), asked.tables.to(torch.float32), products)
+    products = asked.products
+    if products is None:
+        whole = torch.linalg.vector_norm(asked.tables, math.inf, dim=2).sum(1)
+    else:
+        whole = torch.linalg.vector_norm(products, 1, dim=1)
+    if products is None or len(products) < SIGNS_FROM:
+        return Terms(whole.to(torch.float32), (asked.tables.shape[1] + 4) * STEP, asked.tables.to(torch.float32))
+    largest = torch.linalg.vector_norm(products, math.inf, dim=1)
+    unit = torch.ldexp(torch.ones_like(largest), largest.frexp().exponent - MOST_HALF)
+    scaled = products / unit[:, None]
+    rounded = scaled.to(torch.float16)
+    lost = torch.linalg.vector_norm(scaled - rounded, 1, dim=1) * unit
+    return Terms(whole.to(torch.float32), (products.shape[1] + 8) * STEP, None, rounded, unit.to(torch.float32),
+                 lost.to(torch.float32))
 
 
 def bounds_of(stack: Stack, asked: Asked, terms: Terms) -> Tensor:
@@ -106,8 +113,16 @@ def bounds_of(stack: Stack, asked: Asked, terms: Terms) -> Tensor:
     return reference.bounds(stack, asked, terms)
 
 
-def scores_of(stack: Stack, asked: Asked, queries: Tensor, tiles: Tensor) -> Tensor:
-    """Return the scores of the rows of tiles, one for one query each: float64 (n, TILE) of int64 (n,)."""
+def scores_of(stack: Stack, asked: Asked, queries: Tensor | None, tiles: Tensor) -> Tensor:
+    """Return the scores of the rows of tiles: float64 (n, TILE).
+
+    Parameters
+    ----------
+    queries : Tensor or None
+        int64 (n,), who asks for each tile; None: `tiles` are those of each query, (queries, n / queries).
+    tiles : Tensor
+        int64.
+    """
     if _kernels(stack):
         from tersor.ops.code_scan import launch
 
@@ -129,36 +144,39 @@ def _some(asked: Asked, count: int) -> Iterator[Asked]:
         yield asked.of(slice(start, start + max(1, count)))
 
 
-def _best(stack: Stack, asked: Asked, terms: Terms, bounds: Tensor | None, sizes: tuple[int, int]
-          ) -> tuple[Tensor, Tensor]:
-    """Return the best of some tiles first, and of more for queries that these do not settle."""
+def _best(stack: Stack, asked: Asked, bounds: Tensor, sizes: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Return the best of so many tiles of the largest bounds, and of more for queries that these do not settle."""
     k, take = sizes
-    bounds = bounds_of(stack, asked, terms) if bounds is None else bounds
-    if take == bounds.shape[1]:
-        chosen = torch.arange(take, device=bounds.device).expand(bounds.shape)
-        return _among(stack, asked, chosen, k)
+    queries, tiles = bounds.shape
+    if take == tiles:
+        return _sorted(stack, asked, torch.arange(tiles, device=bounds.device).expand(bounds.shape), k)
     top = bounds.topk(take + 1)
-    scores, ids = _among(stack, asked, top.indices[:, :take], k)
-    rest = top.values[:, take]
-    still = ((rest >= scores[:, -1]) & (rest > -math.inf)).nonzero().squeeze(1)
-    if len(still):
-        more = min(bounds.shape[1], 8 * take)
-        parts = [_best(stack, asked.of(some), terms, bounds[some], (k, more))
-                 for some in still.split(max(1, 4 * SOME_ROWS // (TILE * more)))]
-        scores[still], ids[still] = (torch.cat(one) for one in zip(*parts, strict=True))
+    chosen = top.indices[:, :take].contiguous()
+    found = scores_of(stack, asked, None, chosen).reshape(queries, -1).topk(k + 1)
+    numbers = stack.ids[chosen].reshape(queries, -1).gather(1, found.indices)
+    rest = top.values[:, take:].to(torch.float64)
+    answer = torch.cat([found.values, numbers.view(torch.float64), rest], 1).cpu()  # one wait for the device
+    scores, ids, rest = answer[:, :k].clone(), answer[:, k + 1 : 2 * k + 1].view(torch.int64).clone(), answer[:, -1]
+    ids.masked_fill_(scores == -math.inf, -1)
+    equal = ((answer[:, 1 : k + 1] == scores) & (scores > -math.inf)).any(1)
+    still = (rest >= scores[:, -1]) & (rest > -math.inf)
+    for unsettled, more in ((equal & ~still, take), (still, min(tiles, 8 * take))):
+        for some in unsettled.nonzero().squeeze(1).split(max(1, SOME_ROWS // (TILE * more))) if unsettled.any() else ():
+            near = some.to(bounds.device)
+            scores[some], ids[some] = (_sorted(stack, asked.of(near), chosen[near], k) if more == take else
+                                       _best(stack, asked.of(near), bounds[near], (k, more)))
     return scores, ids
 
 
-def _among(stack: Stack, asked: Asked, chosen: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the scores and ids of the best rows in chosen tiles, int64 (queries, n): (queries, k)."""
+def _sorted(stack: Stack, asked: Asked, chosen: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the scores and ids of the best rows in chosen tiles, int64 (queries, n), some tiles at a time."""
     count, device = len(chosen), chosen.device
     scores = torch.full((count, k), -math.inf, dtype=torch.float64, device=device)
     ids = torch.full((count, k), -1, dtype=torch.int64, device=device)
-    query = torch.arange(count, device=device)
     for tiles in chosen.split(max(1, SOME_ROWS // (TILE * count)), 1):
-        found = scores_of(stack, asked, query.repeat_interleave(tiles.shape[1]), tiles.reshape(-1))
+        found = scores_of(stack, asked, None, tiles.contiguous())
         together = torch.cat([scores, found.reshape(count, -1)], 1)
         held = torch.cat([ids, stack.ids[tiles].reshape(count, -1)], 1)
         order = reference.order_of(together, held)[:, :k]
         scores, ids = together.gather(1, order), held.gather(1, order)
-    return scores, ids.masked_fill(scores == -math.inf, -1)
+    return scores.cpu(), ids.masked_fill(scores == -math.inf, -1).cpu()

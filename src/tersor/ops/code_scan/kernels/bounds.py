@@ -5,9 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tersor.ops.code_scan import shapes
 from tersor.ops.dispatch import kernel
 
-ROWS = tl.constexpr(64)  # of a tile
+ROWS = tl.constexpr(shapes.TILE)
+STEPS, TINY = tl.constexpr(shapes.STEPS), tl.constexpr(shapes.TINY)
 
 
 @triton.jit
@@ -21,6 +23,13 @@ def _looked_up(own, held, SHIFT: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
+def _more(base, weight, most, most_offset):
+    # what may be lost where the parts of a score are put together
+    size = tl.where(base > -float("inf"), tl.abs(base), 0.0)
+    return STEPS * (most + most_offset * tl.abs(weight) + size) + TINY
+
+
+@triton.jit
 def _score(total, place, inside, factors, offsets, there, weight, slack):
     score = tl.load(factors + place, inside, other=0.0) * (total + slack)
     score += weight * tl.load(offsets + place, inside, other=0.0)
@@ -29,8 +38,8 @@ def _score(total, place, inside, factors, offsets, there, weight, slack):
 
 @kernel
 @triton.jit(do_not_specialize=["tiles", "pieces_count", "weight_query", "weight_piece"])
-def bound_lookups(codes, tables, factors, offsets, there, pieces, weights, bases, terms, out, tiles, pieces_count,
-                  weight_query, weight_piece, COLUMNS: tl.constexpr, LOOKUPS: tl.constexpr, SIZE: tl.constexpr,
+def bound_lookups(codes, tables, factors, offsets, there, pieces, weights, bases, whole, out, most_factor,
+                  most_offset, step, tiles, pieces_count, weight_query, weight_piece, COLUMNS: tl.constexpr, LOOKUPS: tl.constexpr, SIZE: tl.constexpr,
                   BASED: tl.constexpr, TILES: tl.constexpr, EACH: tl.constexpr):
     """Tiles of codes and one query, whose float32 tables (lookups, size) are read where codes say.
 
@@ -60,21 +69,22 @@ def bound_lookups(codes, tables, factors, offsets, there, pieces, weights, bases
             if EACH == 4:
                 third += _looked_up(near, held, 16, SIZE)
                 fourth += _looked_up(near, held, 24, SIZE)
-        place, slack = tile.to(tl.int64) * ROWS + lane % WORDS * EACH, tl.load(terms + query * 3)
+        place, most = tile.to(tl.int64) * ROWS + lane % WORDS * EACH, tl.load(whole + query)
+        slack = step * most
         score = tl.maximum(_score(first, place, inside, factors, offsets, there, weight, slack),
                            _score(second, place + 1, inside, factors, offsets, there, weight, slack))
         if EACH == 4:
             score = tl.maximum(score, _score(third, place + 2, inside, factors, offsets, there, weight, slack))
             score = tl.maximum(score, _score(fourth, place + 3, inside, factors, offsets, there, weight, slack))
-        score += base + tl.load(terms + query * 3 + 1)
+        score += base + _more(base, weight, most_factor * most, most_offset)
     own_tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
     tl.store(out + query * tiles + own_tile, tl.max(tl.reshape(score, (TILES, WORDS)), 1), own_tile < tiles)
 
 
 @kernel
 @triton.jit(do_not_specialize=["tiles", "queries", "pieces_count", "weight_query", "weight_piece"])
-def bound_signs(codes, products, factors, offsets, there, pieces, weights, bases, terms, out, tiles, queries, wide,
-                pieces_count, weight_query, weight_piece, COLUMNS: tl.constexpr, BASED: tl.constexpr, TILES: tl.constexpr,
+def bound_signs(codes, products, units, lost, factors, offsets, there, pieces, weights, bases, whole, out, most_factor,
+                most_offset, step, tiles, queries, wide, pieces_count, weight_query, weight_piece, COLUMNS: tl.constexpr, BASED: tl.constexpr, TILES: tl.constexpr,
                 QUERIES: tl.constexpr, STEP: tl.constexpr):
     """Tiles of signs and many queries, whose float16 products (signs, wide) are multiplied; `wide` pads queries."""
     first = tl.program_id(1) * TILES
@@ -97,8 +107,8 @@ def bound_signs(codes, products, factors, offsets, there, pieces, weights, bases
     factor = tl.load(factors + place, inside, other=0.0)
     offset = tl.load(offsets + place, inside, other=0.0)
     known = query < queries
-    slack, more = tl.load(terms + query * 3, known, other=0.0), tl.load(terms + query * 3 + 1, known, other=0.0)
-    unit = tl.load(terms + query * 3 + 2, known, other=0.0)
+    most, unit = tl.load(whole + query, known, other=0.0), tl.load(units + query, known, other=0.0)
+    slack = step * most + tl.load(lost + query, known, other=0.0)
     tile = first + tl.arange(0, TILES)
     own = query.to(tl.int64)[None, :]
     score = factor[:, None] * (total * unit[None, :] + slack[None, :])
@@ -108,9 +118,11 @@ def bound_signs(codes, products, factors, offsets, there, pieces, weights, bases
         weight = tl.load(weights + own * weight_query + piece * weight_piece, both, other=0.0).to(tl.float32)
         base = tl.load(bases + own * pieces_count + piece, both, other=0.0).to(tl.float32)
         lying = tl.reshape(score, (TILES, ROWS, QUERIES))
-        lying += weight[:, None, :] * tl.reshape(offset, (TILES, ROWS))[:, :, None] + (base + more[None, :])[:, None, :]
+        more = base + _more(base, weight, most_factor * most[None, :], most_offset)
+        lying += weight[:, None, :] * tl.reshape(offset, (TILES, ROWS))[:, :, None] + more[:, None, :]
     else:
         weight = tl.load(weights + query * weight_query, known, other=0.0).to(tl.float32)
+        more = _more(weight * 0.0, weight, most_factor * most, most_offset)
         score += weight[None, :] * offset[:, None] + more[None, :]
         lying = tl.reshape(score, (TILES, ROWS, QUERIES))
     lying = tl.where((tl.reshape(is_there, (TILES, ROWS)) != 0)[:, :, None], lying, -float("inf"))
@@ -118,12 +130,16 @@ def bound_signs(codes, products, factors, offsets, there, pieces, weights, bases
 
 
 @kernel
-@triton.jit(do_not_specialize=["pieces_count", "weight_query", "weight_piece"])
-def score_tiles(codes, tables, factors, offsets, there, pieces, weights, bases, queries, chosen, out, pieces_count,
-                weight_query, weight_piece, COLUMNS: tl.constexpr, LOOKUPS: tl.constexpr, SIZE: tl.constexpr, BASED: tl.constexpr):
-    """One query and one tile, of pairs (n,) each: the scores of its rows, (n, 64), sums of float64 tables."""
+@triton.jit(do_not_specialize=["each", "pieces_count", "weight_query", "weight_piece"])
+def score_tiles(codes, tables, factors, offsets, there, pieces, weights, bases, queries, chosen, out, each,
+                pieces_count, weight_query, weight_piece, COLUMNS: tl.constexpr, LOOKUPS: tl.constexpr,
+                SIZE: tl.constexpr, BASED: tl.constexpr, COUNTED: tl.constexpr):
+    """One query and one tile, of pairs (n,) each: the scores of its rows, (n, 64), sums of float64 tables.
+
+    `COUNTED`: the first `each` pairs are the first query's, and so on.
+    """
     pair = tl.program_id(0).to(tl.int64)
-    query, tile = tl.load(queries + pair), tl.load(chosen + pair)
+    query, tile = (pair // each if COUNTED else tl.load(queries + pair)), tl.load(chosen + pair)
     row = tl.arange(0, ROWS)
     total = tl.zeros((ROWS,), tl.float64)
     own = tables + query * (LOOKUPS * SIZE)
