@@ -117,7 +117,7 @@ class _Tiled:
         starts = (tiles.cumsum(0) - tiles) * TILE - (counts.cumsum(0) - counts)
         places = (torch.arange(int(counts.sum())) + starts.repeat_interleave(counts)).to(device)
         pieces = torch.arange(len(counts), dtype=torch.int32).repeat_interleave(tiles).to(device)
-        codes = torch.cat([part.to(device) for part in whole.codes])
+        codes = torch.cat(whole.codes).to(device)
         none = torch.zeros(len(pieces), TILE, dtype=torch.uint8, device=device)
         bare = cls(codes, none, none, pieces, places)
         there = bare.spread(torch.ones(len(places), dtype=torch.uint8))

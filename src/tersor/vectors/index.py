@@ -156,8 +156,9 @@ class Index(Reader):
         """Let searches run on a device from now on, and vectors be encoded there; return this index, as modules do.
 
         Verbs, ids and files stay what they are. The codes stay in memory, and searches keep a copy of them on the
-        device, with ids, norms and scales: 21 bytes a vector besides the code, which is made anew by the first search
-        after a change. `"cpu"` gives the device's memory back.
+        device: what a scan reads, and 25 bytes a vector for ids, places, norms and scales. The first search after a
+        change makes the copy anew. `"cpu"` gives the device's memory back. Training stays on the processor, and what is
+        decoded without being searched, as by `reconstruct` or `refine=`.
 
         Parameters
         ----------

@@ -33,7 +33,7 @@ def bounds(stack: Stack, asked: Asked, terms: Terms) -> Tensor:
         wide, tall = -(-queries // block) * block, -(-8 * columns // SIGN_STEP) * SIGN_STEP
         products = torch.zeros(tall, wide, dtype=torch.float16, device=out.device)
         products[: terms.products.shape[1], :queries] = terms.products.T
-        bound_signs[(wide // block, -(-tiles // SIGN_TILES))](
+        bound_signs[(wide // block * -(-tiles // SIGN_TILES),)](
             stack.codes, products, terms.unit, terms.lost, *held, queries, wide, *steps, columns, based, SIGN_TILES,
             block, SIGN_STEP, num_warps=WARPS)
     return out

@@ -17,6 +17,7 @@ SIGNS_FROM = 8  # queries from which signs are multiplied on a GPU, and not look
 SIGN_STEP = 64  # signs that are multiplied at a time
 BOUND_TILES, SIGN_TILES, MOST_QUERIES, WARPS = 8, 2, 128, 8  # of a program that looks up, and of one that multiplies
 MORE = 16  # tiles that are scored beside one for each row that is asked for
+SOME_QUERIES = 1 << 15  # that a grid of programs has room for
 SOME_ROWS = 1 << 22  # times queries, whose scores in float64 are held at a time
 SOME_BOUNDS = 1 << 26  # tiles times queries, whose bounds are held at a time
 STEP = 2.0**-22  # of a sum: what one addition of float32 may lose, and more, as tensor cores cut sums off

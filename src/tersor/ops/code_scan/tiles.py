@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from tersor.ops.code_scan import reference
-from tersor.ops.code_scan.shapes import MORE, SIGNS_FROM, SOME_BOUNDS, SOME_ROWS, STEP, TILE, refusal
+from tersor.ops.code_scan.shapes import MORE, SIGNS_FROM, SOME_BOUNDS, SOME_QUERIES, SOME_ROWS, STEP, TILE, refusal
 from tersor.ops.dispatch import take_reference
 
 if TYPE_CHECKING:
     from tersor.ops.code_scan import Asked, Stack
 
 MOST_HALF = 14  # exponent of the largest product as float16
+LEAST_UNIT = 2.0**-100
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,7 +97,7 @@ def terms_of(asked: Asked) -> Terms:
     if products is None or len(products) < SIGNS_FROM:
         return Terms(whole.to(torch.float32), (asked.tables.shape[1] + 4) * STEP, asked.tables.to(torch.float32))
     largest = torch.linalg.vector_norm(products, math.inf, dim=1)
-    unit = torch.ldexp(torch.ones_like(largest), largest.frexp().exponent - MOST_HALF)
+    unit = torch.ldexp(torch.ones_like(largest), largest.frexp().exponent - MOST_HALF).clamp_min(LEAST_UNIT)
     scaled = products / unit[:, None]
     rounded = scaled.to(torch.float16)
     lost = torch.linalg.vector_norm(scaled - rounded, 1, dim=1) * unit
@@ -137,11 +138,12 @@ def _kernels(stack: Stack) -> bool:
 
 def _some(asked: Asked, count: int) -> Iterator[Asked]:
     """Yield what is asked by so many queries at a time, at least one."""
+    count = max(1, min(count, SOME_QUERIES))
     if len(asked.tables) <= count:
         yield asked
         return
-    for start in range(0, len(asked.tables), max(1, count)):
-        yield asked.of(slice(start, start + max(1, count)))
+    for start in range(0, len(asked.tables), count):
+        yield asked.of(slice(start, start + count))
 
 
 def _best(stack: Stack, asked: Asked, bounds: Tensor, sizes: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -87,9 +87,10 @@ def bound_signs(codes, products, units, lost, factors, offsets, there, pieces, w
                 most_offset, step, tiles, queries, wide, pieces_count, weight_query, weight_piece, COLUMNS: tl.constexpr, BASED: tl.constexpr, TILES: tl.constexpr,
                 QUERIES: tl.constexpr, STEP: tl.constexpr):
     """Tiles of signs and many queries, whose float16 products (signs, wide) are multiplied; `wide` pads queries."""
-    first = tl.program_id(1) * TILES
+    blocks = wide // QUERIES
+    first = tl.program_id(0) // blocks * TILES
     row = tl.arange(0, TILES * ROWS)
-    query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    query = tl.program_id(0) % blocks * QUERIES + tl.arange(0, QUERIES)
     inside = first + row // ROWS < tiles
     at = codes + (first + row // ROWS).to(tl.int64) * (COLUMNS * ROWS) + row % ROWS
     byte, bit = tl.arange(0, STEP // 8), tl.arange(0, 8)
