@@ -43,13 +43,13 @@ def scores(stack: Stack, asked: Asked, queries: Tensor | None, tiles: Tensor) ->
     """Return the scores of the rows of tiles, float64 (n, TILE); see `tiles.scores_of`."""
     columns, (_, lookups, size), counted = stack.codes.shape[1], asked.tables.shape, queries is None
     each, tiles = (tiles.shape[1], tiles.reshape(-1)) if counted else (1, tiles)
-    asking = tiles if queries is None else queries
+    asking, tables = tiles if queries is None else queries, asked.tables.contiguous()
     weights, bases, steps, based = _around(asked)
     out = workspace((len(tiles), TILE), torch.float64, stack.codes.device, "scores of a search")
     if len(tiles):
         with torch.cuda.device(stack.codes.device):
             score_tiles[(len(tiles),)](
-                stack.codes, asked.tables, stack.factors, stack.offsets, _there(stack, asked), stack.pieces, weights,
+                stack.codes, tables, stack.factors, stack.offsets, _there(stack, asked), stack.pieces, weights,
                 bases, asking, tiles, out, each, *steps, columns, lookups, size, based, counted, num_warps=2)
     return out
 
@@ -62,6 +62,7 @@ def _around(asked: Asked) -> tuple[Tensor, Tensor, tuple[int, int, int], bool]:
     weights, bases = asked.weights, asked.based()
     if bases is None and weights.shape[1] > 1:
         bases = torch.zeros_like(weights)
+    bases = None if bases is None else bases.contiguous()
     based = bases is not None
     steps = (bases.shape[1] if based else 0, weights.stride(0), weights.stride(1) if weights.shape[1] > 1 else 0)
     return weights, bases if based else weights, steps, based

@@ -95,7 +95,8 @@ def terms_of(asked: Asked) -> Terms:
     else:
         whole = torch.linalg.vector_norm(products, 1, dim=1)
     if products is None or len(products) < SIGNS_FROM:
-        return Terms(whole.to(torch.float32), (asked.tables.shape[1] + 4) * STEP, asked.tables.to(torch.float32))
+        return Terms(whole.to(torch.float32), (asked.tables.shape[1] + 4) * STEP,
+                     asked.tables.to(torch.float32).contiguous())
     largest = torch.linalg.vector_norm(products, math.inf, dim=1)
     unit = torch.ldexp(torch.ones_like(largest), largest.frexp().exponent - MOST_HALF).clamp_min(LEAST_UNIT)
     scaled = products / unit[:, None]
