@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
 
 from tersor.ops import code_scan, reference_only
-from tersor.ops.code_scan import Asked, Lines, Stack, reference, tiles
+from tersor.ops.code_scan import Asked, Lines, Stack, Words, reference, tiles
 from tersor.ops.code_scan.shapes import SIGNS_FROM, STEPS, TILE, refusal
 from tersor.testing import gaussian
 from tests.ops.devices import DEVICES
@@ -40,28 +42,41 @@ def moved(asked: Asked, device: str) -> Asked:
     return Asked(asked.tables.to(device), asked.weights.to(device), visits, bases, masks, products)
 
 
-def signs_asked(columns: int, kind: str, lines: Lines) -> Asked:
-    """Return so many queries of signs that they are multiplied, the last byte not full."""
-    products = gaussian((2 * SIGNS_FROM + 2, 8 * columns - 3), 3).double()
-    some = asked_of(16, columns, len(COUNTS), kind, lines)
+def multiplied(size: int, columns: int, each: int, stages: int, kind: str, lines: Lines, device: str
+               ) -> tuple[Asked, Words | None]:
+    """Return so many queries that they are multiplied: with signs, the last byte not full, or with `each` numbers."""
+    some, queries = asked_of(size, columns, len(COUNTS), kind, lines), 2 * SIGNS_FROM + 2
     visits, bases = (None if one is None else one.repeat(3, 1) for one in (some.visits, some.bases))
-    return Asked(code_scan.sums_of(products), some.weights.repeat(3, 1), visits, bases, some.masks, products)
+    if not each:
+        products, words = gaussian((queries, 8 * columns - 3), 3).double(), None
+        tables = code_scan.sums_of(products)
+    else:
+        lookups = 2 * columns if size == 16 else columns
+        books = gaussian((lookups * size, each), 4).double().reshape(lookups, size, each) * 2.0**-70
+        products = gaussian((queries, lookups // stages * each), 3).double() * 2.0**70
+        parts = products.unflatten(1, (-1, each)).repeat_interleave(stages, 1)
+        tables, words = torch.einsum("qle,lwe->qlw", parts, books), Words.of(books, stages, torch.device(device))
+    return Asked(tables, some.weights.repeat(3, 1), visits, bases, some.masks, products), words
 
 
-def cases() -> list[tuple[int, int, bool]]:
-    return [(size, columns, False) for size, columns in KINDS] + [(16, columns, True) for columns in (1, 8, 11, 41)]
+def cases() -> list[tuple[int, int, int, int]]:
+    """Return sizes of tables, columns, and, where queries are many, numbers of a word, 0 for signs, and stages."""
+    return ([(size, columns, -1, 0) for size, columns in KINDS] + [(16, columns, 0, 0) for columns in (1, 8, 11, 41)]
+            + [(16, 5, 3, 1), (16, 6, 7, 3), (256, 12, 4, 1), (256, 12, 50, 12), (300, 6, 5, 2), (1024, 2, 1, 1)])
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", ["all", "lists", "masks"])
-@pytest.mark.parametrize(("size", "columns", "signs"), cases())
-def test_bounds_and_what_is_found(size: int, columns: int, signs: bool, kind: str, device: str) -> None:
-    lines = lines_of(size, columns, COUNTS)
-    asked = signs_asked(columns, kind, lines) if signs else asked_of(size, columns, len(COUNTS), kind, lines)
-    stack, there = stack_of(lines, device), moved(asked, device)
+@pytest.mark.parametrize(("size", "columns", "each", "stages"), cases())
+def test_bounds_and_what_is_found(size: int, columns: int, each: int, stages: int, kind: str, device: str) -> None:
+    lines, words = lines_of(size, columns, COUNTS), None
+    asked = asked_of(size, columns, len(COUNTS), kind, lines)
+    if each >= 0:
+        asked, words = multiplied(size, columns, each, stages, kind, lines, device)
+    stack, there = dataclasses.replace(stack_of(lines, device), words=words), moved(asked, device)
     queries, count = len(asked.tables), len(stack.codes)
-    terms = tiles.terms_of(there)
-    assert (terms.products is not None) == signs
+    terms = tiles.terms_of(stack, there)
+    assert (terms.products is not None) == (each >= 0)
     pairs = (torch.arange(queries, device=device).repeat_interleave(count),
              torch.arange(count, device=device).repeat(queries))
     scores, exact = tiles.scores_of(stack, there, *pairs), reference.scores(stack, there, *pairs)

@@ -88,7 +88,7 @@ def stack(held: Held, metric: str, size: int, device: torch.device) -> Stack:
         held.made[device] = shared = _Tiled.of(laid(held), device)
     factors, offsets = _numbers(held, laid(held), metric, size)
     made = Stack(shared.codes, shared.spread(factors), shared.spread(offsets), shared.ids, shared.there, shared.pieces,
-                 (float(factors.max()), float(offsets.abs().max())))
+                 (float(factors.max()), float(offsets.abs().max())), held.meeting.words_on(device))
     held.made[metric, device] = size, made
     return made
 

@@ -95,6 +95,8 @@ class Stack:
         int32 (tiles,): the piece that a tile is of.
     peaks : (float, float)
         The largest factor, and the largest magnitude of an offset.
+    words : Words or None
+        What codes are decoded to, where many queries may multiply it; None for signs, too.
     """
 
     codes: Tensor
@@ -104,6 +106,41 @@ class Stack:
     there: Tensor
     pieces: Tensor
     peaks: tuple[float, float]
+    words: Words | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Words:
+    """Codewords as float16: row and part, a sum over stages.
+
+    Attributes
+    ----------
+    books : Tensor
+        float16 (parts * stages, words, numbers of a part), divided by the unit.
+    stages : int
+    unit : float
+        A power of two.
+    reach, lost : Tensor
+        What no number of a row exceeds, and what it differs at most from that of float16: float64 (dim,).
+    """
+
+    books: Tensor
+    stages: int
+    unit: float
+    reach: Tensor
+    lost: Tensor
+
+    @classmethod
+    def of(cls, books: Tensor, stages: int, device: torch.device) -> Words:
+        """Return codewords (parts * stages, words, numbers of a part), of any float dtype, on a device."""
+        wide = books.to(device, torch.float64)
+        unit = 2.0 ** max(-100, math.frexp(float(wide.abs().max()))[1])
+        near = (wide / unit).to(torch.float16)
+        reach, lost = (one.abs().amax(1).unflatten(0, (-1, stages)).sum(1).flatten()
+                       for one in (wide, wide - near.to(torch.float64) * unit))
+        if stages > 1:  # sums are rounded, too
+            lost = lost + 2.0**-10 * reach + 2.0**-24 * unit
+        return cls(near.contiguous(), stages, unit, reach, lost)
 
 
 def _edges(rows: Rows) -> Tensor:
@@ -133,7 +170,7 @@ class Asked:
     masks : tuple of Tensor or None
         uint8 (count,) a piece: 0 for rows that are left out. Of a stack one, (tiles, TILE), 0 beyond rows, too.
     products : Tensor or None
-        What signs are multiplied by, whose sums the tables hold; float64 (queries, signs).
+        What signs or words are multiplied by, whose sums the tables hold; float64 (queries, signs) or (queries, dim).
     """
 
     tables: Tensor
@@ -277,5 +314,5 @@ def within(lines: Lines | Stack, asked: Asked, floors: Tensor) -> list[tuple[Ten
     return reference.within(lines, asked, floors)
 
 
-__all__ = ["Alone", "Asked", "Lines", "Rows", "Stack", "best", "is_little", "laid_out", "one_nearest", "packed",
-           "sums_of", "within"]
+__all__ = ["Alone", "Asked", "Lines", "Rows", "Stack", "Words", "best", "is_little", "laid_out", "one_nearest",
+           "packed", "sums_of", "within"]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tersor.ops.code_scan.kernels.bounds import bound_lookups, bound_signs, score_tiles
+from tersor.ops.code_scan.kernels.bounds import bound_lookups, bound_many, score_tiles
 from tersor.ops.code_scan.shapes import BOUND_TILES, MOST_QUERIES, SIGN_STEP, SIGN_TILES, TILE, WARPS
 from tersor.ops.workspace import workspace
 
@@ -30,12 +30,15 @@ def bounds(stack: Stack, asked: Asked, terms: Terms) -> Tensor:
                 words, terms.tables, *held, *steps, columns, lookups, size, based, BOUND_TILES, each, num_warps=4)
             return out
         block = min(MOST_QUERIES, max(16, 1 << (queries - 1).bit_length()))
-        wide, tall = -(-queries // block) * block, -(-8 * columns // SIGN_STEP) * SIGN_STEP
+        width = terms.products.shape[1]
+        wide, tall = -(-queries // block) * block, -(-width // SIGN_STEP) * SIGN_STEP
         products = torch.zeros(tall, wide, dtype=torch.float16, device=out.device)
-        products[: terms.products.shape[1], :queries] = terms.products.T
-        bound_signs[(wide // block * -(-tiles // SIGN_TILES),)](
-            stack.codes, products, terms.unit, terms.lost, *held, queries, wide, *steps, columns, based, SIGN_TILES,
-            block, SIGN_STEP, num_warps=WARPS)
+        products[:width, :queries] = terms.products.T
+        books, stages = (products, 0) if stack.words is None else (stack.words.books, stack.words.stages)
+        words, each = (0, 0) if stack.words is None else books.shape[1:]
+        bound_many[(wide // block * -(-tiles // SIGN_TILES),)](
+            stack.codes, products, books, terms.unit, terms.lost, *held, queries, wide, *steps, columns, width, size,
+            words, each, stages, based, SIGN_TILES, block, SIGN_STEP, num_warps=WARPS)
     return out
 
 

@@ -18,7 +18,7 @@ from tersor.ops.code_scan.shapes import MORE, SIGNS_FROM, SOME_BOUNDS, SOME_QUER
 from tersor.ops.dispatch import take_reference
 
 if TYPE_CHECKING:
-    from tersor.ops.code_scan import Asked, Stack
+    from tersor.ops.code_scan import Asked, Stack, Words
 
 MOST_HALF = 14  # exponent of the largest product as float16
 LEAST_UNIT = 2.0**-100
@@ -57,7 +57,7 @@ def best(stack: Stack, asked: Asked, k: int) -> tuple[Tensor, Tensor]:
     """Return the scores and ids of the best rows, (queries, k), on the processor; see the op."""
     tiles = len(stack.codes)
     take = min(tiles, k + max(MORE, k // 4))
-    parts = [_best(stack, part, bounds_of(stack, part, terms_of(part)), (k, take))
+    parts = [_best(stack, part, bounds_of(stack, part, terms_of(stack, part)), (k, take))
              for part in _some(asked, min(SOME_BOUNDS // tiles, SOME_ROWS // (TILE * take)))]
     return parts[0] if len(parts) == 1 else (torch.cat([part[0] for part in parts]),
                                              torch.cat([part[1] for part in parts]))
@@ -69,7 +69,7 @@ def within(stack: Stack, asked: Asked, floors: Tensor) -> list[tuple[Tensor, Ten
     for part in _some(asked, SOME_BOUNDS // len(stack.codes)):
         own = floors[first : first + len(part.tables)]
         first += len(own)
-        bounds = bounds_of(stack, part, terms_of(part))
+        bounds = bounds_of(stack, part, terms_of(stack, part))
         query, tile = ((bounds >= own[:, None]) & (bounds > -math.inf)).nonzero(as_tuple=True)
         found = [(query[:0], own[:0], query[:0])]
         for start in range(0, len(query), SOME_ROWS // TILE):
@@ -87,23 +87,30 @@ def within(stack: Stack, asked: Asked, floors: Tensor) -> list[tuple[Tensor, Ten
     return out
 
 
-def terms_of(asked: Asked) -> Terms:
+def terms_of(stack: Stack, asked: Asked) -> Terms:
     """Return what bounds are made of, from what roundings may take at most."""
-    products = asked.products
-    if products is None:
+    products, words = asked.products, stack.words
+    if products is not None and len(products) >= SIGNS_FROM:
+        return _multiplied(products, words)
+    if products is None or words is not None:
         whole = torch.linalg.vector_norm(asked.tables, math.inf, dim=2).sum(1)
     else:
         whole = torch.linalg.vector_norm(products, 1, dim=1)
-    if products is None or len(products) < SIGNS_FROM:
-        return Terms(whole.to(torch.float32), (asked.tables.shape[1] + 4) * STEP,
-                     asked.tables.to(torch.float32).contiguous())
+    return Terms(whole.to(torch.float32), (asked.tables.shape[1] + 4) * STEP,
+                 asked.tables.to(torch.float32).contiguous())
+
+
+def _multiplied(products: Tensor, words: Words | None) -> Terms:
+    """Return what bounds are made of where products are rounded to float16, and words are."""
     largest = torch.linalg.vector_norm(products, math.inf, dim=1)
     unit = torch.ldexp(torch.ones_like(largest), largest.frexp().exponent - MOST_HALF).clamp_min(LEAST_UNIT)
     scaled = products / unit[:, None]
     rounded = scaled.to(torch.float16)
-    lost = torch.linalg.vector_norm(scaled - rounded, 1, dim=1) * unit
-    return Terms(whole.to(torch.float32), (products.shape[1] + 8) * STEP, None, rounded, unit.to(torch.float32),
-                 lost.to(torch.float32))
+    off = (scaled - rounded).abs()
+    whole, lost = ((products.abs().sum(1), off.sum(1)) if words is None else
+                   (products.abs() @ words.reach, off @ words.reach + rounded.to(torch.float64).abs() @ words.lost))
+    whole, lost, unit = (one.to(torch.float32) for one in (whole, lost * unit, unit * (words.unit if words else 1)))
+    return Terms(whole, (products.shape[1] + 16) * STEP, None, rounded, unit, lost)
 
 
 def bounds_of(stack: Stack, asked: Asked, terms: Terms) -> Tensor:

@@ -81,28 +81,62 @@ def bound_lookups(codes, tables, factors, offsets, there, pieces, weights, bases
     tl.store(out + query * tiles + own_tile, tl.max(tl.reshape(score, (TILES, WORDS)), 1), own_tile < tiles)
 
 
+@triton.jit
+def _signs(at, inside, first, COLUMNS: tl.constexpr, ACROSS: tl.constexpr, STEP: tl.constexpr):
+    # so many signs of rows as float16
+    column, bit = first // 8 + tl.arange(0, STEP // 8), tl.arange(0, 8)
+    held = tl.load(at[:, None] + column[None, :] * ROWS, inside[:, None] & (column < COLUMNS)[None, :],
+                   other=0).to(tl.int16)
+    signs = (((held[:, :, None] << (15 - bit).to(tl.int16)[None, None, :]) & -0x8000) ^ -0x4400).to(tl.int16)
+    return tl.reshape(signs, (ACROSS, STEP)).to(tl.float16, bitcast=True)  # 0xBC00 is -1, 0x3C00 is 1
+
+
+@triton.jit
+def _words(at, inside, books, first, WIDTH: tl.constexpr, SIZE: tl.constexpr, WORDS: tl.constexpr, EACH: tl.constexpr,
+           STAGES: tl.constexpr, ACROSS: tl.constexpr, STEP: tl.constexpr):
+    # so many numbers of rows as float16: sums of codewords
+    number = first + tl.arange(0, STEP)
+    known = inside[:, None] & (number < WIDTH)[None, :]
+    found = tl.zeros((ACROSS, STEP), tl.float32)
+    for stage in range(STAGES):
+        lookup = number // EACH * STAGES + stage
+        if SIZE == 16:
+            held = tl.load(at[:, None] + (lookup // 2)[None, :] * ROWS, known, other=0).to(tl.int32)
+            code = (held >> (lookup % 2 * 4)[None, :]) & 15
+        else:
+            code = tl.load(at[:, None] + lookup[None, :] * ROWS, known, other=0).to(tl.int32) & 0xFFFF
+        place = (lookup * (WORDS * EACH) + number % EACH)[None, :] + code * EACH
+        found += tl.load(books + place, known, other=0.0).to(tl.float32)
+    return found.to(tl.float16)
+
+
 @kernel
 @triton.jit(do_not_specialize=["tiles", "queries", "pieces_count", "weight_query", "weight_piece"])
-def bound_signs(codes, products, units, lost, factors, offsets, there, pieces, weights, bases, whole, out, most_factor,
-                most_offset, step, tiles, queries, wide, pieces_count, weight_query, weight_piece, COLUMNS: tl.constexpr, BASED: tl.constexpr, TILES: tl.constexpr,
-                QUERIES: tl.constexpr, STEP: tl.constexpr):
-    """Tiles of signs and many queries, whose float16 products (signs, wide) are multiplied; `wide` pads queries."""
+def bound_many(codes, products, books, units, lost, factors, offsets, there, pieces, weights, bases, whole, out,
+               most_factor, most_offset, step, tiles, queries, wide, pieces_count, weight_query, weight_piece,
+               COLUMNS: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, WORDS: tl.constexpr, EACH: tl.constexpr,
+               STAGES: tl.constexpr, BASED: tl.constexpr, TILES: tl.constexpr, QUERIES: tl.constexpr,
+               STEP: tl.constexpr):
+    """Tiles and many queries, whose float16 products (numbers, wide) are multiplied; `wide` pads queries.
+
+    With signs, or with `WIDTH` numbers: codewords of `EACH` from float16 books (lookups, `WORDS`, `EACH`), summed over
+    `STAGES`.
+    """
     blocks = wide // QUERIES
     first = tl.program_id(0) // blocks * TILES
     row = tl.arange(0, TILES * ROWS)
     query = tl.program_id(0) % blocks * QUERIES + tl.arange(0, QUERIES)
     inside = first + row // ROWS < tiles
     at = codes + (first + row // ROWS).to(tl.int64) * (COLUMNS * ROWS) + row % ROWS
-    byte, bit = tl.arange(0, STEP // 8), tl.arange(0, 8)
     number = tl.arange(0, STEP)
     total = tl.zeros((TILES * ROWS, QUERIES), tl.float32)
-    for column in range(0, COLUMNS, STEP // 8):
-        held = tl.load(at[:, None] + (column + byte)[None, :] * ROWS, inside[:, None] & (column + byte < COLUMNS)[None, :],
-                       other=0).to(tl.int16)
-        signs = (((held[:, :, None] << (15 - bit).to(tl.int16)[None, None, :]) & -0x8000) ^ -0x4400).to(tl.int16)
-        signs = tl.reshape(signs, (TILES * ROWS, STEP)).to(tl.float16, bitcast=True)  # 0xBC00 is -1, 0x3C00 is 1
-        near = tl.load(products + (column * 8 + number).to(tl.int64)[:, None] * wide + query[None, :])
-        total = tl.dot(signs, near, total)
+    for start in range(0, WIDTH, STEP):
+        if EACH == 0:
+            held = _signs(at, inside, start, COLUMNS, TILES * ROWS, STEP)
+        else:
+            held = _words(at, inside, books, start, WIDTH, SIZE, WORDS, EACH, STAGES, TILES * ROWS, STEP)
+        near = tl.load(products + (start + number).to(tl.int64)[:, None] * wide + query[None, :])
+        total = tl.dot(held, near, total)
     place = first.to(tl.int64) * ROWS + row
     is_there = tl.load(there + place, inside, other=0)
     factor = tl.load(factors + place, inside, other=0.0)
