@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib
+import sys
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +16,9 @@ from torch import Tensor
 from tersor.ops import code_scan, reference_only
 from tersor.ops.code_scan import Asked, Lines, Stack, Words, reference, tiles
 from tersor.ops.code_scan.shapes import SIGNS_FROM, STEPS, TILE, refusal
+from tersor.ops.dispatch import recording
 from tersor.testing import gaussian
+from tests.ops import on_numpy
 from tests.ops.devices import DEVICES
 from tests.ops.test_code_scan import KINDS, asked_of, lines_of
 
@@ -65,20 +72,12 @@ def cases() -> list[tuple[int, int, int, int]]:
             + [(16, 5, 3, 1), (16, 6, 7, 3), (256, 12, 4, 1), (256, 12, 50, 12), (300, 6, 5, 2), (1024, 2, 1, 1)])
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("kind", ["all", "lists", "masks"])
-@pytest.mark.parametrize(("size", "columns", "each", "stages"), cases())
-def test_bounds_and_what_is_found(size: int, columns: int, each: int, stages: int, kind: str, device: str) -> None:
-    lines, words = lines_of(size, columns, COUNTS), None
-    asked = asked_of(size, columns, len(COUNTS), kind, lines)
-    if each >= 0:
-        asked, words = multiplied(size, columns, each, stages, kind, lines, device)
-    stack, there = dataclasses.replace(stack_of(lines, device), words=words), moved(asked, device)
+def check_bounds(stack: Stack, there: Asked, asked: Asked) -> None:
+    """Compare bounds and scores of all tiles with scores in float64, of plain torch."""
     queries, count = len(asked.tables), len(stack.codes)
     terms = tiles.terms_of(stack, there)
-    assert (terms.products is not None) == (each >= 0)
-    pairs = (torch.arange(queries, device=device).repeat_interleave(count),
-             torch.arange(count, device=device).repeat(queries))
+    pairs = (torch.arange(queries, device=stack.codes.device).repeat_interleave(count),
+             torch.arange(count, device=stack.codes.device).repeat(queries))
     scores, exact = tiles.scores_of(stack, there, *pairs), reference.scores(stack, there, *pairs)
     finite = exact.isfinite()
     assert torch.equal(scores.isfinite(), finite)
@@ -89,13 +88,26 @@ def test_bounds_and_what_is_found(size: int, columns: int, each: int, stages: in
     assert float(over.min()) >= 0
     lost = 0 if terms.lost is None else terms.lost.double()
     most = asked.weights.abs().max() * stack.peaks[1] + (0 if asked.bases is None else asked.bases.abs().max())
-    room = terms.step * terms.whole + lost + STEPS * (terms.whole + most.to(device))  # factors are below 1
+    room = terms.step * terms.whole + lost + STEPS * (terms.whole + most.to(stack.codes.device))  # factors are below 1
     assert float(over.max()) <= 2 * float(room.max())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["all", "lists", "masks"])
+@pytest.mark.parametrize(("size", "columns", "each", "stages"), cases())
+def test_bounds_and_what_is_found(size: int, columns: int, each: int, stages: int, kind: str, device: str) -> None:
+    lines, words = lines_of(size, columns, COUNTS), None
+    asked = asked_of(size, columns, len(COUNTS), kind, lines)
+    if each >= 0:
+        asked, words = multiplied(size, columns, each, stages, kind, lines, device)
+    stack, there = dataclasses.replace(stack_of(lines, device), words=words), moved(asked, device)
+    assert (tiles.terms_of(stack, there).products is not None) == (each >= 0)
+    check_bounds(stack, there, asked)
     for k in (1, 10, 1500):
         found, expected = code_scan.best(stack, there, k), reference.best(lines, asked, k)
         assert torch.equal(found[1].cpu(), expected[1])
         torch.testing.assert_close(found[0].cpu(), expected[0], rtol=1e-12, atol=1e-11)
-    floors = torch.linspace(-5, 20, queries).double()
+    floors = torch.linspace(-5, 20, len(asked.tables)).double()
     for near, far in zip(code_scan.within(stack, there, floors.to(device)), reference.within(lines, asked, floors),
                          strict=True):
         assert torch.equal(near[1].cpu(), far[1])
@@ -130,3 +142,37 @@ def test_old_devices_are_refused() -> None:
     assert refusal((8, 0)) is None
     assert refusal((12, 0)) is None
     assert "8.0" in str(refusal((7, 5)))
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let kernels run on NumPy, launched as on a device."""
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    name = f"{code_scan.__name__}.launch"
+
+    def wrote(jitted: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        held = tuple(one.numpy() if isinstance(one, Tensor) else one for one in arguments)
+        on_numpy.launch("code_scan.kernels.bounds", jitted.__name__, grid, held, named["num_warps"])
+
+    before = sys.modules.pop(name, None)
+    with on_numpy.pretended():
+        importlib.import_module(name)
+    monkeypatch.setattr(tiles, "_kernels", lambda stack: True)
+    with recording(wrote):
+        yield
+    del sys.modules[name], code_scan.launch  # type: ignore[attr-defined]
+    if before is not None:  # where there is Triton
+        sys.modules[name] = code_scan.launch = before  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("kind", ["all", "lists", "masks"])
+@pytest.mark.parametrize(("size", "columns", "each", "stages"), [
+    (16, 11, -1, 0), (256, 12, -1, 0), (300, 5, -1, 0), (16, 9, 0, 0), (16, 6, 7, 3), (256, 12, 4, 1), (300, 6, 5, 2)])
+@pytest.mark.usefixtures("emulated")
+def test_kernels_as_they_are_written(size: int, columns: int, each: int, stages: int, kind: str) -> None:
+    lines, words = lines_of(size, columns, COUNTS[:3]), None
+    asked = asked_of(size, columns, len(COUNTS), kind, lines)
+    if each >= 0:
+        asked, words = multiplied(size, columns, each, stages, kind, lines, "cpu")
+    stack = dataclasses.replace(stack_of(lines, "cpu"), words=words)
+    check_bounds(stack, moved(asked, "cpu"), asked)
