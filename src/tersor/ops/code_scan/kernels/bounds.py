@@ -130,7 +130,15 @@ def bound_many(codes, products, books, units, lost, factors, offsets, there, pie
     at = codes + (first + row // ROWS).to(tl.int64) * (COLUMNS * ROWS) + row % ROWS
     number = tl.arange(0, STEP)
     total = tl.zeros((TILES * ROWS, QUERIES), tl.float32)
-    for start in range(0, WIDTH, STEP):
+    known, own = query < queries, query.to(tl.int64)[None, :]
+    tile = first + tl.arange(0, TILES)
+    both = (tile < tiles)[:, None] & known[None, :]
+    end = WIDTH
+    if BASED:
+        piece = tl.load(pieces + tile, tile < tiles, other=0)[:, None]
+        base = tl.load(bases + own * pieces_count + piece, both, other=-float("inf")).to(tl.float32)
+        end = tl.where(tl.max(tl.max(base, 1), 0) > -float("inf"), WIDTH, 0)  # none of the queries looks here
+    for start in range(0, end, STEP):
         if EACH == 0:
             held = _signs(at, inside, start, COLUMNS, TILES * ROWS, STEP)
         else:
@@ -141,17 +149,11 @@ def bound_many(codes, products, books, units, lost, factors, offsets, there, pie
     is_there = tl.load(there + place, inside, other=0)
     factor = tl.load(factors + place, inside, other=0.0)
     offset = tl.load(offsets + place, inside, other=0.0)
-    known = query < queries
     most, unit = tl.load(whole + query, known, other=0.0), tl.load(units + query, known, other=0.0)
     slack = step * most + tl.load(lost + query, known, other=0.0)
-    tile = first + tl.arange(0, TILES)
-    own = query.to(tl.int64)[None, :]
     score = factor[:, None] * (total * unit[None, :] + slack[None, :])
     if BASED:
-        piece = tl.load(pieces + tile, tile < tiles, other=0)[:, None]
-        both = (tile < tiles)[:, None] & known[None, :]
         weight = tl.load(weights + own * weight_query + piece * weight_piece, both, other=0.0).to(tl.float32)
-        base = tl.load(bases + own * pieces_count + piece, both, other=0.0).to(tl.float32)
         lying = tl.reshape(score, (TILES, ROWS, QUERIES))
         more = base + _more(base, weight, most_factor * most[None, :], most_offset)
         lying += weight[:, None, :] * tl.reshape(offset, (TILES, ROWS))[:, :, None] + more[:, None, :]
@@ -161,7 +163,7 @@ def bound_many(codes, products, books, units, lost, factors, offsets, there, pie
         score += weight[None, :] * offset[:, None] + more[None, :]
         lying = tl.reshape(score, (TILES, ROWS, QUERIES))
     lying = tl.where((tl.reshape(is_there, (TILES, ROWS)) != 0)[:, :, None], lying, -float("inf"))
-    tl.store(out + own * tiles + tile[:, None], tl.max(lying, 1), (tile < tiles)[:, None] & known[None, :])
+    tl.store(out + own * tiles + tile[:, None], tl.max(lying, 1), both)
 
 
 @kernel
