@@ -19,7 +19,7 @@ from tersor.errors import CodecConfigError, NonFiniteError
 from tersor.ops import code_scan, dispatch
 from tersor.ops.code_scan import tiles
 from tersor.testing import gaussian
-from tersor.vectors import Index
+from tersor.vectors import Index, scoring
 from tersor.vectors.index import METRICS
 from tests.ops.devices import CUDA, GPU
 
@@ -226,6 +226,13 @@ def test_queries_that_few_tiles_do_not_settle(device: str | torch.device, monkey
     _, away = pair("ctr8,rot,tr2x8", device, torch.cat([X, X[:1].expand(3000, -1)]))
     assert away.search(X[:9], 4)[1][0].tolist() == [0, 700, 701, 702]
     assert away.search(X[:9], 4)[1][1:, 0].tolist() == list(range(1, 9))
+
+
+def test_tables_of_many_queries_are_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, away = pair("pq4x256t", PLAIN)
+    monkeypatch.setattr(scoring, "SOME_TABLES", 5 * 6 * 256)
+    assert scoring.at_once(away._held, scoring.Wanted("l2", device=PLAIN)) == 5
+    same(away.search(QUERIES, 10), here.search(QUERIES, 10))
 
 
 def test_asked_of_some() -> None:

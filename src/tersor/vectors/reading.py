@@ -13,15 +13,13 @@ from tersor.contract.operator import like
 from tersor.errors import CodecConfigError
 from tersor.vectors import rowwise
 from tersor.vectors.bounding import bounded, errors_at, reach
-from tersor.vectors.checks import CPU, Ids, allowed_of, as_tensor, ids_of, integer, metric_of, radius_of, vectors_of
+from tersor.vectors.checks import Ids, allowed_of, as_tensor, ids_of, integer, metric_of, radius_of, vectors_of
 from tersor.vectors.held import Held
 from tersor.vectors.nearest import WORST
 from tersor.vectors.refining import Finer, refined
-from tersor.vectors.scoring import Wanted, best_of, within
+from tersor.vectors.scoring import CHUNK_QUERIES, Wanted, at_once, best_of, within
 from tersor.vectors.state import State, nothing
 
-CHUNK_QUERIES = 256
-DEVICE_QUERIES = 4096  # that a device is given at a time
 CERTAIN = "certain"
 REFINED = 4  # vectors that are looked at once more, for each that is asked for
 
@@ -231,7 +229,7 @@ def _answer(queries: Any, found: Tensor) -> Any:
 
 def _found(held: Held, queries: Tensor, k: int, wanted: Wanted, worst: float) -> tuple[Tensor, Tensor]:
     """Return distances and ids of the best vectors, (queries, k); the worst distance and -1 where there are fewer."""
-    most_queries = CHUNK_QUERIES if wanted.device == CPU else DEVICE_QUERIES
+    most_queries = at_once(held, wanted)
     if k <= held.count and 0 < len(queries) <= most_queries:
         return best_of(held, queries, k, wanted)
     distances, ids = nothing(len(queries), k, worst)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, TypeGuard
 
 import torch
@@ -117,6 +118,11 @@ class Meeting:
         if tabled is None:
             return self.tables(queries).to(device), products
         return (wide @ tabled.flatten(1)).unflatten(1, tabled.shape[1:]), products
+
+    @cached_property
+    def numbers(self) -> int:
+        """Numbers of one query's tables."""
+        return self.tables(torch.zeros(1, self._encoded.shape[1])).numel()
 
     def words_on(self, device: torch.device) -> Words | None:
         """Return codewords as many queries are multiplied with them; None for signs, and for sums of products."""

@@ -25,6 +25,9 @@ from tersor.vectors.held import Block, Held
 from tersor.vectors.nearest import WORST, Best
 from tersor.vectors.scanned import is_scanned
 
+CHUNK_QUERIES = 256
+DEVICE_QUERIES = 4096  # that a device is given at a time, at most
+SOME_TABLES = 1 << 25  # numbers of their tables
 SOME_SCORES = 1 << 26  # of decoded vectors, which are held at a time on a device
 
 
@@ -110,6 +113,13 @@ def best_of(held: Held, queries: Tensor, k: int, wanted: Wanted) -> tuple[Tensor
             best.offer(found, numbers)
         scores, ids = best.scores, best.ids
     return posed.distances(scores.cpu()), ids.cpu()
+
+
+def at_once(held: Held, wanted: Wanted) -> int:
+    """Return how many queries are answered at a time."""
+    if wanted.device == CPU:
+        return CHUNK_QUERIES
+    return max(1, min(DEVICE_QUERIES, SOME_TABLES // held.meeting.numbers)) if _scans(held, wanted) else CHUNK_QUERIES
 
 
 def within(held: Held, queries: Tensor, radius: float, wanted: Wanted) -> list[tuple[Tensor, Tensor]]:
