@@ -27,7 +27,7 @@ from tersor.vectors.scanned import is_scanned
 
 CHUNK_QUERIES = 256
 DEVICE_QUERIES = 4096  # that a device is given at a time, at most
-SOME_TABLES = 1 << 25  # numbers of their tables
+SOME_TABLES = 1 << 25  # numbers of their tables, and of lists
 SOME_SCORES = 1 << 26  # of decoded vectors, which are held at a time on a device
 
 
@@ -117,9 +117,10 @@ def best_of(held: Held, queries: Tensor, k: int, wanted: Wanted) -> tuple[Tensor
 
 def at_once(held: Held, wanted: Wanted) -> int:
     """Return how many queries are answered at a time."""
-    if wanted.device == CPU:
+    if wanted.device == CPU or not _scans(held, wanted):
         return CHUNK_QUERIES
-    return max(1, min(DEVICE_QUERIES, SOME_TABLES // held.meeting.numbers)) if _scans(held, wanted) else CHUNK_QUERIES
+    numbers = held.meeting.numbers + (len(held.lists) if held.lists else 0)
+    return max(1, min(DEVICE_QUERIES, SOME_TABLES // numbers))
 
 
 def within(held: Held, queries: Tensor, radius: float, wanted: Wanted) -> list[tuple[Tensor, Tensor]]:
