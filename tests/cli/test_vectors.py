@@ -14,6 +14,7 @@ from tersor import cli
 from tersor.cli.funnel import account
 from tersor.testing import gaussian
 from tersor.vectors import Index
+from tests.ops.devices import GPU
 
 DIM = 16
 
@@ -55,6 +56,21 @@ def test_there_and_back() -> None:
     assert np.load("found.npy").tolist() == found["ids"]
     assert np.allclose(np.load("found.distances.npy"), found["distances"])
     assert "ids" in run("search", "set", "q.npy")
+
+
+@GPU
+def test_on_a_gpu() -> None:
+    run("build", "x.npy", "set", "--codec", "trellis3")
+    found = json.loads(run("search", "set", "q.npy", "-k", "3", "--device", "cuda", "--json"))
+    assert found["ids"] == Index.load("set").search(np.load("q.npy"), 3)[1].tolist()
+    (tried, *_) = json.loads(run("bench", "x.npy", "--codec", "trellis3", "--device", "cuda", "--json"))["methods"]
+    assert tried["recall"] > 0.5
+
+
+def test_what_is_no_device() -> None:
+    run("build", "x.npy", "set", "--codec", "trellis3")
+    assert "no 'cuda:99'" in refused("search", "set", "q.npy", "--device", "cuda:99")
+    assert run("search", "set", "q.npy", "--device", "auto", "--json")
 
 
 def test_what_is_found_is_scored_again() -> None:

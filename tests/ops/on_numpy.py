@@ -56,6 +56,9 @@ class Pointer:
     def __add__(self, more: Any) -> Pointer:
         return Pointer(self.held, self.place + np.asarray(more))
 
+    def __getitem__(self, place: Any) -> Pointer:
+        return Pointer(self.held, np.asarray(self.place)[place])
+
     @property
     def dtype(self) -> Any:
         """What lies there."""
@@ -170,11 +173,13 @@ def language(program: tuple[int, ...], warps: int, grid: tuple[int, ...] = ()) -
     """Return what stands in for `triton.language` and for Gluon's, for one program."""
     made: Any = types.ModuleType("language")
     held: list[np.ndarray] = []
-    names = ("int32", "int64", "float32", "uint8")
+    names = ("int16", "int32", "int64", "float16", "float32", "float64", "uint8")
     for name in names:
         setattr(made, name, getattr(np, name))
     functions: dict[str, Any] = {
         "constexpr": lambda value: value, "static_range": range,
+        "range": lambda first, last, loop_unroll_factor=1: range(first, last), "abs": lambda x: array(np.abs(x)),
+        "dot": lambda a, b, total: array(total + np.asarray(a, np.float32) @ np.asarray(b, np.float32)),
         "program_id": lambda axis: array(np.int32(program[axis])), "num_warps": lambda: warps,
         "num_programs": lambda axis: array(np.int32(grid[axis])),
         "gather": lambda x, index, axis: array(np.take_along_axis(x, index, axis)),
@@ -200,6 +205,13 @@ def language(program: tuple[int, ...], warps: int, grid: tuple[int, ...] = ()) -
     for name in ("BlockedLayout", "SliceLayout", "SwizzledSharedLayout", "NVMMADistributedLayout"):
         setattr(made, name, lambda *arguments: None)
     return made
+
+
+@contextlib.contextmanager
+def pretended() -> Iterator[None]:
+    """Let what imports device code be imported where there is no Triton; nothing that it launches runs."""
+    with _pretended(language((0,), 1)):
+        yield
 
 
 @contextlib.contextmanager

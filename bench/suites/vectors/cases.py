@@ -55,6 +55,28 @@ class MillionCase:
         return f"million|{self.method}"
 
 
+@dataclasses.dataclass(frozen=True)
+class DeviceCase:
+    """One method on one made set, on a GPU.
+
+    Parameters
+    ----------
+    data : str
+        `"400k"`, 400,000 x 50, or `"1M"`, a million x 128.
+    method : str
+        `"tersor:"` and a codec, perhaps behind lists; `"torch:bf16"`, a product and `topk`; `"faiss:"` and a factory
+        string, where a FAISS of GPUs is installed.
+    """
+
+    data: str
+    method: str
+
+    @property
+    def key(self) -> str:
+        """The case's name in results."""
+        return f"gpu|{self.data}|{self.method}"
+
+
 _REAL: Mapping[tuple[str, float], tuple[str, ...]] = {
     ("glove", 2): ("tersor:trellis", "tersor:qet_plus", "tersor:pq", "tersor:pq5x1024t", "tersor:opq", "tersor:rq",
                    "tersor:rotated_scalar", "tersor:rot,sym14", "tersor:rot,tr1.75", "faiss:PQ10x8np", "faiss:PQ10x9np",
@@ -111,3 +133,7 @@ MILLION = tuple(MillionCase(method) for method in (
     "faiss:RR128,IVF1024,RaBitQ", "faiss:RR128,IVF1024,RaBitQ2"))
 SINGLE = (SingleCase("glove", ("tersor:ctr8,ktr6", "tersor:trellis2", "tersor:spectral2", "faiss:PQ10x4fs",
                                "faiss:PQ25x4fs", "faiss:PQ10x8np", "faiss:PQ10x10np")),)
+ON_GPU = tuple(DeviceCase(data, method) for data, methods in {
+    "400k": ("tersor:ctr8,rot,tr1.75", "tersor:pq5x256t", "tersor:ctr8,rot,sym12", "torch:bf16", "faiss:PQ10x8"),
+    "1M": ("tersor:ctr8,rot,tr1.75", "tersor:IVF1024,ctr8,rot,tr1.75", "tersor:pq4x256t", "torch:bf16", "faiss:PQ32x8"),
+}.items() for method in methods)

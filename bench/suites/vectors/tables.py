@@ -99,6 +99,22 @@ def single_table(found: Mapping[str, Line]) -> str:
     return table(heads, rows)
 
 
+def gpu_table(found: Mapping[str, Line]) -> str:
+    """Return queries a second on a GPU by batch, beside dense vectors of the same set."""
+    rows = []
+    for line in found.values():
+        numbers, count = line["numbers"], line["numbers"]["vectors"]
+        name = line["case"]["method"].replace("tersor:", "**Tersor** ").replace(":", " ")
+        speeds = (f"{numbers[f'queries_per_s_{batch}']:.0f}" for batch in (1, 64, 1024))
+        rows.append((line["case"]["data"], name, f"{line['bytes'] / count:.1f}",
+                     f"{numbers['device_bytes'] / count:.1f}", f"{numbers['recall']:.3f}", *speeds,
+                     f"{numbers['busy_ms_1024']:.2f}", f"{numbers['build_s']:.1f}"))
+    heads = ("set", "method", "bytes a vector", "on the device", "recall@10", "queries/s, 1 at a time", "64", "1,024",
+             "of 1,024: kernels, ms", "build, s")
+    return table(heads, rows)
+
+
+ON_GPU = {"vectors-gpu": Table(gpu_table)}
 TABLES = {
     "vectors-single": Table(single_table, ("single",)),
     "vectors-cells": Table(cells_table, tuple(dict.fromkeys(data for data, _ in CELLS)), charged=True),

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tersor import vectors
-from tersor.cli.base import AsJson, Effort, Seed, directory, emit, refuse_existing, show, write_new
+from tersor.cli.base import AsJson, Device, Effort, Seed, device_of, directory, emit, refuse_existing, show, write_new
 from tersor.cli.funnel import Verb, existing
 from tersor.cli.plots import check_plot, plotted
 from tersor.cli.telling import Bars, spoken
@@ -66,9 +66,9 @@ def search(place: Set, queries: Annotated[Path, typer.Argument(metavar="QUERIES"
                                                        "them as NAME.distances.npy")] = None,
            refine: Annotated[Path | None, typer.Option(help="original vectors as .npy, which score again what is "
                                                        "found")] = None,
-           column: Column = None, as_json: AsJson = False) -> None:
+           column: Column = None, device: Device = "cpu", as_json: AsJson = False) -> None:
     """Find the nearest vectors of queries."""
-    index = Index.load(_index(place))
+    index = Index.load(_index(place)).to(_where(device))
     asked = np.concatenate(list(vectors.open_vectors(existing(queries, FILES), column).chunks()))
     finer = None if refine is None else _mapped(refine)
     distances, ids = index.search(asked, k, metric, nprobe=nprobe, refine=finer)
@@ -115,18 +115,19 @@ def bench(data: Data, queries: Annotated[Path | None, typer.Option(
           rate: Rate = None, metric: Metric = "l2", effort: Effort = None, k: Count = 10, nprobe: Probes = None,
           plot: Annotated[Path | None, typer.Option(help="write recall against speed as .svg, or as .png "
                                                     "with matplotlib")] = None,
-          seed: Seed = 0, as_json: AsJson = False) -> None:
-    """Measure recall, bytes and speed, on one thread, beside FAISS where it is installed."""
+          seed: Seed = 0, device: Device = "cpu", as_json: AsJson = False) -> None:
+    """Measure recall, bytes and speed, on one thread or a GPU, beside FAISS on one thread where it is installed."""
     if plot is not None:
         check_plot(plot)
         refuse_existing(plot)
-    x = torch.from_numpy(vectors.open_vectors(existing(data, FILES)).sample(1 << 62))
+    where, x = _where(device), torch.from_numpy(vectors.open_vectors(existing(data, FILES)).sample(1 << 62))
     if truth is not None and queries is None:
         raise CodecConfigError("--truth: expected --queries, too, whose true ids they are")
     x, asked = held_out(x, seed) if queries is None else (x, _queries(queries))
     with one_thread():
         known = exact(x, asked, k, metric) if truth is None else _truth(truth, len(asked), k)
-        indexes = [Index(x.shape[1], name, rate, seed, effort or "normal", metric) for name in codec or ["auto"]]
+        indexes = [Index(x.shape[1], name, rate, seed, effort or "normal", metric).to(where)
+                   for name in codec or ["auto"]]
         for index in indexes:
             index.nprobe = nprobe or index.nprobe
         found = [tried(index, x, asked, known) for index in indexes]
@@ -159,6 +160,10 @@ def _record(index: Index, place: Path) -> dict[str, Any]:
 
 def _index(place: Path) -> Path:
     return existing(place, "an index, written by 'tersor vectors build'")
+
+
+def _where(device: str) -> str:
+    return device_of(device) if device == "auto" else device  # what is named, the index checks
 
 
 def _queries(path: Path) -> torch.Tensor:

@@ -18,6 +18,7 @@ from tersor.errors import CodecConfigError, NonFiniteError
 
 METRICS = ("l2", "ip", "cosine")
 LIMIT = 2.0**50  # largest magnitude of a number: squared distances stay within float32
+CPU = torch.device("cpu")
 MOST_ID = 2**63 - 2
 
 Ids = Tensor | np.ndarray | Sequence[int] | int
@@ -39,6 +40,24 @@ def metric_of(value: str) -> str:
     return value
 
 
+def device_of(value: str | torch.device) -> torch.device:
+    """Return where searches are to run: the processor, or a GPU with its number."""
+    try:
+        found = torch.device(value)
+    except (RuntimeError, TypeError) as error:
+        raise CodecConfigError(f"index: device must be 'cpu', 'cuda' or 'cuda:1', found {value!r}") from error
+    if found.type == "cpu":
+        return CPU
+    if found.type != "cuda":
+        raise CodecConfigError(f"index: device must be 'cpu', 'cuda' or 'cuda:1', found '{found}'; searches run on "
+                               "processors and CUDA devices")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    number = (torch.cuda.current_device() if count else 0) if found.index is None else found.index
+    if number >= count:
+        raise CodecConfigError(f"index: torch finds {count} CUDA devices, so there is no '{found}'; use device 'cpu'")
+    return torch.device("cuda", number)
+
+
 def as_tensor(value: Any, name: str) -> Tensor:
     """Return an argument as a tensor."""
     try:
@@ -56,6 +75,8 @@ def vectors_of(x: Any, dim: int) -> Tensor:
     """Return checked vectors (n, dim); none at all are as good as any."""
     if isinstance(x, (Tensor, np.ndarray)) and tuple(x.shape) == (0, dim):
         return torch.empty(0, dim, dtype=torch.float32)
+    if isinstance(x, Tensor) and x.is_cuda:
+        x = x.detach().cpu()  # one wait for the device, and none for each check
     if isinstance(x, np.ndarray) and x.dtype == np.float32 and x.flags.c_contiguous and x.flags.writeable:
         x = torch.from_numpy(x)
     if (isinstance(x, Tensor) and x.dtype == torch.float32 and x.device.type == "cpu" and tuple(x.shape[1:]) == (dim,)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from tersor.numerics.kmeans import times_power
-from tersor.ops.code_scan import Lines, Rows, laid_out
+from tersor.ops.code_scan import Lines, Rows, Stack, laid_out
 from tersor.ops.code_scan.shapes import TILE
 from tersor.payload.scales import reciprocal
 from tersor.vectors.held import Block, Held
@@ -71,19 +72,73 @@ def lines(held: Held, metric: str, size: int) -> Lines:
     if found is not None and found[0] == size:
         return found[1]
     whole = laid(held)
-    if metric == "l2":
-        norms = whole.ordered(torch.cat([block.norms(around=True) for block in held.blocks]))
-        factors = times_power(whole.scales, -size).split(whole.counts)
-        offsets = tuple(times_power(part, -size).square() / -2 for part in norms)
-    elif metric == "cosine":
-        offsets = whole.ordered(reciprocal(torch.cat([block.norms() for block in held.blocks])))
-        factors = tuple(scale * part for scale, part in zip(whole.scales.split(whole.counts), offsets, strict=True))
-    else:
-        factors = times_power(whole.scales, -size).split(whole.counts)
-        offsets = tuple(torch.zeros_like(part) for part in factors)
+    factors, offsets = (one.split(whole.counts) for one in _numbers(held, whole, metric, size))
     held.made[metric] = found = size, Lines(tuple(Rows(*one) for one in zip(
         whole.codes, factors, offsets, whole.ids.split(whole.counts), strict=True)))
     return found[1]
+
+
+def stack(held: Held, metric: str, size: int, device: torch.device) -> Stack:
+    """Return all rows as a scan on a device reads them, kept as `lines` are; metrics share codes and ids."""
+    found = held.made.get((metric, device))
+    if found is not None and found[0] == size:
+        return found[1]
+    shared = held.made.get(device)
+    if shared is None:
+        held.made[device] = shared = _Tiled.of(laid(held), device)
+    factors, offsets = _numbers(held, laid(held), metric, size)
+    made = Stack(shared.codes, shared.spread(factors), shared.spread(offsets), shared.ids, shared.there, shared.pieces,
+                 (float(factors.max()), float(offsets.abs().max())), held.meeting.words_on(device))
+    held.made[metric, device] = size, made
+    return made
+
+
+def masked(held: Held, allowed: Tensor, device: torch.device) -> Tensor:
+    """Return which rows of a stack are allowed, uint8 (tiles, TILE), of bool (n,) in the order of addition."""
+    shared: _Tiled = held.made[device]
+    return shared.spread(allowed[laid(held).order].to(torch.uint8))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Tiled:
+    """What stacks of all metrics have in common, and the place of each row there, int64 (n,), piece after piece."""
+
+    codes: Tensor
+    ids: Tensor
+    there: Tensor
+    pieces: Tensor
+    places: Tensor
+
+    @classmethod
+    def of(cls, whole: Laid, device: torch.device) -> Self:
+        """Return codes on a device."""
+        counts = torch.tensor(whole.counts)
+        tiles = -(-counts // TILE)
+        starts = (tiles.cumsum(0) - tiles) * TILE - (counts.cumsum(0) - counts)
+        places = (torch.arange(int(counts.sum())) + starts.repeat_interleave(counts)).to(device)
+        pieces = torch.arange(len(counts), dtype=torch.int32).repeat_interleave(tiles).to(device)
+        codes = torch.cat(whole.codes).to(device)
+        none = torch.zeros(len(pieces), TILE, dtype=torch.uint8, device=device)
+        bare = cls(codes, none, none, pieces, places)
+        there = bare.spread(torch.ones(len(places), dtype=torch.uint8))
+        return dataclasses.replace(bare, ids=bare.spread(whole.ids), there=there)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Return values of rows, (n,), piece after piece, as those of tiles, (tiles, TILE), 0 where there is no row."""
+        out = torch.zeros(len(self.pieces) * TILE, dtype=values.dtype, device=self.places.device)
+        return out.scatter_(0, self.places, values.to(out.device)).reshape(-1, TILE)
+
+
+def _numbers(held: Held, whole: Laid, metric: str, size: int) -> tuple[Tensor, Tensor]:
+    """Return factors and offsets of all rows, float32 (n,), piece after piece; see `lines`."""
+    factors = times_power(whole.scales, -size)
+    if metric == "l2":
+        norms = torch.cat([block.norms(around=True) for block in held.blocks])[whole.order]
+        return factors, times_power(norms, -size).square() / -2
+    if metric == "cosine":
+        offsets = reciprocal(torch.cat([block.norms() for block in held.blocks])[whole.order])
+        return whole.scales * offsets, offsets
+    return factors, torch.zeros_like(factors)
 
 
 def _by_blocks(held: Held) -> Laid:

@@ -55,10 +55,28 @@ class Block:
         self.core = codec.child(inner) if isinstance(codec, Centered) else inner
         self.mean = inner.tensors["mean"] if isinstance(codec, Centered) else None
         self._norms: dict[bool, Tensor] = {}
-        self.made: dict[str, Any] = {}
+        self.made: dict[Any, Any] = {}
 
     def __len__(self) -> int:
         return self.encoded.shape[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy without what searches have made, some of it on devices; norms stay, as they take long."""
+        return {**vars(self), "made": {}}
+
+    def on(self, device: torch.device) -> Block:
+        """Return the same vectors on a device, kept there."""
+        if device == self.ids.device:
+            return self
+        found = self.made.get(device)
+        if found is None:
+            places, lists = self.places, self._lists
+            found = Block(self.encoded.to(device), self.ids.to(device), None if places is None else places.to(device),
+                          None if lists is None else lists.on(device))
+            self.made[device] = found
+        for around in self._norms.keys() - found._norms.keys():
+            found._norms[around] = self._norms[around].to(device)
+        return found
 
     @cached_property
     def span(self) -> tuple[int, int] | None:
@@ -131,6 +149,14 @@ class Held:
     following: int = 0
     mapped: bool = False
     made: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy without what searches have made."""
+        return {one.name: getattr(self, one.name) for one in dataclasses.fields(self)} | {"made": {}}
+
+    def bare(self) -> Held:
+        """Return the same vectors without what searches have made, but for norms."""
+        return dataclasses.replace(self, blocks=tuple(block.bare() for block in self.blocks), made={})
 
     @cached_property
     def count(self) -> int:

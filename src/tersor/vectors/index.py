@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tersor.contract.codec import Codec
+from tersor.contract.codec import Codec, Encoded
 from tersor.contract.operator import like
 from tersor.errors import CodecConfigError
 from tersor.families import AUTO
 from tersor.payload.blocks import Tables
 from tersor.vectors import rowwise, saving
-from tersor.vectors.checks import METRICS, Ids, ids_of, integer, new_ids, vectors_of
+from tersor.vectors.checks import METRICS, Ids, device_of, ids_of, integer, new_ids, vectors_of
 from tersor.vectors.deciding import decided
 from tersor.vectors.held import Block, Held
 from tersor.vectors.lists import SAMPLES, Lists
@@ -151,6 +151,30 @@ class Index(Reader):
     def reset(self) -> None:
         """Remove all vectors; what was trained stays, and ids begin anew."""
         self._changed("reset", lambda held: (Held(held.tables, (), held.lists), {}, held.count))
+
+    def to(self, device: str | torch.device) -> Self:
+        """Let searches run on a device from now on, and vectors be encoded there; return this index, as modules do.
+
+        Verbs, ids and files stay what they are. The codes stay in memory, and searches keep a copy of them on the
+        device: what a scan reads, and 25 bytes a vector for ids, places, norms and scales. The first search after a
+        change makes the copy anew. `"cpu"` gives the device's memory back. Training stays on the processor, and what is
+        decoded without being searched, as by `reconstruct` or `refine=`.
+
+        Parameters
+        ----------
+        device : str or torch.device
+            `"cpu"`, `"cuda"` or `"cuda:1"`.
+
+        Raises
+        ------
+        CodecConfigError
+            If torch finds no such device, or it is of another kind.
+        """
+        found = device_of(device)
+        with self._writing:
+            if found != self._device:
+                self._held, self._device = self._held.bare(), found
+        return self
 
     def emptied(self) -> Self:
         """Return an index without vectors, of the same settings and training: parts that will be merged start so."""
@@ -339,6 +363,12 @@ class Index(Reader):
             return *decided(wide, count, *self._asked, self.seed), lists
         return self.codec, dict(self.codec.train([wide], seed=self.seed)), lists
 
+    def _coded(self, part: Tensor, tables: Tables) -> Encoded:
+        """Return encoded vectors, on the processor wherever they are encoded."""
+        there = {name: table.to(self._device) for name, table in tables.items()}
+        encoded = self.codec.encode(part.to(self._device), seed=self.seed, tables=there).to("cpu")
+        return dataclasses.replace(encoded, tensors={**encoded.tensors, **tables})
+
     def _check_empty(self, held: Held) -> None:
         if held.blocks:
             raise CodecConfigError(f"index: its {held.count} vectors are encoded with the present tables; train a new "
@@ -353,7 +383,7 @@ class Index(Reader):
                 part = part.to(torch.float32)
                 places = held.lists.of(part)
                 part, places = part - held.lists.centroids[places], places.to(torch.int32)
-            encoded = self.codec.encode(part, seed=self.seed, tables=held.tables)
+            encoded = self._coded(part, held.tables)
             own = torch.arange(start, start + len(part)) if ids is None else ids[start : start + self._rows]
             yield Block(encoded, own, places, held.lists)
 

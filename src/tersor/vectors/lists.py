@@ -29,6 +29,25 @@ class Lists:
     def __len__(self) -> int:
         return len(self.centroids)
 
+    @cached_property
+    def _moved(self) -> dict[torch.device, Lists]:
+        return {}
+
+    def __reduce__(self) -> tuple[type[Lists], tuple[Tensor]]:
+        """Copy without what lies on devices."""
+        return Lists, (self.centroids,)
+
+    def on(self, device: torch.device) -> Lists:
+        """Return the same lists on a device, kept; the origin is not computed anew, which may round it otherwise."""
+        if device == self.centroids.device:
+            return self
+        found = self._moved.get(device)
+        if found is None:
+            found = Lists(self.centroids.to(device))
+            vars(found)["origin"] = self.origin.to(device)
+            self._moved[device] = found
+        return found
+
     @property
     def nbytes(self) -> int:
         """Bytes of the centroids."""
@@ -66,10 +85,17 @@ class Lists:
         scores = self.products(queries, metric == "l2")
         if metric == "l2":
             scores = scores - (self.centroids - self.origin).to(torch.float64).square().sum(1) / 2
-        chosen = torch.zeros(scores.shape, dtype=torch.bool)
+        chosen = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
         return chosen.scatter_(1, scores.topk(min(count, len(self)), dim=1).indices, value=True)
 
     def products(self, queries: Tensor, around: bool) -> Tensor:
         """Return the products of queries with centroids, less the origin or not, float64 (n, lists)."""
         held = self.centroids - self.origin if around else self.centroids
-        return (queries @ held.T).to(torch.float64)
+        return products(queries, held.T)
+
+
+def products(queries: Tensor, matrix: Tensor) -> Tensor:
+    """Return `queries @ matrix`, float64, of float32 numbers: on a device summed so, whatever torch lets it round."""
+    if queries.device.type == "cpu":
+        return (queries @ matrix).to(torch.float64)
+    return queries.to(torch.float64) @ matrix.to(torch.float64)

@@ -20,9 +20,9 @@ class Best:
         float32 and int64 (queries, k); -infinity and -1 where fewer than k were offered.
     """
 
-    def __init__(self, queries: int, k: int) -> None:
-        self.scores = torch.full((queries, k), -math.inf)
-        self.ids = torch.full((queries, k), -1)
+    def __init__(self, queries: int, k: int, device: torch.device | None = None) -> None:
+        self.scores = torch.full((queries, k), -math.inf, device=device)
+        self.ids = torch.full((queries, k), -1, device=device)
 
     def offer(self, scores: Tensor, numbers: Tensor) -> None:
         """Merge scores (queries, n), minus infinity for what is not offered, of distinct ids, int64 (n,)."""
@@ -49,7 +49,7 @@ class Best:
                 self._merge(query[place], near[place, inside], numbers[group[place] * GROUP + inside])
                 return
         values, order = scores.sort(dim=1, descending=True, stable=True)  # many equal scores
-        query, values, order = torch.arange(len(scores)).repeat_interleave(take), values[:, :take], order[:, :take]
+        query, values, order = _numbered(scores, take), values[:, :take], order[:, :take]
         found = (values > -math.inf).reshape(-1)
         padded = torch.nn.functional.pad(numbers, (0, scores.shape[1] - count))
         self._merge(query[found], values.reshape(-1)[found], padded[order.reshape(-1)[found]])
@@ -59,12 +59,17 @@ class Best:
         if not len(query):
             return
         queries, k = self.ids.shape
-        query = torch.cat([torch.arange(queries).repeat_interleave(k), query])
+        query = torch.cat([_numbered(self.ids, k), query])
         scores = torch.cat([self.scores.reshape(-1), scores])
         ids = torch.cat([self.ids.reshape(-1), ids])
         order = torch.argsort(ids, stable=True)
         order = order[torch.argsort(scores[order], descending=True, stable=True)]
         order = order[torch.argsort(query[order], stable=True)]
         sizes = torch.bincount(query, minlength=queries)
-        chosen = order[(sizes.cumsum(0) - sizes).unsqueeze(1) + torch.arange(k)]
+        chosen = order[(sizes.cumsum(0) - sizes).unsqueeze(1) + torch.arange(k, device=order.device)]
         self.scores, self.ids = scores[chosen], ids[chosen]
+
+
+def _numbered(rows: Tensor, times: int) -> Tensor:
+    """Return the number of each row, so many times, int64."""
+    return torch.arange(len(rows), device=rows.device).repeat_interleave(times)

@@ -17,10 +17,9 @@ from tersor.vectors.checks import Ids, allowed_of, as_tensor, ids_of, integer, m
 from tersor.vectors.held import Held
 from tersor.vectors.nearest import WORST
 from tersor.vectors.refining import Finer, refined
-from tersor.vectors.scoring import Wanted, best_of, within
+from tersor.vectors.scoring import CHUNK_QUERIES, Wanted, at_once, best_of, within
 from tersor.vectors.state import State, nothing
 
-CHUNK_QUERIES = 256
 CERTAIN = "certain"
 REFINED = 4  # vectors that are looked at once more, for each that is asked for
 
@@ -83,7 +82,7 @@ class Reader(State):
             ids = _possible(held, queries, ids, wanted)
         if refine is not None:
             distances, ids = refined(queries, ids, k, wanted.metric, refine)
-        return like(given, distances), like(given, ids)
+        return _answer(given, distances), _answer(given, ids)
 
     def bounds(self, queries: Tensor | np.ndarray, ids: Ids, metric: str | None = None) -> tuple[Any, Any]:
         """Return between what the true distances or scores of some vectors lie: those of the originals, not of codes.
@@ -122,7 +121,7 @@ class Reader(State):
             places = _places(held, named[i][there])
             decoded = held.points(places, self.dim)
             low[i, there], high[i, there] = bounded(query, decoded, errors_at(held, places), chosen)
-        return like(given, low), like(given, high)
+        return _answer(given, low), _answer(given, high)
 
     def range_search(self, queries: Tensor | np.ndarray, radius: float, metric: str | None = None, *,
                      filter: Ids | None = None, nprobe: SupportsIndex | None = None) -> tuple[Any, Any, Any]:
@@ -152,7 +151,7 @@ class Reader(State):
         counts = torch.tensor([0, *(len(one) for one, _ in found)])
         distances = torch.cat([torch.empty(0), *(one for one, _ in found)])
         ids = torch.cat([torch.empty(0, dtype=torch.int64), *(one for _, one in found)])
-        return like(given, counts.cumsum(0)), like(given, distances), like(given, ids)
+        return _answer(given, counts.cumsum(0)), _answer(given, distances), _answer(given, ids)
 
     def kneighbors(self, X: Tensor | np.ndarray, n_neighbors: SupportsIndex = 5,
                    return_distance: bool = True) -> Any:
@@ -219,17 +218,24 @@ class Reader(State):
     def _wanted(self, held: Held, metric: str | None, allowed: Ids | None, nprobe: SupportsIndex | None) -> Wanted:
         probes = self._nprobe if nprobe is None else integer(nprobe, "nprobe", 1)
         chosen = self.metric if metric is None else metric_of(metric)
-        return Wanted(chosen, allowed_of(allowed, held.ids) if allowed is not None else None, probes)
+        let = allowed_of(allowed, held.ids) if allowed is not None else None
+        return Wanted(chosen, let, probes, self._device)
+
+
+def _answer(queries: Any, found: Tensor) -> Any:
+    """Return what was found as the queries are: an array for an array, else a tensor on their device."""
+    return like(queries, found.to(queries.device) if isinstance(queries, Tensor) else found)
 
 
 def _found(held: Held, queries: Tensor, k: int, wanted: Wanted, worst: float) -> tuple[Tensor, Tensor]:
     """Return distances and ids of the best vectors, (queries, k); the worst distance and -1 where there are fewer."""
-    if k <= held.count and 0 < len(queries) <= CHUNK_QUERIES:
+    most_queries = at_once(held, wanted)
+    if k <= held.count and 0 < len(queries) <= most_queries:
         return best_of(held, queries, k, wanted)
     distances, ids = nothing(len(queries), k, worst)
     most = min(k, held.count)
-    for start in range(0, len(queries), CHUNK_QUERIES):
-        part = slice(start, start + CHUNK_QUERIES)
+    for start in range(0, len(queries), most_queries):
+        part = slice(start, start + most_queries)
         distances[part, :most], ids[part, :most] = best_of(held, queries[part], most, wanted)
     return distances, ids
 

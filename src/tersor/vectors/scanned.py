@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TypeGuard
+from functools import cached_property
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from tersor.codecs import LearnedRotation, Product, Residual, Rotated, SpectralTrellis, Sum, Trellis
 from tersor.contract.codec import Codec, Encoded
-from tersor.ops.code_scan import packed, sums_of
+from tersor.ops.code_scan import Words, packed, sums_of
 from tersor.ops.code_scan.shapes import BYTE, NIBBLE
 from tersor.payload import codes
 from tersor.payload.blocks import row_blocks
 
 FEW = 16  # queries that are multiplied by a matrix, which costs less than to call what it stands for
 MOST_MATRIX = 1 << 22  # numbers of it
+MOST_MOVED = 1 << 25  # of a matrix on a device
 
 
 def is_scanned(codec: Codec) -> bool:
@@ -75,6 +77,7 @@ class Meeting:
         width = encoded.shape[1]
         self._books: list[tuple[Tensor, int]] = []
         self._matrix: Tensor | None = None
+        self._moved: dict[torch.device, tuple[Tensor | None, Tensor | None]] = {}
         if not self._signs:
             found = _books(stream.codec)
             self._size = _size(found)
@@ -90,12 +93,61 @@ class Meeting:
         """What takes queries to what signs are multiplied by, float32 (dim, signs); None for words, or where large."""
         return self._matrix
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy without what lies on devices."""
+        return {**vars(self), "_moved": {}}
+
     def tables(self, queries: Tensor) -> Tensor:
         """Return tables, float64 (n, lookups, size), for float32 queries (n, dim)."""
+        if not self._signs:
+            return self._looked_up(_met(self._encoded, queries))
+        few = self._matrix is not None and len(queries) <= FEW
+        return sums_of(queries @ self._matrix if few else _met(self._encoded, queries))  # type: ignore[operator]
+
+    def tables_on(self, queries: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Return tables on a device, and what signs or words are multiplied by, float64 (n, numbers), or None.
+
+        Both are linear in queries, so there they are products with matrices, which are kept. Where those are large,
+        tables are made on the processor.
+        """
+        met, tabled = self._on(device)
+        wide = queries.to(device, torch.float64)
+        products = None if met is None else wide @ met
         if self._signs:
-            few = self._matrix is not None and len(queries) <= FEW
-            return sums_of(queries @ self._matrix if few else _met(self._encoded, queries))  # type: ignore[operator]
-        met, parts = _met(self._encoded, queries), []
+            return (self.tables(queries).to(device), None) if products is None else (sums_of(products), products)
+        if tabled is None:
+            return self.tables(queries).to(device), products
+        return (wide @ tabled.flatten(1)).unflatten(1, tabled.shape[1:]), products
+
+    @cached_property
+    def numbers(self) -> int:
+        """Numbers of one query's tables."""
+        return self.tables(torch.zeros(1, self._encoded.shape[1])).numel()
+
+    def words_on(self, device: torch.device) -> Words | None:
+        """Return codewords as many queries are multiplied with them; None for signs, and for sums of products."""
+        if self._signs or len(self._books) > 1:
+            return None
+        (books, words), = self._books
+        stages = books.shape[1] // words
+        return Words.of(books.unflatten(1, (stages, words)).flatten(0, 1), stages, device)
+
+    def _on(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """Return matrices that take queries to what is multiplied, and to tables, float64, where they are not large."""
+        if device not in self._moved:
+            width, stream, met, tabled = self._encoded.shape[1], _stream(self._encoded), self._matrix, None
+            numbers = stream.codec.stream_shape((1, width))[1] if self._signs else width  # type: ignore[attr-defined]
+            if met is None and len(self._books) < 2 and width * numbers <= MOST_MOVED:
+                met = _met(self._encoded, torch.eye(width))
+            lookups = sum(books.shape[0] * (books.shape[1] // words) for books, words in self._books)
+            if not self._signs and width * lookups * self._size <= MOST_MOVED:
+                tabled = self.tables(torch.eye(width)).to(device)
+            self._moved[device] = None if met is None else met.to(device, torch.float64), tabled
+        return self._moved[device]
+
+    def _looked_up(self, met: Tensor) -> Tensor:
+        """Return the products of all words, float64 (n, lookups, size)."""
+        parts = []
         for books, words in self._books:
             split = met.unflatten(1, (books.shape[0], -1)).transpose(0, 1)
             found = (split @ books.transpose(1, 2)).transpose(0, 1).unflatten(2, (-1, words))

@@ -14,7 +14,7 @@ from tersor.contract.codec import Codec
 from tersor.errors import CodecConfigError
 from tersor.families import AUTO
 from tersor.vectors import rowwise
-from tersor.vectors.checks import integer, metric_of
+from tersor.vectors.checks import CPU, integer, metric_of
 from tersor.vectors.choice import choose, without_lists
 from tersor.vectors.deciding import is_open
 from tersor.vectors.held import Held
@@ -44,6 +44,7 @@ class State:
         self._rows = max(1, min(BLOCK_ROWS, BLOCK_ELEMENTS // self.dim))
         self._held = Held()
         self._nprobe = max(1, round(math.sqrt(self.nlist)))
+        self._device = CPU
         self._writing = threading.Lock()
 
     def _settle(self, codec: Codec) -> None:
@@ -66,6 +67,11 @@ class State:
 
     def __bool__(self) -> bool:
         return True  # also where it is empty: it is an index
+
+    @property
+    def device(self) -> torch.device:
+        """Where searches run, and codes are made; see `to`."""
+        return self._device
 
     @property
     def ids(self) -> Tensor:
@@ -114,8 +120,9 @@ class State:
     def __repr__(self) -> str:
         trained = "" if self.is_trained else ", not trained"
         lists = f"{self.nlist} lists of " if self.nlist else ""
+        there = "" if self._device == CPU else f", on {self._device}"
         return (f"Index({self.dim}, {lists}'{self.codec}': {self.ntotal} vectors of {self.code_size} bytes, by "
-                f"{self.metric}{trained})")
+                f"{self.metric}{there}{trained})")
 
     @property
     def _own(self) -> list[str]:

@@ -8,13 +8,14 @@ norm as its offset, an order by distance. Signs are codes, too: four of them are
 from __future__ import annotations
 
 import dataclasses
-from functools import cached_property
+import math
+from functools import cache, cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tersor.ops.code_scan import reference
+from tersor.ops.code_scan import reference, tiles
 from tersor.ops.code_scan.shapes import LEAST_WORK, NIBBLE, SIGNS, TILE, columns_of
 from tersor.ops.dispatch import compiled_allowed
 
@@ -76,6 +77,72 @@ class Lines:
                          for one, edges in zip(self.pieces, self.edges, strict=True)], np.int64)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stack:
+    """All rows of a set in tiles, one piece's after the other's, on any device.
+
+    Attributes
+    ----------
+    codes : Tensor
+        As of `Rows`, (tiles, columns, TILE).
+    factors, offsets : Tensor
+        float32 (tiles, TILE), 0 beyond a piece's rows; finite, factors not negative.
+    ids : Tensor
+        int64 (tiles, TILE).
+    there : Tensor
+        uint8 (tiles, TILE): 0 beyond a piece's rows.
+    pieces : Tensor
+        int32 (tiles,): the piece that a tile is of.
+    peaks : (float, float)
+        The largest factor, and the largest magnitude of an offset.
+    words : Words or None
+        What codes are decoded to, where many queries may multiply it; None for signs, too.
+    """
+
+    codes: Tensor
+    factors: Tensor
+    offsets: Tensor
+    ids: Tensor
+    there: Tensor
+    pieces: Tensor
+    peaks: tuple[float, float]
+    words: Words | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Words:
+    """Codewords as float16: row and part, a sum over stages.
+
+    Attributes
+    ----------
+    books : Tensor
+        float16 (parts * stages, words, numbers of a part), divided by the unit.
+    stages : int
+    unit : float
+        A power of two.
+    reach, lost : Tensor
+        What no number of a row exceeds, and what it differs at most from that of float16: float64 (dim,).
+    """
+
+    books: Tensor
+    stages: int
+    unit: float
+    reach: Tensor
+    lost: Tensor
+
+    @classmethod
+    def of(cls, books: Tensor, stages: int, device: torch.device) -> Words:
+        """Return codewords (parts * stages, words, numbers of a part), of any float dtype, on a device."""
+        wide = books.to(device, torch.float64)
+        unit = 2.0 ** max(-100, math.frexp(float(wide.abs().max()))[1])
+        near = (wide / unit).to(torch.float16)
+        reach, lost = (one.abs().amax(1).unflatten(0, (-1, stages)).sum(1).flatten()
+                       for one in (wide, wide - near.to(torch.float64) * unit))
+        if stages > 1:  # sums are rounded, too
+            lost = lost + 2.0**-10 * reach + 2.0**-24 * unit
+        return cls(near.contiguous(), stages, unit, reach, lost)
+
+
 def _edges(rows: Rows) -> Tensor:
     """Return between what the factors and offsets of each tile lie; see `Lines`."""
     pad, edges = -len(rows.factors) % TILE, []
@@ -101,7 +168,9 @@ class Asked:
     bases : Tensor or None
         float64 (queries, pieces), finite; None: 0.
     masks : tuple of Tensor or None
-        uint8 (count,) a piece: 0 for rows that are left out.
+        uint8 (count,) a piece: 0 for rows that are left out. Of a stack one, (tiles, TILE), 0 beyond rows, too.
+    products : Tensor or None
+        What signs or words are multiplied by, whose sums the tables hold; float64 (queries, signs) or (queries, dim).
     """
 
     tables: Tensor
@@ -109,6 +178,20 @@ class Asked:
     visits: Tensor | None = None
     bases: Tensor | None = None
     masks: tuple[Tensor, ...] | None = None
+    products: Tensor | None = None
+
+    def based(self) -> Tensor | None:
+        """Return the bases, minus infinity for pieces that are not looked at; None: 0 everywhere."""
+        if self.visits is None:
+            return self.bases
+        bases = torch.zeros(self.visits.shape, dtype=torch.float64, device=self.visits.device)
+        return (bases if self.bases is None else self.bases).masked_fill(~self.visits, -math.inf)
+
+    def of(self, queries: slice | Tensor) -> Asked:
+        """Return what some of the queries ask."""
+        some = {name: None if one is None else one[queries] for name, one in
+                (("visits", self.visits), ("bases", self.bases), ("products", self.products))}
+        return Asked(self.tables[queries], self.weights[queries], masks=self.masks, **some)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -150,17 +233,23 @@ def sums_of(products: Tensor) -> Tensor:
 
     A set bit stands for +1, and others for -1.
     """
-    if compiled_allowed("code_scan"):
+    if products.device.type == "cpu" and compiled_allowed("code_scan"):
         from tersor.ops.code_scan import compiled
 
         return compiled.signed_sums(products)
-    wide = torch.nn.functional.pad(products.to(torch.float64), (0, 8 * columns_of(products.shape[1]) -
-                                                                products.shape[1]))
-    signs = (torch.arange(NIBBLE)[:, None] >> torch.arange(SIGNS) & 1).to(torch.float64) * 2 - 1
-    return (wide.unflatten(1, (-1, SIGNS)).unsqueeze(2) * signs).sum(3)
+    pad = 8 * columns_of(products.shape[1]) - products.shape[1]
+    wide = torch.nn.functional.pad(products.to(torch.float64), (0, pad)) if pad else products.to(torch.float64)
+    return wide.unflatten(1, (-1, SIGNS)) @ _four_signs(products.device)
 
 
-def best(lines: Lines, asked: Asked, k: int) -> tuple[Tensor, Tensor]:
+@cache
+def _four_signs(device: torch.device) -> Tensor:
+    """Return all of four signs, float64 (SIGNS, NIBBLE)."""
+    bits = torch.arange(NIBBLE) >> torch.arange(SIGNS)[:, None]
+    return ((bits & 1).to(torch.float64) * 2 - 1).to(device)
+
+
+def best(lines: Lines | Stack, asked: Asked, k: int) -> tuple[Tensor, Tensor]:
     """Return the scores, float64, and ids, int64, of the best rows of each query, (queries, k).
 
     Best first; of equal scores the least id first. Where there are fewer rows, minus infinity and -1.
@@ -169,8 +258,11 @@ def best(lines: Lines, asked: Asked, k: int) -> tuple[Tensor, Tensor]:
     -----
     The kernel rounds every table to bytes and sums those in vectors, as FAISS' fast scans do (André, Kermarrec and Le
     Scouarnec, VLDB 2015; arXiv 1812.09162). That bounds every score, and those whose bound reaches the k-th best so far
-    are computed in float64. The bound is certain, so results are those of float64, on any number of threads.
+    are computed in float64. The bound is certain, so results are those of float64, on any number of threads, and of a
+    stack on any device: there a bound is one of a tile, from sums of float32, or of signs times float16.
     """
+    if isinstance(lines, Stack):
+        return tiles.best(lines, asked, k)
     if compiled_allowed("code_scan"):
         from tersor.ops.code_scan import compiled
 
@@ -208,11 +300,13 @@ def one_nearest(lines: Lines, query: Tensor, how: Alone, k: int) -> tuple[Tensor
     return compiled.one_nearest(lines, query, how, k)
 
 
-def within(lines: Lines, asked: Asked, floors: Tensor) -> list[tuple[Tensor, Tensor]]:
+def within(lines: Lines | Stack, asked: Asked, floors: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Return the scores and ids of all rows that score at least so much, float64 (queries,): those of each query.
 
     Best first, as `best` orders them.
     """
+    if isinstance(lines, Stack):
+        return tiles.within(lines, asked, floors)
     if compiled_allowed("code_scan"):
         from tersor.ops.code_scan import compiled
 
@@ -220,5 +314,5 @@ def within(lines: Lines, asked: Asked, floors: Tensor) -> list[tuple[Tensor, Ten
     return reference.within(lines, asked, floors)
 
 
-__all__ = ["Alone", "Asked", "Lines", "Rows", "best", "is_little", "laid_out", "one_nearest", "packed", "sums_of",
-           "within"]
+__all__ = ["Alone", "Asked", "Lines", "Rows", "Stack", "Words", "best", "is_little", "laid_out", "one_nearest",
+           "packed", "sums_of", "within"]

@@ -13,7 +13,24 @@ LINE, FLOOR = 6, 4  # numbers that bound the scores of a query, and the place of
 MOST_BYTE, MOST_SUM = 255, 65_535  # of the lookups of a group together, and of a row
 LEAST_WORK = 1 << 20  # bytes of codes times queries that are worth a thread: some tenths of a millisecond
 METRICS = ("l2", "ip", "cosine")  # what one query alone may ask for
+SIGNS_FROM = 8  # queries from which signs are multiplied on a GPU, and not looked up
+SIGN_STEP = 64  # signs that are multiplied at a time
+BOUND_TILES, SIGN_TILES, MOST_QUERIES, WARPS = 8, 2, 128, 8  # of a program that looks up, and of one that multiplies
+MORE = 16  # tiles that are scored beside one for each row that is asked for
+SOME_QUERIES = 1 << 15  # that a grid of programs has room for
+SOME_ROWS = 1 << 22  # times queries, whose scores in float64 are held at a time
+SOME_BOUNDS = 1 << 26  # tiles times queries, whose bounds are held at a time
+STEP = 2.0**-22  # of a sum: what one addition of float32 may lose, and more, as tensor cores cut sums off
+STEPS = 2.0**-21  # of a score's parts: what is lost where they are put together as float32
+TINY = 2.0**-120  # what float32 may lose below its least normal number, many times over
+CAPABILITY = (8, 0)  # of a GPU that Triton compiles for
 SLACK = 2.0**-40  # of the largest score: what sums of float64 may be rounded by in some thousand steps
+
+
+def refusal(capability: tuple[int, int]) -> str | None:
+    """Return why a GPU of a compute capability has no kernels, or None where it has."""
+    return None if capability >= CAPABILITY else (
+        f"its kernels need compute capability {CAPABILITY[0]}.{CAPABILITY[1]}, found {capability[0]}.{capability[1]}")
 
 
 def columns_of(bits: int) -> int:
