@@ -55,8 +55,8 @@ def best(lines: Lines, asked: Asked, k: int) -> tuple[Tensor, Tensor]:
     scores = np.full((len(shares), len(queries), k), -np.inf)
     ids = np.full((len(shares), len(queries), k), np.iinfo(np.int64).max)
     none = np.empty((len(queries), 0), np.int64)
-    columns = lines.pieces[0].codes.shape[1]
-    _run(shares, lambda place: _scan(shares[place], queries, columns, (scores[place], ids[place], none)))
+    columns, whole = lines.pieces[0].codes.shape[1], asked.visits is None and asked.masks is None
+    _run(shares, lambda place: _scan(shares[place], queries, columns, (scores[place], ids[place], none), whole))
     flat, numbers = np.empty((len(queries), k)), np.empty((len(queries), k), np.int64)
     sort_best(scores, ids, flat, numbers)
     return torch.from_numpy(flat), torch.from_numpy(numbers)
@@ -197,12 +197,13 @@ def _cut(pieces: np.ndarray, visits: np.ndarray, terms: np.ndarray, lines: Lines
     return found
 
 
-def _scan(share: _Share, queries: _Queries, columns: int, found: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+def _scan(share: _Share, queries: _Queries, columns: int, found: tuple[np.ndarray, np.ndarray, np.ndarray],
+          whole: bool = False) -> None:
     visits = share.starts, share.who, share.terms
     if queries.tables.shape[2] > BYTE:
         scan_words(share.pieces, visits, (queries.lines, queries.tables), columns, found)
     else:
-        scan(share.pieces, visits, (queries.rough, queries.lines, queries.tables), columns, found)
+        scan(share.pieces, visits, (queries.rough, queries.lines, queries.tables), columns, found, whole)
 
 
 def _run(shares: Sequence[_Share], act: Callable[[int], object]) -> None:

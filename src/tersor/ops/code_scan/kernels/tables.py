@@ -64,7 +64,7 @@ def rounded(tables: Any, group: int, weights: Any, peaks: Any, bytes_of: Any, li
             weight = max(weight, abs(weights[query, place]))
         lines[query, 0], lines[query, 1], lines[query, 2] = step, total + wrong, inverse
         lines[query, 3] = MOVED * (4 * peaks[0] * (largest + wrong) + peaks[1] * weight)
-        lines[query, 5] = top
+        lines[query, 5], lines[query, 6] = top, wrong
 
 
 @njit()
