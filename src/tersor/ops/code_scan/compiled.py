@@ -17,7 +17,7 @@ from tersor.ops.code_scan.kernels.heaps import sort_best
 from tersor.ops.code_scan.kernels.scan import scan
 from tersor.ops.code_scan.kernels.tables import rounded, sum_signs
 from tersor.ops.code_scan.kernels.words import scan_words
-from tersor.ops.code_scan.shapes import BYTE, EDGES, FLOOR, GROUP, LEAST_WORK, LINE, METRICS, NIBBLE, TILE, columns_of
+from tersor.ops.code_scan.shapes import BYTE, EDGES, FLOOR, LEAST_WORK, LINE, METRICS, NIBBLE, TILE, columns_of
 
 if TYPE_CHECKING:
     from tersor.ops.code_scan import Alone, Asked, Lines
@@ -123,7 +123,7 @@ def _prepared(lines: Lines, asked: Asked, floors: np.ndarray | None) -> _Queries
     count, _, size = tables.shape
     held, rough = np.empty((count, LINE)), np.empty(tables.shape if size <= BYTE else (count, 0, 0), np.uint8)
     held[:, FLOOR] = -np.inf if floors is None else floors
-    rounded(tables, GROUP * (2 if size == NIBBLE else 1), weights, lines.peaks, rough, held)
+    rounded(tables, 2 if size == NIBBLE else 1, weights, lines.peaks, rough, held)
     return _Queries(rough, held, tables)
 
 

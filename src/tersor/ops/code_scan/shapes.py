@@ -5,7 +5,7 @@ from __future__ import annotations
 TILE = 64  # rows side by side: a byte of each fills the widest register there is
 NIBBLE, BYTE = 16, 256  # numbers of a table: of half a byte of a row, or of a whole one; longer ones are not bounded
 SIGNS = 4  # of a half byte, whose signed sum is looked up
-GROUP = 4  # columns of a row whose lookups are summed in bytes
+GROUP = 4  # columns of a row whose lookups are summed in bytes: a quarter of all apart
 NEAR = 16  # tiles that queries meet in turn: those and the tables lie in the nearest cache
 MANY = 4  # queries that meet a tile together, so that its bytes are read once
 EDGES = 4  # numbers that say between what the factors and offsets of a tile lie

@@ -13,9 +13,9 @@ from tersor.ops.code_scan.kernels.heaps import replace, sort_best
 from tersor.ops.code_scan.kernels.lanes import doubles_at, highest, longs_at, one_halves, reaching
 from tersor.ops.code_scan.kernels.scan import BASES, addresses_of, least_of, look, own_of
 from tersor.ops.code_scan.kernels.tables import rounded, sum_signs
-from tersor.ops.code_scan.shapes import EDGES, GROUP, LINE, METRICS, NIBBLE, TILE
+from tersor.ops.code_scan.shapes import EDGES, LINE, METRICS, NIBBLE, TILE
 
-TABLE, RUN, NUMBERS, TILE_ROWS, EDGES_OF = NIBBLE, 2 * GROUP, LINE, TILE, EDGES
+TABLE, EACH, NUMBERS, TILE_ROWS, EDGES_OF = NIBBLE, 2, LINE, TILE, EDGES
 L2, COSINE = METRICS.index("l2"), METRICS.index("cosine")
 FEWEST = 16  # tiles that are looked at first; as many as rows that are asked for, where those are more
 WORST = float(np.finfo(np.float32).max)
@@ -143,7 +143,7 @@ def alone(query: Any, mean: Any, matrix: Any, how: Any, pieces: Any, peaks: Any,
                             np.empty((1, NUMBERS)))
     sum_signs(products, tables)
     lines[0, 4] = -np.inf
-    rounded(tables, RUN, np.full((1, 1), term[1]), peaks, rough, lines)
+    rounded(tables, EACH, np.full((1, 1), term[1]), peaks, rough, lines)
     scores, kept = np.full((1, 1, ids.shape[1]), -np.inf), np.full((1, 1, ids.shape[1]), np.iinfo(np.int64).max)
     _scanned(pieces, columns, (rough, lines, tables), term, (scores[0], kept[0], np.empty((1, 0), np.int64)))
     best = np.empty(ids.shape)

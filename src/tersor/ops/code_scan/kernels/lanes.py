@@ -156,10 +156,10 @@ def _summing(queries: int, halves: bool) -> Any:
                 return [found(codes, held, table, column) for table in looked]
 
             with cgutils.for_range(builder, whole, intp=LONG) as turn:
-                first = builder.mul(turn.index, LONG(GROUP))
-                total = looked_up(first)
-                for column in range(1, GROUP):
-                    more = looked_up(builder.add(first, LONG(column)))
+                total, column = looked_up(turn.index), turn.index
+                for _ in range(1, GROUP):
+                    column = builder.add(column, whole)
+                    more = looked_up(column)
                     total = [builder.add(a, b) for a, b in zip(total, more, strict=True)]
                 for query, one in enumerate(total):
                     sums.widen(query, one)
