@@ -93,6 +93,14 @@ def test_beside_faiss() -> None:
     assert "recall@10" in run("bench", "x.npy", "--codec", "fp32")
 
 
+def test_few_vectors_are_compared_with_what_fits_them() -> None:
+    """FAISS trains no more words than there are vectors."""
+    np.save("few.npy", np.load("x.npy")[:30])
+    found = json.loads(run("bench", "few.npy", "-k", "3", "--codec", "fp32", "--json"))
+    assert not any("x8np" in one["method"] for one in found["methods"])
+    assert found["methods"][0]["recall"] == 1.0
+
+
 def test_a_picture_may_be_a_png() -> None:
     pytest.importorskip("matplotlib")
     run("bench", "x.npy", "--codec", "trellis3", "--codec", "rot,lm4", "--plot", "plot.png")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -55,6 +57,25 @@ def test_it_finds_what_float64_finds(size: int, columns: int, kind: str) -> None
         assert torch.equal(scores.isfinite(), finite)
         largest = asked.tables.abs().amax(2).sum(1, keepdim=True) + 10 * asked.weights.abs().amax(1, keepdim=True)
         assert ((scores - expected)[finite].abs() <= (2.0**-52 * 4 * columns * largest).expand_as(scores)[finite]).all()
+
+
+@pytest.mark.parametrize("alike", [False, True])
+@pytest.mark.parametrize(("size", "columns"), [(16, 11), (256, 12)])
+def test_a_sample_of_tiles_leaves_nothing_out(size: int, columns: int, alike: bool) -> None:
+    """Heaps start from what the best rows of some tiles score at least; rows that score as much are found."""
+    lines = lines_of(size, columns, (3000, 64, 1, 700, 5000))
+    if alike:
+        same = Rows(lines.pieces[0].codes[:1].expand(50, -1, -1).contiguous(), torch.ones(3150), torch.zeros(3150),
+                    torch.arange(9000, 12150).flip(0))
+        lines = Lines((*lines.pieces, same))
+    asked = asked_of(size, columns, 5, "all", lines)
+    asked = dataclasses.replace(asked, bases=gaussian((6, len(lines.pieces)), 3).double())
+    with reference_only():
+        expected = code_scan.best(lines, asked, 40)
+    for k in (1, 20, 40):
+        scores, ids = code_scan.best(lines, asked, k)
+        assert torch.equal(ids, expected[1][:, :k])
+        assert torch.allclose(scores, expected[0][:, :k], rtol=1e-12, atol=1e-11)
 
 
 @pytest.mark.parametrize("kind", ["all", "lists", "masks"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,3 +74,73 @@ def test_a_truncated_file_is_refused_by_name(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(CorruptStoreError):
         Index.load(tmp_path / "index", mapped=True)
+
+
+SHORTER = """
+import os, sys, torch
+from pathlib import Path
+from tersor.errors import CorruptStoreError
+from tersor.vectors import Index, to_faiss
+
+place, mapped = Path(sys.argv[1]), sys.argv[2] == "True"
+x = torch.randn(3000, 32, generator=torch.Generator().manual_seed(0))
+index = Index.load(place, mapped=mapped)
+before = index.search(x[:3], 5)[1]
+joined = index.emptied()
+joined.merge(index)
+file = place / "model.safetensors"
+whole = file.read_bytes()
+os.truncate(file, len(whole) // 3)
+acts = [lambda: index.search(x[:3], 5), lambda: index.range_search(x[:3], 9.0), lambda: index.reconstruct([2999, 1]),
+        lambda: index.search(x[:3], 5, filter=[1, 2]), lambda: index.save(place.with_name("copy")),
+        lambda: index.shard(2), lambda: index.emptied().merge(index), lambda: index.remove_ids([5]),
+        lambda: index.kneighbors(x[:3], 5)]
+if not mapped:
+    for act in acts:
+        act()
+else:
+    assert torch.equal(joined.search(x[:3], 5)[1], before)
+    for act in acts:
+        try:
+            act()
+        except CorruptStoreError as error:
+            assert "when it was mapped" in str(error)
+        else:
+            raise AssertionError
+    with file.open("r+b") as handle:
+        handle.write(whole)
+    assert torch.equal(index.search(x[:3], 5)[1], before)
+    os.truncate(file, 100)
+    assert len(index) == 3000
+    index.reset()
+    index.add(x[:9])
+    assert index.search(x[:3], 1)[1].flatten().tolist() == [0, 1, 2]
+print("done")
+"""
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("codec", ["trellis2", "IVF8,pq2"])
+def test_a_file_that_becomes_shorter_is_named(codec: str, mapped: bool, tmp_path: Path) -> None:
+    """The system kills whoever reads a page that is gone; what is loaded into memory does not notice."""
+    x = torch.randn(3000, DIM, generator=torch.Generator().manual_seed(0))
+    index = Index(DIM, codec, effort="fast")
+    index.train(x)
+    index.add(x)
+    index.save(tmp_path / "index")
+    done = subprocess.run([sys.executable, "-c", SHORTER, str(tmp_path / "index"), str(mapped)], capture_output=True,
+                          text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "done\n"
+
+
+def test_a_journal_that_becomes_shorter_is_not_noticed(tmp_path: Path) -> None:
+    x = gaussian((500, DIM), 1)
+    index = Index(DIM, "rot,lm3")
+    index.add(x)
+    index.save(tmp_path / "index")
+    writer, reader = Index.open(tmp_path / "index"), Index.open(tmp_path / "index")
+    writer.add(x)
+    reader.refresh()
+    change = next((tmp_path / "index" / "journal").iterdir())
+    assert not any(str(change) in line for line in Path("/proc/self/maps").read_text().splitlines())

@@ -24,15 +24,21 @@ WRITERS, READERS, BATCH = 4, 8, 20
 
 def moved(x: Tensor, how: str) -> Tensor:
     """Return vectors shifted by three deviations in all numbers, or in another unit."""
-    return x + SHIFT * float(x.std()) if how == "shift" else x * {"tiny": 2e-5, "large": 3e4}[how]
+    return x + SHIFT * float(x.std()) if how == "shift" else x * {"tiny": 2e-5, "other": 3.7, "large": 3e4}[how]
+
+
+def made() -> tuple[Tensor, Tensor]:
+    """Return vectors and queries, whose variances fall as 1 / i."""
+    spread = 1 / torch.arange(1, DIM + 1, dtype=torch.float32).sqrt()
+    return gaussian((COUNT, DIM), 1) * spread, gaussian((QUERIES, DIM), 2) * spread
 
 
 @pytest.mark.parametrize("codec", ["trellis2", "trellis4", "rotated_scalar3", "qet_plus2", "pq2", "spectral2", "auto2",
-                                   "rq32x64s5t", "IVF16,trellis2", pytest.param("opq2", marks=pytest.mark.slow)])
+                                   "rq32x64s5t", "rq32x256s5t", "rq16x256s3t", "IVF16,trellis2",
+                                   pytest.param("opq2", marks=pytest.mark.slow)])
 def test_recall_stays_where_vectors_move(codec: str) -> None:
-    """Codebooks have some twenty vectors a word: words of few vectors follow roundings, and recall by some .012."""
-    spread = 1 / torch.arange(1, DIM + 1, dtype=torch.float32).sqrt()
-    x, queries = gaussian((COUNT, DIM), 1) * spread, gaussian((QUERIES, DIM), 2) * spread
+    """Also where codewords stand for few vectors each: 256 of `rq` for 1,500."""
+    x, queries = made()
     truth = exact(x, queries, K, "l2")
 
     def reached(base: Tensor, asked: Tensor) -> float:
@@ -43,9 +49,24 @@ def test_recall_stays_where_vectors_move(codec: str) -> None:
 
     plain = reached(x, queries)
     assert plain > 0.3
-    for how in ("shift", "tiny", "large"):
+    for how in ("shift", "tiny", "other", "large"):
         together = moved(torch.cat([x, queries]), how)
         assert abs(reached(together[:COUNT], together[COUNT:]) - plain) <= MOST, how
+
+
+@pytest.mark.parametrize("power", [-40, 3, 30])
+@pytest.mark.parametrize("codec", ["trellis2", "qet_plus2", "pq2", "spectral2", "rq32x256s5t", "IVF16,rq32x16s5t"])
+def test_powers_of_two_change_no_id(codec: str, power: int) -> None:
+    """A unit by a power of two rounds nothing: codes are the same, and distances its square times as long."""
+    x, queries = made()
+    found = []
+    for scale in (1.0, 2.0**power):
+        index = Index(DIM, codec)
+        index.train(x * scale)
+        index.add(x * scale)
+        found.append(index.search(queries * scale, K))
+    assert torch.equal(found[0][1], found[1][1])
+    assert torch.equal(found[0][0] * 4.0**power, found[1][0])
 
 
 class Written:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from tersor.errors import BudgetError, CodecConfigError, NonFiniteError, TersorE
 from tersor.ops import reference_only
 from tersor.payload.layout import packed_nbytes
 from tersor.testing import gaussian
-from tersor.vectors import Index, state
+from tersor.vectors import Index, fill, open_vectors, state
 from tersor.vectors.checks import METRICS
 from tersor.vectors.nearest import WORST
 
@@ -219,3 +220,26 @@ def test_bad_ids_and_requests_leave_the_index_as_it_was() -> None:
     assert index.remove_ids([]) == 0
     assert len(index) == 600
     assert torch.equal(index.search(QUERIES, 9)[1], before[1])
+
+
+def test_what_is_no_index_no_file_and_no_sensible_number_is_named(tmp_path: Path) -> None:
+    index = filled("rot,lm4")
+    before = index.search(QUERIES, 5)[1]
+    (tmp_path / "x.parquet").write_text("no table")
+    for act, message in (
+            (lambda: index.search(QUERIES, 2**70), "k must be at most 1,048,576"),
+            (lambda: index.search(QUERIES, np.int64(2**40)), "k must be at most 1,048,576"),
+            (lambda: index.search(QUERIES, 5, refine="x.npy"),  # type: ignore[arg-type]
+             r"refine must be \(n, 16\), or an index, found str"),
+            (lambda: index.merge("other"),  # type: ignore[arg-type]
+             "another index expected, found str"),
+            (lambda: index.merge(Index(DIM + 1, "rot,lm4")), f"have {DIM} numbers, and those of the other {DIM + 1}"),
+            (lambda: Index(2**40), "dim must be at most 1,048,576"),
+            (lambda: fill(index, X),  # type: ignore[arg-type]
+             "a file of vectors expected, as open_vectors gives it, found Tensor")):
+        with pytest.raises(CodecConfigError, match=message):
+            act()
+    assert torch.equal(index.search(QUERIES, 5)[1], before)
+    pytest.importorskip("pyarrow")
+    with pytest.raises(CodecConfigError, match="expected a table of parquet"):
+        open_vectors(tmp_path / "x.parquet")

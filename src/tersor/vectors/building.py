@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from tersor.errors import CodecConfigError
 from tersor.vectors.checks import Ids, new_ids
 from tersor.vectors.index import TRAIN_VECTORS, Index
 from tersor.vectors.lists import SAMPLES
@@ -25,7 +26,15 @@ def fill(index: Index, source: Source, progress: Callable[[str, int, int], None]
         Takes a stage, what is done, and of how much.
     ids : array of int or None
         One a vector; None: running numbers.
+
+    Raises
+    ------
+    CodecConfigError
+        If `source` is none, and as `train` and `add` do.
     """
+    if not isinstance(source, Source):
+        raise CodecConfigError("fill: a file of vectors expected, as open_vectors gives it, found "
+                               f"{type(source).__name__}; use index.train and index.add for arrays")
     numbers = None if ids is None else new_ids(ids, source.shape[0])
     if not index.is_trained:
         if progress is not None:

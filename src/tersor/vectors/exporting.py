@@ -35,6 +35,7 @@ def to_faiss(index: Index) -> Any:
         raise CodecConfigError("index: an export to FAISS needs the package faiss: pip install faiss-cpu") from error
     if not len(index):
         raise CodecConfigError("index: it is empty; add vectors before exporting")
+    index._held.whole()
     metric = faiss.METRIC_L2 if index.metric == "l2" else faiss.METRIC_INNER_PRODUCT
     if index.nlist and _is_product(index):
         return _in_lists(faiss, index, metric)

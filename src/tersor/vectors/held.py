@@ -10,18 +10,20 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from tersor.codecs import Bounded, Centered
 from tersor.contract.codec import Encoded
+from tersor.errors import CodecConfigError
 from tersor.payload.blocks import Tables, row_blocks
 from tersor.payload.layout import packed_nbytes
 from tersor.payload.scales import rms
 from tersor.vectors import rowwise
 from tersor.vectors.lists import Lists
+from tersor.vectors.mapping import MappedFiles
 from tersor.vectors.scanned import Meeting
 
 
@@ -118,6 +120,11 @@ class Block:
         other._norms = self._norms
         return other
 
+    def loaded(self) -> Block:
+        """Return the same vectors, with codes in memory of their own."""
+        tensors = {name: one.clone() for name, one in self.encoded.tensors.items()}
+        return Block(dataclasses.replace(self.encoded, tensors=tensors), self.ids, self.places, self._lists)
+
     def kept(self, keep: Tensor) -> Block | None:
         """Return the vectors that are kept, bool (n,): this block where all are, None where none is."""
         if bool(keep.all()):
@@ -137,8 +144,8 @@ class Held:
     lists : Lists or None
     following : int
         The next running number: beyond all ids so far, removed ones included.
-    mapped : bool
-        Codes lie in mapped files: searches lay out one block at a time, and keep none.
+    mapping : MappedFiles or None
+        Files that codes are mapped from: searches lay out one block at a time, and keep none.
     made : dict
         What searches have needed of the whole.
     """
@@ -147,16 +154,34 @@ class Held:
     blocks: tuple[Block, ...] = ()
     lists: Lists | None = None
     following: int = 0
-    mapped: bool = False
+    mapping: MappedFiles | None = None
     made: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy without what searches have made."""
         return {one.name: getattr(self, one.name) for one in dataclasses.fields(self)} | {"made": {}}
 
+    def check_new(self, ids: Tensor) -> None:
+        """Raise `CodecConfigError` where an id is that of a vector held."""
+        taken = ids[self.places_of(ids) >= 0]
+        if len(taken):
+            raise CodecConfigError(f"index: it has a vector of id {int(taken[0])}, and of {len(taken) - 1} others "
+                                   "named; remove it first, or choose another id")
+
     def bare(self) -> Held:
         """Return the same vectors without what searches have made, but for norms."""
         return dataclasses.replace(self, blocks=tuple(block.bare() for block in self.blocks), made={})
+
+    @property
+    def mapped(self) -> bool:
+        """Whether codes lie in mapped files."""
+        return self.mapping is not None
+
+    def whole(self) -> Self:
+        """Return this, all of which can be read; raise `CorruptStoreError` where a mapped file has become shorter."""
+        if self.mapping is not None:
+            self.mapping.check()
+        return self
 
     @cached_property
     def count(self) -> int:
@@ -248,7 +273,7 @@ class Held:
         return self._kept([block for block in found if block is not None], self.following)
 
     def _kept(self, blocks: list[Block], following: int) -> Held:
-        after = Held(self.tables, tuple(blocks), self.lists, following, self.mapped)
+        after = Held(self.tables, tuple(blocks), self.lists, following, self.mapping)
         if self.blocks and blocks:  # a property that is cached follows from the tables alone
             after.__dict__.update({name: self.__dict__[name] for name in ("meeting",) if name in self.__dict__})
         return after

@@ -190,22 +190,26 @@ class Index(Reader):
         CodecConfigError
             If it was trained apart, so that its codes mean something else, or has ids of this one.
         """
-        theirs = other._held
+        if not isinstance(other, Index):
+            raise CodecConfigError(f"index: another index expected, found {type(other).__name__}")
+        theirs = other._held.whole()
 
         def change(held: Held) -> tuple[Held, Mapping[str, Tensor], int]:
             if other.codec != self.codec or not held.is_kin(theirs):
                 raise CodecConfigError("index: it was trained apart from the other, so codes of one say nothing in the "
                                        "other; train once, and start parts from emptied()")
-            _check_new(held, theirs.ids)
-            blocks = list(theirs.blocks)
+            held.check_new(theirs.ids)
+            blocks = [block.loaded() for block in theirs.blocks] if theirs.mapped else list(theirs.blocks)
             return held.plus(blocks, self._rows), saving.change_of(blocks) if self._journal else {}, theirs.count
 
+        if other.dim != self.dim:
+            raise CodecConfigError(f"index: its vectors have {self.dim} numbers, and those of the other {other.dim}")
         if theirs.blocks:
             self._changed("add", change)
 
     def shard(self, count: SupportsIndex) -> list[Self]:
         """Return so many indexes with a share of the vectors each, in order; ids stay. `merge` joins them again."""
-        held, parts = self._held, integer(count, "count", 1)
+        held, parts = self._held.whole(), integer(count, "count", 1)
         edges = [i * held.count // parts for i in range(parts + 1)]
         found = []
         for first, last in itertools.pairwise(edges):
@@ -236,7 +240,7 @@ class Index(Reader):
         FileExistsError
             If `path` exists.
         """
-        held = self._held
+        held = self._held.whole()
         if not held.blocks:
             raise CodecConfigError("index: it is empty; add vectors before saving")
         saving.write(Path(path), held, {"metric": self.metric, "lists": self.nlist, "seed": self.seed,
@@ -247,16 +251,17 @@ class Index(Reader):
         """Read what `save` wrote, and what was changed since through `open`; every tensor is verified.
 
         What is changed afterwards stays in memory. `mapped` leaves the codes in their files: a search lays out one
-        block at a time and keeps none, so it takes longer. Memory then holds ids and norms, 12 to 16 bytes a vector.
+        block at a time and keeps none, so it takes longer. Memory then holds ids and norms, 12 to 16 bytes a vector;
+        otherwise nothing depends on the files any more.
 
         Raises
         ------
         CorruptStoreError, UnknownCodecError
-            If anything differs from what was written, or it is no index.
+            If anything differs from what was written, or it is no index. Of a mapped index every verb but `reset`
+            raises the first where a file has become shorter meanwhile.
         """
-        index = cls.open(path, seed)
+        index = cls._opened(Path(path), seed, mapped)
         index._journal = None
-        index._held = dataclasses.replace(index._held, mapped=mapped)
         return index
 
     @classmethod
@@ -268,13 +273,17 @@ class Index(Reader):
 
         Raises what `load` raises.
         """
-        codec, held, settings = saving.read(Path(path))
+        return cls._opened(Path(path), seed, mapped=False)
+
+    @classmethod
+    def _opened(cls, path: Path, seed: int | None, mapped: bool) -> Self:
+        codec, held, settings = saving.read(path, mapped=mapped)
         lists = f"IVF{settings['lists']}," if settings.get("lists") else ""
         index = cls(len(held.tables.get("mean", ())) or held.blocks[0].encoded.shape[1], f"{lists}{codec}",
                     seed=settings.get("seed", 0) if seed is None else seed, metric=settings.get("metric", "l2"))
-        index._held = Held(held.tables, held.blocks, held.lists, max(held.following, settings.get("following", 0)))
+        index._held = dataclasses.replace(held, following=max(held.following, settings.get("following", 0)), made={})
         index.nprobe = settings.get("nprobe", index.nprobe)
-        index._journal = saving.Journal(Path(path))
+        index._journal = saving.Journal(path)
         index.refresh()
         return index
 
@@ -299,7 +308,7 @@ class Index(Reader):
     def _add(self, x: Tensor, ids: Tensor | None) -> None:
         held = self._begun(x)
         if ids is not None:
-            _check_new(held, ids)
+            held.check_new(ids)
         added = list(self._encoded(x, held, ids))
 
         def change(now: Held) -> tuple[Held, Mapping[str, Tensor], int]:
@@ -308,7 +317,7 @@ class Index(Reader):
             if ids is None:
                 self._number(added, now.following)
             else:
-                _check_new(now, ids)
+                now.check_new(ids)
             return now.plus(added, self._rows), saving.change_of(added) if self._journal else {}, len(x)
 
         if added:
@@ -324,7 +333,7 @@ class Index(Reader):
     def _changed(self, verb: str, change: Callable[[Held], tuple[Held, Mapping[str, Tensor], int]]) -> int:
         """Replace what is held, after the change is in the journal, if there is one; return a number that it gives."""
         with self._writing:
-            after, tensors, number = change(self._held)
+            after, tensors, number = change(self._held if verb == "reset" else self._held.whole())
             if self._journal is not None:
                 self._journal.append(verb, tensors)
             self._held = after
@@ -386,11 +395,3 @@ class Index(Reader):
             encoded = self._coded(part, held.tables)
             own = torch.arange(start, start + len(part)) if ids is None else ids[start : start + self._rows]
             yield Block(encoded, own, places, held.lists)
-
-
-def _check_new(held: Held, ids: Tensor) -> None:
-    """Raise `CodecConfigError` where an id is that of a vector held."""
-    taken = ids[held.places_of(ids) >= 0]
-    if len(taken):
-        raise CodecConfigError(f"index: it has a vector of id {int(taken[0])}, and of {len(taken) - 1} others named; "
-                               "remove it first, or choose another id")

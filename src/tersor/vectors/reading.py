@@ -21,6 +21,7 @@ from tersor.vectors.scoring import CHUNK_QUERIES, Wanted, at_once, best_of, with
 from tersor.vectors.state import State, nothing
 
 CERTAIN = "certain"
+MOST_K = 1 << 20  # where there are fewer vectors: what is beyond them is filled up
 REFINED = 4  # vectors that are looked at once more, for each that is asked for
 
 
@@ -68,6 +69,8 @@ class Reader(State):
         given, queries = queries, vectors_of(queries, self.dim).to(torch.float32)
         held, k = self._held, integer(k, "k", 1)
         self._check_filled(held)
+        if k > max(MOST_K, held.count):
+            raise CodecConfigError(f"index: k must be at most {MOST_K:,}, or the number of vectors, found {k}")
         wanted = self._wanted(held, metric, filter, nprobe)
         worst = WORST if wanted.metric == "l2" else -WORST
         if refine is None and refine_k is not None:
@@ -182,7 +185,7 @@ class Reader(State):
         CodecConfigError
             If an id is not that of a vector, -1 included.
         """
-        index, held = ids_of(ids), self._held
+        index, held = ids_of(ids), self._held.whole()
         flat = _places(held, index.reshape(-1))
         return like(ids, held.points(flat, self.dim).reshape(*index.shape, self.dim))
 

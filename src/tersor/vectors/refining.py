@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from tersor.payload.scales import reciprocal
 from tersor.vectors.nearest import WORST
 
 
+@runtime_checkable
 class Reconstructs(Protocol):
     """An index."""
 
@@ -53,6 +54,8 @@ def refined(queries: Tensor, ids: Tensor, k: int, metric: str, finer: Finer) -> 
 
 def _rows(finer: Finer, ids: Tensor, dim: int) -> Tensor:
     """Return the vectors of ids, float32 (n, dim)."""
+    if not isinstance(finer, (Tensor, np.ndarray, Reconstructs)):
+        raise CodecConfigError(f"index: refine must be (n, {dim}), or an index, found {type(finer).__name__}")
     if not isinstance(finer, (Tensor, np.ndarray)):
         return torch.as_tensor(finer.reconstruct(ids))
     if finer.ndim != 2 or finer.shape[1] != dim:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from tersor.payload import packing
 from tersor.payload.layout import packed_nbytes
 from tersor.vectors.held import Block, Held
 from tersor.vectors.lists import Lists
+from tersor.vectors.mapping import MappedFiles
 
 NAME = "vectors{:09d}"
 IDS, PLACES, CENTROIDS, TABLE = "ids", "places", "centroids", "table/"
@@ -55,8 +57,10 @@ def write(path: Path, held: Held, settings: Mapping[str, Any]) -> None:
                 provenance={"index": {"version": VERSION, "following": held.following, **settings}})
 
 
-def read(path: Path) -> tuple[Codec, Held, dict[str, Any]]:
+def read(path: Path, *, mapped: bool = False) -> tuple[Codec, Held, dict[str, Any]]:
     """Return the codec of a saved index, what it held when it was saved, and its settings; every tensor is verified.
+
+    Codes stay in their files if they are `mapped`; else, as everything else, they are copied to memory.
 
     Raises
     ------
@@ -70,7 +74,7 @@ def read(path: Path) -> tuple[Codec, Held, dict[str, Any]]:
     settings = _settings(path, opened)
     first = opened.matrix(names[0])
     layout = first.codec.layout((1, first.shape[1]))
-    tables = {name: first.tensors[name] for name, spec in layout.items() if spec.shared}
+    tables = {name: first.tensors[name].clone() for name, spec in layout.items() if spec.shared}
     counts = [opened.entries[name].shape[0] for name in names]
     ids = _plain(path, opened, IDS, torch.int64, (sum(counts),))
     ids = torch.arange(sum(counts)) if ids is None else ids
@@ -82,12 +86,15 @@ def read(path: Path) -> tuple[Codec, Held, dict[str, Any]]:
         if not same or name != NAME.format(start) or not all(
                 torch.equal(one.tensors[key], table) for key, table in tables.items()):
             raise CorruptStoreError(f"{path}: '{name}' does not continue the index; the store holds other matrices")
+        if not mapped:
+            one = dataclasses.replace(one, tensors={key: tensor.clone() for key, tensor in one.tensors.items()})
         part = slice(start, start + count)
         blocks.append(Block(one, ids[part], None if places is None else places[part], lists))
         start += count
     if len(ids.unique()) < len(ids) or int(ids.min()) < 0:
         raise CorruptStoreError(f"{path}: ids are not all different; the file was written by something else")
-    return first.codec, Held(tables, (), lists).plus(blocks, 0), settings
+    mapping = MappedFiles.of(path / shard for shard in opened.manifest["shards"]) if mapped else None
+    return first.codec, Held(tables, (), lists, mapping=mapping).plus(blocks, 0), settings
 
 
 def _settings(path: Path, opened: store.Store) -> dict[str, Any]:
@@ -108,7 +115,7 @@ def _plain(path: Path, opened: store.Store, name: str, dtype: torch.dtype, shape
     found = opened.plain(name)
     if found.dtype != dtype or tuple(found.shape) != shape:
         raise CorruptStoreError(f"{path}: '{name}' must be {dtype} {shape}, found {found.dtype} {tuple(found.shape)}")
-    return found
+    return found.clone()
 
 
 def _lists(path: Path, opened: store.Store, settings: Mapping[str, Any], count: int,
@@ -177,7 +184,7 @@ class Journal:
             if record.get("version") != VERSION or record.get("number") != self.count + 1:
                 raise CorruptStoreError(f"{file}: expected change {self.count + 1} of version {VERSION}, found "
                                         f"{record.get('number')!r} of {record.get('version')!r}")
-            yield str(record.get("verb")), tensors
+            yield str(record.get("verb")), {name: one.clone() for name, one in tensors.items()}
             self.count += 1
 
     def _names(self) -> list[str]:

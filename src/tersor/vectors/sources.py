@@ -134,7 +134,10 @@ class _Table(Source):
 
     def __init__(self, path: Path, column: str | None) -> None:
         self.path = path
-        self._data = _arrow(path, "pyarrow.dataset").dataset(path, format=_format(path))
+        try:
+            self._data = _arrow(path, "pyarrow.dataset").dataset(path, format=_format(path))
+        except (ValueError, OSError) as error:  # ArrowInvalid is the former
+            raise CodecConfigError(f"{path}: expected a table of {_format(path)}: {error}") from error
         types = _arrow(path, "pyarrow").types
         are_lists = types.is_list, types.is_fixed_size_list, types.is_large_list
         lists = [field.name for field in self._data.schema if any(one(field.type) for one in are_lists)]

@@ -22,6 +22,7 @@ from tersor.vectors.lists import MOST_LISTS
 
 BLOCK_ROWS = 8192  # vectors of a block; with the queries of a chunk, their scores stay in the processor's cache
 BLOCK_ELEMENTS = 1 << 24  # most elements of a block
+MOST_NUMBERS = 1 << 20  # of a vector
 
 
 class State:
@@ -30,6 +31,8 @@ class State:
     def __init__(self, dim: SupportsIndex, codec: str | Codec, rate: float | None, seed: SupportsIndex, effort: str,
                  metric: str) -> None:
         self.dim = integer(dim, "dim", 1)
+        if self.dim > MOST_NUMBERS:
+            raise CodecConfigError(f"index: dim must be at most {MOST_NUMBERS:,}, found {self.dim}")
         self.seed = integer(seed, "seed", 0)
         self.metric = metric_of(metric)
         self.nlist, codec, rate = without_lists(codec, rate)
@@ -140,6 +143,7 @@ class State:
     def _check_filled(self, held: Held) -> None:
         if not held.blocks:
             raise CodecConfigError("index: it is empty; add vectors before searching")
+        held.whole()
 
 
 def nothing(count: int, k: int, worst: float) -> tuple[Tensor, Tensor]:

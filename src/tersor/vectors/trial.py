@@ -7,7 +7,7 @@ import dataclasses
 import importlib
 import importlib.util
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -103,7 +103,10 @@ def tried(index: Index, x: Tensor, queries: Tensor, truth: Tensor) -> Trial:
 
 
 def beside(x: Tensor, queries: Tensor, truth: Tensor, nbytes: int, metric: str) -> Iterator[Trial]:
-    """Yield FAISS' product codes and RaBitQ of at most so many bytes a vector; nothing where it is not installed."""
+    """Yield FAISS' product codes and RaBitQ of at most so many bytes a vector; nothing where it is not installed.
+
+    Product codes need as many vectors as words.
+    """
     if importlib.util.find_spec("faiss") is None:
         return
     faiss = importlib.import_module("faiss")
@@ -111,7 +114,7 @@ def beside(x: Tensor, queries: Tensor, truth: Tensor, nbytes: int, metric: str) 
     wide, asked = x.numpy(), queries.numpy()
     if metric == "cosine":
         wide, asked = (torch.nn.functional.normalize(one, dim=1).numpy() for one in (x, queries))
-    for name, make in _peers(faiss, x.shape[1], nbytes, faiss.METRIC_L2 if metric == "l2" else
+    for name, make in _peers(faiss, x.shape, nbytes, faiss.METRIC_L2 if metric == "l2" else
                              faiss.METRIC_INNER_PRODUCT):
         made = make()
         build, _ = _timed(lambda made=made: (made.train(wide), made.add(wide)))
@@ -123,10 +126,11 @@ def beside(x: Tensor, queries: Tensor, truth: Tensor, nbytes: int, metric: str) 
         yield Trial(f"FAISS {name}", total, recall(ids, truth), batch, single, build)
 
 
-def _peers(faiss: Any, dim: int, nbytes: int, metric: int) -> Iterator[tuple[str, Callable[[], Any]]]:
+def _peers(faiss: Any, shape: Sequence[int], nbytes: int, metric: int) -> Iterator[tuple[str, Callable[[], Any]]]:
+    count, dim = shape
     for name, bits in (("PQ{}x8np", 8), ("PQ{}x4fs", 4)):
         groups = max((m for m in range(1, dim + 1) if dim % m == 0 and m * bits <= 8 * nbytes), default=0)
-        if groups:
+        if groups and count >= 1 << bits:  # FAISS trains no more words than there are vectors
             full = name.format(groups)
             yield full, lambda full=full: faiss.index_factory(dim, full, metric)
     fitting = None

@@ -29,6 +29,7 @@ SAMPLES = 1 << 17  # sub-vectors that codebooks are fitted on, or 64 a codeword 
 ITERATIONS = 10  # of k-means, for a stage
 ROUNDS = 3  # of least squares
 SWEEPS = 4  # through all stages, in a round
+ROUNDING = 16 * 2.0**-24  # of the largest number: the mean of n equal vectors is at most n + 3 roundings off; n = 13
 MOST_BEAM = 1 << 10
 SHIFT, LARGEST = 14, 1 - 2.0**-11  # of codewords in fp16: exponents that they have, and the largest number below 1
 MOST_STAGES = 1 << 10
@@ -117,12 +118,16 @@ class Residual(Codec):
         return rows[drawn.sort().values]
 
     def _fitted(self, points: Tensor, seed: int) -> Tensor:
-        """Return codebooks (stages, words, dim) fitted on points (n, dim): stage by stage, then all at once."""
-        paths, books = Beam(points, TRAINING_BEAM), []
+        """Return codebooks (stages, words, dim) fitted on points (n, dim): stage by stage, then all at once.
+
+        A cluster of one vector, or of equal ones, leaves roundings. They are nothing: clustered by the next stage, they
+        would make its codewords depend on the unit of the vectors.
+        """
+        paths, books, rounding = Beam(points, TRAINING_BEAM), [], ROUNDING * float(points.abs().max())
         for stage in range(self.stages):
             left = paths.best()[1] if stage else points
             books.append(kmeans(left[None], self.words, iterations=ITERATIONS, seed=seed + stage)[0])
-            paths.extend(books[-1])
+            paths.extend(books[-1], rounding)
         found = torch.stack(books)
         if self.stages == 1:
             return found

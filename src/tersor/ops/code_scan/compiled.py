@@ -17,7 +17,7 @@ from tersor.ops.code_scan.kernels.heaps import sort_best
 from tersor.ops.code_scan.kernels.scan import scan
 from tersor.ops.code_scan.kernels.tables import rounded, sum_signs
 from tersor.ops.code_scan.kernels.words import scan_words
-from tersor.ops.code_scan.shapes import BYTE, EDGES, FLOOR, GROUP, LEAST_WORK, LINE, METRICS, NIBBLE, TILE, columns_of
+from tersor.ops.code_scan.shapes import BYTE, EDGES, FLOOR, LEAST_WORK, LINE, METRICS, NIBBLE, TILE, columns_of
 
 if TYPE_CHECKING:
     from tersor.ops.code_scan import Alone, Asked, Lines
@@ -55,8 +55,8 @@ def best(lines: Lines, asked: Asked, k: int) -> tuple[Tensor, Tensor]:
     scores = np.full((len(shares), len(queries), k), -np.inf)
     ids = np.full((len(shares), len(queries), k), np.iinfo(np.int64).max)
     none = np.empty((len(queries), 0), np.int64)
-    columns = lines.pieces[0].codes.shape[1]
-    _run(shares, lambda place: _scan(shares[place], queries, columns, (scores[place], ids[place], none)))
+    columns, whole = lines.pieces[0].codes.shape[1], asked.visits is None and asked.masks is None
+    _run(shares, lambda place: _scan(shares[place], queries, columns, (scores[place], ids[place], none), whole))
     flat, numbers = np.empty((len(queries), k)), np.empty((len(queries), k), np.int64)
     sort_best(scores, ids, flat, numbers)
     return torch.from_numpy(flat), torch.from_numpy(numbers)
@@ -123,7 +123,7 @@ def _prepared(lines: Lines, asked: Asked, floors: np.ndarray | None) -> _Queries
     count, _, size = tables.shape
     held, rough = np.empty((count, LINE)), np.empty(tables.shape if size <= BYTE else (count, 0, 0), np.uint8)
     held[:, FLOOR] = -np.inf if floors is None else floors
-    rounded(tables, GROUP * (2 if size == NIBBLE else 1), weights, lines.peaks, rough, held)
+    rounded(tables, 2 if size == NIBBLE else 1, weights, lines.peaks, rough, held)
     return _Queries(rough, held, tables)
 
 
@@ -197,12 +197,13 @@ def _cut(pieces: np.ndarray, visits: np.ndarray, terms: np.ndarray, lines: Lines
     return found
 
 
-def _scan(share: _Share, queries: _Queries, columns: int, found: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+def _scan(share: _Share, queries: _Queries, columns: int, found: tuple[np.ndarray, np.ndarray, np.ndarray],
+          whole: bool = False) -> None:
     visits = share.starts, share.who, share.terms
     if queries.tables.shape[2] > BYTE:
         scan_words(share.pieces, visits, (queries.lines, queries.tables), columns, found)
     else:
-        scan(share.pieces, visits, (queries.rough, queries.lines, queries.tables), columns, found)
+        scan(share.pieces, visits, (queries.rough, queries.lines, queries.tables), columns, found, whole)
 
 
 def _run(shares: Sequence[_Share], act: Callable[[int], object]) -> None:

@@ -36,8 +36,11 @@ class Beam:
         self.left = vectors.unsqueeze(1)
         self.codes = torch.zeros(len(vectors), 1, 0, dtype=torch.int32)
 
-    def extend(self, book: Tensor) -> None:
-        """Go on through a stage of codewords, float32 (words, dim): those of least squared error are kept."""
+    def extend(self, book: Tensor, rounding: float = 0.0) -> None:
+        """Go on through a stage of codewords, float32 (words, dim): those of least squared error are kept.
+
+        What a path leaves is nothing where no number of it is larger than `rounding`.
+        """
         squares, twice = book.square().sum(1), (-2 * book).T.contiguous()
         count, paths = self.left.shape[:2]
         kept = min(self.width, paths * len(book))
@@ -49,6 +52,8 @@ class Beam:
         path, word = chosen // len(book), chosen % len(book)
         rows = torch.arange(count).unsqueeze(1)
         self.left = self.left[rows, path] - book[word]
+        if rounding:
+            self.left.masked_fill_(self.left.abs().amax(2, keepdim=True) <= rounding, 0.0)
         self.codes = torch.cat([self.codes[rows, path], word.to(torch.int32).unsqueeze(2)], 2)
 
     def best(self) -> tuple[Tensor, Tensor]:

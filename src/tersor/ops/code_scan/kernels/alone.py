@@ -10,11 +10,12 @@ import numpy as np
 
 from tersor.numerics.machine import njit
 from tersor.ops.code_scan.kernels.heaps import replace, sort_best
-from tersor.ops.code_scan.kernels.scan import BASES, doubles_at, highest, least_of, longs_at, look, one_halves, reaching
+from tersor.ops.code_scan.kernels.lanes import doubles_at, highest, longs_at, one_halves, reaching
+from tersor.ops.code_scan.kernels.scan import BASES, addresses_of, least_of, look, own_of
 from tersor.ops.code_scan.kernels.tables import rounded, sum_signs
-from tersor.ops.code_scan.shapes import GROUP, LINE, METRICS, NIBBLE, TILE
+from tersor.ops.code_scan.shapes import EDGES, LINE, METRICS, NIBBLE, TILE
 
-TABLE, RUN, NUMBERS, TILE_ROWS = NIBBLE, 2 * GROUP, LINE, TILE
+TABLE, EACH, NUMBERS, TILE_ROWS, EDGES_OF = NIBBLE, 2, LINE, TILE, EDGES
 L2, COSINE = METRICS.index("l2"), METRICS.index("cosine")
 FEWEST = 16  # tiles that are looked at first; as many as rows that are asked for, where those are more
 WORST = float(np.finfo(np.float32).max)
@@ -42,20 +43,16 @@ def _bounded(pieces: Any, rough: Any, lines: Any, term: Any, columns: int, bound
 
 
 @njit()
-def _looked(pieces: Any, place: Any, columns: int, queries: Any, term: Any, found: Any) -> None:
-    """Score the rows of a tile that may reach the floor, and keep those that do."""
-    total = np.empty((2, TILE_ROWS // 2), np.uint16)
-    sums, (rough, lines, _), (piece, tile) = np.int64(total.ctypes.data), queries, place
-    tiles = (pieces[piece, 4] + TILE_ROWS - 1) // TILE_ROWS
-    edges = numba.carray(doubles_at(pieces[piece, 6]), (tiles, 4))
-    least = least_of(lines, 0, term, found[0][0, 0], edges, tile)
+def _looked(piece: Any, tile: int, columns: int, rough: Any, term: Any, own: Any, sums: Any) -> None:
+    """Score the rows of a tile that may reach the floor, and keep those that do; `piece` and `own` as `look` has them."""
+    edges = doubles_at(piece[6] + 8 * EDGES_OF * tile)
+    least = least_of(doubles_at(own[0]), term, doubles_at(own[2])[0], edges)
     if least < 0:
         return
-    one_halves(pieces[piece, 0] + tile * columns * TILE_ROWS, (np.int64(rough.ctypes.data),), columns, sums)
+    one_halves(piece[0] + tile * columns * TILE_ROWS, (rough,), columns, sums)
     bits = reaching(sums, least)
     if bits != 0:
-        here = longs_at(np.int64(pieces.ctypes.data) + 8 * pieces.shape[1] * piece)
-        look((here, tile), columns, bits, sums, (0, term[0], term[1]), queries, found)
+        look(piece, tile, columns, bits, sums, term, own)
 
 
 @njit()
@@ -66,19 +63,22 @@ def _scanned(pieces: Any, columns: int, queries: Any, term: Any, found: Any) -> 
         count += (pieces[piece, 4] + TILE_ROWS - 1) // TILE_ROWS
     first = min(count, max(FEWEST, found[0].shape[1]))
     bounds, best = np.empty(count), (np.full(first, -np.inf), np.zeros(first, np.int64))
+    own, total = own_of(0, *addresses_of(queries, found)), np.empty(TILE_ROWS, np.uint16)
+    rough, sums = np.int64(queries[0].ctypes.data), np.int64(total.ctypes.data)
     _bounded(pieces, queries[0], queries[1], term, columns, bounds, best)
     for turn in range(2):
         place = 0
         for piece in range(len(pieces)):
             tiles = (pieces[piece, 4] + TILE_ROWS - 1) // TILE_ROWS
+            here = longs_at(np.int64(pieces.ctypes.data) + 8 * pieces.shape[1] * piece)
             if turn == 1:
                 for tile in range(tiles):
                     if bounds[place + tile] >= found[0][0, 0]:
-                        _looked(pieces, (piece, tile), columns, queries, term, found)
+                        _looked(here, tile, columns, rough, term, own, sums)
             else:
                 for promising in best[1]:
                     if place <= promising < place + tiles:
-                        _looked(pieces, (piece, promising - place), columns, queries, term, found)
+                        _looked(here, promising - place, columns, rough, term, own, sums)
                         bounds[promising] = -np.inf
             place += tiles
 
@@ -143,7 +143,7 @@ def alone(query: Any, mean: Any, matrix: Any, how: Any, pieces: Any, peaks: Any,
                             np.empty((1, NUMBERS)))
     sum_signs(products, tables)
     lines[0, 4] = -np.inf
-    rounded(tables, RUN, np.full((1, 1), term[1]), peaks, rough, lines)
+    rounded(tables, EACH, np.full((1, 1), term[1]), peaks, rough, lines)
     scores, kept = np.full((1, 1, ids.shape[1]), -np.inf), np.full((1, 1, ids.shape[1]), np.iinfo(np.int64).max)
     _scanned(pieces, columns, (rough, lines, tables), term, (scores[0], kept[0], np.empty((1, 0), np.int64)))
     best = np.empty(ids.shape)

@@ -9,7 +9,7 @@ import numpy as np
 
 from tersor.numerics.machine import njit
 from tersor.ops.code_scan.kernels.heaps import keep
-from tersor.ops.code_scan.kernels.scan import bytes_at, floats_at, longs_at, shorts_at
+from tersor.ops.code_scan.kernels.lanes import bytes_at, floats_at, longs_at, shorts_at
 from tersor.ops.code_scan.shapes import TILE
 
 TILE_ROWS = TILE
