@@ -121,5 +121,6 @@ TABLES = {
     "vectors-million": Table(million_table, ("million",), charged=True),
     "vectors-glove-2": Table(vectors_table("glove", 2), ("glove",), charged=True),
     "vectors-glove-4": Table(vectors_table("glove", 4), ("glove",), charged=True),
+    "vectors-sentences": Table(vectors_table("sentences", 2), ("sentences",), charged=True),
     "vectors-banking77": Table(vectors_table("banking77", 2), ("banking77",), charged=True),
 }
