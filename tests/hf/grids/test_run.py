@@ -22,6 +22,7 @@ from tersor.hf.grids.run import write_packed
 from tersor.hf.grids.verify import verify
 from tersor.hf.models.integers import Grid
 from tersor.hf.models.source import open_source
+from tests.disk import no_room
 from tests.hf.tiny import load_original, save_tiny, save_tokenizer
 
 QUICK = {"sampling": Sampling(1024, 256, context=64), "evaluation_tokens": 256, "context": 64, "effort": "fast"}
@@ -46,6 +47,17 @@ def exact(out: Path) -> dict[str, torch.Tensor]:
     """Return the packed matrices of a directory as Tersor decodes them."""
     found = open_source(out, out, dense=()).account.located
     return {name: origin.exact() for name, origin in found.items() if isinstance(origin, Grid)}
+
+
+def test_a_full_disk_leaves_no_directory_and_the_next_run_goes_on(folder: Path, tmp_path: Path) -> None:
+    for room, fails in ((20, "fingerprint"), (3000, "survey.jsonl"), (20_000, "output/")):
+        with no_room(room), pytest.raises(OSError, match=rf"out\.work/{fails}"):
+            write_packed(folder, tmp_path / "out", linears=5, **FEW)
+        assert [path.name for path in tmp_path.iterdir()] == ["out.work"]
+    write_packed(folder, tmp_path / "out", linears=5, **FEW)
+    write_packed(folder, tmp_path / "whole", linears=5, **FEW)
+    for file in (tmp_path / "whole").iterdir():
+        assert file.name == "tersor-report.json" or file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
 
 
 def test_a_budget_is_kept(folder: Path, packed: tuple[Path, Mapping[str, Any]]) -> None:
