@@ -3,8 +3,6 @@
 import errno
 import json
 import os
-import resource
-import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +27,9 @@ from tersor.files import (
     write_json,
     write_sealed_json,
 )
+from tersor.gguf import file
+from tersor.planning.trials import Trials
+from tests.disk import no_room
 
 
 def test_contents_and_permissions(tmp_path: Path) -> None:
@@ -52,17 +53,24 @@ def test_the_same_contents_are_the_same_bytes_whatever_the_metadata(tmp_path: Pa
 
 def test_no_room_is_an_os_error_and_keeps_the_old_file(tmp_path: Path) -> None:
     save_tensors({"a": torch.arange(5)}, tmp_path / "t")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))  # a real write that fails, as on a full disk
-    try:
-        with pytest.raises(OSError, match="cannot write"):
-            save_tensors({"a": torch.zeros(100_000)}, tmp_path / "t")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
+    with no_room(), pytest.raises(OSError, match="cannot write"):
+        save_tensors({"a": torch.zeros(100_000)}, tmp_path / "t")
     assert torch.equal(load_file(tmp_path / "t")["a"], torch.arange(5))
     assert [f.name for f in tmp_path.iterdir()] == ["t"]
+
+
+def test_no_room_names_the_file_whatever_is_written(tmp_path: Path) -> None:
+    """The system names it only where opening fails, and a line without it helps nobody."""
+    text = "x" * 10_000
+    trials = Trials(tmp_path / "trials", "survey", "mark", key=("name",), numbers=("nbytes",), hint="this")
+    for name, write in (("json", lambda path: write_json(path, text)),
+                        ("blocks", lambda path: file.write(path, [], [file.Entry("a", (4096,), 0)], [16384],
+                                                           lambda _: [torch.zeros(16384, dtype=torch.uint8)])),
+                        ("trials", lambda _: trials.add({"name": text, "nbytes": 1}))):
+        with no_room(), pytest.raises(OSError, match=f"'{tmp_path / name}'$") as told:
+            write(tmp_path / name)
+        assert told.value.errno == errno.EFBIG
+    assert [path.name for path in tmp_path.iterdir()] == ["trials"]
 
 
 def interrupted(path: Path) -> None:

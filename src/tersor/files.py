@@ -44,15 +44,32 @@ def whole(path: Path) -> Iterator[Path]:
     """Yield a place beside `path`, for a file or a folder; it becomes `path` if the block ends well, else nothing.
 
     The place is `.NAME.partial-PID`, which only a killed process leaves behind; other threads have places of their own.
+
+    Raises
+    ------
+    OSError
+        If something cannot be written; names the file.
     """
     thread = "" if threading.current_thread() is threading.main_thread() else f"-{threading.get_native_id()}"
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}{thread}")
     _remove(partial)
     try:
-        yield partial
+        with named(path):
+            yield partial
         partial.replace(path)
     finally:
         _remove(partial)
+
+
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Name the file where a write fails, as on a full disk: the system names it only where opening fails."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _remove(path: Path) -> None:

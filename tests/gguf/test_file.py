@@ -75,6 +75,6 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
     def full(entry: Entry) -> list[torch.Tensor]:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(OSError, match=r"cannot write .*m\.gguf.*No space"):
+    with pytest.raises(OSError, match=r"No space.*m\.gguf"):
         file.write(tmp_path / "m.gguf", PAIRS, ENTRIES, SIZES, full)
     assert list(tmp_path.iterdir()) == []

@@ -7,7 +7,7 @@ import dataclasses
 MODEL = "fable-7m"
 TOKENS = 32_768  # of calibration, for all
 CONTEXT, EVALUATED = 512, 8192  # window and tokens of the evaluation
-ITERATIONS = 50  # of AutoRound, its "light" recipe's; 200 is its default
+LIGHT, DEFAULT = 50, 200  # iterations of AutoRound: its "light" recipe's, and its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,12 +101,21 @@ class Calibrated:
         A key of `TOOLS`.
     bits, group : int
         Of levels; weights that share a scale.
+    iterations : int
+        Of AutoRound; GPTQ has none.
     """
 
     tool: str
     bits: int
     group: int
     model: str = MODEL
+    iterations: int = LIGHT
+
+    @property
+    def name(self) -> str:
+        """How tables call it."""
+        told = f", {self.iterations} iterations" if self.tool == "autoround" else ""
+        return f"{TOOLS[self.tool]} W{self.bits}, group {self.group}{told}"
 
     @property
     def rate(self) -> float:
@@ -116,7 +125,7 @@ class Calibrated:
     @property
     def key(self) -> str:
         """The case's name in results."""
-        return f"{self.model}|{self.tool}|{self.rate:g}"
+        return f"{self.model}|{self.tool}|{self.rate:g}{'' if self.iterations == LIGHT else f'|{self.iterations}'}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +191,8 @@ WIDER = tuple(Gguf(Quantized(ftype, pure, "fable-22m"), nbytes) for ftype, pure,
 OWN = tuple(Own(case.peer, case.nbytes) for case in OURS if case.peer.name in ("Q2_K", "IQ3_XXS", "IQ4_XS"))
 GGUF = (*(case.peer for case in (*OURS, *WIDER)), *OURS, *WIDER, *OWN)
 RATES = ((2, 64, 0.50), (3, 128, 0.130), (4, 128, 0.032))  # bits, group, and what our KL may be
-PEERS = tuple(Calibrated(tool, bits, group) for bits, group, _ in RATES for tool in TOOLS)
-LINEARS = tuple(Packed(bits + 16 / group, most, "normal") for bits, group, most in RATES)
+PEERS = tuple(Calibrated(tool, bits, group, iterations=iterations) for bits, group, _ in RATES
+              for tool, iterations in (("gptq", LIGHT), ("autoround", LIGHT), ("autoround", DEFAULT)))
+LINEARS = tuple(Packed(bits + 16 / group, most, effort) for bits, group, most in RATES for effort in ("normal", "best"))
 PACKED = (*PEERS, *LINEARS)
 SHARDS = (Shards(1), Shards(4), Shards(32), Shards(32, 4.6, "Q4_K,Q6_K"))

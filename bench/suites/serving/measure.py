@@ -13,17 +13,7 @@ import numpy as np
 from bench import models, peers
 from bench.places import CALIBRATION, SHARED
 from bench.suite import Asked, Outcome, Result, Unmeasured
-from bench.suites.serving.cases import (
-    CONTEXT,
-    EVALUATED,
-    ITERATIONS,
-    TOKENS,
-    Calibrated,
-    Gguf,
-    Own,
-    Packed,
-    Quantized,
-)
+from bench.suites.serving.cases import CONTEXT, EVALUATED, TOKENS, Calibrated, Gguf, Own, Packed, Quantized
 from tersor.gguf import file
 from tersor.hf.compress import calibrate
 from tersor.hf.compress.request import Sampling, no_progress
@@ -159,7 +149,7 @@ def _own(case: Own, made: _Made) -> Outcome:
 def _calibrated(case: Calibrated, made: _Made) -> Outcome:
     out = made.new()
     job = {"model": made.origin(case.model), "ids": made.ids(case.model), "bits": case.bits, "group": case.group,
-           "out": out, "iters": ITERATIONS}
+           "out": out, "iters": case.iterations}
     peers.run(case.tool, "calibrated", job)
     source = open_for_grids(made.origin(case.model), made.folder / "staged", dense=None, leave_out=(), head=False)
     found = evaluate_dense(open_source(out, made.folder / "staged", dense=()), source, TEXT, context=CONTEXT,

@@ -35,7 +35,7 @@ def packed(found: Mapping[str, Line]) -> str:
             line = found[case.key]
             numbers = line["numbers"]
             if isinstance(case, cases.Calibrated):
-                who = [f"{cases.TOOLS[case.tool]} W{bits}, group {group}", "", ""]
+                who = [case.name, "", ""]
             else:
                 who = [f"**Tersor** `--effort {case.effort}`: {_kinds(numbers['kinds'])}", f"{most:g}",
                        verdict(numbers["passed"])]

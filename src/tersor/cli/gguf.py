@@ -60,9 +60,11 @@ def gguf(src: Src, output: Annotated[Path, typer.Argument(metavar="OUT.gguf", he
         report = write_gguf(src, output, 4.5 if rate is None and nbytes is None else rate, size=nbytes,
                             settings=settings, progress=progress)
     for width, line in report["widths"].items():
-        takes = f"no type but {', '.join(line['types'])}" if line["types"] else "no type, and stay as they are"
-        VOICE.get().say(f"{line['tensors']} matrices with rows of {width} weights, such as '{line['such_as']}', take "
-                        f"{takes}")
+        one = line["tensors"] == 1
+        takes = f"no type but {', '.join(line['types'])}" if line["types"] else (
+            f"no type, and stay{'s as it is' if one else ' as they are'}")
+        VOICE.get().say(f"{line['tensors']} matri{'x' if one else 'ces'} with rows of {width} weights, such as "
+                        f"'{line['such_as']}', take{'s' if one else ''} {takes}")
     summary = dict(report["summary"])
     types = ", ".join(f"{count} {name}" for name, count in summary.pop("types").items())
     VOICE.get().say(f"types of the matrices: {types}")

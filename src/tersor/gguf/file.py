@@ -182,15 +182,12 @@ def write(path: Path, pairs: Sequence[Pair], entries: Sequence[Entry], sizes: Se
     OSError
         If it cannot be written; names the file.
     """
-    try:
-        with whole(path) as partial, partial.open("xb") as handle:
-            handle.write(header(pairs, entries, sizes))
-            for entry, size in zip(entries, sizes, strict=True):
-                written = 0
-                for part in payload(entry):
-                    written += handle.write(part.contiguous().numpy().data)
-                assert written == size, f"{entry.name}: {written} bytes for {size}"
-                handle.write(b"\0" * (padded(size) - size))
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error}") from error
+    with whole(path) as partial, partial.open("xb") as handle:
+        handle.write(header(pairs, entries, sizes))
+        for entry, size in zip(entries, sizes, strict=True):
+            written = 0
+            for part in payload(entry):
+                written += handle.write(part.contiguous().numpy().data)
+            assert written == size, f"{entry.name}: {written} bytes for {size}"
+            handle.write(b"\0" * (padded(size) - size))
     return path.stat().st_size

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tersor.errors import CodecConfigError, DamagedWorkWarning
-from tersor.files import parse_json, seal, whole
+from tersor.files import named, parse_json, seal, whole
 
 SEAL, DIGITS = "sha256", 16  # the field of a line's digest, and how much of it is kept
 MOST = sys.float_info.max
@@ -64,9 +64,9 @@ class Trials:
         return self._known.get(key)
 
     def add(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Write a trial to the file and return it."""
+        """Write a trial to the file and return it; `OSError` with the file's name where it cannot be."""
         lines = [record] if self._begun else [{self._what: self._mark}, record]
-        with self.path.open("a", encoding="utf-8") as handle:
+        with named(self.path), self.path.open("a", encoding="utf-8") as handle:
             handle.write("".join(self._written(line) for line in lines))
         self._begun = True
         self._known[tuple(record[name] for name in self._key)] = dict(record)

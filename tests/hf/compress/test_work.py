@@ -52,7 +52,7 @@ def test_files_of_others_are_never_touched(tmp_path: Path) -> None:
         WorkFolder(tmp_path / "out").claim()
     assert (tmp_path / "out.work" / "thesis.txt").read_text() == "mine"
     (tmp_path / "file.work").write_text("mine")
-    with pytest.raises(FileExistsError, match="holds others"):
+    with pytest.raises(FileExistsError, match="is a file"):
         WorkFolder(tmp_path / "file").claim()
     (tmp_path / "there").mkdir()
     with pytest.raises(FileExistsError, match="exists; remove it"):

@@ -18,7 +18,7 @@ from tests.hf.gguf.tiny_gguf import BASE, save
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"])
 def test_a_dense_file_is_the_model(kind: str, tmp_path: Path) -> None:
     folder = save(kind, tmp_path / "src", torch.float32)
     write_gguf(folder, tmp_path / "m.gguf", 64, calibrated=False, evaluation_tokens=0, types=("Q8_0",))

@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from tersor.hf.gguf.evaluation import filled
+from tersor.hf.gguf.from_folder import open_folder
 from tersor.hf.gguf.run import write_gguf
 from tests.hf.gguf.tiny_gguf import WORDS, save
 
 KL = 2e-3  # llama.cpp rounds activations to 8 bits
+EXACT = 1e-6  # where weights are in float32, it computes in float32, with caches in half precision
 PROMPTS, LENGTH = 12, 24
 
 
@@ -28,14 +31,34 @@ def test_the_server_answers_with_the_chances_of_the_decoded_model(rate: float, t
     folder = save("llama", tmp_path / "src", torch.float32, intermediate_size=512)
     write_gguf(folder, tmp_path / "m.gguf", rate, calibrated=False, evaluation_tokens=0, effort="fast",
                types=types)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
+    assert _divergence(xllamacpp, tmp_path / "m.gguf", model) <= (KL if rate < 64 else EXACT)
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"])
+def test_families_are_computed_as_transformers_computes_the_directory(kind: str, tmp_path: Path) -> None:
+    """Numbers as they are, then by blocks: names, rotary order, norms, windows and metadata."""
+    xllamacpp = pytest.importorskip("xllamacpp")
+    folder = save(kind, tmp_path / "src", torch.float32)
+    origin = open_folder(folder, tmp_path / "staged")
+    coded = ("Q4_K", "IQ4_NL", "Q6_K", "Q8_0")
+    for name, rate, types, most in (("plain", 64, ("Q8_0",), EXACT), ("coded", 6.5, coded, KL)):
+        path = tmp_path / f"{name}.gguf"
+        write_gguf(folder, path, rate, calibrated=False, evaluation_tokens=0, effort="fast", types=types)
+        model = filled(path, origin, origin.known()) if name == "coded" else (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+        assert _divergence(xllamacpp, path, model) <= most, name
+
+
+def _divergence(xllamacpp: Any, file: Path, model: Any) -> float:
+    """Return the mean KL of the server's chances of a next token to a model's."""
     prompts = [[(number * 7 + 11 * one) % 256 for number in range(LENGTH)] for one in range(PROMPTS)]
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32).eval()
     with torch.no_grad():
-        ours = torch.log_softmax(model(torch.tensor(prompts)).logits[:, -1].double(), -1)
-    served = _served(xllamacpp, tmp_path / "m.gguf", prompts)
+        ours = torch.log_softmax(model.eval()(torch.tensor(prompts)).logits[:, -1].double(), -1)
+    served = _served(xllamacpp, file, prompts)
     assert len(served) >= PROMPTS // 4
     found = [float((ours[one].exp() * (ours[one] - theirs)).sum()) for one, theirs in served.items()]
-    assert sum(found) / len(found) <= (KL if rate < 64 else 1e-6)
+    return sum(found) / len(found)
 
 
 def _served(xllamacpp: Any, file: Path, prompts: list[list[int]]) -> dict[int, Tensor]:

@@ -23,6 +23,7 @@ from tersor.hf.gguf.verify import verify
 from tersor.hf.models.source import open_source
 from tersor.hf.models.text import default_calibration
 from tersor.planning.calibration import Calibration
+from tests.disk import no_room
 from tests.hf.gguf.tiny_gguf import save
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -129,6 +130,16 @@ def test_a_killed_run_goes_on_to_the_same_bytes(folder: Path, tmp_path: Path, mo
     encoded = sum(line["type"] not in ("F32", "BF16") for line in json.loads(
         (tmp_path / "m.gguf.report.json").read_text())["tensors"].values())
     assert len(done) == encoded + 1  # four were kept, and the fifth was begun twice
+    assert (tmp_path / "m.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+
+
+def test_a_full_disk_leaves_no_file_and_the_next_run_goes_on(folder: Path, tmp_path: Path) -> None:
+    for room, fails in ((20, "fingerprint"), (2000, "survey.jsonl"), (30_000, "matrices/"), (200_000, "output")):
+        with no_room(room), pytest.raises(OSError, match=rf"m\.gguf\.work/{fails}"):
+            write_gguf(folder, tmp_path / "m.gguf", 5, **PLAIN)
+        assert [path.name for path in tmp_path.iterdir()] == ["m.gguf.work"]
+    write_gguf(folder, tmp_path / "m.gguf", 5, **PLAIN)
+    write_gguf(folder, tmp_path / "whole.gguf", 5, **PLAIN)
     assert (tmp_path / "m.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
 
 

@@ -14,11 +14,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 WORDS = 300
 BASE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 320, "num_hidden_layers": 1, "num_attention_heads": 4,
                         "num_key_value_heads": 2, "vocab_size": WORDS, "max_position_embeddings": 128, "head_dim": 64}
-GEMMA = {"query_pre_attn_scalar": 64, "sliding_window": 32, "tie_word_embeddings": True}
+GEMMA = {"query_pre_attn_scalar": 64, "sliding_window": 8, "tie_word_embeddings": True}
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": False},
+    "mistral": {"tie_word_embeddings": False, "sliding_window": None},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"tie_word_embeddings": True, "num_attention_heads": 2, "head_dim": 128},
+    "gemma": {"tie_word_embeddings": True},
     "gemma2": GEMMA,
     "gemma3_text": {**GEMMA, "num_hidden_layers": 6},
     "gpt_neox": {},

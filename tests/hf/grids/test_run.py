@@ -22,6 +22,7 @@ from tersor.hf.grids.run import write_packed
 from tersor.hf.grids.verify import verify
 from tersor.hf.models.integers import Grid
 from tersor.hf.models.source import open_source
+from tests.disk import no_room
 from tests.hf.tiny import load_original, save_tiny, save_tokenizer
 
 QUICK = {"sampling": Sampling(1024, 256, context=64), "evaluation_tokens": 256, "context": 64, "effort": "fast"}
@@ -46,6 +47,17 @@ def exact(out: Path) -> dict[str, torch.Tensor]:
     """Return the packed matrices of a directory as Tersor decodes them."""
     found = open_source(out, out, dense=()).account.located
     return {name: origin.exact() for name, origin in found.items() if isinstance(origin, Grid)}
+
+
+def test_a_full_disk_leaves_no_directory_and_the_next_run_goes_on(folder: Path, tmp_path: Path) -> None:
+    for room, fails in ((20, "fingerprint"), (3000, "survey.jsonl"), (20_000, "output/")):
+        with no_room(room), pytest.raises(OSError, match=rf"out\.work/{fails}"):
+            write_packed(folder, tmp_path / "out", linears=5, **FEW)
+        assert [path.name for path in tmp_path.iterdir()] == ["out.work"]
+    write_packed(folder, tmp_path / "out", linears=5, **FEW)
+    write_packed(folder, tmp_path / "whole", linears=5, **FEW)
+    for file in (tmp_path / "whole").iterdir():
+        assert file.name == "tersor-report.json" or file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
 
 
 def test_a_budget_is_kept(folder: Path, packed: tuple[Path, Mapping[str, Any]]) -> None:
@@ -133,6 +145,20 @@ def test_schemes_can_be_named(folder: Path, tmp_path: Path) -> None:
         write_packed(folder, tmp_path / "none", linears=9, schemes=("w4g128",), **PLAIN)
 
 
+def test_every_module_has_one_scheme_and_so_has_what_servers_fuse(packed: tuple[Path, Mapping[str, Any]]) -> None:
+    match = pytest.importorskip("compressed_tensors").utils.match_name
+    out, report = packed
+    told = json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"].values()
+    schemes = {name.removesuffix(".weight"): line["scheme"] for name, line in report["matrices"].items()}
+    for layer in ("model.layers.0", "model.layers.1"):
+        for fused, part in (("self_attn.qkv_proj", "self_attn.q_proj"), ("mlp.gate_up_proj", "mlp.gate_proj")):
+            schemes[f"{layer}.{fused}"] = schemes[f"{layer}.{part}"]
+    assert "model.layers.1.mlp.down_proj" in schemes
+    for module, scheme in schemes.items():
+        found = [group["weights"] for group in told if any(match(module, target) for target in group["targets"])]
+        assert [f"w{one['num_bits']}{f'g{size}' if (size := one['group_size']) else 'c'}" for one in found] == [scheme]
+
+
 def test_asymmetric_schemes_decode_as_compressed_tensors_says(folder: Path, tmp_path: Path) -> None:
     """transformers does not load them (it expects zeros that are not packed), so the library is asked itself."""
     library = pytest.importorskip("compressed_tensors")
@@ -145,7 +171,7 @@ def test_asymmetric_schemes_decode_as_compressed_tensors_says(folder: Path, tmp_
     groups = [library.quantization.QuantizationScheme.model_validate(group) for group in told.values()]
     for name, matrix in exact(tmp_path / "out").items():
         module = name.removesuffix(".weight")
-        scheme = next(group for group in groups if module in group.targets)
+        scheme = next(group for group in groups if any(library.utils.match_name(module, one) for one in group.targets))
         parts = {key.rpartition(".")[2]: tensor for key, tensor in held.items() if key.startswith(f"{module}.")}
         found = PackedQuantizationCompressor.decompress(parts, scheme)["weight"]
         assert torch.equal(found, matrix.to(torch.bfloat16))

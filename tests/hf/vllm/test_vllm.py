@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tersor.hf.compress.request import Sampling
 from tersor.hf.compress.run import compress_model
@@ -63,10 +63,48 @@ def test_the_text_is_that_of_transformers(method: str, eager: bool, tmp_path: Pa
     assert not gaps(tmp_path / "out", torch.float32, found).any()
 
 
-def test_packed_integers_give_the_text_of_transformers_but_for_near_ties(tmp_path: Path) -> None:
-    write_packed(FABLE, tmp_path / "out", linears=4.3, schemes=("w4*",), sampling=Sampling(2048),
-                 evaluation_tokens=0, effort="fast")
-    below = gaps(tmp_path / "out", torch.bfloat16, served(tmp_path / "out", "bfloat16"))
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Integers of 4 bits, which are all that the build for a processor takes."""
+    out = tmp_path_factory.mktemp("packed") / "out"
+    write_packed(FABLE, out, linears=4.3, schemes=("w4*",), sampling=Sampling(2048), evaluation_tokens=0, effort="fast")
+    return out
+
+
+def decoded(folder: Path, out: Path, dtype: torch.dtype) -> Path:
+    """Write the model that packed integers decode to, as transformers decodes them in that type of numbers."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    with torch.no_grad():
+        model(torch.arange(8)[None])  # decodes them
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name.endswith(".weight")}
+    config = AutoConfig.from_pretrained(FABLE, dtype=dtype)
+    plain = AutoModelForCausalLM.from_config(config)
+    assert set(weights) == {name for name, _ in plain.named_parameters()} | {"lm_head.weight"}
+    plain.load_state_dict(weights)
+    plain.save_pretrained(out)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(out)
+    return out
+
+
+def test_packed_integers_give_the_text_of_transformers(packed: Path) -> None:
+    """In half precision, whose roundings turn no token here: the kernel takes no float32."""
+    assert not gaps(packed, torch.float32, served(packed, "float16")).any()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_packed_integers_give_the_text_of_the_model_they_decode_to(dtype: str, packed: Path, tmp_path: Path) -> None:
+    """Both in vLLM: its kernel multiplies by the numbers that transformers decodes."""
+    plain = decoded(packed, tmp_path / "plain", getattr(torch, dtype))
+    assert served(packed, dtype) == served(plain, dtype)
+
+
+def test_what_packed_integers_decode_to_gives_the_text_of_transformers(packed: Path, tmp_path: Path) -> None:
+    plain = decoded(packed, tmp_path / "plain", torch.float32)
+    assert not gaps(plain, torch.float32, served(plain, "float32")).any()
+
+
+def test_text_in_bfloat16_is_that_of_transformers_but_for_near_ties(packed: Path) -> None:
+    below = gaps(packed, torch.bfloat16, served(packed, "bfloat16"))
     spacing = 2.0**-4  # of numbers of bfloat16 between 8 and 16, where the largest logits are; each side rounds
     assert float((below == 0).float().mean()) > 0.9
     assert float(below.max()) <= 2 * spacing

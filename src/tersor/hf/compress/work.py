@@ -54,8 +54,11 @@ class WorkFolder:
         if self.target.exists():
             raise FileExistsError(f"{self.target} exists; remove it or name another output")
         found = [child.name for child in self.path.iterdir()] if self.path.is_dir() else []
+        if self.path.exists() and not self.path.is_dir():
+            raise FileExistsError(f"{self.path} is where this run would keep its files, but is a file; move it, or "
+                                  "name another output")
         strange = sorted(name for name in found if finished_name(name) not in (*NAMES, *FORMER))
-        if strange or (self.path.exists() and not self.path.is_dir()):
+        if strange:
             raise FileExistsError(f"{self.path} is where this run would keep its files, but holds others "
                                   f"({', '.join(strange[:3])}); move them, or name another output")
         return self

@@ -29,7 +29,7 @@ def evaluate(path: Path, origin: Origin, text: Path, *, context: int, tokens: in
     ids = read_ids(source, text, context, tokens)
     batches = batched(ids, context, context, vocabulary(source))
     original = Original(source, [inputs for inputs, _ in batches])
-    model = _read(path) if origin.path.is_file() else _filled(path, origin, source)
+    model = _read(path) if origin.path.is_file() else filled(path, origin, source)
     score = compare(model, original, batches, next_token=original.next_token,
                     step=lambda done, total: progress("evaluate", done, total))
     if not math.isfinite(score.nll + score.kl + score.error):
@@ -47,8 +47,8 @@ def _read(path: Path) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def _filled(path: Path, origin: Origin, source: Source) -> PreTrainedModel:
-    """Return the original with its matrices replaced by those of a file."""
+def filled(path: Path, origin: Origin, source: Source) -> PreTrainedModel:
+    """Return the original, in float32, with its matrices replaced by those of a file that was written of it."""
     model, found = load_dense(source), file.read(path)
     named = {entry.name: entry for entry in found.entries}  # others, such as llama-quantize, sort them anew
     for item in origin.items:
