@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 import typer
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from tersor import vectors
 from tersor.cli.base import AsJson, Device, Effort, Seed, device_of, directory, emit, refuse_existing, show, write_new
 from tersor.cli.funnel import Verb, existing
 from tersor.cli.plots import check_plot, plotted
 from tersor.cli.telling import Bars, spoken
+from tersor.contract.checks import from_numpy
 from tersor.errors import CodecConfigError
 from tersor.files import locked
 from tersor.vectors import Index
@@ -120,7 +121,7 @@ def bench(data: Data, queries: Annotated[Path | None, typer.Option(
     if plot is not None:
         check_plot(plot)
         refuse_existing(plot)
-    where, x = _where(device), torch.from_numpy(vectors.open_vectors(existing(data, FILES)).sample(1 << 62))
+    where, x = _where(device), from_numpy(vectors.open_vectors(existing(data, FILES)).sample(1 << 62))
     if truth is not None and queries is None:
         raise CodecConfigError("--truth: expected --queries, too, whose true ids they are")
     x, asked = held_out(x, seed) if queries is None else (x, _queries(queries))
@@ -166,8 +167,8 @@ def _where(device: str) -> str:
     return device_of(device) if device == "auto" else device  # what is named, the index checks
 
 
-def _queries(path: Path) -> torch.Tensor:
-    return torch.from_numpy(vectors.open_vectors(existing(path, FILES)).sample(MOST_QUERIES))
+def _queries(path: Path) -> Tensor:
+    return from_numpy(vectors.open_vectors(existing(path, FILES)).sample(MOST_QUERIES))
 
 
 def _mapped(path: Path) -> np.ndarray:
@@ -178,13 +179,13 @@ def _mapped(path: Path) -> np.ndarray:
         raise CodecConfigError(f"{path}: expected an array as .npy: {error}") from error
 
 
-def _truth(path: Path, count: int, k: int) -> torch.Tensor:
+def _truth(path: Path, count: int, k: int) -> Tensor:
     """Return the first `k` true ids of so many queries, int64 (count, k)."""
     known = _integers(path)
     if known.ndim != 2 or len(known) < count or known.shape[1] < k:
         raise CodecConfigError(f"--truth: {path}: expected ids of at least {count} queries, {k} each, found an array "
                                f"{known.shape}")
-    return torch.from_numpy(known[:count, :k])
+    return from_numpy(known[:count, :k])
 
 
 def _integers(path: Path) -> np.ndarray:
