@@ -48,14 +48,15 @@ SETUPS = {setup.name: setup for setup in (
     Setup("smollm2-135m", 1792, 1, (1, 2, 3, 4, 5), 64, 1, 4, reach=1856),
 )}
 
-# what a GPU measures in minutes: three windows of each text, plans on three windows, planted keys up to the model's end
-LONG = Setup("smollm2-135m-three", 1792, 3, (1, 2, 3, 4, 5), 64, 3, 4, "smollm2-135m")
+# what a GPU measures in minutes: three windows of each text, plans on three windows; planted keys up to the model's end
+LONG = Setup("smollm2-135m-three", 1792, 3, (1, 2, 3, 4, 5), 64, 3, 4, "smollm2-135m", reach=1856)
+FAR = Setup("smollm2-135m-far", 1792, 1, (1, 2, 3, 4, 5), 64, 3, 4, "smollm2-135m")
 PLANTED = (2048, 4096, 8100)  # tokens of prompts with planted keys; question and answer fit behind the longest
 
 
 def setup_of(name: str) -> Setup:
     """Return a setup by its name."""
-    return LONG if name == LONG.name else SETUPS[name]
+    return {**SETUPS, LONG.name: LONG, FAR.name: FAR}[name]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +196,7 @@ def long_cases() -> list[Quality | Needle]:
               or method.spec == "rot,tr2x8;rot,tr2x8"]
     return [*(Quality(LONG.name, method.name, method.kind, method.bits, window) for window in windows
               for method in chosen),
-            *(Needle(method.name, method.kind, method.bits, tokens, LONG.name) for tokens in PLANTED
+            *(Needle(method.name, method.kind, method.bits, tokens, FAR.name) for tokens in PLANTED
               for method in ASKED)]
 
 
