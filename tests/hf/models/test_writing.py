@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.cache_utils import DynamicLayer
 
 from tersor.errors import ModelError
 from tersor.hf.models import flow, writing
@@ -55,6 +56,17 @@ def test_one_seed_one_text(source: Source, monkeypatch: pytest.MonkeyPatch) -> N
     assert not torch.equal(write(source, 10, 12, 4), one)
     assert len({tuple(row) for row in one.tolist()}) == 10
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "gpt2", "gemma3_text"])
+def test_room_for_a_window_changes_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where some layers have a sliding window, which have a cache of their own."""
+    save_tiny(name, tmp_path / "model", torch.float32)
+    save_tokenizer(tmp_path / "model")
+    opened = open_source(tmp_path / "model", tmp_path / "unused")
+    found = write(opened, 3, 20, 0)
+    monkeypatch.setattr(writing, "Roomy", lambda room: DynamicLayer())
+    assert torch.equal(write(opened, 3, 20, 0), found)
 
 
 def test_the_end_of_a_document_ends_nothing(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:

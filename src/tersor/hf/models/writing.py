@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
 from tersor.errors import ModelError
@@ -23,7 +24,33 @@ from tersor.hf.models.source import Source
 
 LIKELIEST = 4  # tokens behind the first one that are not drawn, so that it may begin something
 SEED = 8  # hexadecimal digits: a processor's generator reads no more
-AT_ONCE, AT_ONCE_GPU = 32, 256  # windows: a step reads all weights, however many there are
+AT_ONCE, AT_ONCE_GPU = 64, 256  # windows: a step reads all weights, however many there are
+
+
+class Roomy(DynamicLayer):
+    """Keys and values of a layer, with room for a whole window: transformers' own copies all of them for each token.
+
+    Parameters
+    ----------
+    room : int
+        Tokens of a window.
+    """
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self._room, self._count = room, 0
+        self._both: list[Tensor] = []
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append keys and values (windows, heads, tokens, dim); return all that there are."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._both = [new.new_empty(*new.shape[:2], self._room, new.shape[3]) for new in (key_states, value_states)]
+        begin, self._count = self._count, self._count + key_states.shape[2]
+        for held, new in zip(self._both, (key_states, value_states), strict=True):
+            held[:, :, begin : self._count] = new
+        self.keys, self.values = (held[:, :, : self._count] for held in self._both)
+        return self.keys, self.values
 
 
 class Draw(LogitsProcessor):
@@ -69,10 +96,12 @@ def write(source: Source, count: int, context: int, seed: int, device: str = "cp
     def one(batch: int) -> Tensor:
         generator = torch.Generator(device).manual_seed(int(seal([seed, batch])[:SEED], 16))
         begun = torch.randint(rows, (min(size, count - batch * size), 1), generator=generator, device=device)
+        cache = DynamicCache(config=model.config)
+        cache.layers = [Roomy(context) if type(layer) is DynamicLayer else layer for layer in cache.layers]
         how = GenerationConfig(do_sample=False, max_new_tokens=context - 1, use_cache=True, pad_token_id=0)
         with refused(f"{source.path}: transformers cannot generate text with it"):
             return model.generate(begun, generation_config=how, attention_mask=torch.ones_like(begun),
-                                  logits_processor=LogitsProcessorList([Draw(generator)])).cpu()
+                                  past_key_values=cache, logits_processor=LogitsProcessorList([Draw(generator)])).cpu()
 
     found: list[Tensor] = []
     for done, windows in enumerate(in_order(-(-count // size), one, devices=[torch.device(device)]), 1):
