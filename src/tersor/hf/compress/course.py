@@ -38,6 +38,7 @@ END = 1 / 3  # of these, the times that it is read to train what is stored as nu
 BYTES = 20  # a parameter: the original, weights, weights without scales, gradients of two batches
 MOVING = 40  # a parameter: weights, what they were, the best and the present ones, two means, gradients
 PARTLY = 0.6  # of a model, what is run between encodings: blocks that are not encoded yet
+WRITING = 2.5  # passes of a token that is read, in the time of one that is written: many short products
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +109,7 @@ class RecoverSettings:
     def forwards(self) -> float:
         """Return the tokens that pass the model, forward and back (as two more), the original's included."""
         read = 3 * (self.passes + PARTLY * self.moves) * self.tokens
-        return read + (2 if self.moves else 1) * self.tokens
+        return read + ((2 if self.moves else 1) + WRITING * self.written) * self.tokens
 
     def texts(self, source: Source) -> tuple[Tensor, int]:
         """Return the windows of the given text that are read, int64 (count, context), and how many are to be written.
