@@ -10,7 +10,8 @@ from bench.places import ROOT
 
 
 def test_attention_is_drawn_as_measured() -> None:
-    drawn = subprocess.run([sys.executable, ROOT / "tools/draw_attention.py"], capture_output=True, text=True, check=True)
+    command = [sys.executable, ROOT / "tools/draw_attention.py"]
+    drawn = subprocess.run(command, capture_output=True, text=True, check=True)
     assert (ROOT / "docs/kv-attention.svg").read_text() == drawn.stdout
     root = ET.fromstring(drawn.stdout)
     lines = [one.attrib["points"].split() for one in root.iter("{http://www.w3.org/2000/svg}polyline")]
