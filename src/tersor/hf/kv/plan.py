@@ -25,6 +25,7 @@ from tersor.contract.codec import Codec
 from tersor.errors import BudgetError, CodecConfigError, CorruptStoreError, ModelError
 from tersor.files import exclusive, is_name, read_json, save_tensors, seal, write_json
 from tersor.hf.kv.lab import Lab, Place, PlanSettings
+from tersor.hf.kv.parts import Window
 from tersor.hf.kv.store import SIDES, damaged, fields_of
 from tersor.hf.models.classes import check_language_model
 from tersor.hf.models.hollow import load_dense
@@ -85,9 +86,8 @@ def read_plan(plan: str | Path | Mapping[str, Any]) -> KVPlan:
             raise CodecConfigError(f"{file}: expected a model's fields, and a codec string for keys and for values")
         beside = record.get("tables")
         tables = {} if beside is None else _read_tables(_beside(file, beside["file"]), beside["sha256"])
-        trained = any(side == SIDES[0] for _, side in tables)
-        return KVPlan(record["model"], layers, record["residual"], record["sink"], record["block"], tables,
-                      record.get("reach", record["asked"]["context"]) if trained else None)
+        window = Window(record["residual"], record["sink"], record["block"], _reach(record, tables))
+        return KVPlan(record["model"], layers, window.residual, window.sink, window.block, tables, window.reach)
 
 
 def _beside(plan: Path, name: Any) -> Path:
@@ -96,6 +96,13 @@ def _beside(plan: Path, name: Any) -> Path:
         raise CorruptStoreError(f"{plan}: its tables must be named by a file beside it, found {name!r}; move them "
                                 "there, or write the plan again")
     return plan.parent / name
+
+
+def _reach(record: Mapping[str, Any], tables: Mapping[tuple[int, str], Tables]) -> int | None:
+    """Return the positions that tables of keys are for: of plans that do not say so, those of a window."""
+    if not any(side == SIDES[0] for _, side in tables):
+        return None
+    return record["reach"] if "reach" in record else record.get("asked", {}).get("context")
 
 
 def _read_tables(file: Path, sha256: str) -> dict[tuple[int, str], dict[str, Tensor]]:
