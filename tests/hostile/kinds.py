@@ -296,8 +296,8 @@ def _kv_plan(folder: Path) -> None:
     save_tensors({f"0/{side}/{name}": t.clone() for side in ("key", "value") for name, t in trained.items()},
                  folder / "kv.safetensors")
     write_json(folder / "kv.json", {
-        "format": "tersor-kv-plan", "version": 1, "model": fields_of(_model().config), "residual": 4, "sink": 2, "reach": 64,
-        "block": 8, "layers": {"0": {"key": codec.spec(), "value": codec.spec()}},
+        "format": "tersor-kv-plan", "version": 1, "model": fields_of(_model().config), "residual": 4, "sink": 2,
+        "block": 8, "reach": 64, "layers": {"0": {"key": codec.spec(), "value": codec.spec()}},
         "tables": {"file": "kv.safetensors", "sha256": file_digest(folder / "kv.safetensors")}})
 
 
