@@ -62,6 +62,8 @@ class Warp:
         lists = re.findall(r"\{([^}]*)\}", rest)
         if name.startswith("mma") and ".b1." in name:
             self._count([one.split(", ") for one in lists])
+        elif name.startswith("mma") and ".s32" in name:
+            self._integers([one.split(", ") for one in lists], signed=".s8.s32" in name)
         elif name.startswith("mma"):
             self._multiply([one.split(", ") for one in lists])
         elif name.startswith(("ld.", "st.")):
@@ -131,6 +133,12 @@ class Warp:
                 return one + given[1]
             case "add.f32":
                 return _bits(_float(one) + _float(given[1]))
+            case "sub.f32":
+                return _bits(_float(one) - _float(given[1]))
+            case "fma.rn.f32":
+                return _bits((_float(one).astype(np.float64) * _float(given[1]) + _float(given[2])).astype(np.float32))
+            case "redux.sync.max.s32":
+                return np.full(LANES, one.astype(np.uint32).view(np.int32).max(), np.int64).astype(np.uint64)
             case "max.NaN.f32":
                 return _bits(np.maximum(_float(one), _float(given[1])))
             case "redux.sync.add.s32":
@@ -148,9 +156,10 @@ class Warp:
             case "lop3.b32":
                 return _any_of_three(one, given[1], given[2], int(given[3][0]))
             case "prmt.b32":
-                both, kinds = one | given[1] << np.uint64(32), int(given[2][0])
-                return sum((both >> np.uint64(8 * (kinds >> 4 * i & 7)) & np.uint64(255)) << np.uint64(8 * i)
-                           for i in range(4))
+                return _bytes(one | given[1] << np.uint64(32), given[2])
+            case "movmatrix.sync.aligned.m8n8.trans.b16":
+                rows = np.stack([one & np.uint64(0xFFFF), one >> np.uint64(16)], 1).reshape(8, 8).T.reshape(LANES, 2)
+                return rows[:, 0] | rows[:, 1] << np.uint64(16)
             case "mul.f32":
                 return _bits(_float(one) * _float(given[1]))
             case "cvt.f32.f16":
@@ -181,6 +190,22 @@ class Warp:
             self._write(one, _bits(total[corner]))
 
 
+    def _integers(self, registers: list[list[str]], *, signed: bool) -> None:
+        """Multiply rows of bytes with signs and columns of bytes, with signs or without."""
+        lanes = np.arange(LANES)
+        group, quad = lanes // 4, lanes % 4
+        rows, columns = np.zeros((16, 32), np.int64), np.zeros((8, 32), np.int64)
+        for byte in range(4):
+            for place, one in enumerate(registers[1]):
+                rows[group + 8 * (place % 2), 16 * (place // 2) + 4 * quad + byte] = (
+                    self._read(one) >> np.uint64(8 * byte)).astype(np.uint8).view(np.int8)
+            for place, one in enumerate(registers[2]):
+                found = (self._read(one) >> np.uint64(8 * byte)).astype(np.uint8)
+                columns[group, 16 * place + 4 * quad + byte] = found.view(np.int8) if signed else found
+        total = rows @ columns.T
+        for place, (out, acc) in enumerate(zip(registers[0], registers[3], strict=True)):
+            self._write(out, self._read(acc) + total[group + 8 * (place // 2), 2 * quad + place % 2].astype(np.uint64))
+
     def _count(self, registers: list[list[str]]) -> None:
         """Count bits that rows and columns share: words 4 place + quad of row group, then of row group + 8."""
         lanes = np.arange(LANES)
@@ -194,6 +219,17 @@ class Warp:
         shared = np.bitwise_count(rows[:, None] & columns[None]).sum(2, dtype=np.uint64)
         for place, (out, acc) in enumerate(zip(registers[0], registers[3], strict=True)):
             self._write(out, self._read(acc) + shared[group + 8 * (place // 2), 2 * quad + place % 2])
+
+
+def _bytes(both: np.ndarray, kinds: np.ndarray) -> np.ndarray:
+    """`prmt.b32`: a nibble of `kinds` chooses a byte; with its top bit, that byte's sign, eight times."""
+    found = np.zeros(LANES, np.uint64)
+    for place in range(4):
+        kind = kinds >> np.uint64(4 * place) & np.uint64(15)
+        byte = both >> np.uint64(8) * (kind & np.uint64(7)) & np.uint64(255)
+        signs = np.where(byte & np.uint64(128), np.uint64(255), np.uint64(0))
+        found |= np.where(kind & np.uint64(8), signs, byte) << np.uint64(8 * place)
+    return found
 
 
 def _any_of_three(one: np.ndarray, other: np.ndarray, third: np.ndarray, table: int) -> np.ndarray:

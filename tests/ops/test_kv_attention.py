@@ -24,7 +24,8 @@ from tersor.ops.kv_attention import (
     reference,
     takes_kernel,
 )
-from tersor.ops.kv_attention.shapes import SIGN_ROWS, division_of, refusal, some_queries, table_words
+from tersor.ops.kv_attention.division import division_of
+from tersor.ops.kv_attention.shapes import SIGN_ROWS, refusal, some_queries, table_words
 from tersor.registry import parse
 from tersor.testing import gaussian
 from tests.ops.devices import GPU, on_devices

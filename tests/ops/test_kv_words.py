@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tersor.codecs.vector.components import water_fill
 from tersor.ops.kv_attention import Book, Closed, Spelled, reference
-from tersor.ops.kv_attention.shapes import words_division
+from tersor.ops.kv_attention.division import words_division
 from tersor.ops.kv_attention.spelling import ENTRY, MEMORY, NAMES, Spelling, shelf_of, shelved
 from tersor.payload.words import Words
 from tersor.testing import gaussian

@@ -26,7 +26,20 @@ from tersor.contract.codec import Codec, Encoded
 from tersor.kv import matrices
 from tersor.kv.coded import Form
 from tersor.kv.pages import Pages
-from tersor.ops.kv_attention import Book, Closed, Held, How, Lying, Side, Spelled, kv_attention, lie_as_signs, reference
+from tersor.ops.kv_attention import (
+    Book,
+    Closed,
+    Held,
+    How,
+    Lying,
+    Octets,
+    Side,
+    Spelled,
+    kv_attention,
+    lie_as_octets,
+    lie_as_signs,
+    reference,
+)
 from tersor.payload.blocks import Tables
 from tersor.registry import parse
 
@@ -61,9 +74,13 @@ def side(text: str, batch: int, tokens: int, generator: torch.Generator, *, acro
         if coded.bits == 8:
             codes &= 0x77  # NaN are none
         pages.append({coded.codes: codes, coded.scales: scales}, count)
-    lines = form.levels.lines if lie_as_signs(form.levels, form.levels, BLOCK, batch * HEADS * tokens) else None
+    way: Lying | Octets | None = None
+    if lie_as_octets(form.levels, form.levels, DIM, BLOCK):
+        way = Octets(HEADS, BLOCK, DIM, form.levels.bits, across)
+    elif form.levels.lines is not None and lie_as_signs(form.levels, form.levels, BLOCK, batch * HEADS * tokens):
+        way = Lying(HEADS, BLOCK, form.levels.lines.shape[1], across)
     return Side(form.levels, pages.buffers(), pages.slots(), pages.addresses(), pages.starts[coded.codes],
-                pages.starts[coded.scales], None if lines is None else Lying(HEADS, BLOCK, lines.shape[1], across))
+                pages.starts[coded.scales], way, pages.tickets(HEADS))
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from tersor.ops.kv_attention import Book, Lying
+from tersor.ops.kv_attention import Book, Lying, Octets
 from tersor.payload.layout import TensorSpec
 
 ALIGNED = 16  # bytes: what kernels on a GPU read at once
@@ -73,7 +73,7 @@ class Pages:
     ----------
     starts : mapping of str to int
         Where each tensor begins in a slot, bytes.
-    lying : dict of str to Lying or Book
+    lying : dict of str to Lying, Octets or Book
         How bits of blocks lie, of tensors that lie otherwise than they are given.
     count : int
         Blocks held.
@@ -81,7 +81,7 @@ class Pages:
 
     def __init__(self, specs: Mapping[str, TensorSpec], batch: int, blocks: int, device: torch.device) -> None:
         self.specs, self.batch, self.blocks, self.device = dict(specs), batch, blocks, device
-        self.lying: dict[str, Lying | Book] = {}
+        self.lying: dict[str, Lying | Octets | Book] = {}
         self.starts: dict[str, int] = {}
         self.count = self._size = 0
         for name, spec in self.specs.items():
@@ -92,11 +92,18 @@ class Pages:
         self._slots: list[Tensor | None] = []  # of each sequence, int64 (batch,) on the device; None: its own number
         self._brought: dict[int, Tensor] = {}
         self._addresses: Tensor | None = None
+        self._tickets: Tensor | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the tensors."""
         return tuple(self.specs)
+
+    def tickets(self, heads: int) -> Tensor:
+        """Return zeros for each sequence's `heads`, int32 (batch heads,), by which programs of a kernel are counted."""
+        if self._tickets is None:
+            self._tickets = torch.zeros(self.batch * heads, dtype=torch.int32, device=self.device)
+        return self._tickets
 
     @property
     def nbytes(self) -> int:
@@ -150,7 +157,7 @@ class Pages:
             done += many
         self.count += blocks
 
-    def lie(self, name: str, way: Lying | Book) -> None:
+    def lie(self, name: str, way: Lying | Octets | Book) -> None:
         """Let the bits of a tensor, bytes of a block in a row, lie so from now on; before anything shares the pages."""
         assert name not in self.lying
         for number in range(len(self._pages)):

@@ -9,7 +9,17 @@ import torch
 from tersor.contract.codec import Encoded
 from tersor.kv.coded import Form
 from tersor.kv.kept import Kept
-from tersor.ops.kv_attention import Book, Levels, Lying, Side, Spelled, lie_as_signs, look_up
+from tersor.ops.kv_attention import (
+    Book,
+    Levels,
+    Lying,
+    Octets,
+    Side,
+    Spelled,
+    lie_as_octets,
+    lie_as_signs,
+    look_up,
+)
 from tersor.payload.blocks import Tables
 
 if TYPE_CHECKING:
@@ -35,7 +45,8 @@ class Read(Kept):
         starts, codes = self._pages.starts, form.coded.codes
         way = self._pages.lying.get(codes)
         return Side(form.levels, self._pages.buffers(), self._pages.slots(), self._pages.addresses(), starts[codes],
-                    starts[form.coded.scales], way if isinstance(way, Lying) else None)
+                    starts[form.coded.scales], None if isinstance(way, Book) else way,
+                    self._pages.tickets(self.heads) if isinstance(way, Octets) else None)
 
     def spelled(self, *, values: bool) -> Spelled | None:
         """Return the tokens as kernels that look words up read them, None where they are no words or there are none.
@@ -76,6 +87,13 @@ class Read(Kept):
         assert form.levels.lines is not None
         self._pages.lie(form.coded.codes, Lying(self.heads, self.block, form.levels.lines.shape[1], across))
 
+    def lie_as_octets(self, *, across: bool) -> None:
+        """Let codes of blocks lie as kernels multiply them as integers, of keys or `across` of values."""
+        assert self._pages is not None
+        form = self._as_codes(self._pages.device)
+        assert form is not None
+        self._pages.lie(form.coded.codes, Octets(self.heads, self.block, self.dim, form.levels.bits, across))
+
     def _as_codes(self, device: torch.device) -> Form | None:
         """Return how blocks that lie side by side are coded, where attention's kernels know such."""
         if self._form is None:
@@ -115,11 +133,20 @@ class Read(Kept):
 
 def lie_for_kernels(keys: Read, values: Read) -> None:
     """Let blocks on a GPU lie as kernels of attention read them, where they lie otherwise when they are written."""
+    multiply_as_octets(keys, values)
     meet_as_signs(keys, values)
     sides = keys.near, values.near
     if all(sides) and look_up(keys.spelled(values=False), values.spelled(values=True)):
         keys.lie_as_words(values=False)
         values.lie_as_words(values=True)
+
+
+def multiply_as_octets(keys: Read, values: Read) -> None:
+    """Let codes lie as kernels on a GPU multiply integers of 8 bits, where keys and values have such levels."""
+    near, far = keys.levels(), values.levels()
+    if near is not None and far is not None and lie_as_octets(near, far, keys.dim, keys.block):
+        keys.lie_as_octets(across=False)
+        values.lie_as_octets(across=True)
 
 
 def meet_as_signs(keys: Read, values: Read) -> None:

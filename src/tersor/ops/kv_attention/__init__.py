@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tersor.ops.dispatch import compiled_allowed, take_reference
 from tersor.ops.kv_attention import reference
+from tersor.ops.kv_attention.octets import Octets
 from tersor.ops.kv_attention.shapes import (
     LANE_BITS,
     SIGN_TOKENS,
@@ -17,6 +18,7 @@ from tersor.ops.kv_attention.shapes import (
     How,
     Levels,
     Side,
+    lie_as_octets,
     lie_as_signs,
     refusal,
 )
@@ -111,5 +113,5 @@ def _are_signs(levels: Levels) -> bool:
     return levels.bits == 1 and levels.table is not None and levels.table.tolist() == [-1.0, 1.0]
 
 
-__all__ = ["Book", "Closed", "Held", "How", "Levels", "Lying", "Side", "Spelled", "kv_attention", "lie_as_signs",
-           "look_up", "part_of", "takes_kernel", "words_of"]
+__all__ = ["Book", "Closed", "Held", "How", "Levels", "Lying", "Octets", "Side", "Spelled", "kv_attention",
+           "lie_as_octets", "lie_as_signs", "look_up", "part_of", "takes_kernel", "words_of"]

@@ -8,29 +8,35 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from tersor.ops.kv_attention.division import (
+    OCTET_REGISTERS,
+    Division,
+    division_of,
+    octets_division,
+    sign_limits,
+    words_division,
+)
 from tersor.ops.kv_attention.kernels import bits
 from tersor.ops.kv_attention.kernels.around import merge, prepare
 from tersor.ops.kv_attention.kernels.asking import ask_signs
 from tersor.ops.kv_attention.kernels.attending import attend
+from tersor.ops.kv_attention.kernels.multiplied import attend_octets
 from tersor.ops.kv_attention.kernels.signed import attend_signs
 from tersor.ops.kv_attention.kernels.spelled import attend_words
+from tersor.ops.kv_attention.octets import UNIT, Octets
 from tersor.ops.kv_attention.shapes import (
     DENSE_TURN,
     LOG2E,
     WARPS,
     Closed,
-    Division,
     Held,
     How,
     Side,
-    division_of,
     element_codes,
     queries_at_once,
-    sign_limits,
     sign_sets,
     signs_of_token,
     some_queries,
-    words_division,
 )
 from tersor.ops.kv_attention.signs import SET, WORD
 from tersor.ops.kv_attention.spelling import LOOKUPS, Spelled, shelved, warps_of
@@ -54,12 +60,17 @@ def attention(query: Tensor, held: Held, how: How, counts: Tensor | None = None)
                           for first in range(0, query.shape[2], most)], 2)
     rows = group * query.shape[2]
     with torch.cuda.device(query.device):
-        cut, (meet, maps, offset) = _division(held, rows, multiprocessors(query.device)), _ways(closed)
+        cut = _division(held, rows, multiprocessors(query.device))
         parts = batch * heads * cut.parts * rows
-        count = dim if maps is None else maps.shape[1]
         scores = workspace((2, parts), torch.float32, query.device, "parts of attention")
-        sums = workspace((parts, max(count, dim)), torch.float32, query.device, "parts of attention")
         out = torch.empty(batch, query.shape[2], query.shape[1], dim, dtype=query.dtype, device=query.device)
+        if isinstance(closed.keys, Side) and isinstance(closed.keys.lying, Octets):
+            sums = workspace((parts, dim), torch.float32, query.device, "parts of attention")
+            _multiply_octets(query, held, how, (cut, scores, sums), out, counts)
+            return out.transpose(1, 2)
+        meet, maps, offset = _ways(closed)
+        count = dim if maps is None else maps.shape[1]
+        sums = workspace((parts, max(count, dim)), torch.float32, query.device, "parts of attention")
         room = max(16, 1 << (cut.parts - 1).bit_length())
         meet(query, held, how, (cut, scores, sums), counts)
         merge[(batch * heads * rows, dim // COLUMNS)](
@@ -78,6 +89,8 @@ def _division(held: Held, rows: int, processors: int) -> Division:
     if isinstance(closed.keys, Spelled) and isinstance(closed.values, Spelled):
         return words_division(closed.tokens, dense, heads, rows, processors,
                               warps_of(closed.keys.book, closed.values.book, rows))
+    if isinstance(closed.keys, Side) and isinstance(closed.keys.lying, Octets):
+        return octets_division(closed.tokens, dense, heads, rows, processors)
     if isinstance(closed.keys, Side) and closed.keys.lying is not None:
         sets = sign_sets(closed, rows)
         return division_of(closed.tokens, dense, heads * -(-rows // (SET * sets)), rows, processors,
@@ -155,6 +168,33 @@ def _meet_signs(query: Tensor, held: Held, how: How, work: Work, counts: Tensor 
         closed.keys.scale_bytes, closed.values.scale_bytes, sums.shape[1], *_kinds(how, counts), sets, all_,
         cut.rows, DENSE_TURN, WARPS, num_warps=WARPS, maxnreg=sign_limits(signs_of_token(closed) * sets)[1],
         launch_pdl=True)
+
+
+def _multiply_octets(query: Tensor, held: Held, how: How, work: Work, out: Tensor, counts: Tensor | None) -> None:
+    """Launch what multiplies codes as integers of 8 bits, from queries to what is to be returned."""
+    (cut, scores, sums), closed = work, held.closed
+    assert closed is not None
+    assert isinstance(closed.keys, Side)
+    assert isinstance(closed.values, Side)
+    batch, heads, _, dim = held.recent[0].shape
+    rows, keys, values, scaling = (query.shape[1] // heads * query.shape[2], closed.keys.levels, closed.values.levels,
+                                   _scaling(how))
+    sets, parts, tickets = min(2, -(-rows // SET)), batch * heads, closed.keys.tickets
+    if tickets is None:
+        tickets = torch.zeros(parts, dtype=torch.int32, device=query.device)
+    near_side, far_side = _anchored(closed.keys), _anchored(closed.values)
+    near_room, far_room = _room(closed.keys), _room(closed.values)
+    (near_step, near_table), (far_step, far_table) = keys.octets, values.octets
+    ways = tuple((one.signs is not None, one.offset is not None, one.offset is not None and len(one.offset) > 1)
+                 for one in (keys, values))
+    attend_octets[(cut.parts, parts, -(-rows // (SET * sets)))](
+        query, _or(keys.signs, query), _or(keys.offset, query), _or(values.signs, query), _or(values.offset, query),
+        _or(how.s_aux, query), out, tickets, near_side, far_side, closed.keys.addresses, closed.values.addresses,
+        near_room, far_room, near_table, far_table, near_step, far_step, keys.stepped, values.stepped,
+        *_dense(query, held, how, (scaling, scores, sums, _or(counts, near_side))), cut.splits, heads, rows,
+        query.shape[2], dim, closed.block, closed.blocks, keys.bits, values.bits, closed.keys.scale_bytes,
+        closed.values.scale_bytes, *_kinds(how, counts), *ways, how.s_aux is not None, cut.turn // UNIT, sets, cut.rows,
+        DENSE_TURN, WARPS, num_warps=WARPS, maxnreg=OCTET_REGISTERS)
 
 
 def _meet_words(query: Tensor, held: Held, how: How, work: Work, counts: Tensor | None) -> None:

@@ -9,6 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from tersor.ops.kv_attention import octets
+from tersor.ops.kv_attention.octets import Octets
 from tersor.ops.kv_attention.signs import MOST_ROWS, MOST_SIGNS, SET, Lying, signs_of
 from tersor.ops.kv_attention.spelling import Spelled, unspelled
 
@@ -25,11 +27,8 @@ ROWS = (8, 16, 32)  # queries that share a head's keys, as products of the tenso
 WARPS = 4
 TURN = 32  # closed tokens that a warp takes at a time, 16 with most queries: blocks hold a multiple
 DENSE_TURN = 16
-PROGRAMS = 2  # of a multiprocessor, over closed tokens; three fit, and those over dense tokens are short
-LEAST_TURNS = 3  # of a warp: beginning and ending cost as much as two or three
 LOG2E = math.log2(math.e)
 SIGN_TURN = 128  # closed tokens that a warp takes at a time where codes are signs
-SIGN_LIMITS = ((256, 3, 168), (512, 2, 255))  # signs of a lane's queries, programs of a multiprocessor, registers
 SIGN_BLOCK = 32  # tokens, of which blocks hold a multiple
 WORD_ROWS = 8  # queries of a program where bytes name words
 SIGN_ROWS = 1 << 19  # from which signs are faster than levels: 65,536 tokens of 8 heads
@@ -103,6 +102,17 @@ class Levels:
         return self.lines.mT.contiguous()
 
     @cached_property
+    def signs(self) -> Tensor | None:
+        """What vectors are multiplied by before a Hadamard matrix takes them to coordinates; None if `maps` do otherwise."""
+        return None if self.maps is None else octets.turning_signs(self.maps)
+
+    @cached_property
+    def octets(self) -> tuple[float, Tensor]:
+        """The step of levels and their integers, where the other tensors are: see `octets`."""
+        assert self.table is not None
+        return octets.integers_of(self.table)[0], octets.octet_words(self.bits, self.table).to(self.words.device)
+
+    @cached_property
     def line_bounds(self) -> Tensor:
         """The 2-norm of the longest of `lines` of each head: float32 (heads or 1,)."""
         assert self.lines is not None
@@ -141,8 +151,10 @@ class Side:
         int64 (pages, batch): how far each sequence's slot is from the first page, in units of 16 bytes.
     codes_at, scales_at : int
         Where codes and scales begin in a slot, bytes.
-    lying : Lying or None
+    lying : Lying or Octets or None
         How the bits of a block lie, where not token by token.
+    tickets : Tensor or None
+        int32 (batch heads,), zeros between calls: where programs count those that are done. None: made for a call.
     """
 
     levels: Levels
@@ -151,7 +163,8 @@ class Side:
     addresses: Tensor
     codes_at: int
     scales_at: int
-    lying: Lying | None = None
+    lying: Lying | Octets | None = None
+    tickets: Tensor | None = None
 
     @property
     def scale_bytes(self) -> int:
@@ -236,6 +249,8 @@ def _unread(closed: Closed, dim: int, group: int) -> str | None:
     """Return why the kernels do not read these codes, or None; `group` queries of a token share a key."""
     if isinstance(closed.keys, Spelled) or isinstance(closed.values, Spelled):
         return unspelled(closed.keys, closed.values) or _uncut(closed, group)
+    if isinstance(closed.keys.lying, Octets) and isinstance(closed.values.lying, Octets):
+        return _uncut(closed, group) or _unfilled(closed, octets.UNIT)
     if closed.keys.lying is not None or closed.values.lying is not None:
         return _unmet(closed, group)
     for name, side in (("keys", closed.keys), ("values", closed.values)):
@@ -267,13 +282,17 @@ def _uncut(closed: Closed, group: int) -> str | None:
 def _unmet(closed: Closed, group: int) -> str | None:
     """Return why kernels do not take signs that lie as these do, or None; `group` queries of a token share a key."""
     ways = [side.lying for side in (closed.keys, closed.values) if isinstance(side, Side)]
-    if [way is not None and way.across for way in ways] != [False, True] or ways[0] is None:
+    if [isinstance(way, Lying) and way.across for way in ways] != [False, True] or not isinstance(ways[0], Lying):
         return "keys and values must both lie as signs do, or neither"
     if group > ROWS[-1]:
         return f"it takes up to {ROWS[-1]} heads that share a key, found {group}"
-    if closed.block * closed.blocks % SIGN_TURN:
-        return f"pages must hold a multiple of {SIGN_TURN} tokens, found {closed.block * closed.blocks}"
-    return None
+    return _unfilled(closed, SIGN_TURN)
+
+
+def _unfilled(closed: Closed, turn: int) -> str | None:
+    """Return why pages are not taken in whole turns, or None."""
+    tokens = closed.block * closed.blocks
+    return f"pages must hold a multiple of {turn} tokens, found {tokens}" if tokens % turn else None
 
 
 def queries_at_once(group: int) -> int:
@@ -295,7 +314,7 @@ def some_queries(query: Tensor, held: Held, how: How, which: slice) -> tuple[Ten
 def signs_of_token(closed: Closed) -> int:
     """Return the signs of a token, of the side that has more."""
     ways = [side.lying for side in (closed.keys, closed.values) if isinstance(side, Side)]
-    return max(way.signs for way in ways if way is not None)
+    return max(way.signs for way in ways if isinstance(way, Lying))
 
 
 def sign_sets(closed: Closed, rows: int) -> int:
@@ -312,6 +331,13 @@ def lie_as_signs(keys: Levels, values: Levels, block: int, rows: int) -> bool:
         return False
     levels = keys.bits == values.bits == 2 and keys.steps is values.steps is None
     return block % SIGN_BLOCK == 0 and block & (block - 1) == 0 and (rows >= SIGN_ROWS or not levels)
+
+
+def lie_as_octets(keys: Levels, values: Levels, dim: int, block: int) -> bool:
+    """Tell whether blocks of so many tokens lie as kernels multiply integers, where keys and values are coded so."""
+    fit = all(one.bits in octets.BITS and one.table is not None and one.mirrored and one.codes(dim) == dim
+              and (one.maps is None or one.signs is not None) for one in (keys, values))
+    return fit and dim in DIMS and block % TURN == 0 and block & (block - 1) == 0
 
 
 def element_codes(bits: int, dim: int) -> int:
@@ -337,60 +363,3 @@ def table_words(bits: int, table: Tensor | None) -> Tensor:
         else:
             words = torch.cat([pairs[:, 1], pairs[:, 0]]).view(torch.int32)
     return words.repeat(WARPS, 1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Division:
-    """How work is cut.
-
-    Attributes
-    ----------
-    splits : int
-        Programs that share a head's closed tokens.
-    dense : int
-        Programs that share its others.
-    rows : int
-        Queries of a tile.
-    turn : int
-        Closed tokens that a warp takes at a time.
-    """
-
-    splits: int
-    dense: int
-    rows: int
-    turn: int
-
-    @property
-    def parts(self) -> int:
-        """Programs of a head."""
-        return self.splits + self.dense
-
-
-def sign_limits(signs: int) -> tuple[int, int]:
-    """Return programs of a multiprocessor, and a thread's registers, where a lane's queries have so many signs."""
-    return next((programs, registers) for most, programs, registers in SIGN_LIMITS if signs <= most)
-
-
-def words_division(closed: int, dense: int, heads: int, rows: int, processors: int, warps: int) -> Division:
-    """Return the division where bytes name words: tables fill a multiprocessor, so a program has one for itself.
-
-    Programs over dense tokens come last; where they are a turn of their own, it counts as much as one and a half.
-    """
-    tile = next(one for one in ROWS if rows <= one)
-    others, turns = -(-dense // (warps * DENSE_TURN)), -(-closed // (warps * TURN))
-    room = processors // (heads * -(-rows // WORD_ROWS))
-    ways = [(-(-turns // max(1, splits)) + cost, -splits) for splits, cost in ((room - others, 0.0), (room, 1.5))
-            if splits > 0] or [(turns + 0.0, -1)]
-    each = -(-turns // -min(ways)[1])
-    return Division(-(-turns // each), others, tile, TURN)
-
-
-def division_of(closed: int, dense: int, heads: int, rows: int, processors: int, *, signs: int = 0) -> Division:
-    """Return the division for so many closed and dense tokens of `heads` heads of all sequences; `signs`, where met."""
-    tile = next(one for one in ROWS if rows <= one)
-    turn = SIGN_TURN if signs else TURN if tile < ROWS[-1] else TURN // 2
-    others = -(-dense // (WARPS * DENSE_TURN))
-    turns = -(-closed // (WARPS * turn))
-    programs, least = (sign_limits(signs)[0], 1) if signs else (PROGRAMS, LEAST_TURNS)
-    each = max(min(least, turns), -(-turns // max(1, programs * processors // heads)))
-    return Division(-(-turns // each), others, tile, turn)

@@ -47,6 +47,13 @@ def waited():
 
 
 @gluon.jit
+def ahead():
+    """Return 0, and let the next kernel start; what this one reads was there before the kernel before it began."""
+    return gl.inline_asm_elementwise("griddepcontrol.launch_dependents; mov.b32 $0, 0;", "=r", [], dtype=gl.int32,
+                                     is_pure=False, pack=1)
+
+
+@gluon.jit
 def joined(parts):
     """Return tensors joined along new last axes, in order; there are 4, 8 or 16."""
     if len(parts) == 16:
@@ -282,7 +289,7 @@ def over_dense(split, at, head, sequence, query, sink_keys, sink_values, tail_ke
     la: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     lb: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
     flat: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 32 // (DIM // 8), DIM // 8], [S, 1, 1], [2, 1, 0])
-    part = sequence * HEADS + head + waited()
+    part = sequence * HEADS + head + ahead()
     r = along(R, lb, 2)
     queries = gl.load(query + (part * ROWS + r) * DIM + along(DIM, lb, 1), (r < ROWS) & (along(S, lb, 0) >= 0), other=0.0)
     count = sinks + recent
@@ -315,11 +322,9 @@ def dense_tile(sinks_at, tail_at, split, sequence, head, sinks, count, sink_batc
     """Return dense tokens (S, N, DIM)."""
     index = (split * S + along(S, layout, 0)) * N + along(N, layout, 1)
     column = along(DIM, layout, 2)
-    early = gl.load(sinks_at + sequence.to(gl.int64) * sink_batch + head * sink_head + index * sink_token + column,
-                    (index < sinks) & (column >= 0), other=0.0)
-    late = gl.load(tail_at + sequence.to(gl.int64) * batch_step + head * head_step + (index - sinks) * token_step + column,
-                   (index >= sinks) & (index < count) & (column >= 0), other=0.0)
-    return gl.where((index < sinks) & (column >= 0), early, late)
+    early = sinks_at + (sequence.to(gl.int64) * sink_batch + head * sink_head + index * sink_token + column)
+    late = tail_at + (sequence.to(gl.int64) * batch_step + head * head_step + (index - sinks) * token_step + column)
+    return gl.load(gl.where((index < sinks) & (column >= 0), early, late), (index < count) & (column >= 0), other=0.0)
 
 
 @kernel

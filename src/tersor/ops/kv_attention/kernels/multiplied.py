@@ -1,0 +1,186 @@
+"""Attention of few queries over closed tokens whose codes are integers of 8 bits; dense tokens as in `attending.py`.
+
+A warp takes turns of 64 tokens or more by itself. Codes become operands of the tensor cores four at a time, queries and
+weights are integers of two bytes: a column of a product each.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from tersor.ops.dispatch import kernel
+from tersor.ops.kv_attention.kernels.arriving import place_of
+from tersor.ops.kv_attention.kernels.attending import over_dense
+from tersor.ops.kv_attention.kernels.joining import ADDED, PAD, finish, is_last, merged
+from tersor.ops.kv_attention.kernels.meeting import NONE, across
+from tersor.ops.kv_attention.kernels.octets import (
+    RUN,
+    UNIT,
+    added,
+    load_keys,
+    load_scales,
+    load_values,
+    masked,
+    of_set,
+    scored,
+    weighed,
+)
+from tersor.ops.kv_attention.kernels.signed import filled
+from tersor.ops.kv_attention.kernels.turning import ask, asked, shared
+
+
+@gluon.jit
+def load_table(table, like, BITS: gl.constexpr):
+    """Return the integers of levels in each lane's own registers."""
+    found = (gl.load(table + like * 0),)
+    if BITS == 4:
+        found = found + (gl.load(table + (like * 0 + 1)),)
+    return found
+
+
+@gluon.jit
+def load_turn(sources, far, start, first, middle, head, lane, steps, HEADS: gl.constexpr, BLOCK: gl.constexpr,
+              PAGE: gl.constexpr, DIM: gl.constexpr, KEYS: gl.constexpr, KEY_BYTES: gl.constexpr, UNITS: gl.constexpr):
+    """Return keys and their scales, unit by unit, of the turn at `start` that reads tokens from `first` on."""
+    keys, scales = (), ()
+    for unit in gl.static_range(UNITS):
+        own = unit * UNIT + (lane >> 2) * RUN
+        keys = keys + (load_keys(sources[0], far, first + own, head, lane & 3, HEADS, BLOCK, PAGE, DIM, KEYS),)
+        scales = scales + (load_scales(sources[0], sources[4], far, first + own, head, start + own < middle, steps, HEADS,
+                                       BLOCK, PAGE, KEY_BYTES),)
+    return keys, scales
+
+
+@gluon.jit
+def over_octets(split, splits, at, head, sequence, row, queries, start, sources, tables, steps, scaling, mask, softcap, peaks, totals, sums,
+                middle, batch, early, mask_head, mask_query, mask_token, HEADS: gl.constexpr, ROWS: gl.constexpr,
+                QUERIES: gl.constexpr, DIM: gl.constexpr, BLOCK: gl.constexpr, PAGE: gl.constexpr, KEYS: gl.constexpr,
+                VALUES: gl.constexpr, KEY_BYTES: gl.constexpr, VALUE_BYTES: gl.constexpr, MASK: gl.constexpr,
+                CAPPED: gl.constexpr, NEAR: gl.constexpr, UNITS: gl.constexpr,
+                SETS: gl.constexpr, S: gl.constexpr):
+    """Attend to the turns of closed tokens that are this program's, with queries from `row` on.
+
+    KEYS and VALUES are bits of a code; `tables` are integers and steps of levels, of keys, then of values.
+    """
+    TURN: gl.constexpr = UNITS * UNIT
+    COUNT: gl.constexpr = DIM // 8
+    thread = gl.arange(0, 32 * S, layout=gl.BlockedLayout([1], [32], [S], [0]))
+    lane = thread & 31
+    warp = thread >> 5
+    quad = lane & 3
+    group = lane >> 2
+    at_token = (split * S + warp) * TURN
+    first = gl.where(at_token < middle, at_token, 0)  # turns that are none read the first one's
+    keys, key_scales = load_turn(sources, place_of(sources[2], first, batch, sequence, BLOCK, PAGE), at_token, first, middle,
+                                 head, lane, steps[0], HEADS, BLOCK, PAGE, DIM, KEYS, KEY_BYTES, UNITS)
+    far = place_of(sources[3], first, batch, sequence, BLOCK, PAGE)
+    key_table = load_table(tables[0], lane, KEYS)
+    value_table = load_table(tables[1], lane, VALUES)
+    for turn in gl.static_range(SETS):
+        ask(queries[0] + (sequence * HEADS + head) * (ROWS * DIM), queries[1],
+            queries[2] + (head * DIM if NEAR[2] else 0), scaling, start, row + 4 * turn + warp, warp, lane, turn, ROWS, DIM,
+            NEAR[0], NEAR[1], SETS)
+    gl.thread_barrier()
+    columns, begin, unit, shift = asked(start, lane, tables[2], DIM, SETS)
+    peak = filled(NONE, unit[0], SETS)
+    total = filled(0.0, unit[0], SETS)
+    extra = filled(0.0, unit[0], SETS)
+    acc = filled(0.0, unit[0], SETS * COUNT)
+    for _ in range(0, ((middle + TURN - 1) // TURN + splits * S - 1) // (splits * S)):
+        values, value_scales, token, inside = (), (), (), ()
+        for unit_of in gl.static_range(UNITS):
+            own = unit_of * UNIT + group * RUN
+            token, inside = token + (first + own,), inside + (at_token + own < middle,)
+            values = values + (load_values(sources[1], far, first + (unit_of * UNIT + quad * (2 * RUN)), head, group,
+                                           HEADS, BLOCK, PAGE, DIM, VALUES),)
+            value_scales = value_scales + load_scales(sources[1], sources[5], far, token[unit_of], head, inside[unit_of],
+                                                      steps[1], HEADS, BLOCK, PAGE, VALUE_BYTES)
+        at_token += splits * (S * TURN)
+        first = gl.where(at_token < middle, at_token, 0)
+        near = place_of(sources[2], first, batch, sequence, BLOCK, PAGE)
+        far = place_of(sources[3], first, batch, sequence, BLOCK, PAGE)
+        scores, placed = (), ()
+        for unit_of in gl.static_range(UNITS):
+            scores = scores + scored(keys[unit_of], key_table, columns, begin, unit, shift,
+                                     gl.where(inside[unit_of], 0.0, NONE), key_scales[unit_of], softcap, DIM, KEYS, SETS,
+                                     CAPPED)
+            placed = placed + (token[unit_of] + early,)
+        keys, key_scales = load_turn(sources, near, at_token, first, middle, head, lane, steps[0], HEADS, BLOCK, PAGE, DIM,
+                                     KEYS, KEY_BYTES, UNITS)
+        given, sizes, shrinks, peaks_of, totals_of, extras = (), (), (), (), (), ()
+        for turn in gl.static_range(SETS):
+            every = masked(of_set(scores, turn, SETS), mask, placed, inside, row + 4 * turn + quad, head, mask_head,
+                           mask_query, mask_token, ROWS, QUERIES, MASK)
+            some, size, shrink, most, whole, more = weighed(every, value_scales, peak[turn], total[turn], extra[turn])
+            given, sizes, shrinks = given + some, sizes + (size,), shrinks + (shrink,)
+            peaks_of, totals_of, extras = peaks_of + (most,), totals_of + (whole,), extras + (more,)
+        peak, total, extra = peaks_of, totals_of, extras
+        acc = added(acc, values, value_table, given, sizes, shrinks, DIM, VALUES)
+    for turn in gl.static_range(SETS):
+        half = across(extra[turn], ADDED) * (0.5 * tables[3])
+        levels = ()
+        for place in gl.static_range(COUNT):
+            levels = levels + (acc[turn * COUNT + place] * tables[3] + half,)
+        finish(levels, peak[turn], total[turn], row + 4 * turn, at, peaks, totals, sums,
+               start + (SETS * DIM * 8 + SETS * 48), warp, lane, ROWS, DIM, S)
+
+
+@gluon.constexpr_function
+def words_of(dim: int, sets: int, warps: int, pad: int) -> int:
+    """Return the words of shared memory of a program: bytes of queries, what belongs to each, and sums to be joined."""
+    count = 2 * sets * dim + 12 * sets + 8 * warps + 4 * warps * (dim + pad)
+    return -(-count // (32 * warps)) * 32 * warps
+
+
+@kernel
+@gluon.jit(do_not_specialize=["middle", "sinks", "recent", "mask_batch", "mask_head", "mask_query", "mask_token",
+                                "splits", "softcap"])
+def attend_octets(query, signs, offset, value_signs, value_offset, aux, out, tickets, key_words, value_words, key_pages,
+                  value_pages, key_room, value_room, key_table, value_table, key_step, value_step, key_steps,
+                  value_steps, sink_keys, sink_values, tail_keys, tail_values, mask, softcap, scaling, peaks, totals,
+                  sums, counts, middle, sinks, recent, batch, sink_batch, sink_head, sink_token, tail_batch, tail_head,
+                  tail_token, sink_batch_v, sink_head_v, sink_token_v, tail_batch_v, tail_head_v, tail_token_v,
+                  mask_batch, mask_head, mask_query, mask_token, splits, HEADS: gl.constexpr, ROWS: gl.constexpr,
+                  QUERIES: gl.constexpr, DIM: gl.constexpr, BLOCK: gl.constexpr, PAGE: gl.constexpr,
+                  KEYS: gl.constexpr, VALUES: gl.constexpr, KEY_BYTES: gl.constexpr, VALUE_BYTES: gl.constexpr,
+                  MASK: gl.constexpr, CAPPED: gl.constexpr, CAUSAL: gl.constexpr, COUNTED: gl.constexpr,
+                  NEAR: gl.constexpr, FAR: gl.constexpr, AUX: gl.constexpr, UNITS: gl.constexpr, SETS: gl.constexpr,
+                  R: gl.constexpr, N_DENSE: gl.constexpr, S: gl.constexpr):
+    """Write attention (batch, queries, query heads, DIM): parts as in `attend`, which the last program joins.
+
+    KEYS and VALUES are bits of a code, with scales of so many bytes. NEAR and FAR tell of keys and of values whether
+    coordinates are turned, by `signs` and a Hadamard matrix, whether something is added, and whether to each head something
+    else. Programs of the third axis have other queries, SETS times four. `tickets` are zeros, one a part, and are left so.
+    """
+    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [S, 1, 1], [1, 16, 8])
+    split = gl.program_id(0)
+    part = gl.program_id(1)
+    sequence = part // HEADS
+    head = part % HEADS
+    parts = gl.num_programs(0)
+    at = part.to(gl.int64) * parts + split
+    if COUNTED:
+        middle = gl.load(counts)
+        sinks = gl.load(counts + 1)
+        recent = gl.load(counts + 2)
+    mask += sequence.to(gl.int64) * mask_batch
+    thread = gl.arange(0, 32 * S, layout=gl.BlockedLayout([1], [32], [S], [0]))
+    start = shared(thread, words_of(DIM, SETS, S, PAD), S)
+    sources = (key_words, value_words, key_pages, value_pages, key_room, value_room)
+    if split < splits:
+        over_octets(split, splits, at, head, sequence, gl.program_id(2) * (4 * SETS), (query, signs, offset), start, sources, (key_table, value_table, key_step, value_step),
+                    (key_steps, value_steps), scaling, mask, softcap, peaks, totals, sums, middle, batch, sinks,
+                    mask_head, mask_query, mask_token, HEADS, ROWS, QUERIES, DIM, BLOCK, PAGE, KEYS, VALUES, KEY_BYTES,
+                    VALUE_BYTES, MASK, CAPPED, NEAR, UNITS, SETS, S)
+    elif gl.program_id(2) == 0:
+        strides = (sink_batch, sink_head, sink_token, tail_batch, tail_head, tail_token, sink_batch_v, sink_head_v,
+                   sink_token_v, tail_batch_v, tail_head_v, tail_token_v)
+        over_dense(split - splits, at, head, sequence, query, sink_keys, sink_values, tail_keys, tail_values, mask,
+                   softcap, scaling, peaks, totals, sums, middle, sinks, recent, strides, mask_head, mask_query,
+                   mask_token, mma, HEADS, ROWS, QUERIES, DIM, DIM, MASK, CAPPED, CAUSAL, R, N_DENSE, S)
+    if (split < splits) | (gl.program_id(2) == 0):
+        programs = splits * (gl.num_programs(2) - 1) + parts
+        if is_last(tickets, part, programs, start, thread):
+            merged(peaks, totals, sums, value_signs, value_offset, aux, out, part, parts, splits, thread >> 5,
+                   thread & 31, HEADS, ROWS, QUERIES, DIM, FAR[0], FAR[1], FAR[2], AUX)
