@@ -93,12 +93,12 @@ def run(keys: Side, values: Side, query: Tensor, tokens: int, units: int, splits
     far, out, tickets = np.zeros(64, np.int64), np.zeros((HEADS * rows, dim), np.float32), np.zeros(HEADS, np.int32)
     (near_step, near_table), (far_step, far_table) = keys.levels.octets, values.levels.octets
     ways = tuple((one.levels.signs is not None, False, False) for one in (keys, values))
-    launch("kv_attention.kernels.multiplied", "attend_octets", (splits, HEADS, -(-rows // (4 * sets))), (
+    launch("kv_attention.kernels.multiplied", "attend_octets", (splits * HEADS, -(-rows // (4 * sets))), (
         query.numpy().copy(), signs[0], none, signs[1], none, none, out, tickets, *place, far, far, *room,
         near_table.numpy(), far_table.numpy(), near_step, far_step, none, none, *[none] * 5, 0.0, dim**-0.5 * LOG2E,
-        peaks, totals, sums, none, tokens, 0, 0, 1, *[0] * 16, splits, HEADS, rows, 1, dim, BLOCK, 16,
+        peaks, totals, sums, none, tokens, 0, 0, 1, *[0] * 16, splits, 0, HEADS, rows, 1, dim, BLOCK, 16,
         keys.levels.bits, values.levels.bits, keys.scale_bytes, values.scale_bytes, "none", False, False, False, *ways,
-        False, units, sets, 8, 16, WARPS), warps=WARPS)
+        False, units, sets, WARPS), warps=WARPS)
     assert not tickets.any()
     return out
 

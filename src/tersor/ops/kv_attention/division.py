@@ -9,6 +9,7 @@ from tersor.ops.kv_attention.shapes import DENSE_TURN, ROWS, SIGN_TURN, TURN, WA
 
 PROGRAMS = 2  # of a multiprocessor, over closed tokens; three fit, and those over dense tokens are short
 LEAST_TURNS = 3  # of a warp: beginning and ending cost as much as two or three
+NEARBY, MOST_NEARBY = 8, 8  # dense tokens of a warp at a time; programs that share a head's
 OCTET_PROGRAMS, OCTET_REGISTERS = 3, 168  # of a multiprocessor, of a thread
 SIGN_LIMITS = ((256, 3, 168), (512, 2, 255))  # signs of a lane's queries, programs of a multiprocessor, registers
 
@@ -71,10 +72,17 @@ def division_of(closed: int, dense: int, heads: int, rows: int, processors: int,
 
 
 def octets_division(closed: int, dense: int, heads: int, rows: int, processors: int) -> Division:
-    """Return the division where codes are integers: two units of tokens a turn, but one where that is all of a warp."""
+    """Return the division where codes are integers: of one unit of tokens a turn or two, that which ends sooner.
+
+    All programs over codes run at once. A unit costs 1.05 alone what it costs beside another; joining a part of a head
+    .05; that is what was measured (docs/log.md, 2026-12-01).
+    """
     tile, room = next(one for one in ROWS if rows <= one), max(1, OCTET_PROGRAMS * processors // heads)
-    turns = -(-closed // (WARPS * UNIT))
-    units = 1 if turns <= room else 2
-    turns = -(-turns // units)
-    each = -(-turns // room)
-    return Division(-(-turns // each), -(-dense // (WARPS * DENSE_TURN)), tile, units * UNIT)
+    ways = []
+    for units in (1, 2):
+        turns = -(-closed // (WARPS * UNIT * units))
+        each = -(-turns // room)
+        splits = -(-turns // each)
+        ways.append((each * units * (1.05 if units == 1 else 1.0) + 0.05 * splits, splits, units * UNIT))
+    _, splits, turn = min(ways)
+    return Division(splits, min(MOST_NEARBY, -(-dense // (WARPS * NEARBY))), tile, turn)

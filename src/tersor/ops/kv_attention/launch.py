@@ -187,14 +187,14 @@ def _multiply_octets(query: Tensor, held: Held, how: How, work: Work, out: Tenso
     (near_step, near_table), (far_step, far_table) = keys.octets, values.octets
     ways = tuple((one.signs is not None, one.offset is not None, one.offset is not None and len(one.offset) > 1)
                  for one in (keys, values))
-    attend_octets[(cut.parts, parts, -(-rows // (SET * sets)))](
+    attend_octets[(cut.parts * parts, -(-rows // (SET * sets)))](
         query, _or(keys.signs, query), _or(keys.offset, query), _or(values.signs, query), _or(values.offset, query),
         _or(how.s_aux, query), out, tickets, near_side, far_side, closed.keys.addresses, closed.values.addresses,
         near_room, far_room, near_table, far_table, near_step, far_step, keys.stepped, values.stepped,
-        *_dense(query, held, how, (scaling, scores, sums, _or(counts, near_side))), cut.splits, heads, rows,
-        query.shape[2], dim, closed.block, closed.blocks, keys.bits, values.bits, closed.keys.scale_bytes,
-        closed.values.scale_bytes, *_kinds(how, counts), *ways, how.s_aux is not None, cut.turn // UNIT, sets, cut.rows,
-        DENSE_TURN, WARPS, num_warps=WARPS, maxnreg=OCTET_REGISTERS)
+        *_dense(query, held, how, (scaling, scores, sums, _or(counts, near_side)), words=True), cut.splits, cut.dense,
+        heads, rows, query.shape[2], dim, closed.block, closed.blocks, keys.bits, values.bits, closed.keys.scale_bytes,
+        closed.values.scale_bytes, *_kinds(how, counts), *ways, how.s_aux is not None, cut.turn // UNIT, sets, WARPS,
+        num_warps=WARPS, maxnreg=OCTET_REGISTERS)
 
 
 def _meet_words(query: Tensor, held: Held, how: How, work: Work, counts: Tensor | None) -> None:
@@ -228,12 +228,13 @@ def _scaling(how: How) -> float:
     return how.scaling * (LOG2E if how.softcap is None else 1.0)
 
 
-def _dense(query: Tensor, held: Held, how: How, work: tuple[float, Tensor, Tensor, Tensor]) -> tuple[Any, ...]:
-    """Return what both kernels are given from dense sinks to the steps of masks."""
+def _dense(query: Tensor, held: Held, how: How, work: tuple[float, Tensor, Tensor, Tensor], *,
+           words: bool = False) -> tuple[Any, ...]:
+    """Return what kernels are given from dense sinks to the steps of masks; dense tokens as `words`, or as numbers."""
     scaling, scores, sums, counts = work
     batch, _, recent, _ = held.recent[0].shape
     assert held.closed is not None
-    (sink_keys, sink_values), (keys, values) = ((_rows(one) for one in pair) for pair in (held.sinks, held.recent))
+    (sink_keys, sink_values), (keys, values) = ((_rows(one, words) for one in pair) for pair in (held.sinks, held.recent))
     mask, steps = _mask(how.mask, query, batch)
     return (sink_keys, sink_values, keys, values, mask, float(how.softcap or 0.0), scaling, scores[0], scores[1], sums,
             counts, held.closed.tokens, held.sinks[0].shape[2], recent, batch, *sink_keys.stride()[:3],
@@ -263,9 +264,12 @@ def _per_head(*tensors: Tensor | None) -> bool:
     return any(tensor is not None and tensor.shape[0] > 1 for tensor in tensors)
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """Return dense tokens with their numbers side by side."""
-    return tensor if tensor.stride(3) == 1 else tensor.contiguous()
+def _rows(tensor: Tensor, words: bool) -> Tensor:
+    """Return dense tokens with their numbers side by side, two of 16 bits as a word where `words` are asked for."""
+    if not words:
+        return tensor if tensor.stride(3) == 1 else tensor.contiguous()
+    whole = tensor.stride(3) == 1 and not (tensor.storage_offset() % 4 or any(step % 4 for step in tensor.stride()[:3]))
+    return (tensor if whole else tensor.contiguous()).view(torch.int32)
 
 
 def _kind(mask: Tensor | None) -> str:

@@ -13,8 +13,10 @@ from tersor.ops.kv_attention.kernels.turning import keep, take, take_float, turn
 ADDED = gl.constexpr(bits.across("add.f32"))
 FAR = gl.constexpr(tuple(octet_ptx.far_load(count) for count in (1, 2, 4)))
 TICKET, FIRST = gl.constexpr(octet_ptx.TICKET), gl.constexpr("ld.shared.b32 $0, [global_smem];")
+MOST, WHOLE = gl.constexpr(octet_ptx.whole("max.NaN.f32")), gl.constexpr(octet_ptx.whole("add.f32"))
+FROM = gl.constexpr(octet_ptx.FROM)
 PAD = gl.constexpr(8)  # numbers, so that lanes' rows lie in other banks
-AT_ONCE = gl.constexpr(16)  # parts
+AT_ONCE = gl.constexpr(32)  # parts
 
 
 @gluon.jit
@@ -29,55 +31,75 @@ def numbers_of(at, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def finish(acc, peak, total, first, at, peaks, totals, sums, start, warp, lane, ROWS: gl.constexpr, DIM: gl.constexpr,
-           S: gl.constexpr):
-    """Join the warps' sums of four queries, from `first` on, and write them; a warp ends with a query, as rows lie.
+def shares(peak, total, start, warp, quad, S: gl.constexpr):
+    """Write a warp's peaks and sums of weights to shared memory; return what its sums count in the program's.
 
     Shared memory from `start` on has peaks (4, S) and sums of weights (4, S), then sums (S, 4, DIM + PAD).
     """
-    EACH: gl.constexpr = DIM // 32
-    quad = lane & 3
-    total = across(total, ADDED)
     own = start + (quad * S + warp) * 4
     keep(own, (peak.to(gl.int32, bitcast=True),))
-    keep(own + 16 * S, (total.to(gl.int32, bitcast=True),))
+    keep(own + 16 * S, (across(total, ADDED).to(gl.int32, bitcast=True),))
     gl.thread_barrier()
     most = gl.full(peak.shape, NONE, gl.float32, peak.type.layout)
     for other in gl.static_range(S):
         most = gl.maximum(most, take_float(start + (quad * S + other) * 4))
-    share = gl.exp2(peak - gl.where(most == NONE, 0.0, most))
-    near = start + (32 * S + ((warp * 4 + quad) * (DIM + PAD) + (lane >> 2) * 4) * 4)
-    for part in gl.static_range(DIM // 32):
-        four = ()
-        for place in gl.static_range(4):
-            four = four + ((acc[4 * part + place] * share).to(gl.int32, bitcast=True),)
-        keep(near + part * 128, four)
+    return gl.exp2(peak - gl.where(most == NONE, 0.0, most))
+
+
+@gluon.jit
+def joined(start, warp, lane, DIM: gl.constexpr, S: gl.constexpr):
+    """Return a warp's query as rows lie: the sums of all warps, their peak and sum of weights."""
+    EACH: gl.constexpr = DIM // 32
     gl.thread_barrier()
-    most = gl.full(peak.shape, NONE, gl.float32, peak.type.layout)
+    tops, totals = (), ()
     for other in gl.static_range(S):
-        most = gl.maximum(most, take_float(start + (warp * S + other) * 4))
+        tops = tops + (take_float(start + (warp * S + other) * 4),)
+        totals = totals + (take_float(start + (warp * S + other + 4 * S) * 4),)
+    most = tops[0]
+    for other in gl.static_range(1, S):
+        most = gl.maximum(most, tops[other])
     base = gl.where(most == NONE, 0.0, most)
-    whole = gl.zeros_like(total)
+    whole = gl.zeros_like(most)
     for other in gl.static_range(S):
-        whole += take_float(start + (warp * S + other + 4 * S) * 4) * gl.exp2(
-            take_float(start + (warp * S + other) * 4) - base)
-    row = first + warp
-    inside = row < ROWS
-    alone = inside & (lane == 0)
-    gl.store(peaks + (at * ROWS + row), most, alone)
-    gl.store(totals + (at * ROWS + row), whole, alone)
+        whole += totals[other] * gl.exp2(tops[other] - base)
     found = ()
-    for place in gl.static_range(EACH):
-        found = found + (gl.zeros_like(total),)
+    for _ in gl.static_range(EACH):
+        found = found + (gl.zeros_like(most),)
     for other in gl.static_range(S):
         words = take(start + (32 * S + ((other * 4 + warp) * (DIM + PAD) + lane * EACH) * 4), EACH)
         more = ()
         for place in gl.static_range(EACH):
             more = more + (found[place] + words[place].to(gl.float32, bitcast=True),)
         found = more
-    for place in gl.static_range(EACH):
-        gl.store(sums + ((at * ROWS + row) * DIM + lane * EACH + place), found[place], inside)
     gl.thread_barrier()
+    return found, most, whole
+
+
+@gluon.jit
+def written(row_sums, most, whole, row, at, peaks, totals, sums, lane, ROWS: gl.constexpr, DIM: gl.constexpr):
+    """Write a part of a query: sums, their peak, and the sum of weights."""
+    EACH: gl.constexpr = DIM // 32
+    inside = row < ROWS
+    gl.store(peaks + (at * ROWS + row), most, inside & (lane == 0))
+    gl.store(totals + (at * ROWS + row), whole, inside & (lane == 0))
+    for place in gl.static_range(EACH):
+        gl.store(sums + ((at * ROWS + row) * DIM + lane * EACH + place), row_sums[place], inside)
+
+
+@gluon.jit
+def finish(acc, peak, total, row, at, peaks, totals, sums, start, warp, lane, ROWS: gl.constexpr, DIM: gl.constexpr,
+           S: gl.constexpr):
+    """Join the warps' sums of four queries, four numbers of each 32 a lane, and write a part; a warp's query is `row`."""
+    quad = lane & 3
+    share = shares(peak, total, start, warp, quad, S)
+    near = start + (32 * S + ((warp * 4 + quad) * (DIM + PAD) + (lane >> 2) * 4) * 4)
+    for part in gl.static_range(DIM // 32):
+        four = ()
+        for place in gl.static_range(4):
+            four = four + ((acc[4 * part + place] * share).to(gl.int32, bitcast=True),)
+        keep(near + part * 128, four)
+    found, most, whole = joined(start, warp, lane, DIM, S)
+    written(found, most, whole, row, at, peaks, totals, sums, lane, ROWS, DIM)
 
 
 @gluon.jit
@@ -96,36 +118,35 @@ def is_last(tickets, part, programs, start, thread):
 @gluon.jit
 def some_parts(peaks, totals, sums, first, begin, parts, splits, row, lane, state, ROWS: gl.constexpr,
                DIM: gl.constexpr):
-    """Return sums, those of codes and those of dense tokens, and their peak and weights, with AT_ONCE parts more."""
+    """Return sums, their peak, and a lane's sums of weights, those of codes and all, with 32 parts more."""
     EACH: gl.constexpr = DIM // 32
-    peak, total, coded_total, coded, dense = state
-    tops, shares, rows = (), (), ()
+    peak, total, coded, acc = state
+    own = begin + lane
+    at = (first + gl.minimum(own, parts - 1)) * ROWS + row
+    top, share = numbers_of(peaks + at, 1)[0], numbers_of(totals + at, 1)[0]
+    rows = ()
     for place in gl.static_range(AT_ONCE):
         at = (first + gl.minimum(begin + place, parts - 1)) * ROWS + row
-        tops = tops + (gl.where(begin + place < parts, numbers_of(peaks + at, 1)[0], NONE),)
-        shares = shares + numbers_of(totals + at, 1)
         rows = rows + (numbers_of(sums + (at * DIM + lane * EACH), EACH),)
-    fresh = peak
-    for place in gl.static_range(AT_ONCE):
-        fresh = gl.maximum(fresh, tops[place])
+    top = gl.where(own < parts, top, NONE)
+    fresh = gl.maximum(peak, gl.inline_asm_elementwise(MOST, registers(1, 1), [top], dtype=gl.float32, is_pure=False,
+                                                       pack=1))
     base = gl.where(fresh == NONE, 0.0, fresh)
     shrink = gl.exp2(peak - base)
-    total, coded_total = total * shrink, coded_total * shrink
-    weights = ()
-    for place in gl.static_range(AT_ONCE):
-        weight = gl.exp2(tops[place] - base)
-        near = gl.where(begin + place < splits, weight, 0.0)
-        total += shares[place] * weight
-        coded_total += shares[place] * near
-        weights = weights + ((near, weight - near),)
-    found, others = (), ()
+    weight = gl.exp2(top - base)
+    share = share * weight
+    total, coded = total * shrink + share, coded * shrink + gl.where(own < splits, share, 0.0)
+    found = ()
     for which in gl.static_range(EACH):
-        one, other = coded[which] * shrink, dense[which] * shrink
-        for place in gl.static_range(AT_ONCE):
-            one += rows[place][which] * weights[place][0]
-            other += rows[place][which] * weights[place][1]
-        found, others = found + (one,), others + (other,)
-    return fresh, total, coded_total, found, others
+        found = found + (acc[which] * shrink,)
+    for place in gl.static_range(AT_ONCE):
+        one = gl.inline_asm_elementwise(FROM, registers(1, 2), [weight, lane * 0 + place], dtype=gl.float32,
+                                        is_pure=False, pack=1)
+        more = ()
+        for which in gl.static_range(EACH):
+            more = more + (found[which] + rows[place][which] * one,)
+        found = more
+    return fresh, total, coded, found
 
 
 @gluon.jit
@@ -144,26 +165,28 @@ def merge_row(peaks, totals, sums, signs, offset, aux, out, part, row, parts, sp
     if AUX:
         peak = gl.load(aux + (head * (ROWS // QUERIES) + near // QUERIES)).to(gl.float32) * LOG2E + total
         total += gl.where(peak == NONE, 0.0, 1.0)
-    zeros = ()
+    acc = ()
     for _ in gl.static_range(EACH):
-        zeros = zeros + (gl.zeros_like(total),)
-    state = (peak, total, gl.zeros_like(total), zeros, zeros)
+        acc = acc + (gl.zeros_like(total),)
+    state = (peak, gl.where(lane == 0, total, 0.0), gl.zeros_like(total), acc)
     for begin in range(0, parts, AT_ONCE):
         state = some_parts(peaks, totals, sums, part.to(gl.int64) * parts, begin, parts, splits, near, lane, state, ROWS,
                            DIM)
-    coded = state[3]
+    total = gl.inline_asm_elementwise(WHOLE, registers(1, 1), [state[1]], dtype=gl.float32, is_pure=False, pack=1)
+    acc = state[3]
     if TURNED:
-        coded = turned(coded, lane)
-    inverse = 1.0 / gl.where(state[1] == 0.0, 1.0, state[1])
+        acc = turned(acc, lane)
+    if SHIFTED:
+        coded = gl.inline_asm_elementwise(WHOLE, registers(1, 1), [state[2]], dtype=gl.float32, is_pure=False, pack=1)
+    inverse = 1.0 / gl.where(total == 0.0, 1.0, total)
     first = ((sequence.to(gl.int64) * QUERIES + row % QUERIES) * (HEADS * (ROWS // QUERIES))
              + head * (ROWS // QUERIES) + group) * DIM + lane * EACH
     for place in gl.static_range(EACH):
-        number = coded[place]
+        number = acc[place]
         if TURNED:
             number *= gl.load(signs + (lane * EACH + place))
-        number += state[4][place]
         if SHIFTED:
-            number += state[2] * gl.load(offset + ((head * DIM if PER_HEAD else 0) + lane * EACH + place))
+            number += coded * gl.load(offset + ((head * DIM if PER_HEAD else 0) + lane * EACH + place))
         gl.store(out + first + place, (number * inverse).to(out.dtype.element_ty), inside)
 
 

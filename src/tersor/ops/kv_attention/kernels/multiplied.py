@@ -11,9 +11,9 @@ from triton.experimental.gluon import language as gl
 
 from tersor.ops.dispatch import kernel
 from tersor.ops.kv_attention.kernels.arriving import place_of
-from tersor.ops.kv_attention.kernels.attending import over_dense
 from tersor.ops.kv_attention.kernels.joining import ADDED, PAD, finish, is_last, merged
 from tersor.ops.kv_attention.kernels.meeting import NONE, across
+from tersor.ops.kv_attention.kernels.nearby import over_nearby
 from tersor.ops.kv_attention.kernels.octets import (
     RUN,
     UNIT,
@@ -122,7 +122,7 @@ def over_octets(split, splits, at, head, sequence, row, queries, start, sources,
         levels = ()
         for place in gl.static_range(COUNT):
             levels = levels + (acc[turn * COUNT + place] * tables[3] + half,)
-        finish(levels, peak[turn], total[turn], row + 4 * turn, at, peaks, totals, sums,
+        finish(levels, peak[turn], total[turn], row + 4 * turn + warp, at, peaks, totals, sums,
                start + (SETS * DIM * 8 + SETS * 48), warp, lane, ROWS, DIM, S)
 
 
@@ -135,31 +135,36 @@ def words_of(dim: int, sets: int, warps: int, pad: int) -> int:
 
 @kernel
 @gluon.jit(do_not_specialize=["middle", "sinks", "recent", "mask_batch", "mask_head", "mask_query", "mask_token",
-                                "splits", "softcap"])
+                                "splits", "others", "softcap"])
 def attend_octets(query, signs, offset, value_signs, value_offset, aux, out, tickets, key_words, value_words, key_pages,
                   value_pages, key_room, value_room, key_table, value_table, key_step, value_step, key_steps,
                   value_steps, sink_keys, sink_values, tail_keys, tail_values, mask, softcap, scaling, peaks, totals,
                   sums, counts, middle, sinks, recent, batch, sink_batch, sink_head, sink_token, tail_batch, tail_head,
                   tail_token, sink_batch_v, sink_head_v, sink_token_v, tail_batch_v, tail_head_v, tail_token_v,
-                  mask_batch, mask_head, mask_query, mask_token, splits, HEADS: gl.constexpr, ROWS: gl.constexpr,
+                  mask_batch, mask_head, mask_query, mask_token, splits, others, HEADS: gl.constexpr, ROWS: gl.constexpr,
                   QUERIES: gl.constexpr, DIM: gl.constexpr, BLOCK: gl.constexpr, PAGE: gl.constexpr,
                   KEYS: gl.constexpr, VALUES: gl.constexpr, KEY_BYTES: gl.constexpr, VALUE_BYTES: gl.constexpr,
                   MASK: gl.constexpr, CAPPED: gl.constexpr, CAUSAL: gl.constexpr, COUNTED: gl.constexpr,
                   NEAR: gl.constexpr, FAR: gl.constexpr, AUX: gl.constexpr, UNITS: gl.constexpr, SETS: gl.constexpr,
-                  R: gl.constexpr, N_DENSE: gl.constexpr, S: gl.constexpr):
+                  S: gl.constexpr):
     """Write attention (batch, queries, query heads, DIM): parts as in `attend`, which the last program joins.
 
     KEYS and VALUES are bits of a code, with scales of so many bytes. NEAR and FAR tell of keys and of values whether
     coordinates are turned, by `signs` and a Hadamard matrix, whether something is added, and whether to each head something
     else. Programs of the third axis have other queries, SETS times four. `tickets` are zeros, one a part, and are left so.
     """
-    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [S, 1, 1], [1, 16, 8])
-    split = gl.program_id(0)
-    part = gl.program_id(1)
+    parts = batch * HEADS
+    cuts = splits + others
+    number = gl.program_id(0)  # those over codes come first: they are longer
+    coded = number < splits * parts
+    number = gl.where(coded, number, number - splits * parts)
+    share = gl.where(coded, splits, others)
+    part = number // share
+    split = number % share
     sequence = part // HEADS
     head = part % HEADS
-    parts = gl.num_programs(0)
-    at = part.to(gl.int64) * parts + split
+    at = part.to(gl.int64) * cuts + gl.where(coded, split, split + splits)
+    row = gl.program_id(1) * (4 * SETS)
     if COUNTED:
         middle = gl.load(counts)
         sinks = gl.load(counts + 1)
@@ -167,20 +172,23 @@ def attend_octets(query, signs, offset, value_signs, value_offset, aux, out, tic
     mask += sequence.to(gl.int64) * mask_batch
     thread = gl.arange(0, 32 * S, layout=gl.BlockedLayout([1], [32], [S], [0]))
     start = shared(thread, words_of(DIM, SETS, S, PAD), S)
-    sources = (key_words, value_words, key_pages, value_pages, key_room, value_room)
-    if split < splits:
-        over_octets(split, splits, at, head, sequence, gl.program_id(2) * (4 * SETS), (query, signs, offset), start, sources, (key_table, value_table, key_step, value_step),
+    if coded:
+        sources = (key_words, value_words, key_pages, value_pages, key_room, value_room)
+        over_octets(split, splits, at, head, sequence, row, (query, signs, offset), start, sources, (key_table, value_table, key_step, value_step),
                     (key_steps, value_steps), scaling, mask, softcap, peaks, totals, sums, middle, batch, sinks,
                     mask_head, mask_query, mask_token, HEADS, ROWS, QUERIES, DIM, BLOCK, PAGE, KEYS, VALUES, KEY_BYTES,
                     VALUE_BYTES, MASK, CAPPED, NEAR, UNITS, SETS, S)
-    elif gl.program_id(2) == 0:
-        strides = (sink_batch, sink_head, sink_token, tail_batch, tail_head, tail_token, sink_batch_v, sink_head_v,
-                   sink_token_v, tail_batch_v, tail_head_v, tail_token_v)
-        over_dense(split - splits, at, head, sequence, query, sink_keys, sink_values, tail_keys, tail_values, mask,
-                   softcap, scaling, peaks, totals, sums, middle, sinks, recent, strides, mask_head, mask_query,
-                   mask_token, mma, HEADS, ROWS, QUERIES, DIM, DIM, MASK, CAPPED, CAUSAL, R, N_DENSE, S)
-    if (split < splits) | (gl.program_id(2) == 0):
-        programs = splits * (gl.num_programs(2) - 1) + parts
-        if is_last(tickets, part, programs, start, thread):
-            merged(peaks, totals, sums, value_signs, value_offset, aux, out, part, parts, splits, thread >> 5,
-                   thread & 31, HEADS, ROWS, QUERIES, DIM, FAR[0], FAR[1], FAR[2], AUX)
+    else:
+        far = sequence.to(gl.int64)
+        dense = (sink_keys + (far * sink_batch + head * sink_head), tail_keys + (far * tail_batch + head * tail_head),
+                 sink_values + (far * sink_batch_v + head * sink_head_v),
+                 tail_values + (far * tail_batch_v + head * tail_head_v))
+        for turn in range(0, SETS):
+            over_nearby(split, others, at, head, row + 4 * turn, query + part * (ROWS * DIM), dense,
+                        (middle, sinks, recent), (sink_token, tail_token, sink_token_v, tail_token_v), value_signs,
+                        start + (SETS * DIM * 8 + SETS * 48), mask, softcap, scaling, peaks, totals, sums, mask_head,
+                        mask_query, mask_token, thread >> 5, thread & 31, ROWS, QUERIES, DIM, MASK, CAPPED, CAUSAL, FAR[0],
+                        S)
+    if is_last(tickets, part, cuts * gl.num_programs(1), start, thread):
+        merged(peaks, totals, sums, value_signs, value_offset, aux, out, part, cuts, splits, thread >> 5, thread & 31,
+               HEADS, ROWS, QUERIES, DIM, FAR[0], FAR[1], FAR[2], AUX)

@@ -133,6 +133,23 @@ def whole(kind: str) -> str:
     return "\n".join([*lines, "}"])
 
 
+def scattered() -> str:
+    """Return PTX: sums over all lanes of 32 numbers, each to the lane of its number.
+
+    Registers: the sum, the numbers, the lane.
+    """
+    names = [f"x{place}" for place in range(32)]
+    lines = ["{", ".reg .b32 s, t, u;", ".reg .pred p;", f".reg .b32 {', '.join(names)};"]
+    lines += [f"mov.b32 {name}, ${1 + place};" for place, name in enumerate(names)]
+    for far in (16, 8, 4, 2, 1):
+        lines += [f"and.b32 s, $33, {far};", "setp.ne.b32 p, s, 0;"]
+        for place in range(far):
+            one, other = names[place], names[place + far]
+            lines += [f"selp.b32 t, {one}, {other}, p;", f"selp.b32 u, {other}, {one}, p;",
+                      f"shfl.sync.bfly.b32 t, t, {far}, 31, -1;", f"add.f32 {one}, u, t;"]
+    return "\n".join([*lines, "mov.b32 $0, x0;", "}"])
+
+
 def kept(count: int) -> str:
     """Return PTX: `count` words, one, two or four, of each lane to shared memory."""
     if count == 1:
@@ -156,6 +173,7 @@ def far_load(count: int) -> str:
 
 SUM = "redux.sync.add.s32 $0, $1, -1;"
 LARGEST_BITS = "redux.sync.max.s32 $0, $1, -1;"  # of numbers that are not negative, by their bits; NaN are larger
+FROM = "shfl.sync.idx.b32 $0, $1, $2, 31, -1;"  # a number of another lane
 BEGUN = "mov.u32 $0, global_smem;"  # Triton's name for the shared memory of a program
 # one more of the program's kind is done: what number it has, to the first thread; what it wrote is seen before
 TICKET = """{
