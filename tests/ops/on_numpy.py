@@ -182,6 +182,7 @@ def language(program: tuple[int, ...], warps: int, grid: tuple[int, ...] = ()) -
     names = ("int8", "int16", "int32", "int64", "float16", "float32", "float64", "uint8")
     for name in names:
         setattr(made, name, getattr(np, name))
+    made.bfloat16 = "bfloat16"  # which numpy does not have
     functions: dict[str, Any] = {
         "constexpr": lambda value: value, "static_range": range,
         "range": lambda first, last, loop_unroll_factor=1: range(first, last), "abs": lambda x: array(np.abs(x)),

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from tersor.codecs.scalar.lloyd_max import gaussian_table
-from tersor.kv import TokenStream
-from tersor.ops.kv_attention import Closed, Held, Octets, Side, reference
+from tersor.kv import TokenStream, matrices
+from tersor.ops.kv_attention import Closed, Held, How, Octets, Side, reference
 from tersor.ops.kv_attention.octets import integers_of, octet_words, turning_signs
 from tersor.registry import parse
 from tersor.testing import gaussian
@@ -68,8 +68,9 @@ def hadamard(dim: int) -> Tensor:
 
 def side(text: str, tokens: int, dim: int, seed: int, *, across: bool) -> Side:
     """Return closed tokens of a codec as kernels meet them."""
-    stream = TokenStream(parse(text), BLOCK)
-    stream.append(gaussian((HEADS * tokens, dim), seed).reshape(1, HEADS, tokens, dim))
+    codec, states = parse(text), gaussian((HEADS * tokens, dim), seed).reshape(1, HEADS, tokens, dim)
+    stream = TokenStream(codec, BLOCK, tables=codec.train(matrices(states, BLOCK)))
+    stream.append(states)
     plain, pages = stream.side(), stream._pages
     assert plain is not None
     assert pages is not None
@@ -80,41 +81,75 @@ def side(text: str, tokens: int, dim: int, seed: int, *, across: bool) -> Side:
     return dataclasses.replace(found, lying=way)
 
 
-def run(keys: Side, values: Side, query: Tensor, tokens: int, units: int, splits: int) -> np.ndarray:
-    """Return attention over the closed tokens alone, (heads rows, dim)."""
-    rows, dim = query.shape[1] // HEADS, query.shape[2]
-    sets = min(2, -(-rows // 4))
-    peaks, totals = (np.zeros((HEADS, splits, rows), np.float32) for _ in range(2))
-    sums, none = np.zeros((HEADS, splits, rows, dim), np.float32), np.zeros(256, np.float32)
+def run(keys: Side, values: Side, query: Tensor, held: Held, cut: tuple[int, int, int], how: How) -> np.ndarray:
+    """Return attention (heads rows, dim); `cut` are units of a turn, programs over codes, programs over others."""
+    (units, splits, others), rows, dim = cut, query.shape[1] // HEADS, query.shape[2]
+    assert held.closed is not None
+    sets, count = min(2, -(-rows // 4)), splits + others
+    peaks, totals = (np.full((HEADS, count, rows), np.nan, np.float32) for _ in range(2))
+    sums, none = np.full((HEADS, count, rows, dim), np.nan, np.float32), np.zeros(256, np.float32)
     signs = [none if one.levels.signs is None else one.levels.signs.numpy() for one in (keys, values)]
+    added = [none if one.levels.offset is None else one.levels.offset.numpy() for one in (keys, values)]
     pages = [np.ascontiguousarray(one.pages[0].numpy()).reshape(-1).view(np.int32) for one in (keys, values)]
     place = [Pointer(page, one.codes_at // 4) for page, one in zip(pages, (keys, values), strict=True)]
     room = [(one.scales_at - one.codes_at) // 4 for one in (keys, values)]
-    far, out, tickets = np.zeros(64, np.int64), np.zeros((HEADS * rows, dim), np.float32), np.zeros(HEADS, np.int32)
+    far, out, tickets = np.zeros(64, np.int64), np.zeros((HEADS * rows, dim), np.float16), np.zeros(HEADS, np.int32)
     (near_step, near_table), (far_step, far_table) = keys.levels.octets, values.levels.octets
-    ways = tuple((one.levels.signs is not None, False, False) for one in (keys, values))
-    launch("kv_attention.kernels.multiplied", "attend_octets", (splits * HEADS, -(-rows // (4 * sets))), (
-        query.numpy().copy(), signs[0], none, signs[1], none, none, out, tickets, *place, far, far, *room,
-        near_table.numpy(), far_table.numpy(), near_step, far_step, none, none, *[none] * 5, 0.0, dim**-0.5 * LOG2E,
-        peaks, totals, sums, none, tokens, 0, 0, 1, *[0] * 16, splits, 0, HEADS, rows, 1, dim, BLOCK, 16,
-        keys.levels.bits, values.levels.bits, keys.scale_bytes, values.scale_bytes, "none", False, False, False, *ways,
-        False, units, sets, WARPS), warps=WARPS)
+    ways = tuple((one.levels.signs is not None, one.levels.offset is not None,
+                  one.levels.offset is not None and len(one.levels.offset) > 1) for one in (keys, values))
+    dense = [held.sinks[0], held.sinks[1], held.recent[0], held.recent[1]]
+    words = [np.ascontiguousarray(one.numpy()).reshape(-1).view(np.int32) for one in dense]
+    steps = [(0, one.shape[2] * dim // 2, dim // 2) for one in (dense[0], dense[2], dense[1], dense[3])]
+    mask = none if how.mask is None else how.mask.numpy().view(np.uint8)
+    strides = (0, 0, 0, 0) if how.mask is None else (0, 0, how.mask.shape[3], 1)
+    aux = none if how.s_aux is None else how.s_aux.numpy()
+    launch("kv_attention.kernels.multiplied", "attend_octets", (count * HEADS, -(-rows // (4 * sets))), (
+        query.numpy().copy(), signs[0], added[0], signs[1], added[1], aux, out, tickets, *place, far, far, *room,
+        near_table.numpy(), far_table.numpy(), near_step, far_step, none, none, *(words[i] for i in (0, 1, 2, 3)), mask,
+        how.softcap or 0.0, how.scaling * (LOG2E if how.softcap is None else 1.0), peaks, totals, sums, none,
+        held.closed.tokens, dense[0].shape[2], dense[2].shape[2], 1, *sum(steps, ()), *strides,
+        splits, others, HEADS, rows, 1, dim, BLOCK, 16, keys.levels.bits, values.levels.bits, keys.scale_bytes,
+        values.scale_bytes, "none" if how.mask is None else "bool", how.softcap is not None, how.causal, False, *ways,
+        how.s_aux is not None, units, sets, WARPS), warps=WARPS)
     assert not tickets.any()
     return out
 
 
-@pytest.mark.parametrize(("key", "value", "tokens", "rows", "dim", "units", "splits"), [
-    ("lm2", "lm2", 64, 4, 64, 1, 1), ("rot,lm2", "rot,lm4", 704, 4, 128, 2, 2), ("rot,lm4", "lm2", 832, 4, 128, 1, 3),
-    ("rot,lm4", "rot,lm4", 320, 11, 64, 2, 1), ("lm4", "rot,lm2", 128, 6, 64, 1, 1)])
-def test_attention(key: str, value: str, tokens: int, rows: int, dim: int, units: int, splits: int) -> None:
-    keys, values = side(key, tokens, dim, 1, across=False), side(value, tokens, dim, 2, across=True)
-    query = gaussian((rows * HEADS, dim), 3)[None, :, :]
-    found = torch.from_numpy(run(keys, values, query, tokens, units, splits)).reshape(HEADS, rows, dim).double()
-    dense = [torch.zeros(1, HEADS, 0, dim)] * 2
-    held = Held((dense[0], dense[1]), (dense[0], dense[1]), Closed(keys, values, tokens, BLOCK, 16))
-    k, v = (reference.every(held, which, torch.float64) for which in range(2))
-    scores = query.reshape(HEADS, rows, dim).double() @ k[0].mT * dim**-0.5
-    wanted = scores.softmax(-1) @ v[0]
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is held, what attends, and how it is cut."""
+
+    key: str
+    value: str
+    tokens: int = 128
+    rows: int = 4
+    dim: int = 128
+    units: int = 1
+    splits: int = 1
+    nearby: tuple[int, int, int] = (0, 0, 0)  # sinks, recent tokens, programs over them
+    kind: str = "none"
+
+
+@pytest.mark.parametrize("case", [
+    Case("lm2", "lm2", 64, dim=64), Case("rot,lm2", "rot,lm4", 704, units=2, splits=2),
+    Case("rot,lm4", "lm2", 832, splits=3, nearby=(4, 31, 1)), Case("lm4", "rot,lm2", rows=6, dim=64, nearby=(0, 70, 2)),
+    Case("rot,lm4", "rot,lm4", 320, 11, 64, 2, 1, (3, 2, 2)),
+    Case("ctr,rot,lm2", "ctr,lm2", nearby=(4, 20, 1), kind="aux"),
+    Case("rot,lm2", "rot,lm2", 192, nearby=(4, 40, 1), kind="mask"),
+    Case("rot,lm2", "rot,lm2", 192, nearby=(4, 40, 1), kind="capped")], ids=str)
+def test_attention(case: Case) -> None:
+    keys, values = (side(text, case.tokens, case.dim, seed, across=bool(seed - 1))
+                    for seed, text in ((1, case.key), (2, case.value)))
+    dense = [gaussian((HEADS * count, case.dim), 5 + i).reshape(1, HEADS, count, case.dim).to(torch.float16)
+             for i, count in enumerate((case.nearby[0],) * 2 + (case.nearby[1],) * 2)]
+    held = Held((dense[0], dense[1]), (dense[2], dense[3]), Closed(keys, values, case.tokens, BLOCK, 16))
+    mask = (gaussian((1, held.tokens), 9) > 0)[None, None] if case.kind == "mask" else None
+    how = How(case.dim**-0.5, mask, causal=mask is None, softcap=1.5 if case.kind == "capped" else None,
+              s_aux=gaussian((1, HEADS * case.rows), 8)[0] if case.kind == "aux" else None)
+    query = gaussian((case.rows * HEADS, case.dim), 3).to(torch.float16)[None, :, :]
+    cut = case.units, case.splits, case.nearby[2]
+    found = torch.from_numpy(run(keys, values, query, held, cut, how)).double()
+    wanted = reference.attention(query.reshape(1, HEADS * case.rows, 1, case.dim), held, how, torch.float64)[0, :, 0]
     # a level errs by half a step at most: of keys a score, a weight's exponent, and of values a number
-    bound = sum(one.levels.octets[0] / 2 for one in (keys, values))
+    bound = sum(one.levels.octets[0] / 2 for one in (keys, values)) + 2.0**-10
     assert float((found - wanted).norm()) <= bound * float(wanted.norm())

@@ -234,7 +234,7 @@ def _dense(query: Tensor, held: Held, how: How, work: tuple[float, Tensor, Tenso
     scaling, scores, sums, counts = work
     batch, _, recent, _ = held.recent[0].shape
     assert held.closed is not None
-    (sink_keys, sink_values), (keys, values) = ((_rows(one, words) for one in pair) for pair in (held.sinks, held.recent))
+    sink_keys, sink_values, keys, values = (_rows(one, words) for one in (*held.sinks, *held.recent))
     mask, steps = _mask(how.mask, query, batch)
     return (sink_keys, sink_values, keys, values, mask, float(how.softcap or 0.0), scaling, scores[0], scores[1], sums,
             counts, held.closed.tokens, held.sinks[0].shape[2], recent, batch, *sink_keys.stride()[:3],

@@ -103,7 +103,7 @@ class Levels:
 
     @cached_property
     def signs(self) -> Tensor | None:
-        """What vectors are multiplied by before a Hadamard matrix takes them to coordinates; None if `maps` do otherwise."""
+        """What multiplies vectors before a Hadamard matrix takes them to coordinates; None if `maps` do otherwise."""
         return None if self.maps is None else octets.turning_signs(self.maps)
 
     @cached_property

@@ -53,6 +53,42 @@ def load_turn(sources, far, start, first, middle, head, lane, steps, HEADS: gl.c
 
 
 @gluon.jit
+def load_others(sources, far, start, first, middle, head, lane, steps, HEADS: gl.constexpr, BLOCK: gl.constexpr,
+                PAGE: gl.constexpr, DIM: gl.constexpr, VALUES: gl.constexpr, VALUE_BYTES: gl.constexpr,
+                UNITS: gl.constexpr):
+    """Return values, unit by unit, and all their scales, of the turn at `start` that reads tokens from `first` on."""
+    values, scales = (), ()
+    for unit in gl.static_range(UNITS):
+        own = unit * UNIT + (lane >> 2) * RUN
+        values = values + (load_values(sources[1], far, first + (unit * UNIT + (lane & 3) * (2 * RUN)), head, lane >> 2,
+                                       HEADS, BLOCK, PAGE, DIM, VALUES),)
+        scales = scales + load_scales(sources[1], sources[5], far, first + own, head, start + own < middle, steps, HEADS,
+                                      BLOCK, PAGE, VALUE_BYTES)
+    return values, scales
+
+
+@gluon.jit
+def weighed_all(every, scales, peaks, totals, extras):
+    """Return columns of weights, their units, shrinkage, and the new peaks and sums, of each four queries."""
+    given, sizes, shrinks, fresh, sum_of, more = (), (), (), (), (), ()
+    for turn in gl.static_range(len(every)):
+        some, size, shrink, most, whole, weighted = weighed(every[turn], scales, peaks[turn], totals[turn], extras[turn])
+        given, sizes, shrinks = given + some, sizes + (size,), shrinks + (shrink,)
+        fresh, sum_of, more = fresh + (most,), sum_of + (whole,), more + (weighted,)
+    return given, sizes, shrinks, fresh, sum_of, more
+
+
+@gluon.jit
+def levels_of(sums, extra, step):
+    """Return sums of levels, `step (m + 1/2)` each, from those of integers and of weights."""
+    half = across(extra, ADDED) * (0.5 * step)
+    found = ()
+    for place in gl.static_range(len(sums)):
+        found = found + (sums[place] * step + half,)
+    return found
+
+
+@gluon.jit
 def over_octets(split, splits, at, head, sequence, row, queries, start, sources, tables, steps, scaling, mask, softcap, peaks, totals, sums,
                 middle, batch, early, mask_head, mask_query, mask_token, HEADS: gl.constexpr, ROWS: gl.constexpr,
                 QUERIES: gl.constexpr, DIM: gl.constexpr, BLOCK: gl.constexpr, PAGE: gl.constexpr, KEYS: gl.constexpr,
@@ -75,53 +111,41 @@ def over_octets(split, splits, at, head, sequence, row, queries, start, sources,
     keys, key_scales = load_turn(sources, place_of(sources[2], first, batch, sequence, BLOCK, PAGE), at_token, first, middle,
                                  head, lane, steps[0], HEADS, BLOCK, PAGE, DIM, KEYS, KEY_BYTES, UNITS)
     far = place_of(sources[3], first, batch, sequence, BLOCK, PAGE)
-    key_table = load_table(tables[0], lane, KEYS)
-    value_table = load_table(tables[1], lane, VALUES)
+    key_table, value_table = load_table(tables[0], lane, KEYS), load_table(tables[1], lane, VALUES)
     for turn in gl.static_range(SETS):
         ask(queries[0] + (sequence * HEADS + head) * (ROWS * DIM), queries[1],
             queries[2] + (head * DIM if NEAR[2] else 0), scaling, start, row + 4 * turn + warp, warp, lane, turn, ROWS, DIM,
             NEAR[0], NEAR[1], SETS)
     gl.thread_barrier()
     columns, begin, unit, shift = asked(start, lane, tables[2], DIM, SETS)
-    peak = filled(NONE, unit[0], SETS)
-    total = filled(0.0, unit[0], SETS)
-    extra = filled(0.0, unit[0], SETS)
+    peak, total, extra = filled(NONE, unit[0], SETS), filled(0.0, unit[0], SETS), filled(0.0, unit[0], SETS)
     acc = filled(0.0, unit[0], SETS * COUNT)
     for _ in range(0, ((middle + TURN - 1) // TURN + splits * S - 1) // (splits * S)):
-        values, value_scales, token, inside = (), (), (), ()
+        values, value_scales = load_others(sources, far, at_token, first, middle, head, lane, steps[1], HEADS, BLOCK, PAGE,
+                                           DIM, VALUES, VALUE_BYTES, UNITS)
+        placed, inside = (), ()
         for unit_of in gl.static_range(UNITS):
             own = unit_of * UNIT + group * RUN
-            token, inside = token + (first + own,), inside + (at_token + own < middle,)
-            values = values + (load_values(sources[1], far, first + (unit_of * UNIT + quad * (2 * RUN)), head, group,
-                                           HEADS, BLOCK, PAGE, DIM, VALUES),)
-            value_scales = value_scales + load_scales(sources[1], sources[5], far, token[unit_of], head, inside[unit_of],
-                                                      steps[1], HEADS, BLOCK, PAGE, VALUE_BYTES)
+            placed, inside = placed + (early + first + own,), inside + (at_token + own < middle,)
         at_token += splits * (S * TURN)
         first = gl.where(at_token < middle, at_token, 0)
         near = place_of(sources[2], first, batch, sequence, BLOCK, PAGE)
         far = place_of(sources[3], first, batch, sequence, BLOCK, PAGE)
-        scores, placed = (), ()
+        scores = ()
         for unit_of in gl.static_range(UNITS):
             scores = scores + scored(keys[unit_of], key_table, columns, begin, unit, shift,
                                      gl.where(inside[unit_of], 0.0, NONE), key_scales[unit_of], softcap, DIM, KEYS, SETS,
                                      CAPPED)
-            placed = placed + (token[unit_of] + early,)
         keys, key_scales = load_turn(sources, near, at_token, first, middle, head, lane, steps[0], HEADS, BLOCK, PAGE, DIM,
                                      KEYS, KEY_BYTES, UNITS)
-        given, sizes, shrinks, peaks_of, totals_of, extras = (), (), (), (), (), ()
+        every = ()
         for turn in gl.static_range(SETS):
-            every = masked(of_set(scores, turn, SETS), mask, placed, inside, row + 4 * turn + quad, head, mask_head,
-                           mask_query, mask_token, ROWS, QUERIES, MASK)
-            some, size, shrink, most, whole, more = weighed(every, value_scales, peak[turn], total[turn], extra[turn])
-            given, sizes, shrinks = given + some, sizes + (size,), shrinks + (shrink,)
-            peaks_of, totals_of, extras = peaks_of + (most,), totals_of + (whole,), extras + (more,)
-        peak, total, extra = peaks_of, totals_of, extras
+            every = every + (masked(of_set(scores, turn, SETS), mask, placed, inside, row + 4 * turn + quad, head, mask_head,
+                                    mask_query, mask_token, ROWS, QUERIES, MASK),)
+        given, sizes, shrinks, peak, total, extra = weighed_all(every, value_scales, peak, total, extra)
         acc = added(acc, values, value_table, given, sizes, shrinks, DIM, VALUES)
     for turn in gl.static_range(SETS):
-        half = across(extra[turn], ADDED) * (0.5 * tables[3])
-        levels = ()
-        for place in gl.static_range(COUNT):
-            levels = levels + (acc[turn * COUNT + place] * tables[3] + half,)
+        levels = levels_of(acc[turn * COUNT : (turn + 1) * COUNT], extra[turn], tables[3])
         finish(levels, peak[turn], total[turn], row + 4 * turn + warp, at, peaks, totals, sums,
                start + (SETS * DIM * 8 + SETS * 48), warp, lane, ROWS, DIM, S)
 
@@ -174,8 +198,8 @@ def attend_octets(query, signs, offset, value_signs, value_offset, aux, out, tic
     start = shared(thread, words_of(DIM, SETS, S, PAD), S)
     if coded:
         sources = (key_words, value_words, key_pages, value_pages, key_room, value_room)
-        over_octets(split, splits, at, head, sequence, row, (query, signs, offset), start, sources, (key_table, value_table, key_step, value_step),
-                    (key_steps, value_steps), scaling, mask, softcap, peaks, totals, sums, middle, batch, sinks,
+        over_octets(split, splits, at, head, sequence, row, (query, signs, offset), start, sources,
+                    (key_table, value_table, key_step, value_step), (key_steps, value_steps), scaling, mask, softcap, peaks, totals, sums, middle, batch, sinks,
                     mask_head, mask_query, mask_token, HEADS, ROWS, QUERIES, DIM, BLOCK, PAGE, KEYS, VALUES, KEY_BYTES,
                     VALUE_BYTES, MASK, CAPPED, NEAR, UNITS, SETS, S)
     else:

@@ -28,7 +28,7 @@ def halves(words, KIND: gl.constexpr):
     """Return the numbers of words, two each."""
     found = ()
     for place in gl.static_range(len(words)):
-        if KIND == gl.bfloat16:
+        if gl.bfloat16 == KIND:
             found = found + ((words[place] << 16).to(gl.float32, bitcast=True),
                              (words[place] & -65536).to(gl.float32, bitcast=True))
         else:
@@ -45,11 +45,7 @@ def load_tokens(sinks_at, tail_at, index, sinks, count, lane, steps, KIND: gl.co
     for place in gl.static_range(TOKENS):
         own = gl.minimum(index + place, count - 1)
         at = gl.where(own < sinks, sinks_at + own * steps[0], tail_at + (own - sinks) * steps[1]) + lane * WORDS
-        if WORDS == 2:
-            words = load(at, 2)
-        else:
-            words = (gl.load(at),)
-        found = found + (words,)
+        found = found + (load(at, 2) if WORDS == 2 else (gl.load(at),),)
     return found
 
 
