@@ -24,7 +24,7 @@ from tersor.ops.kv_attention import (
     reference,
     takes_kernel,
 )
-from tersor.ops.kv_attention.division import division_of
+from tersor.ops.kv_attention.division import division_of, octets_division
 from tersor.ops.kv_attention.shapes import SIGN_ROWS, refusal, some_queries, table_words
 from tersor.registry import parse
 from tersor.testing import gaussian
@@ -311,6 +311,12 @@ def test_when_bits_lie_as_signs() -> None:
 @pytest.mark.parametrize("heads", [1, 8, 64, 1024])
 @pytest.mark.parametrize("rows", [1, 8, 12, 32])
 def test_divisions_cover_all_tokens(closed: int, heads: int, rows: int) -> None:
+    fine = octets_division(closed, 195, heads, rows, 132)
+    turns = -(-closed // (4 * fine.turn))
+    assert (fine.splits - 1) * -(-turns // fine.splits) < turns
+    assert fine.splits == 1 or fine.splits * heads <= 3 * 132
+    assert fine.turn in (64, 128)
+    assert 1 <= fine.dense <= 8
     cut = division_of(closed, 195, heads, rows, 132)
     turns = -(-closed // (4 * cut.turn))
     each = -(-turns // cut.splits)

@@ -45,6 +45,22 @@ def test_what_lies_is_what_was_put(dim: int, block: int, bits: int, across: bool
     assert torch.equal(way.get(lying), codes)
 
 
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize("text", ["rot,lm2", "lm4"])
+def test_blocks_are_written_and_read_as_they_lie(text: str, across: bool) -> None:
+    states = gaussian((HEADS * 20 * BLOCK, 64), 4).reshape(1, HEADS, 20 * BLOCK, 64)
+    plain, lying = (TokenStream(parse(text), BLOCK) for _ in range(2))
+    plain.append(states)
+    lying.append(states[:, :, : 3 * BLOCK])
+    lying.lie_as_octets(across=across)
+    lying.append(states[:, :, 3 * BLOCK :])  # beyond a page of 16 blocks
+    assert torch.equal(lying.decode(), plain.decode())
+    side = lying.side()
+    assert side is not None
+    assert side.tickets is not None
+    assert side.tickets.tolist() == [0] * HEADS
+
+
 @pytest.mark.parametrize("dim", [64, 128])
 def test_signs_of_a_rotation(dim: int) -> None:
     stream = TokenStream(parse("rot,lm2"), BLOCK)

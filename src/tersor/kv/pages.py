@@ -19,6 +19,7 @@ from torch import Tensor
 from tersor.ops.kv_attention import Book, Lying, Octets
 from tersor.payload.layout import TensorSpec
 
+PUT_AT_ONCE = 128  # blocks: their bits take a byte each meanwhile
 ALIGNED = 16  # bytes: what kernels on a GPU read at once
 BEYOND = 3 * ALIGNED  # that kernels may read behind codes
 
@@ -146,16 +147,21 @@ class Pages:
             If there is no room for a page; says how many bytes were asked, and leaves what is held as it was.
         """
         self.reserve(blocks)
+        lain = {name: self._lain(name, tensor) for name, tensor in tensors.items()}
         done = 0
         while done < blocks:
             page, first = divmod(self.count + done, self.blocks)
             many = min(blocks - done, self.blocks - first)
-            for name, tensor in tensors.items():
-                some, way = tensor[done : done + many], self.lying.get(name)
+            for name, tensor in lain.items():
                 whole = self._whole(name, self._buffer(page))
-                whole[:, first : first + many] = (some if way is None else way.put(some)).transpose(0, 1)
+                whole[:, first : first + many] = tensor[done : done + many].transpose(0, 1)
             done += many
         self.count += blocks
+
+    def _lain(self, name: str, tensor: Tensor) -> Tensor:
+        """Return blocks of a tensor as they lie in pages."""
+        way = self.lying.get(name)
+        return tensor if way is None else torch.cat([way.put(some) for some in tensor.split(PUT_AT_ONCE)])
 
     def lie(self, name: str, way: Lying | Octets | Book) -> None:
         """Let the bits of a tensor, bytes of a block in a row, lie so from now on; before anything shares the pages."""

@@ -12,6 +12,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from tersor.numerics.constants import constant
+
 BITS = (2, 4)
 RUN = 8  # tokens whose scores a lane has
 GROUP = 16  # tokens whose values it has
@@ -66,38 +68,37 @@ class Octets:
 
     def put(self, codes: Tensor) -> Tensor:
         """Return codes (..., bytes of a block) as they lie."""
-        lead = codes.shape[:-1]
-        if self.across:
-            rows = _codes(codes, self.bits).reshape(*lead, self.heads, self.block // GROUP, GROUP, self.dim)
-            words = rows.index_select(-2, self._order(codes.device)).mT  # (..., dim, 16), in the order of places
-            words = words.unflatten(-1, (self.bits // 2, 32 // self.bits)).movedim(-2, -3)
-            return self._packed(words).reshape(*lead, -1)
-        words = self._packed(_codes(codes, self.bits).unflatten(-1, (-1, 32 // self.bits))[..., self._fields])
-        held = words.reshape(*lead, -1).contiguous().view(torch.int32).unflatten(-1, self._pairs)
-        held = held.movedim((-6, -5, -4, -3, -2, -1), (-4, -6, -1, -3, -5, -2))
-        return held.flatten(-7).contiguous().view(torch.uint8)
+        if self.bits == 4:
+            codes = _magnitudes(codes.device)[0].take(codes.to(torch.int64))
+        return _bytes(_bits(codes).index_select(-1, _places(self, codes.device)[0]))
 
     def get(self, codes: Tensor) -> Tensor:
         """Return what `put` was given."""
-        lead = codes.shape[:-1]
-        if self.across:
-            shape = (self.heads, self.block // GROUP, self.bits // 2, self.dim, 32 // self.bits)
-            words = self._codes_of(codes.reshape(*lead, -1, 4)).reshape(*lead, *shape).movedim(-3, -2).flatten(-2)
-            rows = words.mT.index_select(-2, self._order(codes.device).argsort())
-            return _bytes(rows.reshape(*lead, -1), self.bits)
-        runs, pairs, two, quads, some, each = self._pairs[1:]
-        held = codes.contiguous().view(torch.int32).unflatten(-1, (self.heads, pairs, some, runs, quads, each, two))
-        held = held.movedim((-4, -6, -1, -3, -5, -2), (-6, -5, -4, -3, -2, -1))
-        words = held.flatten(-7).contiguous().view(torch.uint8)
-        whole = self._codes_of(words.reshape(*lead, -1, 4))[..., sorted(self._fields, key=self._fields.__getitem__)]
-        return _bytes(whole.reshape(*lead, -1), self.bits)
+        found = _bytes(_bits(codes).index_select(-1, _places(self, codes.device)[1]))
+        return found if self.bits == 2 else _magnitudes(codes.device)[1].take(found.to(torch.int64))
 
-    @cached_property
-    def _pairs(self) -> tuple[int, int, int, int, int, int, int]:
-        """Heads, runs of tokens, their pairs, tokens of a pair, lanes, and a lane's words of a token: parts, each."""
-        words = self.dim * self.bits // 128
-        each = min(2, words)
-        return self.heads, self.block // RUN, RUN // 2, 2, 4, words // each, each
+    def arranged(self, items: Tensor) -> Tensor:
+        """Return what belongs to bits (heads, block, dim, bits) in the order in which they lie, (bits of a block,)."""
+        return (self._by_numbers(items) if self.across else self._by_tokens(items)).flatten()
+
+    def _by_tokens(self, items: Tensor) -> Tensor:
+        """Keys: pairs of a run of tokens, parts of a lane's words, runs, lanes, words, tokens of a pair."""
+        words = self.dim * self.bits // 128  # of a lane, of a token
+        each, codes = min(2, words), 32 // self.bits
+        shape = (self.heads, self.block // RUN, RUN // 2, 2, 4, words // each, each, codes, self.bits)
+        held = self._signed(items.reshape(shape)[..., self._fields, :])
+        return held.movedim((0, 1, 2, 3, 4, 5, 6), (0, 3, 1, 6, 4, 2, 5))
+
+    def _by_numbers(self, items: Tensor) -> Tensor:
+        """Values: groups of tokens, words of a group, numbers."""
+        place = torch.arange(GROUP, device=items.device)
+        if self.bits == 2:  # two steps in a word: nibbles, then halves of a nibble
+            step, half, byte = place % 2, place // 8, place // 2 % 4
+        else:
+            step, half, byte = place // 8, place // 4 % 2, place % 4
+        rows = items.reshape(self.heads, self.block // GROUP, GROUP, self.dim, self.bits)
+        rows = rows.index_select(2, byte // 2 * RUN + 4 * step + 2 * half + byte % 2).movedim(2, 3)
+        return self._signed(rows.unflatten(3, (self.bits // 2, 32 // self.bits)).movedim(3, 2))
 
     @cached_property
     def _fields(self) -> list[int]:
@@ -105,31 +106,28 @@ class Octets:
         return [4 * (2 * (place % 2) + place // 8) + place // 2 % 4 if self.bits == 2 else place
                 for place in range(32 // self.bits)]
 
-    def _order(self, device: torch.device) -> Tensor:
-        """Return which of 16 tokens each place of a number's words has, from the lowest bits on."""
-        place = torch.arange(GROUP, device=device)
-        if self.bits == 2:  # two steps in a word: nibbles, then halves of a nibble
-            step, half, byte = place % 2, place // 8, place // 2 % 4
-        else:
-            step, half, byte = place // 8, place // 4 % 2, place % 4
-        return byte // 2 * RUN + 4 * step + 2 * half + byte % 2
-
-    def _packed(self, codes: Tensor) -> Tensor:
-        """Return words of codes (..., codes of a word), as bytes (..., 4)."""
-        if self.bits == 4:  # magnitudes stay in place, signs go where they are the tops of bytes
-            above = codes >= 8
-            signs = (~above)[..., list(_SIGNS)].to(torch.uint8)
-            codes = torch.where(above, codes - 8, 7 - codes) | signs << 3
-        return _bytes(codes, self.bits)
-
-    def _codes_of(self, words: Tensor) -> Tensor:
-        """Return codes (..., codes of a word) of words of bytes (..., 4)."""
-        codes = _codes(words, self.bits)
+    def _signed(self, words: Tensor) -> Tensor:
+        """Return words (..., codes, bits) of 4 bits with signs where they are the tops of bytes."""
         if self.bits == 2:
-            return codes
-        order = sorted(range(8), key=_SIGNS.__getitem__)
-        size = codes & 7
-        return torch.where((codes >> 3)[..., order] == 1, 7 - size, 8 + size)
+            return words
+        return torch.cat([words[..., :3], words[..., list(_SIGNS), 3:]], -1)
+
+
+@constant
+def _places(way: Octets, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return where each bit as it lies comes from, and the way back: int64 (bits of a block,)."""
+    count = way.heads * way.block * way.dim * way.bits
+    places = way.arranged(torch.arange(count).reshape(way.heads, way.block, way.dim, way.bits))
+    return places.to(device), places.argsort().to(device)
+
+
+@constant
+def _magnitudes(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return what bytes of two codes of 4 bits become, signs over magnitudes, and the way back: uint8 (256,)."""
+    byte = torch.arange(256)
+    below = (byte >> 3 & 0x11) ^ 0x11
+    found = (byte ^ 0x88 ^ 7 * below).to(torch.uint8)
+    return found.to(device), found.argsort().to(device=device, dtype=torch.uint8)
 
 
 def turning_signs(maps: Tensor) -> Tensor | None:
@@ -149,13 +147,12 @@ def turning_signs(maps: Tensor) -> Tensor | None:
     return maps[0, 0].clone() if bool(((maps[0] - wanted).abs() <= 1e-6).all()) else None
 
 
-def _codes(held: Tensor, bits: int) -> Tensor:
-    """Return the codes of bytes (..., n): uint8 (..., n 8 / bits)."""
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=held.device)
-    return (held[..., None] >> shifts & (1 << bits) - 1).flatten(-2)
+def _bits(held: Tensor) -> Tensor:
+    """Return the bits of bytes (..., n): uint8 (..., 8 n)."""
+    return (held[..., None] >> torch.arange(8, dtype=torch.uint8, device=held.device) & 1).flatten(-2)
 
 
-def _bytes(codes: Tensor, bits: int) -> Tensor:
-    """Return codes as bytes: what `_codes` was given."""
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
-    return (codes.unflatten(-1, (-1, 8 // bits)) << shifts).sum(-1, dtype=torch.uint8)
+def _bytes(bits: Tensor) -> Tensor:
+    """Return the bytes of bits (..., 8 n): uint8 (..., n)."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return (bits.unflatten(-1, (-1, 8)) << shifts).sum(-1, dtype=torch.uint8)
