@@ -61,7 +61,8 @@ SIGNS = [Case("rot,tr2x8", "rot,tr2x8"), Case("rot,lm2", "rot,tr2"), Case("rot,t
          Case("rot,lm2", "lm2", blocks=2), Case("rot,tr2x8", "rot,tr2x8", dtype=torch.float16)]
 SHAPES = [Case(dim=64), Case("rot,lm4", "rot,lm3", 64), Case("fp8", "lm2", 64), Case(group=1), Case(group=8),
           Case(queries=8), Case("rot,lm4", "rot,lm4", queries=3), Case(blocks=1), Case(blocks=2, recent=1),
-          Case(dtype=torch.float16)]
+          Case(dtype=torch.float16), Case(dim=256), Case("rot,lm4", "rot,lm2", 256, group=8),
+          Case("rot,lm4", "rot,lm4", 256, 2, 3, dtype=torch.float16), Case("rot,lm4", "rot,lm2", group=7, queries=4)]
 
 
 WORDS = [Case("klt32h2x64", "klt32h2x64"), Case("klt64h2x64", "klt48h2x64"), Case("klt31h2x64", "klt29h2x64"),
@@ -311,7 +312,7 @@ def test_when_bits_lie_as_signs() -> None:
 @pytest.mark.parametrize("heads", [1, 8, 64, 1024])
 @pytest.mark.parametrize("rows", [1, 8, 12, 32])
 def test_divisions_cover_all_tokens(closed: int, heads: int, rows: int) -> None:
-    fine = octets_division(closed, 195, heads, rows, 132)
+    fine = octets_division(closed, 195, heads, rows, 128, 132)
     turns = -(-closed // (4 * fine.turn))
     assert (fine.splits - 1) * -(-turns // fine.splits) < turns
     assert fine.splits == 1 or fine.splits * heads <= 3 * 132

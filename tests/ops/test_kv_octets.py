@@ -34,7 +34,8 @@ def test_integers_stand_for_levels(bits: int) -> None:
 
 
 @pytest.mark.parametrize("across", [False, True])
-@pytest.mark.parametrize(("dim", "block", "bits"), [(64, 32, 2), (128, 64, 2), (64, 64, 4), (128, 128, 4)])
+@pytest.mark.parametrize(("dim", "block", "bits"), [(64, 32, 2), (128, 64, 2), (64, 64, 4), (128, 128, 4), (256, 32, 2),
+                                                    (256, 64, 4)])
 def test_what_lies_is_what_was_put(dim: int, block: int, bits: int, across: bool) -> None:
     way = Octets(3, block, dim, bits, across)
     codes = torch.randint(0, 256, (2, 5, 3 * block * dim * bits // 8), dtype=torch.uint8,
@@ -61,7 +62,7 @@ def test_blocks_are_written_and_read_as_they_lie(text: str, across: bool) -> Non
     assert side.tickets.tolist() == [0] * HEADS
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 128, 256])
 def test_signs_of_a_rotation(dim: int) -> None:
     stream = TokenStream(parse("rot,lm2"), BLOCK)
     stream.append(gaussian((BLOCK, dim), 0).reshape(1, 1, BLOCK, dim))
@@ -101,7 +102,7 @@ def run(keys: Side, values: Side, query: Tensor, held: Held, cut: tuple[int, int
     """Return attention (heads rows, dim); `cut` are units of a turn, programs over codes, programs over others."""
     (units, splits, others), rows, dim = cut, query.shape[1] // HEADS, query.shape[2]
     assert held.closed is not None
-    sets, count = min(2, -(-rows // 4)), splits + others
+    sets, count = 1 if dim == 256 else min(2, -(-rows // 4)), splits + others
     peaks, totals = (np.full((HEADS, count, rows), np.nan, np.float32) for _ in range(2))
     sums, none = np.full((HEADS, count, rows, dim), np.nan, np.float32), np.zeros(256, np.float32)
     signs = [none if one.levels.signs is None else one.levels.signs.numpy() for one in (keys, values)]
@@ -149,7 +150,8 @@ class Case:
 @pytest.mark.parametrize("case", [
     Case("lm2", "lm2", 64, dim=64), Case("rot,lm2", "rot,lm4", 704, units=2, splits=2),
     Case("rot,lm4", "lm2", 832, splits=3, nearby=(4, 31, 1)), Case("lm4", "rot,lm2", rows=6, dim=64, nearby=(0, 70, 2)),
-    Case("rot,lm4", "rot,lm4", 320, 11, 64, 2, 1, (3, 2, 2)),
+    Case("rot,lm4", "rot,lm4", 320, 11, 64, 2, 1, (3, 2, 2)), Case("rot,lm2", "rot,lm4", 192, 5, 256, nearby=(4, 9, 1)),
+    Case("rot,lm4", "rot,lm2", 192, dim=256, splits=1, nearby=(4, 9, 1), kind="mask"),
     Case("ctr,rot,lm2", "ctr,lm2", nearby=(4, 20, 1), kind="aux"),
     Case("rot,lm2", "rot,lm2", 192, nearby=(4, 40, 1), kind="mask"),
     Case("rot,lm2", "rot,lm2", 192, nearby=(4, 40, 1), kind="capped")], ids=str)

@@ -92,6 +92,7 @@ class Read(Kept):
         assert self._pages is not None
         form = self._as_codes(self._pages.device)
         assert form is not None
+        assert form.levels.octets is not None  # made now: a captured step could not copy them to the device
         self._pages.lie(form.coded.codes, Octets(self.heads, self.block, self.dim, form.levels.bits, across))
 
     def _as_codes(self, device: torch.device) -> Form | None:

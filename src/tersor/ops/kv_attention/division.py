@@ -10,7 +10,7 @@ from tersor.ops.kv_attention.shapes import DENSE_TURN, ROWS, SIGN_TURN, TURN, WA
 PROGRAMS = 2  # of a multiprocessor, over closed tokens; three fit, and those over dense tokens are short
 LEAST_TURNS = 3  # of a warp: beginning and ending cost as much as two or three
 NEARBY, MOST_NEARBY = 8, 8  # dense tokens of a warp at a time; programs that share a head's
-OCTET_PROGRAMS, OCTET_REGISTERS = 3, 168  # of a multiprocessor, of a thread
+OCTET_LIMITS = ((3, 168), (2, 255))  # programs of a multiprocessor, registers of a thread; of wide heads
 SIGN_LIMITS = ((256, 3, 168), (512, 2, 255))  # signs of a lane's queries, programs of a multiprocessor, registers
 
 
@@ -71,15 +71,20 @@ def division_of(closed: int, dense: int, heads: int, rows: int, processors: int,
     return Division(-(-turns // each), others, tile, turn)
 
 
-def octets_division(closed: int, dense: int, heads: int, rows: int, processors: int) -> Division:
+def octet_limits(dim: int) -> tuple[int, int]:
+    """Return programs of a multiprocessor and a thread's registers, where codes are integers."""
+    return OCTET_LIMITS[dim > 128]
+
+
+def octets_division(closed: int, dense: int, heads: int, rows: int, dim: int, processors: int) -> Division:
     """Return the division where codes are integers: of one unit of tokens a turn or two, that which ends sooner.
 
     All programs over codes run at once. A unit costs 1.05 alone what it costs beside another; joining a part of a head
     .05; that is what was measured (docs/log.md, 2026-12-01).
     """
-    tile, room = next(one for one in ROWS if rows <= one), max(1, OCTET_PROGRAMS * processors // heads)
+    tile, room = next(one for one in ROWS if rows <= one), max(1, octet_limits(dim)[0] * processors // heads)
     ways = []
-    for units in (1, 2):
+    for units in (1, 2) if dim <= 128 else (1,):
         turns = -(-closed // (WARPS * UNIT * units))
         each = -(-turns // room)
         splits = -(-turns // each)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from tersor.ops.kv_attention.division import (
-    OCTET_REGISTERS,
     Division,
     division_of,
+    octet_limits,
     octets_division,
     sign_limits,
     words_division,
@@ -45,6 +45,7 @@ from tersor.ops.workspace import multiprocessors, workspace
 COLUMNS = 32  # of a program around attention
 PARTS = 64  # that a program joins at a time, half as many
 WIDEST = 256  # where a query has more coordinates
+WIDE = 128  # numbers of a head, where registers do not hold sums of more than four queries
 REGISTERS = 1 << 16  # of a multiprocessor
 
 
@@ -90,7 +91,7 @@ def _division(held: Held, rows: int, processors: int) -> Division:
         return words_division(closed.tokens, dense, heads, rows, processors,
                               warps_of(closed.keys.book, closed.values.book, rows))
     if isinstance(closed.keys, Side) and isinstance(closed.keys.lying, Octets):
-        return octets_division(closed.tokens, dense, heads, rows, processors)
+        return octets_division(closed.tokens, dense, heads, rows, held.recent[0].shape[3], processors)
     if isinstance(closed.keys, Side) and closed.keys.lying is not None:
         sets = sign_sets(closed, rows)
         return division_of(closed.tokens, dense, heads * -(-rows // (SET * sets)), rows, processors,
@@ -179,7 +180,8 @@ def _multiply_octets(query: Tensor, held: Held, how: How, work: Work, out: Tenso
     batch, heads, _, dim = held.recent[0].shape
     rows, keys, values, scaling = (query.shape[1] // heads * query.shape[2], closed.keys.levels, closed.values.levels,
                                    _scaling(how))
-    sets, parts, tickets = min(2, -(-rows // SET)), batch * heads, closed.keys.tickets
+    sets = 1 if dim > WIDE else min(2, -(-rows // SET))
+    parts, tickets = batch * heads, closed.keys.tickets
     if tickets is None:
         tickets = torch.zeros(parts, dtype=torch.int32, device=query.device)
     near_side, far_side = _anchored(closed.keys), _anchored(closed.values)
@@ -194,7 +196,7 @@ def _multiply_octets(query: Tensor, held: Held, how: How, work: Work, out: Tenso
         *_dense(query, held, how, (scaling, scores, sums, _or(counts, near_side)), words=True), cut.splits, cut.dense,
         heads, rows, query.shape[2], dim, closed.block, closed.blocks, keys.bits, values.bits, closed.keys.scale_bytes,
         closed.values.scale_bytes, *_kinds(how, counts), *ways, how.s_aux is not None, cut.turn // UNIT, sets, WARPS,
-        num_warps=WARPS, maxnreg=OCTET_REGISTERS)
+        num_warps=WARPS, maxnreg=octet_limits(dim)[1])
 
 
 def _meet_words(query: Tensor, held: Held, how: How, work: Work, counts: Tensor | None) -> None:

@@ -20,7 +20,7 @@ SIGN_WORD = 32  # on the processor: signs of a row are a multiple,
 SIGN_TOKENS = 16  # and tokens of a block
 WORDS = 256  # that a byte names
 LANE_LEVELS = 16  # that a register holds
-DIMS = (64, 128)  # of a head
+DIMS, OCTET_DIMS = (64, 128), (64, 128, 256)  # of a head; where codes are integers
 DTYPES = (torch.bfloat16, torch.float16)
 MOST_QUERIES = 8  # tokens of a sequence that attend at once
 ROWS = (8, 16, 32)  # queries that share a head's keys, as products of the tensor cores serve them
@@ -237,8 +237,9 @@ def refusal(query: Tensor, held: Held) -> str | None:
         return "there are no closed tokens"
     if len(dtypes) > 1 or query.dtype not in DTYPES:
         return f"it takes bfloat16 or float16 throughout, found {', '.join(sorted(str(one) for one in dtypes))}"
-    if dim not in DIMS or held.recent[1].shape[3] != dim:
-        return f"it takes keys and values of one dimension of {DIMS}, found {dim} and {held.recent[1].shape[3]}"
+    dims = OCTET_DIMS if isinstance(closed.keys, Side) and isinstance(closed.keys.lying, Octets) else DIMS
+    if dim not in dims or held.recent[1].shape[3] != dim:
+        return f"it takes keys and values of one dimension of {dims}, found {dim} and {held.recent[1].shape[3]}"
     if query.shape[2] > MOST_QUERIES:
         return f"it takes up to {MOST_QUERIES} queries of a sequence, found {query.shape[2]}"
     return _unread(closed, dim, query.shape[1] // heads) or (
@@ -337,7 +338,7 @@ def lie_as_octets(keys: Levels, values: Levels, dim: int, block: int) -> bool:
     """Tell whether blocks of so many tokens lie as kernels multiply integers, where keys and values are coded so."""
     fit = all(one.bits in octets.BITS and one.table is not None and one.mirrored and one.codes(dim) == dim
               and (one.maps is None or one.signs is not None) for one in (keys, values))
-    return fit and dim in DIMS and block % TURN == 0 and block & (block - 1) == 0
+    return fit and dim in OCTET_DIMS and block % TURN == 0 and block & (block - 1) == 0
 
 
 def element_codes(bits: int, dim: int) -> int:

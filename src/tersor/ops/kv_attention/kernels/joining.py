@@ -16,18 +16,25 @@ TICKET, FIRST = gl.constexpr(octet_ptx.TICKET), gl.constexpr("ld.shared.b32 $0, 
 MOST, WHOLE = gl.constexpr(octet_ptx.whole("max.NaN.f32")), gl.constexpr(octet_ptx.whole("add.f32"))
 FROM = gl.constexpr(octet_ptx.FROM)
 PAD = gl.constexpr(8)  # numbers, so that lanes' rows lie in other banks
-AT_ONCE = gl.constexpr(32)  # parts
 
 
 @gluon.jit
 def numbers_of(at, COUNT: gl.constexpr):
-    """Return numbers that other programs may have written, one, two or four."""
-    words = gl.inline_asm_elementwise(FAR[COUNT // 2], registers(COUNT, 0, 1), [at], dtype=integers(COUNT),
-                                      is_pure=False, pack=1)
+    """Return numbers that other programs may have written, one, two, four or eight."""
+    EACH: gl.constexpr = min(4, COUNT)
     found = ()
-    for place in gl.static_range(COUNT):
-        found = found + (words[place].to(gl.float32, bitcast=True),)
+    for part in gl.static_range(COUNT // EACH):
+        words = gl.inline_asm_elementwise(FAR[EACH // 2], registers(EACH, 0, 1), [at + EACH * part],
+                                          dtype=integers(EACH), is_pure=False, pack=1)
+        for place in gl.static_range(EACH):
+            found = found + (words[place].to(gl.float32, bitcast=True),)
     return found
+
+
+@gluon.constexpr_function
+def at_once(dim: int) -> int:
+    """Return how many parts a warp joins together: registers hold their rows."""
+    return 32 if dim <= 128 else 16
 
 
 @gluon.jit
@@ -118,8 +125,9 @@ def is_last(tickets, part, programs, start, thread):
 @gluon.jit
 def some_parts(peaks, totals, sums, first, begin, parts, splits, row, lane, state, ROWS: gl.constexpr,
                DIM: gl.constexpr):
-    """Return sums, their peak, and a lane's sums of weights, those of codes and all, with 32 parts more."""
+    """Return sums, their peak, and a lane's sums of weights, those of codes and all, with some parts more."""
     EACH: gl.constexpr = DIM // 32
+    AT_ONCE: gl.constexpr = at_once(DIM)
     peak, total, coded, acc = state
     own = begin + lane
     at = (first + gl.minimum(own, parts - 1)) * ROWS + row
@@ -128,7 +136,7 @@ def some_parts(peaks, totals, sums, first, begin, parts, splits, row, lane, stat
     for place in gl.static_range(AT_ONCE):
         at = (first + gl.minimum(begin + place, parts - 1)) * ROWS + row
         rows = rows + (numbers_of(sums + (at * DIM + lane * EACH), EACH),)
-    top = gl.where(own < parts, top, NONE)
+    top = gl.where((own < parts) & (lane < AT_ONCE), top, NONE)
     fresh = gl.maximum(peak, gl.inline_asm_elementwise(MOST, registers(1, 1), [top], dtype=gl.float32, is_pure=False,
                                                        pack=1))
     base = gl.where(fresh == NONE, 0.0, fresh)
@@ -169,7 +177,7 @@ def merge_row(peaks, totals, sums, signs, offset, aux, out, part, row, parts, sp
     for _ in gl.static_range(EACH):
         acc = acc + (gl.zeros_like(total),)
     state = (peak, gl.where(lane == 0, total, 0.0), gl.zeros_like(total), acc)
-    for begin in range(0, parts, AT_ONCE):
+    for begin in range(0, parts, at_once(DIM)):
         state = some_parts(peaks, totals, sums, part.to(gl.int64) * parts, begin, parts, splits, near, lane, state, ROWS,
                            DIM)
     total = gl.inline_asm_elementwise(WHOLE, registers(1, 1), [state[1]], dtype=gl.float32, is_pure=False, pack=1)

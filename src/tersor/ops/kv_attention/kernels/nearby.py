@@ -45,7 +45,7 @@ def load_tokens(sinks_at, tail_at, index, sinks, count, lane, steps, KIND: gl.co
     for place in gl.static_range(TOKENS):
         own = gl.minimum(index + place, count - 1)
         at = gl.where(own < sinks, sinks_at + own * steps[0], tail_at + (own - sinks) * steps[1]) + lane * WORDS
-        found = found + (load(at, 2) if WORDS == 2 else (gl.load(at),),)
+        found = found + (load(at, WORDS) if WORDS >= 2 else (gl.load(at),),)
     return found
 
 

@@ -16,7 +16,9 @@ UNIT = gl.constexpr(64)  # tokens
 MOST = gl.constexpr(65535.0)  # a weight's largest integer
 TURNED, HALVES = gl.constexpr(octet_ptx.TURNED), gl.constexpr(octet_ptx.HALVES)
 # by bits, a lane's words or units, and sets
-MET = gl.constexpr(tuple(octet_ptx.met(held, words, sets) for held in (2, 4) for words in (1, 2, 4) for sets in (1, 2)))
+MET = gl.constexpr(tuple(octet_ptx.met(held, words, sets)
+                         for held in (2, 4) for words in (1, 2, 4, 8)
+                         for sets in (1, 2)))
 MIXED = gl.constexpr(tuple(octet_ptx.mixed(held, units, sets) for held in (2, 4) for units in (1, 2) for sets in (1, 2)))
 COLUMNS = gl.constexpr(2)  # registers of a step's weights, or queries
 
@@ -25,6 +27,12 @@ COLUMNS = gl.constexpr(2)  # registers of a step's weights, or queries
 def lane_words(bits_: int, dim: int) -> int:
     """Return a lane's words of a key."""
     return dim * bits_ // 128
+
+
+@gluon.constexpr_function
+def log_of(count: int) -> int:
+    """Return the logarithm of a power of two."""
+    return count.bit_length() - 1
 
 
 @gluon.jit
@@ -84,7 +92,7 @@ def scored(keys, table, queries, begin, unit, shift, bias, scales, softcap, DIM:
     found = ()
     for pair in gl.static_range(RUN // 2):
         sums = gl.inline_asm_elementwise(
-            MET[BITS // 4 * 6 + WORDS // 2 * 2 + SETS - 1], registers(2 * SETS, 2 * WORDS + len(table) + SETS * (DIM // 32) * COLUMNS + SETS),
+            MET[BITS // 4 * 8 + log_of(WORDS) * 2 + SETS - 1], registers(2 * SETS, 2 * WORDS + len(table) + SETS * (DIM // 32) * COLUMNS + SETS),
             keys[2 * pair * WORDS : 2 * (pair + 1) * WORDS] + table + queries + begin, dtype=integers(2 * SETS),
             is_pure=True, pack=1)
         for turn in gl.static_range(SETS):

@@ -9,7 +9,7 @@ from tersor.ops.kv_attention.kernels import octet_ptx
 from tersor.ops.kv_attention.kernels.arriving import integers, registers
 
 MOST = gl.constexpr(127.0 * 256)  # a query's largest integer, so that both bytes have signs
-BUTTERFLY = gl.constexpr((octet_ptx.butterfly(2), octet_ptx.butterfly(4)))
+BUTTERFLY = gl.constexpr((octet_ptx.butterfly(2), octet_ptx.butterfly(4), octet_ptx.butterfly(8)))
 KEPT = gl.constexpr(tuple(octet_ptx.kept(count) for count in (1, 2, 4)))
 TAKEN = gl.constexpr(tuple(octet_ptx.taken(count) for count in (1, 2, 4)))
 SUM, LARGEST_BITS, BEGUN = (gl.constexpr(text) for text in (octet_ptx.SUM, octet_ptx.LARGEST_BITS, octet_ptx.BEGUN))
@@ -27,17 +27,25 @@ def floats(count: int) -> tuple:
 
 @gluon.jit
 def keep(at, words):
-    """Write words of each lane, one, two or four, to an address in shared memory."""
-    COUNT: gl.constexpr = len(words)
-    gl.inline_asm_elementwise(KEPT[COUNT // 2], registers(1, 1 + COUNT), (at,) + words, dtype=gl.int32, is_pure=False,
-                              pack=1)
+    """Write words of each lane, one, two, four or eight, to an address in shared memory."""
+    COUNT: gl.constexpr = min(4, len(words))
+    for part in gl.static_range(len(words) // COUNT):
+        gl.inline_asm_elementwise(KEPT[COUNT // 2], registers(1, 1 + COUNT),
+                                  (at + 16 * part,) + words[part * COUNT : (part + 1) * COUNT], dtype=gl.int32,
+                                  is_pure=False, pack=1)
 
 
 @gluon.jit
 def take(at, COUNT: gl.constexpr):
-    """Return words of shared memory, one, two or four, as integers."""
-    return gl.inline_asm_elementwise(TAKEN[COUNT // 2], registers(COUNT, 1), [at], dtype=integers(COUNT), is_pure=False,
-                                     pack=1)
+    """Return words of shared memory, one, two, four or eight, as integers."""
+    EACH: gl.constexpr = min(4, COUNT)
+    found = ()
+    for part in gl.static_range(COUNT // EACH):
+        some = gl.inline_asm_elementwise(TAKEN[EACH // 2], registers(EACH, 1), [at + 16 * part], dtype=integers(EACH),
+                                         is_pure=False, pack=1)
+        for place in gl.static_range(EACH):
+            found = found + (some[place],)
+    return found
 
 
 @gluon.jit
@@ -95,22 +103,24 @@ def ask(query, signs, offset, scaling, start, row, warp, lane, turn: gl.constexp
     most = gl.inline_asm_elementwise(LARGEST_BITS, registers(1, 1), [most], dtype=gl.int32, is_pure=False, pack=1)
     largest = most.to(gl.float32, bitcast=True)
     inverse = MOST / gl.where(largest == 0.0, 1.0, largest)
-    high, low, begin = gl.zeros_like(lane), gl.zeros_like(lane), gl.zeros_like(lane)
-    for place in gl.static_range(EACH):
-        integer = gl.floor(numbers[place] * inverse + 0.5).to(gl.int32)
-        upper = (integer + 128) >> 8
-        begin += integer
-        high |= (upper & 255) << (8 * place)
-        low |= ((integer - (upper << 8)) & 255) << (8 * place)
+    begin = gl.zeros_like(lane)
+    for word in gl.static_range((EACH + 3) // 4):
+        high, low = gl.zeros_like(lane), gl.zeros_like(lane)
+        for place in gl.static_range(min(4, EACH)):
+            integer = gl.floor(numbers[4 * word + place] * inverse + 0.5).to(gl.int32)
+            upper = (integer + 128) >> 8
+            begin += integer
+            high |= (upper & 255) << (8 * place)
+            low |= ((integer - (upper << 8)) & 255) << (8 * place)
+        own = lane * EACH // 4 + word
+        at = start + (((turn * (DIM // 16) + own % (DIM // 16)) * 32 + warp * 8 + own // (DIM // 16)) * 4 + lane * EACH % 4)
+        if EACH >= 4:
+            keep(at, (high,))
+            keep(at + 16, (low,))
+        else:
+            gl.inline_asm_elementwise(HALF, registers(1, 2), [at, high], dtype=gl.int32, is_pure=False, pack=1)
+            gl.inline_asm_elementwise(HALF, registers(1, 2), [at + 16, low], dtype=gl.int32, is_pure=False, pack=1)
     begin = gl.inline_asm_elementwise(SUM, registers(1, 1), [begin], dtype=gl.int32, is_pure=False, pack=1)
-    word = lane * EACH // 4
-    at = start + (((turn * (DIM // 16) + word % (DIM // 16)) * 32 + warp * 8 + word // (DIM // 16)) * 4 + lane * EACH % 4)
-    if EACH == 4:
-        keep(at, (high,))
-        keep(at + 16, (low,))
-    else:
-        gl.inline_asm_elementwise(HALF, registers(1, 2), [at, high], dtype=gl.int32, is_pure=False, pack=1)
-        gl.inline_asm_elementwise(HALF, registers(1, 2), [at + 16, low], dtype=gl.int32, is_pure=False, pack=1)
     at = start + (SETS * DIM * 8 + (turn * 4 + warp) * 12)
     keep(at, (begin,))
     keep(at + 4, ((largest / MOST * scaling).to(gl.int32, bitcast=True),))
