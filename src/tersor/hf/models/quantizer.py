@@ -19,8 +19,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tersor import store
 from tersor.errors import CorruptStoreError
-from tersor.hf.models import placing
-from tersor.hf.models.generating import CompiledCall, compiles
+from tersor.hf.models import looping, placing
+from tersor.hf.models.generating import compiles
 from tersor.hf.models.matrices import Matrix, unsaved, walk
 from tersor.nn import Buffers, CompressedEmbedding, CompressedLinear, TiedLinear, Untrained, WeightView
 
@@ -87,7 +87,7 @@ class TersorQuantizer(HfQuantizer):
         self._model = weakref.ref(model)
         self.loaded = folder.absolute(), opened.manifest["sha256"]
         self._compiles = compiles(model)
-        model.get_compiled_call = CompiledCall(model)
+        looping.install(model, compiles=self._compiles)
         if placing.spreads(kwargs.get("device_map")):
             placing.check_tables(model, kwargs["device_map"])
             placing.as_parameters(model)
