@@ -33,7 +33,10 @@ from tersor.ops.dispatch import kernels_allowed
 _LOG = logging.getLogger("tersor.hf")
 STATIC = "static"
 DEVICES = frozenset({"cuda"})  # where a step costs less than what the host does for it
-KNOWN = {"inputs", "generation_config", "logits_processor", "stopping_criteria", "kwargs"}
+TOLD = {"input_ids", "logits_processor", "stopping_criteria", "generation_config"}  # to transformers' loop
+KNOWN = {"inputs", "generation_config", "logits_processor", "stopping_criteria", "kwargs"}  # of what `generate` takes
+OPTIONS = ("return_dict_in_generate", "compile_config", "disable_compile", "prefill_chunk_size", "is_assistant",
+           "cache_implementation", "use_cache")
 
 
 class Generate:
@@ -186,10 +189,18 @@ def install(model: PreTrainedModel, *, compiles: bool = True) -> None:
     """Let a loaded model compile its steps by Tersor's backend, and generate by Tersor's loop if it compiles."""
     changed: Any = model
     changed.get_compiled_call = CompiledCall(model)
-    own = isinstance(model, GenerationMixin) and all(
-        getattr(type(model), name) is getattr(GenerationMixin, name) for name in ("generate", "_sample"))
-    if compiles and own:
+    if compiles and _generates(type(model)):
         changed.generate = Generate(model)
+
+
+def _generates(kind: type[Any]) -> bool:
+    """Tell whether a class generates as `GenerationMixin` does, and that as the loop takes it to."""
+    theirs: list[Any] = [getattr(GenerationMixin, name, None) for name in ("generate", "_sample")]
+    if None in theirs or [getattr(kind, name, None) for name in ("generate", "_sample")] != theirs:
+        return False
+    whole, loop = (inspect.signature(one).parameters for one in theirs)
+    needed = {name for name, one in loop.items() if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD}
+    return "custom_generate" in whole and needed - {"self"} <= TOLD
 
 
 def _check(model: Any, ids: Tensor, config: GenerationConfig, given: dict[str, Any]) -> None:
@@ -197,12 +208,13 @@ def _check(model: Any, ids: Tensor, config: GenerationConfig, given: dict[str, A
     held = given.get("past_key_values")
     layers = [layer for layer in held.layers if isinstance(layer, StaticLayer)] if isinstance(held, StaticCache) else []
     places = set((getattr(model, "hf_device_map", None) or {}).values())
+    asked = {name: getattr(config, name, None) for name in OPTIONS}
     reasons = {
-        "scores, states or a dictionary are asked for": config.return_dict_in_generate,
-        "it is compiled as the user says, or not": config.compile_config is not None or config.disable_compile,
-        "the prompt is read in parts": config.prefill_chunk_size is not None,
-        "it generates for another model": config.is_assistant,
-        "there is no static cache": config.cache_implementation != STATIC or not layers or not config.use_cache,
+        "scores, states or a dictionary are asked for": asked["return_dict_in_generate"],
+        "it is compiled as the user says, or not": asked["compile_config"] is not None or asked["disable_compile"],
+        "the prompt is read in parts": asked["prefill_chunk_size"] is not None,
+        "it generates for another model": asked["is_assistant"],
+        "there is no static cache": asked["cache_implementation"] != STATIC or not layers or not asked["use_cache"],
         "its cache has been used": any(layer.is_initialized for layer in layers),
         "its cache is of windows, or of states":
             any(layer.is_sliding for layer in layers) or len(layers) != len(getattr(held, "layers", ())),
