@@ -135,7 +135,7 @@ def test_copies_compile_for_themselves(graphs: list[fx.GraphModule], tmp_path: P
     assert len(graphs) == 2
     call = pickle.loads(pickle.dumps(CompiledCall(torch.nn.Linear(1, 1))))  # pyright: ignore[reportArgumentType]
     assert isinstance(call._model, torch.nn.Linear)
-    steps = Steps()
+    steps = Steps(None)
     assert copy.deepcopy(steps) is steps
 
 

@@ -215,7 +215,7 @@ def _check(model: Any, ids: Tensor, config: GenerationConfig, given: dict[str, A
         "the prompt is read in parts": asked["prefill_chunk_size"] is not None,
         "it generates for another model": asked["is_assistant"],
         "there is no static cache": asked["cache_implementation"] != STATIC or not layers or not asked["use_cache"],
-        "its cache has been used": any(layer.is_initialized for layer in layers),
+        "its cache is not empty": any(layer.is_initialized and int(layer.get_seq_length()) for layer in layers[:1]),
         "its cache is of windows, or of states":
             any(layer.is_sliding for layer in layers) or len(layers) != len(getattr(held, "layers", ())),
         "the prompt is not of tokens on the model's device":
