@@ -47,7 +47,7 @@ def both(model: Any, ids: Tensor, **named: Any) -> tuple[Tensor, Tensor]:
     options = {name: one.cuda() if isinstance(one, Tensor) else one for name, one in options.items()}
     found, drawn = [], []
     for generate in (model.generate, lambda *a, **b: type(model).generate(model, *a, **b)):
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[0]):
             torch.manual_seed(5)
             found.append(generate(ids.cuda(), **options))
             drawn.append(torch.rand(3, device="cuda"))

@@ -90,7 +90,8 @@ class Generate:
         caches = [options.get("cache_implementation"), *(one.cache_implementation for one in configs)]
         if next((one for one in caches if one is not None), None) != STATIC or model.device.type not in DEVICES:
             return False
-        other = {name for name, value in given.items() if name not in KNOWN and value is not None}
+        other = {name for name, value in given.items()
+                 if name not in KNOWN and value is not None and value is not False}
         other |= {"tokenizer", "assistant_tokenizer"} & set(options)
         if other:
             _told(f"'{min(other)}' is for transformers' loop")
