@@ -1,6 +1,7 @@
 """Tersor's loop of `generate`: the ids, the order of random numbers and the reasons to leave it to transformers'.
 
-On the processor steps are called one by one; on a GPU they are replayed (`test_looping_gpu.py`).
+On the processor steps are called one by one, or again and again as they were when a graph would have been captured; a
+GPU replays graphs (`test_looping_gpu.py`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from torch import Tensor, fx
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StaticCache, TextStreamer
 from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor
 
-from tersor.hf.models import generating, looping
+from tersor.hf.models import decoding, generating, looping
+from tersor.hf.models.choosing import Plan
+from tersor.hf.models.decoding import Decoding
 from tersor.ops.dispatch import reference_only
 from tests.compiling.stacking import model_of
 from tests.hf.tiny import load_original, save_tiny
@@ -30,9 +33,24 @@ PADDED = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1] * 7])
 NEW = 10
 
 
-@pytest.fixture(autouse=True)
-def _on_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+class Replayed:
+    """A graph as of CUDA: what was called when it was made is called again, with what was given then."""
+
+    def __init__(self, decoding: Decoding, plan: Plan) -> None:
+        self._decoding, self._plan = decoding, plan
+
+    def replay(self) -> None:
+        self._decoding._read()
+        if self._plan.processors is None:
+            self._decoding._choose(self._plan, -1)
+
+
+@pytest.fixture(autouse=True, params=["called", "replayed"])
+def _on_the_processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the loop where transformers would not compile, and call steps as they are."""
+    if request.param == "replayed":
+        monkeypatch.setattr(decoding, "CAPTURING", {"cpu"})
+        monkeypatch.setattr(Decoding, "_capture", lambda self, plan, count: Replayed(self, plan))
     looping._told.cache_clear()
     monkeypatch.setattr(looping, "DEVICES", {"cpu"})
     monkeypatch.setattr(looping, "compiled", lambda model: model.__call__)
@@ -51,6 +69,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[fx.GraphModule]]:
 
     torch._dynamo.reset()
     monkeypatch.undo()
+    looping._told.cache_clear()
     monkeypatch.setattr(looping, "DEVICES", {"cpu"})
     monkeypatch.setattr(PreTrainedModel, "_valid_auto_compile_criteria", lambda *_: True, raising=False)
     monkeypatch.setattr(generating, "backend", taken)
@@ -133,6 +152,7 @@ def test_the_loop_is_taken(dense: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
         dense.generate(IDS, max_new_tokens=100, do_sample=False, cache_implementation="static")
     assert len(chosen) == 4 + 2
+    assert bool(dense.generate._loop._decoding._graphs) == ("cpu" in decoding.CAPTURING)
 
 
 def test_prompts_and_caches_of_other_lengths(compressed: Any) -> None:
@@ -286,6 +306,7 @@ def test_copies_and_signatures(dense: Any, tmp_path: Path) -> None:
     assert "generate" not in vars(base)  # its experts are not compiled
 
 
+@pytest.mark.parametrize("_on_the_processor", ["called"], indirect=True)
 @pytest.mark.parametrize("codec", ["rot,lm4", "rot,tr3x9o"])
 def test_a_traced_step(codec: str, traced: list[fx.GraphModule], tmp_path: Path, told: Callable[[], list[str]]) -> None:
     """One graph serves all prompts; transformers' loop has its own."""

@@ -168,7 +168,7 @@ class Texts:
         if plan.processors is not None:
             scores = plan.processors(self.ids[:, :count], logits)  # pyright: ignore[reportArgumentType]
         elif plan.barred:
-            scores = torch.where(place < self._least, -math.inf, logits)
+            scores = logits.masked_fill(place < self._least, -math.inf)
         chosen = torch.multinomial(scores.softmax(-1), 1).squeeze(1) if plan.sample else scores.argmax(-1)
         if plan.ends is not None:
             chosen = chosen * self._unfinished + self._pad * (1 - self._unfinished)

@@ -15,6 +15,7 @@ from tersor.hf.models.stepping import PLAIN, DeclinedError, Fed
 
 LESSON = 3  # steps of transformers' loop: two show how arguments follow from one another, the third that they do
 OUTPUTS = {"logits", "past_key_values"}
+CAPTURING = frozenset({"cuda"})
 
 
 class Decoding:
@@ -27,7 +28,7 @@ class Decoding:
     cache : StaticCache
         Kept, and emptied for each call of `generate`: a graph holds its addresses.
     device : torch.device
-        Graphs are captured where it is CUDA; elsewhere steps are called one by one.
+        Graphs are captured on CUDA; elsewhere steps are called one by one.
     """
 
     def __init__(self, forward: Callable[..., Any], cache: Cache, device: torch.device) -> None:
@@ -127,7 +128,7 @@ class Decoding:
     def _step(self, plan: Plan, count: int) -> None:
         """Choose the token after `count` of them."""
         key = plan.captured
-        if self._device.type == "cuda" and key in self._warm and key not in self._graphs:
+        if self._device.type in CAPTURING and key in self._warm and key not in self._graphs:
             self._graphs[key] = self._capture(plan, count)
         graph = self._graphs.get(key)
         if graph is not None:
