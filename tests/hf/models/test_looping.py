@@ -10,6 +10,7 @@ import copy
 import inspect
 import logging
 import pickle
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StaticCache, TextStreamer
 from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor
 
@@ -31,6 +33,18 @@ IDS = torch.randint(1, 128, (1, 9), generator=torch.Generator().manual_seed(1))
 PAIR = torch.randint(1, 128, (2, 7), generator=torch.Generator().manual_seed(2))
 PADDED = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1] * 7])
 NEW = 10
+
+
+class Called(TorchDispatchMode):
+    """Keeps the names of operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 class Replayed:
@@ -288,10 +302,38 @@ def test_what_changes_in_an_unknown_way_is_refused_once(dense: Any, told: Callab
 
 
 def test_threads_do_not_share_a_step(dense: Any, told: Callable[[], list[str]]) -> None:
-    with dense.generate._lock:
-        found, wanted = both(dense, IDS)
-    assert torch.equal(found, wanted)
+    """While a loop shows steps to transformers', another thread has transformers' loop with steps of its own."""
+    wanted = dense.generate(IDS, max_new_tokens=NEW, do_sample=False, cache_implementation="static")
+    found = []
+
+    def other() -> None:
+        found.append(dense.generate(IDS, max_new_tokens=NEW, do_sample=False, cache_implementation="static"))
+
+    thread = threading.Thread(target=other)
+    with dense.generate._lock, generating.showing(dense, lambda **given: pytest.fail("of another thread")):
+        thread.start()
+        thread.join()
+    assert torch.equal(found[0], wanted)
     assert "another thread" in told()[0]
+
+
+def test_a_step_asks_the_host_nothing(dense: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a captured step does never waits for the device, nor copies what the host has made."""
+    plans: list[Plan] = []
+    original = Decoding.run
+    monkeypatch.setattr(Decoding, "run", lambda self, ids, prompt, plan: (plans.append(plan), original(
+        self, ids, prompt, plan))[1])
+    dense.generate(IDS, max_new_tokens=NEW, min_new_tokens=5, eos_token_id=[3, 4], do_sample=False, pad_token_id=0,
+                   cache_implementation="static")
+    steps = dense.generate._loop._decoding
+    steps.cache.reset()
+    steps._place.zero_()
+    with torch.no_grad(), Called() as called:
+        steps._read()
+        steps._choose(plans[0], -1)
+    assert "aten.argmax.default" in called.names
+    waiting = ("local_scalar", "nonzero", "lift", "is_nonzero", "equal.", "unique")
+    assert [name for name in called.names if any(part in name for part in waiting)] == []
 
 
 def test_copies_and_signatures(dense: Any, tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ MODE = "reduce-overhead"  # Inductor's, with CUDA graphs: as of transformers' ow
 MODEL = re.compile(r"(L\['self'\]|self\b)")  # how the compiler names what it finds in a model
 PLAIN = frozenset({type(None), bool, int, float, str})
 NOTED = "_previous_max_cache_length"  # by `generate` on the model: no graph depends on it
+_SHOWN: ContextVar[tuple[Any, Callable[..., Any] | None]] = ContextVar("tersor_shown", default=(None, None))
 
 
 class CompiledCall:
@@ -27,14 +30,8 @@ class CompiledCall:
     whether it is as it was when it was compiled. That took longer than many kernels, so it is done here, once a
     `generate`: where anything differs, steps are compiled anew. `generation_config.compile_config` is not set, because
     transformers then warns at every call that does not compile.
-
-    Attributes
-    ----------
-    shown : callable or None
-        What is called instead, while a loop of ours looks at steps of transformers'.
     """
 
-    shown: Callable[..., Any] | None = None
     _config: CompileConfig | None = None
     _seen: list[Any] | None = None
 
@@ -48,8 +45,9 @@ class CompiledCall:
         """Return the compiled model, made once for each configuration and state, as the model's class does it."""
         if compile_config is not None:
             return type(self._model).get_compiled_call(self._model, compile_config)
-        if self.shown is not None:
-            return self.shown
+        model, shown = _SHOWN.get()
+        if model is self._model and shown is not None:
+            return shown
         seen, _ = state_of(self._model)
         if self._config is None or seen != self._seen:
             none: Any = None  # of modes: torch takes these or options
@@ -77,6 +75,16 @@ class Steps:
     def __deepcopy__(self, memo: dict[int, Any]) -> Steps:
         del memo
         return self
+
+
+@contextlib.contextmanager
+def showing(model: PreTrainedModel, shown: Callable[..., Any]) -> Iterator[None]:
+    """Let this thread's loop of transformers call something else than the compiled model."""
+    token = _SHOWN.set((model, shown))
+    try:
+        yield
+    finally:
+        _SHOWN.reset(token)
 
 
 def compiled(model: PreTrainedModel) -> Callable[..., Any]:

@@ -26,7 +26,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from tersor.hf.models.choosing import Plan, planned
 from tersor.hf.models.decoding import LESSON, Decoding, random_state, set_random_state
-from tersor.hf.models.generating import CompiledCall, compiled, state_of
+from tersor.hf.models.generating import CompiledCall, compiled, showing, state_of
 from tersor.hf.models.stepping import DeclinedError
 from tersor.ops.dispatch import kernels_allowed
 
@@ -126,11 +126,11 @@ class Loop:
         first = [one for one in stopping_criteria if isinstance(one, EosTokenCriteria)]
         model_kwargs["past_key_values"] = decoding.cache
         shown, random = Shown(decoding, prompt, plan), random_state(model.device)
-        model.get_compiled_call.shown = shown
         try:
-            ids = type(model)._sample(
-                model, input_ids, logits_processor=logits_processor, generation_config=generation_config,
-                stopping_criteria=StoppingCriteriaList([MaxLengthCriteria(few), *first]), **model_kwargs)
+            with showing(model, shown):
+                ids = type(model)._sample(
+                    model, input_ids, logits_processor=logits_processor, generation_config=generation_config,
+                    stopping_criteria=StoppingCriteriaList([MaxLengthCriteria(few), *first]), **model_kwargs)
             shown.check(ids.shape[1])
             return ids if ids.shape[1] < few or few == plan.length else decoding.run(ids, prompt, plan)
         except DeclinedError as reason:
@@ -139,8 +139,6 @@ class Loop:
             if plan.sample:
                 set_random_state(random, model.device)
             raise
-        finally:
-            model.get_compiled_call.shown = None
 
     def _chosen(self, model: Any, ids: Tensor, fresh: StaticCache) -> Decoding:
         """Return the steps kept from the call before if all is as it was, else new ones: over the fresh cache."""
