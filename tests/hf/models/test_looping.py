@@ -11,6 +11,7 @@ import inspect
 import logging
 import pickle
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StaticCache, TextStreamer
 from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor
 
-from tersor.hf.models import decoding, generating, looping
-from tersor.hf.models.choosing import Plan
+from tersor.hf.models import capturing, generating, looping
+from tersor.hf.models.choosing import Plan, Texts
 from tersor.hf.models.decoding import Decoding
 from tersor.ops.dispatch import reference_only
 from tests.compiling.stacking import model_of
@@ -50,21 +51,17 @@ class Called(TorchDispatchMode):
 class Replayed:
     """A graph as of CUDA: what was called when it was made is called again, with what was given then."""
 
-    def __init__(self, decoding: Decoding, plan: Plan) -> None:
-        self._decoding, self._plan = decoding, plan
-
-    def replay(self) -> None:
-        self._decoding._read()
-        if self._plan.processors is None:
-            self._decoding._choose(self._plan, -1)
+    def __init__(self, step: Callable[[], Any], device: torch.device) -> None:
+        self.replay = step
 
 
 @pytest.fixture(autouse=True, params=["called", "replayed"])
 def _on_the_processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the loop where transformers would not compile, and call steps as they are."""
     if request.param == "replayed":
-        monkeypatch.setattr(decoding, "CAPTURING", {"cpu"})
-        monkeypatch.setattr(Decoding, "_capture", lambda self, plan, count: Replayed(self, plan))
+        monkeypatch.setattr(capturing, "DEVICES", {"cpu"})
+        monkeypatch.setattr(capturing, "capture", Replayed)
+        monkeypatch.setattr(capturing, "try_out", lambda step: step())
     looping._told.cache_clear()
     monkeypatch.setattr(looping, "DEVICES", {"cpu"})
     monkeypatch.setattr(looping, "compiled", lambda model: model.__call__)
@@ -166,7 +163,7 @@ def test_the_loop_is_taken(dense: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
         dense.generate(IDS, max_new_tokens=100, do_sample=False, cache_implementation="static")
     assert len(chosen) == 4 + 2
-    assert bool(dense.generate._loop._decoding._graphs) == ("cpu" in decoding.CAPTURING)
+    assert bool(dense.generate._loop._decoding._graphs) == ("cpu" in capturing.DEVICES)
 
 
 def test_prompts_and_caches_of_other_lengths(compressed: Any) -> None:
@@ -329,11 +326,51 @@ def test_a_step_asks_the_host_nothing(dense: Any, monkeypatch: pytest.MonkeyPatc
     steps.cache.reset()
     steps._place.zero_()
     with torch.no_grad(), Called() as called:
-        steps._read()
-        steps._choose(plans[0], -1)
+        steps._whole(plans[0], -1)
     assert "aten.argmax.default" in called.names
     waiting = ("local_scalar", "nonzero", "lift", "is_nonzero", "equal.", "unique")
     assert [name for name in called.names if any(part in name for part in waiting)] == []
+
+
+def test_a_step_that_waits_is_not_captured(dense: Any, told: Callable[[], list[str]],
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch warns of each wait in the mode that is set meanwhile; other warnings are shown as ever."""
+    modes, original, waits = [0], Texts.choose, [True]
+
+    def chosen(self: Texts, logits: Tensor, *others: Any) -> None:
+        original(self, logits, *others)
+        if modes[-1] and waits[0]:
+            warnings.warn(capturing.WAITS, stacklevel=1)
+
+    def mode(asked: str | int) -> None:
+        modes.append({"warn": 1}.get(asked, 0) if isinstance(asked, str) else asked)
+        if modes[-1]:
+            warnings.warn(f"{capturing.PROTOTYPE} feature", stacklevel=1)
+
+    monkeypatch.undo()
+    for where in (looping, capturing):
+        monkeypatch.setattr(where, "DEVICES", {"cpu"})
+    monkeypatch.setattr(looping, "compiled", lambda model: model.__call__)
+    monkeypatch.setattr(capturing, "capture", Replayed)
+    monkeypatch.setattr(PreTrainedModel, "_valid_auto_compile_criteria", lambda *_: True, raising=False)
+    monkeypatch.setattr(PreTrainedModel, "get_compiled_call", lambda self, config: self.__call__)
+    monkeypatch.setattr(Texts, "choose", chosen)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", mode)
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    assert torch.equal(*both(dense, IDS))
+    assert ["a step waits for the device at" in line for line in told()] == [True]
+    assert modes == [0, 1, 0]
+    dense.generate._loop, waits[0] = looping.Loop(), False
+    assert torch.equal(*both(dense, IDS))
+    assert dense.generate._loop._decoding._graphs
+    assert modes == [0, 1, 0, 1, 0]
+    with capturing.waiting() as found:
+        with pytest.warns(UserWarning, match="something else"):
+            warnings.warn("something else", stacklevel=1)
+        thread = threading.Thread(target=lambda: warnings.warn(capturing.WAITS, stacklevel=1))
+        thread.start()
+        thread.join()
+    assert found == []
 
 
 def test_copies_and_signatures(dense: Any, tmp_path: Path) -> None:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, StaticLayer
 
+from tersor.hf.models import capturing
 from tersor.hf.models.choosing import Plan, Texts
 from tersor.hf.models.stepping import PLAIN, DeclinedError, Fed
 
 LESSON = 3  # steps of transformers' loop: two show how arguments follow from one another, the third that they do
 OUTPUTS = {"logits", "past_key_values"}
-CAPTURING = frozenset({"cuda"})
 
 
 class Decoding:
@@ -38,7 +38,7 @@ class Decoding:
         self._place = torch.zeros(1, dtype=torch.int64, device=device)  # of the token that is read
         self._output: type[Any] | None = None
         self._graphs: dict[tuple[bool, ...], torch.cuda.CUDAGraph] = {}
-        self._warm: set[tuple[bool, ...]] = set()
+        self._tried: set[tuple[bool, ...]] = set()
         self._counted: tuple[Any, ...] = ()
 
     def shown(self, given: dict[str, Any], place: int, number: int, plan: Plan) -> Any:
@@ -127,34 +127,29 @@ class Decoding:
 
     def _step(self, plan: Plan, count: int) -> None:
         """Choose the token after `count` of them."""
-        key = plan.captured
-        if self._device.type in CAPTURING and key in self._warm and key not in self._graphs:
-            self._graphs[key] = self._capture(plan, count)
+        key, captures = plan.captured, self._device.type in capturing.DEVICES
+        if captures and key in self._tried and key not in self._graphs:
+            self._graphs[key] = capturing.capture(lambda: self._whole(plan, count), self._device)
         graph = self._graphs.get(key)
         if graph is not None:
             graph.replay()
+        elif captures:
+            capturing.try_out(lambda: self._whole(plan, count))
+            self._tried.add(key)
         else:
-            self._read()
-            self._warm.add(key)
-        if graph is None or plan.processors is not None:
+            self._whole(plan, count)
+        if plan.processors is not None:
+            self._choose(plan, count)
+
+    def _whole(self, plan: Plan, count: int) -> None:
+        """Do what a graph holds: all, or all but the choice."""
+        self._read()
+        if plan.processors is None:
             self._choose(plan, count)
 
     def _choose(self, plan: Plan, count: int) -> None:
         assert self._fed is not None
         self._texts.choose(self._logits, self._place, self._fed.token, plan, count)
-
-    def _capture(self, plan: Plan, count: int) -> torch.cuda.CUDAGraph:
-        """Return the graph of a step, which was done before: all is compiled and loaded."""
-        graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(self._device)
-        try:
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                self._read()
-                if plan.processors is None:
-                    self._choose(plan, count)
-        except RuntimeError as error:  # of the driver's too: what is captured has not run
-            raise DeclinedError(f"a step is not captured: {' '.join(str(error).split())[:200]}") from error
-        return graph
 
 
 class Late:
