@@ -11,7 +11,6 @@ import inspect
 import logging
 import pickle
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor
 
 from tersor.hf.models import capturing, generating, looping
-from tersor.hf.models.choosing import Plan, Texts
+from tersor.hf.models.choosing import Plan
 from tersor.hf.models.decoding import Decoding
 from tersor.ops.dispatch import reference_only
 from tests.compiling.stacking import model_of
@@ -330,47 +329,6 @@ def test_a_step_asks_the_host_nothing(dense: Any, monkeypatch: pytest.MonkeyPatc
     assert "aten.argmax.default" in called.names
     waiting = ("local_scalar", "nonzero", "lift", "is_nonzero", "equal.", "unique")
     assert [name for name in called.names if any(part in name for part in waiting)] == []
-
-
-def test_a_step_that_waits_is_not_captured(dense: Any, told: Callable[[], list[str]],
-                                           monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch warns of each wait in the mode that is set meanwhile; other warnings are shown as ever."""
-    modes, original, waits = [0], Texts.choose, [True]
-
-    def chosen(self: Texts, logits: Tensor, *others: Any) -> None:
-        original(self, logits, *others)
-        if modes[-1] and waits[0]:
-            warnings.warn(capturing.WAITS, stacklevel=1)
-
-    def mode(asked: str | int) -> None:
-        modes.append({"warn": 1}.get(asked, 0) if isinstance(asked, str) else asked)
-        if modes[-1]:
-            warnings.warn(f"{capturing.PROTOTYPE} feature", stacklevel=1)
-
-    monkeypatch.undo()
-    for where in (looping, capturing):
-        monkeypatch.setattr(where, "DEVICES", {"cpu"})
-    monkeypatch.setattr(looping, "compiled", lambda model: model.__call__)
-    monkeypatch.setattr(capturing, "capture", Replayed)
-    monkeypatch.setattr(PreTrainedModel, "_valid_auto_compile_criteria", lambda *_: True, raising=False)
-    monkeypatch.setattr(PreTrainedModel, "get_compiled_call", lambda self, config: self.__call__)
-    monkeypatch.setattr(Texts, "choose", chosen)
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", mode)
-    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
-    assert torch.equal(*both(dense, IDS))
-    assert ["a step waits for the device at" in line for line in told()] == [True]
-    assert modes == [0, 1, 0]
-    dense.generate._loop, waits[0] = looping.Loop(), False
-    assert torch.equal(*both(dense, IDS))
-    assert dense.generate._loop._decoding._graphs
-    assert modes == [0, 1, 0, 1, 0]
-    with capturing.waiting() as found:
-        with pytest.warns(UserWarning, match="something else"):
-            warnings.warn("something else", stacklevel=1)
-        thread = threading.Thread(target=lambda: warnings.warn(capturing.WAITS, stacklevel=1))
-        thread.start()
-        thread.join()
-    assert found == []
 
 
 def test_copies_and_signatures(dense: Any, tmp_path: Path) -> None:
