@@ -104,7 +104,8 @@ def state_of(model: PreTrainedModel) -> tuple[list[Any], list[int]]:
     The first are modules, their plain attributes and hooks, and kinds of tensors. Containers that a module keeps
     beside its tensors are not looked into.
     """
-    seen, addresses = [str(vars(model.config))], list[int]()
+    config = {name: value for name, value in vars(model.config).items() if name != "quantization_config"}
+    seen, addresses = [str(config)], list[int]()
     for module in _modules(model):
         held = vars(module)
         seen += [module, held.get("forward"), len(module._forward_hooks), len(module._forward_pre_hooks)]

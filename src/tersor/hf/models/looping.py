@@ -72,11 +72,15 @@ class Generate:
         if not self._lock.acquire(blocking=False):
             _told("another thread generates by it")
             return generate(model, *args, **named)
+        noted = dict(vars(model))
         try:
             with _on(model.device):
                 return generate(model, *args, custom_generate=self._loop, **named)
         except DeclinedError as reason:
             _told(str(reason))
+            for name in vars(model).keys() - noted.keys():  # as if not called: some versions note a cache, still empty
+                del vars(model)[name]
+            vars(model).update(noted)
         finally:
             self._lock.release()
         return generate(model, *args, **named)

@@ -140,8 +140,9 @@ def install(model: PreTrainedModel, opened: store.Store) -> None:
         _remember_dtype(model)
     # what no parameter takes was carried along on purpose; the sentinel has done its duty
     passed = (set(opened.plain_names()) | {opened.sentinel}) - set(model.state_dict())
-    model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()),
-                                                *(f"^{re.escape(name)}$" for name in passed if name)}
+    held = model._keys_to_ignore_on_load_unexpected
+    names = [*(held or ()), *sorted(f"^{re.escape(name)}$" for name in passed if name)]
+    model._keys_to_ignore_on_load_unexpected = set(names) if isinstance(held, set) else names  # lists before 5.9
     if any(m.kind == "stack" for group in by_parameter.values() for m in group):
         model.set_experts_implementation("eager")  # the other implementations want all experts dense at once
 
