@@ -142,7 +142,7 @@ def install(model: PreTrainedModel, opened: store.Store) -> None:
     passed = (set(opened.plain_names()) | {opened.sentinel}) - set(model.state_dict())
     held = model._keys_to_ignore_on_load_unexpected
     names = [*(held or ()), *sorted(f"^{re.escape(name)}$" for name in passed if name)]
-    model._keys_to_ignore_on_load_unexpected = set(names) if isinstance(held, set) else names  # a list in 5.4 and before
+    model._keys_to_ignore_on_load_unexpected = set(names) if isinstance(held, set) else names  # a list up to 5.4
     if any(m.kind == "stack" for group in by_parameter.values() for m in group):
         model.set_experts_implementation("eager")  # the other implementations want all experts dense at once
 
