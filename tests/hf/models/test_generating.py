@@ -118,6 +118,14 @@ def test_what_changes_in_a_model_is_noticed_at_the_next_call(graphs: list[fx.Gra
     handle.remove()
 
 
+def test_longer_caches_compile_twice(graphs: list[fx.GraphModule], tmp_path: Path) -> None:
+    """The second graph is of any length; that `generate` notes the length on the model is no change of it."""
+    model: Any = model_of("rot,lm4", "llama", tmp_path, num_hidden_layers=1)
+    for new in (4, 6, 8, 11):
+        assert torch.equal(generated(model, new=new), generated(model, new=new, compiled=False))
+    assert len(graphs) == 2
+
+
 def test_another_configuration_is_taken_as_it_is(graphs: list[fx.GraphModule], tmp_path: Path) -> None:
     model: Any = model_of("rot,lm4", "llama", tmp_path, num_hidden_layers=1)
     wanted = generated(model, compiled=False)
@@ -135,7 +143,7 @@ def test_copies_compile_for_themselves(graphs: list[fx.GraphModule], tmp_path: P
     assert len(graphs) == 2
     call = pickle.loads(pickle.dumps(CompiledCall(torch.nn.Linear(1, 1))))  # pyright: ignore[reportArgumentType]
     assert isinstance(call._model, torch.nn.Linear)
-    steps = Steps()
+    steps = Steps(None)
     assert copy.deepcopy(steps) is steps
 
 

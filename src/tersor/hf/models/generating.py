@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
-from torch import Tensor, fx, nn
+import torch
+from torch import fx, nn
 from transformers import CompileConfig, PreTrainedModel
 
 from tersor.compiling import backend
@@ -15,6 +18,9 @@ from tersor.nn import CompressedEmbedding, CompressedLinear, TiedLinear, WeightV
 OWN = (CompressedLinear, CompressedEmbedding, TiedLinear)
 MODE = "reduce-overhead"  # Inductor's, with CUDA graphs: as of transformers' own configuration
 MODEL = re.compile(r"(L\['self'\]|self\b)")  # how the compiler names what it finds in a model
+PLAIN = frozenset({type(None), bool, int, float, str})
+NOTED = "_previous_max_cache_length"  # by `generate` on the model: no graph depends on it
+_SHOWN: ContextVar[tuple[Any, Callable[..., Any] | None]] = ContextVar("tersor_shown", default=(None, None))
 
 
 class CompiledCall:
@@ -27,7 +33,7 @@ class CompiledCall:
     """
 
     _config: CompileConfig | None = None
-    _seen: tuple[Any, ...] = ()
+    _seen: list[Any] | None = None
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
@@ -39,24 +45,51 @@ class CompiledCall:
         """Return the compiled model, made once for each configuration and state, as the model's class does it."""
         if compile_config is not None:
             return type(self._model).get_compiled_call(self._model, compile_config)
-        seen = tuple(_looked_at(self._model))
+        model, shown = _SHOWN.get()
+        if model is self._model and shown is not None:
+            return shown
+        seen, _ = state_of(self._model)
         if self._config is None or seen != self._seen:
             none: Any = None  # of modes: torch takes these or options
             self._seen = seen
-            self._config = CompileConfig(backend=Steps(), mode=none, options={"guard_filter_fn": _outside_model})
+            self._config = CompileConfig(backend=Steps(MODE), mode=none, options={"guard_filter_fn": _outside_model})
         return type(self._model).get_compiled_call(self._model, self._config)
 
 
 class Steps:
-    """Tersor's backend for one state of one model: graphs of another backend do not count as compiled for it."""
+    """Tersor's backend for one state of one model: graphs of another backend do not count as compiled for it.
+
+    Parameters
+    ----------
+    mode : str or None
+        Inductor's.
+    """
+
+    def __init__(self, mode: str | None) -> None:
+        self._mode = mode
 
     def __call__(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile a graph."""
-        return backend(graph, inputs, mode=MODE)
+        return backend(graph, inputs, mode=self._mode)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Steps:
         del memo
         return self
+
+
+@contextlib.contextmanager
+def showing(model: PreTrainedModel, shown: Callable[..., Any]) -> Iterator[None]:
+    """Let this thread's loop of transformers call something else than the compiled model."""
+    token = _SHOWN.set((model, shown))
+    try:
+        yield
+    finally:
+        _SHOWN.reset(token)
+
+
+def compiled(model: PreTrainedModel) -> Callable[..., Any]:
+    """Return a model's call, compiled without CUDA graphs, for the state it is in."""
+    return torch.compile(model.__call__, backend=Steps(None), options={"guard_filter_fn": _outside_model})
 
 
 def compiles(model: nn.Module) -> bool:
@@ -65,21 +98,36 @@ def compiles(model: nn.Module) -> bool:
                    for value in vars(module).values())
 
 
+def state_of(model: PreTrainedModel) -> tuple[list[Any], list[int]]:
+    """Return what a graph of a model may depend on, and where its tensors lie.
+
+    The first are modules, their plain attributes and hooks, and kinds of tensors. Containers that a module keeps
+    beside its tensors are not looked into.
+    """
+    config = {name: value for name, value in vars(model.config).items() if name != "quantization_config"}
+    seen, addresses = [str(config)], list[int]()
+    for module in _modules(model):
+        held = vars(module)
+        seen += [module, held.get("forward"), len(module._forward_hooks), len(module._forward_pre_hooks)]
+        seen += [value for name, value in held.items() if type(value) in PLAIN and name != NOTED]
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                seen += [tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad]
+                addresses.append(tensor.data_ptr())
+    return seen, addresses
+
+
 def _outside_model(entries: Sequence[Any]) -> list[bool]:
     """Tell which guards are of something else than the model, whose state is looked at before."""
     return [MODEL.match(entry.name) is None for entry in entries]
 
 
-def _looked_at(model: PreTrainedModel) -> Iterator[Any]:
-    """Yield what a graph of a model may depend on: modules, their plain attributes and hooks, kinds of tensors."""
-    yield str(vars(model.config))
-    for module in model.modules():
-        held = vars(module)
-        yield module
-        yield tuple(value for value in held.values() if value is None or isinstance(value, (bool, int, float, str)))
-        yield len(module._forward_hooks), len(module._forward_pre_hooks), held.get("forward")
-        yield tuple(map(_kind, (*module._parameters.values(), *module._buffers.values())))
-
-
-def _kind(tensor: Tensor | None) -> Any:
-    return None if tensor is None else (tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad)
+def _modules(model: nn.Module) -> list[nn.Module]:
+    """Return all modules, each once; as `model.modules()`, in a third of the time."""
+    found, left = dict[int, nn.Module](), [model]
+    while left:
+        module = left.pop()
+        if id(module) not in found:
+            found[id(module)] = module
+            left += [child for child in module._modules.values() if child is not None]
+    return list(found.values())

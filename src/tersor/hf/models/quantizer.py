@@ -19,8 +19,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tersor import store
 from tersor.errors import CorruptStoreError
-from tersor.hf.models import placing
-from tersor.hf.models.generating import CompiledCall, compiles
+from tersor.hf.models import looping, placing
+from tersor.hf.models.generating import compiles
 from tersor.hf.models.matrices import Matrix, unsaved, walk
 from tersor.nn import Buffers, CompressedEmbedding, CompressedLinear, TiedLinear, Untrained, WeightView
 
@@ -87,7 +87,7 @@ class TersorQuantizer(HfQuantizer):
         self._model = weakref.ref(model)
         self.loaded = folder.absolute(), opened.manifest["sha256"]
         self._compiles = compiles(model)
-        model.get_compiled_call = CompiledCall(model)
+        looping.install(model, compiles=self._compiles)
         if placing.spreads(kwargs.get("device_map")):
             placing.check_tables(model, kwargs["device_map"])
             placing.as_parameters(model)
@@ -140,8 +140,9 @@ def install(model: PreTrainedModel, opened: store.Store) -> None:
         _remember_dtype(model)
     # what no parameter takes was carried along on purpose; the sentinel has done its duty
     passed = (set(opened.plain_names()) | {opened.sentinel}) - set(model.state_dict())
-    model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()),
-                                                *(f"^{re.escape(name)}$" for name in passed if name)}
+    held = model._keys_to_ignore_on_load_unexpected
+    names = [*(held or ()), *sorted(f"^{re.escape(name)}$" for name in passed if name)]
+    model._keys_to_ignore_on_load_unexpected = set(names) if isinstance(held, set) else names  # a list up to 5.4
     if any(m.kind == "stack" for group in by_parameter.values() for m in group):
         model.set_experts_implementation("eager")  # the other implementations want all experts dense at once
 
