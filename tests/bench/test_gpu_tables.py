@@ -9,7 +9,8 @@ from bench.suites.gpu import tables
 from bench.suites.gpu.cases import ENCODE_SHAPES, Encode, cases
 
 
-def product(shape: str, batch: int, codec: str, us: float, cpu: str = "H200", **numbers: Any) -> tuple[str, dict[str, Any]]:
+def product(shape: str, batch: int, codec: str, us: float, cpu: str = "H200",
+            **numbers: Any) -> tuple[str, dict[str, Any]]:
     sides = [int(side) for side in shape.split("x")]
     return f"product|{shape}|{batch}|{codec}", {
         "key": f"product|{shape}|{batch}|{codec}", "machine": {"cpu": cpu}, "bytes": 1, "numbers": {
