@@ -158,7 +158,7 @@ class _Streams(Coordinates):
 def _looked_up(bits: float, memory: int, edition: int, shape: Shape, axis: str) -> bool:
     """Tell whether kernels look the windows of a matrix up."""
     line = filter_editions()[bits, memory, edition].line(shape[0 if axis == "out" else 1])
-    return takes(line, *shape, across=axis == "out")
+    return takes(line, *shape, across=axis == "out", linear=True)
 
 
 @constant
