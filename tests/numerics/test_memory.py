@@ -1,5 +1,7 @@
 """How much memory there is, by what the system says of it."""
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -24,3 +26,23 @@ def test_the_least_of_what_is_known_counts(tmp_path: Path, monkeypatch: pytest.M
     assert memory.available() == 7 * 1024
     meminfo.write_text("nothing\n")
     assert memory.available() is None or (memory.available() or 0) > 0  # all that is built in
+
+
+def test_what_refers_to_itself_is_freed_where_that_is_asked_for() -> None:
+    class Model:
+        def __init__(self) -> None:
+            self.hook = self.forward
+
+        def forward(self) -> None:
+            pass
+
+    held = weakref.ref(Model())
+    gc.disable()
+    try:
+        memory.give_back()
+        kept = held() is not None
+        memory.give_back(cycles=True)
+    finally:
+        gc.enable()
+    assert kept
+    assert held() is None

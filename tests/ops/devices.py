@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
+
+from tersor.ops.dispatch import recording
 
 MARKS = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
 CUDA = pytest.param("cuda", marks=MARKS)
@@ -30,3 +33,16 @@ def on_devices(names: Sequence[str], *, cpu: Iterable[Sequence[Any]],
     params = [pytest.param(device, *values, marks=marks, id="-".join(str(value) for value in (device, *values)))
               for device, marks, cases in (("cpu", (), cpu), ("cuda", MARKS, cuda)) for values in cases]
     return pytest.mark.parametrize(("device", *names), params)
+
+
+@contextlib.contextmanager
+def kernels_named() -> Iterator[list[str]]:
+    """Yield a list that gets the name of every kernel that this thread launches within the block."""
+    names: list[str] = []
+
+    def launch(jitted: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], named: dict[str, Any]) -> object:
+        names.append(jitted.__name__)
+        return jitted[grid](*arguments, **named)
+
+    with recording(launch):
+        yield names

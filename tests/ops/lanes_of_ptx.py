@@ -167,6 +167,11 @@ class Warp:
             case "cvt.rn.f16x2.f32":
                 high, low = (_float(each).astype(np.float16).view(np.uint16).astype(np.uint64) for each in given)
                 return high << np.uint64(16) | low
+            case "add.rn.f16x2":
+                sides = [(one >> np.uint64(16 * side)).astype(np.uint16).view(np.float16)
+                         + (given[1] >> np.uint64(16 * side)).astype(np.uint16).view(np.float16) for side in range(2)]
+                low, high = (side.view(np.uint16).astype(np.uint64) for side in sides)
+                return high << np.uint64(16) | low
         raise AssertionError(name)
 
     def _half(self, name: str, place: int) -> np.ndarray:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tersor.ops.dispatch import kernel
 from tersor.ops.tapes import ALIGNED, Taped, record
+from tests.ops.devices import kernels_named
 
 
 class Compiled:
@@ -33,6 +34,7 @@ class Jitted:
     """A jitted function: `y[i] = x[i] * weights[i] + first`, n numbers of float32."""
 
     arg_names = ("x", "y", "weights", "starts", "count")
+    __name__ = "scaled"
 
     def __init__(self) -> None:
         self.launches: list[Any] = []
@@ -198,6 +200,14 @@ def test_constants_may_be_made_meanwhile() -> None:
     for seed in range(3):
         assert torch.equal(taped(vectors(1, seed)), vectors(1, seed) * WEIGHTS * 2 + 3)
     assert len(JITTED.launches) == 2
+
+
+def test_kernels_are_named_as_they_are_launched() -> None:
+    out = torch.empty(8)
+    with kernels_named() as names:
+        SCALE[(1,)](vectors(1, 0), out, WEIGHTS, (STARTS,), 8, num_warps=4)
+    assert names == ["scaled"]
+    assert torch.equal(out[None], vectors(1, 0) * WEIGHTS + 3)  # it ran, too
 
 
 def test_a_launch_is_written_down_within_a_recording_only() -> None:

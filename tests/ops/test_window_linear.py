@@ -15,6 +15,7 @@ from tersor.codecs.trellis.windows import Window
 from tersor.ops import dispatch, reference_only, workers
 from tersor.ops.trellis_linear import segments
 from tersor.ops.window_linear import decoded_rows, image_of, reference, window_linear
+from tersor.ops.window_linear.shapes import tables
 from tersor.ops.window_linear.shapes.lanes import FEW, refusal
 from tersor.payload import packing
 from tersor.registry import parse
@@ -169,13 +170,22 @@ LARGE = [(256, 512), (768, 1152), (1024, 2944), (512, 300)]
 @pytest.mark.parametrize("device", [CUDA])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind[0].__name__}-{kind[1]:g}x{kind[2]}")
-@pytest.mark.parametrize("across", [False, True])
-def test_products_on_cuda(device: str, dtype: torch.dtype, kind: tuple, *, across: bool) -> None:
-    """Of vectors of 16 bits, numbers and vectors are rounded to half precision, or to theirs; sums are of float32."""
+@pytest.mark.parametrize(("across", "parts"), [(False, False), (True, False), (False, True), (True, True)])
+def test_products_on_cuda(monkeypatch: pytest.MonkeyPatch, device: str, dtype: torch.dtype, kind: tuple, *,
+                          across: bool, parts: bool) -> None:
+    """Of vectors of 16 bits, numbers and vectors are rounded to half precision, or to theirs; sums are of float32.
+
+    Of filters, two parts of numbers may be rounded before they are added.
+    """
     code = kind[0]()[kind[1:]]
+    if parts and kind[0] is folded:
+        pytest.skip("numbers of folded codes have no parts")
+    monkeypatch.setattr(tables, "SUMMED_FROM", 0)
+    reach = 3 * 2.0**-11 * float(code.table().abs().max()) if parts else 0.0
     for rows, width in LARGE:
         codes, scales, dense = (one.to(device) for one in held(code, rows, width, across=across))
-        image, table = image_of(code.table(), code.shifts).to(device), code.table().to(device)
+        image, table = image_of(code.table(), code.shifts, linear=parts).to(device), code.table().to(device)
+        assert (image.ndim > 1) == parts
         x = (gaussian((70, width), 5) * torch.logspace(-2, 1, 70)[:, None]).to(dtype).to(device)
         want, size = x.double() @ dense.double().T, x.double().abs() @ dense.double().abs().T
         tiny = 2.0**-25 * x.double().abs().amax(1, keepdim=True) * dense.double().abs().sum(1)
@@ -183,6 +193,7 @@ def test_products_on_cuda(device: str, dtype: torch.dtype, kind: tuple, *, acros
         for count in (1, 2, 8, 9, 16, 31, 64, 70):
             found = window_linear(x[:count], codes, table, scales, code.shifts, image, across=across)
             bound = (4 * last + (width + 3) * LAST) * size[:count] + tiny[:count] + last * 2 * want[:count].abs()
+            bound += reach * x[:count].double().abs().sum(1, keepdim=True) * scales.double()
             assert found.shape == (count, rows)
             assert found.dtype == dtype
             assert bool(((found.double() - want[:count]).abs() <= bound).all()), (rows, width, count)

@@ -14,9 +14,12 @@ CODECS = ("bf16", "int4", "nf4", "two2x2", "lm2", "rot,lm2", "lm3", "rot,lm3", "
 HADAMARDS = ((8192, 4096), (8192, 14336), (8192, 576), (8192, 8192), (1, 4096), (1, 14336))
 SMALL_CODECS = tuple(codec.replace("lr256", "lr16") for codec in CODECS)
 SMALL_SHAPES, SMALL_BATCHES, SMALL_HADAMARDS = ((64, 256), (256, 64)), (1, 16), ((16, 64), (1, 576))
-MODELS = ("bf16", "int4", "nf4", "rot,lm4", "rot,lm2", "two2x2")  # bf16 first: ratios are to it
+MODELS = ("bf16", "int4", "nf4", "rot,lm4", "rot,lm3", "rot,lm2", "rot,tr4o", "rot,tr3o", "rot,tr2o",
+          "two2x2")  # bf16 first: ratios are to it
 LAYERS = 32
 ENCODED, SWEEPS, ENCODE_MOST = "two2x2", 1000, 400.0  # codec, sweeps; seconds for the whole model, then it stops
+# what `trellis` takes at 3 bits with the efforts "normal" and "best"; as models are compressed, and without feedback
+TRELLIS_ENCODED = (("rot,tr3o", True), ("rot,tr3x16o", True), ("rot,tr3o", False))
 # matrices of Llama 3.1 8B by shape: how many there are
 ENCODE_SHAPES = {(1024, 4096): 64, (4096, 4096): 64, (4096, 14336): 32, (14336, 4096): 64, (128256, 4096): 2}
 SMALL_ENCODE_SHAPES = {(32, 64): 4, (64, 64): 4, (64, 128): 2, (128, 64): 4, (256, 64): 2}
@@ -113,7 +116,15 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Encode:
-    """Encoding matrices of one shape, of which a model has `count`."""
+    """Encoding matrices of one shape, of which a model has `count`.
+
+    Attributes
+    ----------
+    sweeps : int
+        Of codes that anneal; 0 of others.
+    feedback : bool
+        With error feedback under a Hessian, as models are compressed.
+    """
 
     what: ClassVar[str] = "encode"
     shape: tuple[int, int]
@@ -121,11 +132,13 @@ class Encode:
     codec: str = ENCODED
     sweeps: int = SWEEPS
     layers: int = LAYERS
+    feedback: bool = False
 
     @property
     def key(self) -> str:
         """The case's name in results."""
-        return f"encode|{self.shape[0]}x{self.shape[1]}|{self.codec}|{self.sweeps}"
+        how = self.sweeps or ("feedback" if self.feedback else "plain")
+        return f"encode|{self.shape[0]}x{self.shape[1]}|{self.codec}|{how}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +186,14 @@ def products(shapes: Sequence[tuple[int, int]], batches: tuple[int, ...], codecs
     return found
 
 
+def encodings(*, small: bool) -> list[Encode]:
+    """Return the cases of single shapes."""
+    shapes = (SMALL_ENCODE_SHAPES if small else ENCODE_SHAPES).items()
+    return [*(Encode(shape, count, sweeps=3 if small else SWEEPS) for shape, count in shapes),
+            *(Encode(shape, count, codec, 0, feedback=feedback) for codec, feedback in TRELLIS_ENCODED
+              for shape, count in shapes)]
+
+
 def cases(device: str) -> list[GpuCase]:
     """Return the cases of the suite `gpu`."""
     small = device == "cpu"
@@ -181,9 +202,7 @@ def cases(device: str) -> list[GpuCase]:
             *(products(SMALL_SHAPES, SMALL_BATCHES, SMALL_CODECS) if small else products(SHAPES, BATCHES, CODECS)),
             *(Model(codec) for codec in MODELS),
             *(Logits(codec, dtype) for codec in LOGITS for dtype in DTYPES),
-            *(Encode(shape, count, sweeps=3 if small else SWEEPS)
-              for shape, count in (SMALL_ENCODE_SHAPES if small else ENCODE_SHAPES).items()),
-            EncodeModel(sweeps=3 if small else SWEEPS)]
+            *encodings(small=small), EncodeModel(sweeps=3 if small else SWEEPS)]
 
 
 def profiles(device: str) -> list[Profile]:

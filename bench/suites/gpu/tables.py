@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from bench.markdown import table, verdict
 from bench.suite import Line, Table
+from bench.suites.gpu.cases import ENCODE_SHAPES
 
 LARGE = ("14336x4096", "4096x14336")
 SHAPES = ("4096x4096", *LARGE, "28672x8192")
@@ -17,9 +19,13 @@ FOUR_BITS = ("lm4", "rot,lm4", "rtn4g128")
 CODES = {"two2x2": "2 bits, two-basis", "lm2": "2 bits", "lm3": "3 bits", "lm4": "4 bits, symmetric",
          "rtn4g128": "4 bits, affine, groups of 128"}
 BATCH_LEAST = {16: 1.0, 64: 1.0, 4096: 0.8}  # x bf16, four bits
-MODEL_LEAST = {4: 2.8, 2: 4.0}  # x bf16, tokens a second, by bits
+TRELLISES = {"rot,tr2o": "rot,lm2", "rot,tr2.5o": None, "rot,tr3o": "rot,lm3", "rot,tr4o": "rot,lm4"}  # and as scalars
+TRELLIS_LEAST = {16: 1.0, 64: 1.0, 4096: 0.85}  # x bf16
+TRELLIS_MOST, TRELLIS_SHAPES = 1.1, ("14336x4096", "28672x8192")  # x the time of scalar codes, batch 1
+MODEL_LEAST = {"rot,lm4": 2.8, "rot,lm2": 4.0, "two2x2": 4.0}  # x bf16, tokens a second
 HADAMARD_MOST = 1.3  # x a copy, 8192 x 4096
 ENCODE_MOST = 300.0  # seconds
+SHAPES_MOST = {"rot,tr3o": 60.0, "rot,tr3x16o": 360.0}  # of all matrices, with feedback: efforts "normal" and "best"
 PEERS = {"bf16": "bf16, cuBLAS", "int4": "int4, torch (tinygemm, group 128)", "nf4": "bitsandbytes NF4, block 64"}
 
 
@@ -49,8 +55,8 @@ def target_of(line: Line) -> tuple[str, bool | None]:
     floors = FLOORS if shape in LARGE else FLOORS_HUGE if shape == "28672x8192" else {}
     if case["batch"] == 1 and codec in floors:
         return f"{100 * floors[codec]:.0f} % of the floor", not red and numbers["floor"] >= floors[codec]
-    if case["batch"] in BATCH_LEAST and codec in FOUR_BITS:
-        least = BATCH_LEAST[case["batch"]]
+    least = (BATCH_LEAST if codec in FOUR_BITS else TRELLIS_LEAST if codec in TRELLISES else {}).get(case["batch"])
+    if least is not None:
         return f"{least:g} x bf16", not red and numbers.get("x_bf16", 0) >= least
     return "", None
 
@@ -97,7 +103,7 @@ def batches(found: Mapping[str, Line]) -> str:
                 verdicts.append(passed)
         body.append([shape, label(codec), *cells, verdict(all(verdicts)) if verdicts else ""])
     return table(["x bf16 (bf16: time)", "codec", *(f"batch {size}" for size in sizes),
-                   "4 bits: 1 at 16 and 64, 0.8 at 4096"], body)
+                   "4 bits, trellises: 1 at 16 and 64, 0.8 and 0.85 at 4096"], body)
 
 
 def hadamard(found: Mapping[str, Line]) -> str:
@@ -142,24 +148,56 @@ def others(found: Mapping[str, Line]) -> str:
         passed = not line["numbers"]["red"] and line["numbers"]["x_copy"] <= HADAMARD_MOST
         body.append(["Hadamard, 8192 x 4096 bf16, time of a copy", f"at most {HADAMARD_MOST:g} x",
                      f"{line['numbers']['x_copy']:.2f} x", verdict(passed)])
-    for batch, least in BATCH_LEAST.items():
-        lines = [line for line in found.values() if line["case"]["what"] == "product"
-                 and line["case"]["batch"] == batch and line["case"]["codec"] in FOUR_BITS]
-        if lines:
-            ratios = [0.0 if line["numbers"]["red"] else line["numbers"]["x_bf16"] for line in lines]
-            shapes = len({_shape(line) for line in lines})
-            body.append([f"4 bits, batch {batch}, speed of bf16, {shapes} shapes", f"at least {least:g} x",
-                         f"{min(ratios):.2f} to {max(ratios):.2f} x", verdict(min(ratios) >= least)])
-    body += [*_model_rows(found), *_logits_rows(found), *_encode_rows(found)]
+    for named, codecs, asked in (("4 bits", FOUR_BITS, BATCH_LEAST),
+                                 ("trellis codes of 2 to 4 bits", tuple(TRELLISES), TRELLIS_LEAST)):
+        for batch, least in asked.items():
+            lines = [line for line in found.values() if line["case"]["what"] == "product"
+                     and line["case"]["batch"] == batch and line["case"]["codec"] in codecs]
+            if lines:
+                ratios = [0.0 if line["numbers"]["red"] else line["numbers"]["x_bf16"] for line in lines]
+                shapes = len({_shape(line) for line in lines})
+                body.append([f"{named}, batch {batch}, speed of bf16, {shapes} shapes", f"at least {least:g} x",
+                             f"{min(ratios):.2f} to {max(ratios):.2f} x", verdict(min(ratios) >= least)])
+    body += [*_trellis_rows(found), *_model_rows(found), *_logits_rows(found), *_encode_rows(found)]
     return table(["", "target", "measured", ""], body)
+
+
+def _trellis_rows(found: Mapping[str, Line]) -> list[list[str]]:
+    """One vector and trellis codes: against scalar codes of as many bits, and two bases, on the same device."""
+    scalar, bases = list[float](), list[float]()
+    for codec, other in TRELLISES.items():
+        for shape in SHAPES:
+            line = found.get(f"product|{shape}|1|{codec}")
+            if other is not None and shape in TRELLIS_SHAPES:
+                scalar += _times(line, found.get(f"product|{shape}|1|{other}"))
+            bases += _times(line, found.get(f"product|{shape}|1|two2x2"))
+    body = []
+    if scalar:
+        body.append([f"trellis codes, batch 1, time of scalar codes of as many bits, {len(scalar)} products",
+                     f"at most {TRELLIS_MOST:g} x", f"{min(scalar):.2f} to {max(scalar):.2f} x",
+                     verdict(max(scalar) <= TRELLIS_MOST)])
+    if bases:
+        body.append([f"trellis codes, batch 1, time of `two2x2`, {len(bases)} products", "at most 1 x",
+                     f"{min(bases):.2f} to {max(bases):.2f} x", verdict(max(bases) <= 1)])
+    return body
+
+
+def _times(line: Line | None, other: Line | None) -> list[float]:
+    """Return how many times as long a line took as another, where both were measured on one kind of device."""
+    if line is None or other is None or line["machine"]["cpu"] != other["machine"]["cpu"]:
+        return []
+    if line["numbers"]["red"] or other["numbers"]["red"]:
+        return [math.inf]
+    return [line["numbers"]["us"] / other["numbers"]["us"]]
 
 
 def _model_rows(found: Mapping[str, Line]) -> list[list[str]]:
     """Tokens a second against the targets: the best ratio to bf16 in the same mode."""
     body = []
-    for bits, least in MODEL_LEAST.items():
+    for codec, bits in (("rot,lm4", 4), ("rot,lm2", 2)):
+        least = MODEL_LEAST[codec]
         lines = [line for line in found.values() if line["case"]["what"] == "model"
-                 and line["case"]["codec"] == f"rot,lm{bits}" and line["case"]["layers"] == 32]
+                 and line["case"]["codec"] == codec and line["case"]["layers"] == 32]
         best, mode = max(((0.0 if line["numbers"]["red"] else line["numbers"].get("x_bf16", 0.0),
                            line["numbers"]["mode"] + _settings(line["case"])) for line in lines), default=(0.0, ""))
         if lines:
@@ -191,7 +229,25 @@ def _encode_rows(found: Mapping[str, Line]) -> list[list[str]]:
             body.append([f"encoding the 8B-shaped model, `{case['codec']}`, {case['sweeps']} sweeps",
                          f"at most {ENCODE_MOST:g} s", f"{numbers['seconds']:.0f} s",
                          verdict(not numbers["red"] and numbers["seconds"] <= ENCODE_MOST)])
+    for name, codec, seconds, _, most, passed in _summed(found):
+        body.append([f"encoding {name}, `{codec}` with feedback", f"at most {most}", f"{seconds:.0f} s",
+                     verdict(passed)])
     return body
+
+
+def _summed(found: Mapping[str, Line]) -> list[tuple[str, str, float, float, str, bool]]:
+    """Return of each code with a target its matrices, time and worst error, where all shapes were encoded."""
+    rows = []
+    for codec, most in SHAPES_MOST.items():
+        keys = [f"encode|{shape[0]}x{shape[1]}|{codec}|feedback" for shape in ENCODE_SHAPES]
+        lines = [found[key] for key in keys if key in found]
+        if len(lines) == len(keys):
+            seconds = sum(line["numbers"]["of_model_s"] for line in lines)
+            sound = not any(line["numbers"]["red"] for line in lines)
+            rows.append((f"all {sum(ENCODE_SHAPES.values())} matrices, by those of each shape", codec, seconds,
+                         max(line["numbers"]["relative_error"] for line in lines), f"{most:g}",
+                         sound and seconds <= most))
+    return rows
 
 
 def model(found: Mapping[str, Line]) -> str:
@@ -201,8 +257,7 @@ def model(found: Mapping[str, Line]) -> str:
                                                        line["case"]["codec"], line["numbers"]["mode"] == "graph"))
     for line in ordered:
         case, numbers = line["case"], line["numbers"]
-        bits = round(16 * line["bytes"] / max(1, _dense_bytes(found)))
-        least = MODEL_LEAST.get(bits) if case["codec"] not in PEERS else None
+        least = MODEL_LEAST.get(case["codec"])
         ratio = numbers.get("x_bf16", 0.0)
         timed = ["**wrong**", "", ""] if numbers["red"] else [
             f"{numbers['tokens_s']:.1f}", f"{numbers['ms_token']:.2f}", _ratio(numbers)]
@@ -228,16 +283,12 @@ def _settings(case: Mapping[str, Any]) -> str:
     return ", ".join(["", *(asked or ["defaults"]), f"attention {case.get('attention', 'sdpa')}"])
 
 
-def _dense_bytes(found: Mapping[str, Line]) -> int:
-    return max((line["bytes"] for line in found.values() if line["case"]["codec"] == "bf16"), default=16 * 10**9)
-
-
 def encode(found: Mapping[str, Line]) -> str:
     """Seconds of encoding, by shape and whole."""
     body = []
     lines = [line for line in found.values() if not line["key"].startswith("encode|partial")]
     done = {(line["case"]["codec"], line["case"]["sweeps"]) for line in lines if line["case"]["what"] == "encode_model"}
-    lines += [line for line in found.values() if line not in lines and line["numbers"]["share"] < 1
+    lines += [line for line in found.values() if line not in lines and line["numbers"].get("share", 1) < 1
               and (line["case"]["codec"], line["case"]["sweeps"]) not in done]
     for line in sorted(lines, key=lambda line: line["case"]["what"] == "encode_model"):
         case, numbers = line["case"], line["numbers"]
@@ -249,10 +300,14 @@ def encode(found: Mapping[str, Line]) -> str:
             f"{case['shape'][0]} x {case['shape'][1]}, {case['count']} of them")
         seconds = numbers["seconds"] if whole else numbers["of_model_s"]
         error = numbers["worst"] if whole else numbers["relative_error"]
-        body.append([name, f"`{case['codec']}`, {case['sweeps']} sweeps", f"{seconds:.1f}",
-                     f"{numbers['encode_s']:.1f}" if whole else "", f"{numbers['ns_sweep']:.4f}", f"{error:.4f}",
+        how = f"{case['sweeps']} sweeps" if case["sweeps"] else "feedback" if case["feedback"] else "no feedback"
+        body.append([name, f"`{case['codec']}`, {how}", f"{seconds:.1f}",
+                     f"{numbers['encode_s']:.1f}" if whole else "",
+                     f"{numbers['ns_sweep']:.4f}" if case["sweeps"] else "", f"{error:.4f}",
                      f"{ENCODE_MOST:g}" if whole else "",
                      verdict(not numbers["red"] and seconds <= ENCODE_MOST if whole and not part else None)])
+    body += [[name, f"`{codec}`, feedback", f"{seconds:.1f}", "", "", f"{error:.4f}", most, verdict(passed)]
+             for name, codec, seconds, error, most, passed in _summed(found)]
     return table(["matrices", "codec", "seconds", "of encoding alone", "ns a weight and sweep", "relative MSE, worst",
                    "at most, s", ""], body)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 from pathlib import Path
 
@@ -25,8 +26,13 @@ def available() -> int | None:
     return os.sysconf(names[0]) * os.sysconf(names[1])
 
 
-def give_back() -> None:
-    """Hand what was freed back to the system, where the C library keeps it and can be told to: glibc's does."""
+def give_back(*, cycles: bool = False) -> None:
+    """Hand what was freed back to the system, where the C library keeps it and can be told to: glibc's does.
+
+    `cycles`: free first what is unreachable but for references in a circle, as models with hooks are; takes a moment.
+    """
+    if cycles:
+        gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError):  # another library; Windows has none under this name

@@ -116,6 +116,24 @@ def by_blocks(source: Source, folder: Path, *, whole: bool = False) -> tuple[dic
     return {name: one[0].distortion for name, one in choices.items()}, known, work / "output"
 
 
+def test_what_a_pass_of_text_took_is_given_back_before_matrices_are_encoded(
+        source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else encoders find it taken, and a run holds more than is foretold: which is the more of the two, not the sum."""
+    order: list[str] = []
+
+    def told(place: Any, name: str, word: str) -> None:
+        own = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *given, **named: (order.append(word), own(*given, **named))[1])
+
+    told(Flow, "beside", "text")
+    told(encode, "give_back", "back")
+    told(encode, "_encode", "encode")
+    by_blocks(source, tmp_path)
+    passes = [place for place, word in enumerate(order) if word == "text"]
+    assert len(passes) >= 2
+    assert all(order[place + 1 : place + 3] == ["back", "encode"] for place in passes)
+
+
 def test_a_survey_by_blocks_sees_what_the_whole_model_shows(source: Source, tmp_path: Path) -> None:
     """By blocks, by the model at once, and by a file of all moments: the same figures, of one and the same text."""
     streamed, known, _ = by_blocks(source, tmp_path / "a")

@@ -82,7 +82,7 @@ class Trellis(Streamed, MultipliesRotated):
         width, held = encoded.shape[1], encoded.tensors
         many, across = x.is_cuda and x.numel() > FEW * width, self.axis == "out"
         looked = self._looked_up(encoded, x)
-        if seed is not None and (many or looked or not across):
+        if seed is not None and (looked or not (across or many)):
             return None
         if looked:
             image = _image_on(*self.key, x.device) if x.is_cuda else None
@@ -90,7 +90,7 @@ class Trellis(Streamed, MultipliesRotated):
                                  image, across=across)
         if many:
             return trellis_linear(x, held["codes"], taps_on(*self.key, x.device), held["scales"],
-                                  self.filter.shifts, across=across)
+                                  self.filter.shifts, across=across, rotation=seed)
         if across:
             return trellis_product(x, held["codes"], taps_on(*self.key, x.device), held["scales"],
                                    self.filter.shifts, rotation=seed)
@@ -158,7 +158,7 @@ class _Streams(Coordinates):
 def _looked_up(bits: float, memory: int, edition: int, shape: Shape, axis: str) -> bool:
     """Tell whether kernels look the windows of a matrix up."""
     line = filter_editions()[bits, memory, edition].line(shape[0 if axis == "out" else 1])
-    return takes(line, *shape, across=axis == "out")
+    return takes(line, *shape, across=axis == "out", linear=True)
 
 
 @constant

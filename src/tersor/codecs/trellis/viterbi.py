@@ -40,7 +40,7 @@ def values_on(code: Window, device: torch.device) -> Tensor:
 @constant
 def image_on(code: Window, device: torch.device) -> Tensor:
     """Return `values` as products on CUDA look them up."""
-    return image_of(values(code), code.shifts).to(device)
+    return image_of(values(code), code.shifts, linear=isinstance(code, Filter)).to(device)
 
 
 def encode(code: Window, numbers: Tensor, width: int | None = None) -> Tensor:

@@ -100,6 +100,7 @@ def by_blocks(desk: Puts, reading: Reading, work: WorkFolder) -> None:
                 moments = flow.beside(dense, stage, keep=onward)
             elif onward:
                 dense.through(stage, watch=False, keep=True)
+            give_back()  # what the pass took, or encoders find it taken
             _encode(desk, original, matrices, moments)
             if onward:
                 decode_into(encoded, desk, matrices)

@@ -272,10 +272,10 @@ def _stages(source: Source, request: Request, settings: CompressSettings, crew: 
     known, device = None, str(crew.devices[0])
     if reading is not None:
         known = calibrate.sensitivities(reading, work / "sensitivities.json", progress)
-        give_back()  # what a stage has freed, the next one would find taken
+        give_back(cycles=True)  # what a stage has freed, the next one would find taken
     choices = survey.run(source, known, request, work / "survey.jsonl", device=device, reading=reading,
                          crew=crew, progress=progress)
-    give_back()
+    give_back(cycles=True)
     training, record = settings.recovery, _record(source, known, request, settings)
     picks = plan.run(source, choices, request, record)
     write_json(work / "plan.json", to_json(picks))
@@ -283,7 +283,7 @@ def _stages(source: Source, request: Request, settings: CompressSettings, crew: 
     course = None if training is None else Course(source, training, work, progress)
     matrices = encode.run(job, work, device=device, reading=reading, crew=crew, progress=progress,
                           course=None if reading is None else course)
-    give_back()
+    give_back(cycles=True)
     recovered: dict[str, Any] = {}
     if course is not None and course.settings.blocks:
         recovered["recovery"] = recover.told_of_blocks(course.phases)

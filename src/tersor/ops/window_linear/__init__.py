@@ -17,7 +17,7 @@ from tersor.ops.trellis_linear.shapes import Line
 from tersor.ops.trellis_linear.shapes import refusal as line_refused
 from tersor.ops.window_linear import reference
 from tersor.ops.window_linear.shapes.lanes import FEW, MOST_MEMORY, refusal
-from tersor.ops.window_linear.shapes.tables import MOST_VECTORS, Look
+from tersor.ops.window_linear.shapes.tables import MOST_VECTORS, Look, summed
 from tersor.ops.window_linear.shapes.tables import image as made
 from tersor.ops.window_linear.shapes.tables import refusal as table_refused
 from tersor.payload.blocks import Few, Rows, row_blocks
@@ -83,15 +83,20 @@ def _(x: Tensor, codes: Tensor, table: Tensor, scales: Tensor, shifts: Sequence[
     return out.reshape(*x.shape[:-1], count)
 
 
-def image_of(table: Tensor, shifts: Sequence[int]) -> Tensor:
-    """Return a table as kernels for CUDA hold it, int32; empty where it is too long for them."""
-    look = Look(tuple(shifts), table.shape[1].bit_length() - 1)
+def image_of(table: Tensor, shifts: Sequence[int], *, linear: bool = False) -> Tensor:
+    """Return a table as kernels for CUDA hold it, int32; empty where it is too long for them.
+
+    `linear`: its numbers are a filter's, so that they may be sums of what two halves of the window have.
+    """
+    key = tuple(shifts), table.shape[1].bit_length() - 1
+    look = Look(*key, sums=linear and summed(*key))
     return made(table, look) if look.fits else torch.empty(0, dtype=torch.int32, device="cpu")
 
 
-def takes(line: Line, rows: int, width: int, *, across: bool) -> bool:
-    """Tell whether CUDA multiplies few vectors without decoding whole rows."""
-    return table_refused(line, rows, width, across=across) is None
+def takes(line: Line, rows: int, width: int, *, across: bool, linear: bool = False) -> bool:
+    """Tell whether CUDA multiplies few vectors without decoding whole rows; `linear` as of `image_of`."""
+    sums = linear and summed(line.shifts, line.memory)
+    return table_refused(line, rows, width, across=across, sums=sums) is None
 
 
 def _refused(line: Line, x: Tensor) -> str | None:

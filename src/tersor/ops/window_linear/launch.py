@@ -34,7 +34,7 @@ class Matrix:
     table : Tensor
         float32 (period, 2**memory).
     image : Tensor or None
-        What `tables.image` makes of the table; None: few vectors meet decoded rows.
+        What `tables.image` makes of the table, of sums with two dimensions; None: few vectors meet decoded rows.
     scales : Tensor
         (rows,).
     line : Line
@@ -62,7 +62,12 @@ class Matrix:
             return "no image of the table"
         if self.codes.data_ptr() % 16:
             return "codes that begin at no multiple of 16 bytes"
-        return tables.refusal(self.line, self.rows, self.width, across=self.across)
+        return tables.refusal(self.line, self.rows, self.width, across=self.across, sums=self.sums)
+
+    @property
+    def sums(self) -> bool:
+        """Whether numbers are looked up in two parts."""
+        return self.image is not None and self.image.ndim > 1
 
     def places(self) -> tuple[int, int, int]:
         """Return the bytes of a row of bits, and the bits of a segment, or its chunks along rows, and all chunks."""
@@ -100,7 +105,7 @@ def _product(look: Look, sets: int, stored: int, *, across: bool) -> str:
 def few(x: Tensor, matrix: Matrix) -> Tensor:
     """Return x Wᵀ, (batch, rows), of at most 64 vectors (batch, width), where `Matrix.refusal` is None."""
     return divided(x, matrix, tables.division(matrix.line, matrix.rows, matrix.width, len(x),
-                                              multiprocessors(x.device), across=matrix.across))
+                                              multiprocessors(x.device), across=matrix.across, sums=matrix.sums))
 
 
 def divided(x: Tensor, matrix: Matrix, how: Division) -> Tensor:
@@ -133,7 +138,7 @@ def divided(x: Tensor, matrix: Matrix, how: Division) -> Tensor:
 def spread(matrix: Matrix, first: int, out: Tensor) -> None:
     """Write rows from `first` on, a multiple of 64 across lines, into `out`, (k, width), of 16 bits a number."""
     assert matrix.image is not None
-    how = tables.divided(matrix.line, matrix.rows, matrix.width, (WARPS, 1, 1), across=matrix.across)
+    how = tables.divided(matrix.line, matrix.rows, matrix.width, (WARPS, 1, 1), across=matrix.across, sums=matrix.sums)
     rounded = "f16" if out.dtype == torch.float16 else "bf16"
     pitch, segment, chunks = matrix.places()
     given, most = [matrix.codes, matrix.image, matrix.scales, out], multiprocessors(out.device)

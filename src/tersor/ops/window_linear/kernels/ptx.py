@@ -106,16 +106,18 @@ def _masked(text: Text, line: str, mask: int) -> str:
     return text.made(f"and.b32 {{}}, {moved}, {mask};")
 
 
-def _address(text: Text, look: Look, words: Words, low: int, copy: str) -> str:
-    """Return the address, from the table on, of the entry whose window begins at bit `low` of a stream of words."""
-    first, count = divmod(low - look.scale, WORD)
+def _address(text: Text, look: Look, words: Words, low: int, copy: str, bits: int) -> str:
+    """Return the address, from the table on, of the entry whose place begins at bit `low` of a stream of words."""
+    first, count = divmod(max(0, low - look.scale), WORD)
     near = words[first]
-    reach = count + look.scale + look.index_bits
-    if reach > WORD and words[first + 1] is not None:
+    reach = count + look.scale + bits
+    if low < look.scale:
+        near = text.made(f"shl.b32 {{}}, {near}, {look.scale - low};")
+    elif reach > WORD and words[first + 1] is not None:
         near = text.made(f"shf.r.wrap.b32 {{}}, {near}, {words[first + 1]}, {count};")
     elif count:
         near = text.made(f"shr.u32 {{}}, {near}, {count};")
-    mask = (1 << look.index_bits) - 1 << look.scale
+    mask = (1 << bits) - 1 << look.scale
     return text.made(f"lop3.b32 {{}}, {near}, {mask}, {copy}, 0xea;")
 
 
@@ -127,12 +129,20 @@ def pair(text: Text, look: Look, words: Words, number: int, keys: tuple[str, str
     before where `Look.low` counts from.
     """
     copy, base = keys
+
+    def place(low: int, bits: int = look.index_bits) -> str:
+        return text.made(f"add.u32 {{}}, {_address(text, look, words, low + later, copy, bits)}, {base};")
+
+    if look.sums:
+        low, second = look.low(number), 1 << look.index_bits + look.scale
+        near, far = place(low, look.low_bits), place(low + look.low_bits)
+        parts = [text.made(f"ld.shared.b32 {{}}, [{near}];"), text.made(f"ld.shared.b32 {{}}, [{far}+{second}];")]
+        return text.made(f"add.rn.f16x2 {{}}, {parts[0]}, {parts[1]};")
     if look.paired:
-        there = text.made(f"add.u32 {{}}, {_address(text, look, words, look.low(number) + later, copy)}, {base};")
-        return text.made(f"ld.shared.b32 {{}}, [{there}];")
+        return text.made(f"ld.shared.b32 {{}}, [{place(look.low(number))}];")
     found = []
     for each in (number, number + 1):
-        there = text.made(f"add.u32 {{}}, {_address(text, look, words, look.low(each) + later, copy)}, {base};")
+        there = place(look.low(each))
         found.append(text.half())
         offset = each % len(look.shifts) << look.memory + look.scale
         text(f"ld.shared.b16 {found[-1]}, [{there}+{offset}];")
