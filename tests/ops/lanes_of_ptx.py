@@ -111,6 +111,8 @@ class Warp:
 
     def _value(self, name: str, given: list[np.ndarray]) -> np.ndarray:  # noqa: C901
         one = given[0]
+        if name in _OF_FLOATS:
+            return _bits(_OF_FLOATS[name](*(_float(each) for each in given)))
         match name:
             case "mov.b32" | "mov.u32" | "mov.f32":
                 return one
@@ -131,16 +133,8 @@ class Warp:
                            for i in range(4)) + given[2]
             case "add.s32":
                 return one + given[1]
-            case "add.f32":
-                return _bits(_float(one) + _float(given[1]))
-            case "sub.f32":
-                return _bits(_float(one) - _float(given[1]))
-            case "fma.rn.f32":
-                return _bits((_float(one).astype(np.float64) * _float(given[1]) + _float(given[2])).astype(np.float32))
             case "redux.sync.max.s32":
                 return np.full(LANES, one.astype(np.uint32).view(np.int32).max(), np.int64).astype(np.uint64)
-            case "max.NaN.f32":
-                return _bits(np.maximum(_float(one), _float(given[1])))
             case "redux.sync.add.s32":
                 return np.full(LANES, one.sum(dtype=np.uint64), np.uint64)
             case "vote.sync.ballot.b32":
@@ -160,8 +154,6 @@ class Warp:
             case "movmatrix.sync.aligned.m8n8.trans.b16":
                 rows = np.stack([one & np.uint64(0xFFFF), one >> np.uint64(16)], 1).reshape(8, 8).T.reshape(LANES, 2)
                 return rows[:, 0] | rows[:, 1] << np.uint64(16)
-            case "mul.f32":
-                return _bits(_float(one) * _float(given[1]))
             case "cvt.f32.f16":
                 return _bits(one.astype(np.uint16).view(np.float16).astype(np.float32))
             case "cvt.rn.f16x2.f32":
@@ -224,6 +216,14 @@ class Warp:
         shared = np.bitwise_count(rows[:, None] & columns[None]).sum(2, dtype=np.uint64)
         for place, (out, acc) in enumerate(zip(registers[0], registers[3], strict=True)):
             self._write(out, self._read(acc) + shared[group + 8 * (place // 2), 2 * quad + place % 2])
+
+
+def _added_product(one: np.ndarray, other: np.ndarray, third: np.ndarray) -> np.ndarray:
+    return (one.astype(np.float64) * other + third).astype(np.float32)
+
+
+_OF_FLOATS = {"add.f32": np.add, "sub.f32": np.subtract, "mul.f32": np.multiply, "max.NaN.f32": np.maximum,
+              "fma.rn.f32": _added_product}
 
 
 def _bytes(both: np.ndarray, kinds: np.ndarray) -> np.ndarray:
