@@ -25,13 +25,15 @@ def provenance(lines: Iterable[Mapping[str, Any]]) -> str:
     A line whose commit is unknown was measured on a tree that no commit holds: its figures are said to be so.
     """
     held = list(lines)
-    last = max(held, key=lambda line: line["date"])
-    machine = last["machine"]
     days = sorted({line["date"][:10] for line in held})
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
-    threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
-    return (f"Measured {when}, {_commits(held)}, on {machine['cpu']}, {threads}, torch {last['versions']['torch']}; "
-            f"seed {last['seed']}.")
+    machines = sorted({line["machine"]["cpu"] for line in held})
+    threads = sorted({line["machine"]["threads"] for line in held})
+    several = f"{threads[0]} to {threads[-1]}" if len(threads) > 1 else str(threads[0])
+    versions = sorted({line["versions"]["torch"] for line in held})
+    seeds = sorted({str(line["seed"]) for line in held})
+    return (f"Measured {when}, {_commits(held)}, on {' and '.join(machines)}, {several} thread{'s' * (several != '1')}, "
+            f"torch {' and '.join(versions)}; seed {', '.join(seeds)}.")
 
 
 def _commits(held: Sequence[Mapping[str, Any]]) -> str:

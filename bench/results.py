@@ -189,11 +189,12 @@ def read(file: Path) -> list[dict[str, Any]]:
     return [json.loads(text) for text in file.read_text().splitlines() if text.strip()]
 
 
-def newest(suite: str) -> dict[str, dict[str, Any]]:
-    """Return the last line of each case of a suite, by key; empty without a results file."""
+def newest(suite: str, on: str = "") -> dict[str, dict[str, Any]]:
+    """Return the last line of each case of a suite, by key, measured on machines with `on` in their names."""
     file = RESULTS / f"{suite}.jsonl"
     lines = read(file) if file.is_file() else []
-    return {line["key"]: line for line in lines if "key" in line}  # tilings of old have none
+    return {line["key"]: line for line in lines  # tilings of old have no key
+            if "key" in line and on in line["machine"]["cpu"]}
 
 
 def strangers(folder: Path = RESULTS) -> list[str]:

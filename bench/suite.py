@@ -114,7 +114,8 @@ class Table:
 
     `source` is the suite whose lines it shows, where that is another one than the suite that brings the table. A table
     that is `charged` counts what comes with the package (`charges.py`); under others that is said. Under a `bare` one
-    nothing is said: the text around it says where the same figures stand with their origin.
+    nothing is said: the text around it says where the same figures stand with their origin. `on` is a part of the
+    name of the machine whose lines it shows, where another's stand elsewhere.
     """
 
     build: Builder
@@ -122,6 +123,7 @@ class Table:
     source: str = ""
     charged: bool = False
     bare: bool = False
+    on: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,7 +41,7 @@ def render(name: str) -> str:
         raise LookupError(f"no table 'bench:{name}'; known: {', '.join(known)}")
     source, table = known[name]
     starts = tuple(f"{prefix}|" for prefix in table.prefixes) or ("",)
-    found = {key: line for key, line in results.newest(source).items() if key.startswith(starts)}
+    found = {key: line for key, line in results.newest(source, table.on).items() if key.startswith(starts)}
     if not found:
         raise LookupError(f"no results for 'bench:{name}'; run the suite '{source}' first")
     if table.bare:

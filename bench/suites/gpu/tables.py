@@ -347,10 +347,14 @@ def _ratio(numbers: Mapping[str, Any]) -> str:
     return f"{numbers['x_bf16']:.2f}" if "x_bf16" in numbers else ""
 
 
-TABLES = {
-    "gpu-ceilings": Table(ceilings, ("ceiling",)), "gpu-products": Table(products, ("product",)),
-    "gpu-batches": Table(batches, ("product",)), "gpu-hadamard": Table(hadamard, ("hadamard",)),
-    "gpu-targets": Table(targets, ("product",)), "gpu-model": Table(model, ("model",)),
-    "gpu-targets-other": Table(others, ("product", "hadamard", "model", "logits", "encode")),
-    "gpu-logits": Table(logits, ("logits",)), "gpu-encode": Table(encode, ("encode",)),
+TABLES = {  # of one device each: ratios are to what was measured on the same
+    "gpu-ceilings": Table(ceilings, ("ceiling",), on="H100"), "gpu-products": Table(products, ("product",), on="H100"),
+    "gpu-batches": Table(batches, ("product",), on="H100"), "gpu-hadamard": Table(hadamard, ("hadamard",), on="H100"),
+    "gpu-targets": Table(targets, ("product",), on="H100"), "gpu-model": Table(model, ("model",), on="H100"),
+    "gpu-targets-other": Table(others, ("product", "hadamard", "model", "logits", "encode"), on="H100"),
+    "gpu-logits": Table(logits, ("logits",), on="H100"), "gpu-encode": Table(encode, ("encode",), on="H100"),
+    "gpu-products-h200": Table(products, ("product",), on="H200"),
+    "gpu-batches-h200": Table(batches, ("product",), on="H200"),
+    "gpu-targets-h200": Table(others, ("product", "encode"), on="H200"),
+    "gpu-encode-h200": Table(encode, ("encode",), on="H200"),
 }
