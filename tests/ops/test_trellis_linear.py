@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-import types
-from collections.abc import Iterator
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
-from tersor.numerics.rotation import Rotation
-from tersor.ops import trellis_linear as trellis
 from tersor.ops.dispatch import reference_only
-from tersor.ops.trellis_linear import decoded_rows, reference, segments, trellis_filter, trellis_linear
+from tersor.ops.trellis_linear import decoded_rows, segments, trellis_filter, trellis_linear
 from tersor.ops.trellis_linear.reference import matrix
 from tersor.ops.trellis_linear.shapes import Line, refusal
 from tersor.payload import packing
 from tersor.testing import gaussian
-from tests.ops import on_numpy
 from tests.ops.devices import DEVICES
 
 LINES = [Line(256, (2, 2), 12), Line(600, (2, 3), 12), Line(771, (3,), 9), Line(130, (2, 2, 1, 2), 12),
@@ -81,71 +72,24 @@ def test_rows_are_the_filter_of_their_signs(line: Line, device: str, *, across: 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("line", LINES, ids=str)
-@pytest.mark.parametrize(("across", "width", "rotation"), [
-    (False, 0, None), (True, 40, None), (True, 96, None), (False, 0, 5), (True, 40, 5), (True, 128, 5)])
-def test_many_vectors_meet_decoded_rows(device: str, dtype: torch.dtype, line: Line, width: int,
-                                        rotation: int | None, *, across: bool) -> None:
-    """100 of them: more than there are rows along inputs, so there rows are rotated, else vectors."""
+@pytest.mark.parametrize(("across", "width"), [(False, 0), (True, 40), (True, 96)])
+def test_many_vectors_meet_decoded_rows(device: str, dtype: torch.dtype, line: Line, width: int, *,
+                                        across: bool) -> None:
     width = width if across else line.length
     codes, scales, dense = held(line, width, across=across)
-    x = gaussian((100, width), 5).to(dtype)
-    found = trellis_linear(x.view(5, 20, width).to(device), codes.to(device), taps_of(line).to(device),
-                           scales.to(device), line.shifts, across=across, rotation=rotation).cpu()
+    x = gaussian((5, 20, width), 5).to(dtype)
+    found = trellis_linear(x.to(device), codes.to(device), taps_of(line).to(device), scales.to(device), line.shifts,
+                           across=across).cpu()
     assert found.shape == (5, 20, len(dense))
     assert found.dtype == dtype
     # numbers of 16 bits are summed in float16, rounded at each tap to the last place of what all taps may sum to; then
-    # they are rounded to the dtype of the vectors (float32 to tf32 in the product), and the result is; so is what is
-    # rotated, rows or vectors, with a quarter of that at most for its sums
+    # they are rounded to the dtype of the vectors (float32 to tf32 in the product), and the result is
     last = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-11
     reach = float(taps_of(line).abs().sum(1).max())
     summed = line.memory * 2.0**-11 * reach * scales.double() if dtype != torch.float32 else 0 * scales.double()
-    turned, rows = x.double(), dense
-    bound = torch.zeros(100, len(dense), dtype=torch.float64)
-    if rotation is not None:
-        turn = Rotation(width, rotation)
-        turned, rows = turn.forward(x.to(torch.float32)).double(), turn.inverse(dense.to(torch.float32)).double()
-        bound = 2 * last * x.double().abs() @ rows.abs().T
-        bound += last / 4 * x.double().norm(dim=1, keepdim=True) * dense.norm(dim=1)
-    bound += 2 * last * turned.abs() @ dense.abs().T + turned.abs().sum(-1, keepdim=True) * summed
-    assert bool(((found.view(100, -1) - turned @ dense.T).abs() <= bound).all())
-
-
-@pytest.fixture
-def launch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The launches, of which those of kernels are done in plain torch; `turned` says what was rotated."""
-    name = f"{trellis.__name__}.launch"
-    before = sys.modules.pop(name, None)
-    with on_numpy.pretended():
-        module: Any = importlib.import_module(name)
-
-    def rows(codes: Tensor, taps: Tensor, scales: Tensor, line: Line, chosen: slice, out: Tensor, **how: bool) -> None:
-        out.copy_(reference.rows(codes, taps, scales, line, out.shape[1], chosen, **how))
-
-    def rotate(x: Tensor, turn: Rotation, inverse: bool, dtype: torch.dtype) -> Tensor:
-        module.turned.append((len(x), inverse))
-        return (turn.inverse if inverse else turn.forward)(x).to(dtype)
-
-    module.turned = []
-    monkeypatch.setattr(module, "rows", rows)
-    monkeypatch.setattr(module, "turning", types.SimpleNamespace(rotate=rotate))
-    yield module
-    del sys.modules[name], trellis.launch  # type: ignore[attr-defined]
-    if before is not None:  # where there is Triton
-        sys.modules[name] = trellis.launch = before  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize(("vectors", "turned"), [(300, [(128, True), (128, True), (44, True)]), (299, [(299, False)])])
-def test_the_fewer_of_rows_and_vectors_are_rotated(launch: Any, monkeypatch: pytest.MonkeyPatch, vectors: int,
-                                                   turned: list[tuple[int, bool]]) -> None:
-    """Rows by blocks, back; the product is the same but for rounding."""
-    line, width, turn = Line(300, (2,), 12), 64, Rotation(64, 3)
-    codes, scales, dense = held(line, width, across=True)
-    x = gaussian((vectors, width), 5).to(torch.float32)
-    monkeypatch.setattr(launch, "TURNED_BYTES", 128 * width * 4)
-    found = launch.by_decoding(x, codes, taps_of(line), scales, line, across=True, turn=turn)
-    assert launch.turned == turned
-    want = turn.forward(x).double() @ dense.T
-    assert float((found - want).norm() / want.norm()) < 1e-6
+    size = x.double().abs() @ dense.abs().T
+    bound = 2 * last * size + x.double().abs().sum(-1, keepdim=True) * summed
+    assert bool(((found - x.double() @ dense.T).abs() <= bound).all())
 
 
 def test_what_the_kernels_take() -> None:

@@ -82,7 +82,7 @@ class Trellis(Streamed, MultipliesRotated):
         width, held = encoded.shape[1], encoded.tensors
         many, across = x.is_cuda and x.numel() > FEW * width, self.axis == "out"
         looked = self._looked_up(encoded, x)
-        if seed is not None and (looked or not (across or many)):
+        if seed is not None and (many or looked or not across):
             return None
         if looked:
             image = _image_on(*self.key, x.device) if x.is_cuda else None
@@ -90,7 +90,7 @@ class Trellis(Streamed, MultipliesRotated):
                                  image, across=across)
         if many:
             return trellis_linear(x, held["codes"], taps_on(*self.key, x.device), held["scales"],
-                                  self.filter.shifts, across=across, rotation=seed)
+                                  self.filter.shifts, across=across)
         if across:
             return trellis_product(x, held["codes"], taps_on(*self.key, x.device), held["scales"],
                                    self.filter.shifts, rotation=seed)

@@ -12,10 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tersor.numerics.rotation import Rotation
 from tersor.ops.dispatch import compiled_allowed, take_reference
-from tersor.ops.hadamard import hadamard
-from tersor.ops.hadamard.shapes import refusal as rotation_refusal
 from tersor.ops.tapes import Taped
 from tersor.ops.trellis_linear import reference
 from tersor.ops.trellis_linear.shapes import Line, refusal, segments
@@ -93,7 +90,7 @@ def ready_filter(taps: Tensor, scales: Tensor | None, line: Line, *, back: bool 
 
 @torch.library.custom_op("tersor::trellis_linear", mutates_args=())
 def trellis_linear(x: Tensor, codes: Tensor, taps: Tensor, scales: Tensor, shifts: Sequence[int], *,
-                   across: bool, rotation: int | None = None) -> Tensor:
+                   across: bool) -> Tensor:
     """Return (*batch, rows) in the dtype of `x`, (*batch, width), by blocks of decoded rows: for many vectors.
 
     Parameters
@@ -104,37 +101,26 @@ def trellis_linear(x: Tensor, codes: Tensor, taps: Tensor, scales: Tensor, shift
         As of `trellis_filter`.
     scales : Tensor
         (rows,), any float dtype.
-    rotation : int or None
-        As of `codebook_linear`; the kernels rotate decoded rows back instead where there are no more rows than vectors.
     """
-    return _by_blocks(_rotated(x, rotation, torch.float32), codes, taps, scales, shifts, across=across).to(x.dtype)
+    return _by_blocks(x, codes, taps, scales, shifts, across=across)
 
 
 @trellis_linear.register_fake
-def _(x: Tensor, codes: Tensor, taps: Tensor, scales: Tensor, shifts: Sequence[int], *, across: bool,
-      rotation: int | None = None) -> Tensor:
-    del codes, taps, shifts, across, rotation
+def _(x: Tensor, codes: Tensor, taps: Tensor, scales: Tensor, shifts: Sequence[int], *, across: bool) -> Tensor:
+    del codes, taps, shifts, across
     return x.new_empty(*x.shape[:-1], scales.shape[0])
 
 
 @trellis_linear.register_kernel("cuda")
-def _(x: Tensor, codes: Tensor, taps: Tensor, scales: Tensor, shifts: Sequence[int], *, across: bool,
-      rotation: int | None = None) -> Tensor:
+def _(x: Tensor, codes: Tensor, taps: Tensor, scales: Tensor, shifts: Sequence[int], *, across: bool) -> Tensor:
     width = x.shape[-1]
-    if rotation is not None and rotation_refusal(width, x.dtype, x.dtype) is not None:  # then torch rotates
-        x, rotation = _rotated(x, rotation, x.dtype), None
     line = Line(scales.shape[0] if across else width, tuple(shifts), taps.shape[1])
     if take_reference("trellis_linear", _refusal(line, width, across=across), codes.device):
-        wide = _rotated(x, rotation, torch.float32)
-        return _by_blocks(wide, codes, taps, scales, shifts, across=across).to(x.dtype)
+        return _by_blocks(x, codes, taps, scales, shifts, across=across)
     from tersor.ops.trellis_linear import launch
 
-    flat, turn = x.reshape(-1, width), None if rotation is None else Rotation(width, rotation)
-    return launch.by_decoding(flat, codes, taps, scales, line, across=across, turn=turn).reshape(*x.shape[:-1], -1)
-
-
-def _rotated(x: Tensor, rotation: int | None, dtype: torch.dtype) -> Tensor:
-    return x if rotation is None else hadamard(x, Rotation(x.shape[-1], rotation), dtype=dtype)
+    flat = x.reshape(-1, width)
+    return launch.by_decoding(flat, codes, taps, scales, line, across=across).reshape(*x.shape[:-1], -1)
 
 
 def _refusal(line: Line, width: int, *, across: bool) -> str | None:

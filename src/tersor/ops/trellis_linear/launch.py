@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tersor.numerics.rotation import Rotation
-from tersor.ops.hadamard import launch as turning
 from tersor.ops.trellis_linear.kernels import across as over
 from tersor.ops.trellis_linear.kernels import decoded, filtering, halves
-from tersor.ops.trellis_linear.shapes import UNIT, Line, segments, turns_rows
+from tersor.ops.trellis_linear.shapes import UNIT, Line, segments
 from tersor.ops.workspace import workspace
 from tersor.payload.blocks import Rows
 
@@ -20,7 +18,6 @@ WORDS = 16  # the same, of 32 numbers
 WINDOW = 33  # bits that two words hold from any place on
 WORD, HALF = 32, 2  # bits; bytes
 DECODED_BYTES = 1 << 26  # of rows at a time
-TURNED_BYTES = 1 << 24  # the same where rows are rotated: they and what they become are read again from the L2
 
 
 def _places(line: Line) -> tuple[int, int]:
@@ -95,16 +92,11 @@ def in_halves(codes: Tensor, taps: Tensor, scales: Tensor, line: Line, first: in
                                                *shared, pairs, num_warps=1)
 
 
-def by_decoding(x: Tensor, codes: Tensor, taps: Tensor, scales: Tensor, line: Line, *, across: bool,
-                turn: Rotation | None = None) -> Tensor:
-    """Return x Wᵀ, (batch, rows), by blocks of rows decoded to the dtype of `x`, (batch, width); see `turns_rows`."""
+def by_decoding(x: Tensor, codes: Tensor, taps: Tensor, scales: Tensor, line: Line, *, across: bool) -> Tensor:
+    """Return x Wᵀ, (batch, rows), by blocks of rows decoded to the dtype of `x`, (batch, width)."""
     count, width = scales.numel(), x.shape[1]
     out = torch.empty(len(x), count, dtype=x.dtype, device=x.device)
-    back = turn if turn is not None and turns_rows(len(x), count) else None
-    if turn is not None and back is None:
-        x = turning.rotate(x, turn, False, x.dtype)
-    most = DECODED_BYTES if back is None else TURNED_BYTES
-    step = max(128, most // max(1, width * x.element_size()) // 128 * 128)
+    step = max(1, DECODED_BYTES // max(1, width * x.element_size()) // 128 * 128)
     for start in range(0, count, step):
         part = slice(start, min(start + step, count))
         dense = workspace((part.stop - part.start, width), x.dtype, x.device, "decoded rows")
@@ -112,6 +104,5 @@ def by_decoding(x: Tensor, codes: Tensor, taps: Tensor, scales: Tensor, line: Li
             in_halves(codes, taps, scales, line, start, dense, across=across)
         else:
             rows(codes, taps, scales, line, part, dense, across=across)
-        dense = dense if back is None else turning.rotate(dense, back, True, x.dtype)
         torch.mm(x, dense.T, out=out[:, part])
     return out

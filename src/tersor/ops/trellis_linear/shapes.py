@@ -84,8 +84,3 @@ def refusal(line: Line) -> str | None:
         return f"expected a period of 1, 2 or {MOST_PERIOD}, found {len(line.shifts)}"
     least = min((line.bits(size) for size in segments(line.length)), default=0)
     return None if least >= line.memory else f"a circle of {least} bits is shorter than a window of {line.memory}"
-
-
-def turns_rows(vectors: int, rows: int) -> bool:
-    """Tell whether decoded rows are rotated back instead of vectors: `x Rᵀ Wᵀ = x (W R)ᵀ`, and the fewer cost less."""
-    return rows <= vectors
