@@ -32,8 +32,8 @@ def provenance(lines: Iterable[Mapping[str, Any]]) -> str:
     several = f"{threads[0]} to {threads[-1]}" if len(threads) > 1 else str(threads[0])
     versions = sorted({line["versions"]["torch"] for line in held})
     seeds = sorted({str(line["seed"]) for line in held})
-    return (f"Measured {when}, {_commits(held)}, on {' and '.join(machines)}, {several} thread{'s' * (several != '1')}, "
-            f"torch {' and '.join(versions)}; seed {', '.join(seeds)}.")
+    told = f"{several} thread{'' if several == '1' else 's'}, torch {' and '.join(versions)}; seed {', '.join(seeds)}."
+    return f"Measured {when}, {_commits(held)}, on {' and '.join(machines)}, {told}"
 
 
 def _commits(held: Sequence[Mapping[str, Any]]) -> str:
