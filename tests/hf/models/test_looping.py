@@ -297,6 +297,34 @@ def test_what_changes_in_an_unknown_way_is_refused_once(dense: Any, told: Callab
     assert len(taken) == NEW
 
 
+@pytest.mark.parametrize("wrong", ["still", "behind"])
+def test_a_replay_that_differs_is_noticed(wrong: str, dense: Any, told: Callable[[], list[str]],
+                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph that does nothing, and one that always reads the place at which it was captured."""
+    class Wrong:
+        def __init__(self, step: Callable[[], Any], device: torch.device) -> None:
+            decoding = dense.generate._loop._decoding
+            place, held = decoding._place, decoding._place.clone()
+
+            def behind() -> None:
+                now = place.clone()
+                place.copy_(held)
+                for one in decoding._fed._advanced:
+                    one.fill_(int(held))
+                step()
+                place.copy_(now + 1)
+
+            self.replay = (lambda: None) if wrong == "still" else behind
+
+    monkeypatch.setattr(capturing, "DEVICES", {"cpu"})
+    monkeypatch.setattr(capturing, "capture", Wrong)
+    monkeypatch.setattr(capturing, "try_out", lambda step: step())
+    found, wanted = both(dense, IDS)
+    assert torch.equal(found, wanted)
+    assert any("than the same step when it is called" in one for one in told())
+    assert dense.generate._loop._decoding is None
+
+
 def test_threads_do_not_share_a_step(dense: Any, told: Callable[[], list[str]]) -> None:
     """While a loop shows steps to transformers', another thread has transformers' loop with steps of its own."""
     wanted = dense.generate(IDS, max_new_tokens=NEW, do_sample=False, cache_implementation="static")

@@ -125,6 +125,10 @@ class Texts:
         self._ends = torch.zeros(words, dtype=torch.bool, device=device)
         self._least = torch.zeros(words, dtype=torch.int64, device=device)
 
+    def tensors(self) -> list[Tensor]:
+        """Return what a step writes to."""
+        return [self.ids, self.live, self.length, self._unfinished]
+
     def begin(self, ids: Tensor, prompt: int, plan: Plan) -> None:
         """Take sequences (batch, tokens), the first `prompt` of which were given."""
         self.ids[:, : ids.shape[1]] = ids

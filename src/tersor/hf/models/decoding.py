@@ -15,6 +15,8 @@ from tersor.hf.models.choosing import Plan, Texts
 from tersor.hf.models.stepping import PLAIN, DeclinedError, Fed
 
 LESSON = 3  # steps of transformers' loop: two show how arguments follow from one another, the third that they do
+PROOF = 2  # replays that are compared with the same steps, called
+EQUAL = 2.0**-7  # of the largest logit: what a number of 16 bits is rounded by
 OUTPUTS = {"logits", "past_key_values"}
 
 
@@ -129,7 +131,9 @@ class Decoding:
         """Choose the token after `count` of them."""
         key, captures = plan.captured, self._device.type in capturing.DEVICES
         if captures and key in self._tried and key not in self._graphs:
-            self._graphs[key] = capturing.capture(lambda: self._whole(plan, count), self._device)
+            graph = capturing.capture(lambda: self._whole(plan, count), self._device)
+            self._prove(graph, plan, count)
+            self._graphs[key] = graph
         graph = self._graphs.get(key)
         if graph is not None:
             graph.replay()
@@ -140,6 +144,34 @@ class Decoding:
             self._whole(plan, count)
         if plan.processors is not None:
             self._choose(plan, count)
+
+    def _prove(self, graph: torch.cuda.CUDAGraph, plan: Plan, count: int) -> None:
+        """Compare what a graph makes of the next steps with what the steps make; all is as it was then.
+
+        The cache gets their keys and values, where the steps write them again.
+
+        Raises
+        ------
+        DeclinedError
+            If a replay gives other logits, or other tokens, positions, masks or counts.
+        """
+        assert self._fed is not None
+        state = [self._place, *self._fed.tensors(), *self._texts.tensors(), *_counters(self.cache)]
+        steps = min(PROOF, plan.length - count)
+        before, found = [one.clone() for one in state], []
+        for _ in range(steps):
+            graph.replay()
+            found.append([one.clone() for one in (self._logits, *state)])
+        _put_back(state, before)
+        for logits, *numbers in found:
+            self._whole(plan, count)
+            most = EQUAL * float(self._logits.abs().max())
+            if not float((logits - self._logits).abs().max()) <= most:
+                raise DeclinedError("a captured step gives other logits than the same step when it is called")
+            if not all(torch.equal(*pair) for pair in zip(numbers, state, strict=True)):
+                raise DeclinedError("a captured step writes other numbers than the same step when it is called")
+            count += 1
+        _put_back(state, before)
 
     def _whole(self, plan: Plan, count: int) -> None:
         """Do what a graph holds: all, or all but the choice."""
@@ -183,6 +215,18 @@ def set_random_state(state: Tensor, device: torch.device) -> None:
         torch.cuda.set_rng_state(state, device)
     else:
         torch.set_rng_state(state)
+
+
+def _put_back(state: list[Tensor], before: list[Tensor]) -> None:
+    for one, held in zip(state, before, strict=True):
+        one.copy_(held)
+
+
+def _counters(cache: Cache) -> Iterator[Tensor]:
+    """Yield what a cache keeps on the device besides keys and values."""
+    for layer in cache.layers:
+        held = vars(layer).items()
+        yield from (one for name, one in held if isinstance(one, Tensor) and name not in ("keys", "values"))
 
 
 def _plain(cache: Cache) -> Iterator[Any]:

@@ -71,6 +71,10 @@ class Fed:
         for _, held, value in self._pairs(given):
             held.copy_(value)
 
+    def tensors(self) -> list[Tensor]:
+        """Return the arguments that are tensors."""
+        return [one for one in self._held.values() if isinstance(one, Tensor)]
+
     def follow(self, place: Tensor) -> None:
         """Make the arguments of the step whose token stands at `place`, int64 (1,); the token is for others to write.
 

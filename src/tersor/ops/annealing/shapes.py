@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import cache, lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from tersor.numerics import rng
+from tersor.numerics.constants import kept
 from tersor.numerics.linalg import sylvester
 from tersor.numerics.rotation import Rotation, factor_orders
 
@@ -62,7 +63,7 @@ def tile_of(width: int) -> Tile | None:
                                                       tile.columns))
 
 
-@lru_cache(maxsize=32)
+@kept
 def factors(rotation: Rotation, tile: Tile, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Return A and its transpose (one tensor where A is symmetric), (padded, padded) with zeros outside, and H; fp16.
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import cache, lru_cache
+from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tersor.numerics.constants import kept
 from tersor.numerics.linalg import paley, seeded_orthogonal, sylvester
 from tersor.numerics.rotation import Rotation, factor_orders
 from tersor.ops.hadamard.signs import signs_on
@@ -171,7 +172,7 @@ class Factors:
     scale: float
 
 
-@lru_cache(maxsize=128)
+@kept
 def factors(rotation: Rotation, tile: Tile | FewTile, inverse: bool, dtype: torch.dtype,
             device: torch.device) -> Factors:
     """Return the factors for inputs of `dtype`."""

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 from tersor.numerics import rng
+from tersor.numerics.constants import kept
 from tersor.numerics.rotation import Rotation
 
 
-@lru_cache(maxsize=128)
+@kept
 def signs_on(rotation: Rotation, device: torch.device) -> Tensor:
     """Return the signs that the rotation begins with, bfloat16 (width,), there before any later kernel begins."""
     made = rng.signs(rotation.seed, 0, rotation.width).to(device, torch.bfloat16)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
+from tersor.numerics.constants import kept
 from tersor.ops.kv_encode.kernels.encoding import encode as kernel
 from tersor.ops.kv_encode.kernels.naming import name as namer
 from tersor.ops.kv_encode.shapes import ROWS
@@ -44,7 +43,7 @@ def name(states: Tensor, naming: Naming, block: int) -> tuple[Tensor, Tensor]:
     return codes, flag
 
 
-@lru_cache(maxsize=256)
+@kept
 def _places(counts: tuple[int, ...], device: torch.device) -> Tensor:
     """Return where each byte's numbers begin, and how many they are: int32 (bytes, 2)."""
     starts = [sum(counts[:byte]) for byte in range(len(counts))]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from tersor.numerics.constants import kept
 from tersor.ops.trellis_path.beam.shapes import block_of
 from tersor.ops.trellis_path.beam.sums import Sums
 from tersor.ops.trellis_path.kernels.beams import follow, walk
@@ -29,7 +29,7 @@ class _Held:
     starts: Tensor
 
 
-@lru_cache(maxsize=32)
+@kept
 def _held(sums: Sums, width: int, device: torch.device) -> _Held:
     tables, news = sums.pieces()
     curve = tables if sums.curve is None else sums.curve
