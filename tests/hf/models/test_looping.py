@@ -123,6 +123,11 @@ def both(model: Any, ids: Tensor, **named: Any) -> tuple[Any, Any]:
     return found[0], found[1]
 
 
+def name_of(given: Any) -> str:
+    """Return what a case is called, alike in every process: of mappings, their keys."""
+    return "-".join(given) if isinstance(given, dict) else str(given)
+
+
 def last_of(model: Any, ids: Tensor, at: int, row: int = 0) -> int:
     """Return the word that is chosen at a place after the prompt."""
     text = type(model).generate(model, ids, max_new_tokens=at + 1, do_sample=False, cache_implementation="static",
@@ -228,7 +233,7 @@ def test_a_changed_model_is_noticed(compressed: Any, tmp_path: Path) -> None:
     ({"return_dict_in_generate": True, "output_scores": True}, "a dictionary"),
     ({"disable_compile": True}, "as the user says"), ({"prefill_chunk_size": 4}, "in parts"),
     ({"cache_implementation": None}, ""),
-    ({"logits_processor": LogitsProcessorList([NoRepeatNGramLogitsProcessor(2)])}, "NoRepeatNGram")], ids=str)
+    ({"logits_processor": LogitsProcessorList([NoRepeatNGramLogitsProcessor(2)])}, "NoRepeatNGram")], ids=name_of)
 def test_the_rest_is_left_to_transformers(dense: Any, named: dict[str, Any], reason: str,
                                           told: Callable[[], list[str]]) -> None:
     found, wanted = both(dense, IDS, **named)
