@@ -54,7 +54,7 @@ class Replayed:
         self.replay = step
 
 
-@pytest.fixture(autouse=True, params=["called", "replayed"])
+@pytest.fixture(autouse=True, params=["replayed", pytest.param("called", marks=pytest.mark.slow)])  # as on a GPU, first
 def _on_the_processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the loop where transformers would not compile, and call steps as they are."""
     if request.param == "replayed":
