@@ -79,8 +79,8 @@ def octet_limits(dim: int) -> tuple[int, int]:
 def octets_division(closed: int, dense: int, heads: int, rows: int, dim: int, processors: int) -> Division:
     """Return the division where codes are integers: of one unit of tokens a turn or two, that which ends sooner.
 
-    All programs over codes run at once. A unit costs 1.05 alone what it costs beside another; joining a part of a head
-    .05; that is what was measured (docs/log.md, 2026-12-01).
+    All programs over codes run at once. A unit alone counts 1.05 times one beside another, and each part of a head that
+    is joined .05: set by hand, from times of both ways on an H200.
     """
     tile, room = next(one for one in ROWS if rows <= one), max(1, octet_limits(dim)[0] * processors // heads)
     ways = []

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from tersor.numerics.constants import constant
+from tersor.numerics.linalg import sylvester
+from tersor.ops.kv_attention.signs import bits_of, bytes_of
 
 BITS = (2, 4)
 RUN = 8  # tokens whose scores a lane has
@@ -70,11 +72,11 @@ class Octets:
         """Return codes (..., bytes of a block) as they lie."""
         if self.bits == 4:
             codes = _magnitudes(codes.device)[0].take(codes.to(torch.int64))
-        return _bytes(_bits(codes).index_select(-1, _places(self, codes.device)[0]))
+        return bytes_of(bits_of(codes).index_select(-1, _places(self, codes.device)[0]))
 
     def get(self, codes: Tensor) -> Tensor:
         """Return what `put` was given."""
-        found = _bytes(_bits(codes).index_select(-1, _places(self, codes.device)[1]))
+        found = bytes_of(bits_of(codes).index_select(-1, _places(self, codes.device)[1]))
         return found if self.bits == 2 else _magnitudes(codes.device)[1].take(found.to(torch.int64))
 
     def arranged(self, items: Tensor) -> Tensor:
@@ -138,21 +140,5 @@ def turning_signs(maps: Tensor) -> Tensor | None:
     count = maps.shape[2]
     if len(maps) > 1 or maps.shape[1] != count or count & (count - 1):
         return None
-    place = torch.arange(count, device=maps.device)
-    both = place[:, None] & place
-    odd = torch.zeros_like(both)
-    for bit in range(count.bit_length()):
-        odd ^= both >> bit & 1
-    wanted = (1 - 2 * odd) * maps[0, :1]
+    wanted = torch.from_numpy(sylvester(count)).to(maps) * maps[0, :1]
     return maps[0, 0].clone() if bool(((maps[0] - wanted).abs() <= 1e-6).all()) else None
-
-
-def _bits(held: Tensor) -> Tensor:
-    """Return the bits of bytes (..., n): uint8 (..., 8 n)."""
-    return (held[..., None] >> torch.arange(8, dtype=torch.uint8, device=held.device) & 1).flatten(-2)
-
-
-def _bytes(bits: Tensor) -> Tensor:
-    """Return the bytes of bits (..., 8 n): uint8 (..., n)."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return (bits.unflatten(-1, (-1, 8)) << shifts).sum(-1, dtype=torch.uint8)

@@ -63,7 +63,7 @@ class Lying:
             words = codes.contiguous().view(torch.int32).unflatten(-1, self._pairs)
             return words.movedim((-4, -3, -2, -1), (-3, -4, -1, -2)).flatten(-5).contiguous().view(torch.uint8)
         rows = codes.unflatten(-1, (self.heads, self.block // WORD, WORD, self.signs // 8))
-        return _packed(_bits(rows).index_select(-2, _order(codes.device)).mT).flatten(-4)
+        return bytes_of(bits_of(rows).index_select(-2, _order(codes.device)).mT).flatten(-4)
 
     def get(self, codes: Tensor) -> Tensor:
         """Return what `put` was given."""
@@ -72,7 +72,7 @@ class Lying:
             held = codes.contiguous().view(torch.int32).unflatten(-1, (heads, pairs, runs, words, two))
             return held.movedim((-3, -4, -1, -2), (-4, -3, -2, -1)).flatten(-5).contiguous().view(torch.uint8)
         lines = codes.unflatten(-1, (self.heads, self.block // WORD, self.signs, WORD // 8))
-        return _packed(_bits(lines).mT.index_select(-2, _order(codes.device).argsort())).flatten(-4)
+        return bytes_of(bits_of(lines).mT.index_select(-2, _order(codes.device).argsort())).flatten(-4)
 
     @property
     def _pairs(self) -> tuple[int, int, int, int, int]:
@@ -86,12 +86,12 @@ def _order(device: torch.device) -> Tensor:
     return bit % RUN * 2 + bit // RUN
 
 
-def _bits(rows: Tensor) -> Tensor:
+def bits_of(rows: Tensor) -> Tensor:
     """Return the bits of bytes (..., n): uint8 (..., 8 n)."""
     return (rows[..., None] >> torch.arange(8, dtype=torch.uint8, device=rows.device) & 1).flatten(-2)
 
 
-def _packed(bits: Tensor) -> Tensor:
+def bytes_of(bits: Tensor) -> Tensor:
     """Return the bytes of bits (..., 8 n): uint8 (..., n)."""
     eight = bits.unflatten(-1, (-1, 8)) << torch.arange(8, dtype=torch.uint8, device=bits.device)
     return eight.sum(-1, dtype=torch.uint8)

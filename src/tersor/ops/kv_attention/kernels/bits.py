@@ -119,10 +119,13 @@ def gathered(count: int) -> str:
     return "\n".join(lines)
 
 
-def across(kind: str) -> str:
-    """Return PTX: the sum (`add.s32`) or the largest (`max.NaN.f32`) of a number over the lanes of one query."""
+def across(kind: str, first: int = 4) -> str:
+    """Return PTX: the sum (`add.s32`) or the largest (`max.NaN.f32`) of a number over the lanes of one query.
+
+    Over all lanes where `first` is 1: which lanes meet first.
+    """
     lines = ["{", ".reg .b32 t;", "mov.b32 $0, $1;"]
-    for far in (4, 8, 16):
+    for far in (first << place for place in range(6 - first.bit_length())):
         lines += [f"shfl.sync.bfly.b32 t, $0, {far}, 31, -1;", f"{kind} $0, $0, t;"]
     return "\n".join([*lines, "}"])
 

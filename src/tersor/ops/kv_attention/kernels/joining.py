@@ -5,7 +5,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from tersor.ops.kv_attention.kernels import bits, octet_ptx
+from tersor.ops.kv_attention.kernels import bits, lookups, octet_ptx
 from tersor.ops.kv_attention.kernels.arriving import integers, registers
 from tersor.ops.kv_attention.kernels.meeting import LOG2E, NONE, across
 from tersor.ops.kv_attention.kernels.turning import keep, take, take_float, turned
@@ -13,8 +13,8 @@ from tersor.ops.kv_attention.kernels.turning import keep, take, take_float, turn
 ADDED = gl.constexpr(bits.across("add.f32"))
 FAR = gl.constexpr(tuple(octet_ptx.far_load(count) for count in (1, 2, 4)))
 TICKET, FIRST = gl.constexpr(octet_ptx.TICKET), gl.constexpr("ld.shared.b32 $0, [global_smem];")
-MOST, WHOLE = gl.constexpr(octet_ptx.whole("max.NaN.f32")), gl.constexpr(octet_ptx.whole("add.f32"))
-FROM = gl.constexpr(octet_ptx.FROM)
+MOST, WHOLE = gl.constexpr(bits.across("max.NaN.f32", 1)), gl.constexpr(bits.across("add.f32", 1))
+FROM = gl.constexpr(lookups.FROM)
 PAD = gl.constexpr(8)  # numbers, so that lanes' rows lie in other banks
 
 

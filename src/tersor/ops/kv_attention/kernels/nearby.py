@@ -5,7 +5,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from tersor.ops.kv_attention.kernels import octet_ptx
+from tersor.ops.kv_attention.kernels import lookups, octet_ptx
 from tersor.ops.kv_attention.kernels.arriving import load, registers
 from tersor.ops.kv_attention.kernels.attending import capped
 from tersor.ops.kv_attention.kernels.joining import PAD, joined, shares, written
@@ -13,7 +13,7 @@ from tersor.ops.kv_attention.kernels.meeting import LARGEST, LOG2E, NONE, across
 from tersor.ops.kv_attention.kernels.turning import keep, turned
 
 TOKENS = gl.constexpr(8)  # of a warp at a time
-SCATTERED, FROM = gl.constexpr(octet_ptx.scattered()), gl.constexpr(octet_ptx.FROM)
+SCATTERED, FROM = gl.constexpr(octet_ptx.scattered()), gl.constexpr(lookups.FROM)
 
 
 @gluon.jit

@@ -125,14 +125,6 @@ def butterfly(count: int) -> str:
     return "\n".join([*lines, *(f"mov.b32 ${place}, {name};" for place, name in enumerate(names)), "}"])
 
 
-def whole(kind: str) -> str:
-    """Return PTX: the sum (`add.f32`) or the largest (`max.NaN.f32`) of a number over all lanes."""
-    lines = ["{", ".reg .b32 t;", "mov.b32 $0, $1;"]
-    for far in (1, 2, 4, 8, 16):
-        lines += [f"shfl.sync.bfly.b32 t, $0, {far}, 31, -1;", f"{kind} $0, $0, t;"]
-    return "\n".join([*lines, "}"])
-
-
 def scattered() -> str:
     """Return PTX: sums over all lanes of 32 numbers, each to the lane of its number.
 
@@ -171,10 +163,7 @@ def far_load(count: int) -> str:
     return f"ld.global.cg.v{count}.b32 {{{', '.join(f'${place}' for place in range(count))}}}, [${count}];"
 
 
-SUM = "redux.sync.add.s32 $0, $1, -1;"
 LARGEST_BITS = "redux.sync.max.s32 $0, $1, -1;"  # of numbers that are not negative, by their bits; NaN are larger
-FROM = "shfl.sync.idx.b32 $0, $1, $2, 31, -1;"  # a number of another lane
-BEGUN = "mov.u32 $0, global_smem;"  # Triton's name for the shared memory of a program
 # one more of the program's kind is done: what number it has, to the first thread; what it wrote is seen before
 TICKET = """{
 .reg .pred first;

@@ -5,15 +5,16 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from tersor.ops.kv_attention.kernels import octet_ptx
+from tersor.ops.kv_attention.kernels import bits, lookups, octet_ptx
 from tersor.ops.kv_attention.kernels.arriving import integers, registers
+from tersor.ops.kv_attention.kernels.asking import WHOLE
 
 MOST = gl.constexpr(127.0 * 256)  # a query's largest integer, so that both bytes have signs
 BUTTERFLY = gl.constexpr((octet_ptx.butterfly(2), octet_ptx.butterfly(4), octet_ptx.butterfly(8)))
 KEPT = gl.constexpr(tuple(octet_ptx.kept(count) for count in (1, 2, 4)))
 TAKEN = gl.constexpr(tuple(octet_ptx.taken(count) for count in (1, 2, 4)))
-SUM, LARGEST_BITS, BEGUN = (gl.constexpr(text) for text in (octet_ptx.SUM, octet_ptx.LARGEST_BITS, octet_ptx.BEGUN))
-ADDED = gl.constexpr(octet_ptx.whole("add.f32"))
+LARGEST_BITS, BEGUN = gl.constexpr(octet_ptx.LARGEST_BITS), gl.constexpr(lookups.BEGUN)
+ADDED = gl.constexpr(bits.across("add.f32", 1))
 HALF = gl.constexpr("{\n.reg .b16 h, hx;\nmov.b32 {h, hx}, $2;\nst.shared.b16 [$1], h;\nmov.b32 $0, 0;\n}")
 SAME = gl.constexpr("{\n.reg .pred wrong;\n.reg .b32 found;\nld.shared.b32 found, [$1];\nsetp.ne.b32 wrong, found, $2;\n"
                     "@wrong trap;\nmov.b32 $0, 0;\n}")
@@ -120,7 +121,7 @@ def ask(query, signs, offset, scaling, start, row, warp, lane, turn: gl.constexp
         else:
             gl.inline_asm_elementwise(HALF, registers(1, 2), [at, high], dtype=gl.int32, is_pure=False, pack=1)
             gl.inline_asm_elementwise(HALF, registers(1, 2), [at + 16, low], dtype=gl.int32, is_pure=False, pack=1)
-    begin = gl.inline_asm_elementwise(SUM, registers(1, 1), [begin], dtype=gl.int32, is_pure=False, pack=1)
+    begin = gl.inline_asm_elementwise(WHOLE, registers(1, 1), [begin], dtype=gl.int32, is_pure=False, pack=1)
     at = start + (SETS * DIM * 8 + (turn * 4 + warp) * 12)
     keep(at, (begin,))
     keep(at + 4, ((largest / MOST * scaling).to(gl.int32, bitcast=True),))
