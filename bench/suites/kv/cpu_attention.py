@@ -16,7 +16,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from bench.suite import Asked, Outcome, Result
 from bench.suites.cpu.measure import least
 from bench.suites.kv.gpu_cases import OnProcessor
-from tersor.hf.kv.attention import Scores, States, attend
+from tersor.hf.kv.attention import Scores, attend
+from tersor.hf.kv.lazy import States
 from tersor.kv import TokenStream, matrices
 from tersor.registry import parse
 from tersor.testing import gaussian

@@ -10,8 +10,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tersor.errors import CodecConfigError
 from tersor.hf.kv import attention
-from tersor.hf.kv.attention import LazyStates, Scores, States, attend, register_attention, tersor_attention
+from tersor.hf.kv.attention import Scores, attend, register_attention, tersor_attention
 from tersor.hf.kv.cache import CompressedCache
+from tersor.hf.kv.lazy import LazyStates, States
 from tersor.kv import TokenStream
 from tersor.registry import parse
 from tersor.testing import tolerance

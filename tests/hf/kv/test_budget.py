@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from tersor.errors import BudgetError, CodecConfigError, NonFiniteError
-from tersor.hf.kv.attention import Scores, States, attend, register_attention
+from tersor.hf.kv.attention import Scores, attend, register_attention
 from tersor.hf.kv.cache import CompressedCache
+from tersor.hf.kv.lazy import States
 from tersor.testing import gaussian
 from tests.hf.kv.sharp import PROMPT, WINDOW, close, compressed, generate, tiny, tokens
 

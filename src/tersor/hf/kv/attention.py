@@ -19,149 +19,18 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tersor.errors import CodecConfigError
-from tersor.hf.kv.padding import Lead
+from tersor.hf.kv.grown import kv_step
+from tersor.hf.kv.lazy import LazyStates, Pair, States, decoded
+from tersor.hf.models.growing import STEP
 from tersor.kv import TokenStream
-from tersor.numerics.constants import constant
-from tersor.ops.kv_attention import Closed, Held, How, kv_attention, takes_kernel
+from tersor.ops.kv_attention import Held, How, kv_attention, takes_kernel
 
 NAME = "tersor"
 PART_TOKENS = 512  # dense tokens taken at a time
 TILE_ELEMENTS = 1 << 21  # scores held at a time: bounds the temporaries where queries are many
 WIDE = 64  # queries a key head from which a chunk is decoded once rather than once a tile of queries
 
-Pair = tuple[Tensor, Tensor]
 Product = Callable[[Tensor], Tensor]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class States:
-    """Keys and values of one layer as one call of the model sees them, as they are held.
-
-    Attributes
-    ----------
-    sinks, tail : (Tensor, Tensor)
-        Dense first and last tokens, keys and values, each (batch, heads, tokens, dim) in the model's dtype.
-    streams : (TokenStream, TokenStream) or None
-        The compressed tokens between them.
-    middle : int
-        How many tokens of the streams this call sees; blocks that it closes itself come later.
-    lead : Lead or None
-        The order of the first tokens, where it is not their own: sinks before padding.
-    gone : int
-        Tokens behind the sinks that were evicted: masks cover them, and nothing attends to them.
-    """
-
-    sinks: Pair
-    tail: Pair
-    streams: tuple[TokenStream, TokenStream] | None = None
-    middle: int = 0
-    lead: Lead | None = None
-    gone: int = 0
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that the call has places for, its own and evicted ones included."""
-        return self.sinks[0].shape[-2] + self.gone + self.middle + self.tail[0].shape[-2]
-
-    def closed(self) -> Closed | None:
-        """Return the compressed tokens as kernels of attention read them, None where they do not know the codecs."""
-        if self.streams is None or not self.middle or self.streams[0].page_blocks != self.streams[1].page_blocks:
-            return None
-        near, far = self.streams
-        keys, values = near.side() or near.spelled(values=False), far.side() or far.spelled(values=True)
-        if keys is None or values is None:
-            return None
-        return Closed(keys, values, self.middle, self.streams[0].block, self.streams[0].page_blocks)
-
-    def shape(self, side: int) -> tuple[int, int, int, int]:
-        """Return (batch, heads, tokens, dim) of the keys (side 0) or the values (side 1)."""
-        batch, heads, _, dim = self.tail[side].shape
-        return batch, heads, self.tokens, dim
-
-    def chunks(self) -> Iterator[tuple[int, int]]:
-        """Yield (start, stop) of the compressed chunks that the call sees."""
-        if self.streams is not None:
-            for start, stop in self.streams[0].chunks():
-                if start < self.middle:
-                    yield start, min(stop, self.middle)
-
-    def dense(self, side: int) -> Tensor:
-        """Return the keys (side 0) or values (side 1) in the order of tokens, dense: (batch, heads, tokens, dim)."""
-        held = self._held(side)
-        return held if self.lead is None else self.lead.give(held)
-
-    def _held(self, side: int) -> Tensor:
-        """Return them as they are held; a new tensor, unless there are no sinks."""
-        if self.gone:
-            raise CodecConfigError(f"{self.gone} tokens of this cache were evicted, which only Tersor's attention "
-                                   "leaves out; use CompressedCache.for_model(model, ...), outside torch.compile")
-        sinks, tail = self.sinks[side], self.tail[side]
-        if self.streams is None or not self.middle:
-            return torch.cat([sinks, tail], dim=-2) if sinks.shape[-2] else tail
-        out = torch.empty(self.shape(side), dtype=tail.dtype, device=tail.device)
-        first = sinks.shape[-2]
-        out[:, :, :first] = sinks
-        for start, stop in self.chunks():
-            out[:, :, first + start : first + stop] = self.streams[side].decode(start, stop)
-        out[:, :, first + self.middle :] = tail
-        return out
-
-    def lazy(self) -> Pair:
-        """Return the keys and values as tensors that decode when they are used."""
-        return LazyStates.of(self, 0), LazyStates.of(self, 1)
-
-
-class LazyStates(Tensor):
-    """The keys or values of `States` as a tensor without data: it knows its shape, and decodes for any operation.
-
-    Its one stored number is NaN, so that code which goes around torch's function protocol cannot read plausible values.
-    """
-
-    states: States
-    side: int
-
-    @staticmethod
-    def of(states: States, side: int) -> LazyStates:
-        """Return the keys (side 0) or values (side 1)."""
-        like = states.tail[side]
-        lazy = _nan(like.dtype, like.device).expand(states.shape(side)).as_subclass(LazyStates)
-        lazy.states, lazy.side = states, side
-        return lazy
-
-    def dense(self) -> Tensor:
-        """Return the dense tensor."""
-        return self.states.dense(self.side)
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Answer questions about the shape; for everything else put the dense tensor in its own place."""
-        if func in _METADATA:
-            return super().__torch_function__(func, types, args, kwargs or {})
-        return func(*_decoded(args), **_decoded(kwargs or {}))
-
-
-@constant
-def _nan(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return one number that is none, fit for any mode."""
-    with torch.inference_mode(False):
-        return torch.full((1, 1, 1, 1), float("nan"), dtype=dtype, device=device)
-
-
-_METADATA = frozenset({
-    Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.ndim.__get__,  # type: ignore[attr-defined]
-    Tensor.layout.__get__, Tensor.is_cuda.__get__, Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
-    Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.get_device,
-})
-
-
-def _decoded(value: Any) -> Any:
-    if isinstance(value, LazyStates):
-        return value.dense()
-    if isinstance(value, (list, tuple)):
-        return type(value)(_decoded(item) for item in value)
-    if isinstance(value, dict):
-        return {key: _decoded(item) for key, item in value.items()}
-    return value
 
 
 def register_attention() -> str:
@@ -175,7 +44,6 @@ def register_attention() -> str:
     return NAME
 
 
-@torch.compiler.disable
 def tersor_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
                      dropout: float = 0.0, scaling: float | None = None, **kwargs: Any) -> tuple[Tensor, None]:
     """Attend, as transformers calls it; without a compressed cache this is transformers' own `sdpa`.
@@ -193,7 +61,8 @@ def tersor_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
     scaling : float or None
         Factor on the scores; None: 1 / √dim.
     **kwargs
-        `is_causal`; `softcap` (Gemma 2); `s_aux`, logits of heads that attend to nothing (gpt-oss).
+        `is_causal`; `softcap` (Gemma 2); `s_aux`, logits of heads that attend to nothing (gpt-oss). Steps of a cache
+        that grows (`tersor.hf.kv.grown`) come with keys and values that lie in place, and have their own mask.
 
     Returns
     -------
@@ -205,19 +74,38 @@ def tersor_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
     CodecConfigError
         If dropout or a position bias is asked for, or the mask does not fit the cached tokens.
     """
+    if not kwargs.get(STEP):
+        return _attention(module, query, key, value, attention_mask,  # pyright: ignore[reportCallIssue]
+                          dropout, scaling, **kwargs)
+    _check_plain(dropout, kwargs)
+    factor = query.shape[3] ** -0.5 if scaling is None else scaling
+    aux = kwargs.get("s_aux")
+    number: Any = module.layer_idx
+    return kv_step(query, key, value, None if aux is None else aux.reshape(-1), number, factor,
+                   kwargs.get("softcap")), None
+
+
+def _check_plain(dropout: float, kwargs: dict[str, Any]) -> None:
+    if dropout or kwargs.get("position_bias") is not None:
+        raise CodecConfigError("attention over a compressed cache knows neither dropout nor position biases; use "
+                               "model.eval(), or attn_implementation='sdpa'")
+
+
+@torch.compiler.disable
+def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+               dropout: float, scaling: float | None, **kwargs: Any) -> tuple[Tensor, None]:
+    """Attend over what is no growing cache's."""
     special = {name: kwargs.get(name) for name in ("softcap", "s_aux")}
     compressed = isinstance(key, LazyStates) and isinstance(value, LazyStates) and key.states is value.states
     if not compressed and all(option is None for option in special.values()):
         sdpa: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
-        return sdpa(module, query, _decoded(key), _decoded(value), attention_mask, dropout=dropout, scaling=scaling,
+        return sdpa(module, query, decoded(key), decoded(value), attention_mask, dropout=dropout, scaling=scaling,
                     **kwargs)
-    if dropout or kwargs.get("position_bias") is not None:
-        raise CodecConfigError("attention over a compressed cache knows neither dropout nor position biases; use "
-                               "model.eval(), or attn_implementation='sdpa'")
+    _check_plain(dropout, kwargs)
     if compressed:
         states = key.states  # type: ignore[union-attr]
     else:
-        keys, values = _decoded(key), _decoded(value)
+        keys, values = decoded(key), decoded(value)
         states = States((keys[:, :, :0], values[:, :, :0]), (keys, values))
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
@@ -389,4 +277,4 @@ def _dense_parts(pair: Pair, offset: int) -> Iterator[tuple[int, int, Product, P
         yield offset + start, offset + start + keys.shape[-2], keys.transpose(-1, -2).__rmatmul__, values.__rmatmul__
 
 
-__all__ = ["LazyStates", "Scores", "States", "attend", "register_attention", "tersor_attention"]
+__all__ = ["Scores", "attend", "register_attention", "tersor_attention"]

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from tersor.errors import BudgetError, CodecConfigError
-from tersor.hf.kv.attention import Pair
 from tersor.hf.kv.layer import CompressedCacheLayer
+from tersor.hf.kv.lazy import Pair
 
 WHEN_FULL = ("refuse", "evict")
 EVICTED_AT_ONCE = 4  # blocks: those behind them are moved, so not one by one

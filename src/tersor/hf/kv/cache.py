@@ -16,17 +16,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from tersor.contract.codec import Codec
 from tersor.errors import CodecConfigError, ModelError, ReachWarning
 from tersor.hf.kv import padding, store
-from tersor.hf.kv.attention import NAME, Pair, register_attention
+from tersor.hf.kv.attention import NAME, register_attention
 from tersor.hf.kv.budget import Budget, Shuttle
+from tersor.hf.kv.grown import GrownCache, grown
 from tersor.hf.kv.layer import CacheReport, CompressedCacheLayer, SideCodec, Window, nbytes_of
+from tersor.hf.kv.lazy import Pair
 from tersor.hf.kv.plan import KVPlan, read_plan
 from tersor.hf.kv.store import SIDES
+from tersor.hf.models.growing import GrowingCache
+from tersor.hf.models.looping import grow
+from tersor.hf.models.stepping import DeclinedError
 from tersor.payload.blocks import Tables
 from tersor.registry import parse
 
@@ -34,7 +39,7 @@ Spec = str | Codec
 Specs = Spec | Sequence[Spec | None]
 
 
-class CompressedCache(Cache):
+class CompressedCache(GrowingCache):
     """A cache for `model.generate(..., past_key_values=cache)` and `model(..., past_key_values=cache)`.
 
     Parameters
@@ -59,7 +64,8 @@ class CompressedCache(Cache):
         room. `when_full`: "refuse" (the default) raises `BudgetError` and leaves the cache as it was; "evict" drops the
         oldest tokens behind the sinks, and needs Tersor's attention (`for_model`). `offload` (bool): full pages lie in
         the processor's memory, and a layer's are brought while the layer before it works. `reach` (int or None): tokens
-        that tables of keys were trained for.
+        that tables of keys were trained for. `compiles` (bool): on a GPU `generate` compiles its steps before it
+        captures them, which takes up to a minute and pays for long texts.
 
     Warns
     -----
@@ -80,10 +86,14 @@ class CompressedCache(Cache):
                  sink: int = 4, skip_layers: Sequence[int] = (), block: int = 64,
                  tables: Mapping[tuple[int, str], Tables] | None = None, **limits: Any) -> None:
         offload, reach = limits.pop("offload", False), limits.pop("reach", None)
+        self.compiles = limits.pop("compiles", False)
         wrong = [name for name in limits if name not in {field.name for field in dataclasses.fields(Budget)}]
-        if wrong or type(offload) is not bool:
-            raise CodecConfigError(f"{wrong[0]} is no setting of a cache; max_bytes, when_full, offload, reach are"
-                                   if wrong else f"offload must be True or False, found {offload!r}")
+        if wrong:
+            raise CodecConfigError(f"{wrong[0]} is no setting of a cache; max_bytes, when_full, offload, reach and "
+                                   "compiles are")
+        for name, switch in (("offload", offload), ("compiles", self.compiles)):
+            if type(switch) is not bool:
+                raise CodecConfigError(f"{name} must be True or False, found {switch!r}")
         self.budget, self._shuttle = Budget(**limits), Shuttle() if offload else None
         self.config = config.get_text_config(decoder=True)
         self.window = Window(residual, sink, block, reach)
@@ -119,10 +129,11 @@ class CompressedCache(Cache):
         Parameters
         ----------
         **settings
-            `residual`, `sink`, `skip_layers`, `block`, `tables`, `max_bytes`, `when_full`, `offload`.
+            `residual`, `sink`, `skip_layers`, `block`, `tables`, `max_bytes`, `when_full`, `offload`, `compiles`.
         """
         if model.config.get_text_config(decoder=True)._attn_implementation != NAME:
             model.set_attn_implementation(register_attention())
+        grow(model)
         return cls(model.config, key, value, **settings)
 
     def mark_padding(self, attention_mask: Tensor) -> None:
@@ -179,6 +190,28 @@ class CompressedCache(Cache):
         if isinstance(layer, CompressedCacheLayer) and self._shuttle is not None:
             layer.offload()
         return seen
+
+    def settled(self) -> bool:
+        """Tell whether the last token that was read is still dense, and closed no block."""
+        return all(layer.keys is not None and layer.keys.shape[2] not in (0, self.window.residual)
+                   for layer in self.compressed_layers.values())
+
+    def grown(self, tokens: int, mask: Tensor | None) -> GrownCache:
+        """Return what grows it without the host, from before the last token; see `GrowingCache.grown`."""
+        layers = list(self.compressed_layers.values())
+        reasons = {
+            "some layers of its cache are not compressed": len(layers) < len(self.layers) or not layers,
+            "its cache has a limit": self.budget.max_bytes is not None,
+            "its cache offloads pages": self._shuttle is not None,
+            "its attention is not Tersor's": self.config._attn_implementation != NAME,
+        }
+        found = next((reason for reason, holds in reasons.items() if holds), None)
+        if found is not None:
+            raise DeclinedError(found)
+        if self.window.reach is not None:
+            held = layers[0].get_seq_length()
+            self._check_reach(held, tokens - held, self.window.reach)
+        return grown(layers, tokens, mask, self.config.num_attention_heads)
 
     def _admit(self, like: Pair) -> None:
         """Make room for a call with such keys and values, before any layer changes."""

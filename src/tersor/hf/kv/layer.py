@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
-from tersor.hf.kv.attention import Pair, States
+from tersor.hf.kv.lazy import Pair, States
 from tersor.hf.kv.padding import Lead
 from tersor.hf.kv.parts import CacheReport, SideCodec, Window, nbytes_of
 from tersor.hf.kv.store import SIDES, LayerState

@@ -25,8 +25,10 @@ from transformers.cache_utils import StaticLayer
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from tersor.hf.models.choosing import Plan, planned
-from tersor.hf.models.decoding import LESSON, Decoding, random_state, set_random_state
+from tersor.hf.models.decoding import LESSON, Decoding
 from tersor.hf.models.generating import CompiledCall, compiled, showing, state_of
+from tersor.hf.models.growing import GrowingCache, GrowingLoop
+from tersor.hf.models.replaying import random_state, set_random_state
 from tersor.hf.models.stepping import DeclinedError
 from tersor.ops.dispatch import kernels_allowed
 
@@ -44,20 +46,26 @@ class Generate:
 
     What is exact by a loop of Tersor's: greedy and sampled text of any batch, with the processors of `choosing`,
     ended by a length or tokens. All else is left to transformers' loop, which is told at level INFO, once a reason.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    compiles : bool
+        Whether steps over a static cache are Tersor's; those over a compressed cache are.
     """
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
+    def __init__(self, model: Any, *, compiles: bool = True) -> None:
+        self._model, self._compiles = model, compiles
         self._start()
 
     def _start(self) -> None:
         update_wrapper(self, MethodType(type(self._model).generate, self._model), updated=())  # for `help`
         self._signature = inspect.signature(self)
         self._lock = threading.Lock()
-        self._loop = Loop()
+        self._loop, self._growing = Loop(), GrowingLoop()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_model": self._model}  # copies compile for themselves
+        return {"_model": self._model, "_compiles": self._compiles}  # copies compile for themselves
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -67,7 +75,8 @@ class Generate:
         """Generate, as `GenerationMixin.generate` says."""
         model = self._model
         generate = type(model).generate
-        if not self._asked(args, named):
+        loop = self._asked(args, named)
+        if loop is None:
             return generate(model, *args, **named)
         if not self._lock.acquire(blocking=False):
             _told("another thread generates by it")
@@ -75,7 +84,7 @@ class Generate:
         noted = dict(vars(model))
         try:
             with _on(model.device):
-                return generate(model, *args, custom_generate=self._loop, **named)
+                return generate(model, *args, custom_generate=loop, **named)
         except DeclinedError as reason:
             _told(str(reason))
             for name in vars(model).keys() - noted.keys():  # as if not called: some versions note a cache, still empty
@@ -85,21 +94,24 @@ class Generate:
             self._lock.release()
         return generate(model, *args, **named)
 
-    def _asked(self, args: tuple[Any, ...], named: dict[str, Any]) -> bool:
-        """Tell whether a static cache is asked for, and nothing that the loop would not be told of."""
+    def _asked(self, args: tuple[Any, ...], named: dict[str, Any]) -> Loop | GrowingLoop | None:
+        """Return the loop for the cache that is asked for, None where it would not be told of all that is asked."""
         model = self._model
         given = self._signature.bind(*args, **named).arguments
         options = given.get("kwargs", {})
         configs = [one for one in (given.get("generation_config"), model.generation_config) if one is not None]
         caches = [options.get("cache_implementation"), *(one.cache_implementation for one in configs)]
-        if next((one for one in caches if one is not None), None) != STATIC or model.device.type not in DEVICES:
-            return False
+        kind = next((one for one in caches if one is not None), None)
+        grows = kind is None and isinstance(options.get("past_key_values"), GrowingCache)
+        if not (grows or (kind == STATIC and self._compiles)) or model.device.type not in DEVICES:
+            return None
         other = {name for name, value in given.items()
                  if name not in KNOWN and value is not None and value is not False}
         other |= {"tokenizer", "assistant_tokenizer"} & set(options)
         if other:
             _told(f"'{min(other)}' is for transformers' loop")
-        return not other
+            return None
+        return self._growing if grows else self._loop
 
 
 class Loop:
@@ -194,6 +206,13 @@ def install(model: PreTrainedModel, *, compiles: bool = True) -> None:
     changed.get_compiled_call = CompiledCall(model)
     if compiles and _generates(type(model)):
         changed.generate = Generate(model)
+
+
+def grow(model: PreTrainedModel) -> None:
+    """Let a model generate by Tersor's loop over a compressed cache; one that `install` has seen already does."""
+    changed: Any = model
+    if not isinstance(vars(model).get("generate"), Generate) and _generates(type(model)):
+        changed.generate = Generate(model, compiles=False)
 
 
 def _generates(kind: type[Any]) -> bool:

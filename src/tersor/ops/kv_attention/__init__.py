@@ -42,13 +42,15 @@ def kv_attention(query: Tensor, held: Held, how: How, counts: Tensor | None = No
     how : How
     counts : Tensor or None
         int32 (3,), on the device: closed tokens, sinks and recent tokens, where they are to be read there. `held` then
-        says how many there may be; a captured graph serves a cache that grows up to that. Kernels only.
+        says how many there may be; a captured graph serves a cache that grows up to that. Without kernels this waits
+        for the device, unless there are no closed tokens.
     """
-    if takes_kernel(query, held):
+    if held.closed is not None and takes_kernel(query, held):
         from tersor.ops.kv_attention import launch
 
         return launch.attention(query, held, how, counts)
-    assert counts is None
+    if counts is not None:
+        held, how = reference.counted(held, how, counts)
     return reference.attention(query, held, how).to(query.dtype)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -35,6 +37,24 @@ def attention(query: Tensor, held: Held, how: How, dtype: torch.dtype = torch.fl
         total = total + torch.exp(how.s_aux.to(dtype)[:, None, None] - base)
     mixed = (weights.reshape(batch, heads, -1, tokens) @ values).reshape(batch, -1, queries, values.shape[3])
     return mixed / total.masked_fill(total == 0.0, 1.0)
+
+
+def counted(held: Held, how: How, counts: Tensor) -> tuple[Held, How]:
+    """Return what counts on the device leave of what may be held, for the last token's query.
+
+    Where nothing is closed all that may be held stays, and a mask says what there is.
+    """
+    if held.closed is not None:
+        closed, sinks, recent = counts.tolist()
+        held = Held((held.sinks[0][:, :, :sinks], held.sinks[1][:, :, :sinks]),
+                    (held.recent[0][:, :, :recent], held.recent[1][:, :, :recent]),
+                    dataclasses.replace(held.closed, tokens=closed))
+        return held, how if how.mask is None else dataclasses.replace(how, mask=how.mask[..., : held.tokens])
+    there = torch.arange(held.tokens, device=counts.device) < counts[1] + counts[2]
+    mask = there[None, None, None]
+    if how.mask is not None:
+        mask = how.mask[..., : held.tokens] & mask
+    return held, dataclasses.replace(how, mask=mask)
 
 
 def every(held: Held, which: int, dtype: torch.dtype) -> Tensor:
