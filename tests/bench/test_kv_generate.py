@@ -25,10 +25,13 @@ class Scripted:
     """Calls that take what a script says: so long for the prompt, so long a token, and so long once a call."""
 
     def __init__(self, prompt: float, token: float, once: float = 0.0) -> None:
-        self.prompt, self.held, self._times, self.asked = torch.zeros(1, 8), None, (prompt, token, once), list[int]()
+        self.prompt, self.held, self.cache, self.asked = torch.zeros(1, 8), None, "rot,lm4", list[int]()
+        self.new: list[int] = []
+        self._times = prompt, token, once
 
     def seconds(self, new: int) -> float:
         self.asked.append(new)
+        self.new = [*range(new - 1), new]  # the last token is another one in every call
         prompt, token, once = self._times
         return prompt + (new - 1) * token + (once if new > 1 else 0.0)
 
@@ -44,7 +47,18 @@ def test_a_token_is_the_difference_of_two_calls_and_the_whole_call_holds_what_ha
     assert found["ms_token"] == pytest.approx(10.0)
     assert found["tokens_s"] == pytest.approx(100.0)
     assert found["tokens_s_call"] == pytest.approx(287 / (2.87 + 0.5))
+    assert (found["long"], found["same"]) == (288, 31 / 32)
     assert gpu_generate._decoding(scripted(2.0, -0.01), 32, 288, prefill=2.0)["red"] is True
+
+
+def test_slow_caches_get_fewer_tokens_unless_they_quantize_once_in_many() -> None:
+    calls = scripted(2.0, 0.05)
+    found = gpu_generate._decoding(calls, 32, 288, prefill=2.0)
+    assert (found["long"], found["ms_token"]) == (96, pytest.approx(50.0))
+    assert calls.asked[:2] == [32, 96]
+    calls = scripted(2.0, 0.05)
+    calls.cache = "hqq:4"
+    assert gpu_generate._decoding(calls, 8, 136, prefill=2.0)["long"] == 136
 
 
 def test_encoding_is_told_as_a_share_of_the_dense_prompt_by_turns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,6 +141,7 @@ def test_a_rehearsal(monkeypatch: pytest.MonkeyPatch) -> None:
     case, nbytes, numbers = lines["generate|rot,lm4|8192|rot,lm4"]
     assert nbytes == 2 * (blocks * payload + 2 * heads * dim * (tokens - blocks * block))
     assert (case["cache"], case["what"], numbers["short"], numbers["long"]) == ("rot,lm4", "generate", 2, 6)
+    assert numbers["same"] == 1.0
     assert numbers["encode_share"] == pytest.approx(numbers["prefill_s"] / numbers["dense_prefill_s"] - 1)
 
 

@@ -34,6 +34,7 @@ from tersor.hf.models.matrices import quiet
 
 LIMIT, PATIENCE = 420.0, 240.0  # seconds
 ROUND_SECONDS = 4.0  # rounds that take longer are not done twice
+SLOW_SECONDS, FEWER = 8.0, 64  # where the tokens between would take longer they are fewer: a block of ours is encoded
 SPANS = {"dynamic": (16, 80), "static": (32, 288)}  # new tokens of the shorter and of the longer call
 OURS, THEIRS = (32, 288), (8, 136)  # four blocks are encoded between; everything is quantized anew once
 REHEARSED, SMALL = 320, (2, 6)  # tokens of a prompt, new ones
@@ -123,12 +124,15 @@ class Calls:
     ----------
     held : Cache or None
         That of the last call; dense caches are made by `generate`.
+    new : list of int
+        The last call's new tokens.
     """
 
     model: Any
     cache: str
     prompt: Tensor
     held: Any = None
+    new: list[int] = dataclasses.field(default_factory=list)
 
     def seconds(self, new: int) -> float:
         """Generate so many tokens over an empty cache; return what that takes, the making of the cache included.
@@ -148,6 +152,7 @@ class Calls:
         took = time.perf_counter() - began
         if ids.shape != (1, self.prompt.shape[1] + new):
             raise RuntimeError(f"{new} tokens were asked for, and ids of shape {tuple(ids.shape)} came")
+        self.new = ids[0, self.prompt.shape[1]:].tolist()
         return took
 
     def _over(self) -> dict[str, Any]:
@@ -179,7 +184,7 @@ def run(case: Generating, emit: Emit) -> None:
     calls = Calls(model, case.cache, prompt)
     with Told() as told, PlainTorch() as plain:
         first = long if case.cache == "static" else short
-        numbers: dict[str, Any] = {"red": False, "first_call_s": calls.seconds(first), "short": short, "long": long}
+        numbers: dict[str, Any] = {"red": False, "first_call_s": calls.seconds(first), "short": short}
         print(f"    first call {numbers['first_call_s']:.1f} s", flush=True)
         numbers.update(_reading(calls, Calls(model, "dynamic", prompt) if case.ours else None))
         nbytes = calls.nbytes()
@@ -208,21 +213,28 @@ def _reading(calls: Calls, other: Calls | None) -> dict[str, Any]:
 
 
 def _decoding(calls: Calls, short: int, long: int, prefill: float) -> dict[str, Any]:
-    """Return milliseconds a token between two calls, the rate of the whole longer one, and memory at its peak."""
+    """Return milliseconds a token between two calls, the rate of the whole longer one, and memory at its peak.
+
+    `same` is the share of the shorter call's tokens that the longer one has too: both are greedy.
+    """
     gpu = device().type == "cuda"
     calls.held = None
     _tidy()
     before = torch.cuda.memory_allocated() if gpu else 0
     if gpu:
         torch.cuda.reset_peak_memory_stats()
-    began, rounds = time.perf_counter(), list[tuple[float, float]]()
+    began, rounds, first = time.perf_counter(), list[tuple[float, float]](), list[int]()
     while len(rounds) < 2 and (not rounds or time.perf_counter() - began < ROUND_SECONDS):
-        rounds.append((calls.seconds(short), calls.seconds(long)))
+        less, first = calls.seconds(short), calls.new
+        if not rounds and calls.cache not in QUANTIZED and (less - prefill) / short * (long - short) > SLOW_SECONDS:
+            long = min(long, short + FEWER)
+        rounds.append((less, calls.seconds(long)))
     each = [1e3 * (more - less) / (long - short) for less, more in rounds]
+    same = sum(one == other for one, other in zip(first, calls.new, strict=False)) / short
     ms, whole = statistics.median(each), statistics.median(more for _, more in rounds)
     print(f"    {ms:.2f} ms a token; {rounds}", flush=True)
-    found = {"red": not ms > 0, "ms_token": ms, "ms_tokens": each, "rounds_s": [list(one) for one in rounds],
-             "tokens_s_call": (long - 1) / (whole - prefill)}
+    found = {"red": not ms > 0, "long": long, "ms_token": ms, "ms_tokens": each, "same": same,
+             "rounds_s": [list(one) for one in rounds], "tokens_s_call": (long - 1) / (whole - prefill)}
     if ms > 0:
         found["tokens_s"] = 1e3 / ms
     if gpu:
