@@ -30,6 +30,8 @@ SUITES = (
           deferred("bench.suites.kv.gpu"), gpu_tables.TABLES, ("transformers",)),
     Suite("kv_attention", "attention of one token over codes, alone, on a GPU beside dense attention",
           gpu_cases.attending, deferred("bench.suites.kv.gpu_attention"), gpu_tables.ATTENTION),
+    Suite("kv_generate", "generate of an 8B-shaped model after 8k and 32k tokens on a GPU, by caches; minutes",
+          gpu_cases.generating, deferred("bench.suites.kv.gpu_generate"), gpu_tables.GENERATING, ("transformers",)),
     Suite("kv_attention_cpu", "attention of one token over codes, one thread, beside dense attention; 2 minutes",
           always(gpu_cases.ON_PROCESSOR), deferred("bench.suites.kv.cpu_attention"), gpu_tables.ON_PROCESSOR,
           ("transformers", "numba")),

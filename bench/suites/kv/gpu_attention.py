@@ -4,6 +4,7 @@ Shapes are an 8B Llama's: 32 query heads, 8 of keys and values, dimension 128, b
 caches in turn, so that none stays in the device's own cache. Tables of `klt` are trained on random states whose
 components decay in size, so that bytes have words of many sizes. Calls are captured in a CUDA graph: what is timed are
 the kernels. Dense is the fastest of torch's attentions, of which some take the queries that share a head as one block.
+Beside them stands a step of transformers' `QuantizedCache`, which decodes all tokens and then attends.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import LlamaConfig
 
-from bench.suite import Asked, Outcome, Result
+from bench.suite import Asked, Outcome, Result, Unmeasured
 from bench.suites.gpu.timing import SEED, PlainTorch, device, relative, settle, time_calls
-from bench.suites.kv.gpu_cases import Attending
+from bench.suites.kv import quantized
+from bench.suites.kv.gpu_cases import QUANTIZED, Attending
+from bench.worker import SkipError
 from tersor.contract.codec import Codec, Encoded
 from tersor.kv import matrices
 from tersor.kv.coded import Form
@@ -44,6 +48,7 @@ from tersor.payload.blocks import Tables
 from tersor.registry import parse
 
 HEADS, GROUP, DIM, BLOCK, PAGE, SINK, RECENT = 8, 4, 128, 64, 16, 4, 160
+PENDING = 64  # tokens that `QuantizedCache` has not quantized yet: half of what it lets grow
 SPREAD = 2e8  # bytes of all caches in turn: several times a device's own cache
 MOST = 24  # caches in turn
 TRAINED = 24  # blocks that tables of `klt` are trained on
@@ -165,6 +170,68 @@ def _dense_call(backend: Any, query: Tensor, pair: tuple[Tensor, Tensor], groupe
     return call
 
 
+class Step:
+    """A step of one layer over a `QuantizedCache`: it decodes all tokens, appends one, and attends.
+
+    The layer is then as before, so that every call does the same. What is done once in 128 tokens, quantizing all
+    anew, is timed apart.
+    """
+
+    def __init__(self, case: Attending, seed: int) -> None:
+        generator = torch.Generator(device()).manual_seed(seed)
+        config = LlamaConfig(hidden_size=HEADS * GROUP * DIM, num_attention_heads=HEADS * GROUP, head_dim=DIM,
+                             num_key_value_heads=HEADS, num_hidden_layers=1)
+        self.cache = quantized.made(case.method, config)
+        self.layer: Any = self.cache.layers[0]
+        self.query = random((case.batch, HEADS, GROUP, DIM), generator)  # those that share a head as one block
+        for count in (case.tokens - PENDING, PENDING - 1, 1):
+            self.new = tuple(random((case.batch, HEADS, count, DIM), generator) for _ in range(2))
+            if count > 1:
+                self.layer.update(*self.new)
+
+    def __call__(self) -> Tensor:
+        """Return what a token's queries see (batch, heads, group, dim)."""
+        layer = self.layer
+        recent, count = (layer.keys, layer.values), layer.cumulative_length
+        keys, values = layer.update(*self.new)
+        (layer.keys, layer.values), layer.cumulative_length = recent, count
+        return scaled_dot_product_attention(self.query, keys, values)
+
+    def anew(self) -> None:
+        """Quantize all tokens anew."""
+        layer = self.layer
+        for side in (layer._quantized_keys, layer._quantized_values):
+            layer._quantize(layer._dequantize(side).contiguous(), 0)
+
+
+def theirs(case: Attending) -> tuple[int, dict[str, Any]]:
+    """Return bytes and times of a step over transformers' `QuantizedCache`.
+
+    Raises
+    ------
+    SkipError
+        If its backend is not installed.
+    """
+    steps = [Step(case, seed) for seed in range(2)]
+    red = not all(bool(step().isfinite().all()) for step in steps)
+    try:
+        timing = time_calls(steps)
+    except RuntimeError as error:  # what cannot be captured is launched step by step
+        print(f"    no graph: {str(error).splitlines()[0]}", flush=True)
+        settle()
+        timing = time_calls(steps, graph=False)
+    anew = time_calls([steps[0].anew], graph=False)
+    return quantized.nbytes(steps[0].cache), {**timing.numbers(), "red": red,
+                                              "anew_us": 1e6 * anew.seconds / quantized.RESIDUAL}
+
+
+def measured(case: Attending) -> tuple[int, dict[str, Any]]:
+    """Return bytes and what was measured of a case."""
+    if case.method in QUANTIZED:
+        return theirs(case)
+    return dense(case) if case.method == "none" else coded(case)
+
+
 def measure(cases: Sequence[Attending], asked: Asked) -> Iterator[Outcome]:
     """Yield results as they come; dense first, for the ratios of its context."""
     del asked
@@ -172,7 +239,14 @@ def measure(cases: Sequence[Attending], asked: Asked) -> Iterator[Outcome]:
     times: dict[tuple[int, int], float] = {}
     for given in cases:
         case = given if name else dataclasses.replace(given, tokens=min(given.tokens, 512))
-        nbytes, numbers = dense(case) if case.method == "none" else coded(case)
+        try:
+            nbytes, numbers = measured(case)
+        except SkipError as why:
+            yield Unmeasured(given.key, str(why))
+            continue
+        except RuntimeError as error:  # of torch, as where memory is short; what others measure stays
+            yield Unmeasured(given.key, str(error).splitlines()[0], failed=True)
+            continue
         if case.method == "none" and numbers:
             times[given.tokens, given.batch] = numbers["us"]
         elif (given.tokens, given.batch) in times:

@@ -1,12 +1,15 @@
-"""Cases of the suites `kv_gpu`, decoding with caches on a GPU, and of attention alone, there and on the processor."""
+"""Cases of caches on a GPU: decoding, `generate` of whole models, and attention alone, there and on the processor."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 METHODS = ("none", "static", "klt:2", "klt:4", "rot,lm2", "rot,lm4", "quanto:2", "quanto:4", "none")
 CONTEXTS = (8192, 32768)
+DENSE = ("dynamic", "static")
 ATTENTIONS = ("tersor", "sdpa")  # that Tersor's caches are read with
+QUANTIZED = ("quanto:4", "quanto:2", "hqq:4", "hqq:2")  # transformers' QuantizedCache by its backends
 PROFILED = ("none", "klt:2", "klt:4", "rot,lm4", "quanto:4")
 
 
@@ -44,8 +47,10 @@ class Attending:
 def attending(device: str) -> list[Attending]:
     """Return the cases of attention alone."""
     del device
-    return [Attending(method, tokens, batch) for batch in (1, 8) for tokens in (8192, 32768, 131072)
+    ours = [Attending(method, tokens, batch) for batch in (1, 8) for tokens in (8192, 32768, 131072)
             for method in ("none", "klt@2", "rot,lm2", "rot,tr2x8", "klt@4", "rot,lm4", "rot,tr4x8", "fp8")]
+    return ours + [Attending(method, tokens, batch) for batch in (1, 8) for tokens in (8192, 32768)
+                   for method in QUANTIZED]
 
 
 def cases(device: str) -> list[Caching]:
@@ -62,6 +67,44 @@ def cases(device: str) -> list[Caching]:
         return found
     return found + [dataclasses.replace(case, profile=True) for case in found
                     if case.method in PROFILED and not case.again]
+
+
+@dataclasses.dataclass(frozen=True)
+class Generating:
+    """`generate` of an 8B-shaped model after a prompt.
+
+    Attributes
+    ----------
+    weights : str
+        A codec, or "bf16".
+    cache : str
+        "dynamic" and "static" are transformers' dense ones; one of `QUANTIZED`; else a codec of keys and values.
+    """
+
+    what: ClassVar[str] = "generate"
+    weights: str
+    cache: str
+    tokens: int
+    layers: int = 32
+
+    @property
+    def key(self) -> str:
+        """The case's name in results."""
+        return f"generate|{self.weights}|{self.tokens}|{self.cache}"
+
+    @property
+    def ours(self) -> bool:
+        """Whether the cache is Tersor's."""
+        return self.cache not in (*DENSE, *QUANTIZED)
+
+
+def generating(device: str) -> list[Generating]:
+    """Return the cases of `generate`: dense caches before what is compared with them, long prompts first."""
+    del device
+    found = [Generating("rot,lm4", cache, tokens) for cache in (*DENSE, "rot,lm4", "rot,lm2")
+             for tokens in reversed(CONTEXTS)]
+    found += [Generating("rot,lm4", cache, CONTEXTS[-1]) for cache in ("quanto:4", "hqq:4")]
+    return found + [Generating("bf16", cache, CONTEXTS[-1]) for cache in ("dynamic", "rot,lm4")]
 
 
 @dataclasses.dataclass(frozen=True)
