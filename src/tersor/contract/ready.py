@@ -1,4 +1,4 @@
-"""Products made ready: what depends on a payload alone is done once, and few vectors go past torch's dispatcher."""
+"""Products made ready: what depends on a payload alone is done once, and vectors go past torch's dispatcher."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from torch import Tensor
 from tersor.contract.codec import Encoded
 from tersor.payload.blocks import Few
 
-MOST = {torch.float32: 16, torch.bfloat16: 4, torch.float16: 4}  # vectors that a product made ready takes
-MOST_LAUNCHED = 8  # on CUDA: those of one launch, or of a few
+MOST = {torch.float32: 16, torch.bfloat16: 4, torch.float16: 4}  # vectors that it takes, on a processor
 
 
 class Ready:
@@ -81,9 +80,9 @@ class Made:
     def _few_of(self, x: Tensor) -> Few | None:
         """Return the product, if it takes as many vectors of such a dtype and width, on their device."""
         width, dtype = self._width, x.dtype
-        most = MOST_LAUNCHED if self._launched and dtype in MOST else MOST.get(dtype, 0)
         count = x.numel() // width if width else 0
-        taken = 0 < count <= most and x.ndim and x.shape[-1] == width and x.device == self._device
+        fits = dtype in MOST and (self._launched or count <= MOST[dtype])  # on CUDA it launches what the operator does
+        taken = count and fits and x.ndim and x.shape[-1] == width and x.device == self._device
         return self.few if taken else None
 
 

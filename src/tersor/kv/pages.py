@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from tersor.ops.kv_attention import Book, Lying, Octets
+from tersor.ops.kv_attention import Book, Lying, Octets, laid
 from tersor.payload.layout import TensorSpec
 
 PUT_AT_ONCE = 128  # blocks: their bits take a byte each meanwhile
@@ -161,7 +161,7 @@ class Pages:
     def _lain(self, name: str, tensor: Tensor) -> Tensor:
         """Return blocks of a tensor as they lie in pages."""
         way = self.lying.get(name)
-        return tensor if way is None else torch.cat([way.put(some) for some in tensor.split(PUT_AT_ONCE)])
+        return tensor if way is None else torch.cat([laid(way, some) for some in tensor.split(PUT_AT_ONCE)])
 
     def lie(self, name: str, way: Lying | Octets | Book) -> None:
         """Let the bits of a tensor, bytes of a block in a row, lie so from now on; before anything shares the pages."""
@@ -169,7 +169,7 @@ class Pages:
         for number in range(len(self._pages)):
             self._own(number)
             whole = self._whole(name, self._buffer(number))
-            whole.copy_(way.put(whole))
+            whole.copy_(laid(way, whole))
         self.lying[name] = way
 
     def reserve(self, blocks: int) -> None:

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tersor.ops.dispatch import recording
 
 ALIGNED = 16  # bytes: kernels are compiled for vectors that begin at multiples of that, or for any
+MOST = 8  # vectors of a tape
 APART = 512  # bytes: what is allocated in one piece begins at multiples of that, as torch's allocator does it
 MAKES = frozenset({"aten::empty", "aten::empty_strided", "aten::empty_like", "aten::new_empty",
                    "aten::new_empty_strided"})
@@ -29,7 +30,8 @@ class Taped:
     """A function of few vectors, (n, width) on CUDA, that does nothing with them but launch kernels.
 
     Its launches are written down at the first call with vectors of a shape and dtype, and repeated later. Where that
-    cannot be, for example while a graph is captured, or if it does something else with vectors, it is called as it is.
+    cannot be, for example while a graph is captured, or if it does something else with vectors, it is called as it is;
+    with more vectors, too, since texts have any length.
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
@@ -39,7 +41,7 @@ class Taped:
     def __call__(self, x: Tensor) -> Tensor:
         """Return (*batch, out) for x (*batch, width), contiguous: what the function returns, of all vectors."""
         pointer, key = x.data_ptr(), (x.shape, x.dtype)
-        if pointer % ALIGNED:
+        if pointer % ALIGNED or x.numel() > MOST * x.shape[-1]:
             return self._function(x)
         if key in self._tapes:
             tape = self._tapes[key]

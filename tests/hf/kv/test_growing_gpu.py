@@ -17,7 +17,8 @@ from tests.hf.kv.sharp import build
 from tests.hf.kv.test_growing import KLT, reasons, trained
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-              pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")]  # torch's compiler's own
+              pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning",  # torch's compiler's own
+                                         "ignore:The CUDA Graph is empty:UserWarning")]
 SIZES = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
          "max_position_embeddings": 4096}
 CODECS = ("rot,lm4", "rot,lm2", "fp8", "rot,tr2x8", KLT)

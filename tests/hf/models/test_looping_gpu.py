@@ -15,7 +15,8 @@ from tersor.hf.models.choosing import Texts
 from tests.compiling.stacking import model_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-              pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")]  # torch's compiler's own
+              pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning",  # torch's compiler's own
+                                         "ignore:The CUDA Graph is empty:UserWarning")]
 SIZES = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 4,
          "head_dim": 64}  # what kernels take
 IDS = torch.randint(1, 128, (1, 9), generator=torch.Generator().manual_seed(1))

@@ -30,6 +30,7 @@ PART_TOKENS = 512  # dense tokens taken at a time
 TILE_ELEMENTS = 1 << 21  # scores held at a time: bounds the temporaries where queries are many
 WIDE = 64  # queries a key head from which a chunk is decoded once rather than once a tile of queries
 
+SPECIAL = ("softcap", "s_aux")  # what transformers' `sdpa` does not know
 Product = Callable[[Tensor], Tensor]
 
 
@@ -75,6 +76,9 @@ def tersor_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
         If dropout or a position bias is asked for, or the mask does not fit the cached tokens.
     """
     if not kwargs.get(STEP):
+        if not isinstance(key, LazyStates) and all(kwargs.get(name) is None for name in SPECIAL):
+            sdpa: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]  # here, where compilers trace it
+            return sdpa(module, query, key, decoded(value), attention_mask, dropout=dropout, scaling=scaling, **kwargs)
         return _attention(module, query, key, value, attention_mask,  # pyright: ignore[reportCallIssue]
                           dropout, scaling, **kwargs)
     _check_plain(dropout, kwargs)
@@ -95,7 +99,7 @@ def _check_plain(dropout: float, kwargs: dict[str, Any]) -> None:
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
                dropout: float, scaling: float | None, **kwargs: Any) -> tuple[Tensor, None]:
     """Attend over what is no growing cache's."""
-    special = {name: kwargs.get(name) for name in ("softcap", "s_aux")}
+    special = {name: kwargs.get(name) for name in SPECIAL}
     compressed = isinstance(key, LazyStates) and isinstance(value, LazyStates) and key.states is value.states
     if not compressed and all(option is None for option in special.values()):
         sdpa: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]

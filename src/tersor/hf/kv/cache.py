@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ from tersor.hf.kv import padding, store
 from tersor.hf.kv.attention import NAME, register_attention
 from tersor.hf.kv.budget import Budget, Shuttle
 from tersor.hf.kv.grown import GrownCache, grown
-from tersor.hf.kv.layer import CacheReport, CompressedCacheLayer, SideCodec, Window, nbytes_of
+from tersor.hf.kv.layer import CompressedCacheLayer
 from tersor.hf.kv.lazy import Pair
+from tersor.hf.kv.parts import CacheReport, SideCodec, Window, nbytes_of, tensors_of
 from tersor.hf.kv.plan import KVPlan, read_plan
 from tersor.hf.kv.store import SIDES
 from tersor.hf.models.growing import GrowingCache
@@ -274,7 +275,7 @@ class CompressedCache(GrowingCache):
         tables = {id(table): table for layer in self.compressed_layers.values() for side in layer.sides
                   for table in side.tables.values()}
         native = [t for layer in self.layers if not isinstance(layer, CompressedCacheLayer)
-                  for t in _tensors(vars(layer))]
+                  for t in tensors_of(vars(layer))]
         sums["evicted"] = max((part.evicted for part in parts), default=0)
         sums["tables"] += nbytes_of(tables.values())
         return CacheReport(**{**sums, "native": nbytes_of(native)})
@@ -384,18 +385,6 @@ def _by_layer(name: str, specs: Specs, count: int) -> list[Codec | None]:
         raise CodecConfigError(f"{name}: {len(listed)} codecs for a model with {count} layers; give one, or one a "
                                "layer")
     return [parse(spec) if isinstance(spec, str) else spec for spec in listed]
-
-
-def _tensors(value: Any) -> Iterable[Tensor]:
-    """Yield the tensors of nested containers."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
 
 
 __all__ = ["CacheReport", "CompressedCache", "CompressedCacheLayer"]

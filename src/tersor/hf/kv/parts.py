@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,4 +108,16 @@ def nbytes_of(tensors: Iterable[Tensor | None]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
-__all__ = ["CacheReport", "SideCodec", "Window", "nbytes_of"]
+def tensors_of(value: Any) -> Iterable[Tensor]:
+    """Yield the tensors of nested containers."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_of(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_of(item)
+
+
+__all__ = ["CacheReport", "SideCodec", "Window", "nbytes_of", "tensors_of"]

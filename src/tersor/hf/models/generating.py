@@ -13,6 +13,7 @@ from torch import fx, nn
 from transformers import CompileConfig, PreTrainedModel
 
 from tersor.compiling import backend
+from tersor.hf.models.stepping import DeclinedError
 from tersor.nn import CompressedEmbedding, CompressedLinear, TiedLinear, WeightView
 
 OWN = (CompressedLinear, CompressedEmbedding, TiedLinear)
@@ -28,11 +29,13 @@ class CompiledCall:
 
     `generate` asks for a compiled call once; then each token's call would look at every module and tensor anew, to see
     whether it is as it was when it was compiled. That took longer than many kernels, so it is done here, once a
-    `generate`: where anything differs, steps are compiled anew. `generation_config.compile_config` is not set, because
-    transformers then warns at every call that does not compile.
+    `generate`: where anything differs, steps are compiled anew. That holds where a step is one graph; where it falls
+    into several, as with an operation that is not traced, one may be another layer's, and every call looks.
+    `generation_config.compile_config` is not set, because transformers then warns at every call that does not compile.
     """
 
     _config: CompileConfig | None = None
+    _parted: CompileConfig | None = None  # of a step that is not one graph
     _seen: list[Any] | None = None
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -51,9 +54,23 @@ class CompiledCall:
         seen, _ = state_of(self._model)
         if self._config is None or seen != self._seen:
             none: Any = None  # of modes: torch takes these or options
-            self._seen = seen
-            self._config = CompileConfig(backend=Steps(MODE), mode=none, options={"guard_filter_fn": _outside_model})
-        return type(self._model).get_compiled_call(self._model, self._config)
+            self._seen, self._parted = seen, None
+            self._config = CompileConfig(fullgraph=True, backend=Steps(MODE), mode=none,
+                                         options={"guard_filter_fn": _outside_model})
+        return self._call
+
+    def _call(self, *args: Any, **named: Any) -> Any:
+        """Do a step, compiled: as one graph if it is one."""
+        from torch._dynamo.exc import Unsupported
+
+        call: Any = type(self._model).get_compiled_call
+        if self._parted is None:
+            try:
+                return call(self._model, self._config)(*args, **named)
+            except Unsupported:
+                none: Any = None
+                self._parted = CompileConfig(backend=Steps(MODE), mode=none)
+        return call(self._model, self._parted)(*args, **named)
 
 
 class Steps:
@@ -88,8 +105,22 @@ def showing(model: PreTrainedModel, shown: Callable[..., Any]) -> Iterator[None]
 
 
 def compiled(model: PreTrainedModel) -> Callable[..., Any]:
-    """Return a model's call, compiled without CUDA graphs, for the state it is in."""
-    return torch.compile(model.__call__, backend=Steps(None), options={"guard_filter_fn": _outside_model})
+    """Return a model's call, compiled without CUDA graphs, for the state it is in.
+
+    It raises DeclinedError where the call is not one graph: see `CompiledCall`.
+    """
+    call = torch.compile(model.__call__, fullgraph=True, backend=Steps(None),
+                         options={"guard_filter_fn": _outside_model})
+
+    def whole(**given: Any) -> Any:
+        from torch._dynamo.exc import Unsupported  # heavy, and loaded by the first call anyway
+
+        try:
+            return call(**given)
+        except Unsupported as reason:
+            raise DeclinedError(f"a step is not one graph: {' '.join(str(reason).split())[:200]}") from reason
+
+    return whole
 
 
 def compiles(model: nn.Module) -> bool:

@@ -117,6 +117,7 @@ class Growing(Replaying):
         super().__init__(ids.device)
         self._forward, self._grown, self._most = forward, grown, room
         self._left = False  # whether steps are called one by one
+        self._waited: set[Hashable] = set()  # kinds of steps that were tried out
         self._next, self._positions = ids[:, -2:-1].clone(), positions.clone()
         self._place.fill_(ids.shape[1] - 2)
         mask = torch.ones(len(ids), 1, 1, 1, dtype=torch.bool, device=ids.device)  # attention has its own
@@ -157,8 +158,13 @@ class Growing(Replaying):
         return min(plan.length - count, self._grown.room)
 
     def _try_out(self, plan: Plan, count: int) -> None:
-        with self._staying():
+        """Do a step as it will be captured; one that waits may have made what is made once, so it has another try."""
+        key = self._captured(plan)
+        with self._staying() if key in self._waited else contextlib.suppress(DeclinedError):
+            self._tried.discard(key)
+            self._waited.add(key)
             super()._try_out(plan, count)
+            self._tried.add(key)
 
     def _capture(self, key: Hashable, plan: Plan, count: int) -> None:
         with self._staying():

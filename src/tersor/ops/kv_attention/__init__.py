@@ -54,6 +54,15 @@ def kv_attention(query: Tensor, held: Held, how: How, counts: Tensor | None = No
     return reference.attention(query, held, how).to(query.dtype)
 
 
+def laid(way: Lying | Octets | Book, codes: Tensor) -> Tensor:
+    """Return codes (..., bytes of a block) as they lie: what `way.put` returns, on a GPU by one launch."""
+    if isinstance(way, Book) or not codes.is_cuda or take_reference("kv_attention", None, codes.device):
+        return way.put(codes)
+    from tersor.ops.kv_attention import launch
+
+    return launch.placed(codes, *way.order(codes.device))
+
+
 def takes_kernel(query: Tensor, held: Held) -> bool:
     """Tell whether this runs as a kernel; where it could but for its shapes, says why not, once."""
     return query.is_cuda and not take_reference("kv_attention", refusal(query, held), query.device)
@@ -116,4 +125,4 @@ def _are_signs(levels: Levels) -> bool:
 
 
 __all__ = ["Book", "Closed", "Held", "How", "Levels", "Lying", "Octets", "Side", "Spelled", "kv_attention",
-           "lie_as_octets", "lie_as_signs", "look_up", "part_of", "takes_kernel", "words_of"]
+           "laid", "lie_as_octets", "lie_as_signs", "look_up", "part_of", "takes_kernel", "words_of"]

@@ -21,6 +21,7 @@ from tersor.ops.kv_attention.kernels.around import merge, prepare
 from tersor.ops.kv_attention.kernels.asking import ask_signs
 from tersor.ops.kv_attention.kernels.attending import attend
 from tersor.ops.kv_attention.kernels.multiplied import attend_octets
+from tersor.ops.kv_attention.kernels.placing import place_bits
 from tersor.ops.kv_attention.kernels.signed import attend_signs
 from tersor.ops.kv_attention.kernels.spelled import attend_words
 from tersor.ops.kv_attention.octets import UNIT, Octets
@@ -47,6 +48,7 @@ PARTS = 64  # that a program joins at a time, half as many
 WIDEST = 256  # where a query has more coordinates
 WIDE = 128  # numbers of a head, where registers do not hold sums of more than four queries
 REGISTERS = 1 << 16  # of a multiprocessor
+PLACED = 128  # words that a program puts in their places
 
 
 def attention(query: Tensor, held: Held, how: How, counts: Tensor | None = None) -> Tensor:
@@ -224,6 +226,17 @@ def _meet_words(query: Tensor, held: Held, how: How, work: Work, counts: Tensor 
         cut.splits, heads, rows, query.shape[2], dim, closed.block, closed.blocks, *forms,
         (shelf.columns, shelf.slots, shelf.shared), sums.shape[1], *_kinds(how, counts), sets, cut.rows, DENSE_TURN,
         warps, num_warps=warps, maxnreg=REGISTERS // (32 * warps), launch_pdl=True)
+
+
+def placed(codes: Tensor, places: Tensor, table: Tensor | None) -> Tensor:
+    """Return blocks (..., bytes) whose bit k was bit `places[k]`, int32, of bytes mapped by `table`, uint8 (256,)."""
+    near = codes.contiguous()
+    out, nbytes = torch.empty_like(near), near.shape[-1]
+    if near.numel():
+        with torch.cuda.device(codes.device):
+            place_bits[(near.numel() // nbytes, -(-nbytes // (4 * PLACED)))](
+                near, places, _or(table, near), out.view(torch.int32), nbytes, table is not None, PLACED, num_warps=4)
+    return out
 
 
 def _scaling(how: How) -> float:

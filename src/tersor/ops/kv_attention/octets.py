@@ -79,6 +79,10 @@ class Octets:
         found = bytes_of(bits_of(codes).index_select(-1, _places(self, codes.device)[1]))
         return found if self.bits == 2 else _magnitudes(codes.device)[1].take(found.to(torch.int64))
 
+    def order(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Return where each bit as it lies comes from, int32, and what bytes become before; `put` by a kernel."""
+        return _places(self, device)[2], _magnitudes(device)[0] if self.bits == 4 else None
+
     def arranged(self, items: Tensor) -> Tensor:
         """Return what belongs to bits (heads, block, dim, bits) in the order in which they lie, (bits of a block,)."""
         return (self._by_numbers(items) if self.across else self._by_tokens(items)).flatten()
@@ -116,11 +120,11 @@ class Octets:
 
 
 @constant
-def _places(way: Octets, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return where each bit as it lies comes from, and the way back: int64 (bits of a block,)."""
+def _places(way: Octets, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return where each bit as it lies comes from, and the way back, int64 (bits of a block,); the first as int32."""
     count = way.heads * way.block * way.dim * way.bits
     places = way.arranged(torch.arange(count).reshape(way.heads, way.block, way.dim, way.bits))
-    return places.to(device), places.argsort().to(device)
+    return places.to(device), places.argsort().to(device), places.to(device=device, dtype=torch.int32)
 
 
 @constant

@@ -10,6 +10,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from tersor.numerics.constants import constant
+
 WORD = 32
 RUN = 16  # tokens of a lane, one behind the other
 MOST_SIGNS = 512  # of a token, times groups of four queries: sums are in registers
@@ -65,6 +67,10 @@ class Lying:
         rows = codes.unflatten(-1, (self.heads, self.block // WORD, WORD, self.signs // 8))
         return bytes_of(bits_of(rows).index_select(-2, _order(codes.device)).mT).flatten(-4)
 
+    def order(self, device: torch.device) -> tuple[Tensor, None]:
+        """Return where each bit as it lies comes from, int32, and nothing that bytes become; `put` by a kernel."""
+        return _places(self, device), None
+
     def get(self, codes: Tensor) -> Tensor:
         """Return what `put` was given."""
         if not self.across:
@@ -78,6 +84,16 @@ class Lying:
     def _pairs(self) -> tuple[int, int, int, int, int]:
         """Heads, runs of tokens, pairs of a run, tokens of a pair, words of a token."""
         return self.heads, self.block // RUN, RUN // 2, 2, self.signs // WORD
+
+
+@constant
+def _places(way: Lying, device: torch.device) -> Tensor:
+    """Return where each bit as it lies comes from: `put` of the digits of bits' numbers, a digit at a time."""
+    count = way.heads * way.block * way.signs
+    number, found = torch.arange(count), torch.zeros(count, dtype=torch.int64)
+    for digit in range((count - 1).bit_length()):
+        found += bits_of(way.put(bytes_of((number >> digit & 1).to(torch.uint8)))).to(torch.int64) << digit
+    return found.to(device=device, dtype=torch.int32)
 
 
 def _order(device: torch.device) -> Tensor:

@@ -13,6 +13,7 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
+from tersor.numerics.constants import kept
 from tersor.payload.words import Words
 
 NUMBERS = 4  # of a lookup
@@ -281,11 +282,19 @@ class Book:
 
     def put(self, codes: Tensor) -> Tensor:
         """Return rows (..., bytes) as they lie."""
-        return codes.index_select(-1, torch.tensor(self.spelling.order, device=codes.device))
+        return codes.index_select(-1, _order(self.spelling.order, codes.device)[0])
 
     def get(self, codes: Tensor) -> Tensor:
         """Return what `put` was given."""
-        return codes.index_select(-1, torch.tensor(self.spelling.order, device=codes.device).argsort())
+        return codes.index_select(-1, _order(self.spelling.order, codes.device)[1])
+
+
+@kept
+def _order(order: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return which byte of a row lies where, and the way back."""
+    with torch.inference_mode(False):
+        found = torch.tensor(order)
+        return found.to(device), found.argsort().to(device)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
