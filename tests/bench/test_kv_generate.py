@@ -27,7 +27,11 @@ class Scripted:
     def __init__(self, prompt: float, token: float, once: float = 0.0) -> None:
         self.prompt, self.held, self.cache, self.asked = torch.zeros(1, 8), None, "rot,lm4", list[int]()
         self.new: list[int] = []
+        self.read: object = None
         self._times = prompt, token, once
+
+    def keep(self) -> None:
+        """Every call of these reads its prompt."""
 
     def seconds(self, new: int) -> float:
         self.asked.append(new)
@@ -43,7 +47,7 @@ def scripted(prompt: float, token: float, once: float = 0.0) -> Any:
 def test_a_token_is_the_difference_of_two_calls_and_the_whole_call_holds_what_happens_once() -> None:
     calls = scripted(2.0, 0.01, once=0.5)
     found = gpu_generate._decoding(calls, 32, 288, prefill=2.0)
-    assert calls.asked == [32, 288, 32, 288]
+    assert calls.asked == [32, 288] * gpu_generate.ROUNDS
     assert found["ms_token"] == pytest.approx(10.0)
     assert found["tokens_s"] == pytest.approx(100.0)
     assert found["tokens_s_call"] == pytest.approx(287 / (2.87 + 0.5))
@@ -66,9 +70,9 @@ def test_encoding_is_told_as_a_share_of_the_dense_prompt_by_turns(monkeypatch: p
     own, dense = scripted(2.2, 0.0), scripted(2.0, 0.0)
     found = gpu_generate._reading(own, dense)
     assert found["encode_share"] == pytest.approx(0.1)
-    assert (own.asked, dense.asked) == ([1, 1], [1, 1, 1])  # the first warms what was never read so
+    assert (own.asked, dense.asked) == ([1, 1, 1], [1, 1, 1, 1])  # the first warms what was never read so
     assert gpu_generate._reading(own, dense)["dense_prefill_s"] == 2.0
-    assert len(dense.asked) == 5
+    assert len(dense.asked) == 7
     assert "encode_share" not in gpu_generate._reading(dense, None)
 
 

@@ -2,5 +2,6 @@
 
 from tersor.kv.read import lie_for_kernels, meet_as_signs
 from tersor.kv.stream import TokenStream, matrices
+from tersor.kv.together import append_together
 
-__all__ = ["TokenStream", "lie_for_kernels", "matrices", "meet_as_signs"]
+__all__ = ["TokenStream", "append_together", "lie_for_kernels", "matrices", "meet_as_signs"]

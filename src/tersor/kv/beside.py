@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 from torch import Tensor
@@ -25,7 +26,6 @@ def lie_side_by_side(codec: Codec, unit: Shape, given: Tables) -> bool:
     CodecConfigError
         If a shared table is missing, or made for another shape.
     """
-    rows, dim = unit
     single = codec.layout(unit)
     for name, spec in single.items():
         table = given.get(name)
@@ -33,6 +33,18 @@ def lie_side_by_side(codec: Codec, unit: Shape, given: Tables) -> bool:
             found = "none" if table is None else f"{table.dtype} {tuple(table.shape)}"
             raise CodecConfigError(f"codec '{codec}' needs its shared tables, trained for such heads: '{name}' "
                                    f"{spec.dtype} {spec.stored_shape}, found {found}")
+    shared = {name: given[name] for name, spec in single.items() if spec.shared}
+    return _lie(codec, unit, shared) if shared else _lie_alone(codec, unit)
+
+
+@functools.lru_cache(maxsize=256)
+def _lie_alone(codec: Codec, unit: Shape) -> bool:
+    """Tell of a codec without tables; every layer of a cache asks."""
+    return _lie(codec, unit, {})
+
+
+def _lie(codec: Codec, unit: Shape, given: Tables) -> bool:
+    (rows, dim), single = unit, codec.layout(unit)
     for count in (2, 3):
         grown = {name: spec if spec.shared else _times(spec, count) for name, spec in single.items()}
         if grown != dict(codec.layout((count * rows, dim))):

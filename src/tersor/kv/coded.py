@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import weakref
 from collections.abc import Mapping
 
@@ -39,7 +40,12 @@ class Form:
 
     @classmethod
     def of(cls, codec: Codec, unit: Shape, tables: Tables, device: torch.device) -> Form | None:
-        """Return that of blocks of a shape, or None where they are no plain codes."""
+        """Return that of blocks of a shape, or None where they are no plain codes; one for all without tables."""
+        return cls.made(codec, unit, tables, device) if tables else _form(codec, unit, device)
+
+    @classmethod
+    def made(cls, codec: Codec, unit: Shape, tables: Tables, device: torch.device) -> Form | None:
+        """Make it; see `of`."""
         near, _ = empty(codec, unit, tables, device)
         coded = near.coded()
         if coded is None:
@@ -59,6 +65,13 @@ class Form:
         assert self.coded.refits is not None
         codes, scales, flag = kv_encode(states, self.table, self.levels.maps, self.coded.bits, block, self.coded.refits)
         return {self.coded.codes: codes, self.coded.scales: scales}, flag
+
+
+@functools.lru_cache(maxsize=64)
+def _form(codec: Codec, unit: Shape, device: torch.device) -> Form | None:
+    """Return the form of a codec without tables; every layer of a cache asks for it."""
+    with torch.inference_mode(False):
+        return Form.made(codec, unit, {}, device)
 
 
 def empty(codec: Codec, unit: Shape, tables: Tables, device: torch.device) -> tuple[Coordinates, Tables]:

@@ -138,8 +138,8 @@ class Pages:
         return torch.cat(parts) if parts else torch.empty(0, self.batch, *shape, dtype=self.specs[name].dtype,
                                                           device=self.device)
 
-    def append(self, tensors: Mapping[str, Tensor], blocks: int) -> None:
-        """Write blocks behind those held: each tensor (blocks, batch, *stored shape).
+    def append(self, tensors: Mapping[str, Tensor], blocks: int, *, lain: bool = False) -> None:
+        """Write blocks behind those held: each tensor (blocks, batch, *stored shape), `lain` or not.
 
         Raises
         ------
@@ -147,12 +147,12 @@ class Pages:
             If there is no room for a page; says how many bytes were asked, and leaves what is held as it was.
         """
         self.reserve(blocks)
-        lain = {name: self._lain(name, tensor) for name, tensor in tensors.items()}
+        lying = tensors if lain else {name: self._lain(name, tensor) for name, tensor in tensors.items()}
         done = 0
         while done < blocks:
             page, first = divmod(self.count + done, self.blocks)
             many = min(blocks - done, self.blocks - first)
-            for name, tensor in lain.items():
+            for name, tensor in lying.items():
                 whole = self._whole(name, self._buffer(page))
                 whole[:, first : first + many] = tensor[done : done + many].transpose(0, 1)
             done += many

@@ -23,7 +23,7 @@ from tersor.kv.coded import Form, Watch, empty
 from tersor.kv.read import Read
 from tersor.kv.saved import check
 from tersor.numerics.memory import check_memory
-from tersor.ops.kv_attention import part_of, words_of
+from tersor.ops.kv_attention import Book, Lying, Octets, part_of, words_of
 from tersor.ops.kv_encode import kv_name
 from tersor.payload.blocks import Tables
 
@@ -110,6 +110,32 @@ class TokenStream(Read):
             parts = [self._side_by_side(part) for part in states.split(step * self.block, 2)]
             self._append({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, blocks)
         self._blocks += blocks
+
+    @property
+    def lying(self) -> Lying | Octets | Book | None:
+        """How bits of codes lie, where otherwise than they are given."""
+        return None if self._pages is None else next(iter(self._pages.lying.values()), None)
+
+    def form_of(self, states: Tensor) -> Form | None:
+        """Return what encodes a block (batch, heads, block, dim) by one kernel, like blocks of others; None elsewhere.
+
+        Raises
+        ------
+        NonFiniteError
+            If a block that was closed earlier was not finite.
+        """
+        if self._watch.told():
+            raise NonFiniteError("a block that was closed earlier holds NaN or infinity; its scores are NaN")
+        fits = self._pages is not None and states.shape == (self.batch, self.heads, self.block, self.dim)
+        return self._encoder(states.device) if fits else None
+
+    def take(self, payload: Mapping[str, Tensor], flag: Tensor) -> None:
+        """Append a block that its form has encoded, lying as others do: each tensor (1, batch, numbers)."""
+        assert self._pages is not None
+        self._pages.append({name: payload[name].unflatten(2, spec.stored_shape)
+                            for name, spec in self._pages.specs.items()}, 1, lain=True)
+        self._blocks += 1
+        self._watch.take(flag)
 
     def decode(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Return tokens `start` to `stop`, float32 (batch, heads, stop - start, dim)."""

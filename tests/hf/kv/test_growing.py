@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tersor.errors import NonFiniteError
 from tersor.hf.kv import grown
 from tersor.hf.kv.cache import CompressedCache
 from tersor.hf.models import capturing, growing, looping
@@ -253,6 +254,20 @@ def test_an_interrupted_text_leaves_its_cache_whole(model: Any, monkeypatch: pyt
     rest = model.generate(begun, attention_mask=torch.ones_like(begun), past_key_values=cache, pad_token_id=0,
                           max_new_tokens=text.shape[1] - held - 1, do_sample=False)
     assert torch.equal(rest, text)
+
+
+def test_a_block_that_fails_leaves_all_layers_alike(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = CompressedCache.for_model(model, "rot,lm4", "rot,lm4", **WINDOW)
+
+    def fails(streams: Any, states: Any) -> None:
+        streams[0].append(states[0])
+        raise NonFiniteError("a block")
+
+    monkeypatch.setattr(grown, "append_together", fails)
+    with pytest.raises(NonFiniteError):
+        model.generate(tokens(1, 40), past_key_values=cache, max_new_tokens=NEW, do_sample=False, pad_token_id=0)
+    assert {layer.get_seq_length() for layer in cache.compressed_layers.values()} == {50}  # of 2 + 16 + 32 tokens
+    assert {stream.tokens for layer in cache.compressed_layers.values() for stream in layer.streams} == {16}
 
 
 @pytest.mark.parametrize("codec", ["rot,lm4", "rot,tr2x8"])

@@ -22,7 +22,7 @@ from tersor.hf.kv.layer import CompressedCacheLayer
 from tersor.hf.kv.lazy import Pair, closed_tokens
 from tersor.hf.models.growing import Grown
 from tersor.hf.models.stepping import DeclinedError
-from tersor.kv import TokenStream, lie_for_kernels
+from tersor.kv import TokenStream, append_together, lie_for_kernels
 from tersor.ops.kv_attention import Closed, Held, How, kv_attention, takes_kernel
 
 _NOW: ContextVar[GrownCache | None] = ContextVar("tersor_grown", default=None)
@@ -107,12 +107,16 @@ class GrownLayer(CacheLayerMixin):
         lie_for_kernels(*streams)
         self.closed = closed_tokens(streams, max(tokens, streams[0].tokens))
 
-    def close(self) -> None:
-        """Encode the first block of the recent tokens, and move up the rest."""
-        streams, block = self.source.streams, self.source.window.block
-        assert streams is not None
-        for stream, held in zip(streams, self._held(), strict=True):
-            stream.append(held[:, :, :block])
+    def oldest(self) -> tuple[tuple[TokenStream, TokenStream], Pair]:
+        """Return the streams, and the first block of the recent tokens, which goes there."""
+        block, (keys, values) = self.source.window.block, self._held()
+        assert self.source.streams is not None
+        return self.source.streams, (keys[:, :, :block], values[:, :, :block])
+
+    def move_up(self) -> None:
+        """Let the recent tokens behind the first block be the first ones."""
+        block = self.source.window.block
+        for held in self._held():
             held[:, :, :-block] = held[:, :, block:].clone()
 
     def end(self, recent: int) -> None:
@@ -190,8 +194,17 @@ class GrownCache(Cache, Grown):
 
     def close(self) -> None:
         """Close a block in all layers."""
+        oldest = [layer.oldest() for layer in self.layers]
+        streams = [stream for both, _ in oldest for stream in both]
+        written = False
+        try:
+            append_together(streams, [states for _, both in oldest for states in both])
+            written = True
+        finally:
+            for stream in () if written else streams:
+                stream.crop(self._closed)
         for layer in self.layers:
-            layer.close()
+            layer.move_up()
         first, self._closed = not self._closed, self._closed + self._block
         self._recent -= self._block
         self._counts.add_(self._moved)

@@ -35,7 +35,7 @@ class CompressedCacheLayer(CacheLayerMixin):
     lead : Lead or None
         The order of the first tokens that follows from it.
     gone : int
-        Tokens evicted from behind the sinks; they keep their places, and nothing attends to them.
+        Tokens evicted from behind the sinks, which keep their places.
     offloads : bool
         Whether full pages lie in the processor's memory while other layers work.
     """
@@ -161,21 +161,30 @@ class CompressedCacheLayer(CacheLayerMixin):
         if closed > lost:
             written = False
             try:
-                for side, (stream, states) in enumerate(zip(streams, tail, strict=True)):
-                    try:
-                        stream.append(states[:, :, lost:closed].detach())
-                    except NonFiniteError as error:
-                        raise NonFiniteError(f"{self.name}: {SIDES[side]}s: {error}") from error
+                first = closed if held or not self.lazy else lost + window.block  # that says how the others lie
+                self._encode(tail, lost, first)
+                self._encode(tail, first, closed)
                 written = True
             finally:
-                if not written:
-                    streams[0].crop(held)
+                for stream in () if written else streams:
+                    stream.crop(held)
         if not closed and keys.shape[2]:
             kept = tail
         else:  # neither the memory of the closed blocks nor the model's own
             kept = tail[0][:, :, closed:].clone(), tail[1][:, :, closed:].clone()
         self.keys, self.values = kept
         self.gone, self._owed = self.gone + lost, 0
+
+    def _encode(self, tail: Pair, low: int, high: int) -> None:
+        """Close tokens `low` to `high` of the tail."""
+        for side, (stream, states) in enumerate(zip(self._held()[3], tail, strict=True)):
+            try:
+                if low < high:
+                    stream.append(states[:, :, low:high].detach())
+            except NonFiniteError as error:
+                raise NonFiniteError(f"{self.name}: {SIDES[side]}s: {error}") from error
+        if self.lazy:
+            lie_for_kernels(*self._held()[3])
 
     def owe_nothing(self) -> None:
         """Forget blocks that were to be dropped as they close: the call that would have closed them has failed."""
