@@ -24,7 +24,7 @@ JUNK = {torch.bool: True, torch.uint8: 0xA5}
 def pytest_collection() -> Iterator[None]:
     """Keep what is there before the first test out of Python's collector, which a run calls between its stages.
 
-    The objects of ten thousand tests and of all imports are never garbage, and looking through them takes half a second.
+    The objects of ten thousand tests and of all imports are never garbage; to look through them takes half a second.
     """
     gc.disable()
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -44,6 +45,7 @@ def serve() -> None:
     """Fork a child for every line of the input, and write its id and, when it has ended, its status."""
     torch.set_num_threads(1)
     hasten()
+    gc.freeze()  # a child's collector would look through, and so copy, all that its parent has imported
     print("ready", flush=True)
     for line in sys.stdin:
         name, source, out = json.loads(line)
