@@ -21,6 +21,7 @@ from tersor.hf.models.evaluate import evaluate, load_compressed
 from tersor.hf.models.hollow import load_dense
 from tersor.hf.models.ledger import FATES
 from tersor.hf.models.source import open_source
+from tests.covering import covering
 from tests.hf import zoo
 from tests.hf.tiny import resigned, save_tiny
 
@@ -28,7 +29,7 @@ LOSSLESS: dict[str, Any] = {"rate": 30, "method": "bf16", "calibrated": False, "
 
 
 @pytest.mark.usefixtures("verified_here")
-@pytest.mark.parametrize("name", zoo.ZOO)
+@pytest.mark.parametrize("name", covering(zoo.APART, zoo.ZOO))
 def test_what_comes_out_is_what_went_in(name: str, tmp_path: Path) -> None:
     """A codec that loses nothing gives the outputs of the class that config.json names; bytes add up."""
     zoo.save(name, tmp_path / "src")
