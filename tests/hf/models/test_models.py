@@ -12,6 +12,7 @@ from tersor.hf.models.dense import write_dense
 from tersor.hf.models.evaluate import load_compressed, resident_bytes
 from tersor.hf.models.matrices import empty_model, read_config, walk
 from tersor.nn import CompressedLinear
+from tests.covering import covering
 from tests.hf.tiny import ARCHITECTURES, load_original, save_tiny
 
 IDS = torch.randint(0, 128, (2, 17), generator=torch.Generator().manual_seed(1))
@@ -19,7 +20,7 @@ FAST = {"calibrated": False, "evaluation_tokens": 0}
 FAMILIES = {"llama": "qet_plus"}  # the default; how a matrix is coded and where it sits are independent
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", covering(("llama", "llama_tied", "gpt2", "mixtral"), ARCHITECTURES))
 @pytest.mark.usefixtures("verified_here")
 def test_round_trip(name: str, tiny: Callable[[str], Path], tmp_path: Path) -> None:
     source, out = tiny(name), tmp_path / "out"
