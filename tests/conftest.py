@@ -73,10 +73,22 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def verified_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the same verification in this process: starting another takes seconds. `test_cli.py` starts one."""
+    _verify_here(monkeypatch, proven=True)
+
+
+@pytest.fixture
+def read_back_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same, but for the model's run, for tests that run it themselves or compare bytes: the run is half of it."""
+    _verify_here(monkeypatch, proven=False)
+
+
+def _verify_here(monkeypatch: pytest.MonkeyPatch, *, proven: bool) -> None:
     from tersor.hf.compress import recover, run
     from tersor.hf.compress.verify import verify
     from tersor.hf.models.source import open_source
 
+    def here(path: Path, against: Path, *_: Any) -> dict[str, Any]:
+        return verify(path, open_source(against, path / "unused"), proven=proven)
+
     for module in (recover, run):
-        monkeypatch.setattr(module, "verify_in_fresh_process",
-                            lambda path, against, *_: verify(path, open_source(against, path / "unused")))
+        monkeypatch.setattr(module, "verify_in_fresh_process", here)

@@ -35,7 +35,7 @@ from tersor.registry import parse
 from tests.hf.tiny import resigned, save_tiny
 
 FAST = {"calibrated": False, "evaluation_tokens": 0, "method": "rotated_scalar"}  # no stage asks which family it is
-pytestmark = pytest.mark.usefixtures("verified_here")
+pytestmark = pytest.mark.usefixtures("read_back_here")
 
 
 @pytest.fixture(scope="module")
