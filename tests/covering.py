@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -16,4 +16,15 @@ def covering(chosen: Collection[Any], cases: Iterable[Any]) -> list[Any]:
     found = list(cases)
     assert all(case in found for case in chosen), [case for case in chosen if case not in found]
     return [case if case in chosen else
-            pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow) for case in found]
+            pytest.param(*_tuple(case), marks=pytest.mark.slow) for case in found]
+
+
+def in_turn(cases: Sequence[Any], kinds: Sequence[Any], whole: Collection[Any] = ()) -> list[Any]:
+    """Return every case with every kind; in the fast run a case has one kind, in turn, those of `whole` all."""
+    both = [(_tuple(case), kind, case in whole or number % len(kinds) == at)
+            for number, case in enumerate(cases) for at, kind in enumerate(kinds)]
+    return covering([(*case, kind) for case, kind, chosen in both if chosen], [(*case, kind) for case, kind, _ in both])
+
+
+def _tuple(case: Any) -> tuple[Any, ...]:
+    return case if isinstance(case, tuple) else (case,)

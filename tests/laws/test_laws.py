@@ -8,7 +8,6 @@ import math
 import re
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from tersor.errors import CodecConfigError, NonFiniteError
 from tersor.quality import DB_PER_BIT, measure
 from tersor.registry import parse
 from tersor.testing import LAWS, Specimen, check_fresh_process, encode, gaussian, outliers, student_t3, with_spectrum
-from tests.covering import covering
+from tests.covering import covering, in_turn
 from tests.laws.codecs import CODECS, ELEMENTWISE
 
 MATRICES: dict[str, Tensor] = {
@@ -89,13 +88,6 @@ def met(text: str) -> list[str]:
     return ["1x1", whole, TURNS[CODECS.index(text) % len(TURNS)]]
 
 
-def in_turn(*kinds: Any) -> list[Any]:
-    """Return all codecs with all kinds; a class's first example meets each in the fast run, its others one in turn."""
-    chosen = [(text, kind) for number, text in enumerate(CODECS) for kind in kinds
-              if text in FIRST or kind == kinds[number % len(kinds)]]
-    return covering(chosen, itertools.product(CODECS, kinds))
-
-
 CASES = [(text, name) for text in CODECS for name in met(text)]
 
 
@@ -154,7 +146,7 @@ def degenerate() -> Tensor:
     return matrix
 
 
-@pytest.mark.parametrize(("text", "odd"), in_turn("columns", "rows"))
+@pytest.mark.parametrize(("text", "odd"), in_turn(CODECS, ("columns", "rows"), FIRST))
 def test_scale(text: str, odd: str) -> None:
     """Also of matrices of which some rows or columns have a scale of their own, or none."""
     matrix = degenerate()[:12] if odd == "columns" else degenerate().T[:12].contiguous()
@@ -232,7 +224,7 @@ def test_blocks_do_not_show(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
         LAWS[name](many)
 
 
-@pytest.mark.parametrize(("text", "dtype"), in_turn(torch.float64, torch.bfloat16))
+@pytest.mark.parametrize(("text", "dtype"), in_turn(CODECS, (torch.float64, torch.bfloat16), FIRST))
 def test_default_dtype_does_not_show(text: str, dtype: torch.dtype) -> None:
     """Transformers changes torch's default dtype while it loads a model."""
     matrix, expected = admitted(text, "prime").matrix, admitted(text, "prime").encoded
