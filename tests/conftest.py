@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,20 @@ settings.register_profile("tersor", derandomize=True, deadline=None)  # the same
 settings.load_profile("tersor")
 torch.set_num_threads(1)  # many small operations on a shared machine; what depends on threads sets its own number
 JUNK = {torch.bool: True, torch.uint8: 0xA5}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Keep what is there before the first test out of Python's collector, which a run calls between its stages.
+
+    The objects of ten thousand tests and of all imports are never garbage; to look through them takes half a second.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture
@@ -58,10 +73,22 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def verified_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the same verification in this process: starting another takes seconds. `test_cli.py` starts one."""
+    _verify_here(monkeypatch, proven=True)
+
+
+@pytest.fixture
+def read_back_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same, but for the model's run, for tests that run it themselves or compare bytes: the run is half of it."""
+    _verify_here(monkeypatch, proven=False)
+
+
+def _verify_here(monkeypatch: pytest.MonkeyPatch, *, proven: bool) -> None:
     from tersor.hf.compress import recover, run
     from tersor.hf.compress.verify import verify
     from tersor.hf.models.source import open_source
 
+    def here(path: Path, against: Path, *_: Any) -> dict[str, Any]:
+        return verify(path, open_source(against, path / "unused"), proven=proven)
+
     for module in (recover, run):
-        monkeypatch.setattr(module, "verify_in_fresh_process",
-                            lambda path, against, *_: verify(path, open_source(against, path / "unused")))
+        monkeypatch.setattr(module, "verify_in_fresh_process", here)

@@ -13,6 +13,7 @@ from torch.nn import functional
 from tersor import compiling
 from tersor.compiling.products import fuse_products
 from tests.compiling.stacking import MANY, ONE, WIDTH, K, Q, drawn, matrix, model_of, stacked, times
+from tests.covering import covering
 from tests.hf.models.test_compile import IDS
 
 inductor = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
@@ -40,11 +41,15 @@ def test_torch_finds_the_backend() -> None:
     assert torch._dynamo.lookup_backend("tersor") is compiling.backend
 
 
+WAYS = [(ONE, {"mode": "reduce-overhead"}), (ONE, {}), (MANY, {}), (ONE, {"options": {"epilogue-fusion": False}})]
+GUARDS = [torch.no_grad, torch.inference_mode]
+
+
 @inductor
-@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize(("shape", "named"), [(ONE, {"mode": "reduce-overhead"}), (ONE, {}), (MANY, {}),
-                                              (ONE, {"options": {"epilogue-fusion": False}})])
-def test_inductor(guard: Callable[[], Any], shape: tuple[int, ...], named: dict[str, Any],
+@pytest.mark.parametrize(("shape", "named", "guard"), covering(
+    [(*way, GUARDS[number % 2]) for number, way in enumerate(WAYS)],
+    [(*way, guard) for way in WAYS for guard in GUARDS]))
+def test_inductor(shape: tuple[int, ...], named: dict[str, Any], guard: Callable[[], Any],
                   monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
     monkeypatch.setattr(compiling, "fuse_products", lambda graph: taken.append(fuse_products(graph)))

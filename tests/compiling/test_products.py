@@ -30,6 +30,7 @@ from tests.compiling.stacking import (
     stacked,
     times,
 )
+from tests.covering import covering
 from tests.hf.models.test_compile import IDS
 
 ONE_ID = IDS[:1, :1]
@@ -49,16 +50,17 @@ class Layer(torch.nn.Module):
         return [times(x, of) for of in zip(own[::2], own[1::2], strict=True)]
 
 
-@pytest.mark.parametrize(("codec", "architecture", "taken", "calls", "ids"), [
-    ("rot,lm4", "llama", 7, 4, ONE_ID), ("rot,lm4", "qwen2", 7, 4, ONE_ID), ("rot,lm4", "gemma", 7, 4, ONE_ID),
-    ("rtn4s", "llama", 7, 4, ONE_ID), ("rot,lm4", "gpt2", 0, 0, ONE_ID), ("rot,fit4", "llama", 2, 2, ONE_ID),
-    ("rtn4g16", "llama", 0, 0, ONE_ID), ("rtn4", "llama", 0, 0, ONE_ID),
-    # of many vectors nothing is joined, whatever the codec
-    ("rot,lm4", "llama", 0, 0, IDS), ("rot,lm4", "qwen2", 0, 0, IDS), ("rot,lm4", "gemma", 0, 0, IDS),
-    ("rot,lm4", "gpt2", 0, 0, IDS), ("rtn4s", "llama", 0, 0, IDS)])
-def test_layers_of_models(codec: str, architecture: str, taken: int, calls: int, ids: Tensor, tmp_path: Path) -> None:
+LAYERS = [("rot,lm4", "llama", 7, 4, 1), ("rot,lm4", "qwen2", 7, 4, 1), ("rot,lm4", "gemma", 7, 4, 1),
+          ("rtn4s", "llama", 7, 4, 1), ("rot,lm4", "gpt2", 0, 0, 1), ("rot,fit4", "llama", 2, 2, 1),
+          ("rtn4g16", "llama", 0, 0, 1), ("rtn4", "llama", 0, 0, 1), ("rot,lm4", "llama", 0, 0, 18)]
+MANY_TOO = [("rot,lm4", "qwen2", 0, 0, 18), ("rot,lm4", "gemma", 0, 0, 18), ("rot,lm4", "gpt2", 0, 0, 18),
+            ("rtn4s", "llama", 0, 0, 18)]  # of many vectors nothing is joined, whatever the codec
+
+
+@pytest.mark.parametrize(("codec", "architecture", "taken", "calls", "vectors"), covering(LAYERS, LAYERS + MANY_TOO))
+def test_layers_of_models(codec: str, architecture: str, taken: int, calls: int, vectors: int, tmp_path: Path) -> None:
     """One vector's queries, keys and values are one call, gate and up are one, sums join; not with zero points."""
-    model, counting = model_of(codec, architecture, tmp_path), Stacking()
+    model, counting, ids = model_of(codec, architecture, tmp_path), Stacking(), ONE_ID if vectors == 1 else IDS
     layers = model.get_submodule("transformer.h" if architecture == "gpt2" else "model.layers")
     with torch.no_grad():
         wanted = model(input_ids=ids, use_cache=False).logits

@@ -17,9 +17,11 @@ from tersor.gguf.types.ladder import LADDER, type_of
 from tersor.numerics.linalg import inverse_cholesky
 from tersor.numerics.sides import DAMPING, ROWS
 from tersor.testing import gaussian
+from tests.covering import covering
 
 WIDTH, HEIGHT = 256, 48
-EACH = pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "IQ4_XS", "Q4_1", "IQ2_XXS", "IQ3_S"])
+NAMES = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_1", "IQ2_XXS", "IQ3_S")  # of each way to hold scales and levels
+EACH = pytest.mark.parametrize("name", NAMES)
 
 
 def moments(width: int, seed: int) -> Tensor:
@@ -66,9 +68,10 @@ def test_one_row_alone_takes_the_best_level_there_is() -> None:
         (found.levels > kind.levels[0]) & (found.levels < kind.levels[-1])].all())
 
 
-@pytest.mark.parametrize("kind", LADDER, ids=lambda kind: kind.name)
-def test_bytes_hold_what_was_chosen(kind: CodedType) -> None:
+@pytest.mark.parametrize("name", covering(NAMES, [kind.name for kind in LADDER]))
+def test_bytes_hold_what_was_chosen(name: str) -> None:
     """By all types: fewer errors as the loss sees them, from the bytes themselves."""
+    kind = type_of(name)
     matrix, hessian, side = gaussian((HEIGHT, 2 * WIDTH)), moments(2 * WIDTH, 3), moments(HEIGHT, 5)
     inputs, across = Inputs.of(hessian), Across.of(hessian, [side], 1)
     errors = [matrix - decode(kind, encode(kind, matrix, inputs, 0, given), 2 * WIDTH) for given in (None, across)]

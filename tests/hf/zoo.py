@@ -131,6 +131,13 @@ ZOO: dict[str, Made] = {
         conv_stride=(5, 2), conv_kernel=(10, 3), num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2), WAVE),
 }
 
+SIBLINGS = {  # of classes that are made of the same kinds of layers, under like names
+    "qwen3-embedding": "llama-base", "llama-reranker": "llama-classifier", "qwen2": "llama", "mistral": "llama",
+    "phi": "llama", "qwen3": "gemma3-text", "gemma2": "gemma3-text", "opt": "bloom", "mpt": "bloom",
+    "qwen3-moe": "mixtral", "bert": "bert-masked", "roberta-classifier": "deberta", "marian": "bart",
+    "pegasus": "bart", "t5-encoder": "t5", "idefics3": "llava"}
+APART = [name for name in ZOO if name not in SIBLINGS]
+
 
 def make(name: str, vocab: int | None = None) -> Any:
     """Return a model of the zoo: weights that bfloat16 holds exactly, norms and biases not all ones or zeros."""

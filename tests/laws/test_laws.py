@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from tersor.errors import CodecConfigError, NonFiniteError
 from tersor.quality import DB_PER_BIT, measure
 from tersor.registry import parse
 from tersor.testing import LAWS, Specimen, check_fresh_process, encode, gaussian, outliers, student_t3, with_spectrum
+from tests.covering import covering, in_turn
 from tests.laws.codecs import CODECS, ELEMENTWISE
 
 MATRICES: dict[str, Tensor] = {
@@ -44,9 +46,12 @@ pytestmark = [pytest.mark.usefixtures("poison"),
 
 @pytest.fixture(scope="module", autouse=True)
 def _few_sweeps() -> Iterator[None]:
-    """The laws hold at any number of sweeps; how good many are is tested with the codec."""
+    """The laws hold at any number of sweeps and rounds; how good many are is tested with the codec."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tersor.codecs.bases.two_basis.SWEEPS", 5)
+        for name, few in (("bases.two_basis.SWEEPS", 5), ("transforms.learned_rotation.ROUNDS", 2),
+                          ("vector.residual.ITERATIONS", 2), ("vector.residual.ROUNDS", 1),
+                          ("vector.residual.SWEEPS", 1)):
+            patch.setattr(f"tersor.codecs.{name}", few)
         yield
 
 
@@ -71,13 +76,22 @@ def admitted(text: str, name: str) -> Specimen:
 
 
 APART = ("scale", "gradient", "store")  # on fewer matrices, below
-FIRST = {cls.examples[0] for cls in BUILT_IN}  # a class's first example meets all matrices, its others the kinds below
-KINDS = ("1x1", "1xn", "ragged", "even", "constant", "fp64", "huge", "tiny")
-CASES = [(text, name) for text in CODECS for name in MATRICES if text in FIRST or name in KINDS]
-OTHERS = [(text, name) for text in CODECS for name in MATRICES if (text, name) not in CASES]
+FIRST = {cls.examples[0] for cls in BUILT_IN}  # a class's first example meets all matrices, its others those of `met`
+TURNS = ("1xn", "constant", "fp64", "huge", "tiny")
 
 
-@pytest.mark.parametrize(("text", "name"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS)])
+def met(text: str) -> list[str]:
+    """Return the matrices that a codec meets in the fast run: all, or the least, a whole one, and one of the odd."""
+    if text in FIRST:
+        return list(MATRICES)
+    whole = "even" if refusal(parse(text), MATRICES["ragged"]) else "ragged"
+    return ["1x1", whole, TURNS[CODECS.index(text) % len(TURNS)]]
+
+
+CASES = [(text, name) for text in CODECS for name in met(text)]
+
+
+@pytest.mark.parametrize(("text", "name"), covering(CASES, itertools.product(CODECS, MATRICES)))
 def test_laws(text: str, name: str) -> None:
     codec, matrix = parse(text), MATRICES[name]
     refused = refusal(codec, matrix)
@@ -132,10 +146,10 @@ def degenerate() -> Tensor:
     return matrix
 
 
-@pytest.mark.parametrize("text", CODECS)
-@pytest.mark.parametrize("matrix", [degenerate()[:12], degenerate().T[:12].contiguous()], ids=["columns", "rows"])
-def test_scale(text: str, matrix: Tensor) -> None:
+@pytest.mark.parametrize(("text", "odd"), in_turn(CODECS, ("columns", "rows"), FIRST))
+def test_scale(text: str, odd: str) -> None:
     """Also of matrices of which some rows or columns have a scale of their own, or none."""
+    matrix = degenerate()[:12] if odd == "columns" else degenerate().T[:12].contiguous()
     LAWS["scale"](Specimen(parse(text), matrix))
 
 
@@ -210,8 +224,7 @@ def test_blocks_do_not_show(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
         LAWS[name](many)
 
 
-@pytest.mark.parametrize("text", CODECS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("text", "dtype"), in_turn(CODECS, (torch.float64, torch.bfloat16), FIRST))
 def test_default_dtype_does_not_show(text: str, dtype: torch.dtype) -> None:
     """Transformers changes torch's default dtype while it loads a model."""
     matrix, expected = admitted(text, "prime").matrix, admitted(text, "prime").encoded

@@ -18,11 +18,13 @@ from tersor.ops.code_scan import Asked, Lines, Stack, Words, reference, tiles
 from tersor.ops.code_scan.shapes import SIGNS_FROM, STEPS, TILE, refusal
 from tersor.ops.dispatch import recording
 from tersor.testing import gaussian
+from tests.covering import in_turn
 from tests.ops import on_numpy
 from tests.ops.devices import DEVICES
 from tests.ops.test_code_scan import KINDS, asked_of, lines_of
 
 COUNTS = (1, 64, 200, 129, 600)
+ASKED = ("all", "lists", "masks")
 
 
 def padded(parts: list[Tensor]) -> Tensor:
@@ -93,8 +95,7 @@ def check_bounds(stack: Stack, there: Asked, asked: Asked) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("kind", ["all", "lists", "masks"])
-@pytest.mark.parametrize(("size", "columns", "each", "stages"), cases())
+@pytest.mark.parametrize(("size", "columns", "each", "stages", "kind"), in_turn(cases(), ASKED))
 def test_bounds_and_what_is_found(size: int, columns: int, each: int, stages: int, kind: str, device: str) -> None:
     lines, words = lines_of(size, columns, COUNTS), None
     asked = asked_of(size, columns, len(COUNTS), kind, lines)
@@ -165,9 +166,9 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         sys.modules[name] = code_scan.launch = before  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("kind", ["all", "lists", "masks"])
-@pytest.mark.parametrize(("size", "columns", "each", "stages"), [
-    (16, 11, -1, 0), (256, 12, -1, 0), (300, 5, -1, 0), (16, 9, 0, 0), (16, 6, 7, 3), (256, 12, 4, 1), (300, 6, 5, 2)])
+@pytest.mark.parametrize(("size", "columns", "each", "stages", "kind"), in_turn([
+    (16, 11, -1, 0), (256, 12, -1, 0), (300, 5, -1, 0), (16, 9, 0, 0), (16, 6, 7, 3), (256, 12, 4, 1), (300, 6, 5, 2)],
+    ASKED))
 @pytest.mark.usefixtures("emulated")
 def test_kernels_as_they_are_written(size: int, columns: int, each: int, stages: int, kind: str) -> None:
     lines, words = lines_of(size, columns, COUNTS[:3]), None

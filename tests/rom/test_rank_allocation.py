@@ -7,6 +7,7 @@ import pytest
 
 from tersor.errors import BudgetError, CodecConfigError
 from tersor.rom.ranks import ALLOCATIONS, STORAGES, Linear, blocks_reduced, parameters, ranks_for, total_cost
+from tests.covering import covering
 
 
 def linear(shape: tuple[int, int], block: int, seed: int, decay: float = 1.0, extra: int = 0) -> Linear:
@@ -44,7 +45,7 @@ def test_water_is_optimal(storage: str, keep: float) -> None:
 
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
-@pytest.mark.parametrize("keep", [0.9, 0.8, 0.6, 0.5, 0.3])
+@pytest.mark.parametrize("keep", covering([0.8, 0.5], [0.9, 0.8, 0.6, 0.5, 0.3]))
 def test_every_allocation_lands_within_half_a_per_cent(allocation: str, storage: str, keep: float) -> None:
     linears = model()
     ranks = ranks_for(linears, keep, allocation, storage)

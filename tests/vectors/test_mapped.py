@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from tersor.contract.codec import Encoded
 from tersor.errors import CorruptStoreError
 from tersor.testing import gaussian
 from tersor.vectors import Index
+from tests.covering import covering
 
 DIM = 32
 
@@ -119,8 +121,8 @@ print("done")
 """
 
 
-@pytest.mark.parametrize("mapped", [False, True])
-@pytest.mark.parametrize("codec", ["trellis2", "IVF8,pq2"])
+@pytest.mark.parametrize(("codec", "mapped"), covering(
+    [("trellis2", True), ("IVF8,pq2", False)], itertools.product(("trellis2", "IVF8,pq2"), (False, True))))
 def test_a_file_that_becomes_shorter_is_named(codec: str, mapped: bool, tmp_path: Path) -> None:
     """The system kills whoever reads a page that is gone; what is loaded into memory does not notice."""
     x = torch.randn(3000, DIM, generator=torch.Generator().manual_seed(0))

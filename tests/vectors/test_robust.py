@@ -15,9 +15,12 @@ from torch import Tensor
 from tersor.testing import gaussian
 from tersor.vectors import Index
 from tersor.vectors.trial import exact, recall
+from tests.covering import covering, in_turn
 
 DIM, COUNT, QUERIES, K = 32, 1500, 500, 10
 MOST = 0.01  # that recall may change by: 50 of 5,000 neighbours
+FAST = ("trellis2", "trellis4", "rotated_scalar3", "qet_plus2", "pq2", "spectral2", "auto2", "rq32x256s5t",
+        "IVF16,trellis2")
 SHIFT = 3.0  # standard deviations
 WRITERS, READERS, BATCH = 4, 8, 20
 
@@ -33,9 +36,7 @@ def made() -> tuple[Tensor, Tensor]:
     return gaussian((COUNT, DIM), 1) * spread, gaussian((QUERIES, DIM), 2) * spread
 
 
-@pytest.mark.parametrize("codec", ["trellis2", "trellis4", "rotated_scalar3", "qet_plus2", "pq2", "spectral2", "auto2",
-                                   "rq32x64s5t", "rq32x256s5t", "rq16x256s3t", "IVF16,trellis2",
-                                   pytest.param("opq2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("codec", covering(FAST, [*FAST, "rq32x64s5t", "rq16x256s3t", "opq2"]))
 def test_recall_stays_where_vectors_move(codec: str) -> None:
     """Also where codewords stand for few vectors each: 256 of `rq` for 1,500."""
     x, queries = made()
@@ -54,8 +55,8 @@ def test_recall_stays_where_vectors_move(codec: str) -> None:
         assert abs(reached(together[:COUNT], together[COUNT:]) - plain) <= MOST, how
 
 
-@pytest.mark.parametrize("power", [-40, 3, 30])
-@pytest.mark.parametrize("codec", ["trellis2", "qet_plus2", "pq2", "spectral2", "rq32x256s5t", "IVF16,rq32x16s5t"])
+@pytest.mark.parametrize(("codec", "power"), in_turn(
+    ("trellis2", "qet_plus2", "pq2", "spectral2", "rq32x256s5t", "IVF16,rq32x16s5t"), (-40, 3, 30)))
 def test_powers_of_two_change_no_id(codec: str, power: int) -> None:
     """A unit by a power of two rounds nothing: codes are the same, and distances its square times as long."""
     x, queries = made()

@@ -155,7 +155,7 @@ def test_feedback_lowers_the_proxy(text: str) -> None:
 def test_feedback_beats_a_rotated_scalar_code_with_feedback() -> None:
     """By 30 % at 2 bits, 128 inputs and 1,024 outputs: the gain without feedback carries over whole."""
     matrix, hessian = problem(1024, 128, 0)
-    ours = parse("two2x2o").encode(matrix, hessian=hessian, options={"feedback": True, "sweeps": 300, "block": 2})
+    ours = parse("two2x2o").encode(matrix, hessian=hessian, options={"feedback": True, "sweeps": 300, "block": 4})
     scalar = parse("rot,lm2").encode(matrix, hessian=hessian, options={"feedback": True})
     assert measure(matrix, ours, hessian).distortion <= 0.70 * measure(matrix, scalar, hessian).distortion
 

@@ -56,7 +56,7 @@ def test_equals_the_published_recursion(layers: int) -> None:
 numbers = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
-@settings(max_examples=200)
+@settings(max_examples=80)
 @given(st.data(), st.integers(1, 5), st.integers(1, 3), st.integers(1, 3))
 def test_the_inverse_is_exact(data: st.DataObject, layers: int, blocks: int, count: int) -> None:
     """Bit by bit, whatever the numbers: equal ones, denormal ones, and zeros of both signs."""

@@ -19,7 +19,7 @@ from tersor.hf.compress.verify import verify
 from tersor.testing import digest
 from tests.hf.adapters.conftest import IDS, LOAD, drawn
 
-pytestmark = pytest.mark.usefixtures("verified_here")
+pytestmark = pytest.mark.usefixtures("read_back_here")
 FAST = {"evaluation_tokens": 0}
 LOSSLESS = {"method": "rtn8g64", "rate": 12.0}
 SAMPLING = Sampling(tokens=512, fisher_tokens=64, context=64)

@@ -23,7 +23,7 @@ from tests.hf.tiny import save_tiny, save_tokenizer
 CPU = torch.device("cpu")
 SETTINGS = {"method": "rot,lm3", "evaluation_tokens": 0, "sampling": Sampling(512, context=64)}
 FILES = ("model.safetensors", "tersor.json", "config.json")
-pytestmark = pytest.mark.usefixtures("verified_here")
+pytestmark = pytest.mark.usefixtures("read_back_here")
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 SETTINGS = {"method": "rotated_scalar", "evaluation_tokens": 0, "sampling": Sampling(1536, 256, 64)}
 FILES = ("model.safetensors", "tersor.json", "config.json")
 BATCH = 512  # tokens: three batches
-pytestmark = pytest.mark.usefixtures("verified_here")
+pytestmark = pytest.mark.usefixtures("read_back_here")
 
 
 @pytest.fixture(autouse=True)

@@ -32,7 +32,7 @@ from tersor.quality import measure
 from tests.hf.compress.killing import killed_after
 from tests.hf.tiny import save_tiny, save_tokenizer
 
-pytestmark = [pytest.mark.usefixtures("verified_here"), pytest.mark.filterwarnings("ignore:recovery")]
+pytestmark = [pytest.mark.usefixtures("read_back_here"), pytest.mark.filterwarnings("ignore:recovery")]
 FILES = ("model.safetensors", "tersor.json")
 
 

@@ -35,7 +35,7 @@ from tersor.registry import parse
 from tests.hf.tiny import resigned, save_tiny
 
 FAST = {"calibrated": False, "evaluation_tokens": 0, "method": "rotated_scalar"}  # no stage asks which family it is
-pytestmark = pytest.mark.usefixtures("verified_here")
+pytestmark = pytest.mark.usefixtures("read_back_here")
 
 
 @pytest.fixture(scope="module")
@@ -137,9 +137,9 @@ def test_other_request_does_not_resume(tiny: Callable[[str], Path], tmp_path: Pa
     assert all(codec.startswith(("rtn", "bf16", "fp32")) for codec in surveyed)
 
 
-def test_efforts_are_told_and_never_mixed(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+def test_efforts_are_told_and_never_mixed(tmp_path: Path) -> None:
     """A run that goes on with another effort encodes all matrices anew; a survey is of no effort."""
-    asked, model = {**FAST, "method": "trellis"}, tiny("llama")
+    asked, model = {**FAST, "method": "trellis"}, save_tiny("llama", tmp_path / "model", num_hidden_layers=1)
     def interrupt(stage: str, done: int, total: int) -> None:
         if stage == "encode" and done > total // 2:
             raise KeyboardInterrupt

@@ -27,7 +27,7 @@ from tersor.hf.recover.training import Lesson, Outcome, Training, divergence
 from tests.hf.compress.killing import killed_after
 from tests.hf.tiny import resigned, save_tiny, save_tokenizer
 
-pytestmark = pytest.mark.usefixtures("verified_here")
+pytestmark = pytest.mark.usefixtures("read_back_here")
 SMALL: dict[str, Any] = {"context": 16, "tokens": 512, "passes": 12, "evaluation_tokens": 0}
 
 

@@ -16,7 +16,7 @@ from tests.hf.models.test_mapping import save
 from tests.hf.models.test_quantized import blocks, deepseek, gpt_oss, quantize
 from tests.hf.tiny import save_tiny, save_tokenizer
 
-pytestmark = [pytest.mark.usefixtures("verified_here"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+pytestmark = [pytest.mark.usefixtures("read_back_here"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 
 def made(sort: str, folder: Path) -> Path:

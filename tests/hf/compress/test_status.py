@@ -20,7 +20,7 @@ from tests.hf.tiny import save_tiny, save_tokenizer
 
 SETTINGS: dict[str, Any] = {"method": "rot,lm3", "evaluation_tokens": 128, "context": 64,
                             "sampling": Sampling(1024, 256, 64)}
-pytestmark = pytest.mark.usefixtures("verified_here")
+pytestmark = pytest.mark.usefixtures("read_back_here")
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import urllib.request
 from pathlib import Path
@@ -15,11 +16,13 @@ from transformers import AutoModelForCausalLM
 from tersor.hf.gguf.evaluation import filled
 from tersor.hf.gguf.from_folder import open_folder
 from tersor.hf.gguf.run import write_gguf
+from tests.covering import covering
 from tests.hf.gguf.tiny_gguf import WORDS, save
 
 KL = 2e-3  # llama.cpp rounds activations to 8 bits
 EXACT = 1e-6  # where weights are in float32, it computes in float32, with caches in half precision
 PROMPTS, LENGTH = 12, 24
+FAMILIES = ("mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
 
 
 @pytest.mark.parametrize(("rate", "types"), [(3.4, ("IQ3_XXS", "IQ3_S")), (64, ("Q8_0",)),
@@ -35,19 +38,18 @@ def test_the_server_answers_with_the_chances_of_the_decoded_model(rate: float, t
     assert _divergence(xllamacpp, tmp_path / "m.gguf", model) <= (KL if rate < 64 else EXACT)
 
 
-@pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"])
-def test_families_are_computed_as_transformers_computes_the_directory(kind: str, tmp_path: Path) -> None:
-    """Numbers as they are, then by blocks: names, rotary order, norms, windows and metadata."""
+@pytest.mark.parametrize(("kind", "coded"), covering(
+    [("mistral", True), *((kind, False) for kind in FAMILIES)], itertools.product(FAMILIES, (False, True))))
+def test_families_are_computed_as_transformers_computes_the_directory(kind: str, coded: bool, tmp_path: Path) -> None:
+    """Numbers as they are, or by blocks: names, rotary order, norms, windows and metadata."""
     xllamacpp = pytest.importorskip("xllamacpp")
-    folder = save(kind, tmp_path / "src", torch.float32)
-    origin = open_folder(folder, tmp_path / "staged")
-    coded = ("Q4_K", "IQ4_NL", "Q6_K", "Q8_0")
-    for name, rate, types, most in (("plain", 64, ("Q8_0",), EXACT), ("coded", 6.5, coded, KL)):
-        path = tmp_path / f"{name}.gguf"
-        write_gguf(folder, path, rate, calibrated=False, evaluation_tokens=0, effort="fast", types=types)
-        model = filled(path, origin, origin.known()) if name == "coded" else (
-            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
-        assert _divergence(xllamacpp, path, model) <= most, name
+    folder, path = save(kind, tmp_path / "src", torch.float32), tmp_path / "m.gguf"
+    origin, types = open_folder(folder, tmp_path / "staged"), ("Q4_K", "IQ4_NL", "Q6_K", "Q8_0")
+    write_gguf(folder, path, 6.5 if coded else 64, calibrated=False, evaluation_tokens=0, effort="fast",
+               types=types if coded else types[-1:])
+    model = filled(path, origin, origin.known()) if coded else (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    assert _divergence(xllamacpp, path, model) <= (KL if coded else EXACT)
 
 
 def _divergence(xllamacpp: Any, file: Path, model: Any) -> float:

@@ -21,14 +21,19 @@ from tersor.hf.models.evaluate import evaluate, load_compressed
 from tersor.hf.models.hollow import load_dense
 from tersor.hf.models.ledger import FATES
 from tersor.hf.models.source import open_source
+from tests.covering import covering
+from tests.fable import WORDS
 from tests.hf import zoo
 from tests.hf.tiny import resigned, save_tiny
 
+OTHERS = [("bert", {"output_error", "output_cosine"}), ("bert-masked", {"kl", "top1"}),
+          ("llama-reranker", {"output_error"}), ("bart", {"kl"}), ("llama-classifier", {"kl", "top1"}),
+          ("llama-base", {"output_error"})]
 LOSSLESS: dict[str, Any] = {"rate": 30, "method": "bf16", "calibrated": False, "evaluation_tokens": 0}
 
 
-@pytest.mark.usefixtures("verified_here")
-@pytest.mark.parametrize("name", zoo.ZOO)
+@pytest.mark.usefixtures("verified_here")  # the proof, too, runs all kinds of classes here
+@pytest.mark.parametrize("name", covering(zoo.APART, zoo.ZOO))
 def test_what_comes_out_is_what_went_in(name: str, tmp_path: Path) -> None:
     """A codec that loses nothing gives the outputs of the class that config.json names; bytes add up."""
     zoo.save(name, tmp_path / "src")
@@ -44,7 +49,7 @@ def test_what_comes_out_is_what_went_in(name: str, tmp_path: Path) -> None:
     assert sum(line["bytes"] for line in report["ledger"].values()) + totals["headers"] == source.nbytes
 
 
-@pytest.mark.usefixtures("verified_here")
+@pytest.mark.usefixtures("read_back_here")
 def test_a_tower_may_stay_as_it_is(tmp_path: Path) -> None:
     zoo.save("llava", tmp_path / "src")
     report = compress_model(tmp_path / "src", tmp_path / "out", **LOSSLESS, dense=("*vision_tower*",))
@@ -59,8 +64,8 @@ def test_a_tower_may_stay_as_it_is(tmp_path: Path) -> None:
         compress_model(tmp_path / "src", tmp_path / "other", **LOSSLESS, dense=("*audio*",))
 
 
-@pytest.mark.usefixtures("verified_here")
-@pytest.mark.parametrize("name", ["llava", "qwen2-vl", "idefics3", "gemma3"])
+@pytest.mark.usefixtures("read_back_here")
+@pytest.mark.parametrize("name", covering(["llava", "qwen2-vl"], ["llava", "qwen2-vl", "idefics3", "gemma3"]))
 def test_what_text_does_not_reach_stays_bit_for_bit(name: str, tmp_path: Path) -> None:
     """A vision tower, and the projector beside it, unless the user says otherwise."""
     model = zoo.save(name, tmp_path / "src")
@@ -80,7 +85,7 @@ def test_what_text_does_not_reach_stays_bit_for_bit(name: str, tmp_path: Path) -
     assert verify(tmp_path / "all", open_source(tmp_path / "src", tmp_path / "s"))["plain"] > 0
 
 
-@pytest.mark.usefixtures("verified_here")
+@pytest.mark.usefixtures("read_back_here")
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_extra_tensors_go_through_compression_and_back(name: str, tmp_path: Path) -> None:
     src = save_tiny(name, tmp_path / "src")
@@ -99,7 +104,7 @@ def test_extra_tensors_go_through_compression_and_back(name: str, tmp_path: Path
     assert verify(tmp_path / "left", open_source(src, tmp_path / "s"))["matrices"] > 0
 
 
-@pytest.mark.usefixtures("verified_here")
+@pytest.mark.usefixtures("read_back_here")
 def test_verify_reads_the_ledger(tmp_path: Path) -> None:
     src = save_tiny("llama", tmp_path / "src")
     compress_model(src, tmp_path / "out", **LOSSLESS)
@@ -114,7 +119,7 @@ def test_verify_reads_the_ledger(tmp_path: Path) -> None:
         verify(hidden, open_source(src, tmp_path / "s"))
 
 
-@pytest.mark.usefixtures("verified_here")
+@pytest.mark.usefixtures("read_back_here")
 def test_another_model_is_refused_by_name(tmp_path: Path) -> None:
     src = save_tiny("llama", tmp_path / "src")
     compress_model(src, tmp_path / "out", **LOSSLESS)
@@ -136,7 +141,7 @@ def test_weights_that_change_under_a_run_are_refused(tmp_path: Path) -> None:
             read()
 
 
-@pytest.mark.usefixtures("verified_here")
+@pytest.mark.usefixtures("read_back_here")
 def test_a_tokenizer_that_changes_between_kill_and_resume_starts_anew(tmp_path: Path, short: Path,
                                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     from tersor.hf.compress import run
@@ -161,18 +166,15 @@ def test_a_tokenizer_that_changes_between_kill_and_resume_starts_anew(tmp_path: 
     assert seen == ["calibrated", "calibrated"]
 
 
-@pytest.mark.usefixtures("verified_here")
-@pytest.mark.parametrize(("name", "keys"), [("bert", {"output_error", "output_cosine"}),
-                                            ("bert-masked", {"kl", "top1"}),
-                                            ("llama-reranker", {"output_error"}), ("llama-classifier", {"kl", "top1"}),
-                                            ("bart", {"kl"}), ("llama-base", {"output_error"})])
+@pytest.mark.usefixtures("read_back_here")
+@pytest.mark.parametrize(("name", "keys"), covering(OTHERS[:4], OTHERS))
 def test_other_classes_are_calibrated_and_evaluated_on_text(name: str, keys: set[str], short: Path,
                                                             tmp_path: Path) -> None:
 
-    zoo.save(name, tmp_path / "src", vocab=8192)
+    zoo.save(name, tmp_path / "src", vocab=WORDS)
     for file in short.glob("*token*"):
         shutil.copy(file, tmp_path / "src")
-    report = compress_model(tmp_path / "src", tmp_path / "out", rate=12, method="rtn8", evaluation_tokens=64,
+    report = compress_model(tmp_path / "src", tmp_path / "out", rate=14, method="rtn8", evaluation_tokens=64,
                             context=32, sampling=Sampling(tokens=128, fisher_tokens=64, context=32))
     found = report["evaluation"]
     assert keys <= set(found)

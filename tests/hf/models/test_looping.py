@@ -27,6 +27,7 @@ from tersor.hf.models.choosing import Plan
 from tersor.hf.models.decoding import Decoding
 from tersor.ops.dispatch import reference_only
 from tests.compiling.stacking import model_of
+from tests.covering import covering
 from tests.hf.tiny import load_original, save_tiny
 
 IDS = torch.randint(1, 128, (1, 9), generator=torch.Generator().manual_seed(1))
@@ -378,7 +379,7 @@ def test_copies_and_signatures(dense: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("_on_the_processor", ["called"], indirect=True)
-@pytest.mark.parametrize("codec", ["rot,lm4", "rot,tr3x9o"])
+@pytest.mark.parametrize("codec", covering(["rot,lm4"], ["rot,lm4", "rot,tr3x9o"]))
 def test_a_traced_step(codec: str, traced: list[fx.GraphModule], tmp_path: Path, told: Callable[[], list[str]]) -> None:
     """One graph serves all prompts; transformers' loop has its own."""
     model: Any = model_of(codec, "llama", tmp_path)

@@ -51,7 +51,7 @@ def save(name: str, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.usefixtures("verified_here")
+@pytest.mark.usefixtures("read_back_here")
 @pytest.mark.parametrize("name", EXPERTS)
 def test_experts_go_through_compression_and_back(name: str, tmp_path: Path) -> None:
     source = open_source(save(name, tmp_path / "m"), tmp_path / "staged")

@@ -12,6 +12,7 @@ from tersor.hf.models.dense import write_dense
 from tersor.hf.models.evaluate import load_compressed, resident_bytes
 from tersor.hf.models.matrices import empty_model, read_config, walk
 from tersor.nn import CompressedLinear
+from tests.covering import covering
 from tests.hf.tiny import ARCHITECTURES, load_original, save_tiny
 
 IDS = torch.randint(0, 128, (2, 17), generator=torch.Generator().manual_seed(1))
@@ -19,8 +20,8 @@ FAST = {"calibrated": False, "evaluation_tokens": 0}
 FAMILIES = {"llama": "qet_plus"}  # the default; how a matrix is coded and where it sits are independent
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.usefixtures("verified_here")
+@pytest.mark.parametrize("name", covering(("llama", "llama_tied", "gpt2", "mixtral"), ARCHITECTURES))
+@pytest.mark.usefixtures("read_back_here")
 def test_round_trip(name: str, tiny: Callable[[str], Path], tmp_path: Path) -> None:
     source, out = tiny(name), tmp_path / "out"
     report = compress_model(source, out, 4.5, method=FAMILIES.get(name, "rotated_scalar"), **FAST)
@@ -50,7 +51,7 @@ def test_embedding_head_and_experts_are_matrices(tiny: Callable[[str], Path]) ->
     assert walk(empty_model(read_config(tiny("gpt2")))).matrices["transformer.h.0.mlp.c_fc.weight"].kind == "conv1d"
 
 
-@pytest.mark.usefixtures("verified_here")
+@pytest.mark.usefixtures("read_back_here")
 def test_bfloat16_source_and_lossless_codec(tmp_path: Path) -> None:
     source = save_tiny("llama", tmp_path / "m", torch.bfloat16)
     compress_model(source, tmp_path / "out", 15.99, method="rtn8g64", **FAST)
@@ -62,7 +63,7 @@ def test_bfloat16_source_and_lossless_codec(tmp_path: Path) -> None:
     assert 0 < float(error) < 0.05
 
 
-@pytest.mark.usefixtures("verified_here")
+@pytest.mark.usefixtures("read_back_here")
 def test_shared_tables_load_once(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     """A model whose matrices share one trained table: stored once, registered once, same logits as decoded."""
     from tersor.hf.models.source import open_source

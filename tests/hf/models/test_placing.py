@@ -92,7 +92,7 @@ def test_one_device(name: str, places: Any, compressed: Callable[[str], Path]) -
     assert [key for key, _ in model.named_parameters()] == [key for key, _ in plain.named_parameters()]
 
 
-@pytest.mark.usefixtures("verified_here")
+@pytest.mark.usefixtures("read_back_here")
 def test_a_table_that_several_modules_share(tmp_path: Path) -> None:
     zoo.save("t5", tmp_path / "m")
     compress_model(tmp_path / "m", tmp_path / "out", 24, method="rtn8", calibrated=False, evaluation_tokens=0)

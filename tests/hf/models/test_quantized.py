@@ -108,7 +108,7 @@ def opened(folder: Path) -> Source:
     return open_source(folder, folder.with_name("staged"))
 
 
-@pytest.mark.usefixtures("verified_here")
+@pytest.mark.usefixtures("read_back_here")
 @pytest.mark.parametrize("name", SCHEMES)
 def test_eight_bits_are_read_with_their_scales(name: str, tmp_path: Path) -> None:
     told, suffix, coding, size = SCHEMES[name]
@@ -208,7 +208,7 @@ def gpt_oss(folder: Path) -> dict[str, Tensor]:
     return expected
 
 
-@pytest.mark.usefixtures("verified_here")
+@pytest.mark.usefixtures("read_back_here")
 def test_mxfp4_is_read_expert_by_expert(tmp_path: Path) -> None:
     expected = gpt_oss(tmp_path / "q")
     source = opened(tmp_path / "q")

@@ -12,7 +12,7 @@ from tersor.hf.models.text import default_heldout, read_tokenizer
 from tests.fable import FABLE, shorten
 
 
-@pytest.mark.usefixtures("verified_here")
+@pytest.mark.usefixtures("read_back_here")
 def test_a_lossless_model_goes_on_as_its_original_does(tmp_path: Path) -> None:
     folder = shorten(tmp_path / "short", 1)
     wide = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
