@@ -150,3 +150,19 @@ def test_a_cache_that_compresses_nothing_says_so() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert CompressedCache(MistralConfig(**sizes, sliding_window=None)).compressed_layers
+
+
+def test_one_layer_looks_for_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look waits for a GPU; and a new prompt is looked at anew."""
+    model, looked = tiny("llama"), list[int]()
+    real = padding.find
+    monkeypatch.setattr(padding, "find", lambda keys: (looked.append(1), real(keys))[1])
+    cache = compressed(model)
+    for pads in ([0, 5], [3, 0]):
+        mask = torch.ones(2, 20, dtype=torch.int64)
+        for row, count in enumerate(pads):
+            mask[row, :count] = 0
+        generate(model, cache, tokens(2, 20).masked_fill(mask == 0, 0), new=2, attention_mask=mask)
+        assert [layer.lead.padding.tolist() for layer in cache.compressed_layers.values()] == [pads] * len(cache)
+        cache.crop(-cache.get_seq_length())
+    assert looked == [1, 1]

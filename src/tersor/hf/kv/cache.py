@@ -66,7 +66,7 @@ class CompressedCache(GrowingCache):
         oldest tokens behind the sinks, and needs Tersor's attention (`for_model`). `offload` (bool): full pages lie in
         the processor's memory, and a layer's are brought while the layer before it works. `reach` (int or None): tokens
         that tables of keys were trained for. `compiles` (bool): on a GPU `generate` compiles its steps before it
-        captures them, which takes up to a minute and pays for long texts.
+        captures them, which takes a while once and pays for long texts.
 
     Warns
     -----
@@ -184,6 +184,8 @@ class CompressedCache(GrowingCache):
                     held = self.compressed_layers
                     self._shuttle.enter(list(held.values()), list(held).index(layer_idx))
             seen = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            if isinstance(layer, CompressedCacheLayer) and not before:
+                self._hand_on(layer)
             done = True
         finally:
             if not done:
@@ -213,6 +215,14 @@ class CompressedCache(GrowingCache):
             held = layers[0].get_seq_length()
             self._check_reach(held, tokens - held, self.window.reach)
         return grown(layers, tokens, mask, self.config.num_attention_heads)
+
+    def _hand_on(self, first: CompressedCacheLayer) -> None:
+        """Tell the other layers what padding the first has found, so that none of them waits for a GPU to find it."""
+        others = list(self.compressed_layers.values())
+        if first is others[0] and first.padding is None:
+            found = torch.zeros(1, dtype=torch.int64) if first.lead is None else first.lead.padding.cpu()
+            for layer in others[1:]:
+                layer.padding = found
 
     def _admit(self, like: Pair) -> None:
         """Make room for a call with such keys and values, before any layer changes."""

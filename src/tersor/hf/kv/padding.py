@@ -94,9 +94,9 @@ class Lead:
         padding = find(keys) if padding is None else padding
         if batch % padding.numel():
             raise CodecConfigError(f"padding of {padding.numel()} sequences was given for a batch of {batch}")
-        rows = padding.to(keys.device).repeat_interleave(batch // padding.numel()).clamp(max=tokens - sink)
+        rows = padding.repeat_interleave(batch // padding.numel()).clamp(max=tokens - sink)
         longest = int(rows.max())
-        return cls(rows, sink, longest + sink) if longest else None
+        return cls(rows.to(keys.device), sink, longest + sink) if longest else None
 
     def select(self, index: Tensor) -> Lead:
         """Return the order of some of the sequences."""
