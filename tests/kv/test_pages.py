@@ -89,6 +89,19 @@ def test_beams_are_reordered_without_copying_full_pages() -> None:
     assert torch.equal(decoded(made), before[2:3])
 
 
+def test_room_that_was_shared_is_ones_own_once_it_is_asked_for() -> None:
+    """Then nothing moves while it is filled: captured kernels read where it lies."""
+    made = stream(FULL + 1)
+    pages(made).reserve(2 * FULL)
+    twin = made.copy()
+    pages(twin).reserve(2 * FULL)
+    lying, addresses = places(twin), pages(twin).addresses()
+    for _ in range(2 * FULL):
+        twin.append(states(1))
+    assert places(twin) == lying
+    assert pages(twin).addresses() is addresses
+
+
 def test_references_are_counted() -> None:
     made = stream(3)
     kept = places(made)

@@ -178,8 +178,8 @@ class Pages:
             return
         needed, first = -(-(self.count + blocks) // self.blocks), self.count // self.blocks
         fresh = [self._new() for _ in range(needed - len(self._pages))]
-        if first < len(self._pages):
-            self._own(first)
+        for number in range(first, min(needed, len(self._pages))):
+            self._own(number)
         for buffer in fresh:
             self._add(buffer)
 

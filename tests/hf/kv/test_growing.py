@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from tersor.errors import NonFiniteError
 from tersor.hf.kv import grown
 from tersor.hf.kv.cache import CompressedCache
-from tersor.hf.models import capturing, growing, looping
+from tersor.hf.models import capturing, growing, looping, stepping
 from tersor.hf.models.stepping import DeclinedError
 from tersor.kv import TokenStream
 from tersor.kv.stream import matrices
@@ -48,8 +48,7 @@ def _on_the_processor(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
         monkeypatch.setattr(capturing, "capture", Replayed)
         monkeypatch.setattr(capturing, "try_out", lambda step: step())
     monkeypatch.setattr(looping, "DEVICES", {"cpu"})
-    looping._told.cache_clear()
-    growing.told.cache_clear()
+    stepping.told.cache_clear()
     caplog.set_level(logging.INFO, logger="tersor.hf")
 
 
@@ -75,7 +74,7 @@ def trained(codec: str, model: Any, device: torch.device) -> dict[tuple[int, str
 def both(model: Any, ids: Tensor, codec: str = "rot,lm4", **named: Any) -> tuple[Any, Any]:
     """Return (text, cache, numbers drawn after it) of Tersor's loop and of transformers'."""
     found = []
-    settings = {**WINDOW, **{name: named.pop(name) for name in ("max_bytes", "offload") if name in named}}
+    settings = {**WINDOW, **{name: named.pop(name) for name in ("max_bytes", "offload", "compiles") if name in named}}
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
     for ours in (True, False):
         cache = CompressedCache.for_model(model, codec, codec, **settings)
@@ -268,6 +267,63 @@ def test_a_block_that_fails_leaves_all_layers_alike(model: Any, monkeypatch: pyt
         model.generate(tokens(1, 40), past_key_values=cache, max_new_tokens=NEW, do_sample=False, pad_token_id=0)
     assert {layer.get_seq_length() for layer in cache.compressed_layers.values()} == {50}  # of 2 + 16 + 32 tokens
     assert {stream.tokens for layer in cache.compressed_layers.values() for stream in layer.streams} == {16}
+
+
+def test_positions_of_the_users_own_are_left_to_transformers(model: Any, loops: list[int],
+                                                             caplog: pytest.LogCaptureFixture) -> None:
+    ids = tokens(1, 40)
+    same(*both(model, ids, position_ids=torch.arange(40)[None] + 3))
+    assert loops == []
+    assert reasons(caplog) == ["tokens are chosen by transformers' loop: tokens are at other positions than their mask "
+                               "says"]
+
+
+@pytest.mark.parametrize("fault", [DeclinedError("no"), KeyboardInterrupt(), torch.OutOfMemoryError("full")])
+def test_what_fails_at_the_first_step_leaves_no_room_behind(fault: BaseException, model: Any,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = tokens(1, 60)
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 40, "do_sample": False, "pad_token_id": 0}
+    cache = CompressedCache.for_model(model, "rot,lm4", "rot,lm4", **WINDOW)
+
+    def fails(self: Any, logits: Tensor) -> None:
+        raise fault
+
+    monkeypatch.setattr(growing.Growing, "match", fails)
+    if isinstance(fault, DeclinedError):
+        text = model.generate(ids, past_key_values=cache, **options)
+        wanted = CompressedCache.for_model(model, "rot,lm4", "rot,lm4", **WINDOW)
+        assert torch.equal(text, type(model).generate(model, ids, past_key_values=wanted, **options))
+    else:
+        with pytest.raises(type(fault)):
+            model.generate(ids, past_key_values=cache, **options)
+        wanted = CompressedCache.for_model(model, "rot,lm4", "rot,lm4", **WINDOW)
+        type(model).generate(model, ids, past_key_values=wanted, **{**options, "max_new_tokens": growing.SHOWN})
+    assert cache.report() == wanted.report()
+
+
+def test_no_room_for_all_tokens_is_no_error(model: Any, loops: list[int], monkeypatch: pytest.MonkeyPatch,
+                                            caplog: pytest.LogCaptureFixture) -> None:
+    """Transformers' loop makes room block by block."""
+    def full(self: Any, tokens: int) -> None:
+        raise torch.OutOfMemoryError("no room for a page of 5 bytes")
+
+    monkeypatch.setattr(grown.GrownLayer, "reserve", full)
+    same(*both(model, tokens(1, 60)))
+    assert loops == []
+    assert reasons(caplog) == ["tokens are chosen by transformers' loop: there is no room for all tokens that it may "
+                               "hold: no room for a page of 5 bytes"]
+
+
+def test_steps_that_do_not_compile_are_called_as_they_are(model: Any, loops: list[int], monkeypatch: pytest.MonkeyPatch,
+                                                          caplog: pytest.LogCaptureFixture) -> None:
+    def declines(**given: Any) -> Any:
+        raise DeclinedError("a step is not one graph")
+
+    monkeypatch.setattr(growing, "compiled", lambda model: declines)
+    ids = tokens(1, 60)
+    same(*both(model, ids, compiles=True))
+    assert loops == [1]
+    assert reasons(caplog) == ["steps are not compiled: a step is not one graph"]
 
 
 @pytest.mark.parametrize("codec", ["rot,lm4", "rot,tr2x8"])

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from tersor.hf.kv.cache import CompressedCache
 from tersor.hf.kv.grown import GrownCache
-from tersor.hf.models import capturing, growing, looping
+from tersor.hf.models import capturing, growing, stepping
 from tests.hf.kv.sharp import build
 from tests.hf.kv.test_growing import KLT, reasons, trained
 
@@ -31,8 +31,7 @@ def model() -> PreTrainedModel:
 
 @pytest.fixture(autouse=True)
 def _told(caplog: pytest.LogCaptureFixture) -> None:
-    growing.told.cache_clear()
-    looping._told.cache_clear()
+    stepping.told.cache_clear()
     caplog.set_level(logging.INFO, logger="tersor.hf")
 
 

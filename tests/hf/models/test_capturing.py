@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tersor.hf.models import capturing, looping
+from tersor.hf.models import capturing, looping, stepping
 from tersor.hf.models.capturing import capture
 from tersor.hf.models.choosing import Texts
 from tersor.hf.models.stepping import DeclinedError
@@ -38,7 +38,7 @@ def test_a_step_that_waits_is_not_captured(tmp_path: Path, caplog: pytest.LogCap
             warnings.warn(f"{capturing.PROTOTYPE} feature", stacklevel=1)
 
     dense: Any = dense_of("llama", tmp_path)
-    looping._told.cache_clear()
+    stepping.told.cache_clear()
     caplog.set_level(logging.INFO, logger="tersor.hf")
     for where in (looping, capturing):
         monkeypatch.setattr(where, "DEVICES", {"cpu"})

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StaticCache, TextStreamer
 from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor
 
-from tersor.hf.models import capturing, generating, looping
+from tersor.hf.models import capturing, generating, looping, stepping
 from tersor.hf.models.choosing import Plan
 from tersor.hf.models.decoding import Decoding
 from tersor.ops.dispatch import reference_only
@@ -62,7 +62,7 @@ def _on_the_processor(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
         monkeypatch.setattr(capturing, "DEVICES", {"cpu"})
         monkeypatch.setattr(capturing, "capture", Replayed)
         monkeypatch.setattr(capturing, "try_out", lambda step: step())
-    looping._told.cache_clear()
+    stepping.told.cache_clear()
     monkeypatch.setattr(looping, "DEVICES", {"cpu"})
     monkeypatch.setattr(looping, "compiled", lambda model: model.__call__)
     monkeypatch.setattr(PreTrainedModel, "_valid_auto_compile_criteria", lambda *_: True, raising=False)
@@ -80,7 +80,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[fx.GraphModule]]:
 
     torch._dynamo.reset()
     monkeypatch.undo()
-    looping._told.cache_clear()
+    stepping.told.cache_clear()
     monkeypatch.setattr(looping, "DEVICES", {"cpu"})
     monkeypatch.setattr(PreTrainedModel, "_valid_auto_compile_criteria", lambda *_: True, raising=False)
     monkeypatch.setattr(generating, "backend", taken)

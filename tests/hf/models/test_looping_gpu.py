@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tersor.hf.models import looping
+from tersor.hf.models import stepping
 from tersor.hf.models.choosing import Texts
 from tests.compiling.stacking import model_of
 
@@ -35,7 +35,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(autouse=True)
 def _told(caplog: pytest.LogCaptureFixture) -> None:
-    looping._told.cache_clear()
+    stepping.told.cache_clear()
     caplog.set_level(logging.INFO, logger="tersor.hf")
 
 

@@ -159,6 +159,11 @@ class GrownCache(Cache, Grown):
         if self._closed:
             self._reserve()
 
+    def abandon(self) -> None:
+        """Leave the cache as it was: nothing but room was made in its layers."""
+        for layer in self.layers:
+            layer.source.release()
+
     def step(self) -> None:
         """Make place for the next token."""
         self._counts.add_(self._step)
@@ -196,21 +201,26 @@ class GrownCache(Cache, Grown):
         """Close a block in all layers."""
         oldest = [layer.oldest() for layer in self.layers]
         streams = [stream for both, _ in oldest for stream in both]
-        written = False
+        first, written = not self._closed, False
         try:
             append_together(streams, [states for _, both in oldest for states in both])
             written = True
         finally:
-            for stream in () if written else streams:
-                stream.crop(self._closed)
+            if written:  # also where somebody interrupts now
+                self._move_up()
+            else:
+                for stream in streams:
+                    stream.crop(self._closed)
+        if first:
+            self._reserve()
+
+    def _move_up(self) -> None:
         for layer in self.layers:
             layer.move_up()
-        first, self._closed = not self._closed, self._closed + self._block
+        self._closed += self._block
         self._recent -= self._block
         self._counts.add_(self._moved)
         self._last.sub_(self._block)
-        if first:
-            self._reserve()
 
     def end(self, kept: int | None) -> None:
         """Give the cache its tokens, of those read since but `kept`."""
@@ -223,8 +233,14 @@ class GrownCache(Cache, Grown):
         return self.layers[number].attend(query, recent, dataclasses.replace(how, mask=self._mask))
 
     def _reserve(self) -> None:
-        for layer in self.layers:
-            layer.reserve(self._room)
+        made = False
+        try:
+            for layer in self.layers:
+                layer.reserve(self._room)
+            made = True
+        finally:
+            if not made:
+                self.abandon()
 
 
 def grown(layers: Sequence[CompressedCacheLayer], tokens: int, mask: Tensor | None, heads: int) -> GrownCache:
@@ -242,7 +258,7 @@ def grown(layers: Sequence[CompressedCacheLayer], tokens: int, mask: Tensor | No
     Raises
     ------
     DeclinedError
-        If a layer is none that grows so, or no kernel attends to its codes.
+        If a layer is none that grows so, no kernel attends to its codes, or there is no room for all tokens.
     """
     for layer in layers:
         if layer.sinks is None or layer.sinks[0].shape[2] < layer.window.sink:
@@ -254,7 +270,10 @@ def grown(layers: Sequence[CompressedCacheLayer], tokens: int, mask: Tensor | No
         if layer.get_seq_length() != layers[0].get_seq_length() or layer.device != layers[0].device:
             raise DeclinedError("layers of its cache are of different lengths or devices")
         _check_kernel(layer, heads)
-    return GrownCache(layers, tokens, mask)
+    try:
+        return GrownCache(layers, tokens, mask)
+    except torch.OutOfMemoryError as error:
+        raise DeclinedError(f"there is no room for all tokens that it may hold: {error}") from error
 
 
 def _check_kernel(layer: CompressedCacheLayer, heads: int) -> None:

@@ -61,13 +61,13 @@ class CompiledCall:
 
     def _call(self, *args: Any, **named: Any) -> Any:
         """Do a step, compiled: as one graph if it is one."""
-        from torch._dynamo.exc import Unsupported
+        from torch._dynamo.exc import FailOnRecompileLimitHit, Unsupported
 
         call: Any = type(self._model).get_compiled_call
         if self._parted is None:
             try:
                 return call(self._model, self._config)(*args, **named)
-            except Unsupported:
+            except (Unsupported, FailOnRecompileLimitHit):
                 none: Any = None
                 self._parted = CompileConfig(backend=Steps(MODE), mode=none)
         return call(self._model, self._parted)(*args, **named)
@@ -113,12 +113,13 @@ def compiled(model: PreTrainedModel) -> Callable[..., Any]:
                          options={"guard_filter_fn": _outside_model})
 
     def whole(**given: Any) -> Any:
-        from torch._dynamo.exc import Unsupported  # heavy, and loaded by the first call anyway
+        from torch._dynamo.exc import FailOnRecompileLimitHit, Unsupported  # heavy, and loaded by the first call anyway
 
         try:
             return call(**given)
-        except Unsupported as reason:
-            raise DeclinedError(f"a step is not one graph: {' '.join(str(reason).split())[:200]}") from reason
+        except (Unsupported, FailOnRecompileLimitHit) as reason:
+            said = " ".join(str(reason).split())[:200]
+            raise DeclinedError(f"a step is not one graph, or too many: {said}") from reason
 
     return whole
 

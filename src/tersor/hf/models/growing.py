@@ -5,9 +5,9 @@ from __future__ import annotations
 import abc
 import contextlib
 import inspect
-import logging
+import threading
 from collections.abc import Callable, Hashable, Iterator
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,9 +18,8 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from tersor.hf.models.choosing import Plan, planned
 from tersor.hf.models.generating import compiled, state_of
 from tersor.hf.models.replaying import Replaying
-from tersor.hf.models.stepping import DeclinedError
+from tersor.hf.models.stepping import DeclinedError, left, told
 
-_LOG = logging.getLogger("tersor.hf")
 STEP = "tersor_step"  # what a model hands on to attention: keys and values are where `Grown` has them
 SHOWN = 2  # tokens that transformers' loop chooses first: the second by a step that ours has to equal
 WORTH = 8  # tokens from which steps of our own are worth while
@@ -66,6 +65,10 @@ class Grown(abc.ABC):
         """Close a block in all layers."""
 
     @abc.abstractmethod
+    def abandon(self) -> None:
+        """Leave the cache as it was."""
+
+    @abc.abstractmethod
     def end(self, kept: int | None) -> None:
         """Give the cache its tokens: those before, and the first `kept` of those that were read since, or all."""
 
@@ -101,8 +104,8 @@ class Growing(Replaying):
 
     Parameters
     ----------
-    forward : callable
-        The model.
+    forward, plain : callable
+        The model, perhaps compiled, and as it is: where compiling fails that is called.
     grown : Grown
         Of the cache before the last token that was read.
     ids : Tensor
@@ -113,9 +116,10 @@ class Growing(Replaying):
         Tokens of a sequence at most.
     """
 
-    def __init__(self, forward: Callable[..., Any], grown: Grown, ids: Tensor, positions: Tensor, room: int) -> None:
+    def __init__(self, forward: Callable[..., Any], plain: Callable[..., Any], grown: Grown, ids: Tensor,
+                 positions: Tensor, room: int) -> None:
         super().__init__(ids.device)
-        self._forward, self._grown, self._most = forward, grown, room
+        self._forward, self._plain, self._grown, self._most = forward, plain, grown, room
         self._left = False  # whether steps are called one by one
         self._waited: set[Hashable] = set()  # kinds of steps that were tried out
         self._next, self._positions = ids[:, -2:-1].clone(), positions.clone()
@@ -143,10 +147,18 @@ class Growing(Replaying):
     def _read(self) -> None:
         self._grown.step()
         with self._grown.calling():
-            outputs = self._forward(**self._arguments)
+            outputs = self._called()
         self._take(outputs.logits[:, -1], self._most)
         self._place.add_(1)
         self._positions.add_(1)
+
+    def _called(self) -> Any:
+        try:
+            return self._forward(**self._arguments)
+        except DeclinedError as reason:  # of compiling, before anything is done
+            told(f"steps are not compiled: {reason}")
+            self._forward = self._plain
+        return self._forward(**self._arguments)
 
     def _captured(self, plan: Plan) -> Hashable:
         return plan.captured, self._grown.kind
@@ -222,10 +234,9 @@ class GrowingLoop:
         if ids.shape[1] < length or _ended(ids[:, prompt:], plan):
             return ids
         try:
-            growing, grown = self._growing(model, ids, plan, _later(model_kwargs, ids, prompt))
-            growing.match(seen[0])
+            grown, growing = self._begun(model, ids, plan, _later(model_kwargs, ids, prompt), seen[0])
         except DeclinedError as reason:
-            told(f"tokens are chosen by transformers' loop: {reason}")
+            left(reason)
             return theirs(ids, stopping_criteria=stopping_criteria, **_later(model_kwargs, ids, prompt))
         kept: int | None = None
         try:
@@ -235,18 +246,29 @@ class GrowingLoop:
             grown.end(kept)
         return found
 
-    def _growing(self, model: Any, ids: Tensor, plan: Plan, given: dict[str, Any]) -> tuple[Growing, Grown]:
+    def _begun(self, model: Any, ids: Tensor, plan: Plan, given: dict[str, Any],
+               logits: Tensor) -> tuple[Grown, Growing]:
+        """Return what grows the cache, and steps whose first has given the logits of the last token that was read."""
         held: Any = given["past_key_values"]
         tokens = held.get_seq_length()
         if tokens != ids.shape[1] - 1:
             raise DeclinedError(f"its cache holds {tokens} of {ids.shape[1]} tokens")
         mask = given["attention_mask"][:, :tokens].to(device=ids.device, dtype=torch.bool)
-        positions = mask.sum(1, keepdim=True) - 1
+        positions, places = mask.sum(1, keepdim=True) - 1, given.get("position_ids")
+        if places is not None and not (places.ndim == 2 and bool((places[:, -2:-1] == positions).all())):
+            raise DeclinedError("tokens are at other positions than their mask says")
         seen = None if bool(mask.all()) else mask
-        grown = held.grown(plan.length, seen)
-        return Growing(self._called(model, held), grown, ids, positions, plan.length + 1), grown
+        grown, matched = held.grown(plan.length, seen), False
+        try:
+            growing = Growing(self._compiled(model, held), model.__call__, grown, ids, positions, plan.length + 1)
+            growing.match(logits)
+            matched = True
+        finally:
+            if not matched:
+                grown.abandon()
+        return grown, growing
 
-    def _called(self, model: Any, held: GrowingCache) -> Callable[..., Any]:
+    def _compiled(self, model: Any, held: GrowingCache) -> Callable[..., Any]:
         """Return the model, compiled where its cache says so; compiled once for a state."""
         if not held.compiles:
             return model.__call__
@@ -258,11 +280,13 @@ class GrowingLoop:
 
 @contextlib.contextmanager
 def _logits(model: Any) -> Iterator[list[Tensor]]:
-    """Keep the logits of the last token that a model has read, (batch, words)."""
+    """Keep the logits of the last token that a model has read in this thread, (batch, words)."""
     seen: list[Tensor] = []
+    own = threading.get_ident()
 
     def keep(module: Any, given: Any, outputs: Any) -> None:
-        seen[:] = [outputs.logits[:, -1]]
+        if threading.get_ident() == own:
+            seen[:] = [outputs.logits[:, -1]]
 
     hook = model.register_forward_hook(keep)
     try:
@@ -293,31 +317,32 @@ def _ended(chosen: Tensor, plan: Plan) -> bool:
 def _check(model: Any, ids: Tensor, config: GenerationConfig, given: dict[str, Any], new: int) -> None:
     """Raise DeclinedError where steps are not what the loop takes them for."""
     takes = inspect.signature(type(model).forward).parameters.values()
-    places = set((getattr(model, "hf_device_map", None) or {}).values())
     mask = given.get("attention_mask")
     whole = getattr(config, "_mask_length", ids.shape[1]) if mask is None else mask.shape[-1]
     reasons = {
-        "a dictionary, scores or states are asked for": bool(config.return_dict_in_generate),
-        "the prompt is read in parts": getattr(config, "prefill_chunk_size", None) is not None,
-        "it generates for another model": bool(getattr(config, "is_assistant", False)),
+        **unfit(model, ids, config),
         "only few tokens are asked for": new < WORTH,
         f"it is given {sorted(given.keys() - GIVEN)}": bool({name for name in given.keys() - GIVEN
                                                              if given[name] is not None}),
         "its mask is not of tokens, or its prompt leaves out what its cache holds":
             whole != ids.shape[1] or (mask is not None and mask.ndim != 2),
-        "the prompt is not of tokens on the model's device": ids.dtype != torch.int64 or ids.device != model.device,
         "its model hands no arguments on": all(one.kind is not one.VAR_KEYWORD for one in takes),
         "its cache is not used": not given.get("use_cache", True),
-        "it is trained": model.training,
-        "it is on several devices": len(places) > 1,
-        "several processes generate": torch.distributed.is_available() and torch.distributed.is_initialized(),
     }
     found = next((reason for reason, holds in reasons.items() if holds), None)
     if found is not None:
         raise DeclinedError(found)
 
 
-@cache
-def told(reason: str) -> None:
-    """Tell a reason at level INFO, once."""
-    _LOG.info("%s", reason)
+def unfit(model: Any, ids: Tensor, config: GenerationConfig) -> dict[str, bool]:
+    """Return reasons for which no loop of ours generates, and whether each holds."""
+    places = set((getattr(model, "hf_device_map", None) or {}).values())
+    return {
+        "a dictionary, scores or states are asked for": bool(config.return_dict_in_generate),
+        "the prompt is read in parts": getattr(config, "prefill_chunk_size", None) is not None,
+        "it generates for another model": bool(getattr(config, "is_assistant", False)),
+        "the prompt is not of tokens on the model's device": ids.dtype != torch.int64 or ids.device != model.device,
+        "it is trained": model.training,
+        "it is on several devices": len(places) > 1,
+        "several processes generate": torch.distributed.is_available() and torch.distributed.is_initialized(),
+    }

@@ -1,13 +1,12 @@
-"""`generate` of a compressed model: over a static cache on CUDA by a loop of Tersor's, where that is exact."""
+"""`generate` on CUDA by loops of Tersor's, where that is exact: over a static cache, or a compressed one that grows."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-import logging
 import threading
 from collections.abc import Callable
-from functools import cache, update_wrapper
+from functools import update_wrapper
 from types import MethodType
 from typing import Any
 
@@ -27,18 +26,16 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from tersor.hf.models.choosing import Plan, planned
 from tersor.hf.models.decoding import LESSON, Decoding
 from tersor.hf.models.generating import CompiledCall, compiled, showing, state_of
-from tersor.hf.models.growing import GrowingCache, GrowingLoop
+from tersor.hf.models.growing import GrowingCache, GrowingLoop, unfit
 from tersor.hf.models.replaying import random_state, set_random_state
-from tersor.hf.models.stepping import DeclinedError
+from tersor.hf.models.stepping import DeclinedError, left
 from tersor.ops.dispatch import kernels_allowed
 
-_LOG = logging.getLogger("tersor.hf")
 STATIC = "static"
 DEVICES = frozenset({"cuda"})  # where a step costs less than what the host does for it
 TOLD = {"input_ids", "logits_processor", "stopping_criteria", "generation_config"}  # to transformers' loop
 KNOWN = {"inputs", "generation_config", "logits_processor", "stopping_criteria", "kwargs"}  # of what `generate` takes
-OPTIONS = ("return_dict_in_generate", "compile_config", "disable_compile", "prefill_chunk_size", "is_assistant",
-           "cache_implementation", "use_cache")
+OPTIONS = ("compile_config", "disable_compile", "cache_implementation", "use_cache")
 
 
 class Generate:
@@ -79,14 +76,14 @@ class Generate:
         if loop is None:
             return generate(model, *args, **named)
         if not self._lock.acquire(blocking=False):
-            _told("another thread generates by it")
+            left("another thread generates by it")
             return generate(model, *args, **named)
         noted = dict(vars(model))
         try:
             with _on(model.device):
                 return generate(model, *args, custom_generate=loop, **named)
         except DeclinedError as reason:
-            _told(str(reason))
+            left(str(reason))
             for name in vars(model).keys() - noted.keys():  # as if not called: some versions note a cache, still empty
                 del vars(model)[name]
             vars(model).update(noted)
@@ -109,7 +106,7 @@ class Generate:
                  if name not in KNOWN and value is not None and value is not False}
         other |= {"tokenizer", "assistant_tokenizer"} & set(options)
         if other:
-            _told(f"'{min(other)}' is for transformers' loop")
+            left(f"'{min(other)}' is for transformers' loop")
             return None
         return self._growing if grows else self._loop
 
@@ -229,22 +226,15 @@ def _check(model: Any, ids: Tensor, config: GenerationConfig, given: dict[str, A
     """Raise DeclinedError where steps are not what the loop takes them for."""
     held = given.get("past_key_values")
     layers = [layer for layer in held.layers if isinstance(layer, StaticLayer)] if isinstance(held, StaticCache) else []
-    places = set((getattr(model, "hf_device_map", None) or {}).values())
     asked = {name: getattr(config, name, None) for name in OPTIONS}
     reasons = {
-        "scores, states or a dictionary are asked for": asked["return_dict_in_generate"],
+        **unfit(model, ids, config),
         "it is compiled as the user says, or not": asked["compile_config"] is not None or asked["disable_compile"],
-        "the prompt is read in parts": asked["prefill_chunk_size"] is not None,
-        "it generates for another model": asked["is_assistant"],
         "there is no static cache": asked["cache_implementation"] != STATIC or not layers or not asked["use_cache"],
         "its cache is not empty": any(layer.is_initialized and int(layer.get_seq_length()) for layer in layers[:1]),
         "its cache is of windows, or of states":
             any(layer.is_sliding for layer in layers) or len(layers) != len(getattr(held, "layers", ())),
-        "the prompt is not of tokens on the model's device":
-            ids.dtype != torch.int64 or ids.device != model.device or given.get("inputs_embeds") is not None,
-        "it is trained": model.training,
-        "it is on several devices": len(places) > 1,
-        "several processes generate": torch.distributed.is_available() and torch.distributed.is_initialized(),
+        "its prompt is not of tokens": given.get("inputs_embeds") is not None,
         "ops run as plain torch": not kernels_allowed(),
         "'get_compiled_call' is not Tersor's": not isinstance(model.get_compiled_call, CompiledCall),
     }
@@ -255,8 +245,3 @@ def _check(model: Any, ids: Tensor, config: GenerationConfig, given: dict[str, A
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-@cache
-def _told(reason: str) -> None:
-    _LOG.info("tokens are chosen by transformers' loop: %s", reason)

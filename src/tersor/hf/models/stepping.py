@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,8 +14,22 @@ TOKEN = ("input_ids",)
 PLAIN = (bool, int, float, str, type(None))
 
 
+_LOG = logging.getLogger("tersor.hf")
+
+
 class DeclinedError(Exception):
     """transformers' own loop has to generate; says why."""
+
+
+@cache
+def told(what: str) -> None:
+    """Say what happens at level INFO, once."""
+    _LOG.info("%s", what)
+
+
+def left(reason: object) -> None:
+    """Say why tokens are left to transformers' loop."""
+    told(f"tokens are chosen by transformers' loop: {reason}")
 
 
 class Fed:
