@@ -319,6 +319,8 @@ def _check(model: Any, ids: Tensor, config: GenerationConfig, given: dict[str, A
     takes = inspect.signature(type(model).forward).parameters.values()
     mask = given.get("attention_mask")
     whole = getattr(config, "_mask_length", ids.shape[1]) if mask is None else mask.shape[-1]
+    places, plain = given.get("position_ids"), mask is None or mask.ndim != 2
+    last = ids.shape[1] if plain else mask.sum(-1, keepdim=True)
     reasons = {
         **unfit(model, ids, config),
         "only few tokens are asked for": new < WORTH,
@@ -326,6 +328,8 @@ def _check(model: Any, ids: Tensor, config: GenerationConfig, given: dict[str, A
                                                              if given[name] is not None}),
         "its mask is not of tokens, or its prompt leaves out what its cache holds":
             whole != ids.shape[1] or (mask is not None and mask.ndim != 2),
+        "tokens are at other positions than their mask says":
+            places is not None and not (places.ndim == 2 and bool((places[:, -1:] == last - 1).all())),
         "its model hands no arguments on": all(one.kind is not one.VAR_KEYWORD for one in takes),
         "its cache is not used": not given.get("use_cache", True),
     }
