@@ -319,8 +319,8 @@ def _check(model: Any, ids: Tensor, config: GenerationConfig, given: dict[str, A
     takes = inspect.signature(type(model).forward).parameters.values()
     mask = given.get("attention_mask")
     whole = getattr(config, "_mask_length", ids.shape[1]) if mask is None else mask.shape[-1]
-    places, plain = given.get("position_ids"), mask is None or mask.ndim != 2
-    last = ids.shape[1] if plain else mask.sum(-1, keepdim=True)
+    places = given.get("position_ids")
+    last = mask.sum(-1, keepdim=True) if mask is not None and mask.ndim == 2 else ids.shape[1]
     reasons = {
         **unfit(model, ids, config),
         "only few tokens are asked for": new < WORTH,
