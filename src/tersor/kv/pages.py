@@ -147,7 +147,7 @@ class Pages:
             If there is no room for a page; says how many bytes were asked, and leaves what is held as it was.
         """
         self.reserve(blocks)
-        lying = tensors if lain else {name: self._lain(name, tensor) for name, tensor in tensors.items()}
+        lying = tensors if lain else {name: self.lain(name, tensor) for name, tensor in tensors.items()}
         done = 0
         while done < blocks:
             page, first = divmod(self.count + done, self.blocks)
@@ -158,7 +158,7 @@ class Pages:
             done += many
         self.count += blocks
 
-    def _lain(self, name: str, tensor: Tensor) -> Tensor:
+    def lain(self, name: str, tensor: Tensor) -> Tensor:
         """Return blocks of a tensor as they lie in pages."""
         way = self.lying.get(name)
         return tensor if way is None else torch.cat([laid(way, some) for some in tensor.split(PUT_AT_ONCE)])

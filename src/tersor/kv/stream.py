@@ -129,6 +129,11 @@ class TokenStream(Read):
         fits = self._pages is not None and states.shape == (self.batch, self.heads, self.block, self.dim)
         return self._encoder(states.device) if fits else None
 
+    def lain(self, payload: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the payload of blocks as it lies in pages."""
+        assert self._pages is not None
+        return {name: self._pages.lain(name, tensor) for name, tensor in payload.items()}
+
     def take(self, payload: Mapping[str, Tensor], flag: Tensor) -> None:
         """Append a block that its form has encoded, lying as others do: each tensor (1, batch, numbers)."""
         assert self._pages is not None

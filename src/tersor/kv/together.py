@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tersor.kv.coded import Form
 from tersor.kv.stream import TokenStream
-from tersor.ops.kv_attention import Book, Lying, Octets, laid
+from tersor.ops.kv_attention import Book, Lying, Octets
 
 Alike: TypeAlias = tuple[int, Lying | Octets | Book | None, torch.Size, torch.dtype]
 
@@ -40,16 +40,10 @@ def append_together(streams: Sequence[TokenStream], states: Sequence[Tensor]) ->
     for form, members in groups.values():
         whole = torch.stack([states[number] for number in members])
         payload, flag = form.encode(whole.flatten(0, 1), whole.shape[3])
-        way = streams[members[0]].lying
-        parts = {name: _stored(way, form, name, tensor).unflatten(1, (len(members), -1)).unbind(1)
-                 for name, tensor in payload.items()}
+        lain = streams[members[0]].lain(payload)  # as those of all lie
+        parts = {name: tensor.unflatten(1, (len(members), -1)).unbind(1) for name, tensor in lain.items()}
         for place, number in enumerate(members):
             streams[number].take({name: part[place] for name, part in parts.items()}, flag)
-
-
-def _stored(way: Lying | Octets | Book | None, form: Form, name: str, tensor: Tensor) -> Tensor:
-    """Return a payload's tensor as it lies: codes as `way` says."""
-    return tensor if way is None or name != form.coded.codes else laid(way, tensor)
 
 
 __all__ = ["append_together"]

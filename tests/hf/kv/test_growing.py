@@ -27,26 +27,18 @@ from tersor.ops.kv_attention import Held, How
 from tersor.registry import parse
 from tersor.testing import tolerance
 from tests.hf.kv.sharp import build, tokens
+from tests.hf.replayed import reasons, replay_here
 
 KLT = "klt32h2x64"
 WINDOW: dict[str, Any] = {"residual": 16, "sink": 2, "block": 16}
 NEW = 70
 
 
-class Replayed:
-    """A graph as of CUDA: what was called when it was made is called again."""
-
-    def __init__(self, step: Callable[[], Any], device: torch.device) -> None:
-        self.replay = step
-
-
 @pytest.fixture(autouse=True, params=["replayed", "called"])
 def _on_the_processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch,
                       caplog: pytest.LogCaptureFixture) -> None:
     if request.param == "replayed":
-        monkeypatch.setattr(capturing, "DEVICES", {"cpu"})
-        monkeypatch.setattr(capturing, "capture", Replayed)
-        monkeypatch.setattr(capturing, "try_out", lambda step: step())
+        replay_here(monkeypatch)
     monkeypatch.setattr(looping, "DEVICES", {"cpu"})
     stepping.told.cache_clear()
     caplog.set_level(logging.INFO, logger="tersor.hf")
@@ -55,10 +47,6 @@ def _on_the_processor(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
     return build("llama")
-
-
-def reasons(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == "tersor.hf"]
 
 
 def trained(codec: str, model: Any, device: torch.device) -> dict[tuple[int, str], Any]:

@@ -14,7 +14,8 @@ from tersor.hf.kv.cache import CompressedCache
 from tersor.hf.kv.grown import GrownCache
 from tersor.hf.models import capturing, growing, stepping
 from tests.hf.kv.sharp import build
-from tests.hf.kv.test_growing import KLT, reasons, trained
+from tests.hf.kv.test_growing import KLT, trained
+from tests.hf.replayed import reasons
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
               pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning",  # torch's compiler's own
@@ -90,7 +91,8 @@ def test_logits_are_those_of_steps_one_by_one(codec: str, model: Any, monkeypatc
         steps = [model(input_ids=text[:, place : place + 1], past_key_values=twin).logits[:, -1].float()
                  for place in range(300, text.shape[1] - 1)]
     for one, other in zip(found, steps[first - 1 - 300 :], strict=True):
-        assert float((one - other).norm()) <= 2.0**-5 * float((other - other.mean(-1, keepdim=True)).norm())
+        # sums of bf16 numbers in other orders, through two layers: eight times a number's rounding
+        assert float((one - other).norm()) <= 8 * 2.0**-8 * float((other - other.mean(-1, keepdim=True)).norm())
 
 
 def test_compiled_steps(model: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

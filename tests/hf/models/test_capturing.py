@@ -19,7 +19,8 @@ from tersor.hf.models import capturing, looping, stepping
 from tersor.hf.models.capturing import capture
 from tersor.hf.models.choosing import Texts
 from tersor.hf.models.stepping import DeclinedError
-from tests.hf.models.test_looping import IDS, Replayed, both, dense_of
+from tests.hf.models.test_looping import IDS, both, dense_of
+from tests.hf.replayed import Replayed
 
 
 def test_a_step_that_waits_is_not_captured(tmp_path: Path, caplog: pytest.LogCaptureFixture,

@@ -28,6 +28,7 @@ from tersor.hf.models.decoding import Decoding
 from tersor.ops.dispatch import reference_only
 from tests.compiling.stacking import model_of
 from tests.covering import covering
+from tests.hf.replayed import replay_here
 from tests.hf.tiny import load_original, save_tiny
 
 IDS = torch.randint(1, 128, (1, 9), generator=torch.Generator().manual_seed(1))
@@ -48,20 +49,11 @@ class Called(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class Replayed:
-    """A graph as of CUDA: what was called when it was made is called again, with what was given then."""
-
-    def __init__(self, step: Callable[[], Any], device: torch.device) -> None:
-        self.replay = step
-
-
 @pytest.fixture(autouse=True, params=["replayed", pytest.param("called", marks=pytest.mark.slow)])  # as on a GPU, first
 def _on_the_processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the loop where transformers would not compile, and call steps as they are."""
     if request.param == "replayed":
-        monkeypatch.setattr(capturing, "DEVICES", {"cpu"})
-        monkeypatch.setattr(capturing, "capture", Replayed)
-        monkeypatch.setattr(capturing, "try_out", lambda step: step())
+        replay_here(monkeypatch)
     stepping.told.cache_clear()
     monkeypatch.setattr(looping, "DEVICES", {"cpu"})
     monkeypatch.setattr(looping, "compiled", lambda model: model.__call__)
@@ -322,9 +314,8 @@ def test_a_replay_that_differs_is_noticed(wrong: str, dense: Any, told: Callable
 
             self.replay = (lambda: None) if wrong == "still" else behind
 
-    monkeypatch.setattr(capturing, "DEVICES", {"cpu"})
+    replay_here(monkeypatch)
     monkeypatch.setattr(capturing, "capture", Wrong)
-    monkeypatch.setattr(capturing, "try_out", lambda step: step())
     found, wanted = both(dense, IDS)
     assert torch.equal(found, wanted)
     assert any("than the same step when it is called" in one for one in told())

@@ -13,6 +13,7 @@ from torch import Tensor
 from tersor.hf.models import stepping
 from tersor.hf.models.choosing import Texts
 from tests.compiling.stacking import model_of
+from tests.hf.replayed import reasons
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
               pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning",  # torch's compiler's own
@@ -37,10 +38,6 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def _told(caplog: pytest.LogCaptureFixture) -> None:
     stepping.told.cache_clear()
     caplog.set_level(logging.INFO, logger="tersor.hf")
-
-
-def reasons(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == "tersor.hf"]
 
 
 def both(model: Any, ids: Tensor, **named: Any) -> tuple[Tensor, Tensor]:

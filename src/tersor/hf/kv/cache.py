@@ -32,7 +32,7 @@ from tersor.hf.kv.plan import KVPlan, read_plan
 from tersor.hf.kv.store import SIDES
 from tersor.hf.models.growing import GrowingCache
 from tersor.hf.models.looping import grow
-from tersor.hf.models.stepping import DeclinedError
+from tersor.hf.models.stepping import decline
 from tersor.payload.blocks import Tables
 from tersor.registry import parse
 
@@ -202,15 +202,12 @@ class CompressedCache(GrowingCache):
     def grown(self, tokens: int, mask: Tensor | None) -> GrownCache:
         """Return what grows it without the host, from before the last token; see `GrowingCache.grown`."""
         layers = list(self.compressed_layers.values())
-        reasons = {
+        decline({
             "some layers of its cache are not compressed": len(layers) < len(self.layers) or not layers,
             "its cache has a limit": self.budget.max_bytes is not None,
             "its cache offloads pages": self._shuttle is not None,
             "its attention is not Tersor's": self.config._attn_implementation != NAME,
-        }
-        found = next((reason for reason, holds in reasons.items() if holds), None)
-        if found is not None:
-            raise DeclinedError(found)
+        })
         if self.window.reach is not None:
             held = layers[0].get_seq_length()
             self._check_reach(held, tokens - held, self.window.reach)

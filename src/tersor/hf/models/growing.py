@@ -18,7 +18,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from tersor.hf.models.choosing import Plan, planned
 from tersor.hf.models.generating import compiled, state_of
 from tersor.hf.models.replaying import Replaying
-from tersor.hf.models.stepping import DeclinedError, left, told
+from tersor.hf.models.stepping import DeclinedError, decline, left, told
 
 STEP = "tersor_step"  # what a model hands on to attention: keys and values are where `Grown` has them
 SHOWN = 2  # tokens that transformers' loop chooses first: the second by a step that ours has to equal
@@ -321,7 +321,7 @@ def _check(model: Any, ids: Tensor, config: GenerationConfig, given: dict[str, A
     whole = getattr(config, "_mask_length", ids.shape[1]) if mask is None else mask.shape[-1]
     places = given.get("position_ids")
     last = mask.sum(-1, keepdim=True) if mask is not None and mask.ndim == 2 else ids.shape[1]
-    reasons = {
+    decline({
         **unfit(model, ids, config),
         "only few tokens are asked for": new < WORTH,
         f"it is given {sorted(given.keys() - GIVEN)}": bool({name for name in given.keys() - GIVEN
@@ -332,10 +332,7 @@ def _check(model: Any, ids: Tensor, config: GenerationConfig, given: dict[str, A
             places is not None and not (places.ndim == 2 and bool((places[:, -1:] == last - 1).all())),
         "its model hands no arguments on": all(one.kind is not one.VAR_KEYWORD for one in takes),
         "its cache is not used": not given.get("use_cache", True),
-    }
-    found = next((reason for reason, holds in reasons.items() if holds), None)
-    if found is not None:
-        raise DeclinedError(found)
+    })
 
 
 def unfit(model: Any, ids: Tensor, config: GenerationConfig) -> dict[str, bool]:

@@ -28,7 +28,7 @@ from tersor.hf.models.decoding import LESSON, Decoding
 from tersor.hf.models.generating import CompiledCall, compiled, showing, state_of
 from tersor.hf.models.growing import GrowingCache, GrowingLoop, unfit
 from tersor.hf.models.replaying import random_state, set_random_state
-from tersor.hf.models.stepping import DeclinedError, left
+from tersor.hf.models.stepping import DeclinedError, decline, left
 from tersor.ops.dispatch import kernels_allowed
 
 STATIC = "static"
@@ -227,7 +227,7 @@ def _check(model: Any, ids: Tensor, config: GenerationConfig, given: dict[str, A
     held = given.get("past_key_values")
     layers = [layer for layer in held.layers if isinstance(layer, StaticLayer)] if isinstance(held, StaticCache) else []
     asked = {name: getattr(config, name, None) for name in OPTIONS}
-    reasons = {
+    decline({
         **unfit(model, ids, config),
         "it is compiled as the user says, or not": asked["compile_config"] is not None or asked["disable_compile"],
         "there is no static cache": asked["cache_implementation"] != STATIC or not layers or not asked["use_cache"],
@@ -237,10 +237,7 @@ def _check(model: Any, ids: Tensor, config: GenerationConfig, given: dict[str, A
         "its prompt is not of tokens": given.get("inputs_embeds") is not None,
         "ops run as plain torch": not kernels_allowed(),
         "'get_compiled_call' is not Tersor's": not isinstance(model.get_compiled_call, CompiledCall),
-    }
-    found = next((reason for reason, holds in reasons.items() if holds), None)
-    if found is not None:
-        raise DeclinedError(found)
+    })
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -21,6 +21,13 @@ class DeclinedError(Exception):
     """transformers' own loop has to generate; says why."""
 
 
+def decline(reasons: Mapping[str, object]) -> None:
+    """Raise DeclinedError for the first reason that holds."""
+    found = next((reason for reason, holds in reasons.items() if holds), None)
+    if found is not None:
+        raise DeclinedError(found)
+
+
 @cache
 def told(what: str) -> None:
     """Say what happens at level INFO, once."""

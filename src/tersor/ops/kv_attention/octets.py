@@ -81,7 +81,7 @@ class Octets:
 
     def order(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Return where each bit as it lies comes from, int32, and what bytes become before; `put` by a kernel."""
-        return _places(self, device)[2], _magnitudes(device)[0] if self.bits == 4 else None
+        return _places(self, device)[0], _magnitudes(device)[0] if self.bits == 4 else None
 
     def arranged(self, items: Tensor) -> Tensor:
         """Return what belongs to bits (heads, block, dim, bits) in the order in which they lie, (bits of a block,)."""
@@ -120,11 +120,12 @@ class Octets:
 
 
 @constant
-def _places(way: Octets, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return where each bit as it lies comes from, and the way back, int64 (bits of a block,); the first as int32."""
+def _places(way: Octets, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return where each bit as it lies comes from, and the way back: int32 (bits of a block,)."""
     count = way.heads * way.block * way.dim * way.bits
     places = way.arranged(torch.arange(count).reshape(way.heads, way.block, way.dim, way.bits))
-    return places.to(device), places.argsort().to(device), places.to(device=device, dtype=torch.int32)
+    near = places.to(torch.int32)
+    return near.to(device), near.argsort().to(device=device, dtype=torch.int32)
 
 
 @constant
