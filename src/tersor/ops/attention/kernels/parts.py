@@ -38,12 +38,15 @@ def attend_parts(query, key, value, mask, peaks, totals, sums, factor, QUERY_LIN
                  ROWS: tl.constexpr):
     # Strides, `factor` and HEADS are those of `attend`. ROWS heads of a group are one program's. It writes, for each
     # of them, the largest score, the sum of weights under it, and the values' sum (sequence, group, part, head, …).
+    # Products of half precision have every head twice: its weights, rounded, and what rounding lost of them.
     tl.extra.cuda.gdc_launch_dependents()
     HALVES: tl.constexpr = value.dtype.element_ty != tl.float32
+    TWICE: tl.constexpr = 2 if HALVES else 1
     SHIFT: tl.constexpr = 15.0 if value.dtype.element_ty == tl.float16 else 0.0  # so small weights stay normal numbers
     part = tl.program_id(0)
     stream = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    own = tl.arange(0, TWICE * ROWS)
+    row = tl.program_id(2) * ROWS + own % ROWS
     column = tl.arange(0, SIZE)
     near = tl.arange(0, BLOCK)
     line = stream // GROUPS
@@ -55,9 +58,9 @@ def attend_parts(query, key, value, mask, peaks, totals, sums, factor, QUERY_LIN
     start, stop = seen_turns(mask, part, SEEN, PLACES, PARTS, TURNS, SCAN, BLOCK)
     wanted = tl.load(query + line * QUERY_LINE + (group * HEADS + row[:, None]) * QUERY + column[None, :],
                      (row < HEADS)[:, None], other=0.0)
-    peak = tl.full([ROWS], -float("inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    found = tl.zeros([ROWS, SIZE], tl.float32)
+    peak = tl.full([TWICE * ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([TWICE * ROWS, BLOCK], tl.float32)  # which threads sum up at the end
+    found = tl.zeros([TWICE * ROWS, SIZE], tl.float32)
     for turn in range(start, stop):
         first = (part + turn * PARTS).to(tl.int64) * BLOCK
         place = first + near
@@ -71,16 +74,19 @@ def attend_parts(query, key, value, mask, peaks, totals, sums, factor, QUERY_LIN
         most = tl.maximum(peak, tl.max(scores, 1))
         base = tl.where(most == -float("inf"), 0.0, most)  # where all of the first blocks is hidden
         weights, before = tl.exp2(scores - base[:, None] + SHIFT), tl.exp2(peak - base)
-        total = total * before + tl.sum(weights, 1)
-        high = weights.to(values.dtype)
-        found = tl.dot(high, values, found * before[:, None], input_precision="ieee")
-        if HALVES:  # what rounding lost of the weights
-            found = tl.dot((weights - high.to(tl.float32)).to(values.dtype), values, found, input_precision="ieee")
+        total = total * before[:, None] + weights
+        if HALVES:
+            lost = weights - weights.to(values.dtype).to(tl.float32)
+            weights = tl.where((own < ROWS)[:, None], weights, lost)
+        found = tl.dot(weights.to(values.dtype), values, found * before[:, None], input_precision="ieee")
         peak = most
-    at = (stream * PARTS + part) * HEADS + row
-    tl.store(peaks + at, peak, row < HEADS)
-    tl.store(totals + at, total, row < HEADS)
-    tl.store(sums + at[:, None] * SIZE + column[None, :], found, (row < HEADS)[:, None])
+    first = (stream * PARTS + part) * HEADS
+    inside = (own < ROWS) & (row < HEADS)
+    tl.store(peaks + first + row, peak, inside)
+    tl.store(totals + first + row, tl.sum(total, 1), inside)
+    found = tl.sum(tl.reshape(found, [TWICE, ROWS, SIZE]), 0)
+    row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    tl.store(sums + (first + row[:, None]) * SIZE + column[None, :], found, (row < HEADS)[:, None])
 
 
 @kernel
