@@ -15,7 +15,17 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from tersor.ops import attention
 from tersor.ops.attention import attend_one
-from tersor.ops.attention.shapes import ALONE, DTYPES, PROGRAMS, SIZES, STREAMS, TILE, division_of, refusal
+from tersor.ops.attention.shapes import (
+    ALONE,
+    DTYPES,
+    FULL_ROWS,
+    HALF_ROWS,
+    PROGRAMS,
+    SIZES,
+    STREAMS,
+    division_of,
+    refusal,
+)
 from tersor.ops.dispatch import recording
 from tersor.testing import SLACK, gaussian
 from tests.ops import on_numpy
@@ -215,7 +225,8 @@ def test_divisions_cover_a_cache_with_programs_that_run_at_once(dtype: torch.dty
             assert cut.parts == 1 or cut.parts * streams * cut.tiles <= PROGRAMS * 132
             assert min(blocks, PROGRAMS * 132 // (streams * cut.tiles)) <= 2 * cut.parts or cut.parts == 1
             assert cut.rows * cut.tiles >= heads > cut.rows * (cut.tiles - 1)
-            assert cut.rows <= TILE
+            least, most = FULL_ROWS if dtype == torch.float32 else HALF_ROWS
+            assert cut.rows == least or cut.rows == most or least < cut.rows < 2 * heads
             assert cut.room // 2 < cut.parts <= cut.room
             assert cut.block * size * dtype.itemsize <= 1 << 14
             assert cut.block >= 16 <= cut.block * cut.scan <= 4096

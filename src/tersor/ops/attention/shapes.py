@@ -19,8 +19,9 @@ PART_BLOCK = 128  # its places, at most
 PART_WARPS, STAGES = 4, 3  # blocks of which one is met while the others arrive
 PROGRAMS = 2  # of a multiprocessor; three fit
 SCANNED = 4096  # places whose mask a program looks at together
-TILE = 16  # heads of a program, at most
-HALF_TILE = 8  # at least, where they are twice the rows of a tensor core's product
+# heads of a program: least, most. Those of half precision are twice the rows of a tensor core's product; registers hold
+# the products of eight in float32
+HALF_ROWS, FULL_ROWS = (8, 16), (1, 8)
 COLUMNS = 32  # of a program that joins parts
 STREAMS = 65535  # key heads of all sequences: a grid's second side
 
@@ -70,7 +71,8 @@ def division_of(places: int, heads: int, streams: int, size: int, dtype: torch.d
 
     All programs run at once, where these are few, and have equally many blocks, or one less.
     """
-    rows = min(TILE, max(1 if dtype == torch.float32 else HALF_TILE, 1 << (heads - 1).bit_length()))
+    least, most = FULL_ROWS if dtype == torch.float32 else HALF_ROWS
+    rows = min(most, max(least, 1 << (heads - 1).bit_length()))
     block, tiles = min(PART_BLOCK, PART_BYTES // (size * dtype.itemsize)), -(-heads // rows)
     blocks = -(-places // block)
     turns = -(-blocks // max(1, PROGRAMS * processors // (streams * tiles)))
