@@ -80,7 +80,7 @@ class Warp:
         where = re.search(r"\[[^]]*\]", rest)
         assert where is not None
         names = re.sub(r"\[[^]]*\]|[{}]", "", rest).strip(", ").split(", ")
-        size = 2 if name.endswith("b16") else 8 if name.endswith("b64") else 4
+        size = {"b8": 1, "b16": 2, "b64": 8}.get(name.rpartition(".")[2], 4)
         places = self._place(where[0])
         if "shared" in name:
             self._near(name, names, places - self.base, size)

@@ -142,7 +142,8 @@ class _Streams(Coordinates):
         assert isinstance(codec, Trellis)
         if codec.stream_shape(self.encoded.shape)[1] % 8:
             return None
-        return Coded("codes", "scales", 1, _signs_on(self.encoded.device), None)
+        return Coded("codes", "scales", 1, _signs_on(self.encoded.device), None,
+                     taps=codec.filter.circle(self.encoded.shape[1]))
 
     def into(self, x: Tensor) -> Tensor:
         """Filter."""
