@@ -12,7 +12,7 @@ HELD = 32768  # numbers of keys in registers, at most
 WARPS = 8
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SIZES = (16, 32, 64, 128, 256)  # of a head
-ALONE = 1024  # places up to which a head has one program, and attention one launch
+ALONE = 256  # places up to which a head has one program, and attention one launch
 
 PART_BYTES = 1 << 14  # of a block's keys, where a cache is divided
 PART_BLOCK = 128  # its places, at most
