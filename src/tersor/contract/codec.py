@@ -24,6 +24,7 @@ from tersor.contract.gradient import product, recorded
 from tersor.contract.operator import Operator, as_tensor, like
 from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
 from tersor.numerics.kmeans import exponent_of, times_power
+from tersor.numerics.remembered import remembering
 from tersor.numerics.settings import pinned, steadily
 from tersor.payload.blocks import Few, Rows, Shape, Tables, row_blocks
 from tersor.payload.layout import Layout
@@ -256,7 +257,8 @@ class Codec(Derived, abc.ABC):
 
     def _searched(self, matrix: Tensor, how: Search) -> Encoded:
         """Encode; very large and very small numbers only if they decode as others would."""
-        encoded = self.search(matrix, how)
+        with remembering():  # parts of one codec meet one Hessian
+            encoded = self.search(matrix, how)
         peak = max(float(matrix.max()), -float(matrix.min()))
         if (peak > HUGE or may_overflow(how.tables.values())) and not encoded.is_finite():
             raise NonFiniteError(f"the matrix or the shared tables hold magnitudes up to {peak:.3g} or more, with "

@@ -3,19 +3,24 @@
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tersor import store
+from tersor.contract import feedback
 from tersor.errors import ModelError
 from tersor.hf import compress_model
 from tersor.hf.compress import desk, reading, survey
-from tersor.hf.compress.crew import TOGETHER, Hands, Task, longest_first
+from tersor.hf.compress.crew import TOGETHER, Hands, Task, by_need, longest_first
 from tersor.hf.compress.request import Sampling, usable_devices
 from tersor.hf.models.flow import Flow, in_order, room_for
+from tersor.numerics.linalg import inverse_cholesky
+from tersor.numerics.remembered import remembered
 from tests.hf.tiny import save_tiny, save_tokenizer
 
 CPU = torch.device("cpu")
@@ -102,6 +107,68 @@ def test_tasks_are_done_longest_first_and_each_brings_its_own_result() -> None:
     found = {task.name: result for task, result in Hands([CPU, CPU]).each(tasks)}
     assert found == {str(n): 6.0 * n for n in range(8)}
     assert begun == [3, 7, 2, 6, 1, 5, 0, 4] == [int(task.name) for task in reversed(longest_first(tasks))]
+
+
+def test_groups_need_the_same_and_the_longest_is_taken_first() -> None:
+    inputs = [torch.zeros(1) for _ in range(3)]
+    needs = {"q": (inputs[0],), "k": (inputs[0],), "o": (inputs[1],), "gate": (inputs[2],), "up": (inputs[2],),
+             "down": (None,), "head": ()}
+    costs = {"q": 4, "k": 1, "o": 4, "gate": 14, "up": 14, "down": 14, "head": 5}
+    groups = by_need([Task(name, scaled, lambda: (), costs[name], needs[name]) for name in needs])
+    assert [[task.name for task in group] for group in reversed(groups)] == [["gate", "up"], ["down"], ["q", "k"],
+                                                                             ["head"], ["o"]]
+
+
+class Lanes(Hands):
+    """A processor that does as one GPU does."""
+
+    def _lanes(self, groups: Sequence[Sequence[Task]]) -> int:
+        return min(2, len(groups))
+
+
+def made_of(need: torch.Tensor) -> torch.Tensor:
+    time.sleep(0.01)
+    return remembered(need, "twice", lambda: 2 * need)
+
+
+def test_lanes_keep_to_what_their_group_needs_and_share_what_is_made_of_it() -> None:
+    inputs = [torch.full((1,), float(n)) for n in range(4)]
+    tasks = [Task(f"{n}{part}", made_of, lambda: (), 1 + n, (inputs[n],)) for n in range(4) for part in "abc"[: 1 + n]]
+    found = {task.name: result for task, result in Lanes([CPU]).each(tasks)}
+    assert found.keys() == {task.name for task in tasks}
+    for name, made in found.items():
+        assert made is found[f"{name[0]}a"]
+        assert float(made) == 2.0 * int(name[0])
+
+
+def test_what_one_task_alone_needs_is_let_go_of() -> None:
+    given, held = [torch.ones(1), torch.ones(1)], list[Any]()
+
+    def work(need: torch.Tensor) -> None:
+        held.append(weakref.ref(remembered(need, "twice", lambda: 2 * need)))
+
+    tasks = [Task(name, work, lambda: (), 1, (given[number],)) for name, number in (("q", 0), ("k", 0), ("o", 1))]
+    crew = Hands([CPU]).each(tasks)
+    next(crew), next(crew)
+    assert held[0]() is held[1]() is not None
+    next(crew)
+    assert held[0]() is None
+    assert held[2]() is None
+
+
+def test_a_block_factors_a_hessian_once(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def noted(hessian: torch.Tensor, damping: float) -> torch.Tensor:
+        made.append(hessian.shape[0])
+        return inverse_cholesky(hessian, damping)
+
+    monkeypatch.setattr(feedback, "inverse_cholesky", noted)
+    compress_model(source, tmp_path / "out", 6.0, devices="cpu", **SETTINGS)
+    opened = store.read(tmp_path / "out")
+    inner = [name for name in opened.matrix_names() if "layers" in name]
+    assert len(inner) == 7  # of them three read one input, and two another
+    assert len(made) == 4 + len(opened.matrix_names()) - len(inner)
 
 
 def test_the_first_error_ends_all() -> None:
