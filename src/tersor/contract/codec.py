@@ -148,8 +148,7 @@ class Codec(Derived, abc.ABC):
 
     def decode(self, encoded: Encoded) -> Tensor:
         """Return the matrix, float32 (out, in)."""
-        device = next(iter(encoded.tensors.values())).device
-        out = torch.empty(encoded.shape, dtype=torch.float32, device=device)
+        out = torch.empty(encoded.shape, dtype=torch.float32, device=encoded.device)
         for block in row_blocks(encoded.shape):
             out[block] = self.decode_rows(encoded, block)
         return out
@@ -255,10 +254,10 @@ class Codec(Derived, abc.ABC):
         how = Search(hessian, seed, dict(options or {}), dict(tables or {}))
         return steadily(lambda: self._searched(matrix.detach(), how))
 
+    @remembering()  # parts of one codec meet one Hessian
     def _searched(self, matrix: Tensor, how: Search) -> Encoded:
         """Encode; very large and very small numbers only if they decode as others would."""
-        with remembering():  # parts of one codec meet one Hessian
-            encoded = self.search(matrix, how)
+        encoded = self.search(matrix, how)
         peak = max(float(matrix.max()), -float(matrix.min()))
         if (peak > HUGE or may_overflow(how.tables.values())) and not encoded.is_finite():
             raise NonFiniteError(f"the matrix or the shared tables hold magnitudes up to {peak:.3g} or more, with "

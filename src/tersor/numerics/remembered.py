@@ -1,4 +1,4 @@
-"""What is made of a tensor and needed again while several matrices are worked on: turned Hessians, and their factors."""
+"""What is made of a tensor, and asked for again: turned Hessians and their factors, while matrices share them."""
 
 from __future__ import annotations
 

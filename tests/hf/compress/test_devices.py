@@ -149,7 +149,8 @@ def test_what_one_task_alone_needs_is_let_go_of() -> None:
 
     tasks = [Task(name, work, lambda: (), 1, (given[number],)) for name, number in (("q", 0), ("k", 0), ("o", 1))]
     crew = Hands([CPU]).each(tasks)
-    next(crew), next(crew)
+    next(crew)
+    next(crew)
     assert held[0]() is held[1]() is not None
     next(crew)
     assert held[0]() is None
