@@ -1,7 +1,6 @@
 """What a run may encode with is tried ahead, the likeliest first; a processor compiles nothing and tries nothing."""
 
 import threading
-from pathlib import Path
 from typing import Any
 
 import pytest

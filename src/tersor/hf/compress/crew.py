@@ -167,7 +167,7 @@ class _Held:
         again = any(id(tensor) in self._shared for tensor in task.needs)
         if not again:  # nothing is kept that no other task asks for
             self._memory.clear()
-        with _on(self._stream), remembering(self._memory if again else Memory()):
+        with _on(self._stream), remembering(self._memory) if again else contextlib.nullcontext():
             own = [value.to(self._device) if isinstance(value, Tensor) else value for value in given]
             return perform(task.work, [*own, *map(self._bring, task.needs)], self._device)
 
