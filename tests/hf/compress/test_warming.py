@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from tersor.errors import CodecConfigError
 from tersor.families import stand_in
 from tersor.hf.compress import warming
 from tersor.hf.compress.method import rungs
@@ -63,6 +64,20 @@ def test_threads_share_the_codecs_and_try_each_once(source: Source, request_of: 
 
 def test_what_is_tried_encodes(source: Source, request_of: Request) -> None:
     warming.warm(source, request_of, CPU, 0, threading.Event(), calibrated=True)
+
+
+def test_one_codec_that_is_refused_keeps_no_other_back(source: Source, request_of: Request,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[str] = []
+
+    def refuse(dense: torch.Tensor, codec: Any, *given: Any) -> None:
+        begun.append(str(codec))
+        raise CodecConfigError("no")
+
+    monkeypatch.setattr(warming, "encode_matrix", refuse)
+    warming.warm(source, request_of, CPU, 0, threading.Event(), calibrated=True)
+    listed = warming.tried(source, request_of, warming.largest(source))[:: warming.THREADS]
+    assert begun == [str(codec) for codec, *_ in listed]
 
 
 def test_nothing_is_begun_once_the_run_is_over(source: Source, request_of: Request, noted: list[Any]) -> None:

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from tersor.contract.codec import Codec
+from tersor.errors import TersorError
 from tersor.families import stand_in
 from tersor.hf.compress.desk import encode_matrix
 from tersor.hf.compress.method import fixed_options, rungs
@@ -57,7 +58,8 @@ def warm(source: Source, request: Request, device: torch.device, own: int, stop:
             matrix = torch.randn(rows, width, device=device, generator=generator)
             hessian = torch.eye(width, device=device) if fed and calibrated else None
             options = fixed_options(codec, request.options if fed else {}, calibrated=hessian is not None)
-            encode_matrix(matrix, codec, hessian, request.seed, options, "a trial")
+            with contextlib.suppress(TersorError):  # what is no rung of such a shape, or an option out of bounds
+                encode_matrix(matrix, codec, hessian, request.seed, options, "a trial")
 
 
 def largest(source: Source) -> Shape:
