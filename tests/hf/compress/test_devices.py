@@ -77,6 +77,20 @@ def test_bytes_do_not_depend_on_devices(name: str, models: Path, tmp_path: Path,
     assert len(set(found.values())) == 1
 
 
+def test_bytes_do_not_depend_on_lanes(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compress_model(source, tmp_path / "one", 6.0, **SETTINGS)
+    asked: list[int] = []
+
+    def lanes(self: Hands, groups: Sequence[Sequence[Task]]) -> int:
+        asked.append(len(groups))
+        return min(3, len(groups))
+
+    monkeypatch.setattr(Hands, "_lanes", lanes)
+    compress_model(source, tmp_path / "several", 6.0, **SETTINGS)
+    assert 4 in asked  # of a block's seven matrices
+    assert digest(tmp_path / "one") == digest(tmp_path / "several")
+
+
 def test_another_number_of_devices_goes_on(source: Path, tmp_path: Path) -> None:
     def stop(stage: str, done: int, total: int) -> None:
         if stage == "encode" and done > total // 2:
