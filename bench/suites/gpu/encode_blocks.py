@@ -2,9 +2,8 @@
 
 What is timed is what a compression has done for the matrices of a block once their moments are there, by its own code:
 `Hands.each` over `desk.encode_order`. Matrices that read one input share its Hessian (q, k and v; gate and up), which
-is turned and factored once; where the GPU has room, several are encoded at once; each is measured, and its payload
-copied to the host. Not in it: drawing matrices and Hessians, making up for errors of earlier blocks (`compensated`),
-and files.
+is turned and factored once; each is measured, and its payload copied to the host. Not in it: drawing matrices and
+Hessians, making up for errors of earlier blocks (`compensated`), and files.
 """
 
 from __future__ import annotations

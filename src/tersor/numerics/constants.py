@@ -19,24 +19,13 @@ def kept(make: Callable[..., Made]) -> Callable[..., Made]:
     Captured graphs, and launches that are repeated, hold addresses of such tensors and not the tensors: were one freed
     for a newer one, they would read what lies there then.
     """
-    far, near = functools.cache(_settled(make)), functools.lru_cache(maxsize=MOST)(make)
+    far, near = functools.cache(make), functools.lru_cache(maxsize=MOST)(make)
 
     @functools.wraps(make)
     def made(*arguments: Any) -> Made:
         meant = any(isinstance(one, torch.device) and one.type == "cuda" for one in arguments)
         return (far if meant else near)(*arguments)
 
-    return made
-
-
-def _settled(make: Callable[..., Made]) -> Callable[..., Made]:
-    """Return the same, which waits until the GPU has made it: other streams may read it next."""
-    def made(*arguments: Any) -> Made:
-        found = make(*arguments)
-        if torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing():
-            device = next(one for one in arguments if isinstance(one, torch.device) and one.type == "cuda")
-            torch.cuda.current_stream(device).synchronize()
-        return found
     return made
 
 

@@ -4,7 +4,7 @@ import hashlib
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,12 @@ from tersor import store
 from tersor.contract import feedback
 from tersor.errors import ModelError
 from tersor.hf import compress_model
-from tersor.hf.compress import crew, desk, reading, survey
-from tersor.hf.compress.crew import TOGETHER, Hands, Task, by_need, longest_first
-from tersor.hf.compress.desk import Order, encode_order
+from tersor.hf.compress import desk, reading, survey
+from tersor.hf.compress.crew import TOGETHER, Hands, Task, longest_first
 from tersor.hf.compress.request import Sampling, usable_devices
 from tersor.hf.models.flow import Flow, in_order, room_for
 from tersor.numerics.linalg import inverse_cholesky
 from tersor.numerics.remembered import remembered
-from tersor.registry import parse
 from tests.hf.tiny import save_tiny, save_tokenizer
 
 CPU = torch.device("cpu")
@@ -77,20 +75,6 @@ def test_bytes_do_not_depend_on_devices(name: str, models: Path, tmp_path: Path,
     assert len(set(found.values())) == 1
 
 
-def test_bytes_do_not_depend_on_lanes(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compress_model(source, tmp_path / "one", 6.0, **SETTINGS)
-    asked: list[int] = []
-
-    def lanes(self: Hands, groups: Sequence[Sequence[Task]]) -> int:
-        asked.append(len(groups))
-        return min(3, len(groups))
-
-    monkeypatch.setattr(Hands, "_lanes", lanes)
-    compress_model(source, tmp_path / "several", 6.0, **SETTINGS)
-    assert 4 in asked  # of a block's seven matrices
-    assert digest(tmp_path / "one") == digest(tmp_path / "several")
-
-
 def test_another_number_of_devices_goes_on(source: Path, tmp_path: Path) -> None:
     def stop(stage: str, done: int, total: int) -> None:
         if stage == "encode" and done > total // 2:
@@ -125,38 +109,19 @@ def test_tasks_are_done_longest_first_and_each_brings_its_own_result() -> None:
     assert begun == [3, 7, 2, 6, 1, 5, 0, 4] == [int(task.name) for task in reversed(longest_first(tasks))]
 
 
-def test_groups_need_the_same_and_the_longest_is_taken_first() -> None:
-    inputs = [torch.zeros(1) for _ in range(3)]
-    needs = {"q": (inputs[0],), "k": (inputs[0],), "o": (inputs[1],), "gate": (inputs[2],), "up": (inputs[2],),
-             "down": (None,), "head": ()}
-    costs = {"q": 4, "k": 1, "o": 4, "gate": 14, "up": 14, "down": 14, "head": 5}
-    groups = by_need([Task(name, scaled, lambda: (), costs[name], needs[name]) for name in needs])
-    assert [[task.name for task in group] for group in reversed(groups)] == [["gate", "up"], ["down"], ["q", "k"],
-                                                                             ["head"], ["o"]]
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
 
 
-class Lanes(Hands):
-    """A processor that does as one GPU does."""
-
-    def _lanes(self, groups: Sequence[Sequence[Task]]) -> int:
-        return min(2, len(groups))
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    yield from threads(1)
 
 
-def made_of(need: torch.Tensor) -> torch.Tensor:
-    time.sleep(0.01)
-    return remembered(need, "twice", lambda: 2 * need)
-
-
-def test_lanes_keep_to_what_their_group_needs_and_share_what_is_made_of_it() -> None:
-    inputs = [torch.full((1,), float(n)) for n in range(4)]
-    tasks = [Task(f"{n}{part}", made_of, lambda: (), 1 + n, (inputs[n],)) for n in range(4) for part in "abc"[: 1 + n]]
-    found = {task.name: result for task, result in Lanes([CPU]).each(tasks)}
-    assert found.keys() == {task.name for task in tasks}
-    for name, made in found.items():
-        assert made is found[f"{name[0]}a"]
-        assert float(made) == 2.0 * int(name[0])
-
-
+@pytest.mark.usefixtures("one_thread")
 def test_what_one_task_alone_needs_is_let_go_of() -> None:
     given, held = [torch.ones(1), torch.ones(1)], list[Any]()
 
@@ -173,6 +138,7 @@ def test_what_one_task_alone_needs_is_let_go_of() -> None:
     assert held[2]() is None  # though the crew is there still
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_block_factors_a_hessian_once(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
 
@@ -201,10 +167,7 @@ def test_the_first_error_ends_all() -> None:
 
 @pytest.fixture
 def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    yield from threads(2)
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -266,25 +229,3 @@ def test_bytes_do_not_depend_on_gpus(devices: str, source: Path, tmp_path: Path)
     compress_model(source, tmp_path / "one", 6.0, device="cuda", **SETTINGS)
     compress_model(source, tmp_path / "several", 6.0, devices=devices, **SETTINGS)
     assert digest(tmp_path / "one") == digest(tmp_path / "several")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("text", ["rot,tr3o", "rot,rows100(tr4o;tr3o)", "rot,lm3"])
-def test_lanes_of_a_gpu_give_the_bytes_of_one(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Streams run at once, and tensors of one are let go of while others run: nothing of that may show."""
-    device, codec, found = torch.device("cuda"), parse(text), dict[int, dict[str, Any]]()
-    random = torch.Generator(device).manual_seed(0)
-    needs = [torch.randn(2 * width, width, device=device, generator=random) for width in (256, 256, 1024, 512)]
-    hessians = [x.T @ x / len(x) for x in needs]
-    shapes = [(768, 256), (256, 256), (512, 1024), (512, 512)]
-    drawn = [torch.randn(shape, device=device, generator=random) for shape in shapes for _ in range(3)]
-    for lanes in (1, 3):
-        monkeypatch.setattr(crew, "LANES", lanes)
-        tasks = [Task(str(n), encode_order, lambda n=n: (Order(str(n), codec, 0, {"feedback": True}, 0.0), drawn[n]),
-                      drawn[n].numel(), (hessians[n // 3],)) for n in range(len(drawn))]
-        hands = Hands([device])
-        assert hands._lanes(crew.by_need(tasks)) == lanes
-        found[lanes] = {task.name: tensors for task, (tensors, _) in hands.each(tasks)}
-    assert found[1].keys() == found[3].keys()
-    for name, tensors in found[1].items():
-        assert all(torch.equal(tensor, found[3][name][key]) for key, tensor in tensors.items())

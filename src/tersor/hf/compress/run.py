@@ -24,7 +24,7 @@ from tersor.contract.derived import package_nbytes
 from tersor.errors import ModelError, TersorError
 from tersor.families import DEFAULT, effort_of
 from tersor.files import exclusive, write_json
-from tersor.hf.compress import calibrate, card, encode, needs, plan, recover, survey, warming
+from tersor.hf.compress import calibrate, card, encode, needs, plan, recover, survey
 from tersor.hf.compress.cluster import Cluster, check_engine
 from tersor.hf.compress.course import END, MOVES, TOKENS, Course, RecoverSettings
 from tersor.hf.compress.crew import Crew, Hands
@@ -191,13 +191,16 @@ def compress_model(source: str | Path, output: str | Path, rate: float | None = 
         copy_dense(opened, work.target)
         work.clear("staged")
         return {"copied": True, "summary": {"bytes": opened.nbytes, "budget": request.budget}}
-    with warming.ahead(opened, request, chosen.device, calibrated=chosen.calibrated):
-        _admit(opened, request, chosen, work)
-        work.stamp(_mark(opened, request, chosen), resume=chosen.resume)
-        reading = chosen.reading(opened, work / "activations")
-        tell = Teller(progress, work, opened.nbytes, lambda: "" if reading is None else reading.place)
-        with chosen.crew() as crew:
-            report = _stages(opened, request, chosen, crew, work, reading, tell)
+    try:
+        _check(opened, request, chosen, work)
+    except TersorError:
+        work.clear("staged")
+        raise
+    work.stamp(_mark(opened, request, chosen), resume=chosen.resume)
+    reading = chosen.reading(opened, work / "activations")
+    tell = Teller(progress, work, opened.nbytes, lambda: "" if reading is None else reading.place)
+    with chosen.crew() as crew:
+        report = _stages(opened, request, chosen, crew, work, reading, tell)
     with _verifying(opened, chosen, work):
         report |= _judged(opened, chosen, work, tell)
     report["summary"] |= {"seconds": time.perf_counter() - began, "peak_memory_bytes": peak_memory()}
@@ -219,15 +222,6 @@ def _judged(source: Source, settings: CompressSettings, work: WorkFolder, progre
     if settings.evaluation_tokens and settings.samples:
         found["samples"] = samples(output, source, text, settings.samples, device=device, progress=progress)
     return found
-
-
-def _admit(source: Source, request: Request, settings: CompressSettings, work: WorkFolder) -> None:
-    """Check, and leave nothing where that fails."""
-    try:
-        _check(source, request, settings, work)
-    except TersorError:
-        work.clear("staged")
-        raise
 
 
 def _check(source: Source, request: Request, settings: CompressSettings, work: WorkFolder) -> None:
