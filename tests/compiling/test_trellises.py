@@ -14,7 +14,7 @@ from torch.nn import functional
 from tersor.codecs.trellis.filters import filters
 from tersor.compiling import backend
 from tersor.ops.trellis_product import trellis_product
-from tersor.ops.trellis_product.shapes import MATRICES
+from tersor.ops.trellis_product.shapes.one import MATRICES
 from tests.compiling.stacking import (
     FUSED,
     FUSED_TRELLIS,

@@ -66,6 +66,8 @@ class Warp:
             self._integers([one.split(", ") for one in lists], signed=".s8.s32" in name)
         elif name.startswith("mma"):
             self._multiply([one.split(", ") for one in lists])
+        elif name.startswith("ldmatrix"):
+            self._matrices(lists[0].split(", "), rest)
         elif name.startswith(("ld.", "st.")):
             self._move(name, rest)
         elif name == "mov.b32" and lists:
@@ -78,7 +80,7 @@ class Warp:
         where = re.search(r"\[[^]]*\]", rest)
         assert where is not None
         names = re.sub(r"\[[^]]*\]|[{}]", "", rest).strip(", ").split(", ")
-        size = 2 if name.endswith("b16") else 8 if name.endswith("b64") else 4
+        size = {"b8": 1, "b16": 2, "b64": 8}.get(name.rpartition(".")[2], 4)
         places = self._place(where[0])
         if "shared" in name:
             self._near(name, names, places - self.base, size)
@@ -90,6 +92,14 @@ class Warp:
             else:
                 for byte in range(4):
                     self.memory[places + 4 * i + byte] = self.held[one] >> np.uint64(8 * byte) & np.uint64(255)
+
+    def _matrices(self, names: list[str], rest: str) -> None:
+        """Load as many matrices of 8 x 4 words; lanes 8 i … say where the rows of matrix i are."""
+        where = re.search(r"\[[^]]*\]", rest)
+        assert where is not None
+        places, lanes = self._place(where[0]) - self.base, np.arange(LANES)
+        for matrix, one in enumerate(names):
+            self._write(one, self._load(self.shared, places[8 * matrix + lanes // 4] + lanes % 4 * 4, 4))
 
     def _near(self, name: str, names: list[str], places: np.ndarray, size: int) -> None:
         if name.startswith("ld"):
@@ -154,6 +164,8 @@ class Warp:
             case "movmatrix.sync.aligned.m8n8.trans.b16":
                 rows = np.stack([one & np.uint64(0xFFFF), one >> np.uint64(16)], 1).reshape(8, 8).T.reshape(LANES, 2)
                 return rows[:, 0] | rows[:, 1] << np.uint64(16)
+            case "cvt.rni.s32.f32":
+                return np.rint(np.nan_to_num(_float(one))).astype(np.int32).view(np.uint32).astype(np.uint64)
             case "cvt.f32.f16":
                 return _bits(one.astype(np.uint16).view(np.float16).astype(np.float32))
             case "cvt.rn.f16x2.f32":

@@ -81,7 +81,8 @@ class Pointer:
         where, place = self._places(mask, np.shape(value))
         taken, values = place[where], np.broadcast_to(value, where.shape)[where]
         self.held[taken] = values
-        assert np.array_equal(self.held[taken], values.astype(self.held.dtype)), "two values for one place"
+        same = np.array_equal(self.held[taken], values.astype(self.held.dtype), equal_nan=True)
+        assert same, "two values for one place"
 
 
 class Shared:
@@ -186,7 +187,8 @@ def language(program: tuple[int, ...], warps: int, grid: tuple[int, ...] = ()) -
     functions: dict[str, Any] = {
         "constexpr": lambda value: value, "static_range": range,
         "range": lambda first, last, loop_unroll_factor=1: range(first, last), "abs": lambda x: array(np.abs(x)),
-        "dot": lambda a, b, total: array(total + np.asarray(a, np.float32) @ np.asarray(b, np.float32)),
+        "dot": lambda a, b, total=0, input_precision=None: array(
+            total + np.asarray(a, np.float32) @ np.asarray(b, np.float32)), "trans": lambda x: array(x.T),
         "program_id": lambda axis: array(np.int32(program[axis])), "num_warps": lambda: warps,
         "num_programs": lambda axis: array(np.int32(grid[axis])),
         "gather": lambda x, index, axis: array(np.take_along_axis(x, index, axis)),
@@ -199,9 +201,9 @@ def language(program: tuple[int, ...], warps: int, grid: tuple[int, ...] = ()) -
         "full": lambda shape, value, dtype, layout=None: array(np.full(shape, value, dtype)),
         "load": lambda place, mask=None, other=0: place.load(mask, other),
         "store": lambda place, value, mask=None: place.store(value, mask), "where": _where,
-        "min": _folded(np.min), "max": _folded(np.max), "sum": _folded(np.sum),
+        "min": _folded(np.fmin.reduce), "max": _folded(np.fmax.reduce), "sum": _folded(np.sum),
         "associative_scan": lambda x, axis, function: array(np.cumsum(x, axis=axis, dtype=x.dtype)),
-        "minimum": lambda a, b: array(np.minimum(a, b)), "maximum": lambda a, b: array(np.maximum(a, b)),
+        "minimum": lambda a, b: array(np.fmin(a, b)), "maximum": lambda a, b: array(np.fmax(a, b)),
         "reshape": lambda x, shape: array(np.reshape(x, shape)),
         "expand_dims": lambda x, axis: array(np.expand_dims(x, axis)), "thread_barrier": lambda: None,
         "convert_layout": lambda x, layout, assert_trivial=False: x,
@@ -209,6 +211,8 @@ def language(program: tuple[int, ...], warps: int, grid: tuple[int, ...] = ()) -
         "allocate_shared_memory": lambda dtype, shape, layout: Shared(_kept(held, np.full(shape, UNWRITTEN, dtype)))}
     for name, function in functions.items():
         setattr(made, name, function)
+    early = types.SimpleNamespace(gdc_wait=lambda: None, gdc_launch_dependents=lambda: None)
+    made.extra = types.SimpleNamespace(cuda=early)
     for name in ("BlockedLayout", "SliceLayout", "SwizzledSharedLayout", "NVMMADistributedLayout"):
         setattr(made, name, lambda *arguments: None)
     return made

@@ -58,7 +58,9 @@ SIGNS = [Case("rot,tr2x8", "rot,tr2x8"), Case("rot,lm2", "rot,tr2"), Case("rot,t
          Case("rot,tr4x8", "rot,tr2.5x8", 64), Case("rot,tr2x8", "rot,tr2x8", group=1), Case("rot,lm2", "lm2", group=7),
          Case("rot,tr3x9", "rot,tr3x9"), Case("rot,tr3", "rot,tr3x9", 64), Case("rot,tr2x8", "rot,tr2x8", queries=2),
          Case("rot,tr2x8", "rot,tr2x8", queries=8), Case("lm2", "rot,tr2x8", blocks=1),
-         Case("rot,lm2", "lm2", blocks=2), Case("rot,tr2x8", "rot,tr2x8", dtype=torch.float16)]
+         Case("rot,lm2", "lm2", blocks=2), Case("rot,tr2x8", "rot,tr2x8", dtype=torch.float16),
+         Case("rot,tr2x8", "rot,tr2x8", group=7, queries=4), Case("rot,tr2x8", "tr2", blocks=1, recent=1),
+         Case("tr4x8", "ctr8,rot,tr2x8", queries=3), Case("rot,tr3x9", "rot,tr4x8", 64, 8)]
 SHAPES = [Case(dim=64), Case("rot,lm4", "rot,lm3", 64), Case("fp8", "lm2", 64), Case(group=1), Case(group=8),
           Case(queries=8), Case("rot,lm4", "rot,lm4", queries=3), Case(blocks=1), Case(blocks=2, recent=1),
           Case(dtype=torch.float16), Case(dim=256), Case("rot,lm4", "rot,lm2", 256, group=8),
@@ -168,7 +170,8 @@ def test_sequences_share_pages(device: str, index: tuple[int, ...]) -> None:
 
 
 @on_devices(["codec", "kind"], cpu=[["rot,lm2", "bool"]],
-            cuda=[[codec, kind] for codec in ("rot,lm2", "klt32h2x64") for kind in ("bool", "float", "heads", "blind")])
+            cuda=[[codec, kind] for codec in ("rot,lm2", "rot,tr2x8", "klt32h2x64")
+                  for kind in ("bool", "float", "heads", "blind")])
 @pytest.mark.parametrize("queries", [1, 4])
 def test_masks(device: str, codec: str, kind: str, queries: int) -> None:
     case = Case(codec, codec, queries=queries, blocks=3)
@@ -183,8 +186,8 @@ def test_masks(device: str, codec: str, kind: str, queries: int) -> None:
 
 
 @on_devices(["key", "value", "how"], cpu=[["rot,lm4", "rot,lm2", "softcap"]],
-            cuda=[[*codecs, how] for codecs in (("rot,lm4", "rot,lm2"), ("klt32h2x64", "klt32h2x64"))
-                  for how in ("softcap", "s_aux", "full")])
+            cuda=[[*codecs, how] for codecs in (("rot,lm4", "rot,lm2"), ("rot,tr2x8", "ctr8,rot,tr4x8"),
+                                                ("klt32h2x64",) * 2) for how in ("softcap", "s_aux", "full")])
 def test_scores(device: str, key: str, value: str, how: str) -> None:
     case = Case(key, value, queries=2, blocks=5)
     aux = gaussian((HEADS * case.group, 1), 5)[:, 0].to(device) + 4
@@ -193,7 +196,7 @@ def test_scores(device: str, key: str, value: str, how: str) -> None:
 
 
 @GPU
-@pytest.mark.parametrize("codec", ["rot,lm2", "klt32h2x64"])
+@pytest.mark.parametrize("codec", ["rot,lm2", "rot,tr2x8", "klt32h2x64"])
 @pytest.mark.parametrize("counts", [(21, 4, 131), (16, 4, 3), (1, 4, 90)])
 def test_counts_on_the_device_and_captured_graphs(counts: tuple[int, int, int], codec: str) -> None:
     """A graph captured once serves a cache that grows within its room."""
@@ -229,7 +232,7 @@ def test_a_poisoned_page_shows() -> None:
 
 
 @GPU
-@pytest.mark.parametrize("codec", ["rot,lm2", "klt32h2x64"])
+@pytest.mark.parametrize("codec", ["rot,lm2", "rot,tr2x8", "klt32h2x64"])
 def test_runs_alike(codec: str) -> None:
     case = Case(codec, codec)
     all_, asked, how = held(case, "cuda"), query(case, "cuda"), How(case.dim**-0.5)

@@ -19,7 +19,7 @@ from tersor.ops.codebook_linear.shapes.one import vector_rotates
 from tersor.ops.trellis_linear.reference import matrix
 from tersor.ops.trellis_linear.shapes import Line, segments
 from tersor.ops.trellis_product import fused_trellis_product, ready_product, trellis_product
-from tersor.ops.trellis_product.shapes import (
+from tersor.ops.trellis_product.shapes.one import (
     CONFIGURATIONS,
     ROTATED_CONFIGURATIONS,
     Division,
@@ -117,7 +117,7 @@ def test_it_is_the_product(device: str, key: tuple[float, int], length: int, wid
     (Tiling(1, 32, 1, 2, 1, 40), (4.0, 12), False), (Tiling(4, 32, 1, 3, 1, 20), (2.5, 12), True),
     (Tiling(4, 16, 1, 16, 9), (5.0, 12), False), (Tiling(4, 16, 2, 4, 1, 8), (1.75, 12), True)], ids=str)
 def test_every_division_is_the_product(tiling: Tiling, key: tuple[float, int], rotated: bool) -> None:
-    from tersor.ops.trellis_product.launch import one_vector
+    from tersor.ops.trellis_product.launch.one import one_vector
 
     line, width = line_of(key, 7000), 4096
     codes, scales, signs = held(line, width)
@@ -136,7 +136,7 @@ def test_every_division_is_the_product(tiling: Tiling, key: tuple[float, int], r
 @pytest.mark.parametrize(("key", "lengths"), [((2.0, 12), (512, 512)), ((2.5, 12), (4096, 1024, 1024)),
                                               ((3.0, 9), (600, 256, 771)), ((4.0, 12), (40, 300))])
 def test_several_matrices_with_a_norm_and_a_sum(key: tuple[float, int], lengths: tuple[int, ...]) -> None:
-    from tersor.ops.trellis_product.launch import one_vector
+    from tersor.ops.trellis_product.launch.one import one_vector
 
     lines, width, eps = [line_of(key, length) for length in lengths], 4096, 0.25
     every = [held(line, width, seed) for seed, line in enumerate(lines)]

@@ -1,4 +1,4 @@
-"""Attention of traced graphs with one token over a cache: one operation, by which keys are not repeated for heads."""
+"""Attention of traced graphs with one token a sequence over a cache: one operation, which repeats no keys for heads."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def _arguments(node: fx.Node, writers: Sequence[fx.Node]) -> tuple[Any, ...] | N
     query, key, mask = example(values["query"]), example(values["key"]), example(values["attn_mask"])
     if query is None or key is None or mask is None or query.requires_grad or set(values) != set(NAMES):
         return None
-    size = query.shape[-1]
-    if query.ndim != 4 or query.shape[0] != 1 or query.shape[2] != 1 or not isinstance(size, int):
+    if query.ndim != 4 or query.shape[2] != 1 or not all(isinstance(query.shape[at], int) for at in (0, 3)):
         return None
-    if mask.dtype != torch.bool or mask.ndim != 4 or any(count != 1 for count in mask.shape[:3]):
+    batch, size = query.shape[0], query.shape[3]
+    if mask.dtype != torch.bool or mask.ndim != 4 or tuple(mask.shape[:3]) not in ((1, 1, 1), (batch, 1, 1)):
         return None
     if values["dropout_p"] != 0 or values["is_causal"] or not isinstance(values["scale"], (float, int, type(None))):
         return None
@@ -54,12 +54,14 @@ def _arguments(node: fx.Node, writers: Sequence[fx.Node]) -> tuple[Any, ...] | N
     shapes = [known.shape for one in held if (known := example(one)) is not None]
     if len(shapes) < 2 or shapes[0] != shapes[1] or len(shapes[0]) != 4 or query.shape[1] % shapes[0][1]:
         return None
+    if shapes[0][0] != batch or shapes[0][2] != mask.shape[3] or shapes[0][3] != size:
+        return None
     scale = size**-0.5 if values["scale"] is None else float(values["scale"])
     return (values["query"], *held, values["attn_mask"], scale)
 
 
 def _unrepeated(node: Any, until: fx.Node, writers: Sequence[fx.Node]) -> Any:
-    """Return the tensor (1, groups, …) that a node repeats for the heads of each group, or the node itself.
+    """Return the tensor (batch, groups, …) that a node repeats for the heads of each group, or the node itself.
 
     Repeating copies, so nothing may write in between.
     """
@@ -72,6 +74,7 @@ def _unrepeated(node: Any, until: fx.Node, writers: Sequence[fx.Node]) -> Any:
     if before is None or after is None or index != (ALL, ALL, None, ALL, ALL) or before.ndim != 4:
         return node
     spread = example(wide)
-    if spread is None or spread.ndim != 5 or after.shape != (1, spread.shape[1] * spread.shape[2], *before.shape[2:]):
+    if spread is None or spread.ndim != 5 or after.shape != (before.shape[0], spread.shape[1] * spread.shape[2],
+                                                             *before.shape[2:]):
         return node
     return node if any(node < one < until for one in writers) else source

@@ -14,7 +14,7 @@ from tersor.compiling.graphs import example, known
 from tersor.ops.codebook_linear.shapes.limits import DTYPES
 from tersor.ops.codebook_linear.shapes.one import known_form, vector_rotates, vector_takes
 from tersor.ops.trellis_linear.shapes import Line
-from tersor.ops.trellis_product import shapes as trellis
+from tersor.ops.trellis_product.shapes import one as trellis
 
 
 class Joining(abc.ABC):

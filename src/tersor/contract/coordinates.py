@@ -36,6 +36,9 @@ class Coded:
         None: codes are not those of the nearest levels, so that only the codec's own encoder finds them.
     steps : Tensor or None
         float32 (256,), what scales of a byte stand for; None: scales are bf16.
+    taps : Tensor or None
+        float32 (period, reach, rate), where coordinates are filtered: `into` takes vectors to numbers, and makes
+        coordinate `rate j + b` the sum over k of `taps[(j + k) mod period, k, b]` times number `j + k`, in a circle.
     """
 
     codes: str
@@ -44,6 +47,7 @@ class Coded:
     table: Tensor | None = None
     refits: int | None = 0
     steps: Tensor | None = None
+    taps: Tensor | None = None
 
     def under(self, prefix: str) -> Coded:
         """Return this as a wrapping codec names it."""

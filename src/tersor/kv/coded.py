@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tersor.contract.codec import Codec, Encoded
 from tersor.contract.coordinates import Coded, Coordinates
-from tersor.ops.kv_attention import Levels
+from tersor.ops.kv_attention import Filter, Levels
 from tersor.ops.kv_encode import kv_encode
 from tersor.payload.blocks import Shape, Tables
 
@@ -54,6 +54,7 @@ class Form:
         maps = None if maps is None else _shared((str(codec), device), maps)
         levels = Levels.of(coded.bits, coded.table, maps, offset, coded.steps, device=device,
                            dim=unit[1] if device.type == "cuda" else None)
+        levels = dataclasses.replace(levels, filter=Filter.of(coded.taps, levels.maps))
         maps = levels.maps
         turned = maps is None or (len(maps) == 1 and maps.shape[1] == maps.shape[2] and bool(
             ((maps[0] @ maps[0].T - torch.eye(unit[1], device=device)).abs() <= ORTHOGONAL).all()))

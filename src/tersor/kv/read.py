@@ -46,7 +46,7 @@ class Read(Kept):
         way = self._pages.lying.get(codes)
         return Side(form.levels, self._pages.buffers(), self._pages.slots(), self._pages.addresses(), starts[codes],
                     starts[form.coded.scales], None if isinstance(way, Book) else way,
-                    self._pages.tickets(self.heads) if isinstance(way, Octets) else None)
+                    self._pages.tickets(self.heads) if isinstance(way, Octets | Lying) else None)
 
     def spelled(self, *, values: bool) -> Spelled | None:
         """Return the tokens as kernels that look words up read them, None where they are no words or there are none.

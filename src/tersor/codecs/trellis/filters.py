@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from tersor.codecs.trellis.windows import Window, editions_of, every_window, newest
 from tersor.numerics.constants import constant
 from tersor.ops.trellis_linear import reference
+from tersor.ops.trellis_linear.shapes import segments
 from tersor.ops.trellis_path import Steps
 from tersor.ops.trellis_path.beam import Sums
 
@@ -43,6 +45,17 @@ class Filter(Window):
     def taps_tensor(self) -> Tensor:
         """Return the taps, float64 (period, memory)."""
         return torch.tensor(self.taps, dtype=torch.float64)
+
+    def circle(self, length: int) -> Tensor | None:
+        """Return the taps as `Coded` has them, float32 (period, reach, bits of a number).
+
+        None where numbers have not all as many bits, or a line of `length` numbers is not one circle of whole periods.
+        """
+        bits = self.shifts[0]
+        if len(set(self.shifts)) > 1 or len(segments(length)) != 1 or length % len(self.shifts):
+            return None
+        every = functional.pad(self.taps_tensor(), (0, -self.memory % bits))
+        return every.unflatten(1, (-1, bits)).flip(2).to(torch.float32)
 
     def table(self) -> Tensor:
         """See `Window.table`."""

@@ -21,8 +21,8 @@ from tersor.contract.rotating import MultipliesRotated
 from tersor.numerics.constants import constant
 from tersor.ops.codebook_linear import codebook_linear, ready_product, widened
 from tersor.ops.trellis_linear import decoded_rows, ready_filter, trellis_filter, trellis_linear
+from tersor.ops.trellis_product import counts, trellis_product
 from tersor.ops.trellis_product import ready_product as ready_across
-from tersor.ops.trellis_product import trellis_product
 from tersor.ops.window_linear import MOST_MEMORY, takes, window_linear
 from tersor.payload import codes
 from tersor.payload.blocks import Few, Rows, Shape, after
@@ -115,8 +115,11 @@ class Trellis(Streamed, MultipliesRotated):
         width = encoded.shape[1]
         if not x.is_cuda:
             return x.numel() > FEW * width
-        some = SIGNED * width < x.numel() <= FEW * width
-        return some and _looked_up(*self.key, encoded.shape, self.axis)
+        if not SIGNED * width < x.numel() <= FEW * width:
+            return False
+        if self.axis == "out" and counts(x.dtype, self.line(encoded.shape), width, x.numel() // width):
+            return False
+        return _looked_up(*self.key, encoded.shape, self.axis)
 
     def coordinates(self, encoded: Encoded) -> Coordinates:
         """Return signs, met by filtered vectors; decoded rows where streams run along outputs."""
@@ -139,7 +142,8 @@ class _Streams(Coordinates):
         assert isinstance(codec, Trellis)
         if codec.stream_shape(self.encoded.shape)[1] % 8:
             return None
-        return Coded("codes", "scales", 1, _signs_on(self.encoded.device), None)
+        return Coded("codes", "scales", 1, _signs_on(self.encoded.device), None,
+                     taps=codec.filter.circle(self.encoded.shape[1]))
 
     def into(self, x: Tensor) -> Tensor:
         """Filter."""

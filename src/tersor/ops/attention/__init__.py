@@ -1,4 +1,4 @@
-"""Attention of one token over a cache in which only some places are seen: one kernel on CUDA, plain torch elsewhere.
+"""Attention of one token over a cache in which only some places are seen: kernels on CUDA, plain torch elsewhere.
 
 Groups of heads share keys and values, which are not repeated for them. See README.md.
 """
@@ -15,16 +15,16 @@ from tersor.ops.dispatch import take_reference
 
 @torch.library.custom_op("tersor::attend_one", mutates_args=())
 def attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Return what a token's heads attend to, (1, heads, 1, size), contiguous, in the query's dtype.
+    """Return what heads of a token of each sequence attend to: (batch, heads, 1, size), contiguous, the query's dtype.
 
     Parameters
     ----------
     query : Tensor
-        (1, heads, 1, size).
+        (batch, heads, 1, size).
     key, value : Tensor
-        (1, groups, places, size), `groups` a divisor of `heads`: neighbouring heads are of one group.
+        (batch, groups, places, size), `groups` a divisor of `heads`: neighbouring heads are of one group.
     mask : Tensor
-        Bool, (1, 1, 1, places): places attended to, at least one.
+        Bool, (batch or 1, 1, 1, places): places attended to, at least one of a sequence.
     scale : float
         Of scores, before the softmax.
     """

@@ -22,7 +22,7 @@ from tersor.ops.kv_attention.shapes import (
     lie_as_signs,
     refusal,
 )
-from tersor.ops.kv_attention.signs import Lying
+from tersor.ops.kv_attention.signs import Filter, Lying
 from tersor.ops.kv_attention.spelling import Book, Spelled, shelf_of
 
 if TYPE_CHECKING:
@@ -124,5 +124,5 @@ def _are_signs(levels: Levels) -> bool:
     return levels.bits == 1 and levels.table is not None and levels.table.tolist() == [-1.0, 1.0]
 
 
-__all__ = ["Book", "Closed", "Held", "How", "Levels", "Lying", "Octets", "Side", "Spelled", "kv_attention",
+__all__ = ["Book", "Closed", "Filter", "Held", "How", "Levels", "Lying", "Octets", "Side", "Spelled", "kv_attention",
            "laid", "lie_as_octets", "lie_as_signs", "look_up", "part_of", "takes_kernel", "words_of"]

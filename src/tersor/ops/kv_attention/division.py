@@ -71,6 +71,12 @@ def division_of(closed: int, dense: int, heads: int, rows: int, processors: int,
     return Division(-(-turns // each), others, tile, turn)
 
 
+def streams_division(closed: int, dense: int, heads: int, rows: int, processors: int, signs: int) -> Division:
+    """Return the division where one launch meets signs, so many of a lane's queries."""
+    cut = division_of(closed, dense, heads, rows, processors, signs=signs)
+    return dataclasses.replace(cut, dense=min(MOST_NEARBY, -(-dense // (WARPS * NEARBY))))
+
+
 def octet_limits(dim: int) -> tuple[int, int]:
     """Return programs of a multiprocessor and a thread's registers, where codes are integers."""
     return OCTET_LIMITS[dim > 128]

@@ -1,4 +1,4 @@
-"""Attention over a compressed cache on CUDA: three launches, of which none waits for the processor."""
+"""Attention over a compressed cache on CUDA: one launch or three, of which none waits for the processor."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tersor.ops.kv_attention.division import (
     octet_limits,
     octets_division,
     sign_limits,
+    streams_division,
     words_division,
 )
 from tersor.ops.kv_attention.kernels import bits
@@ -24,6 +25,7 @@ from tersor.ops.kv_attention.kernels.multiplied import attend_octets
 from tersor.ops.kv_attention.kernels.placing import place_bits
 from tersor.ops.kv_attention.kernels.signed import attend_signs
 from tersor.ops.kv_attention.kernels.spelled import attend_words
+from tersor.ops.kv_attention.kernels.streamed import attend_streams
 from tersor.ops.kv_attention.octets import UNIT, Octets
 from tersor.ops.kv_attention.shapes import (
     DENSE_TURN,
@@ -34,6 +36,7 @@ from tersor.ops.kv_attention.shapes import (
     How,
     Side,
     element_codes,
+    filters_of,
     queries_at_once,
     sign_sets,
     signs_of_token,
@@ -67,9 +70,9 @@ def attention(query: Tensor, held: Held, how: How, counts: Tensor | None = None)
         parts = batch * heads * cut.parts * rows
         scores = workspace((2, parts), torch.float32, query.device, "parts of attention")
         out = torch.empty(batch, query.shape[2], query.shape[1], dim, dtype=query.dtype, device=query.device)
-        if isinstance(closed.keys, Side) and isinstance(closed.keys.lying, Octets):
+        if (once := _at_once(closed)) is not None:
             sums = workspace((parts, dim), torch.float32, query.device, "parts of attention")
-            _multiply_octets(query, held, how, (cut, scores, sums), out, counts)
+            once(query, held, how, (cut, scores, sums), out, counts)
             return out.transpose(1, 2)
         meet, maps, offset = _ways(closed)
         count = dim if maps is None else maps.shape[1]
@@ -96,8 +99,9 @@ def _division(held: Held, rows: int, processors: int) -> Division:
         return octets_division(closed.tokens, dense, heads, rows, held.recent[0].shape[3], processors)
     if isinstance(closed.keys, Side) and closed.keys.lying is not None:
         sets = sign_sets(closed, rows)
-        return division_of(closed.tokens, dense, heads * -(-rows // (SET * sets)), rows, processors,
-                           signs=signs_of_token(closed) * sets)
+        divide = division_of if filters_of(closed) is None else streams_division
+        return divide(closed.tokens, dense, heads * -(-rows // (SET * sets)), rows, processors,
+                      signs=signs_of_token(closed) * sets)
     return division_of(closed.tokens, dense, heads, rows, processors)
 
 
@@ -110,8 +114,16 @@ def _ways(closed: Closed) -> tuple[Meet, Tensor | None, Tensor | None]:
     return _meet_signs if signs else _meet_codes, levels.lines if signs else levels.maps, levels.offset
 
 
+def _at_once(closed: Closed) -> Once | None:
+    """Return what does all in one launch, where codes are such."""
+    if isinstance(closed.keys, Side) and isinstance(closed.keys.lying, Octets):
+        return _multiply_octets
+    return None if filters_of(closed) is None else _meet_streams
+
+
 Work: TypeAlias = tuple[Division, Tensor, Tensor]
 Meet: TypeAlias = Callable[[Tensor, Held, How, Work, Tensor | None], None]
+Once: TypeAlias = Callable[[Tensor, Held, How, Work, Tensor, Tensor | None], None]
 
 
 def _meet_codes(query: Tensor, held: Held, how: How, work: Work, counts: Tensor | None) -> None:
@@ -183,9 +195,7 @@ def _multiply_octets(query: Tensor, held: Held, how: How, work: Work, out: Tenso
     rows, keys, values, scaling = (query.shape[1] // heads * query.shape[2], closed.keys.levels, closed.values.levels,
                                    _scaling(how))
     sets = 1 if dim > WIDE else min(2, -(-rows // SET))
-    parts, tickets = batch * heads, closed.keys.tickets
-    if tickets is None:
-        tickets = torch.zeros(parts, dtype=torch.int32, device=query.device)
+    parts = batch * heads
     near_side, far_side = _anchored(closed.keys), _anchored(closed.values)
     near_room, far_room = _room(closed.keys), _room(closed.values)
     (near_step, near_table), (far_step, far_table) = keys.octets, values.octets
@@ -193,12 +203,45 @@ def _multiply_octets(query: Tensor, held: Held, how: How, work: Work, out: Tenso
                  for one in (keys, values))
     attend_octets[(cut.parts * parts, -(-rows // (SET * sets)))](
         query, _or(keys.signs, query), _or(keys.offset, query), _or(values.signs, query), _or(values.offset, query),
-        _or(how.s_aux, query), out, tickets, near_side, far_side, closed.keys.addresses, closed.values.addresses,
-        near_room, far_room, near_table, far_table, near_step, far_step, keys.stepped, values.stepped,
-        *_dense(query, held, how, (scaling, scores, sums, _or(counts, near_side)), words=True), cut.splits, cut.dense,
-        heads, rows, query.shape[2], dim, closed.block, closed.blocks, keys.bits, values.bits, closed.keys.scale_bytes,
-        closed.values.scale_bytes, *_kinds(how, counts), *ways, how.s_aux is not None, cut.turn // UNIT, sets, WARPS,
-        num_warps=WARPS, maxnreg=octet_limits(dim)[1])
+        _or(how.s_aux, query), out, _tickets(closed.keys, parts), near_side, far_side, closed.keys.addresses,
+        closed.values.addresses, near_room, far_room, near_table, far_table, near_step, far_step, keys.stepped,
+        values.stepped, *_dense(query, held, how, (scaling, scores, sums, _or(counts, near_side)), words=True),
+        cut.splits, cut.dense, heads, rows, query.shape[2], dim, closed.block, closed.blocks, keys.bits, values.bits,
+        closed.keys.scale_bytes, closed.values.scale_bytes, *_kinds(how, counts), *ways, how.s_aux is not None,
+        cut.turn // UNIT, sets, WARPS, num_warps=WARPS, maxnreg=octet_limits(dim)[1])
+
+
+def _meet_streams(query: Tensor, held: Held, how: How, work: Work, out: Tensor, counts: Tensor | None) -> None:
+    """Launch what meets signs and knows their filters, from queries to what is to be returned."""
+    (cut, scores, sums), closed = work, held.closed
+    assert closed is not None
+    assert isinstance(closed.keys, Side)
+    assert isinstance(closed.values, Side)
+    filters = filters_of(closed)
+    assert filters is not None
+    batch, heads, _, dim = held.recent[0].shape
+    rows, keys, values = query.shape[1] // heads * query.shape[2], closed.keys.levels, closed.values.levels
+    sets, parts = sign_sets(closed, rows), batch * heads
+    near_side, far_side = _anchored(closed.keys), _anchored(closed.values)
+    ways = tuple((own.turns is not None, one.offset is not None, one.offset is not None and len(one.offset) > 1)
+                 for own, one in zip(filters, (keys, values), strict=True))
+    attend_streams[(cut.parts * parts, -(-rows // (SET * sets)))](
+        query, _or(filters[0].turns, query), _or(keys.offset, query), _or(filters[1].turns, query),
+        _or(values.offset, query), _or(how.s_aux, query), out, _tickets(closed.keys, parts), near_side, far_side,
+        closed.keys.addresses, closed.values.addresses, _room(closed.keys), _room(closed.values), filters[0].taps,
+        filters[1].taps, keys.stepped, values.stepped,
+        *_dense(query, held, how, (_scaling(how), scores, sums, _or(counts, near_side)), words=True), cut.splits,
+        cut.dense, heads, rows, query.shape[2], dim, closed.block, closed.blocks,
+        *(own.taps.shape[2] * dim for own in filters), closed.keys.scale_bytes, closed.values.scale_bytes,
+        *_kinds(how, counts), *ways, *(tuple(own.taps.shape) for own in filters), how.s_aux is not None, sets, WARPS,
+        num_warps=WARPS, maxnreg=sign_limits(signs_of_token(closed) * sets)[1])
+
+
+def _tickets(side: Side, parts: int) -> Tensor:
+    """Return zeros, one a part."""
+    if side.tickets is None:
+        return torch.zeros(parts, dtype=torch.int32, device=side.addresses.device)
+    return side.tickets
 
 
 def _meet_words(query: Tensor, held: Held, how: How, work: Work, counts: Tensor | None) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tersor.ops.kv_attention import octets
 from tersor.ops.kv_attention.octets import Octets
-from tersor.ops.kv_attention.signs import MOST_ROWS, MOST_SIGNS, SET, Lying, signs_of
+from tersor.ops.kv_attention.signs import MOST_ROWS, MOST_SIGNS, SET, Filter, Lying, signs_of
 from tersor.ops.kv_attention.spelling import Spelled, unspelled
 
 BITS = (2, 3, 4, 8)  # of a code
@@ -68,6 +68,8 @@ class Levels:
         float32 (256,), on the processor: what scales of a byte stand for; None where scales are bf16.
     lines : Tensor or None
         float32 (heads or 1, signs, dim): what takes signs to tokens, where kernels are to know; see `signs_of`.
+    filter : Filter or None
+        What takes signs to tokens a few at a time, where it is known.
     """
 
     bits: int
@@ -79,6 +81,7 @@ class Levels:
     offset: Tensor | None = None
     steps: Tensor | None = None
     lines: Tensor | None = None
+    filter: Filter | None = None
 
     @classmethod
     def of(cls, bits: int, table: Tensor | None, maps: Tensor | None = None, offset: Tensor | None = None,
@@ -321,6 +324,13 @@ def signs_of_token(closed: Closed) -> int:
 def sign_sets(closed: Closed, rows: int) -> int:
     """Return how many times four queries a program meets signs with: as many as registers hold sums for."""
     return min(-(-rows // SET), MOST_ROWS // SET, MOST_SIGNS // signs_of_token(closed))
+
+
+def filters_of(closed: Closed) -> tuple[Filter, Filter] | None:
+    """Return the filters of keys and of values where signs of both lie for kernels and are filtered, else None."""
+    sides = closed.keys, closed.values
+    found = tuple(one.levels.filter for one in sides if isinstance(one, Side) and isinstance(one.lying, Lying))
+    return None if len(found) < 2 or found[0] is None or found[1] is None else (found[0], found[1])
 
 
 def lie_as_signs(keys: Levels, values: Levels, block: int, rows: int) -> bool:

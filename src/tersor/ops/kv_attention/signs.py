@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from tersor.numerics.constants import constant
+from tersor.numerics.linalg import sylvester
 
 WORD = 32
 RUN = 16  # tokens of a lane, one behind the other
 MOST_SIGNS = 512  # of a token, times groups of four queries: sums are in registers
 SET = 4  # queries that share a product
 MOST_ROWS = 8  # of a program, in two products
+PERIOD = 4  # numbers whose taps may differ, or a part
+FILTERED = 1e-5  # most that maps may err from a filter and a rotation
 
 
 def signs_of(bits: int, table: Tensor | None, maps: Tensor | None, dim: int) -> Tensor | None:
@@ -40,6 +43,42 @@ def signs_of(bits: int, table: Tensor | None, maps: Tensor | None, dim: int) -> 
     every = torch.stack([lines * part for part in parts], 2).flatten(1, 2)
     count = every.shape[1]
     return every.contiguous() if count % WORD == 0 and count <= MOST_SIGNS else None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Filter:
+    """What takes signs to tokens a few at a time: a filter around a circle, then maybe a Hadamard matrix and signs.
+
+    Attributes
+    ----------
+    taps : Tensor
+        float32 (period, reach, rate): sign `rate j + b` counts `taps[i mod period, k, b]` in number i = j + k.
+    turns : Tensor or None
+        float32 (dim,): what multiplies vectors before a Hadamard matrix takes them to numbers; None where they are.
+    """
+
+    taps: Tensor
+    turns: Tensor | None
+
+    @classmethod
+    def of(cls, taps: Tensor | None, maps: Tensor | None) -> Filter | None:
+        """Return that of `taps` where `maps` (heads or 1, signs, dim) are one such, else None; where `maps` are."""
+        if taps is None or maps is None or not bool((maps == maps[:1]).all()):
+            return None
+        (period, reach, rate), dim, found = taps.shape, maps.shape[2], maps[0]
+        if maps.shape[1] != rate * dim or reach > dim or dim & (dim - 1) or PERIOD % period:
+            return None
+        own, plain = taps.to(device="cpu", dtype=torch.float32), torch.zeros(dim, rate, dim)
+        place = torch.arange(dim)
+        for far in range(reach):
+            near = (place + far) % dim
+            plain[place, :, near] = own[near % period, far]
+        lines = plain.flatten(0, 1).to(found)
+        if bool(((lines - found).abs() <= FILTERED).all()):
+            return cls(own.to(found.device), None)
+        lines = lines @ torch.from_numpy(sylvester(dim)).to(found)
+        turns = (lines * found).sum(0) / lines.square().sum(0)
+        return cls(own.to(found.device), turns) if bool(((lines * turns - found).abs() <= FILTERED).all()) else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Few vectors times linear trellis codes along outputs: one vector meets signs and filter in one launch."""
+"""Vectors times linear trellis codes along outputs: one meets signs and filter in one launch, several as bit planes."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from tersor.ops.trellis_linear import ready_filter, trellis_filter
 from tersor.ops.trellis_linear.shapes import Line
 from tersor.ops.trellis_linear.shapes import refusal as line_refusal
 from tersor.ops.trellis_product import reference
+from tersor.ops.trellis_product.shapes.several import faster
+from tersor.ops.trellis_product.shapes.several import refusal as counts_refusal
 from tersor.payload.blocks import Few, after
 
 
@@ -70,9 +72,9 @@ def _(x: Tensor, codes: Tensor, taps: Tensor, scales: Tensor, shifts: Sequence[i
     line, turn = Line(scales.shape[0], tuple(shifts), taps.shape[1]), _turn(x.shape[-1], rotation)
     if not x.numel() or take_reference("trellis_product", _refusal(line, x.dtype, x.shape[-1]), x.device):
         return _plain(x, codes, taps, scales, shifts, rotation)
-    from tersor.ops.trellis_product import launch
+    from tersor.ops.trellis_product.launch import choose
 
-    return launch.product(x, codes, taps, scales.contiguous(), line, turn)
+    return choose.product(x, codes, taps, scales.contiguous(), line, turn)
 
 
 def ready_product(codes: Tensor, taps: Tensor, scales: Tensor, line: Line, width: int, *,
@@ -86,9 +88,9 @@ def ready_product(codes: Tensor, taps: Tensor, scales: Tensor, line: Line, width
     reason = _refusal(line, torch.float32, width) or (None if turn is None else rotation_refusal(width))
     if not codes.is_cuda or not line.length or take_reference("trellis_product", reason, codes.device):
         return None
-    from tersor.ops.trellis_product import launch
+    from tersor.ops.trellis_product.launch import choose
 
-    return Taped(lambda x: launch.product(x, codes, taps, scales, line, turn))
+    return Taped(lambda x: choose.product(x, codes, taps, scales, line, turn))
 
 
 @torch.library.custom_op("tersor::fused_trellis_product", mutates_args=())
@@ -135,11 +137,11 @@ def _(x: Tensor, norm: Tensor | None, codes: Sequence[Tensor], taps: Tensor, sca
     lines = [Line(one.shape[0], tuple(shifts), taps.shape[1]) for one in scales]
     reason = next((one for line in lines if (one := _refusal(line, x.dtype, width)) is not None), None)
     if x.numel() == width and not take_reference("trellis_product", reason, x.device):
-        from tersor.ops.trellis_product import launch
+        from tersor.ops.trellis_product.launch.one import joined as joined_vector
 
         before, behind = (None if one is None else one.contiguous() for one in (norm, added))
         around = Around(() if rotation is None else (Rotation(width, rotation),), before, eps, behind)
-        y = launch.joined(x, codes, taps, [one.contiguous() for one in scales], lines, around)
+        y = joined_vector(x, codes, taps, [one.contiguous() for one in scales], lines, around)
         if y is not None:
             return y
     return joined(_one_by_one(normed(x, norm, eps), codes, taps, scales, shifts, rotation), added, False)
@@ -149,6 +151,11 @@ def _one_by_one(x: Tensor, codes: Sequence[Tensor], taps: Tensor, scales: Sequen
                 rotation: int | None) -> list[Tensor]:
     return [trellis_product(x, one, taps, scale, shifts, rotation=rotation)
             for one, scale in zip(codes, scales, strict=True)]
+
+
+def counts(dtype: torch.dtype, line: Line, width: int, batch: int) -> bool:
+    """Tell whether CUDA counts bits for so many vectors, and is faster so than by looking windows up."""
+    return faster(line, batch) and counts_refusal(dtype, line, width, batch) is None
 
 
 @lru_cache(maxsize=64)
@@ -172,4 +179,4 @@ def _plain(x: Tensor, codes: Tensor, taps: Tensor, scales: Tensor, shifts: Seque
     return reference.trellis_product(turned, codes, taps, scales, line).to(x.dtype)
 
 
-__all__ = ["fused_trellis_product", "ready_product", "trellis_product"]
+__all__ = ["counts", "fused_trellis_product", "ready_product", "trellis_product"]

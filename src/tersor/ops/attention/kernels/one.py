@@ -1,4 +1,4 @@
-"""Attention of one token in one kernel: a program for each of its heads.
+"""Attention of one token in one kernel: a program for each of its heads. Longer caches have `parts`.
 
 Such a kernel waits for memory: so a block's keys and values are all asked for before the block's scores are complete.
 Of places that the mask hides nothing is read.
@@ -14,19 +14,22 @@ from tersor.ops.dispatch import kernel
 
 @kernel
 @triton.jit
-def attend(query, key, value, mask, out, factor, QUERY: tl.constexpr, KEY: tl.constexpr, KEY_PLACE: tl.constexpr,
-           VALUE: tl.constexpr, VALUE_PLACE: tl.constexpr, SEEN: tl.constexpr, PLACES: tl.constexpr,
-           HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    # HEADS heads share keys and values, a group; `factor` is the scale, to the base 2. Strides (of a head, of groups
-    # and their places, of the mask) are constants: then loads of a thread have one address, and offsets.
+def attend(query, key, value, mask, out, factor, QUERY_LINE: tl.constexpr, QUERY: tl.constexpr,
+           KEY_LINE: tl.constexpr, KEY: tl.constexpr, KEY_PLACE: tl.constexpr, VALUE_LINE: tl.constexpr,
+           VALUE: tl.constexpr, VALUE_PLACE: tl.constexpr, SEEN_LINE: tl.constexpr, SEEN: tl.constexpr,
+           PLACES: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    # HEADS heads share keys and values, a group; `factor` is the scale, to the base 2. Strides (of a sequence, a head
+    # or group, a place) are constants: then loads of a thread have one address, and offsets.
     tl.extra.cuda.gdc_launch_dependents()  # what follows may ask for its codes meanwhile
     head = tl.program_id(0)
+    line = tl.program_id(1).to(tl.int64)
     group = (head // HEADS).to(tl.int64)
     column = tl.arange(0, SIZE)
-    key += group * KEY
-    value += group * VALUE
+    key += line * KEY_LINE + group * KEY
+    value += line * VALUE_LINE + group * VALUE
+    mask += line * SEEN_LINE
     tl.extra.cuda.gdc_wait()  # the kernel before may still write what is attended to
-    wanted = tl.load(query + head * QUERY + column).to(tl.float32) * factor
+    wanted = tl.load(query + line * QUERY_LINE + head * QUERY + column).to(tl.float32) * factor
     peak = tl.full([], -float("inf"), tl.float32)
     total = tl.full([], 0.0, tl.float32)
     found = tl.zeros([SIZE], tl.float32)
@@ -42,4 +45,4 @@ def attend(query, key, value, mask, out, factor, QUERY: tl.constexpr, KEY: tl.co
         total = total * before + tl.sum(weights, 0)
         found = found * before + tl.sum(weights[:, None] * values.to(tl.float32), 0)
         peak = most
-    tl.store(out + head * SIZE + column, (found / total).to(out.dtype.element_ty))
+    tl.store(out + (line * (GROUPS * HEADS) + head) * SIZE + column, (found / total).to(out.dtype.element_ty))

@@ -26,18 +26,18 @@ def load(count: int) -> str:
     return f"ld.global.v{count}.b32 {{{names}}}, [${count}];"
 
 
-def met(steps: int) -> str:
-    """Return PTX: signs of 16 tokens times a query's integers, to the two sums of a lane.
+def met(steps: int, planes: int = ASKED) -> str:
+    """Return PTX: signs of 16 tokens times a query's integers of so many planes, to the two sums of a lane.
 
     Registers: the sums; of each step a word of the lower and one of the higher token; planes, a word for each tile and
     step; what sums begin with.
     """
-    planes = 2 + 2 * steps
-    lines = _begun(["$0", "$1"], f"${planes + ASKED_TILES * steps}")
-    for tile in range(ASKED_TILES):
+    first = 2 + 2 * steps
+    lines = _begun(["$0", "$1"], f"${first + planes // 2 * steps}")
+    for tile in range(planes // 2):
         lines += _product([(f"${2 + 2 * step}", f"${3 + 2 * step}") for step in range(steps)],
-                          [f"${planes + tile * steps + step}" for step in range(steps)])
-        lines += _weighed(tile, "$0", "$1", ASKED - 1)
+                          [f"${first + tile * steps + step}" for step in range(steps)])
+        lines += _weighed(tile, "$0", "$1", planes - 1)
     return "\n".join([*lines, "}"])
 
 

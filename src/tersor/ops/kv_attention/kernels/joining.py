@@ -94,9 +94,8 @@ def written(row_sums, most, whole, row, at, peaks, totals, sums, lane, ROWS: gl.
 
 
 @gluon.jit
-def finish(acc, peak, total, row, at, peaks, totals, sums, start, warp, lane, ROWS: gl.constexpr, DIM: gl.constexpr,
-           S: gl.constexpr):
-    """Join the warps' sums of four queries, four numbers of each 32 a lane, and write a part; a warp's query is `row`."""
+def gathered(acc, peak, total, start, warp, lane, DIM: gl.constexpr, S: gl.constexpr):
+    """Join the warps' sums of four queries, four numbers of each 32 a lane; return a warp's query as `joined` does."""
     quad = lane & 3
     share = shares(peak, total, start, warp, quad, S)
     near = start + (32 * S + ((warp * 4 + quad) * (DIM + PAD) + (lane >> 2) * 4) * 4)
@@ -105,7 +104,14 @@ def finish(acc, peak, total, row, at, peaks, totals, sums, start, warp, lane, RO
         for place in gl.static_range(4):
             four = four + ((acc[4 * part + place] * share).to(gl.int32, bitcast=True),)
         keep(near + part * 128, four)
-    found, most, whole = joined(start, warp, lane, DIM, S)
+    return joined(start, warp, lane, DIM, S)
+
+
+@gluon.jit
+def finish(acc, peak, total, row, at, peaks, totals, sums, start, warp, lane, ROWS: gl.constexpr, DIM: gl.constexpr,
+           S: gl.constexpr):
+    """Join the warps' sums of four queries and write a part; a warp's query is `row`."""
+    found, most, whole = gathered(acc, peak, total, start, warp, lane, DIM, S)
     written(found, most, whole, row, at, peaks, totals, sums, lane, ROWS, DIM)
 
 

@@ -11,14 +11,14 @@ from tersor.ops.kv_attention.kernels.attending import capped
 
 NONE = gl.constexpr(float("-inf"))
 LOG2E = gl.constexpr(1.4426950408889634)
-TILES = gl.constexpr(bits.ASKED_TILES)
 GIVEN_TILES = gl.constexpr(bits.GIVEN_TILES)
 MOST = gl.constexpr(float(bits.MOST))
 LEAST = gl.constexpr(1e-30)  # the largest weight of a turn, where it is divided by
 ROUNDS = gl.constexpr(float(1 << 23))  # added to a number below it, leaves its nearest integer in the lowest bits
 EACH = gl.constexpr(bits.EACH)
 MIXED, TURNED, GATHERED = (gl.constexpr(text) for text in (bits.mixed(), bits.turned(), bits.gathered(bits.EACH // 2)))
-MET = gl.constexpr(tuple(bits.met(steps) for steps in range(1, 5)))
+MOST_STEPS = gl.constexpr(4)
+MET = gl.constexpr(tuple(bits.met(steps, planes) for planes in range(2, bits.ASKED + 2, 2) for steps in range(1, 5)))
 SUM, LARGEST = (gl.constexpr(bits.across(kind)) for kind in ("add.s32", "max.NaN.f32"))
 
 
@@ -39,9 +39,10 @@ def across(number, KIND: gl.constexpr):
 def scored(keys, planes, begin, unit, shift, bias, scales, softcap, WORDS: gl.constexpr, CAPPED: gl.constexpr):
     """Return the scores of a lane's tokens; `bias` is -inf where there are none."""
     STEPS: gl.constexpr = (WORDS + 3) // 4
+    TILES: gl.constexpr = len(planes) // STEPS
     found = ()
     for pair in gl.static_range(EACH // 2):
-        sums = gl.inline_asm_elementwise(MET[STEPS - 1], registers(2, 2 * STEPS + TILES * STEPS + 1),
+        sums = gl.inline_asm_elementwise(MET[(TILES - 1) * MOST_STEPS + STEPS - 1], registers(2, 2 * STEPS + TILES * STEPS + 1),
                                          keys[2 * pair * STEPS : 2 * (pair + 1) * STEPS] + planes + (begin,),
                                          dtype=integers(2), is_pure=True, pack=1)
         for which in gl.static_range(2):

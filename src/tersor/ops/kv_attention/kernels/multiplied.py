@@ -117,7 +117,7 @@ def over_octets(split, splits, at, head, sequence, row, queries, start, sources,
             queries[2] + (head * DIM if NEAR[2] else 0), scaling, start, row + 4 * turn + warp, warp, lane, turn, ROWS, DIM,
             NEAR[0], NEAR[1], SETS)
     gl.thread_barrier()
-    columns, begin, unit, shift = asked(start, lane, tables[2], DIM, SETS)
+    columns, begin, unit, shift = asked(start, lane, tables[2], DIM // 16, SETS)
     peak, total, extra = filled(NONE, unit[0], SETS), filled(0.0, unit[0], SETS), filled(0.0, unit[0], SETS)
     acc = filled(0.0, unit[0], SETS * COUNT)
     for _ in range(0, ((middle + TURN - 1) // TURN + splits * S - 1) // (splits * S)):

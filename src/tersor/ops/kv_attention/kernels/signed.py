@@ -66,17 +66,9 @@ def weighed_all(every, value_scales, peaks, totals, lane, SETS: gl.constexpr):
 
 
 @gluon.jit
-def over_signs(split, splits, at, head, sequence, row, asked, sources, steps, mask, softcap, peaks, totals, sums, middle,
-               batch, early, mask_head, mask_query, mask_token, HEADS: gl.constexpr, ROWS: gl.constexpr,
-               QUERIES: gl.constexpr, BLOCK: gl.constexpr, PAGE: gl.constexpr, KEYS: gl.constexpr, VALUES: gl.constexpr,
-               KEY_BYTES: gl.constexpr, VALUE_BYTES: gl.constexpr, WIDE: gl.constexpr, MASK: gl.constexpr,
-               CAPPED: gl.constexpr, SETS: gl.constexpr, ALL: gl.constexpr, S: gl.constexpr):
-    """Attend to the turns of closed tokens that are this program's, with queries from `row` on.
-
-    KEYS and VALUES are signs of a token.
-    """
-    STEPS: gl.constexpr = (KEYS // 32 + 3) // 4
-    COUNT: gl.constexpr = VALUES // 8
+def open_turns(split, splits, sources, steps, middle, batch, sequence, head, HEADS: gl.constexpr, BLOCK: gl.constexpr,
+               PAGE: gl.constexpr, KEYS: gl.constexpr, KEY_BYTES: gl.constexpr, S: gl.constexpr):
+    """Ask for the first turn of a program's warps; return what `over_turns` begins with."""
     thread = gl.arange(0, 32 * S, layout=gl.BlockedLayout([1], [32], [S], [0]))
     lane = thread & 31
     start = (split * S + (thread >> 5)) * TURN
@@ -84,12 +76,26 @@ def over_signs(split, splits, at, head, sequence, row, asked, sources, steps, ma
     inside = start + (lane >> 2) * EACH < middle
     keys, key_scales = load_turn(sources, place_of(sources[2], first, batch, sequence, BLOCK, PAGE), first, inside, head,
                                  lane, steps[0], HEADS, BLOCK, PAGE, KEYS, KEY_BYTES)
-    far = place_of(sources[3], first, batch, sequence, BLOCK, PAGE)
-    planes, begin, unit, shift = load_queries(asked[0], asked[1], asked[2], asked[3], sequence * HEADS + head + waited(),
-                                              row, lane, STEPS, SETS, ALL)
+    return start, first, inside, keys, key_scales, place_of(sources[3], first, batch, sequence, BLOCK, PAGE)
+
+
+@gluon.jit
+def over_turns(opened, asked, lane, row, splits, sources, steps, mask, softcap, middle, batch, sequence, head, early,
+               mask_head, mask_query, mask_token, HEADS: gl.constexpr, ROWS: gl.constexpr, QUERIES: gl.constexpr,
+               BLOCK: gl.constexpr, PAGE: gl.constexpr, KEYS: gl.constexpr, VALUES: gl.constexpr,
+               KEY_BYTES: gl.constexpr, VALUE_BYTES: gl.constexpr, MASK: gl.constexpr, CAPPED: gl.constexpr,
+               SETS: gl.constexpr, S: gl.constexpr):
+    """Return sums of signs of a warp's turns, SETS times four queries from `row` on, then peaks and sums of weights.
+
+    `asked` are planes of queries, and what their sums begin with, count, and are shifted by. KEYS and VALUES are signs of
+    a token.
+    """
+    start, first, inside, keys, key_scales, far = opened
+    planes, begin, unit, shift = asked
+    WORDS: gl.constexpr = len(planes) // SETS
     peak = filled(NONE, unit[0], SETS)
     total = filled(0.0, unit[0], SETS)
-    acc = filled(0.0, unit[0], SETS * COUNT)
+    acc = filled(0.0, unit[0], SETS * (VALUES // 8))
     for _ in range(0, ((middle + TURN - 1) // TURN + splits * S - 1) // (splits * S)):
         values = load_values(sources[1], far, first, head, lane, HEADS, BLOCK, PAGE, VALUES)
         token = first + (lane >> 2) * EACH
@@ -102,8 +108,8 @@ def over_signs(split, splits, at, head, sequence, row, asked, sources, steps, ma
         far = place_of(sources[3], first, batch, sequence, BLOCK, PAGE)
         every = ()
         for turn in gl.static_range(SETS):
-            scores = scored(keys, planes[turn * TILES * STEPS : (turn + 1) * TILES * STEPS], begin[turn], unit[turn],
-                            shift[turn], bias, key_scales, softcap, KEYS // 32, CAPPED)
+            scores = scored(keys, planes[turn * WORDS : (turn + 1) * WORDS], begin[turn], unit[turn], shift[turn], bias,
+                            key_scales, softcap, KEYS // 32, CAPPED)
             every = every + masked(scores, mask, early + token, inside, row + 4 * turn + (lane & 3), head, mask_head,
                                    mask_query, mask_token, ROWS, QUERIES, MASK)
         inside = start + (lane >> 2) * EACH < middle
@@ -111,6 +117,27 @@ def over_signs(split, splits, at, head, sequence, row, asked, sources, steps, ma
                                      KEY_BYTES)
         columns, weights, unit_of, shrink, peak, total = weighed_all(every, value_scales, peak, total, lane, SETS)
         acc = added(acc, values, columns, weights, unit_of, shrink, VALUES)
+    return acc, peak, total
+
+
+@gluon.jit
+def over_signs(split, splits, at, head, sequence, row, asked, sources, steps, mask, softcap, peaks, totals, sums, middle,
+               batch, early, mask_head, mask_query, mask_token, HEADS: gl.constexpr, ROWS: gl.constexpr,
+               QUERIES: gl.constexpr, BLOCK: gl.constexpr, PAGE: gl.constexpr, KEYS: gl.constexpr, VALUES: gl.constexpr,
+               KEY_BYTES: gl.constexpr, VALUE_BYTES: gl.constexpr, WIDE: gl.constexpr, MASK: gl.constexpr,
+               CAPPED: gl.constexpr, SETS: gl.constexpr, ALL: gl.constexpr, S: gl.constexpr):
+    """Attend to the turns of closed tokens that are this program's, with queries from `row` on.
+
+    KEYS and VALUES are signs of a token.
+    """
+    COUNT: gl.constexpr = VALUES // 8
+    lane = gl.arange(0, 32 * S, layout=gl.BlockedLayout([1], [32], [S], [0])) & 31
+    opened = open_turns(split, splits, sources, steps, middle, batch, sequence, head, HEADS, BLOCK, PAGE, KEYS, KEY_BYTES, S)
+    queries = load_queries(asked[0], asked[1], asked[2], asked[3], sequence * HEADS + head + waited(), row, lane,
+                           (KEYS // 32 + 3) // 4, SETS, ALL)
+    acc, peak, total = over_turns(opened, queries, lane, row, splits, sources, steps, mask, softcap, middle, batch,
+                                  sequence, head, early, mask_head, mask_query, mask_token, HEADS, ROWS, QUERIES, BLOCK,
+                                  PAGE, KEYS, VALUES, KEY_BYTES, VALUE_BYTES, MASK, CAPPED, SETS, S)
     for turn in gl.static_range(SETS):
         finish(acc[turn * COUNT : (turn + 1) * COUNT], peak[turn], total[turn], row + 4 * turn, at, peaks, totals, sums,
                ROWS, WIDE, VALUES, S)

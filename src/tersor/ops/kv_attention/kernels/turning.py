@@ -26,24 +26,30 @@ def floats(count: int) -> tuple:
     return (gl.float32,) * count
 
 
+@gluon.constexpr_function
+def divisor(count: int) -> int:
+    """Return how many words go at a time: four, two or one."""
+    return next(some for some in (4, 2, 1) if count % some == 0)
+
+
 @gluon.jit
 def keep(at, words):
-    """Write words of each lane, one, two, four or eight, to an address in shared memory."""
-    COUNT: gl.constexpr = min(4, len(words))
+    """Write words of each lane to an address in shared memory, as many at a time as divide their number, four at most."""
+    COUNT: gl.constexpr = divisor(len(words))
     for part in gl.static_range(len(words) // COUNT):
         gl.inline_asm_elementwise(KEPT[COUNT // 2], registers(1, 1 + COUNT),
-                                  (at + 16 * part,) + words[part * COUNT : (part + 1) * COUNT], dtype=gl.int32,
+                                  (at + 4 * COUNT * part,) + words[part * COUNT : (part + 1) * COUNT], dtype=gl.int32,
                                   is_pure=False, pack=1)
 
 
 @gluon.jit
 def take(at, COUNT: gl.constexpr):
-    """Return words of shared memory, one, two, four or eight, as integers."""
-    EACH: gl.constexpr = min(4, COUNT)
+    """Return words of shared memory as integers, as many at a time as divide their number, four at most."""
+    EACH: gl.constexpr = divisor(COUNT)
     found = ()
     for part in gl.static_range(COUNT // EACH):
-        some = gl.inline_asm_elementwise(TAKEN[EACH // 2], registers(EACH, 1), [at + 16 * part], dtype=integers(EACH),
-                                         is_pure=False, pack=1)
+        some = gl.inline_asm_elementwise(TAKEN[EACH // 2], registers(EACH, 1), [at + 4 * EACH * part],
+                                         dtype=integers(EACH), is_pure=False, pack=1)
         for place in gl.static_range(EACH):
             found = found + (some[place],)
     return found
@@ -76,13 +82,9 @@ def turned(row, lane):
 
 
 @gluon.jit
-def ask(query, signs, offset, scaling, start, row, warp, lane, turn: gl.constexpr, ROWS: gl.constexpr,
-        DIM: gl.constexpr, TURNED: gl.constexpr, SHIFTED: gl.constexpr, SETS: gl.constexpr):
-    """Write the bytes of a warp's query to shared memory, and what its sums begin with, count, and are shifted by.
-
-    Bytes lie set by set (step, half, column, quarter, byte), a column being 2 n of the query n, of its higher bytes, or
-    2 n + 1, of its lower ones. Three words a query come after them.
-    """
+def coordinates(query, signs, offset, row, lane, ROWS: gl.constexpr, DIM: gl.constexpr, TURNED: gl.constexpr,
+                SHIFTED: gl.constexpr):
+    """Return a warp's query as coordinates, neighbours a lane, and its product with `offset`; zeros beyond the last."""
     EACH: gl.constexpr = DIM // 32
     inside = row < ROWS
     numbers, shift = (), gl.zeros_like(lane).to(gl.float32)
@@ -98,11 +100,38 @@ def ask(query, signs, offset, scaling, start, row, warp, lane, turn: gl.constexp
         numbers = turned(numbers, lane)
     if SHIFTED:
         shift = gl.inline_asm_elementwise(ADDED, registers(1, 1), [shift], dtype=gl.float32, is_pure=False, pack=1)
-    most = gl.zeros_like(lane)
-    for place in gl.static_range(EACH):
+    return numbers, shift
+
+
+@gluon.jit
+def largest_of(numbers):
+    """Return the largest magnitude of a warp's numbers, NaN where one is."""
+    most = gl.abs(numbers[0]).to(gl.int32, bitcast=True)
+    for place in gl.static_range(1, len(numbers)):
         most = gl.maximum(most, gl.abs(numbers[place]).to(gl.int32, bitcast=True))
     most = gl.inline_asm_elementwise(LARGEST_BITS, registers(1, 1), [most], dtype=gl.int32, is_pure=False, pack=1)
-    largest = most.to(gl.float32, bitcast=True)
+    return most.to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def note(at, begin, unit, shift):
+    """Write what a query's sums begin with, an integer of each lane added up, what they count, and are shifted by."""
+    keep(at, (gl.inline_asm_elementwise(WHOLE, registers(1, 1), [begin], dtype=gl.int32, is_pure=False, pack=1),))
+    keep(at + 4, (unit.to(gl.int32, bitcast=True),))
+    keep(at + 8, (shift.to(gl.int32, bitcast=True),))
+
+
+@gluon.jit
+def ask(query, signs, offset, scaling, start, row, warp, lane, turn: gl.constexpr, ROWS: gl.constexpr,
+        DIM: gl.constexpr, TURNED: gl.constexpr, SHIFTED: gl.constexpr, SETS: gl.constexpr):
+    """Write the bytes of a warp's query to shared memory, and what its sums begin with, count, and are shifted by.
+
+    Bytes lie set by set (step, half, column, quarter, byte), a column being 2 n of the query n, of its higher bytes, or
+    2 n + 1, of its lower ones. Three words a query come after them.
+    """
+    EACH: gl.constexpr = DIM // 32
+    numbers, shift = coordinates(query, signs, offset, row, lane, ROWS, DIM, TURNED, SHIFTED)
+    largest = largest_of(numbers)
     inverse = MOST / gl.where(largest == 0.0, 1.0, largest)
     begin = gl.zeros_like(lane)
     for word in gl.static_range((EACH + 3) // 4):
@@ -121,24 +150,20 @@ def ask(query, signs, offset, scaling, start, row, warp, lane, turn: gl.constexp
         else:
             gl.inline_asm_elementwise(HALF, registers(1, 2), [at, high], dtype=gl.int32, is_pure=False, pack=1)
             gl.inline_asm_elementwise(HALF, registers(1, 2), [at + 16, low], dtype=gl.int32, is_pure=False, pack=1)
-    begin = gl.inline_asm_elementwise(WHOLE, registers(1, 1), [begin], dtype=gl.int32, is_pure=False, pack=1)
-    at = start + (SETS * DIM * 8 + (turn * 4 + warp) * 12)
-    keep(at, (begin,))
-    keep(at + 4, ((largest / MOST * scaling).to(gl.int32, bitcast=True),))
-    keep(at + 8, ((shift * scaling).to(gl.int32, bitcast=True),))
+    note(start + (SETS * DIM * 8 + (turn * 4 + warp) * 12), begin, largest / MOST * scaling, shift * scaling)
 
 
 @gluon.jit
-def asked(start, lane, step, DIM: gl.constexpr, SETS: gl.constexpr):
-    """Return the bytes of a lane's column, and of its query what sums begin with, count and are shifted by.
+def asked(start, lane, step, WORDS: gl.constexpr, SETS: gl.constexpr):
+    """Return the WORDS of a lane's column, set by set, and of its query what sums begin with, count and are shifted by.
 
-    `step` is that of levels of keys.
+    What sums count is for twice the sums, of levels a `step` apart.
     """
     columns, begin, unit, shift = (), (), (), ()
-    for place in gl.static_range(SETS * (DIM // 16)):
+    for place in gl.static_range(SETS * WORDS):
         columns = columns + (take(start + (place * 128 + lane * 4), 1)[0],)
     for turn in gl.static_range(SETS):
-        at = start + (SETS * DIM * 8 + (turn * 4 + (lane & 3)) * 12)
+        at = start + (SETS * WORDS * 128 + (turn * 4 + (lane & 3)) * 12)
         begin = begin + (take(at, 1)[0],)
         unit = unit + (take_float(at + 4) * (0.5 * step),)
         shift = shift + (take_float(at + 8),)

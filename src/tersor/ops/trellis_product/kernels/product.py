@@ -14,7 +14,7 @@ from tersor.ops.codebook_linear.kernels.arrival import ACROSS, arrive, digest
 from tersor.ops.codebook_linear.kernels.planes import multiply_planes, no_sums, take_codes, weigh_planes
 from tersor.ops.dispatch import kernel
 from tersor.ops.trellis_linear.kernels.across import bits_until
-from tersor.ops.trellis_product import shapes
+from tersor.ops.trellis_product.shapes import one as shapes
 
 UNIT = gl.constexpr(shapes.UNIT)
 SIGN = gl.constexpr(32)  # signs of a word

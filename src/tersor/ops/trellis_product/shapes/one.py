@@ -1,4 +1,4 @@
-"""Which products the kernel takes, how they are divided, and configurations as data."""
+"""One vector: which products the kernel takes, how they are divided, and configurations as data."""
 
 from __future__ import annotations
 

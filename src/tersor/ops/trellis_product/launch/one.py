@@ -1,43 +1,22 @@
-"""Products with linear trellis codes along outputs on CUDA: one vector's in one launch, others in two."""
+"""One vector times linear trellis codes along outputs, in one launch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from tersor.numerics.rotation import Rotation
-from tersor.ops.codebook_linear.launch import choose
 from tersor.ops.codebook_linear.launch.operand import Around, Operand
 from tersor.ops.codebook_linear.shapes.one import VectorStream, number_bytes, vector_rotates
 from tersor.ops.codebook_linear.surrounding import normed
 from tersor.ops.hadamard import launch as turning
 from tersor.ops.hadamard.signs import signs_on
-from tersor.ops.trellis_linear import launch as filtering
 from tersor.ops.trellis_linear.shapes import Line
 from tersor.ops.trellis_product.kernels.product import multiply_filtered
-from tersor.ops.trellis_product.shapes import FORM, Division, Tiling, divided, refusal, tiling_for
+from tersor.ops.trellis_product.shapes.one import FORM, Division, Tiling, divided, refusal, tiling_for
 from tersor.ops.workspace import multiprocessors
-
-
-def product(x: Tensor, codes: Tensor, taps: Tensor, scales: Tensor, line: Line, turn: Rotation | None) -> Tensor:
-    """Return (*batch, length) in the dtype of `x` (*batch, width), of up to 64 vectors."""
-    around = Around(() if turn is None else (turn,))
-    y = one_vector(x, [codes], taps, [scales], [line], around)
-    return in_two(x, codes, taps, scales, line, around) if y is None else y
-
-
-def in_two(x: Tensor, codes: Tensor, taps: Tensor, scales: Tensor, line: Line, around: Around) -> Tensor:
-    """Return the product of signs, filtered by a second launch: of any number of vectors."""
-    width, (table, ones) = x.shape[-1], _signs(line.stream, x.device)
-    y = choose.one_vector_linear(x, [codes], table, [ones], 1, FORM, around)
-    if y is None:
-        turned = turning.rotate(x, around.rotations[0], False, x.dtype) if around.rotations else x
-        y = choose.codebook_linear(turned, codes, table, ones, None, 1, width, FORM)
-    made = filtering.numbers(y.reshape(-1, line.stream), taps, scales, line, x.dtype)
-    return made.reshape(*x.shape[:-1], line.length)
 
 
 def joined(x: Tensor, codes: Sequence[Tensor], taps: Tensor, scales: Sequence[Tensor], lines: Sequence[Line],
@@ -99,10 +78,3 @@ def _multiply(out: Tensor, operand: Operand, scales: Sequence[Tensor], lines: Se
         around.added is not None, line.shifts, sum(line.shifts), line.memory, found.parts, found.halo, found.tiles,
         found.numbers, tiling.warps, tiling.rows, tiling.stages, tiling.early, num_warps=tiling.warps,
         maxnreg=tiling.registers, launch_pdl=operand.aligned)  # codes are read before the wait
-
-
-@lru_cache(maxsize=64)
-def _signs(stream: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return what a bit stands for, and the scales of streams, which are ones: the filter scales."""
-    table = torch.tensor([-1.0, 1.0], dtype=torch.float32, device=device)
-    return table, torch.ones(stream, 1, dtype=torch.bfloat16, device=device)

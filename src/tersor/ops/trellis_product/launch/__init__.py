@@ -1,0 +1,1 @@
+"""Host side: what to launch, with what."""
