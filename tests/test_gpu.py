@@ -33,7 +33,7 @@ def test_gpu_agrees_with_cpu(text: str) -> None:
     assert float((moved.matmul(x) - exact).norm()) <= 2**-11 * float(exact.norm())
 
 
-@pytest.mark.parametrize("text", ["lm3", "rtn4g64", "rot,lm2"])
+@pytest.mark.parametrize("text", ["lm3", "rtn4g64", "rot,lm2", "tr3o", "rot,rows20(lm3;lm2)"])
 def test_feedback_on_gpu(text: str) -> None:
     codec, matrix = parse(text), gaussian(SHAPE, 0)
     x = gaussian((2000, SHAPE[1]), 1) * torch.linspace(0.1, 2, SHAPE[1])

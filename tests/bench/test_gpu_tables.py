@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
 from bench.suites.gpu import tables
-from bench.suites.gpu.cases import ENCODE_SHAPES, Encode, cases
+from bench.suites.gpu.cases import (
+    ENCODE_INPUTS,
+    ENCODE_OUTSIDE,
+    ENCODE_SHAPES,
+    LAYERS,
+    Encode,
+    EncodeBlocks,
+    cases,
+)
 
 
 def product(shape: str, batch: int, codec: str, us: float, cpu: str = "H200",
@@ -56,6 +65,31 @@ def test_a_model_is_the_sum_of_its_shapes() -> None:
     assert rows_of(tables.others(found))[0][1:] == ["at most 60", "23 s", "pass"]
     del found["encode|4096x4096|rot,tr3o|feedback"]
     assert len(rows_of(tables.encode(found))) == len(rows) - 2
+
+
+@pytest.mark.parametrize(("seconds", "red", "passed"), [(59.9, False, "pass"), (60.1, False, "**fail**"),
+                                                        (10.0, True, "**fail**")])
+def test_a_model_is_what_its_blocks_took(seconds: float, red: bool, passed: str) -> None:
+    """Where they were measured, block by block, sums over shapes give way."""
+    found = {}
+    for shape, count in ENCODE_SHAPES.items():
+        key = f"encode|{shape[0]}x{shape[1]}|rot,tr3o|feedback"
+        found[key] = {"key": key, "case": {"what": "encode", "shape": list(shape), "count": count, "codec": "rot,tr3o",
+                                           "sweeps": 0, "feedback": True},
+                      "numbers": {"of_model_s": 0.1 * count, "relative_error": 0.019, "red": False}}
+    blocks = EncodeBlocks("rot,tr3o")
+    found[blocks.key] = {"key": blocks.key, "case": {"what": blocks.what, "codec": blocks.codec, "layers": 32},
+                         "numbers": {"seconds": seconds, "matrices": 226, "relative_error": 0.018, "red": red}}
+    assert rows_of(tables.encode(found))[len(ENCODE_SHAPES) :] == [
+        ["all 226 matrices, block by block", "`rot,tr3o`, feedback", f"{seconds:.1f}", "", "", "0.0180", "60", passed]]
+
+
+def test_blocks_have_the_matrices_of_the_shapes() -> None:
+    counts = Counter({shape: LAYERS * [one for shapes in ENCODE_INPUTS for one in shapes].count(shape)
+                      for shapes in ENCODE_INPUTS for shape in shapes})
+    counts.update(shape for shapes in ENCODE_OUTSIDE for shape in shapes)
+    assert counts == ENCODE_SHAPES
+    assert all(len({width for _, width in shapes}) == 1 for shapes in (*ENCODE_INPUTS, *ENCODE_OUTSIDE))
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
 
 from tersor.codecs import Scalar, Uniform
+from tersor.contract import feedback
 from tersor.contract.codec import Search
-from tersor.contract.feedback import encode_with_feedback
+from tersor.contract.feedback import along_errors, along_inverse, encode_with_feedback, pushes
 from tersor.errors import CodecConfigError, NonFiniteError
+from tersor.numerics.linalg import inverse_cholesky
 from tersor.numerics.rotation import Rotation
 from tersor.quality import measure
 from tersor.registry import parse
@@ -78,6 +82,56 @@ def test_equals_brain_surgeon(text: str, shape: tuple[int, int]) -> None:
     found = parse(text).encode(matrix, hessian=hessian, options={"feedback": True}).decode()
     assert margin > 1e-5  # no decision so close that float32 may take it otherwise
     assert float((found - expected).norm()) <= tolerance(torch.float32, 1) * float(expected.norm())
+
+
+@pytest.mark.parametrize("text", ["rtn3g16", "rtn2s", "lm3", "lm2g20", "fit3"])
+@pytest.mark.parametrize("shape", [(6, 24), (5, 160)])
+def test_the_recursion_along_errors_equals_brain_surgeon(text: str, shape: tuple[int, int]) -> None:
+    matrix, hessian = gaussian(shape, 2), correlated(shape[1])
+    expected, margin = brain_surgeon(text, matrix, hessian)
+    assert margin > 1e-5
+    encoder = parse(text).columns(matrix, Search())
+    edges = encoder.edges(shape[1])
+    found = along_errors(encoder, matrix, pushes(hessian, edges, DAMPING), edges).decode()
+    assert float((found - expected).norm()) <= tolerance(torch.float32, 1) * float(expected.norm())
+
+
+def test_pushes_are_those_of_float64() -> None:
+    """Whatever errors came before, what makes up for them best: the first block of it is what block b adds."""
+    hessian, edges = correlated(40), [0, 8, 16, 20, 40]
+    damped = hessian.double() + DAMPING * hessian.double().diagonal().mean() * torch.eye(40)
+    found = pushes(hessian, edges, DAMPING)
+    for start, stop in itertools.pairwise(edges[1:]):
+        # what minimizes tr(E H Eᵀ) over the blocks from b on, given those before: -E_before times this
+        rest = torch.linalg.inv(damped[start:, start:])
+        expected = (damped[:start, start:] @ rest)[:, : stop - start]
+        off = (found[:start, start:stop].double() - expected).norm()
+        assert float(off) <= tolerance(torch.float32, 40) * float(expected.norm())
+    assert torch.equal(found, found.triu())
+
+
+@pytest.mark.parametrize("text", ["lm3", "tr3o"])
+def test_both_recursions_find_as_little_distortion(text: str) -> None:
+    matrix, hessian, codec = gaussian((64, 160), 3), correlated(160), parse(text)
+    encoders = [codec.columns(matrix, Search()) for _ in range(2)]
+    edges = encoders[0].edges(160)
+    found = (along_errors(encoders[0], matrix, pushes(hessian, edges, DAMPING), edges),
+             along_inverse(encoders[1], matrix, inverse_cholesky(hessian, DAMPING), edges))
+    off = [measure(matrix, one, hessian).distortion for one in found]
+    assert abs(off[0] - off[1]) <= 0.01 * off[1]
+
+
+@pytest.mark.parametrize("text", ["rot,rows6(lm3;lm2)", "rows6(rot,lm3;rot,lm2)", "rows6(rot,lm3;rot@1,lm2)"])
+def test_parts_of_a_matrix_share_what_is_made_of_its_hessian(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def noted(hessian: Tensor, damping: float) -> Tensor:
+        made.append(id(hessian))
+        return inverse_cholesky(hessian, damping)
+
+    monkeypatch.setattr(feedback, "inverse_cholesky", noted)
+    parse(text).encode(gaussian((16, 48), 3), hessian=correlated(48), options={"feedback": True})
+    assert len(made) == (2 if "@1" in text else 1)
 
 
 @pytest.mark.parametrize("text", COLUMN_CODECS)

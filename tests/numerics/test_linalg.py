@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from tersor.errors import CodecConfigError
-from tersor.numerics.linalg import dct, idct, inverse_cholesky, paley, seeded_orthogonal, sylvester
+from tersor.numerics.linalg import (
+    dct,
+    idct,
+    inverse_cholesky,
+    paley,
+    seeded_orthogonal,
+    sylvester,
+    upper_factor,
+)
 from tersor.testing import gaussian, tolerance
 
 # orders up to 120 by Paley: q + 1 for q = 3 mod 4, 2 (q + 1) for q = 1 mod 4, q a prime power
@@ -72,6 +80,27 @@ def test_inverse_cholesky(n: int) -> None:
     product = upper.double().T @ upper.double() @ damped
     condition = float(torch.linalg.cond(damped))
     assert float((product - torch.eye(n)).norm()) <= condition * tolerance(torch.float32, n) * n**0.5
+
+
+@pytest.mark.parametrize("n", [1, 5, 40])
+def test_upper_factor(n: int) -> None:
+    samples = gaussian((3 * n, n)).double()
+    hessian = (samples.T @ samples).float()
+    damped = hessian.double() + 0.05 * float(hessian.double().diagonal().mean()) * torch.eye(n, dtype=torch.float64)
+    upper = upper_factor(hessian, 0.05)
+    assert upper.dtype == torch.float64
+    assert torch.equal(upper, upper.triu())
+    assert bool((upper.diagonal() > 0).all())
+    assert float((upper @ upper.T - damped).norm()) <= tolerance(torch.float64, n) * float(damped.norm())
+    product = upper @ inverse_cholesky(hessian, 0.05).double()
+    assert float((product - torch.eye(n)).norm()) <= float(torch.linalg.cond(damped)) * tolerance(torch.float32, n)
+
+
+def test_upper_factor_of_degenerate_hessians() -> None:
+    assert torch.equal(upper_factor(torch.zeros(4, 4), 0.25), 0.5 * torch.eye(4, dtype=torch.float64))
+    assert bool(torch.isfinite(upper_factor(torch.ones(6, 6), 0.0)).all())
+    with pytest.raises(CodecConfigError, match="positive semidefinite"):
+        upper_factor(torch.diag(torch.tensor([1.0, -1e9, 1e9])))
 
 
 def test_inverse_cholesky_of_degenerate_hessians() -> None:

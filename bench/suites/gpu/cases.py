@@ -23,6 +23,12 @@ TRELLIS_ENCODED = (("rot,tr3o", True), ("rot,tr3x16o", True), ("rot,tr3o", False
 # matrices of Llama 3.1 8B by shape: how many there are
 ENCODE_SHAPES = {(1024, 4096): 64, (4096, 4096): 64, (4096, 14336): 32, (14336, 4096): 64, (128256, 4096): 2}
 SMALL_ENCODE_SHAPES = {(32, 64): 4, (64, 64): 4, (64, 128): 2, (128, 64): 4, (256, 64): 2}
+# the same matrices, of a block by the input that they read, and those outside of the blocks
+ENCODE_INPUTS = (((4096, 4096), (1024, 4096), (1024, 4096)), ((4096, 4096),), ((14336, 4096), (14336, 4096)),
+                 ((4096, 14336),))
+ENCODE_OUTSIDE = (((128256, 4096),), ((128256, 4096),))
+SMALL_ENCODE_INPUTS = (((64, 64), (32, 64), (32, 64)), ((64, 64),), ((128, 64), (128, 64)), ((64, 128),))
+SMALL_ENCODE_OUTSIDE = (((256, 64),), ((256, 64),))
 LOGITS, DTYPES, TOKENS = ("rot,lm4", "two2x2", "rtn4g128"), ("float32", "float16"), 256
 
 
@@ -142,6 +148,20 @@ class Encode:
 
 
 @dataclasses.dataclass(frozen=True)
+class EncodeBlocks:
+    """Encoding every matrix with error feedback, block by block, as models are compressed."""
+
+    what: ClassVar[str] = "encode_blocks"
+    codec: str
+    layers: int = LAYERS
+
+    @property
+    def key(self) -> str:
+        """The case's name in results."""
+        return f"encode|blocks|{self.codec}|{self.layers}"
+
+
+@dataclasses.dataclass(frozen=True)
 class EncodeModel:
     """Encoding every matrix of a model into a store, for at most some seconds."""
 
@@ -172,7 +192,7 @@ class Logits:
         return f"logits|{self.codec}|{self.dtype}"
 
 
-GpuCase = Ceiling | Hadamard | Product | Model | Encode | EncodeModel | Logits
+GpuCase = Ceiling | Hadamard | Product | Model | Encode | EncodeBlocks | EncodeModel | Logits
 
 
 def products(shapes: Sequence[tuple[int, int]], batches: tuple[int, ...], codecs: Sequence[str]) -> list[Product]:
@@ -202,7 +222,8 @@ def cases(device: str) -> list[GpuCase]:
             *(products(SMALL_SHAPES, SMALL_BATCHES, SMALL_CODECS) if small else products(SHAPES, BATCHES, CODECS)),
             *(Model(codec) for codec in MODELS),
             *(Logits(codec, dtype) for codec in LOGITS for dtype in DTYPES),
-            *encodings(small=small), EncodeModel(sweeps=3 if small else SWEEPS)]
+            *encodings(small=small), *(EncodeBlocks(codec) for codec, feedback in TRELLIS_ENCODED if feedback),
+            EncodeModel(sweeps=3 if small else SWEEPS)]
 
 
 def profiles(device: str) -> list[Profile]:

@@ -2,7 +2,8 @@
 
 Each distinct shape a few times, which sums to an estimate; `encode|model` is every matrix of the model, drawn, encoded,
 measured and written to a store, one after another, which is the time that counts. With error feedback the time has in
-it what a matrix's Hessian costs, as in a model: turned, factored and inverted.
+it what a Hessian of the matrix's own costs, turned and factored; in a model several matrices share one, for which see
+`encode_blocks`.
 """
 
 from __future__ import annotations
@@ -50,12 +51,12 @@ def _options(case: Encode | EncodeModel) -> dict[str, Any]:
     return {"sweeps": case.sweeps} if "two" in case.codec else {}
 
 
-def _drawn(shape: Shape, seed: int) -> Tensor:
+def drawn(shape: Shape, seed: int) -> Tensor:
     """Return a Gaussian matrix, bf16 as in a model."""
     return payload.weight(shape, payload.generator(seed))
 
 
-def _hessian(width: int) -> Tensor:
+def hessian_of_width(width: int) -> Tensor:
     """Return the Hessian of twice as many Gaussian inputs as they have numbers: eigenvalues of .09 to 2.9."""
     inputs = torch.randn(2 * width, width, device=device(), generator=payload.generator(SEED))
     return inputs.T @ inputs / len(inputs)
@@ -65,21 +66,21 @@ def _warm(case: Encode) -> None:
     """Encode so that all that is launched is compiled: as many rows, since launches depend on them, and few columns."""
     rows, width = case.shape
     if _options(case):
-        parse(case.codec).encode(_drawn((min(256, rows), width), 99), options={"sweeps": 2})
+        parse(case.codec).encode(drawn((min(256, rows), width), 99), options={"sweeps": 2})
         return
     width = min(WARMED, width)
-    hessian = _hessian(width) if case.feedback else None
-    parse(case.codec).encode(_drawn((rows, width), 99), hessian=hessian, options={"feedback": case.feedback})
+    hessian = hessian_of_width(width) if case.feedback else None
+    parse(case.codec).encode(drawn((rows, width), 99), hessian=hessian, options={"feedback": case.feedback})
 
 
 def _matrix(case: Encode, emit: Emit) -> None:
     shape, codec = case.shape, parse(case.codec)
     weights, nbytes, times, errors = shape[0] * shape[1], 0, list[float](), list[float]()
     _warm(case)
-    hessian = _hessian(shape[1]) if case.feedback else None
+    hessian = hessian_of_width(shape[1]) if case.feedback else None
     options = _options(case) or {"feedback": case.feedback}
     while not times or (len(times) < (1 if weights > 1 << 28 else REPEATS) and sum(times) < ENOUGH):
-        matrix = _drawn(shape, len(times))
+        matrix = drawn(shape, len(times))
         settle()
         began = time.perf_counter()
         encoded = codec.encode(matrix, hessian=hessian, options=options)
@@ -116,7 +117,7 @@ def _model(case: EncodeModel, emit: Emit) -> None:
     def coded(entry: store.Entry) -> Mapping[str, Tensor]:
         if entry.codec is None:
             return {"": torch.ones(entry.shape, dtype=torch.bfloat16)}
-        matrix = _drawn((entry.shape[0], entry.shape[1]), SEED + int(state["matrices"]))
+        matrix = drawn((entry.shape[0], entry.shape[1]), SEED + int(state["matrices"]))
         settle()
         start = time.perf_counter()
         encoded = entry.codec.encode(matrix, options=_options(case))

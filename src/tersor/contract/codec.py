@@ -24,6 +24,7 @@ from tersor.contract.gradient import product, recorded
 from tersor.contract.operator import Operator, as_tensor, like
 from tersor.errors import CodecConfigError, CorruptStoreError, NonFiniteError
 from tersor.numerics.kmeans import exponent_of, times_power
+from tersor.numerics.remembered import remembering
 from tersor.numerics.settings import pinned, steadily
 from tersor.payload.blocks import Few, Rows, Shape, Tables, row_blocks
 from tersor.payload.layout import Layout
@@ -147,8 +148,7 @@ class Codec(Derived, abc.ABC):
 
     def decode(self, encoded: Encoded) -> Tensor:
         """Return the matrix, float32 (out, in)."""
-        device = next(iter(encoded.tensors.values())).device
-        out = torch.empty(encoded.shape, dtype=torch.float32, device=device)
+        out = torch.empty(encoded.shape, dtype=torch.float32, device=encoded.device)
         for block in row_blocks(encoded.shape):
             out[block] = self.decode_rows(encoded, block)
         return out
@@ -254,6 +254,7 @@ class Codec(Derived, abc.ABC):
         how = Search(hessian, seed, dict(options or {}), dict(tables or {}))
         return steadily(lambda: self._searched(matrix.detach(), how))
 
+    @remembering()  # parts of one codec meet one Hessian
     def _searched(self, matrix: Tensor, how: Search) -> Encoded:
         """Encode; very large and very small numbers only if they decode as others would."""
         encoded = self.search(matrix, how)

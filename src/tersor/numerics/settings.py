@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 
 from tersor.errors import UnsteadyError
+from tersor.numerics.remembered import forget
 
 ATTEMPTS = 3  # of work during which another thread changes the process's settings
 FULL = ("ieee", "none")  # what torch calls plain float32 sums
@@ -164,6 +165,7 @@ def steadily(work: Callable[[], T], *, threads: bool = True, gradients: bool = F
             result = work()
         if steady():
             return result
+        forget()  # what was made meanwhile
     raise UnsteadyError(_message())
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tersor.errors import CorruptStoreError, NonFiniteError, NotAStoreError
 from tersor.files import load_sealed, save_sealed, seal_of
+from tersor.numerics.remembered import remembered
 from tersor.numerics.sides import Blocks
 
 _CHECK = 1e-3  # largest relative gap tolerated between the float32 trace and a float64 sum of squares
@@ -112,16 +113,24 @@ def compensated(matrix: Tensor, change: Tensor, hessian: Tensor, ridge: float, n
         `E[(x - y) yᵀ]` and `E[y yᵀ]`, (in, in).
     near : Tensor or None
         U, (out, in); None: W.
+
+    The factor of the Hessian is `remembered`.
     """
-    dense, regular = matrix.to(torch.float32), hessian.to(torch.float32, copy=True)
+    dense = matrix.to(torch.float32)
     start = dense if near is None else near.to(torch.float32)
     off = dense @ change if near is None else dense @ change + (dense - start) @ hessian.to(torch.float32)
-    regular.diagonal().add_(ridge * float(regular.diagonal().mean(dtype=torch.float64)) or 1.0)
-    factor = torch.linalg.cholesky(regular)
+    factor = remembered(hessian, ("ridge", ridge), lambda: _regular_factor(hessian, ridge))
     step = torch.cholesky_solve(off.T, factor).T
     own = hessian.to(torch.float32)
     taken, whole = (float(((part @ own) * part).sum(dtype=torch.float64)) for part in (step, dense))
     return start + step * min(1.0, (TRUST * whole / taken) ** 0.5 if taken > 0.0 else 1.0)
+
+
+def _regular_factor(hessian: Tensor, ridge: float) -> Tensor:
+    """Return L, lower triangular float32, with `L Lᵀ` the Hessian and `ridge` times its mean diagonal on its own."""
+    regular = hessian.to(torch.float32, copy=True)
+    regular.diagonal().add_(ridge * float(regular.diagonal().mean(dtype=torch.float64)) or 1.0)
+    return torch.linalg.cholesky(regular)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

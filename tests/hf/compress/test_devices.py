@@ -3,6 +3,7 @@
 import hashlib
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,16 @@ from typing import Any
 import pytest
 import torch
 
+from tersor import store
+from tersor.contract import feedback
 from tersor.errors import ModelError
 from tersor.hf import compress_model
 from tersor.hf.compress import desk, reading, survey
 from tersor.hf.compress.crew import TOGETHER, Hands, Task, longest_first
 from tersor.hf.compress.request import Sampling, usable_devices
 from tersor.hf.models.flow import Flow, in_order, room_for
+from tersor.numerics.linalg import inverse_cholesky
+from tersor.numerics.remembered import remembered
 from tests.hf.tiny import save_tiny, save_tokenizer
 
 CPU = torch.device("cpu")
@@ -104,6 +109,51 @@ def test_tasks_are_done_longest_first_and_each_brings_its_own_result() -> None:
     assert begun == [3, 7, 2, 6, 1, 5, 0, 4] == [int(task.name) for task in reversed(longest_first(tasks))]
 
 
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    yield from threads(1)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_what_one_task_alone_needs_is_let_go_of() -> None:
+    given, held = [torch.ones(1), torch.ones(1)], list[Any]()
+
+    def work(need: torch.Tensor) -> None:
+        held.append(weakref.ref(remembered(need, "twice", lambda: 2 * need)))
+
+    tasks = [Task(name, work, lambda: (), 1, (given[number],)) for name, number in (("q", 0), ("k", 0), ("o", 1))]
+    done = Hands([CPU]).each(tasks)
+    next(done)
+    next(done)
+    assert held[0]() is held[1]() is not None
+    next(done)
+    assert held[0]() is None
+    assert held[2]() is None  # though the crew is there still
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_block_factors_a_hessian_once(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def noted(hessian: torch.Tensor, damping: float) -> torch.Tensor:
+        made.append(hessian.shape[0])
+        return inverse_cholesky(hessian, damping)
+
+    monkeypatch.setattr(feedback, "inverse_cholesky", noted)
+    compress_model(source, tmp_path / "out", 6.0, devices="cpu", **SETTINGS)
+    opened = store.read(tmp_path / "out")
+    inner = [name for name in opened.matrix_names() if "layers" in name]
+    assert len(inner) == 7  # of them three read one input, and two another
+    assert len(made) == 4 + len(opened.matrix_names()) - len(inner)
+
+
 def test_the_first_error_ends_all() -> None:
     def fail() -> None:
         raise ZeroDivisionError
@@ -117,10 +167,7 @@ def test_the_first_error_ends_all() -> None:
 
 @pytest.fixture
 def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    yield from threads(2)
 
 
 @pytest.mark.usefixtures("two_threads")

@@ -19,6 +19,7 @@ from tersor.contract.coordinates import Coded, Coordinates
 from tersor.contract.rotating import MultipliesRotated
 from tersor.contract.wrapper import Wrapped
 from tersor.errors import CodecConfigError
+from tersor.numerics.remembered import remembered
 from tersor.numerics.rotation import Rotation
 from tersor.ops.hadamard import SEEDS, hadamard, ready_rotation
 from tersor.payload.blocks import Few, Rows, after, row_blocks, shape_of
@@ -80,7 +81,9 @@ class Rotated(Wrapped):
         inner = super().carry(how, own)
         if how.hessian is None or self.side == "out":
             return inner
-        return dataclasses.replace(inner, hessian=self._in(how.hessian.shape[0]).conjugate(how.hessian))
+        turn, given = self._in(how.hessian.shape[0]), how.hessian
+        turned = remembered(given, ("turned", turn), lambda: turn.conjugate(given))
+        return dataclasses.replace(inner, hessian=turned)
 
     def undo(self, inner: Tensor, encoded: Encoded, rows: Rows) -> Tensor:
         """Rotate rows back; for rotated inputs."""

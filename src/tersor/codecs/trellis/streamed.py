@@ -261,12 +261,14 @@ class _Columns(ColumnEncoder):
 
     def block(self, start: int, columns: Tensor) -> Tensor:
         """Encode columns; see `ColumnEncoder`."""
-        codec, normal = self._codec, columns * self._inverse
+        codec = self._codec
         if codec.axis == "out":
-            streams, made = codec.lines(normal.T, self._beam)
+            normal = torch.empty(columns.shape[::-1], dtype=torch.float32, device=columns.device)
+            torch.mul(columns.T, self._inverse.T, out=normal)  # lines one after another: one launch for both
+            streams, made = codec.lines(normal, self._beam)
             self._bits[:, start : start + columns.shape[1]] = streams.T
             return made.T * self._wide
-        streams, made = codec.lines(normal, self._beam)
+        streams, made = codec.lines(columns * self._inverse, self._beam)
         first = codec.code.stream(start) if start else 0
         self._bits[:, first : first + streams.shape[1]] = streams
         return made * self._wide

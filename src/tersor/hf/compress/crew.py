@@ -6,8 +6,10 @@ whoever does them, and in whatever order.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol, Self
 
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tersor.hf.models.flow import current
+from tersor.numerics.remembered import Memory, remembering
 from tersor.numerics.settings import threads_allowed
 
 TOGETHER = 1 << 24  # elements of tasks that one processor works on at once
@@ -35,7 +38,8 @@ class Task:
     cost : int
         Of tasks, the longest is begun first: the elements to be encoded.
     needs : tuple of Tensor or None
-        What several tasks need; brought to each device once.
+        What several tasks need; brought to each device once. What is `remembered` of it serves those that follow one
+        another on a device.
     """
 
     name: str
@@ -99,14 +103,13 @@ class Hands:
 
     def each(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Any]]:
         """Yield tasks with their results: in their order by one device, the longest first by several."""
-        places = self._places(tasks)
-        if len(places) == 1:
-            alone = _Held(places[0])
+        shared = _shared(tasks)
+        held = [_Held(device, shared) for device in self._places(tasks)]
+        if len(held) == 1:
             for task in tasks:
-                yield task, alone.work(task, task.ready())
+                yield task, held[0].work(task, task.ready())
             return
-        waiting, free = longest_first(tasks), list(range(len(places)))
-        held = [_Held(device) for device in places]
+        waiting, free = longest_first(tasks), list(range(len(held)))
         running: dict[Future[Any], tuple[Task, int]] = {}
         with ThreadPoolExecutor(len(free), thread_name_prefix="tersor-hand") as pool:
             while waiting or running:
@@ -122,13 +125,18 @@ class Hands:
 class _Held:
     """What a device holds for the tasks that it does."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, shared: Collection[int]) -> None:
+        self._device, self._shared = device, shared
         self._moved: dict[int, Tensor] = {}  # by the original's id, which its task keeps alive
+        self._memory = Memory()
 
     def work(self, task: Task, given: tuple[Any, ...]) -> Any:
-        own = [value.to(self._device) if isinstance(value, Tensor) else value for value in given]
-        return perform(task.work, [*own, *map(self._bring, task.needs)], self._device)
+        again = any(id(tensor) in self._shared for tensor in task.needs)
+        if not again:  # nothing is kept that no other task asks for
+            self._memory.clear()
+        with remembering(self._memory) if again else contextlib.nullcontext():
+            own = [value.to(self._device) if isinstance(value, Tensor) else value for value in given]
+            return perform(task.work, [*own, *map(self._bring, task.needs)], self._device)
 
     def _bring(self, tensor: Tensor | None) -> Tensor | None:
         if tensor is None:
@@ -147,3 +155,9 @@ def perform(work: Callable[..., Any], given: Sequence[Any], device: torch.device
 def longest_first(tasks: Sequence[Task]) -> list[Task]:
     """Return tasks with the longest last, where they are taken from; of equals, the first."""
     return sorted(reversed(tasks), key=lambda task: task.cost)
+
+
+def _shared(tasks: Sequence[Task]) -> set[int]:
+    """Return the ids of tensors that several tasks need."""
+    counts = Counter(id(tensor) for task in tasks for tensor in task.needs if tensor is not None)
+    return {tensor for tensor, count in counts.items() if count > 1}

@@ -27,7 +27,7 @@ from tersor.hf.models.flow import HELD
 from tersor.hf.models.matrices import Matrix
 from tersor.hf.models.source import Source, open_source, read_matrix
 from tersor.hf.recover.training import halves
-from tersor.numerics.linalg import inverse_cholesky
+from tersor.numerics.linalg import inverse_cholesky, upper_factor
 from tersor.numerics.settings import pinned, threads_allowed
 from tersor.planning.plan import check_weights
 
@@ -170,10 +170,11 @@ def _timed(source: Source, matrix: Matrix, codec: Codec, request: Request,
 def _factoring(settings: CompressSettings) -> float:
     """Return the seconds that factoring a Hessian takes, by the cube of its width; the second of two runs."""
     hessian, took = torch.eye(WIDTH, device=settings.places[0]), 0.0
+    factor = upper_factor if hessian.is_cuda else inverse_cholesky
     with pinned():
         for _ in range(2):
             began = time.perf_counter()
-            float(inverse_cholesky(hessian, 0.01)[0, 0])
+            float(factor(hessian, 0.01)[0, 0])
             took = time.perf_counter() - began
     return took / WIDTH**3
 
