@@ -48,7 +48,7 @@ def test_codes_are_met_as_they_are(text: str, dim: int) -> None:
         asked = gaussian((3 * HEADS * queries, dim), 3).reshape(3, HEADS, queries, dim)
         weights = gaussian((3 * HEADS * queries, 18 * BLOCK), 4).reshape(3, HEADS, queries, -1)
         for low, high in ((0, 18 * BLOCK), (2 * BLOCK, 17 * BLOCK)):
-            part = stream._part(low, high, queries)
+            part = stream.part(low, high, queries)
             assert type(part).__name__ == KINDS.get((text, dim), "Part")
             found, wanted = stream.scores(asked, low, high), asked.double() @ decoded[:, :, low:high].mT
             bound = dim * torch.finfo(torch.float32).eps
@@ -74,9 +74,9 @@ def test_threads_change_nothing(text: str, dim: int, monkeypatch: pytest.MonkeyP
         torch.set_num_threads(threads)
     assert all(torch.equal(one[side], found[0][side]) for one in found for side in range(2))
     with reference_only():
-        assert stream._part(0, 9 * BLOCK, 3) is None
-    assert stream._part(3, 9 * BLOCK, 3) is None
-    assert stream._part(0, 9 * BLOCK, 65) is None
+        assert stream.part(0, 9 * BLOCK, 3) is None
+    assert stream.part(3, 9 * BLOCK, 3) is None
+    assert stream.part(0, 9 * BLOCK, 65) is None
 
 
 @pytest.mark.parametrize("text", ["rot,lm2", "rot,tr2x8"])

@@ -23,7 +23,8 @@ from tersor.hf.kv.grown import kv_step
 from tersor.hf.kv.lazy import LazyStates, Pair, States, decoded
 from tersor.hf.models.growing import STEP
 from tersor.kv import TokenStream
-from tersor.ops.kv_attention import Held, How, kv_attention, takes_kernel
+from tersor.ops.kv_attention import Held, How, few, kv_attention, takes_kernel
+from tersor.ops.kv_attention.near import Met
 
 NAME = "tersor"
 PART_TOKENS = 512  # dense tokens taken at a time
@@ -192,6 +193,10 @@ def attend(query: Tensor, states: States, how: Scores) -> Tensor:
             aux = None if how.s_aux is None else how.s_aux.reshape(-1)
             return kv_attention(query, held, How(scaling, how.mask, how.causal, how.softcap, aux))
     groups = query.shape[1] // heads
+    if (parts := _near(states, groups * queries)) is not None:
+        aux = None if how.s_aux is None else how.s_aux.reshape(-1)
+        return few.attention(query, few.Near(states.sinks, states.tail, parts),
+                             How(scaling, how.mask, how.causal, how.softcap, aux))
     query = (query.to(torch.float32) * scaling).reshape(batch, heads, groups, queries, dim)
     total = query.new_zeros(batch, heads, groups, queries, 1)
     peak = torch.full_like(total, float("-inf"))
@@ -218,6 +223,14 @@ def attend(query: Tensor, states: States, how: Scores) -> Tensor:
             mixed[:, :, :, rows] = mixed[:, :, :, rows] * shrink + part
     mixed /= total.masked_fill(total == 0.0, 1.0)
     return mixed.reshape(batch, heads * groups, queries, wide)
+
+
+def _near(states: States, queries: int) -> tuple[Met, Met] | None:
+    """Return closed tokens as kernels of the processor meet so many queries of a key head, None where they do not."""
+    if states.streams is None or not states.middle:
+        return None
+    keys, values = (stream.part(0, states.middle, queries) for stream in states.streams)
+    return None if keys is None or values is None else (keys, values)
 
 
 Part = tuple[int, int, Product, Product]

@@ -9,16 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tersor.ops.kv_attention.near import Blocks, Span, centred, shifted, turned
 from tersor.ops.kv_attention.shapes import WORDS
-from tersor.ops.workers import passes, share
+from tersor.ops.workers import passes
 from tersor.payload.words import Words
 
-QUERIES = (4, 2, 1)  # that meet a byte at a time
 
-
-@dataclasses.dataclass(frozen=True)
-class Worded:
-    """Whole blocks of a side: `low` to `high` of `heads` heads, in blocks of `block` tokens.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Worded(Blocks):
+    """Whole blocks of a side; methods are those of `Met`.
 
     Attributes
     ----------
@@ -26,56 +25,57 @@ class Worded:
         int64 (pages, batch): of each sequence's slot.
     codes_at : int
         Where codes begin in a slot, bytes.
-    room : int
-        Blocks of a page.
     """
 
     words: Words
     addresses: np.ndarray
     codes_at: int
-    heads: int
-    block: int
-    room: int
-    low: int
-    high: int
 
     @property
-    def tokens(self) -> int:
-        """Tokens of the blocks."""
-        return (self.high - self.low) * self.block
+    def queries(self) -> tuple[int, ...]:
+        """How many queries may meet a byte at a time."""
+        return 4, 2, 1
 
-    def scores(self, asked: Tensor) -> Tensor:
-        """Return products of queries, float32 (batch, heads, q, dim), with the tokens: float32 (…, q, tokens)."""
-        batch, heads, queries = asked.shape[:3]
-        near = (asked @ self.words.maps.mT).reshape(batch * heads, queries, -1)
-        found = []
-        for first, count in passes(queries, QUERIES):
-            tables = torch.empty(len(near), len(self.words.counts), WORDS, count, device="cpu")
-            for some, columns, book in self._alike():
-                split = near[:, first : first + count, columns].unflatten(2, (len(book), -1))
-                tables[:, some] = book @ split.permute(0, 2, 3, 1)
-            sums = torch.zeros(len(near), self.tokens, count, device="cpu")
-            self._go("scores", tables, sums)
-            self._size(sums)
-            found.append(sums.transpose(1, 2))
-        products = torch.cat(found, 1).reshape(batch, heads, queries, -1)
-        return products.add_((asked * self.words.offset[:, None]).sum(-1, keepdim=True))
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a token."""
+        return self.words.row_bytes
 
-    def mixture(self, weights: Tensor) -> Tensor:
-        """Return sums of the tokens under weights, float32 (batch, heads, q, tokens): float32 (…, q, dim)."""
-        batch, heads, queries, tokens = weights.shape
-        flat, found = weights.reshape(batch * heads, queries, tokens), []
-        for first, count in passes(queries, QUERIES):
-            sums = flat[:, first : first + count].transpose(1, 2).contiguous()
-            self._size(sums)
-            tables = torch.zeros(len(flat), len(self.words.counts), WORDS, count, device="cpu")
-            self._go("mixture", tables, sums)
-            near = torch.empty(len(flat), count, self.words.words.shape[1], device="cpu")
-            for some, columns, book in self._alike():
-                near[:, :, columns] = (tables[:, some].mT @ book).permute(0, 2, 1, 3).flatten(2)
-            found.append(near)
-        total = torch.cat(found, 1).reshape(batch, heads, queries, -1) @ self.words.maps
-        return total.add_(weights.sum(-1, keepdim=True) * self.words.offset[:, None])
+    def asked(self, rows: Tensor) -> tuple[np.ndarray, Tensor]:
+        """See `Met`: what each word of each byte makes with queries, (tasks, bytes, 256, q)."""
+        near, count = turned(rows, self.words.maps, back=True), rows.shape[1]
+        tables = torch.empty(len(rows), len(self.words.counts), WORDS, count, device="cpu")
+        for some, columns, book in self._alike():
+            split = near[:, :, columns].unflatten(2, (len(book), -1))
+            tables[:, some] = book @ split.permute(0, 2, 3, 1)
+        return tables.numpy(), shifted(rows, self.words.offset)
+
+    def score(self, asked: np.ndarray, out: np.ndarray, at: int, span: Span) -> None:
+        """See `Met`."""
+        from tersor.ops.kv_attention.kernels import words
+
+        sums = np.zeros((span[1] - span[0], self.tokens, out.shape[1]), np.float32)
+        self._go("scores", asked, sums, span)
+        words.part(self.addresses, self._form(len(self.words.counts)), self._sizes, sums, out, (at, *span))
+
+    def sums(self, tasks: int, queries: int) -> Tensor:
+        """See `Met`: of each word of each byte, (tasks, bytes, 256, q)."""
+        return torch.zeros(tasks, len(self.words.counts), WORDS, queries, device="cpu")
+
+    def add(self, weights: np.ndarray, sums: np.ndarray, at: int, span: Span) -> None:
+        """See `Met`."""
+        from tersor.ops.kv_attention.kernels import words
+
+        sized = np.empty((span[1] - span[0], self.tokens, weights.shape[1]), np.float32)
+        words.join(self.addresses, self._form(len(self.words.counts)), self._sizes, weights, sized, (at, *span))
+        self._go("mixture", sums, sized, span)
+
+    def mixed(self, sums: Tensor, totals: Tensor) -> Tensor:
+        """See `Met`."""
+        near = torch.empty(len(sums), sums.shape[3], self.words.words.shape[1], device="cpu")
+        for some, columns, book in self._alike():
+            near[:, :, columns] = (sums[:, some].mT @ book).permute(0, 2, 1, 3).flatten(2)
+        return centred(turned(near, self.words.maps), totals, self.words.offset)
 
     def _alike(self) -> Iterator[tuple[slice, slice, Tensor]]:
         """Yield bytes whose words have as many numbers: which they are, their columns, their words (bytes, 256, n)."""
@@ -88,24 +88,18 @@ class Worded:
             yield slice(byte, byte + many), columns, book
             byte, column = byte + many, columns.stop
 
-    def _go(self, verb: str, tables: Tensor, sums: Tensor) -> None:
-        """Run a kernel over all heads of all sequences, in shares, some bytes of the rows at a time."""
+    def _go(self, verb: str, tables: np.ndarray, sums: np.ndarray, span: Span) -> None:
+        """Run a kernel over the tokens of some tasks, some bytes of the rows at a time."""
         from tersor.ops.kv_attention.kernels import words
 
         for first, count in passes(len(self.words.counts), (words.CHUNK, 4, 2, 1)):
-            kernel, form = words.passes(verb, count, sums.shape[2]), self._form(first)
-            given = tables.numpy(), sums.numpy()
-            share(len(sums), len(sums) * self.tokens * count,
-                  lambda span, k=kernel, f=form, g=given: k(self.addresses, f, *g, span))
+            kernel = words.passes(verb, count, sums.shape[2])
+            kernel(self.addresses, self._form(first), tables, sums, span)
 
-    def _size(self, sums: Tensor) -> None:
-        """Multiply the sums of tokens by their sizes, where they have such."""
-        if self.words.sizes is None:
-            return
-        from tersor.ops.kv_attention.kernels import words
-
-        form = self._form(len(self.words.counts))
-        words.scale(self.addresses, form, self.words.sizes.numpy(), sums.numpy(), (0, len(sums)))
+    @property
+    def _sizes(self) -> np.ndarray:
+        """What a byte more of a row stands for; of none: rows have no such."""
+        return np.empty(0, np.float32) if self.words.sizes is None else self.words.sizes.numpy()
 
     def _form(self, first: int) -> tuple[int, ...]:
         return (self.codes_at, self.words.row_bytes, self.heads, self.block, self.room, self.low, self.high, first)

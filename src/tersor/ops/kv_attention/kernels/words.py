@@ -96,7 +96,7 @@ def passes(verb: str, count: int, queries: int) -> Any:
         addresses : int64 (pages, sequences)
         form : (codes_at, bytes of a row, heads, tokens of a block, blocks of a page, first block, last, first byte)
         tables : float32 (tasks, bytes of a row that are words, 256, queries)
-        sums : float32 (tasks, tokens, queries)
+        sums : float32 (tasks of the span, tokens, queries)
         tasks : (first, last)
             Of all heads of all sequences.
         """
@@ -107,24 +107,57 @@ def passes(verb: str, count: int, queries: int) -> Any:
             for place in range(low, high):
                 base = addresses[place // room, task // heads]
                 row = (place % room * heads + task % heads) * block
-                start = (task * sums.shape[1] + (place - low) * block) * queries * 4
+                start = ((task - tasks[0]) * sums.shape[1] + (place - low) * block) * queries * 4
                 _pass(made, (base + codes_at + row * stride + first, block, stride), near, (sums.ctypes.data + start,))
 
     return passes
 
 
 @njit()
-def scale(addresses: Any, form: Any, sizes: Any, sums: Any, tasks: Any) -> None:
-    """Multiply the sums of tokens by their sizes; arguments as of `passes`, the first byte is that of sizes."""
+def part(addresses: Any, form: Any, sizes: Any, sums: Any, out: Any, tasks: Any) -> None:
+    """Write the sums of tokens, times their sizes, query by query.
+
+    Parameters
+    ----------
+    addresses, form
+        As of `passes`; the first byte is that of sizes.
+    sizes : float32 (256,), or of none where there are no sizes
+    sums : float32 (tasks, tokens, queries)
+    out : float32 (tasks, queries, at least as many tokens)
+    tasks : (place of the first token in `out`, first, last)
+    """
+    for one in range(sums.shape[0]):
+        if len(sizes):
+            _resize(addresses, form, sizes, sums[one], tasks[1] + one)
+        for query in range(sums.shape[2]):
+            row = out[one, query]
+            for token in range(sums.shape[1]):
+                row[tasks[0] + token] = sums[one, token, query]
+
+
+@njit()
+def join(addresses: Any, form: Any, sizes: Any, weights: Any, sums: Any, tasks: Any) -> None:
+    """Write the weights of tokens, times their sizes, token by token; arguments as of `part`."""
+    for one in range(sums.shape[0]):
+        for query in range(sums.shape[2]):
+            row = weights[one, query]
+            for token in range(sums.shape[1]):
+                sums[one, token, query] = row[tasks[0] + token]
+        if len(sizes):
+            _resize(addresses, form, sizes, sums[one], tasks[1] + one)
+
+
+@njit()
+def _resize(addresses: Any, form: Any, sizes: Any, sums: Any, task: int) -> None:
+    """Multiply the sums of a head's tokens, (tokens, queries), by their sizes."""
     codes_at, stride, heads, block, room, low, high, first = form
-    for task in range(tasks[0], tasks[1]):
-        for place in range(low, high):
-            base = addresses[place // room, task // heads]
-            row = (place % room * heads + task % heads) * block
-            for token in range(block):
-                size = sizes[_byte(np.int64(base + codes_at + (row + token) * stride + first))]
-                for query in range(sums.shape[2]):
-                    sums[task, (place - low) * block + token, query] *= size
+    for place in range(low, high):
+        base = addresses[place // room, task // heads]
+        row = (place % room * heads + task % heads) * block
+        for token in range(block):
+            size = sizes[_byte(np.int64(base + codes_at + (row + token) * stride + first))]
+            for query in range(sums.shape[1]):
+                sums[(place - low) * block + token, query] *= size
 
 
-__all__ = ["CHUNK", "passes", "scale"]
+__all__ = ["CHUNK", "join", "part", "passes"]
