@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -82,7 +83,7 @@ class Dense:
         """Bytes of a number, and vectors of a token."""
         return self.numbers.element_size(), self.numbers.shape[3] // LANES
 
-    @property
+    @cached_property
     def _addresses(self) -> np.ndarray:
         """Of each head of each sequence, int64 (tasks,)."""
         held, size = self.numbers, self.numbers.element_size()
