@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -100,3 +104,20 @@ def test_copies_and_saved_streams_meet_the_same_bytes() -> None:
     twin.append(states(dim, BLOCK, 6))
     assert torch.equal(twin.scores(asked, 0, 3 * BLOCK), first)
     assert torch.equal(again.scores(asked), first)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux" or os.uname().machine != "x86_64", reason="names of x86's instructions")
+@pytest.mark.parametrize(("name", "features"), [("x86-64", ""), ("haswell", "+avx2,+fma,+bmi2,+avx")])
+def test_lesser_processors_find_the_same(name: str, features: str, tmp_path: object) -> None:
+    """Signs are looked up in floats where bytes are not looked up by one instruction, and within their rounding."""
+    script = """
+from tests.ops.test_kv_lanes import LEVELS, SIGNS, test_codes_are_met_as_they_are
+for text, dim in (SIGNS[0], SIGNS[1], SIGNS[2], LEVELS[1], LEVELS[4]):
+    test_codes_are_met_as_they_are(text, dim)
+print("same")
+"""
+    environment = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features, "NUMBA_CACHE_DIR": str(tmp_path),
+                   "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "PATH": os.defpath}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "same", done.stderr

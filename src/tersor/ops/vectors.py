@@ -182,7 +182,7 @@ class Vectors:
         low = self.pick(table, table, range(8))
         parts = [self.call("llvm.x86.avx2.permps", low.type, (low, self.pick(index, index, range(first, first + 8))))
                  for first in (0, 8)]
-        return self.pick(*parts, range(LANES))
+        return self.pick(parts[0], parts[1], range(LANES))
 
     def _look_in_halves(self, table: Any, index: Any) -> Any:
         """Look eight lanes up at a time, each in both halves of the table; the fourth bit of the index chooses."""

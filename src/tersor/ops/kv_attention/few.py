@@ -1,7 +1,7 @@
 """Attention of few queries on the processor: all scores of a few heads, their weights in the same place, their sums.
 
-Of four queries and 8,192 tokens that is 128 kB, which the nearer caches hold. Each head is one thread's, and its sums are
-made in one order.
+Of four queries and 8,192 tokens scores are 128 kB, which the nearer caches hold. Each head is one thread's, and its
+sums are made in one order.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tersor.errors import CodecConfigError
 from tersor.ops.kv_attention.dense import Dense
 from tersor.ops.kv_attention.near import Met, Span
 from tersor.ops.kv_attention.shapes import How
@@ -56,7 +57,13 @@ class _Asked:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Sums:
-    """Sums of values of all tasks, as they are added up; of all weights and of closed tokens', float32 (tasks, count, 2)."""
+    """Sums of values of all tasks, as they are added up.
+
+    Attributes
+    ----------
+    totals : ndarray
+        float32 (tasks, count, 2): of all weights, and of those of closed tokens.
+    """
 
     closed: np.ndarray
     dense: np.ndarray
@@ -70,7 +77,8 @@ class _Call:
         self._rows, self._causal, self._cap, self._queries = rows, how.causal, how.softcap or 0.0, queries
         self._closed, self._heads = held.closed, held.recent[0].shape[1]
         groups, closed, first = rows.shape[1] // queries, held.closed[0].tokens, held.sinks[0].shape[2]
-        self._groups, self._span, self._tokens = groups, (first, first + closed), first + closed + held.recent[0].shape[2]
+        self._groups, self._span = groups, (first, first + closed)
+        self._tokens = first + closed + held.recent[0].shape[2]
         self._dense = [(start, Dense.of(pair[0]), Dense.of(pair[1]))
                        for start, pair in ((0, held.sinks), (first + closed, held.recent)) if pair[0].shape[2]]
         self._nbytes = len(rows) * closed * sum(side.row_bytes for side in held.closed)
@@ -116,16 +124,37 @@ class _Call:
 
 
 def attention(query: Tensor, held: Near, how: How) -> Tensor:
-    """Return attention, float32 (batch, query heads, queries, value dim), of queries (batch, query heads, queries, dim).
+    """Return attention, float32 (batch, query heads, queries, value dim); a query that sees nothing gets zeros.
 
-    Query heads are a multiple of the heads held. A query that sees nothing gets zeros.
+    Parameters
+    ----------
+    query : Tensor
+        (batch, query heads, queries, dim), a multiple of the heads held.
+    held : Near
+    how : How
+
+    Raises
+    ------
+    CodecConfigError
+        If a mask or sinks do not fit the queries.
     """
     batch, heads, queries, dim = query.shape
+    _check(how, (batch, heads, queries))
     rows = (query.to(torch.float32) * how.scaling).reshape(batch * held.recent[0].shape[1], -1, dim)
     call = _Call(rows, held, how, queries)
     sizes = [size for size in held.closed[0].queries if size in held.closed[1].queries]
     found = [call.attended(first, count) for first, count in passes(rows.shape[1], sizes)]
     return (found[0] if len(found) == 1 else torch.cat(found, 1)).reshape(batch, heads, queries, -1)
+
+
+def _check(how: How, shape: tuple[int, int, int]) -> None:
+    """Raise where kernels would read behind a mask or behind logits of (batch, query heads, queries)."""
+    if how.mask is not None and (how.mask.ndim != 4 or any(
+            found not in (1, wanted) for found, wanted in zip(how.mask.shape, shape, strict=False))):
+        raise CodecConfigError(f"an attention mask must be (batch or 1, query heads or 1, queries, tokens) of "
+                               f"{shape}, found {tuple(how.mask.shape)}")
+    if how.s_aux is not None and how.s_aux.shape != shape[1:2]:
+        raise CodecConfigError(f"sinks must be a logit for each of {shape[1]} heads, found {tuple(how.s_aux.shape)}")
 
 
 def _bias(mask: Tensor | None) -> np.ndarray:

@@ -86,9 +86,10 @@ def scores_of(met: Met, asked: Tensor) -> Tensor:
     nbytes = len(rows) * met.tokens * met.row_bytes
     for first, count in passes(rows.shape[1], met.queries):
         near, shift = met.asked(rows[:, first : first + count])
-        out = torch.empty(len(rows), count, met.tokens, device="cpu")
-        share(len(rows), nbytes, lambda span, near=near, out=out.numpy(): met.score(near, out[slice(*span)], 0, span))
-        found.append(out if shift is None else out.add_(shift[..., None]))
+        out = np.empty((len(rows), count, met.tokens), np.float32)
+        share(len(rows), nbytes, lambda span, near=near, out=out: met.score(near, out[slice(*span)], 0, span))
+        scores = torch.from_numpy(out)
+        found.append(scores if shift is None else scores.add_(shift[..., None]))
     return torch.cat(found, 1).reshape(*asked.shape[:3], -1)
 
 
@@ -98,10 +99,10 @@ def mixture_of(met: Met, weights: Tensor) -> Tensor:
     nbytes = len(flat) * met.tokens * met.row_bytes
     for first, count in passes(flat.shape[1], met.queries):
         some = flat[:, first : first + count].clone(memory_format=torch.contiguous_format)
-        totals, sums = some.sum(-1), met.sums(len(flat), count)
-        share(len(flat), nbytes, lambda span, some=some.numpy(), sums=sums.numpy(): met.add(
-            some[slice(*span)], sums, 0, span))
-        found.append(met.mixed(sums, totals))
+        sums = met.sums(len(flat), count)
+        near, added = some.numpy(), sums.numpy()
+        share(len(flat), nbytes, lambda span, near=near, added=added: met.add(near[slice(*span)], added, 0, span))
+        found.append(met.mixed(sums, some.sum(-1)))
     return torch.cat(found, 1).reshape(*weights.shape[:3], -1)
 
 

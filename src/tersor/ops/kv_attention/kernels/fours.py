@@ -7,6 +7,7 @@ bytes `j` and `16 + j` of their rows in the halves of a register. Mixtures take 
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -193,7 +194,7 @@ class _Sum:
 
     def __init__(self, v: Rows) -> None:
         self._v, self._rooms = v, [[v.room(_SHORTS), v.room(_SHORTS)] for _ in range(2)]
-        for room in sum(self._rooms, []):
+        for room in itertools.chain(*self._rooms):
             v.store(ir.Constant(_SHORTS, [0] * LANES), room)
 
     def add(self, byte: int, found: Any) -> None:

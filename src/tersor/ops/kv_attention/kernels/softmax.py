@@ -105,7 +105,7 @@ def soften(scores: Any, form: Any, shift: Any, cap: float, bias: Any, idle: Any,
         To be added to scores of closed tokens.
     cap : float32
         0: none.
-    bias : float32 (sequences or 1, query heads or 1, queries of a head, tokens)
+    bias : float32 (sequences or 1, query heads or 1, queries of a head or 1, tokens)
         To be added; of no token: none.
     idle : float32 (query heads,)
         Scores of what has no value.
@@ -126,7 +126,8 @@ def soften(scores: Any, form: Any, shift: Any, cap: float, bias: Any, idle: Any,
             if cap > 0:
                 _cap(address, vectors, cap)
             if bias.shape[3]:
-                line = bias[sequence if bias.shape[0] > 1 else 0, number if bias.shape[1] > 1 else 0, place]
+                line = bias[sequence if bias.shape[0] > 1 else 0, number if bias.shape[1] > 1 else 0,
+                            place if bias.shape[2] > 1 else 0]
                 for token in range(tokens):
                     row[token] += line[token]
             row[tokens - each + place + 1 if causal else tokens :] = -np.inf
