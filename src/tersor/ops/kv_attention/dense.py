@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tersor.ops.kv_attention.near import Span, in_lanes, out_of_lanes
-from tersor.ops.vectors import LANES
+from tersor.ops.kv_attention.shapes import LANES
 
 DTYPES = (torch.float32, torch.bfloat16)  # that kernels read where they lie
 

@@ -15,8 +15,7 @@ from torch import Tensor
 from tersor.errors import CodecConfigError
 from tersor.ops.kv_attention.dense import Dense
 from tersor.ops.kv_attention.near import Met, Span
-from tersor.ops.kv_attention.shapes import How
-from tersor.ops.vectors import LANES
+from tersor.ops.kv_attention.shapes import LANES, How
 from tersor.ops.workers import passes, share
 
 HELD = 1 << 17  # scores that a thread holds at a time, or those of one head

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tersor.ops.vectors import LANES
+from tersor.ops.kv_attention.shapes import LANES
 from tersor.ops.workers import passes, share
 
 Span = tuple[int, int]

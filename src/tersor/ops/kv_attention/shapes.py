@@ -22,6 +22,7 @@ SIGN_MOST = 1024  # most of them: sums of bytes fill 16 bits
 SIGN_STEP = 256  # signs whose tables are laid out together
 WORDS = 256  # that a byte names
 LANE_LEVELS = 16  # that a register holds
+LANES = 16  # numbers of a vector, as of `tersor.ops.vectors`, which needs numba
 DIMS, OCTET_DIMS = (64, 128), (64, 128, 256)  # of a head; where codes are integers
 DTYPES = (torch.bfloat16, torch.float16)
 MOST_QUERIES = 8  # tokens of a sequence that attend at once
