@@ -94,6 +94,27 @@ def test_a_poisoned_page_shows(text: str) -> None:
     assert bool(stream.mix(torch.ones(BATCH, HEADS, 2, 3 * BLOCK))[0, 0].isnan().all())
 
 
+@pytest.mark.parametrize(("block", "kind"), [(1024, "Signs"), (1040, "Part")])
+def test_blocks_are_as_long_as_sums_of_bytes_allow(block: int, kind: str) -> None:
+    """All signs alike and all weights alike: sums are as large as they get; longer blocks go by levels."""
+    stream = TokenStream(parse("rot,tr2x8"), block)
+    stream.append(gaussian((block, 32), 1)[None, None] + 5.0)
+    decoded, weights = stream.decode().double(), torch.ones(1, 1, 4, block)
+    assert type(stream.part(0, block, 4)).__name__ == kind
+    mixed = stream.mix(weights)
+    assert float((mixed - weights.double() @ decoded).norm()) <= 2.0**-16 * block * float(decoded.norm(dim=-1).max())
+    asked = torch.full((1, 1, 4, 32), 3.0)
+    scores, right = stream.scores(asked), asked.double() @ decoded.mT
+    assert float((scores - right).norm()) <= 2.0**-16 * float(asked.norm() * decoded.norm())
+
+
+def test_vectors_have_as_many_lanes_as_arrays_are_laid_out_for() -> None:
+    from tersor.ops import vectors
+    from tersor.ops.kv_attention import shapes
+
+    assert shapes.LANES == vectors.LANES
+
+
 def test_copies_and_saved_streams_meet_the_same_bytes() -> None:
     """Words are those of the tables, wherever pages lie."""
     text, dim = WORDS[0]
