@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -48,7 +52,7 @@ def test_codes_are_met_as_they_are(text: str, dim: int) -> None:
         asked = gaussian((3 * HEADS * queries, dim), 3).reshape(3, HEADS, queries, dim)
         weights = gaussian((3 * HEADS * queries, 18 * BLOCK), 4).reshape(3, HEADS, queries, -1)
         for low, high in ((0, 18 * BLOCK), (2 * BLOCK, 17 * BLOCK)):
-            part = stream._part(low, high, queries)
+            part = stream.part(low, high, queries)
             assert type(part).__name__ == KINDS.get((text, dim), "Part")
             found, wanted = stream.scores(asked, low, high), asked.double() @ decoded[:, :, low:high].mT
             bound = dim * torch.finfo(torch.float32).eps
@@ -74,9 +78,9 @@ def test_threads_change_nothing(text: str, dim: int, monkeypatch: pytest.MonkeyP
         torch.set_num_threads(threads)
     assert all(torch.equal(one[side], found[0][side]) for one in found for side in range(2))
     with reference_only():
-        assert stream._part(0, 9 * BLOCK, 3) is None
-    assert stream._part(3, 9 * BLOCK, 3) is None
-    assert stream._part(0, 9 * BLOCK, 65) is None
+        assert stream.part(0, 9 * BLOCK, 3) is None
+    assert stream.part(3, 9 * BLOCK, 3) is None
+    assert stream.part(0, 9 * BLOCK, 65) is None
 
 
 @pytest.mark.parametrize("text", ["rot,lm2", "rot,tr2x8"])
@@ -90,6 +94,27 @@ def test_a_poisoned_page_shows(text: str) -> None:
     assert bool(stream.mix(torch.ones(BATCH, HEADS, 2, 3 * BLOCK))[0, 0].isnan().all())
 
 
+@pytest.mark.parametrize(("block", "kind"), [(1024, "Signs"), (1040, "Part")])
+def test_blocks_are_as_long_as_sums_of_bytes_allow(block: int, kind: str) -> None:
+    """All signs alike and all weights alike: sums are as large as they get; longer blocks go by levels."""
+    stream = TokenStream(parse("rot,tr2x8"), block)
+    stream.append(gaussian((block, 32), 1)[None, None] + 5.0)
+    decoded, weights = stream.decode().double(), torch.ones(1, 1, 4, block)
+    assert type(stream.part(0, block, 4)).__name__ == kind
+    mixed = stream.mix(weights)
+    assert float((mixed - weights.double() @ decoded).norm()) <= 2.0**-16 * block * float(decoded.norm(dim=-1).max())
+    asked = torch.full((1, 1, 4, 32), 3.0)
+    scores, right = stream.scores(asked), asked.double() @ decoded.mT
+    assert float((scores - right).norm()) <= 2.0**-16 * float(asked.norm() * decoded.norm())
+
+
+def test_vectors_have_as_many_lanes_as_arrays_are_laid_out_for() -> None:
+    from tersor.ops import vectors
+    from tersor.ops.kv_attention import shapes
+
+    assert shapes.LANES == vectors.LANES
+
+
 def test_copies_and_saved_streams_meet_the_same_bytes() -> None:
     """Words are those of the tables, wherever pages lie."""
     text, dim = WORDS[0]
@@ -100,3 +125,20 @@ def test_copies_and_saved_streams_meet_the_same_bytes() -> None:
     twin.append(states(dim, BLOCK, 6))
     assert torch.equal(twin.scores(asked, 0, 3 * BLOCK), first)
     assert torch.equal(again.scores(asked), first)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux" or os.uname().machine != "x86_64", reason="names of x86's instructions")
+@pytest.mark.parametrize(("name", "features"), [("x86-64", ""), ("haswell", "+avx2,+fma,+bmi2,+avx")])
+def test_lesser_processors_find_the_same(name: str, features: str, tmp_path: object) -> None:
+    """Signs are looked up in floats where bytes are not looked up by one instruction, and within their rounding."""
+    script = """
+from tests.ops.test_kv_lanes import LEVELS, SIGNS, test_codes_are_met_as_they_are
+for text, dim in (SIGNS[0], SIGNS[1], SIGNS[2], LEVELS[1], LEVELS[4]):
+    test_codes_are_met_as_they_are(text, dim)
+print("same")
+"""
+    environment = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features, "NUMBA_CACHE_DIR": str(tmp_path),
+                   "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "PATH": os.defpath}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "same", done.stderr

@@ -24,6 +24,7 @@ from tersor.kv.read import Read
 from tersor.kv.saved import check
 from tersor.numerics.memory import check_memory
 from tersor.ops.kv_attention import Book, Lying, Octets, part_of, words_of
+from tersor.ops.kv_attention.near import mixture_of, scores_of
 from tersor.ops.kv_encode import kv_name
 from tersor.payload.blocks import Tables
 
@@ -159,8 +160,8 @@ class TokenStream(Read):
         start, stop = self._range(start, stop)
         self._check("queries", queries, self.dim)
         wide = queries.to(torch.float32)
-        if (part := self._part(start, stop, queries.shape[2])) is not None:
-            return part.scores(wide)
+        if (part := self.part(start, stop, queries.shape[2])) is not None:
+            return scores_of(part, wide)
         to = self._coordinates()
         near, shift = (wide, None) if to is None else (to.into(wide), to.offset())
         out = torch.empty(*queries.shape[:3], stop - start, dtype=torch.float32, device=queries.device)
@@ -175,8 +176,8 @@ class TokenStream(Read):
         start, stop = self._range(start, stop)
         self._check("weights", weights, stop - start)
         wide = weights.to(torch.float32)
-        if (part := self._part(start, stop, weights.shape[2])) is not None:
-            return part.mixture(wide)
+        if (part := self.part(start, stop, weights.shape[2])) is not None:
+            return mixture_of(part, wide)
         total = None
         for low, high, first, last in self._chunked(start, stop):
             some = wide[..., first - start : last - start]
@@ -192,6 +193,19 @@ class TokenStream(Read):
         near = self._coordinates()
         out, shift = (total, None) if near is None else (near.out_of(total), near.offset())
         return out if shift is None else out + wide.sum(-1, keepdim=True) * shift
+
+    def part(self, start: int, stop: int, queries: int) -> Part | Worded | None:
+        """Return tokens for kernels of the processor, where there are few queries and these know the codes."""
+        if self._pages is None or self._pages.device.type != "cpu" or queries > FEW or start == stop or (
+                start % self.block or stop % self.block):
+            return None
+        place = self.page_blocks, (start // self.block, stop // self.block)
+        if (side := self.side()) is not None:
+            return part_of(side, (self.heads, self.dim, self.block), *place)
+        if (words := self._as_words()) is None:
+            return None
+        lying = self._pages.addresses(), self._pages.buffers()[0].data_ptr(), self._pages.starts[words.codes]
+        return words_of(words, lying, (self.heads, self.block), *place)
 
     def chunks(self, elements: int | None = None) -> Iterator[tuple[int, int]]:
         """Yield ranges of tokens, whole blocks, of at most `elements` dense numbers (or one block) each."""
@@ -295,19 +309,6 @@ class TokenStream(Read):
             high = min(low + min(step, room), end)
             yield low, high, max(start, low * self.block), min(stop, high * self.block)
             low = high
-
-    def _part(self, start: int, stop: int, queries: int) -> Part | Worded | None:
-        """Return tokens for kernels of the processor, where there are few queries and these know the codes."""
-        if self._pages is None or self._pages.device.type != "cpu" or queries > FEW or start == stop or (
-                start % self.block or stop % self.block):
-            return None
-        place = self.page_blocks, (start // self.block, stop // self.block)
-        if (side := self.side()) is not None:
-            return part_of(side, (self.heads, self.dim, self.block), *place)
-        if (words := self._as_words()) is None:
-            return None
-        lying = self._pages.addresses(), self._pages.buffers()[0].data_ptr(), self._pages.starts[words.codes]
-        return words_of(words, lying, (self.heads, self.block), *place)
 
     def _encode(self, states: Tensor) -> list[Encoded]:
         """Encode one block, sequence by sequence."""

@@ -145,12 +145,25 @@ class Vectors:
             vector = self.add(low, high)
         return self.builder.extract_element(vector, INT(0))
 
-    def look(self, table: Any, index: Any) -> Any:
-        """Return the numbers of a table of 16 at the places that the four lowest bits of an index say, lane by lane."""
+    @property
+    def bytewise(self) -> bool:
+        """Whether lookups in sixteen bytes are faster than those in sixteen numbers."""
+        return self._half and not self._wide
+
+    @property
+    def sums(self) -> int:
+        """Vectors of sums that registers hold, beside what is added to them."""
+        return 16 if self._wide else 4
+
+    def look(self, table: Any, index: Any, *, eight: bool = False) -> Any:
+        """Return the numbers of a table of 16 at the places that the four lowest bits of an index say, lane by lane.
+
+        Where the table is one of `eight`, twice, half of the work is enough.
+        """
         if self._wide:
-            return self._call("llvm.x86.avx512.permvar.sf.512", FLOATS, (table, index))
+            return self.call("llvm.x86.avx512.permvar.sf.512", FLOATS, (table, index))
         if self._half:
-            return self._look_in_halves(table, index)
+            return self._look_in_eight(table, index) if eight else self._look_in_halves(table, index)
         kept = self.room()
         self.store(table, kept)
         return self.gather(self.builder.bitcast(kept, FLOAT.as_pointer()),
@@ -164,6 +177,13 @@ class Vectors:
             out = self.builder.insert_element(out, self.builder.load(self.builder.gep(address, [place])), INT(lane))
         return out
 
+    def _look_in_eight(self, table: Any, index: Any) -> Any:
+        """Look eight lanes up at a time, by the three lowest bits of the index."""
+        low = self.pick(table, table, range(8))
+        parts = [self.call("llvm.x86.avx2.permps", low.type, (low, self.pick(index, index, range(first, first + 8))))
+                 for first in (0, 8)]
+        return self.pick(parts[0], parts[1], range(LANES))
+
     def _look_in_halves(self, table: Any, index: Any) -> Any:
         """Look eight lanes up at a time, each in both halves of the table; the fourth bit of the index chooses."""
         low, high = (self.pick(table, table, range(first, first + 8)) for first in (0, 8))
@@ -171,12 +191,13 @@ class Vectors:
         top, none = ir.Constant(kind, [28] * 8), ir.Constant(kind, [0] * 8)
         for first in (0, 8):
             place = self.pick(index, index, range(first, first + 8))
-            below, above = (self._call("llvm.x86.avx2.permps", low.type, (half, place)) for half in (low, high))
+            below, above = (self.call("llvm.x86.avx2.permps", low.type, (half, place)) for half in (low, high))
             upper = self.builder.icmp_signed("<", self.builder.shl(place, top), none)
             parts.append(self.builder.select(upper, above, below))
         return self.pick(parts[0], parts[1], range(LANES))
 
-    def _call(self, name: str, kind: Any, arguments: Sequence[Any]) -> Any:
+    def call(self, name: str, kind: Any, arguments: Sequence[Any]) -> Any:
+        """Return what an instruction of LLVM's makes of arguments."""
         function = ir.FunctionType(kind, [one.type for one in arguments])
         return self.builder.call(cgutils.get_or_insert_function(self.builder.module, function, name), arguments)
 

@@ -23,7 +23,8 @@ from tersor.hf.kv.grown import kv_step
 from tersor.hf.kv.lazy import LazyStates, Pair, States, decoded
 from tersor.hf.models.growing import STEP
 from tersor.kv import TokenStream
-from tersor.ops.kv_attention import Held, How, kv_attention, takes_kernel
+from tersor.ops.kv_attention import Held, How, few, kv_attention, takes_kernel
+from tersor.ops.kv_attention.near import Met
 
 NAME = "tersor"
 PART_TOKENS = 512  # dense tokens taken at a time
@@ -161,37 +162,21 @@ class Scores:
 def attend(query: Tensor, states: States, how: Scores) -> Tensor:
     """Return attention of `query` over `states`, (batch, query heads, queries, value dim).
 
-    On CUDA few queries over plain codes go to kernels (`tersor.ops.kv_attention`), and come in the dtype of `query`.
-    Else keys and values are taken a part at a time, in float32; heads that share keys are one matrix product, nothing
-    is repeated. A query that may see nothing gets zeros.
+    Few queries over codes that kernels know go to these (`tersor.ops.kv_attention`); what they return on CUDA has the
+    dtype of `query`. Else keys and values are taken a part at a time, in float32; heads that share keys are one matrix
+    product, nothing is repeated. A query that may see nothing gets zeros.
 
     Parameters
     ----------
     query : Tensor
         (batch, query heads, queries, dim), a multiple of the heads of `states`; the last tokens of `states` are theirs.
     """
-    batch, heads, tokens, dim = states.shape(0)
-    queries, wide = query.shape[2], states.shape(1)[3]
-    if query.shape[1] % heads or query.shape[3] != dim:
-        raise CodecConfigError(f"queries {tuple(query.shape)} do not fit keys {(batch, heads, tokens, dim)}")
-    if how.mask is not None and how.mask.shape[-1] != tokens:
-        raise CodecConfigError(f"the attention mask covers {how.mask.shape[-1]} tokens, the cache holds {tokens}; give "
-                               "a mask for the cached tokens too")
-    if states.lead is not None and how.mask is not None:  # without a mask the first tokens are seen by all queries
-        mask = how.mask.expand(batch, -1, -1, -1)
-        how = dataclasses.replace(how, mask=states.lead.held(mask, 3))
-    if states.gone and how.mask is not None:
-        first = states.sinks[0].shape[2]
-        there = torch.cat([how.mask[..., :first], how.mask[..., first + states.gone :]], 3)
-        how = dataclasses.replace(how, mask=there)
-    tokens -= states.gone
+    how = _fitting(query, states, how)
+    (batch, heads, tokens, dim), wide = states.shape(0), states.shape(1)[3]
+    tokens, queries, groups = tokens - states.gone, query.shape[2], query.shape[1] // heads
     scaling = dim**-0.5 if how.scaling is None else how.scaling
-    if (closed := states.closed() if query.is_cuda else None) is not None:
-        held = Held(states.sinks, states.tail, closed)
-        if takes_kernel(query, held):
-            aux = None if how.s_aux is None else how.s_aux.reshape(-1)
-            return kv_attention(query, held, How(scaling, how.mask, how.causal, how.softcap, aux))
-    groups = query.shape[1] // heads
+    if (found := _by_kernels(query, states, dataclasses.replace(how, scaling=scaling))) is not None:
+        return found
     query = (query.to(torch.float32) * scaling).reshape(batch, heads, groups, queries, dim)
     total = query.new_zeros(batch, heads, groups, queries, 1)
     peak = torch.full_like(total, float("-inf"))
@@ -218,6 +203,45 @@ def attend(query: Tensor, states: States, how: Scores) -> Tensor:
             mixed[:, :, :, rows] = mixed[:, :, :, rows] * shrink + part
     mixed /= total.masked_fill(total == 0.0, 1.0)
     return mixed.reshape(batch, heads * groups, queries, wide)
+
+
+def _near(states: States, queries: int) -> tuple[Met, Met] | None:
+    """Return closed tokens as kernels of the processor meet so many queries of a key head, None where they do not."""
+    if states.streams is None or not states.middle:
+        return None
+    keys, values = (stream.part(0, states.middle, queries) for stream in states.streams)
+    return None if keys is None or values is None else (keys, values)
+
+
+def _fitting(query: Tensor, states: States, how: Scores) -> Scores:
+    """Return what happens to scores, with a mask of the tokens as they are held; raise if something does not fit."""
+    batch, heads, tokens, dim = states.shape(0)
+    if query.shape[1] % heads or query.shape[3] != dim:
+        raise CodecConfigError(f"queries {tuple(query.shape)} do not fit keys {(batch, heads, tokens, dim)}")
+    if how.mask is None:  # the first tokens are seen by all queries
+        return how
+    if how.mask.shape[-1] != tokens:
+        raise CodecConfigError(f"the attention mask covers {how.mask.shape[-1]} tokens, the cache holds {tokens}; give "
+                               "a mask for the cached tokens too")
+    mask = how.mask
+    if states.lead is not None:
+        mask = states.lead.held(mask.expand(batch, -1, -1, -1), 3)
+    if states.gone:
+        first = states.sinks[0].shape[2]
+        mask = torch.cat([mask[..., :first], mask[..., first + states.gone :]], 3)
+    return dataclasses.replace(how, mask=mask)
+
+
+def _by_kernels(query: Tensor, states: States, how: Scores) -> Tensor | None:
+    """Return attention of few queries by kernels of the device, None where these do not know the codecs."""
+    assert how.scaling is not None
+    known = How(how.scaling, how.mask, how.causal, how.softcap, None if how.s_aux is None else how.s_aux.reshape(-1))
+    if query.is_cuda:
+        closed = states.closed()
+        held = None if closed is None else Held(states.sinks, states.tail, closed)
+        return None if held is None or not takes_kernel(query, held) else kv_attention(query, held, known)
+    parts = _near(states, query.shape[1] // states.shape(0)[1] * query.shape[2])
+    return None if parts is None else few.attention(query, few.Near(states.sinks, states.tail, parts), known)
 
 
 Part = tuple[int, int, Product, Product]

@@ -11,6 +11,7 @@ from tersor.ops.kv_attention import reference
 from tersor.ops.kv_attention.octets import Octets
 from tersor.ops.kv_attention.shapes import (
     LANE_BITS,
+    SIGN_MOST,
     SIGN_TOKENS,
     SIGN_WORD,
     Closed,
@@ -88,8 +89,8 @@ def part_of(side: Side, shape: tuple[int, int, int], room: int, span: tuple[int,
         return None
     from tersor.ops.kv_attention.lanes import Part, Signs
 
-    fits = signs and codes % SIGN_WORD == 0 and block % SIGN_TOKENS == 0
-    return (Signs if fits else Part)(side, heads, codes, block, room, *span)
+    fits = signs and codes % SIGN_WORD == 0 and block % SIGN_TOKENS == 0 and max(codes, block) <= SIGN_MOST
+    return (Signs if fits else Part)(heads, block, room, *span, side, codes)
 
 
 def words_of(words: Words, lying: tuple[Tensor, int, int], shape: tuple[int, int], room: int,
@@ -111,7 +112,7 @@ def words_of(words: Words, lying: tuple[Tensor, int, int], shape: tuple[int, int
     from tersor.ops.kv_attention.worded import Worded
 
     far, base, start = lying
-    return Worded(words, far.numpy() * 16 + base, start, *shape, room, *span)
+    return Worded(*shape, room, *span, words, far.numpy() * 16 + base, start)
 
 
 def look_up(keys: Spelled | None, values: Spelled | None) -> bool:

@@ -6,35 +6,33 @@ A head's sums are made in one order, whatever the threads.
 from __future__ import annotations
 
 import dataclasses
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tersor.ops.kv_attention.shapes import SIGN_WORD, Side, unit_codes
+from tersor.ops.kv_attention.near import Blocks, Span, centred, in_lanes, out_of_lanes, shifted, turned
+from tersor.ops.kv_attention.shapes import SIGN_STEP, SIGN_WORD, Side, unit_codes
 from tersor.ops.vectors import LANES
-from tersor.ops.workers import passes, share
-
-QUERIES = (4, 3, 2, 1)  # that meet a code at a time
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """Whole blocks of a side: `low` to `high` of `heads` heads, in blocks of `block` tokens, of `codes` codes each.
-
-    Attributes
-    ----------
-    room : int
-        Blocks of a page.
-    """
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part(Blocks):
+    """Whole blocks of a side, of `codes` codes a token; methods are those of `Met`."""
 
     side: Side
-    heads: int
     codes: int
-    block: int
-    room: int
-    low: int
-    high: int
+
+    @property
+    def queries(self) -> tuple[int, ...]:
+        """How many queries may meet a code at a time."""
+        return 4, 3, 2, 1
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a token's codes."""
+        return self.codes * self.side.levels.bits // 8
 
     @property
     def units(self) -> tuple[int, int]:
@@ -43,78 +41,75 @@ class Part:
         each = unit_codes(bits)
         return each, -(-self.codes // (each * LANES))
 
-    @property
-    def size(self) -> int:
-        """Bytes of a scale."""
-        return 2 if self.side.levels.steps is None else 1
+    def asked(self, rows: Tensor) -> tuple[np.ndarray, Tensor | None]:
+        """See `Met`."""
+        maps, offset = self.side.levels.maps, self.side.levels.offset
+        near = self._met(rows if maps is None else turned(rows, maps, back=True))
+        return near.numpy(), None if offset is None else shifted(rows, offset)
 
-    def scores(self, asked: Tensor) -> Tensor:
-        """Return products of queries, float32 (batch, heads, q, dim), with the tokens: float32 (…, q, tokens)."""
+    def score(self, asked: np.ndarray, out: np.ndarray, at: int, span: Span) -> None:
+        """See `Met`."""
         from tersor.ops.kv_attention.kernels import lanes
 
-        batch, heads, queries = asked.shape[:3]
-        out = torch.empty(batch * heads, queries, (self.high - self.low) * self.block, device="cpu")
-        maps, offset = self.side.levels.maps, self.side.levels.offset
-        near = asked if maps is None else asked @ maps.mT
-        flat = near.reshape(batch * heads, queries, self.codes)
-        for first, count in passes(queries, QUERIES):
-            met = self._met(flat[:, first : first + count]).numpy()
-            found = out if count == queries else out.new_empty(len(out), count, out.shape[2])
-            self._share(lanes.scores(*self.kind, count, self.size), met, found.numpy(), batch)
-            if found is not out:
-                out[:, first : first + count] = found
-        products = out.reshape(batch, heads, queries, -1)
-        return products if offset is None else products.add_((asked * offset[:, None]).sum(-1, keepdim=True))
+        kernel = lanes.scores(*self._kind, out.shape[1], self._size)
+        kernel(*self._held, asked, out, (at, *span))
 
-    def mixture(self, weights: Tensor) -> Tensor:
-        """Return sums of the tokens under weights, float32 (batch, heads, q, tokens): float32 (…, q, dim)."""
+    def sums(self, tasks: int, queries: int) -> Tensor:
+        """See `Met`: (tasks, vectors, codes of a unit, q, 16)."""
+        each, vectors = self.units
+        return torch.zeros(tasks, vectors, each, queries, LANES, device="cpu")
+
+    def add(self, weights: np.ndarray, sums: np.ndarray, at: int, span: Span) -> None:
+        """See `Met`."""
         from tersor.ops.kv_attention.kernels import lanes
 
-        batch, heads, queries, tokens = weights.shape
-        flat, (each, vectors) = weights.reshape(batch * heads, queries, tokens), self.units
-        parts = []
-        for first, count in passes(queries, QUERIES):
-            some = flat[:, first : first + count].contiguous()
-            out = torch.zeros(len(flat), vectors, each, count, LANES, device="cpu")
-            self._share(lanes.mixture(*self.kind, count, self.size), some.numpy(), out.numpy(), batch)
-            parts.append(out.permute(0, 3, 1, 4, 2).flatten(2)[..., : self.codes])
-        total = torch.cat(parts, 1).reshape(batch, heads, queries, self.codes)
+        kernel = lanes.mixture(*self._kind, weights.shape[1], self._size)
+        kernel(*self._held, weights, sums, (at, *span))
+
+    def mixed(self, sums: Tensor, totals: Tensor) -> Tensor:
+        """See `Met`."""
         maps, offset = self.side.levels.maps, self.side.levels.offset
-        total = total if maps is None else total @ maps
-        return total if offset is None else total.add_(weights.sum(-1, keepdim=True) * offset[:, None])
+        near = out_of_lanes(sums, self.codes)
+        found = near if maps is None else turned(near, maps)
+        return found if offset is None else centred(found, totals, offset)
 
     def _met(self, near: Tensor) -> Tensor:
         """Return queries (tasks, q, codes) in the order of units: (tasks, vectors, codes of a unit, q, 16)."""
-        each, vectors = self.units
-        padded = torch.nn.functional.pad(near, (0, vectors * LANES * each - self.codes))
-        return padded.unflatten(2, (vectors, LANES, each)).permute(0, 2, 4, 1, 3).contiguous()
+        return in_lanes(near, *self.units)
 
     @property
-    def kind(self) -> tuple[str, tuple[int, int]]:
+    def _kind(self) -> tuple[str, tuple[int, int]]:
         """Kind of codes, and what kernels of that kind are made for."""
         return "levels", (self.side.levels.bits, self.units[1])
 
-    def _share(self, kernel: object, given: np.ndarray, out: np.ndarray, batch: int) -> None:
-        """Run a kernel over all heads of all sequences, in shares."""
-        side, stride, levels = self.side, self.codes * self.side.levels.bits // 8, self.side.levels
+    @property
+    def _size(self) -> int:
+        """Bytes of a scale."""
+        return self.side.scale_bytes
+
+    @cached_property
+    def _held(self) -> tuple[np.ndarray, tuple[int, ...], np.ndarray]:
+        """Addresses of slots, how tokens lie in them, and levels."""
+        side, stride = self.side, self.row_bytes
         addresses = side.addresses.numpy() * 16 + side.pages[0].data_ptr()
         form = (side.codes_at, side.scales_at, stride, self.heads, self.block, self.room, self.low, self.high)
-        table = levels.looked_up.numpy()
-        tasks = batch * self.heads
-        nbytes = tasks * (self.high - self.low) * self.block * stride
-        share(tasks, nbytes, lambda span: kernel(addresses, form, table, given, out, span))  # type: ignore[operator]
+        return addresses, form, side.levels.looked_up.numpy()
 
 
 class Signs(Part):
     """The same with codes of one bit, which stand for -1 and 1: four are looked up together."""
 
     def _met(self, near: Tensor) -> Tensor:
-        """Return the sums that four signs may make of queries' numbers: (tasks, fours, q, 16)."""
-        places = torch.arange(LANES)[None] >> torch.arange(4)[:, None] & 1
-        return (near.unflatten(2, (-1, 4)) @ (2.0 * places - 1.0)).transpose(1, 2).contiguous()
+        """Return the sums that four signs may make of queries' numbers, as the kernel lays them: (tasks, any)."""
+        from tersor.ops.kv_attention.kernels import laying
+
+        queries, wide = near.shape[1], -(-self.codes // SIGN_STEP) * SIGN_STEP
+        out = torch.empty(len(near), queries * (4 * wide + 1), device="cpu")
+        laying.lay_signs(near.contiguous().numpy(), out.numpy())
+        return out
 
     @property
-    def kind(self) -> tuple[str, tuple[int, int]]:
+    def _kind(self) -> tuple[str, tuple[int, int]]:
         """See `Part`."""
         return "signs", (self.codes // SIGN_WORD, self.units[1])
 

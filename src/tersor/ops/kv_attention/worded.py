@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tersor.ops.kv_attention.shapes import WORDS
-from tersor.ops.workers import passes, share
+from tersor.ops.kv_attention.near import Blocks, Span, centred, shifted, turned
 from tersor.payload.words import Words
 
-QUERIES = (4, 2, 1)  # that meet a byte at a time
 
-
-@dataclasses.dataclass(frozen=True)
-class Worded:
-    """Whole blocks of a side: `low` to `high` of `heads` heads, in blocks of `block` tokens.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Worded(Blocks):
+    """Whole blocks of a side; methods are those of `Met`.
 
     Attributes
     ----------
@@ -26,89 +23,74 @@ class Worded:
         int64 (pages, batch): of each sequence's slot.
     codes_at : int
         Where codes begin in a slot, bytes.
-    room : int
-        Blocks of a page.
     """
 
     words: Words
     addresses: np.ndarray
     codes_at: int
-    heads: int
-    block: int
-    room: int
-    low: int
-    high: int
 
     @property
-    def tokens(self) -> int:
-        """Tokens of the blocks."""
-        return (self.high - self.low) * self.block
+    def queries(self) -> tuple[int, ...]:
+        """How many queries may meet a byte at a time."""
+        return 4, 2, 1
 
-    def scores(self, asked: Tensor) -> Tensor:
-        """Return products of queries, float32 (batch, heads, q, dim), with the tokens: float32 (…, q, tokens)."""
-        batch, heads, queries = asked.shape[:3]
-        near = (asked @ self.words.maps.mT).reshape(batch * heads, queries, -1)
-        found = []
-        for first, count in passes(queries, QUERIES):
-            tables = torch.empty(len(near), len(self.words.counts), WORDS, count, device="cpu")
-            for some, columns, book in self._alike():
-                split = near[:, first : first + count, columns].unflatten(2, (len(book), -1))
-                tables[:, some] = book @ split.permute(0, 2, 3, 1)
-            sums = torch.zeros(len(near), self.tokens, count, device="cpu")
-            self._go("scores", tables, sums)
-            self._size(sums)
-            found.append(sums.transpose(1, 2))
-        products = torch.cat(found, 1).reshape(batch, heads, queries, -1)
-        return products.add_((asked * self.words.offset[:, None]).sum(-1, keepdim=True))
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a token."""
+        return self.words.row_bytes
 
-    def mixture(self, weights: Tensor) -> Tensor:
-        """Return sums of the tokens under weights, float32 (batch, heads, q, tokens): float32 (…, q, dim)."""
-        batch, heads, queries, tokens = weights.shape
-        flat, found = weights.reshape(batch * heads, queries, tokens), []
-        for first, count in passes(queries, QUERIES):
-            sums = flat[:, first : first + count].transpose(1, 2).contiguous()
-            self._size(sums)
-            tables = torch.zeros(len(flat), len(self.words.counts), WORDS, count, device="cpu")
-            self._go("mixture", tables, sums)
-            near = torch.empty(len(flat), count, self.words.words.shape[1], device="cpu")
-            for some, columns, book in self._alike():
-                near[:, :, columns] = (tables[:, some].mT @ book).permute(0, 2, 1, 3).flatten(2)
-            found.append(near)
-        total = torch.cat(found, 1).reshape(batch, heads, queries, -1) @ self.words.maps
-        return total.add_(weights.sum(-1, keepdim=True) * self.words.offset[:, None])
+    def asked(self, rows: Tensor) -> tuple[np.ndarray, Tensor]:
+        """See `Met`: (tasks, numbers of words, q)."""
+        near = turned(rows, self.words.maps, back=True)
+        return near.mT.contiguous().numpy(), shifted(rows, self.words.offset)
 
-    def _alike(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Yield bytes whose words have as many numbers: which they are, their columns, their words (bytes, 256, n)."""
-        counts, byte, column = self.words.counts, 0, 0
-        while byte < len(counts):
-            size = counts[byte]
-            many = counts.count(size)
-            columns = slice(column, column + many * size)
-            book = self.words.words[:, columns].unflatten(1, (many, size)).transpose(0, 1)
-            yield slice(byte, byte + many), columns, book
-            byte, column = byte + many, columns.stop
-
-    def _go(self, verb: str, tables: Tensor, sums: Tensor) -> None:
-        """Run a kernel over all heads of all sequences, in shares, some bytes of the rows at a time."""
+    def score(self, asked: np.ndarray, out: np.ndarray, at: int, span: Span) -> None:
+        """See `Met`."""
         from tersor.ops.kv_attention.kernels import words
 
-        for first, count in passes(len(self.words.counts), (words.CHUNK, 4, 2, 1)):
-            kernel, form = words.passes(verb, count, sums.shape[2]), self._form(first)
-            given = tables.numpy(), sums.numpy()
-            share(len(sums), len(sums) * self.tokens * count,
-                  lambda span, k=kernel, f=form, g=given: k(self.addresses, f, *g, span))
+        walk, across = words.walk("scores", out.shape[1]), words.across(out.shape[1], back=True)
+        sums = np.empty((self.tokens, out.shape[1]), np.float32)
+        for task, rows in zip(range(*span), out, strict=True):
+            sums.fill(0.0)
+            walk(self.addresses, self._form, self._book, asked[task], sums, task)
+            self._resize(sums, task)
+            across(rows, at, sums)
 
-    def _size(self, sums: Tensor) -> None:
-        """Multiply the sums of tokens by their sizes, where they have such."""
-        if self.words.sizes is None:
-            return
+    def sums(self, tasks: int, queries: int) -> Tensor:
+        """See `Met`: (tasks, numbers of words, q)."""
+        return torch.zeros(tasks, self.words.words.shape[1], queries, device="cpu")
+
+    def add(self, weights: np.ndarray, sums: np.ndarray, at: int, span: Span) -> None:
+        """See `Met`."""
         from tersor.ops.kv_attention.kernels import words
 
-        form = self._form(len(self.words.counts))
-        words.scale(self.addresses, form, self.words.sizes.numpy(), sums.numpy(), (0, len(sums)))
+        walk, across = words.walk("mixture", weights.shape[1]), words.across(weights.shape[1], back=False)
+        sized = np.empty((self.tokens, weights.shape[1]), np.float32)
+        for task, rows in zip(range(*span), weights, strict=True):
+            across(rows, at, sized)
+            self._resize(sized, task)
+            walk(self.addresses, self._form, self._book, sums[task], sized, task)
 
-    def _form(self, first: int) -> tuple[int, ...]:
-        return (self.codes_at, self.words.row_bytes, self.heads, self.block, self.room, self.low, self.high, first)
+    def mixed(self, sums: Tensor, totals: Tensor) -> Tensor:
+        """See `Met`."""
+        return centred(turned(sums.mT, self.words.maps), totals, self.words.offset)
+
+    def _resize(self, sums: np.ndarray, task: int) -> None:
+        """Multiply sums of tokens by their sizes, where they have such."""
+        from tersor.ops.kv_attention.kernels import words
+
+        if self.words.sizes is not None:
+            words.resize(self.addresses, self._form, self.words.sizes.numpy(), sums, task)
+
+    @cached_property
+    def _book(self) -> tuple[np.ndarray, np.ndarray]:
+        """Words, float32 (256, numbers); of each byte the first of its numbers, and how many: int64 (bytes, 2)."""
+        counts = np.array(self.words.counts, np.int64)
+        return self.words.words.contiguous().numpy(), np.stack([counts.cumsum() - counts, counts], 1)
+
+    @property
+    def _form(self) -> tuple[int, ...]:
+        return self.codes_at, self.words.row_bytes, self.heads, self.block, self.room, self.low, self.high
 
 
 __all__ = ["Worded"]

@@ -13,7 +13,7 @@ _QUARTERS = range(0, LANES, 4)  # of a register, within which numbers change pla
 _LOW, _HIGH = ([q + i + of for q in _QUARTERS for i in (first, first + 1) for of in (0, LANES)] for first in (0, 2))
 _LOW_TWO, _HIGH_TWO = ([q + i + of for q in _QUARTERS for of in (0, LANES) for i in (first, first + 1)]
                        for first in (0, 2))
-SUMS = 16  # vectors that registers hold beside what meets them
+_ROUND = 12582912.0  # 1.5 2**23: of a float32 that this is added to, the lowest bits are a whole number
 AHEAD = 512  # bytes of a head's codes that are asked for before they are read
 
 
@@ -23,6 +23,32 @@ class Addressed(Vectors):
     def pointer(self, address: Any, kind: Any) -> Any:
         """Return an address as a pointer."""
         return self.builder.inttoptr(address, kind.as_pointer())
+
+    def held(self, place: Any) -> Any:
+        """Return the address of room that holds what lies at a place."""
+        room = self.room()
+        self.store(self.load(place), room)
+        return room
+
+    def higher(self, one: Any, other: Any) -> Any:
+        """Return the higher numbers of two vectors; of a number that is none, the other."""
+        return self.builder.select(self.builder.fcmp_ordered(">", one, other), one, other)
+
+
+    def highest(self, vector: Any) -> Any:
+        """Return the highest of all lanes."""
+        for half in (8, 4, 2, 1):
+            vector = self.higher(*(self.pick(vector, vector, range(low, low + half)) for low in (0, half)))
+        return self.builder.extract_element(vector, INT(0))
+
+    def absolute(self, vector: Any) -> Any:
+        """Return sizes of numbers."""
+        bits = self.builder.and_(self.builder.bitcast(vector, INTS), ir.Constant(INTS, [0x7FFFFFFF] * LANES))
+        return self.builder.bitcast(bits, FLOATS)
+
+    def rounded(self, vector: Any) -> Any:
+        """Return the nearest whole numbers, of numbers less than 2**15 in size: the 16 lowest bits of integers."""
+        return self.builder.bitcast(self.add(vector, self.all(_ROUND)), INTS)
 
 
 class Rows(Addressed):
@@ -85,4 +111,4 @@ class Rows(Addressed):
         return tuple(self.value(1, i) for i in range(4))  # type: ignore[return-value]
 
 
-__all__ = ["AHEAD", "BYTE", "SUMS", "Addressed", "Rows"]
+__all__ = ["AHEAD", "BYTE", "SHORT", "Addressed", "Rows"]

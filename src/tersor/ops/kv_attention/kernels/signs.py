@@ -11,7 +11,8 @@ from typing import Any
 
 from llvmlite import ir
 
-from tersor.ops.kv_attention.kernels.rows import SUMS, Rows
+from tersor.ops.kv_attention.kernels import fours
+from tersor.ops.kv_attention.kernels.rows import Rows
 from tersor.ops.vectors import FLOAT, INT, INTS, LANES, LONG
 
 FOUR = 4  # signs that are looked up together
@@ -21,6 +22,9 @@ _SUMS = [[1.0 if place >> one & 1 else -1.0 for place in range(LANES)] for one i
 
 def meet(v: Rows) -> None:
     """Write the scores of some rows, a multiple of sixteen; `near` is (fours of signs, queries, 16)."""
+    if v.bytewise:
+        fours.meet(v)
+        return
     builder, queries, (words, _) = v.builder, v.queries, v.own
     codes, scales, count, stride = v.rows()
     near, out, step = v.pointer(v.value(3, 0), FLOAT), v.pointer(v.value(4, 0), FLOAT), v.value(4, 1)
@@ -43,13 +47,16 @@ def meet(v: Rows) -> None:
 
 def gather(v: Rows) -> None:
     """Add the sums of some rows, a multiple of four, under weights to `out`, (vectors, signs of a byte, queries, 16)."""
+    if v.bytewise:
+        fours.gather(v)
+        return
     builder, queries, (_, vectors) = v.builder, v.queries, v.own
     codes, _, count, stride = v.rows()
     out, tables = v.pointer(v.value(4, 0), FLOAT), v.pointer(v.value(4, 1), FLOAT)
-    fours = builder.udiv(count, LONG(FOUR))
-    with v.loop(fours) as turn:
+    sets = builder.udiv(count, LONG(FOUR))
+    with v.loop(sets) as turn:
         _write_tables(v, turn, v.at(tables, builder.mul(turn, LONG(queries * LANES))), queries)
-    at_a_time = max(1, SUMS // (2 * queries))
+    at_a_time = max(1, v.sums // (2 * queries))
     for vector, low in product(range(vectors), range(0, FOUR, at_a_time)):
         shifts = range(low, min(low + at_a_time, FOUR))
         places = [((vector * SIGNS + shift + half) * queries + query) * LANES
@@ -57,7 +64,7 @@ def gather(v: Rows) -> None:
         sums = [v.room() for _ in places]
         for room, place in zip(sums, places, strict=True):
             v.store(v.load(v.at(out, place)), room)
-        with v.loop(fours) as turn:
+        with v.loop(sets) as turn:
             line = builder.add(builder.mul(builder.mul(turn, LONG(FOUR)), stride), LONG(vector * LANES))
             index = _fours(v, builder.add(codes, line), stride, shifts)
             for number, room in enumerate(sums):
