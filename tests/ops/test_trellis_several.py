@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import inspect
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from tersor.codecs.trellis.trellis import Trellis
+from tersor.contract.codec import Encoded
 from tersor.numerics.rotation import Rotation
-from tersor.ops.dispatch import reference_only
+from tersor.ops.dispatch import recording, reference_only
+from tersor.ops.hadamard import hadamard
 from tersor.ops.trellis_linear.shapes import UNIT, Line, segments
-from tersor.ops.trellis_product import counts, ready_product, trellis_product
+from tersor.ops.trellis_product import most_counted, ready_product, trellis_product
 from tersor.ops.trellis_product.kernels import several_ptx
 from tersor.ops.trellis_product.shapes.several import (
     AROUND_WARPS,
@@ -30,10 +37,11 @@ from tersor.ops.trellis_product.shapes.several import (
     divided,
     refusal,
 )
+from tersor.registry import parse
 from tersor.testing import gaussian
 from tests.ops.devices import GPU
 from tests.ops.lanes_of_ptx import LANES, Warp
-from tests.ops.on_numpy import array, launch
+from tests.ops.on_numpy import array, launch, pretended
 from tests.ops.test_trellis_product import held, line_of, numbers, reach, taps_of
 
 PROCESSORS = 132
@@ -149,9 +157,47 @@ def test_what_is_not_counted() -> None:
     assert refusal(torch.float16, line, 4096, 1) == "1 vectors"
     assert refusal(torch.float16, line, 4096, MOST_VECTORS + 1) == f"{MOST_VECTORS + 1} vectors"
     assert "window" in str(refusal(torch.float16, Line(4, (1,), 12), 4096, 2))
-    assert counts(torch.bfloat16, line, 4096, 32)
-    assert not counts(torch.bfloat16, line, 4096, 33)  # windows of three bits are looked up faster
-    assert counts(torch.bfloat16, line_of((2.0, 12), 512), 4096, 64)
+    assert most_counted(line, 4096) == 32  # more windows of three bits are looked up faster
+    assert most_counted(line_of((2.0, 12), 512), 4096) == 64
+    assert most_counted(line, 4100) == 0
+
+
+@pytest.mark.parametrize(("batch", "width"), [(5, 1152), (40, 9000 // 128 * 128)])
+def test_kernels_are_told_what_they_ask_for(monkeypatch: pytest.MonkeyPatch, batch: int, width: int) -> None:
+    line = line_of((2.5, 12), 600)
+    codes, scales, _ = held(line, width)
+    found: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    with pretended():
+        module = importlib.import_module("tersor.ops.trellis_product.launch.several")
+        monkeypatch.setattr(module, "multiprocessors", lambda device: PROCESSORS)
+
+        def wrote(jitted: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            bound = inspect.signature(jitted).bind(*arguments)
+            found.append({"name": jitted.__name__, "grid": grid, **bound.arguments, **named})
+
+        with recording(wrote):
+            x = gaussian((batch, width), 1).to(torch.bfloat16)
+            y = module.several_vectors(x, codes, taps_of((2.5, 12)), scales, line)
+    how = divided(line.stream, width, batch, PROCESSORS)
+    before, during, after = found
+    assert [one["name"] for one in found] == ["cut", "count_several", "filter_counts"]
+    assert y.shape == (batch, 600)
+    assert before["grid"] == (how.vectors, -(-width // CHUNK))
+    assert (before["PLANES"], before["EIGHTS"], before["steps"]) == (how.planes, how.eights, -(-width // 1024))
+    assert before["planes"].numel() * 4 == how.groups * -(-width // 1024) * how.step_bytes
+    assert during["grid"] == (how.programs, how.groups * how.parts)
+    told = [during[name] for name in ("PARTS", "PLANES", "EIGHTS", "TILES", "STAGES", "STEPS")]
+    assert told == [how.parts, how.planes, how.eights, how.tiles, STAGES, how.steps]
+    assert (during["rows"], during["batch"], during["pitch"], during["steps"], during["every"]) == (
+        line.stream, batch, width // 8, how.steps, -(-width // 1024))
+    assert during["blocks"] == -(-line.stream // BLOCK)
+    assert during["TEXT"] == several_ptx.counted(how.planes, how.eights, how.tiles)
+    assert during["num_warps"] == WARPS
+    assert after["grid"] == (-(-600 // FILTERED), batch)
+    assert after["counts"].shape == (how.parts, batch, line.stream)
+    assert (after["PARTS"], after["SHIFTS"], after["STEP"], after["MEMORY"], after["AGES"]) == (
+        how.parts, line.shifts, sum(line.shifts), 12, 16)
 
 
 def bound(x: Tensor, key: tuple[float, int], line: Line, scales: Tensor, exact: Tensor, planes: int) -> Tensor:
@@ -193,7 +239,6 @@ def test_products(key: tuple[float, int], length: int, width: int, batch: int, d
     assert bool((error <= 6.5 * spread + torch.finfo(dtype).eps * exact.abs()).all())
     assert torch.equal(y, several_vectors(x.cuda(), *want))
     assert refusal(dtype, line, width, batch) is None
-    assert torch.equal(y, trellis_product(x.cuda(), *want[:3], line.shifts))
 
 
 @GPU
@@ -214,15 +259,32 @@ def test_every_division(how: Several) -> None:
 @GPU
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
 def test_what_is_not_finite_shows(wrong: float) -> None:
+    from tersor.ops.trellis_product.launch.several import several_vectors
+
     line = line_of((2.0, 12), 512)
     codes, scales, _ = held(line, 1024)
     x = gaussian((4, 1024), 3).to(torch.bfloat16)
     x[2, 1000] = wrong
     x[3] = 0
-    y = trellis_product(x.cuda(), codes.cuda(), taps_of((2.0, 12)).cuda(), scales.cuda(), line.shifts).cpu()
+    y = several_vectors(x.cuda(), codes.cuda(), taps_of((2.0, 12)).cuda(), scales.cuda(), line).cpu()
     assert bool(y[2].isnan().all())
     assert bool(y[[0, 1]].isfinite().all())
     assert not y[3].any()
+
+
+@GPU
+def test_one_number_that_stands_out() -> None:
+    """Vectors that are not rotated are not cut: what is left of the others would be lost in units of one of them."""
+    key, width = (2.0, 12), 4096
+    line = line_of(key, 512)
+    codes, scales, signs = held(line, width)
+    x = gaussian((12, width), 3).to(torch.bfloat16)
+    x[:, 7] = 1000
+    y = trellis_product(x.cuda(), codes.cuda(), taps_of(key).cuda(), scales.cuda(), line.shifts).cpu().double()
+    want = numbers(signs @ x.double().mT, key, line).mT * scales.double()
+    x[:, 7] = 0
+    others = numbers(signs @ x.double().mT, key, line).mT * scales.double()
+    assert float((y - want).norm()) <= 0.2 * float(others.norm())
 
 
 @GPU
@@ -233,7 +295,10 @@ def test_rotated_in_a_graph(batch: int) -> None:
     line = line_of(key, 2048)
     codes, scales, signs = held(line, width)
     x, on = gaussian((batch, width), 3).to(torch.bfloat16).cuda(), (codes.cuda(), taps_of(key).cuda(), scales.cuda())
+    from tersor.ops.trellis_product.launch.several import several_vectors
+
     called = trellis_product(x, *on, line.shifts, rotation=7)
+    assert torch.equal(called, several_vectors(hadamard(x, Rotation(width, 7), dtype=x.dtype), *on, line))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = trellis_product(x, *on, line.shifts, rotation=7)
@@ -249,3 +314,33 @@ def test_rotated_in_a_graph(batch: int) -> None:
     with reference_only():
         plain = trellis_product(x, *on, line.shifts, rotation=7)
     assert float((plain - called).double().norm()) <= 2.0**-7 * float(want.norm())
+
+
+@GPU
+@pytest.mark.parametrize("text", ["rot,tr2o", "rot,tr3o", "tr3o", "rot,tr3", "tr2x40o"])
+def test_ready_for_any_number_of_vectors(text: str) -> None:
+    """What is made ready gives the bits of `matmul`, whichever way so many vectors go."""
+    codec = parse(text)
+    here = codec.encode(gaussian((512, 1024), 1))
+    encoded = Encoded(codec, here.shape, {name: one.cuda() for name, one in here.tensors.items()})
+    ready = codec.ready(encoded)
+    assert ready is not None
+    for count in (1, 2, 8, 9, 32, 40, 64, 100):
+        x = gaussian((count, 1024), count).to(device="cuda", dtype=torch.bfloat16)
+        assert torch.equal(ready(x), encoded.matmul(x))
+
+
+def test_counting_is_decided_within_a_graph() -> None:
+    codec = parse("tr3x9o")
+    assert isinstance(codec, Trellis)
+    encoded = codec.encode(gaussian((256, 128), 1))
+
+    def chosen(x: Tensor) -> Tensor:
+        return 2 * x if codec._counted(encoded, x, 0) else x
+
+    compiled = torch.compile(chosen, fullgraph=True, backend="eager")
+    for count, factor in ((9, 2), (32, 2), (33, 1)):
+        x = torch.ones(count, 128, dtype=torch.bfloat16)
+        assert torch.equal(compiled(x), factor * x)
+    assert not codec._counted(encoded, x[:9], None)  # not rotated
+    assert not codec._counted(encoded, x[:9].float(), 0)

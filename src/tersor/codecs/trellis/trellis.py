@@ -19,9 +19,11 @@ from tersor.contract.codec import Encoded
 from tersor.contract.coordinates import Coded, Coordinates
 from tersor.contract.rotating import MultipliesRotated
 from tersor.numerics.constants import constant
+from tersor.numerics.rotation import Rotation
 from tersor.ops.codebook_linear import codebook_linear, ready_product, widened
+from tersor.ops.hadamard import hadamard
 from tersor.ops.trellis_linear import decoded_rows, ready_filter, trellis_filter, trellis_linear
-from tersor.ops.trellis_product import counts, trellis_product
+from tersor.ops.trellis_product import most_counted, trellis_product
 from tersor.ops.trellis_product import ready_product as ready_across
 from tersor.ops.window_linear import MOST_MEMORY, takes, window_linear
 from tersor.payload import codes
@@ -29,6 +31,7 @@ from tersor.payload.blocks import Few, Rows, Shape, after
 
 FEW = 64  # vectors that meet the signs of streams, or windows; for more, rows are decoded
 SIGNED = 8  # vectors that meet signs also where kernels look windows up: as many as one product of signs takes
+HALF = 2  # bytes of a number
 
 
 @final
@@ -81,7 +84,7 @@ class Trellis(Streamed, MultipliesRotated):
         """Filter the vectors, or the outputs, and multiply by the signs; many vectors meet decoded rows."""
         width, held = encoded.shape[1], encoded.tensors
         many, across = x.is_cuda and x.numel() > FEW * width, self.axis == "out"
-        looked = self._looked_up(encoded, x)
+        looked = self._looked_up(encoded, x, seed)
         if seed is not None and (many or looked or not across):
             return None
         if looked:
@@ -99,16 +102,30 @@ class Trellis(Streamed, MultipliesRotated):
                                met.shape[-1], "symmetric").to(x.dtype)
 
     def ready_rotated(self, encoded: Encoded, seed: int | None) -> Few | None:
-        """See `MultipliesRotated.ready_rotated`."""
+        """See `MultipliesRotated.ready_rotated`; on CUDA any number of vectors goes the way that `matmul` takes."""
         held, line, width = encoded.tensors, self.line(encoded.shape), encoded.shape[1]
         taps = taps_on(*self.key, held["codes"].device)
         if self.axis == "out":
-            return ready_across(held["codes"], taps, held["scales"], line, width, rotation=seed)
-        met = None if seed is not None else ready_filter(taps, None, line, back=True)
-        table, shape = _signs_on(held["codes"].device), (line.stream, line.stream)
-        return after(ready_product(held["codes"], table, held["scales"][:, None], None, 1, shape, "symmetric"), met)
+            few = ready_across(held["codes"], taps, held["scales"], line, width, rotation=seed)
+        else:
+            met = None if seed is not None else ready_filter(taps, None, line, back=True)
+            table, shape = _signs_on(held["codes"].device), (line.stream, line.stream)
+            few = after(ready_product(held["codes"], table, held["scales"][:, None], None, 1, shape, "symmetric"), met)
+        if few is None or not held["codes"].is_cuda:
+            return few
 
-    def _looked_up(self, encoded: Encoded, x: Tensor) -> bool:
+        def every(x: Tensor) -> Tensor:
+            if x.numel() <= SIGNED * width or self._counted(encoded, x, seed):
+                return few(x)
+            y = self.matmul_rotated(encoded, x, seed)
+            if y is None and seed is not None:
+                y = self.matmul_rotated(encoded, hadamard(x, Rotation(width, seed)), None)
+            assert y is not None
+            return y
+
+        return every
+
+    def _looked_up(self, encoded: Encoded, x: Tensor, seed: int | None) -> bool:
         """Tell whether windows are looked up instead: by many vectors on the processor, and by some on CUDA."""
         if self.memory > MOST_MEMORY:
             return False
@@ -117,9 +134,13 @@ class Trellis(Streamed, MultipliesRotated):
             return x.numel() > FEW * width
         if not SIGNED * width < x.numel() <= FEW * width:
             return False
-        if self.axis == "out" and counts(x.dtype, self.line(encoded.shape), width, x.numel() // width):
+        return not self._counted(encoded, x, seed) and _looked_up(*self.key, encoded.shape, self.axis)
+
+    def _counted(self, encoded: Encoded, x: Tensor, seed: int | None) -> bool:
+        """Tell whether CUDA counts the bits that signs share with rotated vectors."""
+        if self.axis == "in" or seed is None or x.element_size() != HALF:
             return False
-        return _looked_up(*self.key, encoded.shape, self.axis)
+        return x.numel() <= _most_counted(*self.key, encoded.shape) * encoded.shape[1]
 
     def coordinates(self, encoded: Encoded) -> Coordinates:
         """Return signs, met by filtered vectors; decoded rows where streams run along outputs."""
@@ -163,6 +184,12 @@ def _looked_up(bits: float, memory: int, edition: int, shape: Shape, axis: str) 
     """Tell whether kernels look the windows of a matrix up."""
     line = filter_editions()[bits, memory, edition].line(shape[0 if axis == "out" else 1])
     return takes(line, *shape, across=axis == "out", linear=True)
+
+
+@constant
+def _most_counted(bits: float, memory: int, edition: int, shape: Shape) -> int:
+    """Return up to how many rotated vectors of 16 bits kernels count the bits of, for a matrix along outputs."""
+    return most_counted(filter_editions()[bits, memory, edition].line(shape[0]), shape[1])
 
 
 @constant

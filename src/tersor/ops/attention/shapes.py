@@ -87,6 +87,8 @@ def refusal(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> str | No
         return f"heads of {query.shape[3]} numbers, not one of {SIZES}"
     if key.stride(3) != 1 or value.stride(3) != 1:
         return "numbers of a key or value that do not lie together"
+    if value.shape != key.shape or mask.shape[-1] != key.shape[2]:
+        return f"keys of {tuple(key.shape)} with values of {tuple(value.shape)} and a mask of {tuple(mask.shape)}"
     if key.shape[0] * key.shape[1] > STREAMS:
         return f"{key.shape[0] * key.shape[1]} heads of keys, more than {STREAMS}"
     return None

@@ -65,7 +65,8 @@ class Filter:
         """Return that of `taps` where `maps` (heads or 1, signs, dim) are one such, else None; where `maps` are."""
         if taps is None or maps is None or not bool((maps == maps[:1]).all()):
             return None
-        (period, reach, rate), dim, found = taps.shape, maps.shape[2], maps[0]
+        (period, reach, rate), dim = taps.shape, maps.shape[2]
+        found = maps[0].to(device="cpu", dtype=torch.float64)  # where neither TF32 nor autocast round
         if maps.shape[1] != rate * dim or reach > dim or dim & (dim - 1) or PERIOD % period:
             return None
         own, plain = taps.to(device="cpu", dtype=torch.float32), torch.zeros(dim, rate, dim)
@@ -75,10 +76,12 @@ class Filter:
             plain[place, :, near] = own[near % period, far]
         lines = plain.flatten(0, 1).to(found)
         if bool(((lines - found).abs() <= FILTERED).all()):
-            return cls(own.to(found.device), None)
+            return cls(own.to(maps.device), None)
         lines = lines @ torch.from_numpy(sylvester(dim)).to(found)
         turns = (lines * found).sum(0) / lines.square().sum(0)
-        return cls(own.to(found.device), turns) if bool(((lines * turns - found).abs() <= FILTERED).all()) else None
+        if not bool(((lines * turns - found).abs() <= FILTERED).all()):
+            return None
+        return cls(own.to(maps.device), turns.to(maps))
 
 
 @dataclasses.dataclass(frozen=True)

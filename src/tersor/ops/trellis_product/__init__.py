@@ -22,7 +22,7 @@ from tersor.ops.trellis_linear import ready_filter, trellis_filter
 from tersor.ops.trellis_linear.shapes import Line
 from tersor.ops.trellis_linear.shapes import refusal as line_refusal
 from tersor.ops.trellis_product import reference
-from tersor.ops.trellis_product.shapes.several import faster
+from tersor.ops.trellis_product.shapes.several import fastest_until
 from tersor.ops.trellis_product.shapes.several import refusal as counts_refusal
 from tersor.payload.blocks import Few, after
 
@@ -67,6 +67,7 @@ def _(x: Tensor, codes: Tensor, taps: Tensor, scales: Tensor, shifts: Sequence[i
 @trellis_product.register_kernel("cuda")
 def _(x: Tensor, codes: Tensor, taps: Tensor, scales: Tensor, shifts: Sequence[int], *,
       rotation: int | None = None) -> Tensor:
+    turned = rotation is not None
     if rotation is not None and rotation_refusal(x.shape[-1]) is not None:  # then torch rotates, kernels multiply
         x, rotation = hadamard(x, Rotation(x.shape[-1], rotation)), None
     line, turn = Line(scales.shape[0], tuple(shifts), taps.shape[1]), _turn(x.shape[-1], rotation)
@@ -74,7 +75,7 @@ def _(x: Tensor, codes: Tensor, taps: Tensor, scales: Tensor, shifts: Sequence[i
         return _plain(x, codes, taps, scales, shifts, rotation)
     from tersor.ops.trellis_product.launch import choose
 
-    return choose.product(x, codes, taps, scales.contiguous(), line, turn)
+    return choose.product(x, codes, taps, scales.contiguous(), line, turn, turned=turned)
 
 
 def ready_product(codes: Tensor, taps: Tensor, scales: Tensor, line: Line, width: int, *,
@@ -90,7 +91,7 @@ def ready_product(codes: Tensor, taps: Tensor, scales: Tensor, line: Line, width
         return None
     from tersor.ops.trellis_product.launch import choose
 
-    return Taped(lambda x: choose.product(x, codes, taps, scales, line, turn))
+    return Taped(lambda x: choose.product(x, codes, taps, scales, line, turn, turned=turn is not None))
 
 
 @torch.library.custom_op("tersor::fused_trellis_product", mutates_args=())
@@ -153,9 +154,9 @@ def _one_by_one(x: Tensor, codes: Sequence[Tensor], taps: Tensor, scales: Sequen
             for one, scale in zip(codes, scales, strict=True)]
 
 
-def counts(dtype: torch.dtype, line: Line, width: int, batch: int) -> bool:
-    """Tell whether CUDA counts bits for so many vectors, and is faster so than by looking windows up."""
-    return faster(line, batch) and counts_refusal(dtype, line, width, batch) is None
+def most_counted(line: Line, width: int) -> int:
+    """Return up to how many rotated vectors of 16 bits CUDA counts bits for, where that is the fastest; 0 for none."""
+    return 0 if counts_refusal(torch.bfloat16, line, width, 2) is not None else fastest_until(line)
 
 
 @lru_cache(maxsize=64)
@@ -179,4 +180,4 @@ def _plain(x: Tensor, codes: Tensor, taps: Tensor, scales: Tensor, shifts: Seque
     return reference.trellis_product(turned, codes, taps, scales, line).to(x.dtype)
 
 
-__all__ = ["counts", "fused_trellis_product", "ready_product", "trellis_product"]
+__all__ = ["fused_trellis_product", "most_counted", "ready_product", "trellis_product"]

@@ -119,7 +119,7 @@ def count_several(codes, planes, out, rows, batch, pitch, blocks, steps, every, 
                   EIGHTS: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr, STEPS: gl.constexpr):
     """What numbers of vectors the set signs of each row add up to, int32 (parts, batch, rows).
 
-    A program has every so many blocks of 64 WARPS / EIGHTS rows, EIGHTS times eight vectors, and `steps` (at most
+    A program has every so many blocks of 16 TILES WARPS / EIGHTS rows, EIGHTS times eight vectors, and `steps` (at most
     STEPS) of `every` 1,024 columns. TEXT, BROUGHT and AWAITED are `several_ptx.counted`, `brought` and `awaited`.
     """
     OWN: gl.constexpr = 16 * TILES

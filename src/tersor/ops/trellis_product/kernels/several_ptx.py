@@ -1,6 +1,6 @@
 """PTX that counts the bits which rows of signs share with bit planes of vectors; see `window_linear/kernels/ptx.py`.
 
-A warp has 64 rows of 1,024 signs in shared memory, and eight vectors as planes. A step of a product is 16 rows by 256
+A warp has 64 rows of 1,024 signs in shared memory, or 32, and eight vectors as planes. A step of a product is 16 rows by 256
 signs by one plane of the eight.
 """
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
+from tersor.numerics.constants import constant
 from tersor.numerics.rotation import Rotation
 from tersor.ops.codebook_linear.launch import choose
 from tersor.ops.codebook_linear.launch.operand import Around
@@ -19,17 +18,18 @@ from tersor.ops.trellis_product.shapes.one import FORM
 from tersor.ops.trellis_product.shapes.several import refusal
 
 
-def product(x: Tensor, codes: Tensor, taps: Tensor, scales: Tensor, line: Line, turn: Rotation | None) -> Tensor:
-    """Return (*batch, length) in the dtype of `x` (*batch, width), of up to 64 vectors."""
+def product(x: Tensor, codes: Tensor, taps: Tensor, scales: Tensor, line: Line, turn: Rotation | None, *,
+            turned: bool) -> Tensor:
+    """Return (*batch, length) in the dtype of `x` (*batch, width); `turned`: vectors are rotated, here or before."""
     around = Around(() if turn is None else (turn,))
     y = one_vector(x, [codes], taps, [scales], [line], around)
     if y is not None:
         return y
     width = x.shape[-1]
-    if codes.data_ptr() % 16 or refusal(x.dtype, line, width, x.numel() // width) is not None:
+    if not turned or codes.data_ptr() % 16 or refusal(x.dtype, line, width, x.numel() // width) is not None:
         return in_two(x, codes, taps, scales, line, around)
-    turned = x if turn is None else turning.rotate(x, turn, False, x.dtype)
-    made = several_vectors(turned.reshape(-1, width).contiguous(), codes, taps, scales, line)
+    own = x if turn is None else turning.rotate(x, turn, False, x.dtype)
+    made = several_vectors(own.reshape(-1, width).contiguous(), codes, taps, scales, line)
     return made.reshape(*x.shape[:-1], line.length)
 
 
@@ -44,7 +44,7 @@ def in_two(x: Tensor, codes: Tensor, taps: Tensor, scales: Tensor, line: Line, a
     return made.reshape(*x.shape[:-1], line.length)
 
 
-@lru_cache(maxsize=64)
+@constant
 def _signs(stream: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return what a bit stands for, and the scales of streams, which are ones: the filter scales."""
     table = torch.tensor([-1.0, 1.0], dtype=torch.float32, device=device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -42,11 +44,16 @@ def several_vectors(x: Tensor, codes: Tensor, taps: Tensor, scales: Tensor, line
             num_warps=AROUND_WARPS, launch_pdl=True)
         count_several[(how.programs, how.groups * how.parts)](
             codes, planes, counts, line.stream, batch, width // 8, -(-line.stream // BLOCK), how.steps, every,
-            several_ptx.counted(how.planes, how.eights, how.tiles), several_ptx.brought(), several_ptx.awaited(),
-            how.parts, how.planes, how.eights, how.tiles, STAGES, how.steps, num_warps=WARPS, maxnreg=255,
-            launch_pdl=True)
+            *_texts(how.planes, how.eights, how.tiles), how.parts, how.planes, how.eights, how.tiles, STAGES, how.steps,
+            num_warps=WARPS, maxnreg=255, launch_pdl=True)
         around.filter_counts[(-(-line.length // FILTERED), batch)](
             counts, units, sums, taps, scales, out, line.length, line.stream, batch, chunks,
             max(1, line.length // UNIT), len(segments(line.length)), UNIT, line.shifts, sum(line.shifts), line.memory,
             how.parts, FILTERED, 1 << (line.memory - 1).bit_length(), num_warps=AROUND_WARPS, launch_pdl=True)
     return out
+
+
+@lru_cache(maxsize=16)
+def _texts(planes: int, eights: int, tiles: int) -> tuple[str, str, str]:
+    """Return what the kernel is told in PTX."""
+    return several_ptx.counted(planes, eights, tiles), several_ptx.brought(), several_ptx.awaited()

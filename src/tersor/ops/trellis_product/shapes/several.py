@@ -66,7 +66,10 @@ class Several:
 
 
 def refusal(dtype: torch.dtype, line: Line, width: int, batch: int) -> str | None:
-    """Return why bits are not counted, or None; codes begin at a multiple of 16 bytes."""
+    """Return why bits are not counted, or None; codes begin at a multiple of 16 bytes, and vectors are rotated.
+
+    Units are the largest number's of a vector: one that stands out by far would leave few of them to the others.
+    """
     if dtype not in (torch.bfloat16, torch.float16):
         return f"vectors of {dtype}"
     if width % LEAST or width > MOST_WIDTH:
@@ -76,9 +79,9 @@ def refusal(dtype: torch.dtype, line: Line, width: int, batch: int) -> str | Non
     return line_refusal(line)
 
 
-def faster(line: Line, batch: int) -> bool:
-    """Tell whether counting bits takes less time than looking windows up: as measured, by bits a number."""
-    return batch <= (MOST_VECTORS if sum(line.shifts) <= MANY_BITS * len(line.shifts) else SOME_VECTORS)
+def fastest_until(line: Line) -> int:
+    """Return up to how many vectors counting bits takes less time than looking windows up, as measured."""
+    return MOST_VECTORS if sum(line.shifts) <= MANY_BITS * len(line.shifts) else SOME_VECTORS
 
 
 @lru_cache(maxsize=256)

@@ -29,7 +29,7 @@ class Gathers(Vectors):
         place = self.builder.bitcast(address, BYTE.as_pointer())
         if self._wide:
             every = ir.Constant(ir.VectorType(ONE, LANES), [1] * LANES)
-            return self._call("llvm.x86.avx512.mask.gather.dps.512", FLOATS,
+            return self.call("llvm.x86.avx512.mask.gather.dps.512", FLOATS,
                               (ir.Constant(FLOATS, [0.0] * LANES), place, index, every, INT(FLOAT_BYTES)))
         if not self._half:
             return super().gather(address, index)
@@ -37,7 +37,7 @@ class Gathers(Vectors):
         every = self.builder.bitcast(ir.Constant(ir.VectorType(INT, EIGHT), [-1] * EIGHT), kind)
         for first in (0, EIGHT):
             half = self.pick(index, index, range(first, first + EIGHT))
-            parts.append(self._call("llvm.x86.avx2.gather.d.ps.256", kind,
+            parts.append(self.call("llvm.x86.avx2.gather.d.ps.256", kind,
                                     (ir.Constant(kind, [0.0] * EIGHT), place, half, every, BYTE(FLOAT_BYTES))))
         return self.pick(parts[0], parts[1], range(LANES))
 
@@ -47,7 +47,7 @@ class Gathers(Vectors):
 
     def between(self, low: Any, high: Any, shift: Any) -> Any:
         """Return the words of 32 bits that begin so many bits after those of `low`, which `high` continues."""
-        return self._call("llvm.fshr.v16i32", low.type, (high, low, shift))
+        return self.call("llvm.fshr.v16i32", low.type, (high, low, shift))
 
     def number(self, address: Any, index: Any) -> Any:
         """Return one number of an array."""
