@@ -47,7 +47,7 @@ def threads() -> Iterator[None]:
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize(("case", "form", "points", "vectors"), covering(  # each number of vectors is compiled anew
     [(case, form, points, vectors) for case, form, points, vectors in PRODUCTS
-     if vectors != 7 or case[1] == case[3] and not points or case == (33, 1024, 3, 96)], PRODUCTS), ids=str)
+     if vectors != 7 or (case[1] == case[3] and not points) or case == (33, 1024, 3, 96)], PRODUCTS), ids=str)
 def test_is_the_product(case: tuple[int, int, int, int], form: str, points: bool, vectors: int) -> None:
     rows, width, bits, group = case
     parts = problem(rows, width, bits, group, form)
