@@ -32,7 +32,7 @@ slow: $(STAMP)
 
 check: $(STAMP)
 	$(BIN)/ruff check src tests bench tools
-	$(BIN)/pyright
+	NODE_OPTIONS=--max-semi-space-size=128 $(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/python tools/check_house.py
 
