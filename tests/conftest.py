@@ -32,6 +32,14 @@ def pytest_collection() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+        gc.set_threshold(20_000, 20, 20)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _kept() -> None:
+    """The same for what a file's tests have imported and made for all that follow."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ def commands(code: str) -> list[list[str]]:
     return found
 
 
-@pytest.mark.usefixtures("verified_here")
+@pytest.mark.usefixtures("read_back_here")
 @pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
 def test_guides_run(page: Path, short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the bundled model with fewer layers and words: a page's code is the same, and takes a third of the time."""

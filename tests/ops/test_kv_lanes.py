@@ -41,26 +41,27 @@ def stream_of(text: str, dim: int, blocks: int) -> TokenStream:
     return stream
 
 
-@pytest.mark.parametrize(("text", "dim"), covering(FAST, LEVELS + SIGNS + WORDS))
-def test_codes_are_met_as_they_are(text: str, dim: int) -> None:
+@pytest.mark.parametrize(("text", "dim", "queries"), covering(
+    [*((*one, 2) for one in FAST), *((*one, 9) for one in (LEVELS[0], SIGNS[0], WORDS[0]))],  # each kind meets 8 and 1
+    [(*one, queries) for one in LEVELS + SIGNS + WORDS for queries in (2, 9)]))
+def test_codes_are_met_as_they_are(text: str, dim: int, queries: int) -> None:
     """Scores and mixtures are those of the decoded tokens in float64, for any number of queries, pages and sharers."""
     stream = stream_of(text, dim, 17)
     stream.select(torch.tensor([1, 0, 1]))
     stream.append(states(dim, BLOCK, 2)[:1].expand(3, -1, -1, -1))
     decoded = stream.decode().double()
-    for queries in (2, 9):
-        asked = gaussian((3 * HEADS * queries, dim), 3).reshape(3, HEADS, queries, dim)
-        weights = gaussian((3 * HEADS * queries, 18 * BLOCK), 4).reshape(3, HEADS, queries, -1)
-        for low, high in ((0, 18 * BLOCK), (2 * BLOCK, 17 * BLOCK)):
-            part = stream.part(low, high, queries)
-            assert type(part).__name__ == KINDS.get((text, dim), "Part")
-            found, wanted = stream.scores(asked, low, high), asked.double() @ decoded[:, :, low:high].mT
-            bound = dim * torch.finfo(torch.float32).eps
-            assert float((found - wanted).norm()) <= bound * float(asked.norm()) * float(decoded.norm())
-            some = weights[..., low:high].contiguous()
-            mixed, right = stream.mix(some, low, high), some.double() @ decoded[:, :, low:high]
-            bound = (high - low) * torch.finfo(torch.float32).eps
-            assert float((mixed - right).norm()) <= bound * float(some.norm()) * float(decoded.norm())
+    asked = gaussian((3 * HEADS * queries, dim), 3).reshape(3, HEADS, queries, dim)
+    weights = gaussian((3 * HEADS * queries, 18 * BLOCK), 4).reshape(3, HEADS, queries, -1)
+    for low, high in ((0, 18 * BLOCK), (2 * BLOCK, 17 * BLOCK)):
+        part = stream.part(low, high, queries)
+        assert type(part).__name__ == KINDS.get((text, dim), "Part")
+        found, wanted = stream.scores(asked, low, high), asked.double() @ decoded[:, :, low:high].mT
+        bound = dim * torch.finfo(torch.float32).eps
+        assert float((found - wanted).norm()) <= bound * float(asked.norm()) * float(decoded.norm())
+        some = weights[..., low:high].contiguous()
+        mixed, right = stream.mix(some, low, high), some.double() @ decoded[:, :, low:high]
+        bound = (high - low) * torch.finfo(torch.float32).eps
+        assert float((mixed - right).norm()) <= bound * float(some.norm()) * float(decoded.norm())
 
 
 @pytest.mark.parametrize(("text", "dim"), [("rot,lm2", 80), SIGNS[0], WORDS[1]])

@@ -1,12 +1,9 @@
 """A local Ray cluster of two workers gives the bytes of one machine, loses workers, and is told apart from a fault."""
 
 import functools
-import os
-import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,6 +15,7 @@ from tersor.hf.compress import desk
 from tersor.hf.compress.cluster import Cluster
 from tersor.hf.compress.crew import Task
 from tersor.hf.compress.request import Sampling
+from tests.hf.compress.orders import killed, refuse, scaled
 from tests.hf.tiny import save_tiny, save_tokenizer
 
 CPU = torch.device("cpu")
@@ -38,17 +36,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cluster") / "model"
     save_tokenizer(save_tiny("llama", folder, num_hidden_layers=1))
     return folder
-
-
-def killed(marks: str, deaths: dict[str, int], order: desk.Order, *given: Any) -> Any:
-    """Encode to order, in a worker; it is killed as often as is said of a matrix."""
-    name = order.name.rpartition("layers.0.")[2]
-    mark = next((mark for mark in (Path(marks) / f"{name}.{n}" for n in range(deaths.get(name, 0)))
-                 if not mark.exists()), None)
-    if mark is not None:
-        mark.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return desk.encode_order(order, *given)
 
 
 def contents(out: Path) -> dict[str, bytes]:
@@ -79,16 +66,6 @@ def test_a_worker_may_die_once(crew: Cluster, source: Path, tmp_path: Path, monk
     assert not ended.value.code
     assert 0 < len(kept) < 9
     assert contents(tmp_path / "there") == contents(tmp_path / "here")
-
-
-def refuse(words: str) -> None:
-    raise BudgetError(words, 3)
-
-
-def scaled(tensor: torch.Tensor, by: torch.Tensor | None, add: torch.Tensor) -> torch.Tensor:
-    assert by is None
-    tensor += add  # what is given is the task's own
-    return tensor
 
 
 def test_tensors_arrive_as_they_are_and_errors_as_what_they_are(crew: Cluster) -> None:

@@ -34,6 +34,7 @@ from tests.hf.tiny import save_tiny, save_tokenizer
 
 pytestmark = [pytest.mark.usefixtures("read_back_here"), pytest.mark.filterwarnings("ignore:recovery")]
 FILES = ("model.safetensors", "tersor.json")
+TOKENS = 4096  # of the text, one a character
 
 
 def named(name: str, folder: Path) -> Source:
@@ -65,7 +66,7 @@ def folder(tmp_path: Path) -> WorkFolder:
 def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What all of these runs are asked for: little text, two bits."""
     text = tmp_path_factory.mktemp("text") / "text.txt"
-    text.write_text(RecoverSettings().read.read_text()[:8192])
+    text.write_text(RecoverSettings().read.read_text()[:TOKENS])
     return {"method": "rotated_scalar", "evaluation_tokens": 0, "calibration": text, "context": 16,
             "sampling": Sampling(512, 256, 16), "recover": True}
 

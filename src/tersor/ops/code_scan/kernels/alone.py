@@ -25,7 +25,7 @@ WORST = float(np.finfo(np.float32).max)
 def _bounded(pieces: Any, rough: Any, lines: Any, term: Any, columns: int, bounds: Any, best: Any) -> None:
     """Write what no row of each tile scores above, and keep the tiles of the largest such bounds: a heap of places."""
     total = np.empty((2, TILE_ROWS // 2), np.uint16)
-    sums, table, place = np.int64(total.ctypes.data), np.int64(rough.ctypes.data), 0
+    sums, table, place = np.int64(total.ctypes.data), np.int64(rough.ctypes.data), np.int64(0)
     step, level, (base, weight) = lines[0, 0], lines[0, 1], term
     beyond = lines[0, 3] + base + BASES * abs(base)
     for piece in range(len(pieces)):

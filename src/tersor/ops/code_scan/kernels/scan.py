@@ -184,7 +184,7 @@ def _seeded(rough: Any, visits: Any, queries: Any, columns: Any, found: Any, sum
                                     highest(sums + 2 * TILE_ROWS * place), doubles_at(piece[6] + 8 * OF_TILE * tile))
                     if sure > doubles_at(own[2])[0]:
                         replace(numba.carray(doubles_at(own[2]), (size,)), numba.carray(longs_at(own[3]), (size,)), sure,
-                                NOBODY)
+                                np.int64(NOBODY))
             visit += some
     for visit in range(starts[0], starts[1]):
         scores = doubles_at(own_of(who[visit], queries, found)[2])
@@ -210,7 +210,7 @@ def _scan(rough: Any, visits: Any, queries: Any, columns: Any, found: Any, room:
                     own = own_of(who[visit + place], queries, found)
                     line, floor = doubles_at(own[0]), doubles_at(own[2])[0]
                     _least_of_all(line, (terms[2 * (visit + place)], terms[2 * (visit + place) + 1]),
-                                  line[4] if own[6] else floor, limits, (0, end - begin),
+                                  line[4] if own[6] else floor, limits, (np.int64(0), end - begin),
                                   longs_at(least_at + 8 * TILES * place))
                 for tile in range(begin, end):
                     wanted = least[tile - begin]

@@ -229,15 +229,15 @@ def bitten(numbers: Any, code: Any, beam: Any, work: Any, out: Any) -> None:
     everything = np.uint64(0xFFFFFFFFFFFFFFFF) >> np.uint64(64 - memory)
     bounds = np.zeros(period, np.float32)
     work[10][:] = 0
-    stamp = 0
+    stamp, none, free, bound = np.int64(0), np.int64(0), np.bool_(False), np.bool_(True)  # literals are types of their own
     for n in range(numbers.shape[0]):
         row = numbers[n]
         bounds[:] = 0
         steps = 2 * warm if warm else length
-        first = length - warm if warm else 0
-        windows[: starts.shape[0]] = starts
-        costs[: starts.shape[0]] = 0
-        plan = (first, steps, starts.shape[0], width, np.uint64(0), False, stamp)
+        first = length - warm if warm else none
+        for i in range(starts.shape[0]):  # as a slice it would have numba compile what its error says: seconds
+            windows[i], costs[i] = starts[i], 0
+        plan = (first, steps, starts.shape[0], width, np.uint64(0), free, stamp)
         at, stamp = _walk(row, code, plan, bounds, work)
         for t in range(steps - 1, -1, -1):
             out[n, t % length] = entered[t, at]  # later steps of the walk are overwritten by those before the seam
@@ -248,7 +248,7 @@ def bitten(numbers: Any, code: Any, beam: Any, work: Any, out: Any) -> None:
             window = ((window << np.uint64(shift)) | np.uint64(out[n, t])) & everything
         windows[0] = window
         costs[0] = 0
-        at, stamp = _walk(row, code, (0, length, 1, width, window, True, stamp), bounds, work)
+        at, stamp = _walk(row, code, (none, length, np.int64(1), width, window, bound, stamp), bounds, work)
         for t in range(length - 1, -1, -1):
             out[n, t] = entered[t, at]
             at = parents[t, at]
