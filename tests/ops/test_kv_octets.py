@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -147,6 +148,18 @@ class Case:
     kind: str = "none"
 
 
+def asked(case: Any, keys: Side, values: Side) -> tuple[Held, How, Tensor]:
+    """Return a cache of a case's closed sides and its dense tokens, what is asked of it, and by which queries."""
+    dense = [gaussian((HEADS * count, case.dim), 5 + i).reshape(1, HEADS, count, case.dim).to(torch.float16)
+             for i, count in enumerate((case.nearby[0],) * 2 + (case.nearby[1],) * 2)]
+    held = Held((dense[0], dense[1]), (dense[2], dense[3]), Closed(keys, values, case.tokens, BLOCK, 16))
+    mask = (gaussian((1, held.tokens), 9) > 0)[None, None] if case.kind == "mask" else None
+    how = How(case.dim**-0.5, mask, causal=mask is None, softcap=1.5 if case.kind == "capped" else None,
+              s_aux=gaussian((1, HEADS * case.rows), 8)[0] if case.kind == "aux" else None)
+    query = gaussian((case.rows * HEADS, case.dim), 3).to(torch.float16)[None, :, :]
+    return held, how, query
+
+
 @pytest.mark.parametrize("case", [
     Case("lm2", "lm2", 64, dim=64), Case("rot,lm2", "rot,lm4", 704, units=2, splits=2),
     Case("rot,lm4", "lm2", 832, splits=3, nearby=(4, 31, 1)), Case("lm4", "rot,lm2", rows=6, dim=64, nearby=(0, 70, 2)),
@@ -158,13 +171,7 @@ class Case:
 def test_attention(case: Case) -> None:
     keys, values = (side(text, case.tokens, case.dim, seed, across=bool(seed - 1))
                     for seed, text in ((1, case.key), (2, case.value)))
-    dense = [gaussian((HEADS * count, case.dim), 5 + i).reshape(1, HEADS, count, case.dim).to(torch.float16)
-             for i, count in enumerate((case.nearby[0],) * 2 + (case.nearby[1],) * 2)]
-    held = Held((dense[0], dense[1]), (dense[2], dense[3]), Closed(keys, values, case.tokens, BLOCK, 16))
-    mask = (gaussian((1, held.tokens), 9) > 0)[None, None] if case.kind == "mask" else None
-    how = How(case.dim**-0.5, mask, causal=mask is None, softcap=1.5 if case.kind == "capped" else None,
-              s_aux=gaussian((1, HEADS * case.rows), 8)[0] if case.kind == "aux" else None)
-    query = gaussian((case.rows * HEADS, case.dim), 3).to(torch.float16)[None, :, :]
+    held, how, query = asked(case, keys, values)
     cut = case.units, case.splits, case.nearby[2]
     found = torch.from_numpy(run(keys, values, query, held, cut, how)).double()
     wanted = reference.attention(query.reshape(1, HEADS * case.rows, 1, case.dim), held, how, torch.float64)[0, :, 0]

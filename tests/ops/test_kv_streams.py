@@ -11,10 +11,11 @@ from torch import Tensor
 
 from tersor.codecs.trellis.filters import filters
 from tersor.kv import TokenStream, matrices
-from tersor.ops.kv_attention import Closed, Filter, Held, How, Levels, Lying, Side, reference
+from tersor.ops.kv_attention import Filter, Held, How, Levels, Lying, Side, reference
 from tersor.registry import parse
 from tersor.testing import gaussian
 from tests.ops.on_numpy import Pointer, launch
+from tests.ops.test_kv_octets import asked, hadamard
 
 HEADS, BLOCK, WARPS = 2, 64, 4
 LOG2E = 1.4426950408889634
@@ -67,13 +68,6 @@ def test_what_is_no_filter() -> None:
     assert Filter.of(taps, torch.cat([maps, maps.flip(1)])) is None
     assert filters()[1.5, 8].circle(64) is None  # bits that a number has by turns
     assert filters()[2.0, 8].circle(4096) is None  # several circles
-
-
-def hadamard(dim: int) -> Tensor:
-    found = torch.ones(1, 1)
-    while len(found) < dim:
-        found = torch.cat([torch.cat([found, found], 1), torch.cat([found, -found], 1)])
-    return found
 
 
 def run(keys: Side, values: Side, query: Tensor, held: Held, cut: tuple[int, int], how: How) -> np.ndarray:
@@ -135,13 +129,7 @@ class Case:
 def test_attention(case: Case) -> None:
     keys, values = (side(text, case.tokens, case.dim, seed, across=bool(seed - 1))
                     for seed, text in ((1, case.key), (2, case.value)))
-    dense = [gaussian((HEADS * count, case.dim), 5 + i).reshape(1, HEADS, count, case.dim).to(torch.float16)
-             for i, count in enumerate((case.nearby[0],) * 2 + (case.nearby[1],) * 2)]
-    held = Held((dense[0], dense[1]), (dense[2], dense[3]), Closed(keys, values, case.tokens, BLOCK, 16))
-    mask = (gaussian((1, held.tokens), 9) > 0)[None, None] if case.kind == "mask" else None
-    how = How(case.dim**-0.5, mask, causal=mask is None, softcap=1.5 if case.kind == "capped" else None,
-              s_aux=gaussian((1, HEADS * case.rows), 8)[0] if case.kind == "aux" else None)
-    query = gaussian((case.rows * HEADS, case.dim), 3).to(torch.float16)[None, :, :]
+    held, how, query = asked(case, keys, values)
     found = torch.from_numpy(run(keys, values, query, held, (case.splits, case.nearby[2]), how)).double()
     wanted = reference.attention(query.reshape(1, HEADS * case.rows, 1, case.dim), held, how, torch.float64)[0, :, 0]
     assert float((found - wanted).norm()) <= 0.006 * float(wanted.norm())

@@ -8,18 +8,12 @@ from triton.experimental.gluon import language as gl
 from tersor.ops.dispatch import kernel
 from tersor.ops.trellis_linear.kernels.across import bits_until
 from tersor.ops.trellis_product.shapes import several as shapes
+from tersor.ops.window_linear.kernels.shared import arrived
 
 AROUND_WARPS = gl.constexpr(shapes.AROUND_WARPS)
 CHUNK = gl.constexpr(shapes.CHUNK)
 WORD = gl.constexpr(32)
 LEAST = gl.constexpr(27 << 23)  # 2^-100: what vectors are cut for, if all of their numbers are smaller
-
-
-@gluon.jit
-def _arrived():
-    # let the kernel after this one start, wait for the one before; 0
-    return 16 * gl.inline_asm_elementwise("griddepcontrol.launch_dependents; griddepcontrol.wait; mov.b32 $0, 0;",
-                                          "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -37,7 +31,7 @@ def cut(x, planes, units, sums, width, row_step, batch, steps, chunks, PLANES: g
     is not finite. To (groups, steps, 4, EIGHTS, PLANES / 2, 32 lanes, 2, 2 halves), as `count_several` meets them.
     """
     OWN: gl.constexpr = gl.BlockedLayout([1, 32], [32, 1], [AROUND_WARPS, 1], [1, 0])  # a thread has whole words
-    ready = _arrived()
+    ready = arrived()
     row, chunk = gl.program_id(0), gl.program_id(1)
     word = gl.arange(0, CHUNK // WORD, layout=gl.SliceLayout(1, OWN))
     bit = gl.arange(0, WORD, layout=gl.SliceLayout(0, OWN))[None, :]
@@ -98,7 +92,7 @@ def filter_counts(counts, units, sums, taps, scales, out, length, stream, batch,
     seen = inside[:, None] & (age < MEMORY)
     tap = gl.load(taps + phase[:, None] * MEMORY + age, seen, other=0.0)
     scale = gl.load(scales + place, inside, other=0.0).to(gl.float32)
-    ready = _arrived()
+    ready = arrived()
     near = counts + ready + row.to(gl.int64) * stream
     found = gl.load(near + bit, seen, other=0)
     for _ in gl.static_range(1, PARTS):

@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 
 from tersor.ops.dispatch import kernel
 from tersor.ops.trellis_product.shapes import several as shapes
-from tersor.ops.window_linear.kernels.shared import PAGE, arrived, begun, pages, threads
+from tersor.ops.window_linear.kernels.shared import PAGE, arrived, begins_with, begun, pages, threads
 
 WARPS = gl.constexpr(shapes.WARPS)
 THREADS = gl.constexpr(32 * shapes.WARPS)
@@ -36,14 +36,7 @@ def _room(BYTES: gl.constexpr):
     memory.index(0).store(place ^ 0x5A5A)
     gl.thread_barrier()
     thread = threads(WARPS)
-    gl.inline_asm_elementwise("""{
-        .reg .pred wrong;
-        .reg .b32 found;
-        ld.shared.b32 found, [$1];
-        setp.ne.b32 wrong, found, $2;
-        @wrong trap;
-        mov.b32 $0, found;
-    }""", "=r,r,r", [begun(thread) + 4 * thread, thread ^ 0x5A5A], dtype=gl.int32, is_pure=False, pack=1)
+    begins_with(thread, thread ^ 0x5A5A)
     gl.thread_barrier()
     return thread
 

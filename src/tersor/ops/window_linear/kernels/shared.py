@@ -47,6 +47,19 @@ def begun(like):
 
 
 @gluon.jit
+def begins_with(thread, held):
+    """Trap where shared memory does not begin, at the address that text in PTX takes for it, with threads' words."""
+    gl.inline_asm_elementwise("""{
+        .reg .pred wrong;
+        .reg .b32 found;
+        ld.shared.b32 found, [$1];
+        setp.ne.b32 wrong, found, $2;
+        @wrong trap;
+        mov.b32 $0, found;
+    }""", "=r,r,r", [begun(thread) + 4 * thread, held], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def filled(image, BYTES: gl.constexpr, TABLE: gl.constexpr, REPEATED: gl.constexpr, COPIED: gl.constexpr,
            S: gl.constexpr):
     """Allocate BYTES of shared memory and fill the first TABLE with the words of an image; return the threads' numbers.
@@ -58,15 +71,7 @@ def filled(image, BYTES: gl.constexpr, TABLE: gl.constexpr, REPEATED: gl.constex
     memory.index(0).store(gl.load(image + (place >> REPEATED)))
     gl.thread_barrier()
     thread = threads(S)
-    held = gl.load(image + (thread >> REPEATED))
-    gl.inline_asm_elementwise("""{
-        .reg .pred wrong;
-        .reg .b32 found;
-        ld.shared.b32 found, [$1];
-        setp.ne.b32 wrong, found, $2;
-        @wrong trap;
-        mov.b32 $0, found;
-    }""", "=r,r,r", [begun(thread) + 4 * thread, held], dtype=gl.int32, is_pure=False, pack=1)
+    begins_with(thread, gl.load(image + (thread >> REPEATED)))
     first = (image + (4 * thread >> REPEATED)).to(gl.int64)
     gl.inline_asm_elementwise(COPIED, "=r,r,l", [16 * thread, first], dtype=gl.int32, is_pure=False, pack=1)
     gl.thread_barrier()
